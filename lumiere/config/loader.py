@@ -1,0 +1,157 @@
+"""From a YAML or TOML file and `--set` overrides to a `RunConfig`, and back to YAML."""
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli
+import yaml
+from pydantic import ValidationError
+
+from lumiere.config.problems import config_error, quoted
+from lumiere.config.schema import RunConfig
+from lumiere.errors import ConfigError, nearest
+
+SUFFIXES = (".yaml", ".yml", ".toml")
+
+
+def load_config(
+    reference: str | Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The resolved config: defaults < file < `overrides` from left to right < `flags`.
+
+    Args:
+        reference: a path, or the bare name of a config that comes with Lumiere, such as `small`.
+        overrides: `section.key=value` texts, as `--set` takes them.
+        flags: values by dotted path; None means that the flag was not given.
+
+    Raises:
+        ConfigError: for whatever is wrong, naming the dotted path and the nearest valid key.
+    """
+    path = find_config(reference)
+    values = read_config(path)
+    for override in overrides:
+        key, value = parse_override(override)
+        assign(values, key, value)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            assign(values, key, value)
+    return validate(values)
+
+
+def load_config_file(path: Path) -> RunConfig:
+    """The config in the file at `path`, as a run keeps it."""
+    return validate(read_config(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete config as YAML; `validate(yaml.safe_load(dump_config(c))) == c`."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """A `RunConfig` from nested mappings.
+
+    Raises:
+        ConfigError: naming the first problem, and the paths of the others.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise config_error(error) from None
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with Lumiere, by bare name."""
+    packaged = Path(str(files("lumiere"))) / "configs"
+    # An installed wheel carries them inside the package; a checkout keeps them beside it.
+    folder = packaged if packaged.is_dir() else packaged.parent.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(reference: str | Path) -> Path:
+    """The file that `reference`, a path or a shipped config's bare name, stands for."""
+    path, shipped = Path(reference), shipped_configs()
+    if path.is_file():
+        return path
+    if str(reference) in shipped:
+        return shipped[str(reference)]
+    if path.is_dir():
+        raise ConfigError(f"{quoted(path)} is a folder, not a config", "give a .yaml or .toml file inside it")
+    guess = nearest(path.stem, shipped)
+    names = ", ".join(shipped)
+    raise ConfigError(
+        f"no config {quoted(path)}",
+        f"did you mean '{guess}'?" if guess else f"give a path, or one of these names: {names}",
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The nested mappings in a YAML or TOML file, not yet validated."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{quoted(path)} is not a config", f"a config's name ends in {', '.join(SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{quoted(path)} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{quoted(path)} cannot be read: {error.strerror}", "check the path") from None
+    try:
+        values = tomli.loads(text) if path.suffix == ".toml" else yaml.load(text, UniqueKeyLoader)
+    except (tomli.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{quoted(path)} cannot be read: {reason}", "mend the file at that place") from None
+    if not values:
+        raise ConfigError(f"{quoted(path)} is empty", "start from lumiere train tiny --print-config")
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{quoted(path)} holds a {type(values).__name__}, not sections",
+            f"a config has the sections {', '.join(RunConfig.model_fields)}",
+        )
+    return values
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """`model.num_layers=6` as key and value.
+
+    The value stays text, which the schema reads as what the key is; `null` is the empty value, and text in
+    brackets or braces is read as YAML.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {quoted(override)} is not key=value", "for example --set model.num_layers=6")
+    if value in ("null", "none", "~"):
+        return key.strip(), None
+    if value.startswith(("[", "{")):
+        try:
+            return key.strip(), yaml.load(value, UniqueKeyLoader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ConfigError(
+                f"--set {quoted(override)} does not read as a list or mapping", "for example [a.txt, b.txt]"
+            ) from None
+    return key.strip(), value
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at the dotted path `key`, making sections on the way."""
+    *sections, leaf = key.split(".")
+    for section in sections:
+        child = values.get(section)
+        values[section] = values = dict(child) if isinstance(child, dict) else {}
+    values[leaf] = value
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader keeps the last of two equal keys without a word; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} stands there twice", key_node.start_mark
+                )
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)

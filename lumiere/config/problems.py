@@ -1,0 +1,110 @@
+"""From pydantic's findings to one error that names the dotted path and the way out."""
+
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lumiere.config.schema import RunConfig
+from lumiere.config.synonyms import SYNONYMS
+from lumiere.errors import ConfigError, nearest
+
+LIMITS = {
+    "greater_than": ("gt", "must be more than {}"),
+    "greater_than_equal": ("ge", "must be at least {}"),
+    "less_than": ("lt", "must be less than {}"),
+    "less_than_equal": ("le", "must be at most {}"),
+    "literal_error": ("expected", "must be {}"),
+}
+
+
+def config_error(error: ValidationError) -> ConfigError:
+    """The first problem as message and hint, with the paths of the others."""
+    details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
+    first, *others = details
+    message, hint = describe(first)
+    paths = list(dict.fromkeys(path for path in map(dotted_path, others) if path != dotted_path(first)))
+    if paths:
+        message += f" (also wrong: {', '.join(paths)})"
+    return ConfigError(message, hint)
+
+
+def describe(detail: ErrorDetails) -> tuple[str, str]:
+    """One of pydantic's findings as message and hint."""
+    path, value, context = dotted_path(detail), quoted(detail["input"]), detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"unknown key {path}", hint_for_key(path)
+        case "inconsistent":
+            return f"{path} {detail['msg']}", hint_for_value(path)
+        case "model_type" | "model_attributes_type":
+            return (
+                f"{path} must be a section of keys, not {value}",
+                f"write {path}: and its keys below it, indented",
+            )
+        case "string_type" | "list_type" | "dict_type":
+            problem = "must be text"
+        case "string_too_short":
+            problem = "must not be empty"
+        case "string_pattern_mismatch":
+            problem = "must be auto, cpu, cuda, cuda:<number> or mps"
+        case kind if kind in LIMITS:
+            key, template = LIMITS[kind]
+            problem = template.format(context[key])
+        case _:
+            problem = detail["msg"]
+    return f"{path} {problem}, not {value}", hint_for_value(path)
+
+
+def dotted_path(detail: ErrorDetails) -> str:
+    """`model.num_heads`, without the branches that pydantic adds for unions."""
+    if path := detail.get("ctx", {}).get("path"):
+        return path
+    return escaped(".".join(str(part) for part in detail["loc"][:2]))
+
+
+def hint_for_key(path: str) -> str:
+    """Where the value of an unknown key belongs."""
+    section, _, leaf = path.rpartition(".")
+    leaf = leaf.lower()
+    if leaf in SYNONYMS:
+        trainer, ours = SYNONYMS[leaf]
+        return f"{trainer}'s {leaf} is {ours} here"
+    keys = [key for key in setting_paths() if key.rpartition(".")[2] == leaf]
+    if keys:
+        return f"it belongs to another section: {keys[0]}"
+    in_section = {key.rpartition(".")[2]: key for key in setting_paths() if key.startswith(f"{section}.")}
+    anywhere = {key.rpartition(".")[2]: key for key in setting_paths()}
+    for candidates in (in_section, anywhere):
+        if guess := nearest(leaf, candidates):
+            return f"did you mean {candidates[guess]}?"
+    names = in_section or dict.fromkeys(RunConfig.model_fields)
+    return f"known there: {', '.join(names)}"
+
+
+def hint_for_value(path: str) -> str:
+    """What the key at `path` means, and what it is by default."""
+    section, _, leaf = path.partition(".")
+    model = RunConfig.model_fields[section].default
+    field = type(model).model_fields[leaf]
+    meaning = (field.description or "").split("\n")[0]
+    default = getattr(model, leaf)
+    return f"{path}: {meaning} Default: {'empty' if default is None else default}"
+
+
+def setting_paths() -> list[str]:
+    """The dotted paths of all settings."""
+    sections: dict[str, BaseModel] = {name: field.default for name, field in RunConfig.model_fields.items()}
+    return [f"{name}.{leaf}" for name, section in sections.items() for leaf in type(section).model_fields]
+
+
+def quoted(value: Any) -> str:
+    """`value` as short, printable text: what a file or a shell holds must not steer the terminal."""
+    text = escaped(str(value))
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return text if isinstance(value, int | float | None) else f"'{text}'"
+
+
+def escaped(text: str) -> str:
+    """`text` with control characters made visible."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

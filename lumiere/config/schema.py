@@ -1,0 +1,173 @@
+"""Every setting of a run: its name, its meaning, its default (the Lumiére model card's) and its limits."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from lumiere.config.values import (
+    Boolean,
+    Fraction,
+    Integer,
+    NonNegativeInteger,
+    NonNegativeNumber,
+    PositiveInteger,
+    PositiveNumber,
+)
+
+
+class Section(BaseModel):
+    """Frozen, and strict about names: an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The transformer's shape."""
+
+    embedding_size: PositiveInteger = 128
+    """Width of the residual stream."""
+    context_size: PositiveInteger = 64
+    """Longest sequence that the model sees, in tokens."""
+    num_layers: PositiveInteger = 4
+    """Transformer blocks."""
+    num_heads: PositiveInteger = 4
+    """Attention heads in each block."""
+    d_key: PositiveInteger = 32
+    """Width of each head's queries and keys."""
+    d_value: PositiveInteger = 32
+    """Width of each head's values."""
+    d_ff: PositiveInteger = 256
+    """Hidden width of the feed-forward part (SwiGLU)."""
+    dropout: Fraction = 0.1
+    """Share of activations dropped while training, after the embeddings and after each part of a block."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """How a token knows where it stands: `learned` embeddings or `rotary`, as in a stock Llama."""
+
+
+class TokenizerConfig(Section):
+    """The byte-level BPE tokenizer, trained on the training split."""
+
+    # 256 bytes and 3 special tokens are always there.
+    vocab_size: Annotated[Integer, Field(ge=259, le=2**31)] = 4096
+    """Rows of the embedding: the 3 special tokens, the 256 bytes and the merges."""
+    min_frequency: PositiveInteger = 2
+    """How often a pair must occur to be merged."""
+
+
+class DatasetConfig(Section):
+    """The corpus, and how documents are cut into windows."""
+
+    name: Annotated[str, Field(min_length=1)] = "stories"
+    """`stories` (built in), a Hub name, a local dataset folder, or a builder: text, json, csv, parquet."""
+    subset: str | None = None
+    """Subset (Hugging Face calls it the configuration name), such as `wikitext-2-raw-v1`."""
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """Files for a builder: one, a list, or a mapping of splits to files."""
+    text_column: Annotated[str, Field(min_length=1)] = "text"
+    """The column that holds the text."""
+    document_start: str | None = None
+    """Regular expression of the row that begins a document, where rows are lines and not documents."""
+    num_documents: PositiveInteger | None = None
+    """Training documents: how many `stories` makes, or how many of another corpus are used. Empty: all."""
+    validation_fraction: Annotated[Fraction, Field(gt=0)] = 0.05
+    """Share of the documents held out for validation where the corpus has no validation split."""
+    seed: NonNegativeInteger = 0
+    """Seed of the `stories`, and of the choice of the documents that are held out."""
+    sliding_window_size: NonNegativeInteger = 8
+    """Tokens that a window shares with the window before it in the same document."""
+
+    @field_validator("document_start")
+    @classmethod
+    def check_pattern(cls, pattern: str | None) -> str | None:
+        """A pattern that does not compile would fail only when the corpus is read."""
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise PydanticCustomError(
+                "pattern", "must be a regular expression ({reason})", {"reason": str(error)}
+            ) from None
+        return pattern
+
+
+class TrainingConfig(Section):
+    """How the model is trained. Every interval is in steps."""
+
+    batch_size: PositiveInteger = 32
+    """Windows a step, over all accumulation steps and processes: no result depends on the machine."""
+    gradient_accumulation_steps: PositiveInteger = 1
+    """Parts in which a batch is computed, to save memory. The result stays the same."""
+    max_epochs: PositiveInteger = 250
+    """Longest training, in passes over the training windows."""
+    max_steps: PositiveInteger | None = None
+    """Longest training in steps; where it is set, it replaces `max_epochs`."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon` for the blocks' matrices with AdamW for the rest."""
+    learning_rate: PositiveNumber = 3e-4
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: PositiveNumber = 0.02
+    """Peak learning rate of Muon, where the optimizer is `muon`."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of the mean of the gradients."""
+    beta2: Fraction = 0.999
+    """AdamW's decay of the mean of their squares."""
+    weight_decay: NonNegativeNumber = 0.01
+    """Decoupled weight decay on matrices and embeddings; the norms' gains have none."""
+    gradient_clip_norm: PositiveNumber | None = 1.0
+    """Gradients are scaled down to this norm. Empty: never."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """The learning rate after the warm-up: down to zero along a cosine or a line, or constant."""
+    warmup_steps: NonNegativeInteger = 500
+    """Steps in which the learning rate rises from zero to its peak."""
+    patience: PositiveInteger | None = 5
+    """Evaluations at the ends of epochs without improvement after which training stops. Empty: never."""
+    stopping_threshold: NonNegativeNumber = 1e-4
+    """How much lower a validation loss must be, in nats, to count as an improvement."""
+    eval_interval: PositiveInteger | None = None
+    """Evaluate every so many steps, besides the end of each epoch."""
+    log_interval: PositiveInteger = 10
+    """Write a line of metrics every so many steps."""
+    checkpoint_interval: PositiveInteger | None = 500
+    """Save `latest` every so many steps, besides every evaluation."""
+    snapshots: Boolean = True
+    """Keep the weights at steps 0, 1, 2, 4, ..., 512 and then evenly, to look at how the model came about."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; the weights stay float32. `auto` takes what is best for the device."""
+    compile: Boolean = False
+    """Compile the training step with `torch.compile` (needs a C++ compiler on a CPU)."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
+    """Seed of the weights, the dropout and the order of the windows."""
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def check_consistency(self) -> "RunConfig":
+        """What no single section can check; the error carries the path of the key to change."""
+        if self.dataset.sliding_window_size >= self.model.context_size:
+            raise inconsistent(
+                "dataset.sliding_window_size",
+                f"must be smaller than model.context_size ({self.model.context_size})",
+            )
+        if self.model.positions == "rotary" and self.model.d_key % 2:
+            raise inconsistent("model.d_key", "must be even with rotary positions, which turn pairs of numbers")
+        if self.training.batch_size % self.training.gradient_accumulation_steps:
+            raise inconsistent(
+                "training.gradient_accumulation_steps",
+                f"must divide training.batch_size ({self.training.batch_size})",
+            )
+        return self
+
+
+def inconsistent(path: str, problem: str) -> PydanticCustomError:
+    """An error about the key at `path` that only the whole config shows."""
+    return PydanticCustomError("inconsistent", "{problem}", {"path": path, "problem": problem})

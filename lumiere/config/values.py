@@ -1,0 +1,70 @@
+"""How a value is read: strictly. A boolean is no number, text counts only where it reads as that number.
+
+PyYAML reads `3e-4` as text and `no` as False, and plain pydantic then turns `no` into 0.0; a config that is
+silently not what was written costs somebody a run. These readers run before pydantic's own.
+"""
+
+import contextlib
+import math
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+NUMBER = re.compile(r"[+-]?(\d[\d_]*)?\.?\d*([eE][+-]?\d+)?")
+
+
+def read_number(value: Any) -> float:
+    """`value` as a finite float.
+
+    Raises:
+        PydanticCustomError: for booleans, NaN, infinities, and text that does not read as a number.
+    """
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("number", "must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise PydanticCustomError("number", "must be a finite number")
+    return number
+
+
+def read_integer(value: Any) -> int:
+    """`value` as a whole number; `2e3` counts, `2.5` does not."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        number = read_number(value)
+    except PydanticCustomError:
+        number = math.nan
+    if not number.is_integer():
+        raise PydanticCustomError("integer", "must be a whole number")
+    # Text is read again as an integer, because a float holds whole numbers only up to 2^53.
+    text = str(value).strip().replace("_", "")
+    return int(text) if text.lstrip("+-").isdigit() else int(number)
+
+
+def read_boolean(value: Any) -> bool:
+    """`value` as true or false."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        raise PydanticCustomError("boolean", "must be true or false")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(read_integer)]
+Number = Annotated[float, BeforeValidator(read_number)]
+Boolean = Annotated[bool, BeforeValidator(read_boolean)]
+
+PositiveInteger = Annotated[Integer, Field(ge=1)]
+NonNegativeInteger = Annotated[Integer, Field(ge=0)]
+PositiveNumber = Annotated[Number, Field(gt=0)]
+NonNegativeNumber = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]

@@ -1,0 +1,45 @@
+"""The errors that a user can fix; anything else that escapes is a bug and keeps its traceback."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LumiereError(Exception):
+    """Something the user can fix.
+
+    The command line prints `error: <message>` and `hint: <hint>` and exits with code 2.
+
+    Args:
+        message: what is wrong, with the name and the value at fault.
+        hint: the way out, if there is one.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class ConfigError(LumiereError):
+    """A config file or an override that cannot be used."""
+
+
+class DataError(LumiereError):
+    """A corpus that cannot be read, or that holds no text."""
+
+
+class RunNotFoundError(LumiereError):
+    """A run that does not exist, or a name that fits several runs."""
+
+
+class CheckpointError(LumiereError):
+    """A checkpoint that does not exist, or that is damaged."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `name` is most likely a misspelling of, or None."""
+    matches = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
