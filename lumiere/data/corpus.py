@@ -1,0 +1,146 @@
+"""The documents of each split, from the built-in stories or from anything that `datasets` reads."""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from lumiere.config.schema import DatasetConfig
+from lumiere.data.stories import STORIES_VERSION, stories
+from lumiere.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+DEFAULT_NUM_STORIES = 20_000
+
+Reader = Callable[[], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents by split; each split can be read any number of times.
+
+    Attributes:
+        readers: for each split, a function that starts to read its documents.
+        fingerprint: changes whenever the documents may have changed; cheap, so taken from the source.
+    """
+
+    readers: Mapping[str, Reader]
+    fingerprint: str
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.readers)
+
+    def documents(self, split: str) -> Iterator[str]:
+        return self.readers[split]()
+
+
+def load_corpus(config: DatasetConfig) -> Corpus:
+    """The corpus that `config` names.
+
+    Raises:
+        DataError: if it does not exist, cannot be reached, or lacks the subset, the column or a training split.
+    """
+    if config.name == "stories":
+        return story_corpus(config)
+    # `datasets` takes a second to import, which the stories need not wait for.
+    from lumiere.data.hub import load_rows
+
+    rows, source = load_rows(config)
+    pattern = config.document_start
+    readers: dict[str, Reader] = {
+        split: lambda rows=rows[split]: documents_of(rows, pattern) for split in SPLITS if split in rows
+    }
+    if "train" not in readers:
+        found = ", ".join(rows)
+        raise DataError(f"dataset '{config.name}' has no split 'train', it has {found}", "choose another dataset")
+    if config.num_documents is not None:
+        readers["train"] = limited(readers["train"], config.num_documents)
+    if "validation" not in readers:
+        readers |= hold_out(readers["train"], config.validation_fraction, config.seed)
+    settings = config.model_dump(
+        include={"text_column", "document_start", "num_documents", "validation_fraction", "seed"}
+    )
+    identity = json.dumps([source, settings], sort_keys=True)
+    ordered = {split: readers[split] for split in SPLITS if split in readers}
+    return Corpus(ordered, hashlib.sha256(identity.encode()).hexdigest())
+
+
+def story_corpus(config: DatasetConfig) -> Corpus:
+    """The built-in corpus, with as many stories held out for validation and for testing as the config says."""
+    num_train = config.num_documents or DEFAULT_NUM_STORIES
+    num_held_out = max(1, round(num_train * config.validation_fraction))
+    counts = {"train": num_train, "validation": num_held_out, "test": num_held_out}
+    readers: dict[str, Reader] = {
+        split: lambda split=split, count=count: stories(split, count, config.seed) for split, count in counts.items()
+    }
+    identity = f"stories {STORIES_VERSION} {config.seed} {counts}"
+    return Corpus(readers, hashlib.sha256(identity.encode()).hexdigest())
+
+
+def documents_of(rows: Iterable[str], document_start: str | None) -> Iterator[str]:
+    """Group rows into documents.
+
+    Without `document_start` each row that is not blank is a document. With it, a document begins at each row
+    that, stripped, matches the pattern and stands alone: between blank rows, or at the corpus' edge. A line such
+    as ` = 1 = ` within a paragraph is thereby no heading. Blank rows are dropped, the others joined as they are.
+    """
+    if document_start is None:
+        yield from (row for row in rows if row.strip())
+        return
+    heading = re.compile(document_start)
+    document: list[str] = []
+    for previous, row, following in neighbours(rows):
+        alone = not previous.strip() and not following.strip()
+        if alone and row.strip() and heading.search(row.strip()) and document:
+            yield "".join(document)
+            document = []
+        if row.strip():
+            document.append(row)
+    if document:
+        yield "".join(document)
+
+
+def neighbours(rows: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Each row between the row before it and the row after it; beyond the edges stand empty rows."""
+    iterator = iter(rows)
+    previous, row = "", next(iterator, None)
+    while row is not None:
+        following = next(iterator, None)
+        yield previous, row, following or ""
+        previous, row = row, following
+
+
+def limited(reader: Reader, count: int) -> Reader:
+    """The first `count` documents."""
+    return lambda: islice(reader(), count)
+
+
+def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
+    """Split one reader into training and validation.
+
+    Documents are drawn at random, since a corpus is often sorted; of a single document the tail is held out.
+    """
+    count = sum(1 for _ in reader())
+    if count == 1:
+        return {
+            "train": lambda: iter([cut_tail(next(reader()), fraction)[0]]),
+            "validation": lambda: iter([cut_tail(next(reader()), fraction)[1]]),
+        }
+    num_chosen = max(0, min(count - 1, max(1, round(count * fraction))))
+    chosen = frozenset(random.Random(seed).sample(range(count), num_chosen))
+    return {
+        "train": lambda: (text for i, text in enumerate(reader()) if i not in chosen),
+        "validation": lambda: (text for i, text in enumerate(reader()) if i in chosen),
+    }
+
+
+def cut_tail(text: str, fraction: float) -> tuple[str, str]:
+    """`text` in two, the second part about `fraction` of it, cut before a word."""
+    cut = int(len(text) * (1 - fraction))
+    space = re.compile(r"\s").search(text, cut)
+    cut = space.start() if space else cut
+    return text[:cut], text[cut:]

@@ -1,0 +1,261 @@
+"""The config: what is read, in which order, and what is refused with which words."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumiere.config.json_schema import json_schema
+from lumiere.config.loader import (
+    dump_config,
+    find_config,
+    load_config,
+    load_config_file,
+    read_config,
+    shipped_configs,
+    validate,
+)
+from lumiere.config.problems import setting_paths
+from lumiere.config.schema import RunConfig
+from lumiere.config.synonyms import SYNONYMS
+from lumiere.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+CARD = {
+    "model.embedding_size": 128,
+    "model.context_size": 64,
+    "model.num_layers": 4,
+    "model.num_heads": 4,
+    "model.d_key": 32,
+    "model.d_value": 32,
+    "model.d_ff": 256,
+    "model.dropout": 0.1,
+    "model.positions": "learned",
+    "tokenizer.vocab_size": 4096,
+    "dataset.name": "Salesforce/wikitext",
+    "dataset.subset": "wikitext-2-raw-v1",
+    "dataset.sliding_window_size": 8,
+    "training.batch_size": 32,
+    "training.learning_rate": 3e-4,
+    "training.weight_decay": 0.01,
+    "training.gradient_clip_norm": 1.0,
+    "training.warmup_steps": 500,
+    "training.max_epochs": 250,
+    "training.patience": 5,
+    "training.stopping_threshold": 1e-4,
+    "training.optimizer": "adamw",
+    "training.schedule": "cosine",
+    "training.precision": "auto",
+    "training.compile": False,
+}
+
+
+def value_at(config: RunConfig, path: str) -> Any:
+    section, leaf = path.split(".")
+    return getattr(getattr(config, section), leaf)
+
+
+@pytest.mark.parametrize("path", CARD)
+def test_small_is_the_card(path: str) -> None:
+    assert value_at(load_config("small"), path) == CARD[path]
+    section, leaf = path.split(".")
+    assert leaf in read_config(CONFIGS / "small.yaml")[section], "every setting of the card stands in the file"
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_shipped_configs_parse_and_fit_the_schema(name: str) -> None:
+    path = shipped_configs()[name]
+    assert load_config(name) == load_config(path) == load_config_file(path)
+    jsonschema.validate(read_config(path), json.loads(json_schema()))
+
+
+def test_schema_file_is_up_to_date() -> None:
+    assert (CONFIGS / "schema.json").read_text(encoding="utf-8") == json_schema(), "run `make schema`"
+
+
+def test_defaults_then_file_then_set_then_flags(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("training: {max_steps: 1, seed: 1, batch_size: 4}\n")
+    config = load_config(
+        path, ["training.seed=2", "training.max_steps=2", "training.max_steps=3"], {"training.max_steps": 4}
+    )
+    assert (config.training.max_steps, config.training.seed, config.training.batch_size) == (4, 2, 4)
+    assert config.training.weight_decay == 0.01
+    assert load_config(path, flags={"training.max_steps": None}).training.max_steps == 1
+
+
+def test_toml_equals_yaml(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('[model]\nnum_layers = 2\n[dataset]\nname = "stories"\n')
+    (tmp_path / "a.yaml").write_text("model:\n  num_layers: 2\ndataset:\n  name: stories\n")
+    assert load_config(tmp_path / "a.toml") == load_config(tmp_path / "a.yaml")
+
+
+def test_text_that_reads_as_a_number_counts() -> None:
+    # PyYAML reads 3e-4, which has no dot, as text.
+    assert isinstance(yaml.safe_load("3e-4"), str)
+    assert validate({"training": {"learning_rate": "3e-4", "max_steps": "2e3"}}).training.max_steps == 2000
+    assert validate({"training": {"seed": "9007199254740993"}}).training.seed == 9007199254740993
+
+
+def test_set_reads_lists_mappings_and_null() -> None:
+    config = load_config("tiny", ["dataset.data_files=[a.txt, b.txt]", "training.patience=null"])
+    assert config.dataset.data_files == ["a.txt", "b.txt"]
+    assert config.training.patience is None
+    config = load_config("tiny", ["dataset.data_files.train=a.txt", "dataset.data_files.test=b.txt"])
+    assert config.dataset.data_files == {"train": "a.txt", "test": "b.txt"}
+
+
+REFUSED = [
+    ("model.n_embd=3", "unknown key model.n_embd", "nanoGPT's n_embd is model.embedding_size here"),
+    ("model.num_layer=3", "unknown key model.num_layer", "did you mean model.num_layers?"),
+    ("model.vocab_size=9", "unknown key model.vocab_size", "it belongs to another section: tokenizer.vocab_size"),
+    ("learning_rate=1", "unknown key learning_rate", "training.learning_rate"),
+    ("modle.d_ff=1", "unknown key modle", "model"),
+    ("model.num_heads=0", "model.num_heads must be at least 1, not '0'", "Attention heads"),
+    ("model.dropout=1.5", "model.dropout must be less than 1, not '1.5'", "Default: 0.1"),
+    ("model.dropout=-0.1", "model.dropout must be at least 0", ""),
+    ("training.learning_rate=nan", "training.learning_rate must be a number, not 'nan'", ""),
+    ("training.learning_rate=1e999", "training.learning_rate must be a finite number", ""),
+    ("model.num_layers=yes", "model.num_layers must be a whole number, not 'yes'", ""),
+    ("model.num_layers=2.5", "model.num_layers must be a whole number, not '2.5'", ""),
+    ("training.compile=1", "training.compile must be true or false, not '1'", ""),
+    ("training.optimizer=sgd", "training.optimizer must be 'adamw' or 'muon', not 'sgd'", ""),
+    ("training.device=gpu", "training.device must be auto, cpu", ""),
+    ("dataset.name=", "dataset.name must not be empty", ""),
+    ("dataset.document_start=(", "dataset.document_start must be a regular expression", ""),
+    ("dataset.sliding_window_size=64", "dataset.sliding_window_size must be smaller than model.context_size (64)", ""),
+    ("model=3", "model must be a section of keys, not '3'", ""),
+    ("training.gradient_accumulation_steps=5", "must divide training.batch_size (32)", ""),
+    ("seed", "--set 'seed' is not key=value", "--set model.num_layers=6"),
+    ("dataset.data_files=[a", "--set 'dataset.data_files=[a' does not read as a list", ""),
+]
+
+
+@pytest.mark.parametrize(("override", "message", "hint"), REFUSED)
+def test_refused_override(override: str, message: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("small", [override])
+    assert message in caught.value.message
+    assert caught.value.hint
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"num_layers": True}}, "model.num_layers must be a whole number, not True"),
+        ({"model": {"dropout": False}}, "model.dropout must be a number, not False"),
+        ({"training": {"learning_rate": math.nan}}, "must be a finite number, not nan"),
+        ({"training": {"learning_rate": math.inf}}, "must be a finite number, not inf"),
+        ({"training": {"seed": 10**400}}, "training.seed must be less than"),
+        ({"training": {"learning_rate": 10**400}}, "must be a finite number"),
+        ({"dataset": {"name": 3}}, "dataset.name must be text, not 3"),
+        ({"model": {"d_key": 3, "positions": "rotary"}}, "model.d_key must be even"),
+        ({"model": {"d_ff": "\x1b[31m8"}}, "not '\\x1b[31m8'"),
+    ],
+)
+def test_refused_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(values)
+    assert message in caught.value.message
+
+
+def test_all_problems_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key model\.n_head \(also wrong: model\.d_ff, training\.seed\)"):
+        validate({"model": {"d_ff": 0, "n_head": 1}, "training": {"seed": -1}})
+
+
+def test_every_synonym_teaches_a_key_that_exists() -> None:
+    paths = setting_paths()
+    for name, (_, ours) in SYNONYMS.items():
+        assert ours in paths
+        assert name not in {path.rpartition(".")[2] for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", b"", "is empty"),
+        ("a.yaml", b"# nothing\n", "is empty"),
+        ("a.yaml", b"- model\n- tokenizer\n", "holds a list, not sections"),
+        ("a.yaml", b"\xff\xfe\x00", "is not UTF-8 text (byte 0)"),
+        ("a.yaml", b"model: {d_ff: 1, d_ff: 2}\n", "the key 'd_ff' stands there twice"),
+        ("a.yaml", b"model: [\n", "cannot be read"),
+        ("a.yaml", b"[" * 10_000, "cannot be read"),
+        ("a.toml", b"model = \n", "cannot be read"),
+        ("a.txt", b"model: {}\n", "is not a config"),
+    ],
+)
+def test_refused_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / name)
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_missing_config_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("configs/smal.yaml")
+    assert caught.value.hint == "did you mean 'small'?"
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config(tmp_path)
+
+
+def test_a_folder_does_not_hide_a_shipped_config(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    assert find_config("small").name == "small.yaml"
+
+
+configs = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.fixed_dictionaries(
+            {},
+            optional={
+                "embedding_size": st.integers(1, 4096),
+                "dropout": st.floats(0, 1, exclude_max=True),
+                "positions": st.sampled_from(["learned", "rotary"]),
+            },
+        ),
+        "dataset": st.fixed_dictionaries(
+            {},
+            optional={
+                "name": st.text(min_size=1, max_size=20).filter(str.isprintable),
+                "subset": st.none() | st.text(max_size=20).filter(str.isprintable),
+                "data_files": st.none() | st.lists(st.text(st.characters(codec="ascii"), max_size=8), max_size=3),
+            },
+        ),
+        "training": st.fixed_dictionaries(
+            {},
+            optional={
+                "learning_rate": st.floats(1e-300, 1e300),
+                "max_steps": st.none() | st.integers(1, 2**62),
+                "compile": st.booleans(),
+            },
+        ),
+    },
+)
+
+
+@given(configs)
+def test_dump_and_parse_are_inverse(values: dict[str, Any]) -> None:
+    config = validate(values)
+    assert validate(yaml.safe_load(dump_config(config))) == config
+
+
+@given(st.text(max_size=40) | st.builds("{}={}".format, st.sampled_from(setting_paths()), st.text(max_size=20)))
+def test_any_override_gives_a_config_or_an_error_of_ours(override: str) -> None:
+    try:
+        config = load_config("tiny", [override])
+    except ConfigError as error:
+        assert error.message.isprintable()
+    else:
+        assert isinstance(config, RunConfig)

@@ -1,0 +1,95 @@
+"""Fixtures of all tests. No test touches the user's files, the network, or another test's files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lumiere.config.loader import validate
+from lumiere.config.schema import RunConfig
+from lumiere.data.dataset import TokenizedCorpus, tokenize_corpus
+from lumiere.persistence.runs import Run, RunStore
+from lumiere.training.launch import prepare, start
+
+TINY = {
+    "model": {
+        "embedding_size": 16,
+        "context_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_key": 8,
+        "d_value": 8,
+        "d_ff": 32,
+        "dropout": 0.1,
+    },
+    "tokenizer": {"vocab_size": 320},
+    "dataset": {"name": "stories", "num_documents": 10, "validation_fraction": 0.2, "sliding_window_size": 4},
+    "training": {
+        "batch_size": 8,
+        "max_steps": 12,
+        "learning_rate": 1e-2,
+        "warmup_steps": 4,
+        "eval_interval": 4,
+        "log_interval": 2,
+        "device": "cpu",
+        "precision": "float32",
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus_cache: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
+    monkeypatch.delenv("LUMIERE_RUNS_DIR", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging-face"))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models gain nothing from threads, and tests that run side by side lose."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where encoded corpora go: the same for all tests, since a corpus is found by its fingerprint."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> RunConfig:
+    """A run of a second: two layers of width 16 on ten stories."""
+    return validate(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tiny_config: RunConfig, corpus_cache: Path) -> Iterator[TokenizedCorpus]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
+        yield tokenize_corpus(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def trained_run(
+    tiny_config: RunConfig, tiny_corpus: TokenizedCorpus, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path
+) -> Run:
+    """A finished run in a runs directory of its own. Read-only: tests that change it copy it first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
+        store = RunStore(tmp_path_factory.mktemp("trained") / "runs")
+        return start(prepare(tiny_config), store, command=["lumiere", "train"]).run
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """The folder of real WikiText-2, which is never copied into the project."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext"
+    if not folder.is_dir():
+        pytest.skip(f"no WikiText-2 beside the checkout, at {folder}")
+    return folder
