@@ -1,0 +1,225 @@
+"""A checkpoint: one safetensors file that is whole and unchanged, or an error that says what is wrong.
+
+The tensors are named `model.*`, `optimizer.*` and `rng.*`; everything else is JSON text in the file's metadata.
+The format is https://huggingface.co/docs/safetensors: the header's length in 8 bytes, a JSON header, the data.
+Importing this module loads neither torch nor safetensors, and `read_metadata` needs neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from lumiere.errors import CheckpointError
+from lumiere.persistence.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_NUMBER = 1
+GROUPS = ("model", "optimizer", "rng")
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+DAMAGE_HINT = "use another checkpoint of the run: best, latest, previous, or a step's"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """All that a run needs to go on, or, with nothing but `model`, the weights of one step.
+
+    Attributes:
+        model: the model's state dict.
+        optimizer: the optimizers' tensors, by names of the trainer's choice.
+        rng: the states of the random number generators.
+        metadata: JSON values: config, step, best loss, state of early stopping, hashes of corpus and tokenizer.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    rng: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What stands before the tensors' data: the file's metadata, and where each tensor is."""
+
+    texts: dict[str, str]
+    entries: dict[str, dict[str, Any]]
+    data_start: int
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes `checkpoint` atomically, with a hash of the metadata and of each group of tensors.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written to.
+        ValueError: the metadata holds NaN or infinity, which JSON does not have.
+    """
+    import safetensors.torch
+    import torch
+
+    metadata = json.dumps(checkpoint.metadata, allow_nan=False)
+    texts = {
+        "format": "pt",  # transformers refuses a file without it
+        "lumiere_format": str(FORMAT_NUMBER),
+        "metadata": metadata,
+        "sha256.metadata": _hash_text(metadata),
+    }
+    tensors = {}
+    for group in GROUPS:
+        # Copies, because safetensors refuses tensors that share memory.
+        copies = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in getattr(checkpoint, group).items()
+        }
+        texts[f"sha256.{group}"] = _hash_tensors(copies)
+        tensors |= {f"{group}.{name}": tensor for name, tensor in copies.items()}
+    try:
+        write_atomically(path, safetensors.torch.save(tensors, texts))
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: str | Path, error: OSError) -> CheckpointError:
+    """What to raise where a checkpoint could not be written."""
+    return CheckpointError(
+        f"{str(path)!r} cannot be written: {error.strerror or error}",
+        "make room or check the folder's permissions; the checkpoint that was there is untouched",
+    )
+
+
+def load_checkpoint(path: str | Path, groups: Collection[str] = GROUPS) -> Checkpoint:
+    """Reads and verifies the named groups of tensors, on the CPU; the others stay empty and unread.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is none of ours.
+        ValueError: `groups` names a group that does not exist.
+    """
+    if unknown := set(groups) - set(GROUPS):
+        raise ValueError(f"no group {', '.join(sorted(unknown))} in a checkpoint, it has {', '.join(GROUPS)}")
+    path = Path(path)
+    # One handle for all reads: a training run may replace the file at any moment.
+    with _open_for_reading(path) as file:
+        header = _read_header(path, file)
+        metadata = _parse_metadata(path, header)
+        tensors = {group: _read_group(path, file, header, group) for group in groups}
+    return Checkpoint(
+        model=tensors.get("model", {}),
+        optimizer=tensors.get("optimizer", {}),
+        rng=tensors.get("rng", {}),
+        metadata=metadata,
+    )
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a checkpoint, read from the header alone.
+
+    Raises:
+        CheckpointError: there is no such file, its header is damaged, its length is wrong, or it is none of ours.
+    """
+    path = Path(path)
+    with _open_for_reading(path) as file:
+        return _parse_metadata(path, _read_header(path, file))
+
+
+@contextmanager
+def _open_for_reading(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint {str(path)!r}", "lumiere runs ls lists the runs") from None
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}", "check the path") from None
+
+
+def _read_header(path: Path, file: BinaryIO) -> _Header:
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise _damaged(path, f"a file of {size} bytes is too short")
+    length = int.from_bytes(file.read(8), "little")
+    data_start = 8 + length
+    if length > MAX_HEADER_BYTES or data_start > size:
+        raise _damaged(path, f"it announces a header of {length:,} bytes, which cannot be")
+    try:
+        entries = json.loads(file.read(length).decode("utf-8"))
+        texts = dict(entries.pop("__metadata__", {}))
+        spans = [tuple(map(operator.index, entry["data_offsets"])) for entry in entries.values()]
+        announced = max((end for _, end in spans), default=0)
+        sound = all(0 <= begin <= end for begin, end in spans)
+        sound &= all(isinstance(text, str) for text in texts.values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise _damaged(path, "its header is not that of a safetensors file") from None
+    if not sound or data_start + announced != size:
+        raise _damaged(path, f"it has {size:,} bytes, its header announces {data_start + announced:,}")
+    return _Header(texts, entries, data_start)
+
+
+def _parse_metadata(path: Path, header: _Header) -> dict[str, Any]:
+    number = header.texts.get("lumiere_format")
+    if number is None:
+        raise CheckpointError(
+            f"{str(path)!r} is a safetensors file, but no checkpoint of Lumiere",
+            "Lumiere's own are in the checkpoints folder of a run",
+        )
+    if number != str(FORMAT_NUMBER):
+        raise CheckpointError(
+            f"{str(path)!r} has format {number!r}, this Lumiere reads format {FORMAT_NUMBER}",
+            "a newer Lumiere wrote it: pip install --upgrade lumiere",
+        )
+    text = header.texts.get("metadata", "")
+    if header.texts.get("format") != "pt" or _hash_text(text) != header.texts.get("sha256.metadata"):
+        raise _damaged(path, "its metadata does not match its hash")
+    return json.loads(text)
+
+
+def _read_group(path: Path, file: BinaryIO, header: _Header, group: str) -> dict[str, Tensor]:
+    prefix = f"{group}."
+    tensors = {
+        name.removeprefix(prefix): _read_tensor(path, file, header.data_start, entry)
+        for name, entry in header.entries.items()
+        if name.startswith(prefix)
+    }
+    if _hash_tensors(tensors) != header.texts.get(f"sha256.{group}"):
+        raise _damaged(path, f"the {group}'s tensors do not match their hash")
+    return tensors
+
+
+def _read_tensor(path: Path, file: BinaryIO, data_start: int, entry: Mapping[str, Any]) -> Tensor:
+    """One tensor, decoded by safetensors itself, as a file that holds nothing else."""
+    import safetensors.torch
+
+    begin, end = entry["data_offsets"]
+    file.seek(data_start + begin)
+    data = file.read(end - begin)
+    header = json.dumps({"tensor": {**entry, "data_offsets": [0, len(data)]}}).encode()
+    try:
+        return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)["tensor"]
+    except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError):
+        raise _damaged(path, "a tensor's type and shape do not match its bytes") from None
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """A hash over the sorted names, types, shapes and raw bytes of contiguous tensors on the CPU."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{str(path)!r} is damaged: {reason}", DAMAGE_HINT)

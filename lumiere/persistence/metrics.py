@@ -1,0 +1,104 @@
+"""`metrics.jsonl`: one JSON object a line, written as training goes and cut back when it resumes."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lumiere.errors import LumiereError
+from lumiere.persistence.atomic import write_atomically
+
+
+class MetricsWriter:
+    """Appends records to a metrics file; each line reaches the system before `write` returns."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (close() closes it)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one line; NaN and infinity, which JSON does not have, become null.
+
+        Raises:
+            ValueError: `record` has no `step`, which every line of the file has.
+        """
+        if "step" not in record:
+            raise ValueError(f"a metrics record needs a step, it has {', '.join(record) or 'nothing'}")
+        self._file.write(to_json(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics file in the order of writing; none where there is no file yet.
+
+    A last line that was torn by a crash is left out.
+
+    Raises:
+        LumiereError: a line before the last is damaged.
+    """
+    return [record for _, record in _read_lines(Path(path))]
+
+
+def truncate_metrics(path: str | Path, last_step: int) -> None:
+    """Drops the lines after `last_step`, and a torn last line, so that a resumed run can append.
+
+    Raises:
+        LumiereError: a line before the last is damaged; the file stays as it is.
+    """
+    path = Path(path)
+    kept = [line + b"\n" for line, record in _read_lines(path) if record["step"] <= last_step]
+    if path.exists():
+        write_atomically(path, b"".join(kept))
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as standard JSON text, with null for every NaN and infinity in it."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
+
+
+def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each whole line of the file as it stands, and the record in it."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    if not lines[-1]:
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append((line, record))
+        elif number < len(lines):
+            raise LumiereError(
+                f"line {number} of {str(path)!r} is damaged",
+                "mend or delete that line; the checkpoints do not depend on this file",
+            )
+    return records

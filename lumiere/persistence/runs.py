@@ -1,0 +1,259 @@
+"""The runs directory: makes runs, finds them by name, and gives what is in one.
+
+Importing this module loads neither torch nor pydantic, so that listing runs is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import string
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lumiere.errors import CheckpointError, LumiereError, RunNotFoundError, nearest
+from lumiere.persistence.atomic import write_atomically
+from lumiere.persistence.metrics import to_json
+
+if TYPE_CHECKING:
+    from lumiere.config.schema import RunConfig
+    from lumiere.data.tokenizer import Tokenizer
+    from lumiere.models.transformer import Transformer
+
+ID_LENGTH = 8
+ID_ALPHABET = string.ascii_lowercase + string.digits
+NAME_PATTERN = re.compile(r"run_([a-z0-9]{8})_([0-9]{8}_[0-9]{6})")
+TIME_FORMAT = "%Y%m%d_%H%M%S"
+MAX_CANDIDATES = 5  # as many runs an error about an ambiguous name lists
+
+FOLDER_README = """\
+# Runs of Lumiere
+
+Each folder `run_<id>_<date>_<time>` is one training run:
+
+| file | what it holds |
+|---|---|
+| `config.yaml` | the complete config; `lumiere train` repeats the run from it |
+| `tokenizer.json` | the tokenizer, as Hugging Face `tokenizers` reads it |
+| `metrics.jsonl` | what was measured, one JSON object a line |
+| `run.json` | status, device, versions, command |
+| `checkpoints/` | `best`, `latest`, the one before it (`previous`), and snapshots of steps, as safetensors |
+
+`lumiere runs ls` lists the runs; a folder that is deleted is simply gone. Git ignores this folder.
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a folder whose name says its id and the local time of its start."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def id(self) -> str:
+        return self.name.split("_")[1]
+
+    @property
+    def created_at(self) -> datetime:
+        """When the run was made, by the name: local time, to the second, without a time zone."""
+        return datetime.strptime(self.name.split("_", 2)[2], TIME_FORMAT)
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def record_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `run.json` says; the status is "unknown" where the file is missing, damaged, or silent about it."""
+        return {"status": "unknown"} | self._read_record()
+
+    def update(self, **fields: Any) -> None:
+        """Sets `fields` in `run.json`, atomically, and keeps the others; only one process may do so at a time."""
+        record = self._read_record() | fields
+        write_atomically(self.record_path, (to_json(record, indent=2) + "\n").encode())
+
+    def load_config(self) -> RunConfig:
+        """The complete config that the run was started with."""
+        from lumiere.config.loader import load_config_file
+
+        return load_config_file(self.config_path)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the run was trained with."""
+        from lumiere.data.tokenizer import Tokenizer
+
+        return Tokenizer.load(self.tokenizer_path)
+
+    def resolve_checkpoint(self, name: str) -> str:
+        """The checkpoint that `name` really gives: `latest` where `best` does not exist (the run was killed early).
+
+        Any other name is given back as it is, whether or not there is such a checkpoint.
+        """
+        has_best = (self.checkpoints_dir / "best.safetensors").is_file()
+        has_latest = (self.checkpoints_dir / "latest.safetensors").is_file()
+        return "latest" if name == "best" and not has_best and has_latest else name
+
+    def load_model(self, checkpoint: str = "best") -> Transformer:
+        """The model with the weights of `checkpoint`, on the CPU, in evaluation mode.
+
+        Reads nothing but the weights. Where there is no `best` yet, `latest` is taken.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it is damaged, or `config.yaml` describes another model.
+        """
+        from lumiere.models.transformer import build_model
+        from lumiere.persistence.checkpoint_manager import CheckpointManager
+
+        name = self.resolve_checkpoint(checkpoint)
+        state = CheckpointManager(self.path.parent).load(self, name, groups=("model",)).model
+        model = build_model(self.load_config())
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"checkpoint {name!r} of run {self.id} does not fit the model in its config.yaml",
+                "undo the changes to config.yaml; it describes the run as it was trained",
+            ) from error
+        return model.eval()
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            record = json.loads(self.record_path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+
+class RunStore:
+    """The folder that holds the runs.
+
+    Args:
+        runs_dir: the folder; None stands for `LUMIERE_RUNS_DIR`, or `runs` under the current folder.
+    """
+
+    def __init__(self, runs_dir: Path | str | None = None) -> None:
+        self.runs_dir = Path(runs_dir or os.environ.get("LUMIERE_RUNS_DIR") or "runs")
+
+    def create(self, now: datetime | None = None) -> Run:
+        """A new run with an empty `checkpoints` folder; the runs directory is made where there is none.
+
+        Args:
+            now: the local time for the run's name.
+
+        Raises:
+            LumiereError: the runs directory cannot be written to.
+        """
+        timestamp = (now or datetime.now()).strftime(TIME_FORMAT)
+        try:
+            self._make_folder()
+            while True:
+                run_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
+                run = Run(self.runs_dir / f"run_{run_id}_{timestamp}")
+                if run_id in {other.id for other in self.all()}:
+                    continue
+                try:
+                    os.mkdir(run.path)
+                except FileExistsError:  # another process was faster
+                    continue
+                os.mkdir(run.checkpoints_dir)
+                return run
+        except OSError as error:
+            raise LumiereError(
+                f"no run can be made in {self.runs_dir}/: {error.strerror}",
+                "choose another folder with --runs-dir or LUMIERE_RUNS_DIR",
+            ) from error
+
+    def all(self) -> list[Run]:
+        """The runs, newest first; whatever is not named like a run is left out.
+
+        Raises:
+            LumiereError: the runs directory exists, but cannot be read.
+        """
+        try:
+            with os.scandir(self.runs_dir) as entries:
+                found = [
+                    # Of two runs of the same second, the one that was written to last is the newer one.
+                    (timestamp, entry.stat().st_mtime_ns, entry.name)
+                    for entry in entries
+                    if (timestamp := _timestamp(entry.name)) and entry.is_dir()
+                ]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise LumiereError(
+                f"{self.runs_dir}/ cannot be read: {error.strerror}",
+                "choose another folder with --runs-dir or LUMIERE_RUNS_DIR",
+            ) from error
+        return [Run(self.runs_dir / name) for _, _, name in sorted(found, reverse=True)]
+
+    def open(self, reference: str) -> Run:
+        """The run that `reference` stands for: a full name, an id, a unique prefix of the id, or `latest`.
+
+        The reference is only ever compared with the names that are there, never made part of a path.
+
+        Raises:
+            RunNotFoundError: it fits no run, or several.
+        """
+        runs = self.all()
+        if reference == "latest" and runs:
+            return runs[0]
+        fitting = [run for run in runs if reference and (run.id.startswith(reference) or run.name == reference)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            names = ", ".join(run.name for run in fitting[:MAX_CANDIDATES])
+            rest = f" and {len(fitting) - MAX_CANDIDATES} more" if len(fitting) > MAX_CANDIDATES else ""
+            raise RunNotFoundError(
+                f"{reference!r} fits {len(fitting)} runs in {self.runs_dir}/: {names}{rest}",
+                "give more letters of the id, or the full name",
+            )
+        raise RunNotFoundError(f"no run {reference!r} in {self.runs_dir}/", self._hint(reference, runs))
+
+    def _hint(self, reference: str, runs: list[Run]) -> str:
+        if not runs:
+            return "train one: lumiere train tiny"
+        guess = nearest(reference, [*(run.id for run in runs), *(run.name for run in runs), "latest"])
+        return f"did you mean {guess}?" if guess else "lumiere runs ls lists them"
+
+    def _make_folder(self) -> None:
+        self.runs_dir.mkdir(parents=True, exist_ok=True)
+        # Only into an empty folder: a .gitignore of ours must not hide what else a user keeps there.
+        if not any(self.runs_dir.iterdir()):
+            write_atomically(self.runs_dir / ".gitignore", b"*\n")
+            write_atomically(self.runs_dir / "README.md", FOLDER_README.encode())
+
+
+def _timestamp(name: str) -> str | None:
+    """The part of a run's name that says when it was made; None if the name is not a run's."""
+    match = NAME_PATTERN.fullmatch(name)
+    if match is None:
+        return None
+    try:
+        datetime.strptime(match[2], TIME_FORMAT)
+    except ValueError:
+        return None
+    return match[2]

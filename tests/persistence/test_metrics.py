@@ -1,0 +1,102 @@
+"""metrics.jsonl survives kills, resumes and numbers that JSON does not have."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumiere.errors import LumiereError
+from lumiere.persistence.metrics import MetricsWriter, read_metrics, truncate_metrics
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def write(path: Path, *steps: int) -> None:
+    with MetricsWriter(path) as writer:
+        for step in steps:
+            writer.write({"step": step, "loss": step / 10})
+
+
+def steps(path: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(path)]
+
+
+def test_records_come_back_as_they_were_written_and_a_second_writer_goes_on(path: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {"step": 1, "epoch": 0, "loss": 8.317766166719343, "text": "é\n\u2028"},
+        {"step": 2, "epoch": 0, "learning_rate": 3e-4},
+    ]
+    for record in records:
+        with MetricsWriter(path) as writer:
+            writer.write(record)
+    assert read_metrics(path) == records
+    assert path.read_bytes().count(b"\n") == 2
+
+
+def test_a_line_can_be_read_before_the_writer_is_closed(path: Path) -> None:
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1})
+        assert path.read_text() == '{"step": 1}\n'
+
+
+def test_nonfinite_numbers_become_null_at_any_depth(path: Path) -> None:
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 1, "loss": math.nan, "norms": [1.5, math.inf, {"mfu": -math.inf}]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": None,
+        "norms": [1.5, None, {"mfu": None}],
+    }
+
+
+def test_a_record_needs_a_step(path: Path) -> None:
+    with MetricsWriter(path) as writer, pytest.raises(ValueError, match="needs a step"):
+        writer.write({"loss": 1.0})
+    assert path.read_bytes() == b""
+
+
+def test_truncation_keeps_the_lines_up_to_the_step_byte_for_byte(path: Path) -> None:
+    write(path, 1, 2, 2, 3, 4)
+    before = path.read_bytes().splitlines(keepends=True)
+    truncate_metrics(path, last_step=2)
+    assert path.read_bytes() == b"".join(before[:3])
+    write(path, 3)
+    assert steps(path) == [1, 2, 2, 3]
+    truncate_metrics(path, last_step=-1)
+    assert path.read_bytes() == b""
+    truncate_metrics(path, last_step=5)
+    assert steps(path) == []
+
+
+def test_a_file_cut_at_any_byte_gives_its_whole_lines_and_can_go_on(path: Path) -> None:
+    write(path, 1, 2, 3)
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        # A line that lacks nothing but its line end is whole.
+        expected = (whole[:length] + b"\n").count(b"}\n")
+        assert steps(path) == [1, 2, 3][:expected]
+        truncate_metrics(path, last_step=10)
+        write(path, 7)
+        assert steps(path) == [*[1, 2, 3][:expected], 7]
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"", b"\xff\xfe", b"[2]", b'{"loss": 1}', b"[" * 100_000])
+def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_rewritten(path: Path, line: bytes) -> None:
+    damaged = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
+    path.write_bytes(damaged)
+    for use in (read_metrics, lambda path: truncate_metrics(path, 1)):
+        with pytest.raises(LumiereError, match=r"line 2 of '.*metrics\.jsonl' is damaged"):
+            use(path)
+    assert path.read_bytes() == damaged
+
+
+def test_there_are_no_metrics_before_the_first_line(path: Path) -> None:
+    assert read_metrics(path) == []
+    truncate_metrics(path, last_step=3)
+    assert not path.exists()

@@ -1,0 +1,348 @@
+"""Runs are made once, found by what people type, and never reached by a path."""
+
+import json
+import math
+import os
+import random
+import re
+import secrets
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lumiere.config.loader import dump_config, validate
+from lumiere.data.tokenizer import Tokenizer
+from lumiere.errors import CheckpointError, LumiereError, RunNotFoundError
+from lumiere.models.transformer import build_model
+from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.runs import Run, RunStore
+
+CARD_TIME = datetime(2025, 8, 19, 0, 18, 8)
+CARD_NAME = "run_hiq6ihsb_20250819_001808"
+HEAVY = "{'torch', 'numpy', 'datasets', 'tokenizers', 'pydantic', 'safetensors', 'yaml'}"
+CREATE_TEN = """
+import sys
+from datetime import datetime
+from lumiere.persistence.runs import RunStore
+for _ in range(10):
+    print(RunStore(sys.argv[1]).create(datetime(2025, 8, 19)).name)
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path / "runs")
+
+
+def make(store: RunStore, *names: str) -> None:
+    for name in names:
+        (store.runs_dir / name / "checkpoints").mkdir(parents=True)
+
+
+def error_of(store: RunStore, reference: str) -> RunNotFoundError:
+    with pytest.raises(RunNotFoundError) as caught:
+        store.open(reference)
+    return caught.value
+
+
+def test_a_new_run_is_a_folder_named_by_id_and_time(store: RunStore) -> None:
+    run = store.create(CARD_TIME)
+    assert re.fullmatch(r"run_[a-z0-9]{8}_20250819_001808", run.name)
+    assert run.name == f"run_{run.id}_20250819_001808"
+    assert run.created_at == CARD_TIME
+    assert run.path == store.runs_dir / run.name
+    assert [entry.name for entry in run.path.iterdir()] == ["checkpoints"]
+    assert run.checkpoints_dir.is_dir()
+    assert store.all() == [run]
+
+
+def test_the_time_is_now_where_none_is_given(store: RunStore) -> None:
+    before = datetime.now().replace(microsecond=0)
+    assert before <= store.create().created_at <= datetime.now()
+
+
+def test_the_folder_of_a_run_holds_the_named_files() -> None:
+    run = Run(Path("runs") / CARD_NAME)
+    files = [run.config_path, run.tokenizer_path, run.metrics_path, run.record_path]
+    assert [path.name for path in files] == ["config.yaml", "tokenizer.json", "metrics.jsonl", "run.json"]
+    assert {path.parent for path in files} == {run.path}
+
+
+def test_the_runs_directory_explains_itself_and_is_ignored_by_git(store: RunStore) -> None:
+    store.create()
+    assert (store.runs_dir / ".gitignore").read_text() == "*\n"
+    assert (store.runs_dir / "README.md").read_text().startswith("# Runs of Lumiere")
+    (store.runs_dir / "README.md").write_text("mine")
+    store.create()
+    assert (store.runs_dir / "README.md").read_text() == "mine"
+
+
+def test_a_folder_with_other_things_in_it_is_not_hidden_from_git(store: RunStore) -> None:
+    store.runs_dir.mkdir()
+    (store.runs_dir / "thesis.tex").write_text("")
+    run = store.create()
+    assert {entry.name for entry in store.runs_dir.iterdir()} == {"thesis.tex", run.name}
+
+
+def test_an_id_that_is_taken_is_drawn_again(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = iter("aaaaaaaa" + "aaaaaaaa" + "bbbbbbbb")
+    monkeypatch.setattr(secrets, "choice", lambda alphabet: next(letters))
+    # A day apart, so that the folders' names differ anyway.
+    assert store.create(CARD_TIME).id == "aaaaaaaa"
+    assert store.create(CARD_TIME + timedelta(days=1)).id == "bbbbbbbb"
+
+
+def test_a_folder_that_another_process_made_first_is_not_taken_over(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = iter("aaaaaaaa" + "bbbbbbbb")
+    monkeypatch.setattr(secrets, "choice", lambda alphabet: next(letters))
+    monkeypatch.setattr(store, "all", list)  # as if the other run came after the look
+    make(store, "run_aaaaaaaa_20250819_001808")
+    assert store.create(CARD_TIME).id == "bbbbbbbb"
+
+
+def test_processes_that_start_at_once_get_a_run_each(store: RunStore) -> None:
+    command = [sys.executable, "-c", CREATE_TEN, str(store.runs_dir)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(5)]
+    names = [name for process in processes for name in process.communicate()[0].split()]
+    assert [process.returncode for process in processes] == [0] * 5
+    assert len(set(names)) == 50
+    assert {run.name for run in store.all()} == set(names)
+    others = {entry.name for entry in store.runs_dir.iterdir()} - set(names)
+    assert others == {"README.md", ".gitignore"}
+
+
+def test_runs_come_newest_first_and_nothing_else_comes(store: RunStore) -> None:
+    newest_first = [
+        "run_aaaaaaaa_20260101_000000",
+        "run_zzzzzzzz_20251231_235959",
+        "run_mmmmmmmm_20251231_235958",
+        "run_cccccccc_20241231_000000",
+    ]
+    make(store, *random.Random(1).sample(newest_first, 4))
+    make(
+        store,
+        "run_aaaaaaa_20260101_000000",
+        "run_AAAAAAAA_20260101_000000",
+        "run_aaaaaaaa_20261301_000000",
+        "run_aaaaaaaa_20260101_000000.bak",
+        "run_aaaaaaaa_20260101_000000\n",
+        "run_aaaaaaaa_٢٠٢٦٠١٠١_٠٠٠٠٠٠",
+        "notes",
+    )
+    (store.runs_dir / "run_bbbbbbbb_20270101_000000").write_text("a file")
+    assert [run.name for run in store.all()] == newest_first
+    assert store.open("latest").name == newest_first[0]
+
+
+def test_of_two_runs_of_one_second_the_one_written_last_is_newer(store: RunStore) -> None:
+    first, second = store.create(CARD_TIME), store.create(CARD_TIME)
+    for older, newer in ((first, second), (second, first)):
+        os.utime(older.path, (1000, 1000))
+        os.utime(newer.path, (1000, 1001))
+        assert store.open("latest") == newer
+
+
+def test_a_run_is_found_by_name_id_and_every_unique_prefix(store: RunStore) -> None:
+    make(store, CARD_NAME, "run_hiq7aaaa_20250820_000000")
+    for reference in (CARD_NAME, "hiq6ihsb", "hiq6ihs", "hiq6"):
+        assert store.open(reference).name == CARD_NAME
+    assert store.open("hiq7").id == "hiq7aaaa"
+
+
+def test_a_prefix_of_several_runs_lists_them(store: RunStore) -> None:
+    make(store, CARD_NAME, "run_hiq7aaaa_20250820_000000")
+    error = error_of(store, "hiq")
+    assert error.message == (
+        f"'hiq' fits 2 runs in {store.runs_dir}/: run_hiq7aaaa_20250820_000000, run_hiq6ihsb_20250819_001808"
+    )
+    assert error.hint == "give more letters of the id, or the full name"
+    make(store, *(f"run_hiq9000{i}_20240101_000000" for i in range(6)))
+    assert error_of(store, "hiq").message.endswith("run_hiq90003_20240101_000000 and 3 more")
+
+
+def test_the_full_name_decides_between_runs_with_the_same_id(store: RunStore) -> None:
+    make(store, CARD_NAME, "run_hiq6ihsb_20250820_000000")
+    assert store.open(CARD_NAME).name == CARD_NAME
+    assert "fits 2 runs" in error_of(store, "hiq6ihsb").message
+
+
+def test_an_unknown_run_is_an_error_that_helps(store: RunStore) -> None:
+    for reference in ("latest", "hiq6"):
+        error = error_of(store, reference)
+        assert error.message == f"no run {reference!r} in {store.runs_dir}/"
+        assert error.hint == "train one: lumiere train tiny"
+    make(store, CARD_NAME)
+    assert error_of(store, "hiq5ihsb").hint == "did you mean hiq6ihsb?"
+    assert error_of(store, f"runs/{CARD_NAME}").hint == f"did you mean {CARD_NAME}?"
+    assert error_of(store, "lastest").hint == "did you mean latest?"
+    assert error_of(store, "0000").hint == "lumiere runs ls lists them"
+
+
+def test_a_reference_never_reaches_outside_the_runs_directory(store: RunStore, tmp_path: Path) -> None:
+    make(store, CARD_NAME)
+    make(RunStore(tmp_path / "elsewhere"), CARD_NAME)
+    outside = str(tmp_path / "elsewhere" / CARD_NAME)
+    relative = f"../elsewhere/{CARD_NAME}"
+    for reference in ("../../etc", "", ".", "..", "/", "/etc", "*", outside, relative, f"./{CARD_NAME}", "hiq6\0"):
+        assert error_of(store, reference).message == f"no run {reference!r} in {store.runs_dir}/"
+
+
+@given(reference=st.text())
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_gives_a_run_or_one_printable_line(store: RunStore, reference: str) -> None:
+    if not store.all():
+        make(store, CARD_NAME)
+    fitting = {CARD_NAME, "latest", *("hiq6ihsb"[:length] for length in range(1, 9))}
+    if reference in fitting:
+        assert store.open(reference).name == CARD_NAME
+    else:
+        assert error_of(store, reference).message.isprintable()
+
+
+def test_control_characters_do_not_reach_the_terminal(store: RunStore) -> None:
+    error = error_of(store, "\x1b[31mred\x07\u202e")
+    assert error.message.startswith(r"no run '\x1b[31mred\x07\u202e' in ")
+
+
+def test_the_runs_directory_is_the_argument_the_variable_or_runs_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(tmp_path / "variable"))
+    assert RunStore(tmp_path / "argument").runs_dir == tmp_path / "argument"
+    store = RunStore()
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", "")
+    assert store.runs_dir == tmp_path / "variable"
+    assert RunStore().runs_dir == Path("runs")
+    monkeypatch.delenv("LUMIERE_RUNS_DIR")
+    monkeypatch.chdir(tmp_path)
+    assert RunStore().create().path.resolve().parent == tmp_path / "runs"
+
+
+def test_a_runs_directory_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = RunStore(tmp_path / "file")
+    with pytest.raises(LumiereError, match="cannot be read: Not a directory"):
+        store.all()
+    with pytest.raises(LumiereError, match=r"no run can be made in .*: File exists"):
+        store.create()
+
+
+def test_updates_of_the_record_add_up_and_stay_valid_json(store: RunStore) -> None:
+    run = store.create()
+    assert run.record == {"status": "unknown"}
+    run.update(status="running", command=["lumiere", "train"], step=1)
+    run.update(status="finished", val_loss=math.nan)
+    expected = {"status": "finished", "command": ["lumiere", "train"], "step": 1, "val_loss": None}
+    assert run.record == expected
+    assert json.loads(run.record_path.read_text(), parse_constant=pytest.fail) == expected
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "fin', b"[1]", b"\xff", b"[" * 100_000, b'{"step": 1}'])
+def test_a_damaged_record_has_status_unknown_and_can_be_written_again(store: RunStore, content: bytes) -> None:
+    run = store.create()
+    run.record_path.write_bytes(content)
+    assert run.record["status"] == "unknown"
+    run.update(status="failed")
+    assert run.record["status"] == "failed"
+
+
+def test_a_failed_update_keeps_the_record(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = store.create()
+    run.update(status="running")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            run.update(status="finished")
+    assert run.record == {"status": "running"}
+
+
+def test_latest_stands_in_for_a_best_that_does_not_exist(store: RunStore) -> None:
+    run = store.create()
+    assert run.resolve_checkpoint("best") == "best"
+    (run.checkpoints_dir / "latest.safetensors").write_bytes(b"")
+    assert run.resolve_checkpoint("best") == "latest"
+    assert [run.resolve_checkpoint(name) for name in ("latest", "bset", "../x")] == ["latest", "bset", "../x"]
+    (run.checkpoints_dir / "best.safetensors").write_bytes(b"")
+    assert run.resolve_checkpoint("best") == "best"
+
+
+@pytest.fixture
+def model_run(store: RunStore) -> Run:
+    run = store.create()
+    sizes = {"embedding_size": 8, "context_size": 16, "num_layers": 1, "num_heads": 2, "d_ff": 8}
+    config = validate({"model": {**sizes, "d_key": 4, "d_value": 4}, "tokenizer": {"vocab_size": 259}})
+    run.config_path.write_text(dump_config(config))
+    return run
+
+
+def save_model(run: Run, name: str, seed: int, rng: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    state = build_model(run.load_config()).state_dict()
+    CheckpointManager(run.path.parent).save(run, name, Checkpoint(state, rng=rng or {}))
+    return state
+
+
+def has_weights(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    loaded = model.state_dict()
+    return loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_a_model_is_loaded_with_its_weights_in_evaluation_mode(model_run: Run) -> None:
+    latest = save_model(model_run, "latest", seed=1)
+    model = model_run.load_model()  # there is no `best` yet
+    assert has_weights(model, latest)
+    assert not any(module.training for module in model.modules())
+    best, snapshot = save_model(model_run, "best", seed=2), save_model(model_run, "step-00000512", seed=3)
+    for name, state in {"best": best, "latest": latest, "512": snapshot}.items():
+        assert has_weights(model_run.load_model(name), state)
+    assert not has_weights(model_run.load_model("best"), latest)
+
+
+def test_a_model_is_loaded_where_only_the_rest_of_its_checkpoint_is_damaged(model_run: Run) -> None:
+    mark = bytes(range(11, 27))
+    state = save_model(model_run, "best", seed=1, rng={"cpu": torch.tensor(list(mark), dtype=torch.uint8)})
+    path = model_run.checkpoints_dir / "best.safetensors"
+    path.write_bytes(path.read_bytes().replace(mark, mark[::-1]))
+    assert has_weights(model_run.load_model(), state)
+    with pytest.raises(CheckpointError, match="rng"):
+        CheckpointManager(model_run.path.parent).load(model_run, "best")
+
+
+def test_a_model_that_cannot_be_loaded_is_a_clear_error(model_run: Run) -> None:
+    with pytest.raises(CheckpointError, match=f"run {model_run.id} has no checkpoint 'best'"):
+        model_run.load_model()
+    save_model(model_run, "best", seed=1)
+    model_run.config_path.write_text(model_run.config_path.read_text().replace("num_layers: 1", "num_layers: 2"))
+    with pytest.raises(CheckpointError, match=r"checkpoint 'best' of run .* does not fit the model in its config"):
+        model_run.load_model()
+
+
+def test_a_run_gives_its_config_and_its_tokenizer_back(model_run: Run) -> None:
+    assert model_run.load_config().model.embedding_size == 8
+    tokenizer = Tokenizer.train(["one story", "one more story"], vocab_size=262, min_frequency=1)
+    model_run.tokenizer_path.write_text(tokenizer.to_json())
+    assert model_run.load_tokenizer().to_json() == tokenizer.to_json()
+
+
+def test_listing_runs_loads_nothing_heavy(store: RunStore) -> None:
+    store.create().update(status="finished")
+    code = (
+        "import sys; from lumiere.persistence.runs import RunStore\n"
+        f"print([run.record['status'] for run in RunStore(sys.argv[1]).all()], {HEAVY} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(store.runs_dir)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "['finished'] set()\n"
