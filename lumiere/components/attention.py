@@ -1,0 +1,116 @@
+"""Causal multi-head self-attention (Vaswani et al. 2017): `softmax(q k^T / sqrt(d_key)) v`, heads joined by `output`.
+
+Shapes: B batch, T position of the query, S position of the key, E embedding_size, H head, K d_key, V d_value.
+T and S are the same positions.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lumiere.components.hooks import HookPoint
+from lumiere.components.positions import Rotation, rotate
+
+# Torch's fused attention never stores the T x S scores, which pays on long contexts: three times as fast at 1,024
+# positions on a CPU, even at 512. Below, batched matrix products are as fast in float32, and in bfloat16 the backward
+# of the fused one is so slow on a CPU that it takes a third of a training step. Other devices always want it fused.
+FUSED_MIN_POSITIONS = 512
+
+
+class Attention(nn.Module):
+    """Each position reads from itself and the positions before it. Nothing has a bias.
+
+    Hook points, named as in TransformerLens: `hook_q`, `hook_k`, `hook_v` (B, T, H, K or V) before any rotation,
+    `hook_attn_scores` (B, H, T, S) scaled and with -inf where a key is hidden, `hook_pattern` (B, H, T, S), and
+    `hook_z` (B, T, H, V), each head's output before the heads are joined.
+
+    Args:
+        embedding_size: width of the residual stream.
+        num_heads: number of heads.
+        d_key: width of a head's queries and keys.
+        d_value: width of a head's values.
+    """
+
+    def __init__(self, embedding_size: int, num_heads: int, d_key: int, d_value: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.d_key = d_key
+        self.d_value = d_value
+        self.query = nn.Linear(embedding_size, num_heads * d_key, bias=False)
+        self.key = nn.Linear(embedding_size, num_heads * d_key, bias=False)
+        self.value = nn.Linear(embedding_size, num_heads * d_value, bias=False)
+        self.output = nn.Linear(num_heads * d_value, embedding_size, bias=False)
+        self.hook_q = HookPoint()
+        self.hook_k = HookPoint()
+        self.hook_v = HookPoint()
+        self.hook_attn_scores = HookPoint()
+        self.hook_pattern = HookPoint()
+        self.hook_z = HookPoint()
+
+    def project(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys (B, T, H, K) and values (B, T, H, V), before any rotation."""
+        return (
+            self.query(x_BTE).unflatten(-1, (self.num_heads, self.d_key)),
+            self.key(x_BTE).unflatten(-1, (self.num_heads, self.d_key)),
+            self.value(x_BTE).unflatten(-1, (self.num_heads, self.d_value)),
+        )
+
+    def forward(self, x_BTE: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """The fast path: the joined heads' output, (B, T, E), with no mask but the causal one."""
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTE)
+        if rotation is not None:
+            q_BTHK, k_BTHK = rotate(q_BTHK, rotation), rotate(k_BTHK, rotation)
+        z_BHTV = causal_attention(q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2))
+        return self.output(z_BHTV.transpose(1, 2).flatten(-2))
+
+    def watch(self, x_BTE: Tensor, visible_B1TS: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """The same through the hook points, with the pattern.
+
+        Args:
+            x_BTE: what the heads read.
+            visible_B1TS: True where a query may look at a key, from `visible_keys`.
+            rotation: turns queries and keys, where positions are rotary.
+
+        Returns:
+            The output (B, T, E) and the pattern (B, H, T, S), whose rows sum to 1.
+        """
+        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTE)
+        q_BTHK, k_BTHK, v_BTHV = self.hook_q(q_BTHK), self.hook_k(k_BTHK), self.hook_v(v_BTHV)
+        if rotation is not None:
+            q_BTHK, k_BTHK = rotate(q_BTHK, rotation), rotate(k_BTHK, rotation)
+        scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK) / math.sqrt(self.d_key)
+        scores_BHTS = self.hook_attn_scores(scores_BHTS.masked_fill(~visible_B1TS, -math.inf))
+        pattern_BHTS = self.hook_pattern(scores_BHTS.softmax(dim=-1))
+        z_BTHV = self.hook_z(torch.einsum("bhts,bshv->bthv", pattern_BHTS, v_BTHV))
+        return self.output(z_BTHV.flatten(-2)), pattern_BHTS
+
+
+def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor) -> Tensor:
+    """Each head's weighted values, (B, H, T, V), by the faster way for the device and the length."""
+    num_positions, d_key = q_BHTK.shape[-2:]
+    if q_BHTK.device.type != "cpu" or num_positions >= FUSED_MIN_POSITIONS:
+        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, is_causal=True)
+    # Scaling the queries and adding the mask pass over less memory than dividing and filling the scores.
+    hidden_TS = q_BHTK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
+    scores_BHTS = (q_BHTK * d_key**-0.5) @ k_BHTK.transpose(-2, -1) + hidden_TS
+    return scores_BHTS.softmax(dim=-1) @ v_BHTV
+
+
+def visible_keys(num_positions: int, device: torch.device, real_BT: Tensor | None = None) -> Tensor:
+    """Where a query may look at a key: (B, 1, T, S), or (1, 1, T, S) without padding; True is visible.
+
+    A query sees the real tokens at its own position and before. It always sees itself, so that the row of a padding
+    token is not empty: a softmax over nothing is NaN, and NaN times zero would spread from there.
+
+    Args:
+        num_positions: T.
+        device: of the mask.
+        real_BT: True where there is a real token, False where there is padding.
+    """
+    causal_TS = torch.ones(num_positions, num_positions, dtype=torch.bool, device=device).tril()
+    if real_BT is None:
+        return causal_TS[None, None]
+    itself_TS = torch.eye(num_positions, dtype=torch.bool, device=device)
+    return causal_TS & (real_BT[:, None, None, :] | itself_TS)
