@@ -1,0 +1,55 @@
+"""The terminal: stdout is the answer, stderr is the talk, and one boundary turns errors into two lines."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lumiere.errors import LumiereError
+
+out = Console(highlight=False, soft_wrap=True)
+talk = Console(stderr=True, highlight=False, soft_wrap=True)
+
+INTERRUPTED = 130
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with exit code 2 for what the user can fix, and 130 for Ctrl-C; a bug keeps its traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except LumiereError as error:
+            print_error(error)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # `lumiere generate | head`: the reader has what it wanted. Python would complain again while closing.
+            sys.stdout = None
+            raise typer.Exit(0) from None
+
+    return run
+
+
+def print_error(error: LumiereError) -> None:
+    talk.print(f"[bold red]error:[/] {escape(error.message)}")
+    if error.hint:
+        talk.print(f"[bold]hint:[/] {escape(error.hint)}")
+
+
+def print_json(value: Any) -> None:
+    """`value` as standard JSON on stdout; NaN and infinity become null."""
+    from lumiere.persistence.metrics import to_json
+
+    sys.stdout.write(to_json(value, indent=2) + "\n")
+
+
+def show_note(text: str) -> None:
+    """A line of talk."""
+    talk.print(f"[dim]{escape(text)}[/]")

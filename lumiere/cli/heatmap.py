@@ -1,0 +1,54 @@
+"""A matrix of weights as characters: readable at 80 columns, in 16 colours, and without any."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SHADES = ((0.02, "·", "bright_black"), (0.10, "░", "blue"), (0.25, "▒", "cyan"), (0.50, "▓", "yellow"))
+FULL = ("█", "bright_white")
+LEGEND = " ".join(f"{shade} <{limit:.0%}" for limit, shade, _ in SHADES) + f" {FULL[0]} more"
+LABEL_WIDTH = 12
+HEADING_HEIGHT = 6
+MAX_CELL_WIDTH = 3
+
+
+def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
+    """Rows look at columns; both carry their tokens, columns from top to bottom.
+
+    Args:
+        weights: (T, T), zero above the diagonal, which is left blank.
+        labels: (T,) the tokens.
+        width: of the terminal; the cells take what it gives, one to three characters.
+    """
+    size = len(labels)
+    cell_width = max(1, min(MAX_CELL_WIDTH, (width - LABEL_WIDTH - 1) // size))
+    text = Text(no_wrap=True)
+    for line in column_headings(labels, cell_width):
+        text.append(" " * (LABEL_WIDTH + 1) + line + "\n", style="dim")
+    for row in range(size):
+        text.append(fitted(labels[row]).rjust(LABEL_WIDTH) + " ")
+        for column in range(row + 1):
+            shade, style = shade_of(float(weights[row, column]))
+            text.append(shade * cell_width, style=style)
+        text.append("\n")
+    return text
+
+
+def column_headings(labels: Sequence[str], cell_width: int) -> list[str]:
+    """The labels written downwards, ending just above their columns."""
+    columns = [label[:HEADING_HEIGHT].rjust(HEADING_HEIGHT) for label in labels]
+    lines = ("".join(column[line].ljust(cell_width) for column in columns) for line in range(HEADING_HEIGHT))
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def shade_of(weight: float) -> tuple[str, str]:
+    """The character and the colour of a weight in [0, 1]."""
+    return next(((shade, style) for limit, shade, style in SHADES if weight < limit), FULL)
+
+
+def fitted(label: str) -> str:
+    return label if len(label) <= LABEL_WIDTH else label[: LABEL_WIDTH - 1] + "…"

@@ -1,0 +1,48 @@
+"""From what the user names to a model, its tokenizer and its config."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lumiere.cli.console import show_note
+from lumiere.persistence.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    from lumiere.config.schema import RunConfig
+    from lumiere.data.tokenizer import Tokenizer
+    from lumiere.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint of a run, ready to use.
+
+    Attributes:
+        checkpoint: its name, which is `latest` where `best` was asked for and does not exist.
+        step: updates that it has seen.
+    """
+
+    run: Run
+    checkpoint: str
+    step: int
+    config: "RunConfig"
+    tokenizer: "Tokenizer"
+    model: "Transformer"
+
+
+def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> OpenedModel:
+    """The model of a run, in evaluation mode on `device`.
+
+    Raises:
+        LumiereError: if the run, the checkpoint or the device is not there, or the checkpoint is damaged.
+    """
+    run = RunStore(runs_dir).open(reference)
+    from lumiere.components.device import resolve_device
+    from lumiere.persistence.checkpoint_manager import CheckpointManager
+
+    target = resolve_device(device)
+    name = run.resolve_checkpoint(checkpoint)
+    if name != checkpoint:
+        show_note(f"run {run.id} has no checkpoint {checkpoint} yet, {name} is taken")
+    step = CheckpointManager(run.path.parent).load(run, name, groups=()).metadata["step"]
+    model = run.load_model(name).to(target)
+    return OpenedModel(run, name, step, run.load_config(), run.load_tokenizer(), model)

@@ -1,0 +1,122 @@
+"""What a training shows while it runs: a bar on a terminal, and lines where the output goes to a file."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lumiere.cli.console import talk
+from lumiere.data.dataset import Progress as DataProgress
+from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class TrainingProgress:
+    """A listener of the training's events."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=talk,
+            transient=True,
+            disable=not talk.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=None, figures="")
+        self._last_line = time.monotonic()
+        self._total_steps = 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case StartEvent():
+                self._start(event)
+            case StepEvent():
+                self._step(event)
+            case EvaluationEvent():
+                self._evaluation(event)
+            case WarningEvent(message=message):
+                talk.print(f"[bold yellow]warning:[/] {escape(message)}")
+            case CheckpointEvent():
+                pass
+
+    def _start(self, event: StartEvent) -> None:
+        self._total_steps = event.total_steps
+        self._bar.update(self._task, total=event.total_steps, completed=event.step)
+        talk.print(f"[bold]{event.run_name}[/]")
+        epochs = event.total_steps / event.steps_per_epoch
+        talk.print(
+            f"{event.num_parameters:,} parameters, {event.num_windows:,} training windows, "
+            f"{event.total_steps:,} steps ({epochs:,.1f} epochs), {event.precision} on {event.device}"
+        )
+        if event.step:
+            talk.print(f"going on from step {event.step:,}")
+
+    def _step(self, event: StepEvent) -> None:
+        figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {event.tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=event.step, figures=figures)
+        now = time.monotonic()
+        if not talk.is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            steps_left = self._total_steps - event.step
+            seconds_left = event.seconds / event.step * steps_left
+            talk.print(f"step {event.step:,}/{self._total_steps:,}  {figures}  {duration(seconds_left)} left")
+
+    def _evaluation(self, event: EvaluationEvent) -> None:
+        best = "  [green]best[/]" if event.is_best else ""
+        talk.print(
+            f"step {event.step:>7,}  epoch {event.epoch:6.2f}  validation loss {event.evaluation.loss:.4f}  "
+            f"perplexity {event.evaluation.perplexity:,.2f}  {duration(event.seconds)}{best}"
+        )
+
+
+class CorpusProgress:
+    """A listener of `tokenize_corpus`: silent while the cache is read, a bar once there is work."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            console=talk,
+            transient=True,
+            disable=not talk.is_terminal,
+        )
+        self._tasks: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: DataProgress) -> None:
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.total, figures="")
+        figures = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""
+        task = self._tasks[progress.stage]
+        self._bar.update(task, completed=progress.done, total=progress.total, figures=figures)  # pyright: ignore
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` under an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,95 @@
+"""`lumiere tokenize`."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.markup import escape
+
+from lumiere.cli.console import out, print_json, show_note
+from lumiere.cli.options import Config, Json, Overrides
+
+if TYPE_CHECKING:
+    from lumiere.config.schema import RunConfig
+    from lumiere.data.dataset import TokenizedCorpus
+    from lumiere.data.tokenizer import Tokenizer
+
+TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow")
+
+
+def tokenize(
+    config: Config,
+    overrides: Overrides = None,
+    text: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--text", metavar="TEXT", help="Show how this text is split into tokens."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the tokenizer of a config and encode its corpus, once; a second call takes the cache.
+
+    [bold]lumiere train[/] does the same by itself. Special characters are shown as · (space), ↵ and ⇥.
+    """
+    from lumiere.cli.progress import CorpusProgress
+    from lumiere.config.loader import load_config
+    from lumiere.data.dataset import tokenize_corpus
+
+    resolved = load_config(config, overrides or ())
+    with CorpusProgress() as progress:
+        corpus = tokenize_corpus(resolved, progress)
+    if text is not None:
+        show_text(text, corpus.tokenizer, as_json)
+    elif as_json:
+        print_json(summary(corpus, resolved))
+    else:
+        show_summary(corpus, resolved)
+
+
+def show_text(text: str, tokenizer: "Tokenizer", as_json: bool) -> None:
+    """Each token of `text` with its id."""
+    ids = tokenizer.encode(text)
+    labels = [tokenizer.label(token) for token in ids]
+    if as_json:
+        print_json({"text": text, "tokens": labels, "ids": ids})
+        return
+    # Two colours in turn, so that borders show; without colours the bars do.
+    pieces = [f"[{TOKEN_STYLES[i % 2]}]{escape(label)}[/]" for i, label in enumerate(labels)]
+    out.print("|".join(pieces))
+    out.print(" ".join(map(str, ids)))
+    show_note(f"{len(ids)} tokens, {len(text.encode()) / max(len(ids), 1):.2f} bytes a token")
+
+
+def summary(corpus: "TokenizedCorpus", config: "RunConfig") -> dict[str, Any]:
+    """What was encoded, split by split."""
+    return {
+        "dataset": config.dataset.name,
+        "subset": config.dataset.subset,
+        "fingerprint": corpus.fingerprint,
+        "from_cache": corpus.from_cache,
+        "num_tokens_used": len(corpus.tokenizer),
+        "vocab_size": config.tokenizer.vocab_size,
+        "splits": {
+            name: {
+                "documents": split.facts.num_documents,
+                "tokens": split.facts.num_tokens,
+                "bytes": split.facts.num_bytes,
+                "bytes_per_token": split.facts.num_bytes / split.facts.num_tokens,
+                "windows": len(corpus.windows(name, config)),
+            }
+            for name, split in corpus.splits.items()
+        },
+    }
+
+
+def show_summary(corpus: "TokenizedCorpus", config: "RunConfig") -> None:
+    facts = summary(corpus, config)
+    title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
+    out.print(f"[bold]{escape(title)}[/]")
+    out.print(f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes a token':>13}  {'windows':>9}")
+    for name, split in facts["splits"].items():
+        out.print(
+            f"{name:11}  {split['documents']:>9,}  {split['tokens']:>12,}  "
+            f"{split['bytes_per_token']:>13.2f}  {split['windows']:>9,}"
+        )
+    used, rows = facts["num_tokens_used"], facts["vocab_size"]
+    out.print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))
+    out.print(f"fingerprint  {facts['fingerprint'][:16]}" + (" (from the cache)" if corpus.from_cache else ""))

@@ -1,0 +1,145 @@
+"""`lumiere train`."""
+
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.markup import escape
+
+from lumiere.cli.console import INTERRUPTED, out, print_json, show_note, talk
+from lumiere.cli.options import Json, Overrides, RunsDir
+from lumiere.errors import LumiereError
+
+if TYPE_CHECKING:
+    from lumiere.persistence.runs import Run
+    from lumiere.training.trainer import TrainingResult
+
+TERMINATED = 143
+SAMPLE_TOKENS = 120
+SAMPLE_TEMPERATURE = 0.7
+
+
+def train(
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="A YAML or TOML file, or a shipped config's name: tiny, small."),
+    ] = None,
+    overrides: Overrides = None,
+    max_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--max-steps", help="Stop after so many steps (training.max_steps)."),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps (training.device)."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seed", help="Seed of weights, dropout and data order (training.seed)."),
+    ] = None,
+    resume: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--resume", metavar="RUN", help="Go on with a run, exactly as if it had never stopped."),
+    ] = None,
+    runs_dir: RunsDir = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and leave.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model and record the run.
+
+    Ctrl-C finishes the step and saves; [bold]lumiere train --resume RUN[/] goes on from there.
+
+    Examples: [bold]lumiere train tiny[/], [bold]lumiere train configs/small.yaml --set model.num_layers=6[/]
+    """
+    from lumiere.config.loader import dump_config, load_config
+    from lumiere.persistence.runs import RunStore
+
+    store = RunStore(runs_dir)
+    flags = {"training.max_steps": max_steps, "training.device": device, "training.seed": seed}
+    if resume is not None:
+        if config or overrides or print_config or any(value is not None for value in flags.values()):
+            raise LumiereError(
+                "a resumed run keeps its own config", f"give nothing else: lumiere train --resume {resume}"
+            )
+        resume_training(store.open(resume), as_json)
+        return
+    if config is None:
+        raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to go on with a run")
+    resolved = load_config(config, overrides or (), flags)
+    if print_config:
+        out.print(escape(dump_config(resolved)), end="")
+        return
+
+    from lumiere.cli.progress import CorpusProgress, TrainingProgress
+    from lumiere.training.launch import prepare, start
+
+    with CorpusProgress() as corpus_progress:
+        preparation = prepare(resolved, corpus_progress)
+    with TrainingProgress() as progress:
+        result = start(preparation, store, command=["lumiere", *sys.argv[1:]], listeners=[progress])
+    finish(result, as_json)
+
+
+def resume_training(run: "Run", as_json: bool) -> None:
+    """Go on with `run`, or say that it is over."""
+    from lumiere.cli.progress import CorpusProgress, TrainingProgress
+    from lumiere.training.launch import prepare_resume, resume, stop_reason
+
+    reason = stop_reason(run)
+    if reason is not None:
+        show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
+        if as_json:
+            print_json({"run": run.name} | run.record)
+        return
+    with CorpusProgress() as corpus_progress:
+        preparation = prepare_resume(run, corpus_progress)
+    with TrainingProgress() as progress:
+        result = resume(preparation, run, listeners=[progress])
+    finish(result, as_json)
+
+
+def finish(result: "TrainingResult", as_json: bool) -> None:
+    """Print how the training ended, and leave with the exit code of the signal that stopped it."""
+    run, state = result.run, result.state
+    if result.signal_number is not None:
+        talk.print(f"interrupted at step {state.step:,} and saved; go on with lumiere train --resume {run.id}")
+        raise typer.Exit(TERMINATED if result.signal_number == signal.SIGTERM else INTERRUPTED)
+    if as_json:
+        print_json({"run": run.name} | run.record)
+        return
+    out.print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
+    if state.best_loss is not None:
+        out.print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
+    speed = state.tokens / state.seconds if state.seconds else 0.0
+    out.print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
+    print_sample(run)
+    out.print("\nTry next:")
+    out.print(f"  lumiere generate --run {run.id}", style="bold")
+    out.print(f"  lumiere inspect attention --layer 1 --run {run.id}", style="bold")
+    out.print(f"  lumiere eval {run.id} --split test", style="bold")
+
+
+def print_sample(run: "Run") -> None:
+    """A text by the best checkpoint, as a first impression."""
+    from lumiere.generation.decoding import generate
+    from lumiere.generation.sampling import Sampling
+
+    pieces = generate(
+        run.load_model(),
+        run.load_tokenizer(),
+        max_new_tokens=SAMPLE_TOKENS,
+        sampling=Sampling(temperature=SAMPLE_TEMPERATURE),
+        seed=0,
+    )
+    out.print("\nIt writes:\n")
+    out.print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
+
+
+def explain(reason: str) -> str:
+    """A stop reason in words."""
+    return {
+        "max_steps": "all steps are done",
+        "max_epochs": "all epochs are done",
+        "patience": "the validation loss no longer improves",
+    }[reason]

@@ -1,0 +1,173 @@
+"""From a config to a run: everything that can fail on the user's input is checked before the folder is made."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from lumiere.components.device import resolve_device, resolve_precision
+from lumiere.config.loader import dump_config
+from lumiere.config.schema import RunConfig
+from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
+from lumiere.errors import CheckpointError, LumiereError
+from lumiere.models.transformer import build_model
+from lumiere.persistence.atomic import write_atomically
+from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
+from lumiere.persistence.runs import Run, RunStore
+from lumiere.training.environment import environment
+from lumiere.training.events import Listener, WarningEvent
+from lumiere.training.metrics_log import MetricsLog
+from lumiere.training.trainer import TrainingResult, train
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that a training needs and that could not be had for granted."""
+
+    config: RunConfig
+    corpus: TokenizedCorpus
+    device: torch.device
+    precision: torch.dtype
+    num_parameters: int
+
+
+def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> Preparation:
+    """Find the device, read and tokenize the corpus, and measure the model.
+
+    Raises:
+        LumiereError: if the device is not there, or the corpus cannot be used.
+    """
+    device = resolve_device(config.training.device)
+    precision = resolve_precision(config.training.precision, device)
+    corpus = tokenize_corpus(config, progress)
+    with torch.device("meta"):
+        num_parameters = build_model(config).num_parameters
+    return Preparation(config, corpus, device, precision, num_parameters)
+
+
+def start(
+    preparation: Preparation, store: RunStore, command: Sequence[str] = (), listeners: Sequence[Listener] = ()
+) -> TrainingResult:
+    """Make a run and train it.
+
+    Args:
+        command: what the user typed, for the record.
+
+    Raises:
+        LumiereError: if the disk has no room, or the runs directory cannot be written to.
+    """
+    check_room(store.runs_dir, preparation.num_parameters)
+    run = store.create()
+    write_atomically(run.config_path, dump_config(preparation.config).encode())
+    write_atomically(run.tokenizer_path, preparation.corpus.tokenizer.to_json().encode())
+    run.update(
+        name=run.name,
+        created_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=list(command),
+        device=str(preparation.device),
+        precision=str(preparation.precision).removeprefix("torch."),
+        num_parameters=preparation.num_parameters,
+        dataset=preparation.config.dataset.name,
+        corpus_sha256=preparation.corpus.fingerprint,
+        step=0,
+        best_loss=None,
+        **environment(),
+    )
+    return supervise(preparation, run, listeners, None)
+
+
+def prepare_resume(run: Run, progress: Callable[[Progress], None] | None = None) -> Preparation:
+    """`prepare` for a run that exists: with its own config, on the device and in the precision that it took.
+
+    Raises:
+        LumiereError: if the device is not there, or the corpus is another one than the run was trained on.
+    """
+    config, record = run.load_config(), run.record
+    taken = {key: record[key] for key in ("device", "precision") if key in record}
+    config = config.model_copy(update={"training": config.training.model_copy(update=taken)})
+    preparation = prepare(config, progress)
+    if preparation.corpus.fingerprint != record.get("corpus_sha256"):
+        raise LumiereError(
+            f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
+            "restore it as it was, or start a new run",
+        )
+    return replace(preparation, config=run.load_config())
+
+
+def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = ()) -> TrainingResult:
+    """Go on with a run from its newest checkpoint, or from step 0 where it was killed before the first.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged.
+    """
+    checkpoint, name = newest_checkpoint(run)
+    step = checkpoint.metadata["step"] if checkpoint else 0
+    if name == "previous":
+        for listener in listeners:
+            listener(WarningEvent(step, "the latest checkpoint is damaged, training goes on from the one before it"))
+    # Where nothing was saved, every line goes.
+    truncate_metrics(run.metrics_path, step if checkpoint else -1)
+    return supervise(preparation, run, listeners, checkpoint)
+
+
+def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
+    """The state to go on from and its name; None where the run was killed before it saved one."""
+    manager = CheckpointManager(run.path.parent)
+    if not {"latest", "previous"} & set(manager.names(run)):
+        return None, None
+    return manager.load_latest(run)
+
+
+def stop_reason(run: Run) -> str | None:
+    """Why a run is over, by its newest checkpoint; None where it can go on."""
+    checkpoint, _ = newest_checkpoint(run)
+    return checkpoint.metadata["stop_reason"] if checkpoint else None
+
+
+def supervise(
+    preparation: Preparation, run: Run, listeners: Sequence[Listener], checkpoint: Checkpoint | None
+) -> TrainingResult:
+    """Train, and keep the run's status true however it ends."""
+    run.update(status="running", pid=os.getpid(), host=socket.gethostname(), error=None)
+    try:
+        with MetricsWriter(run.metrics_path) as writer:
+            result = train(
+                preparation.config,
+                preparation.corpus,
+                run,
+                preparation.device,
+                preparation.precision,
+                [MetricsLog(writer), *listeners],
+                checkpoint,
+            )
+    except BaseException as error:
+        # Also for KeyboardInterrupt: a second Ctrl-C leaves at once, with what was saved before.
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        run.update(status=status, error=f"{type(error).__name__}: {error}")
+        raise
+    status = "finished" if result.signal_number is None else "interrupted"
+    run.update(status=status, stop_reason=result.state.stop_reason)
+    return result
+
+
+def check_room(runs_dir: Path, num_parameters: int) -> None:
+    """Refuse a run whose checkpoints the disk has no room for.
+
+    `best`, `latest`, `previous` and the one being written hold 12 bytes a parameter: the weight, and AdamW's two
+    averages.
+    """
+    needed = 4 * 12 * num_parameters
+    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(
+            f"the disk of {existing} has {free / 1e6:,.0f} MB free, the checkpoints need {needed / 1e6:,.0f} MB",
+            "make room, or choose another disk with --runs-dir",
+        )

@@ -1,0 +1,80 @@
+"""AdamW, alone or beside Muon, behind one small face whose state is a flat mapping of named tensors."""
+
+from torch import Tensor, nn, optim
+
+from lumiere.config.schema import TrainingConfig
+
+
+class Optimizers:
+    """The optimizers of a model, stepped together.
+
+    AdamW (Loshchilov & Hutter 2019) moves everything, or, where `optimizer` is `muon`, everything but the blocks'
+    matrices, which Muon moves (Jordan et al. 2024, with its scaling of an update by sqrt(max(1, rows / columns))).
+    Weight decay acts on matrices and embeddings, not on the norms' gains.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+        self._parameters = dict(model.named_parameters())
+        muon = {
+            name
+            for name, parameter in self._parameters.items()
+            if config.optimizer == "muon" and name.startswith("blocks.") and parameter.ndim == 2
+        }
+        others = [parameter for name, parameter in self._parameters.items() if name not in muon]
+        adamw = optim.AdamW(
+            [
+                {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+        self._optimizers: list[optim.Optimizer] = [adamw]
+        if muon:
+            self._optimizers.append(
+                optim.Muon(
+                    [self._parameters[name] for name in sorted(muon)],
+                    lr=config.muon_learning_rate,
+                    weight_decay=config.weight_decay,
+                )
+            )
+        self._peaks = [group["lr"] for group in self._groups]
+
+    @property
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def step(self, factor: float) -> None:
+        """Update the weights with `factor` times the peak learning rates, and clear the gradients."""
+        for group, peak in zip(self._groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What the next step depends on, as `<parameter>.<quantity>`; empty before the first step."""
+        return {
+            f"{name}.{quantity}": value
+            for optimizer in self._optimizers
+            for name, parameter in self._parameters.items()
+            for quantity, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_tensors` gave."""
+        for optimizer in self._optimizers:
+            mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for name, parameter in self._parameters.items():
+                if id(parameter) in mine:
+                    optimizer.state[parameter] = {
+                        key.removeprefix(f"{name}."): restored(value, parameter)
+                        for key, value in tensors.items()
+                        if key.rpartition(".")[0] == name
+                    }
+
+
+def restored(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of a state tensor on the parameter's device."""
+    return value.to(parameter.device, copy=True)

@@ -1,0 +1,63 @@
+"""What a training writes into its run, besides the metrics."""
+
+from collections.abc import Callable
+
+from lumiere import __version__
+from lumiere.config.schema import RunConfig
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.runs import Run
+from lumiere.training.events import CheckpointEvent, Event
+from lumiere.training.snapshots import is_snapshot
+from lumiere.training.state import TrainingState
+
+
+class Saver:
+    """Writes checkpoints and snapshots of one run, and keeps its record up to date with them."""
+
+    def __init__(
+        self,
+        run: Run,
+        state: TrainingState,
+        config: RunConfig,
+        corpus: TokenizedCorpus,
+        epoch_steps: int,
+        tell: Callable[[Event], None],
+    ) -> None:
+        self._run = run
+        self._state = state
+        self._epoch_steps = epoch_steps
+        self._tell = tell
+        self._manager = CheckpointManager(run.path.parent)
+        self._about = {
+            "run": run.name,
+            "lumiere_version": __version__,
+            "config": config.model_dump(),
+            "corpus_sha256": corpus.fingerprint,
+            "tokenizer_sha256": corpus.tokenizer.fingerprint,
+        }
+
+    def save(self, name: str) -> None:
+        """Write the whole state as `best` or `latest`."""
+        self._manager.save(self._run, name, self._state.to_checkpoint(self._about))
+        self._run.update(
+            step=self._state.step,
+            epoch=self._state.step / self._epoch_steps,
+            tokens=self._state.tokens,
+            training_seconds=self._state.seconds,
+            best_loss=self._state.best_loss,
+            best_step=self._state.best_step,
+        )
+        self._tell(CheckpointEvent(self._state.step, name))
+
+    def snapshot(self) -> None:
+        """Write the weights of this step if they are to be kept, and drop those that no longer are."""
+        step = self._state.step
+        if not is_snapshot(step, reached=step):
+            return
+        weights = Checkpoint(self._state.model.state_dict(), metadata=self._about | {"step": step})
+        self._manager.save(self._run, f"step-{step:08d}", weights)
+        for name in self._manager.names(self._run):
+            if name.startswith("step-") and not is_snapshot(int(name.removeprefix("step-")), reached=step):
+                self._manager.remove(self._run, name)

@@ -1,0 +1,106 @@
+"""Everything that changes while training, saved and restored whole."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lumiere.config.schema import RunConfig
+from lumiere.errors import CheckpointError
+from lumiere.models.transformer import Transformer, build_model
+from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.training.optimizers import Optimizers
+
+COUNTERS = (
+    "step",
+    "tokens",
+    "seconds",
+    "best_loss",
+    "best_step",
+    "stopping_loss",
+    "epochs_without_improvement",
+    "stop_reason",
+)
+
+
+@dataclass
+class TrainingState:
+    """The model, its optimizers, the random generators of torch, and the counters.
+
+    Attributes:
+        step: updates so far.
+        tokens: targets trained on so far.
+        seconds: of training so far.
+        best_loss: lowest validation loss, which `best` goes by (None: not evaluated yet).
+        stopping_loss: validation loss that the next epoch must beat by `stopping_threshold`.
+        epochs_without_improvement: ends of epochs since it was last beaten.
+        stop_reason: why training is over (None: it is not).
+    """
+
+    model: Transformer
+    optimizers: Optimizers
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    stopping_loss: float | None = None
+    epochs_without_improvement: int = 0
+    stop_reason: str | None = None
+
+    @classmethod
+    def create(cls, config: RunConfig, device: torch.device) -> "TrainingState":
+        """A fresh state. The seed decides the weights, on the CPU, so that they do not depend on the device."""
+        torch.manual_seed(config.training.seed)
+        model = build_model(config).to(device)
+        return cls(model, Optimizers(model, config.training))
+
+    def note_evaluation(self, loss: float) -> bool:
+        """Take note of a validation loss, and say whether it is the best so far."""
+        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+            return False
+        self.best_loss, self.best_step = loss, self.step
+        return True
+
+    def note_epoch(self, loss: float, threshold: float) -> None:
+        """Take note of the validation loss at the end of an epoch, which patience counts by."""
+        improved = self.stopping_loss is None or loss < self.stopping_loss - threshold
+        if improved and math.isfinite(loss):
+            self.stopping_loss, self.epochs_without_improvement = loss, 0
+        else:
+            self.epochs_without_improvement += 1
+
+    def to_checkpoint(self, about: dict[str, Any]) -> Checkpoint:
+        """The whole state; `about` is what else the file should say."""
+        rng = {"cpu": torch.get_rng_state()}
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(device)
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return Checkpoint(self.model.state_dict(), self.optimizers.state_tensors(), rng, about | counters)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a whole state.
+
+        Raises:
+            CheckpointError: if it holds weights only, or belongs to another model.
+        """
+        if not checkpoint.rng:
+            raise CheckpointError("this checkpoint holds weights only", "resume from latest, previous or best")
+        try:
+            self.model.load_state_dict(checkpoint.model)
+            counters = {name: checkpoint.metadata[name] for name in COUNTERS}
+        except (RuntimeError, KeyError) as error:
+            # Torch's own message is a page of parameter names.
+            raise CheckpointError(
+                "the checkpoint does not fit the run",
+                "undo the changes to its config.yaml, which describes the run as it was trained",
+            ) from error
+        self.optimizers.load_state_tensors(checkpoint.optimizer)
+        for name, value in counters.items():
+            setattr(self, name, value)
+        torch.set_rng_state(checkpoint.rng["cpu"])
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint.rng["cuda"], device)

@@ -1,0 +1,161 @@
+"""The training loop."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from lumiere.config.schema import RunConfig, TrainingConfig
+from lumiere.data.batches import Batch, batch_at, steps_per_epoch
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.evaluation import Evaluation, evaluate
+from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.runs import Run
+from lumiere.training.events import EvaluationEvent, Event, Listener, StartEvent, StepEvent, WarningEvent
+from lumiere.training.interruption import Interruption
+from lumiere.training.loss import Objective, compiled, summed_loss
+from lumiere.training.saving import Saver
+from lumiere.training.schedule import learning_rate_factor
+from lumiere.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training ended.
+
+    Attributes:
+        run: where everything is.
+        state: as it was at the end.
+        evaluation: the last one (None: interrupted before the first).
+        signal_number: of the signal that interrupted it (None: it came to its end).
+    """
+
+    run: Run
+    state: TrainingState
+    evaluation: Evaluation | None
+    signal_number: int | None
+
+
+def train(
+    config: RunConfig,
+    corpus: TokenizedCorpus,
+    run: Run,
+    device: torch.device,
+    precision: torch.dtype,
+    listeners: Sequence[Listener] = (),
+    checkpoint: Checkpoint | None = None,
+) -> TrainingResult:
+    """Train until the last step, or until patience is exhausted, or until a signal.
+
+    Args:
+        corpus: the splits `train` and `validation` in ids.
+        run: where checkpoints go.
+        precision: type of the matrix products; the weights are float32.
+        listeners: called with each event, in order.
+        checkpoint: the state to go on from (None: from the start). The result is, bit for bit, that of a training
+            which never stopped, on the same machine with the same number of threads.
+    """
+    settings = config.training
+    windows = corpus.windows("train", config)
+    validation = corpus.windows("validation", config)
+    epoch_steps = steps_per_epoch(windows, settings.batch_size)
+    total_steps = settings.max_steps or settings.max_epochs * epoch_steps
+
+    state = TrainingState.create(config, device)
+    if checkpoint is not None:
+        state.restore(checkpoint)
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    saver = Saver(run, state, config, corpus, epoch_steps, tell)
+    objective: Objective = summed_loss
+    if settings.compile:
+        objective = compiled(objective, lambda message: tell(WarningEvent(state.step, message)))
+
+    names = (run.name, state.step, total_steps, epoch_steps, state.model.num_parameters, len(windows))
+    tell(StartEvent(*names, device=str(device), precision=str(precision).removeprefix("torch.")))
+    if state.step == 0 and settings.snapshots:
+        saver.snapshot()
+    evaluation = None
+    reported = (state.tokens, state.seconds)
+    state.model.train()
+
+    with Interruption() as interruption:
+        while state.stop_reason is None:
+            started = time.perf_counter()
+            batch = batch_at(state.step, windows, settings.batch_size, settings.seed).to(device)
+            factor = learning_rate_factor(state.step + 1, total_steps, settings.warmup_steps, settings.schedule)
+            loss, grad_norm = train_step(state, batch, factor, settings, precision, objective)
+            state.step += 1
+            state.tokens += batch.num_targets
+            state.seconds += time.perf_counter() - started
+
+            is_last = state.step >= total_steps
+            ends_epoch = state.step % epoch_steps == 0
+            progress = (state.step, state.step / epoch_steps, state.tokens, state.seconds)
+            if is_last or state.step % settings.log_interval == 0:
+                speed = (state.tokens - reported[0]) / (state.seconds - reported[1])
+                tell(StepEvent(*progress, loss, settings.learning_rate * factor, grad_norm, speed))
+                reported = (state.tokens, state.seconds)
+
+            evaluates = is_last or ends_epoch or is_due(settings.eval_interval, state.step)
+            if evaluates:
+                facts = corpus.splits["validation"].facts
+                evaluation = evaluate(state.model, validation, facts, settings.batch_size)
+                is_best = state.note_evaluation(evaluation.loss)
+                if ends_epoch:
+                    state.note_epoch(evaluation.loss, settings.stopping_threshold)
+                if is_last:
+                    state.stop_reason = "max_steps" if settings.max_steps else "max_epochs"
+                elif settings.patience and state.epochs_without_improvement >= settings.patience:
+                    state.stop_reason = "patience"
+                tell(EvaluationEvent(*progress, evaluation, is_best))
+                if is_best:
+                    saver.save("best")
+            if settings.snapshots:
+                saver.snapshot()
+            interrupted = interruption.signal_number is not None and state.stop_reason is None
+            # The last of this step's files: once it is there, nothing of the step is missing after a kill.
+            if evaluates or interrupted or is_due(settings.checkpoint_interval, state.step):
+                saver.save("latest")
+            if interrupted:
+                return TrainingResult(run, state, evaluation, interruption.signal_number)
+    return TrainingResult(run, state, evaluation, None)
+
+
+def train_step(
+    state: TrainingState,
+    batch: Batch,
+    factor: float,
+    settings: TrainingConfig,
+    precision: torch.dtype,
+    objective: Objective,
+) -> tuple[float, float]:
+    """One update of the weights.
+
+    Args:
+        factor: share of the peak learning rates.
+
+    Returns:
+        The batch's mean loss in nats, and the norm of its gradients before clipping.
+    """
+    autocast = torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+    total = 0.0
+    for part in batch.split(settings.gradient_accumulation_steps):
+        with autocast:
+            loss = objective(state.model, part.tokens, part.targets) / batch.num_targets
+        loss.backward()
+        total += loss.item()
+    limit = settings.gradient_clip_norm or float("inf")
+    grad_norm = clip_grad_norm_(state.model.parameters(), limit).item()
+    state.optimizers.step(factor)
+    return total, grad_norm
+
+
+def is_due(interval: int | None, step: int) -> bool:
+    """Whether something that happens every `interval` steps happens at `step`."""
+    return interval is not None and step % interval == 0

@@ -1,0 +1,195 @@
+"""Whatever the user gets wrong: two lines on stderr, exit code 2, and nothing made."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from lumiere.cli import app
+from lumiere.persistence.runs import Run
+
+
+def refuse(arguments: list[str]) -> tuple[str, str]:
+    """Run a command that must be refused; its error and its hint."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2, result.stderr
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    assert result.stderr.replace("\n", "").isprintable(), "nothing that a user typed steers the terminal"
+    return lines[0], lines[1]
+
+
+@pytest.fixture
+def corpora() -> None:
+    """Corpora in the current folder, each with one thing wrong."""
+    Path("empty.txt").write_text("\n  \n")
+    Path("book.txt").write_text("A short book.\n")
+    Dataset.from_dict({"body": ["some text"]}).to_parquet("no-text-column.parquet")
+    Dataset.from_dict({"text": [1, 2]}).to_parquet("numbers.parquet")
+
+
+TRAINING = [
+    ("model.num_head=4", "unknown key model.num_head"),
+    ("model.n_embd=4", "unknown key model.n_embd"),
+    ("model.num_heads=four", "model.num_heads must be a whole number"),
+    ("model.num_heads=0", "model.num_heads must be at least 1"),
+    ("model.dropout=1.5", "model.dropout must be less than 1"),
+    ("training.learning_rate=nan", "training.learning_rate must be a number"),
+    ("model.num_layers=yes", "model.num_layers must be a whole number"),
+    ("dataset.sliding_window_size=64", "dataset.sliding_window_size must be smaller than model.context_size"),
+    ("dataset.name=./no-such-folder", "there is no dataset folder './no-such-folder'"),
+    ("dataset.name=nobody/nothing", "dataset 'nobody/nothing' is not on this machine"),
+    ("dataset={name: text, data_files: none.txt}", "dataset.data_files=none.txt cannot be read as text"),
+    ("dataset={name: text}", "dataset 'text' needs files to read"),
+    ("dataset={name: text, data_files: empty.txt}", "holds no text"),
+    ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'"),
+    ("dataset={name: parquet, data_files: no-text-column.parquet}", "has no column 'text', it has body"),
+    ("dataset={name: parquet, data_files: numbers.parquet}", "has no text in column 'text'"),
+    ("training.device=gpu", "training.device must be auto, cpu"),
+    ("no-equals-sign", "is not key=value"),
+]
+
+
+@pytest.mark.usefixtures("corpora")
+@pytest.mark.parametrize(("override", "message"), TRAINING)
+def test_train_refuses(override: str, message: str) -> None:
+    error, _ = refuse(["train", "tiny", "--set", override])
+    assert message in error
+    assert not Path("runs").exists()
+
+
+def test_train_refuses_a_device_that_is_not_there() -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    error, hint = refuse(["train", "tiny", "--device", missing])
+    assert error == f"error: there is no device '{missing}'"
+    assert "cpu" in hint
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("none.yaml", lambda path: None, "no config 'none.yaml'"),
+        ("empty.yaml", lambda path: path.write_text(""), "is empty"),
+        ("list.yaml", lambda path: path.write_text("- a\n"), "holds a list"),
+        ("latin.yaml", lambda path: path.write_bytes(b"model: \xe9"), "is not UTF-8"),
+        ("folder.yaml", lambda path: path.mkdir(), "is a folder"),
+    ],
+)
+def test_train_refuses_a_config(name: str, write: Callable[[Path], None], message: str) -> None:
+    write(Path(name))
+    error, _ = refuse(["train", name])
+    assert message in error
+    assert not Path("runs").exists()
+
+
+def test_train_refuses_a_subset_that_is_not_there() -> None:
+    folder = Path("corpus")
+    Dataset.from_dict({"text": ["some text"]}).to_parquet(folder / "one" / "train.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one/*.parquet\n"
+        "- config_name: two\n  data_files: one/*.parquet\n---\n"
+    )
+    error, hint = refuse(["train", "tiny", "--set", "dataset.name=corpus", "--set", "dataset.subset=ome"])
+    assert error == "error: dataset 'corpus' has no subset 'ome', it has one, two"
+    assert hint == "hint: --set dataset.subset=one"
+    error, hint = refuse(["train", "tiny", "--set", "dataset.name=./corpus"])
+    assert "has several subsets" in error
+
+
+def test_train_needs_a_config_or_a_run() -> None:
+    assert "no config given" in refuse(["train"])[0]
+    assert "keeps its own config" in refuse(["train", "tiny", "--resume", "latest"])[0]
+    assert "keeps its own config" in refuse(["train", "--resume", "latest", "--seed", "1"])[0]
+
+
+@pytest.mark.parametrize("reference", ["nothere1", "../../etc", "/etc/passwd", "", "a b", "\x1b[31mred", "latest"])
+@pytest.mark.parametrize(
+    "command", [["eval"], ["generate", "--run"], ["inspect", "attention", "--run"], ["train", "--resume"]]
+)
+def test_no_such_run(command: list[str], reference: str) -> None:
+    error, _ = refuse([*command, reference])
+    assert "no run" in error
+
+
+@pytest.fixture
+def runs(trained_run: Run) -> Path:
+    """A copy of the trained run that may be damaged, alone in the runs directory."""
+    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
+    return Path("runs")
+
+
+def test_ambiguous_run(trained_run: Run, runs: Path) -> None:
+    twin = trained_run.name.replace(trained_run.id, trained_run.id[:7] + ("x" if trained_run.id[7] != "x" else "y"))
+    shutil.copytree(trained_run.path, runs / twin)
+    error, hint = refuse(["eval", trained_run.id[:7]])
+    assert "2 runs" in error
+    assert trained_run.id in error + hint
+    assert CliRunner().invoke(app, ["runs", "show", trained_run.id]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["bset", "../best", "step-00000003", "999", ""])
+def test_no_such_checkpoint(trained_run: Run, runs: Path, name: str) -> None:
+    error, hint = refuse(["eval", "latest", "--checkpoint", name])
+    assert f"run {trained_run.id} has no checkpoint '{name}'" in error
+    assert "it has best, latest" in hint
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[:7],
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:-1],
+        lambda whole: b"this is no checkpoint",
+    ],
+)
+def test_damaged_checkpoint(trained_run: Run, runs: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = runs / trained_run.name / "checkpoints" / "best.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    for command in (["eval", "latest"], ["generate"], ["inspect", "attention"]):
+        assert "is damaged" in refuse(command)[0]
+
+
+def test_empty_prompt(runs: Path) -> None:
+    for prompt in ("", " ", "\n"):
+        assert "the prompt is empty" in refuse(["generate", "--prompt", prompt])[0]
+        assert "the prompt is empty" in refuse(["inspect", "attention", "--prompt", prompt])[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "latest", "--split", "tset"], "the corpus has no split 'tset'"),
+        (["eval", "latest", "--text", "none.txt"], "none.txt cannot be read"),
+        (["eval", "latest", "--text", "runs"], "runs cannot be read"),
+        (["eval", "latest", "--device", "tpu"], "there is no device 'tpu'"),
+        (["generate", "--temperature", "-1"], "the temperature must be 0 or more"),
+        (["generate", "--temperature", "nan"], "the temperature must be 0 or more"),
+        (["generate", "--top-k", "0"], "top-k must be at least 1"),
+        (["generate", "--top-p", "1.5"], "top-p must be more than 0 and at most 1"),
+        (["inspect", "attention", "--layer", "2"], "there is no layer 2"),
+        (["inspect", "attention", "--layer", "-1"], "there is no layer -1"),
+        (["inspect", "attention", "--head", "7"], "there is no head 7"),
+        (["inspect", "attention", "--prompt", "word " * 40], "the model sees 16"),
+    ],
+)
+def test_refused_options(runs: Path, arguments: list[str], message: str) -> None:
+    assert message in refuse(arguments)[0]
+
+
+def test_text_that_is_empty_or_not_utf8(runs: Path) -> None:
+    Path("empty.txt").write_text(" \n")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    assert "the text is empty" in refuse(["eval", "latest", "--text", "empty.txt"])[0]
+    assert "is not UTF-8 text (byte 3)" in refuse(["eval", "latest", "--text", "latin.txt"])[0]
+    surrogate = refuse(["generate", "--prompt", "\udc80"])[0]
+    assert "surrogate" in surrogate

@@ -1,0 +1,88 @@
+"""The house: imports run downwards, files stay small, and light commands load nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lumiere"
+
+# From the bottom up. A part may import parts on lower floors, and nothing else of Lumiere.
+FLOORS = [
+    {"errors", "__init__"},
+    {"config"},
+    {"components"},
+    {"models", "data"},
+    {"persistence"},
+    {"evaluation", "generation"},
+    {"training", "interpret"},
+    {"cli"},
+    {"__main__"},
+]
+MAX_LINES = 400
+TERMINAL = {"typer", "rich", "click"}
+
+
+def floor_of(part: str) -> int:
+    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+
+
+def part_of(path: Path) -> str:
+    """The folder of the package that a file is in, or the name of a file that is in none."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The dotted modules that a file imports anywhere, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path: Path) -> None:
+    part = part_of(path)
+    for module in imports(path):
+        package, *names = module.split(".")
+        if package == "lumiere" and names:
+            imported = names[0] if names[0] != "__version__" else "__init__"
+            below = floor_of(imported) < floor_of(part)
+            assert below or imported == part, f"{part} imports {module}"
+        assert package not in TERMINAL or part == "cli", f"{part} knows the terminal: {module}"
+        assert package != "click", "Typer carries its own"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+HEAVY = {"torch", "datasets", "tokenizers", "numpy", "safetensors"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "--version", "train --help", "inspect attention --help", "runs ls", "train tiny --print-config"],
+)
+def test_light_commands_load_nothing_heavy(arguments: str) -> None:
+    script = (
+        "import sys\n"
+        "from lumiere.cli import main\n"
+        f"sys.argv = ['lumiere', *{arguments.split()!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code, stop.code\n"
+        f"print('loaded:', *({HEAVY!r} & sys.modules.keys()))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded:"

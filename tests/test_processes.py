@@ -1,0 +1,94 @@
+"""Real processes: what a shell sees, and what a signal does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from lumiere.config.schema import RunConfig
+from lumiere.persistence.runs import RunStore
+
+LUMIERE = [sys.executable, "-m", "lumiere"]
+
+
+def run_lumiere(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One command in a process of its own, with one thread, so that sums are the same in all of them."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([*LUMIERE, *arguments], capture_output=True, text=True, env=variables, timeout=300)
+
+
+@pytest.fixture
+def long_config(tiny_config: RunConfig, tmp_path: Path) -> str:
+    """A training of 400 tiny steps: long enough to be caught in the middle."""
+    values = tiny_config.model_dump()
+    values["training"] |= {"max_steps": 400, "eval_interval": 100, "log_interval": 1, "snapshots": False}
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: int, code: int) -> None:
+    whole = json.loads(run_lumiere("train", long_config, "--json").stdout)
+    process = subprocess.Popen(
+        [*LUMIERE, "train", long_config, "--runs-dir", "stopped"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr
+    line = ""
+    while "validation loss" not in line:
+        line = process.stderr.readline()
+        assert process.poll() is None, "it ended before it could be stopped"
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == code, rest
+    store = RunStore("stopped")
+    run = store.open("latest")
+    assert run.record["status"] == "interrupted"
+    assert 100 <= run.record["step"] < 400
+    assert f"lumiere train --resume {run.id}" in rest
+
+    resumed = run_lumiere("train", "--resume", run.id, "--runs-dir", "stopped", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["best_loss"] == whole["best_loss"]
+    ends = [
+        load_file(folder / "checkpoints" / "latest.safetensors")
+        for folder in (run.path, RunStore().open("latest").path)
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    for name, tensor in ends[0].items():
+        assert tensor.equal(ends[1][name]), name
+    steps = [json.loads(row)["step"] for row in run.metrics_path.read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(1, 401))
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_a_network_training_the_card_says_so_in_two_lines(offline: str) -> None:
+    result = run_lumiere("train", "small", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    error, hint = result.stderr.splitlines()
+    assert error == (
+        "error: dataset 'Salesforce/wikitext' is not on this machine, and the Hugging Face Hub cannot be reached"
+    )
+    assert "--set dataset.name=" in hint
+    assert "configs/tiny.yaml" in hint
+    assert not Path("runs").exists()
+
+
+def test_a_closed_pipe_is_no_error(trained_run: object) -> None:
+    runs_dir = str(trained_run.path.parent)  # pyright: ignore
+    command = " ".join([*LUMIERE, "generate", "--runs-dir", runs_dir, "-n", "200", "|", "head", "-c", "1"])
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr
