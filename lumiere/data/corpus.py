@@ -126,9 +126,10 @@ def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
     """
     count = sum(1 for _ in reader())
     if count == 1:
+        # A text of a word or two may leave a part blank, which is no document.
         return {
-            "train": lambda: iter([cut_tail(next(reader()), fraction)[0]]),
-            "validation": lambda: iter([cut_tail(next(reader()), fraction)[1]]),
+            "train": lambda: filter(str.strip, [cut_tail(next(reader()), fraction)[0]]),
+            "validation": lambda: filter(str.strip, [cut_tail(next(reader()), fraction)[1]]),
         }
     num_chosen = max(0, min(count - 1, max(1, round(count * fraction))))
     chosen = frozenset(random.Random(seed).sample(range(count), num_chosen))
@@ -140,7 +141,8 @@ def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
 
 def cut_tail(text: str, fraction: float) -> tuple[str, str]:
     """`text` in two, the second part about `fraction` of it, cut before a word."""
-    cut = int(len(text) * (1 - fraction))
-    space = re.compile(r"\s").search(text, cut)
+    words = text.rstrip()
+    cut = int(len(words) * (1 - fraction))
+    space = re.compile(r"\s").search(words, cut)
     cut = space.start() if space else cut
     return text[:cut], text[cut:]

@@ -204,7 +204,7 @@ def read_folder(folder: Path, from_cache: bool) -> TokenizedCorpus:
             )
             for split, fields in facts.items()
         }
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError) as error:
         raise DataError(f"the cached corpus in {folder} is damaged: {error}", "delete that folder") from None
     if any(len(split.ids) != split.facts.num_tokens for split in splits.values()):
         raise DataError(f"the cached corpus in {folder} is cut short", "delete that folder")

@@ -1,11 +1,11 @@
 """Rows of text through `datasets.load_dataset`: a Hub name, a local folder, or files through a builder."""
 
+import logging
 import os
 import socket
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -13,6 +13,7 @@ from urllib.request import getproxies
 import datasets
 import datasets.config
 import huggingface_hub.constants
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
@@ -45,13 +46,13 @@ def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
     loaded = load_dataset(config)
     fingerprints = []
     for split, dataset in loaded.items():
-        column = dataset.features.get(config.text_column)
-        if column is None or getattr(column, "dtype", None) not in ("string", "large_string"):
-            problem = "has no column" if column is None else "has no text in column"
-            guess = nearest(config.text_column, dataset.column_names)
+        texts = [name for name, column in dataset.features.items() if is_text(column)]
+        if config.text_column not in texts:
+            problem = "has no text in column" if config.text_column in dataset.features else "has no column"
+            guess = nearest(config.text_column, texts) or next(iter(texts), None)
             raise DataError(
                 f"dataset '{config.name}' {problem} '{config.text_column}', it has {', '.join(dataset.column_names)}",
-                f"--set dataset.text_column={guess or dataset.column_names[0]}",
+                f"--set dataset.text_column={guess}" if guess else "choose a dataset with a column of text",
             )
         fingerprints.append(f"{split} {dataset._fingerprint}")
     rows: dict[str, Iterable[str]] = {
@@ -60,11 +61,16 @@ def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
     return rows, " ".join(fingerprints)
 
 
+def is_text(column: object) -> bool:
+    return getattr(column, "dtype", None) in ("string", "large_string")
+
+
 def load_dataset(config: DatasetConfig) -> datasets.DatasetDict:
     """`datasets.load_dataset`, silent, and with its many exceptions as one kind of error."""
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    on_hub = config.name not in BUILDERS and not Path(config.name).exists()
+    # Even errors are logged before they are raised, and those are told in our words.
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    on_hub = config.name not in BUILDERS and not os.path.exists(config.name)
     offline = on_hub and (huggingface_hub.constants.HF_HUB_OFFLINE or not hub_reachable())
     options: dict[str, Any] = {}
     if config.name == "text":
@@ -73,8 +79,14 @@ def load_dataset(config: DatasetConfig) -> datasets.DatasetDict:
         options = {"sample_by": "document"} if whole else {"keep_linebreaks": True}
     if config.name in BUILDERS and not config.data_files:
         raise DataError(f"dataset '{config.name}' needs files to read", "name them: --set dataset.data_files=book.txt")
-    if config.name.startswith((".", "/", "~")) and not Path(config.name).exists():
+    if config.name.startswith((".", "/", "~")) and not os.path.exists(config.name):
         raise DataError(f"there is no dataset folder '{config.name}'", "check dataset.name")
+    if os.path.isfile(config.name):
+        ending = os.path.splitext(config.name)[1].removeprefix(".")
+        raise DataError(
+            f"dataset '{config.name}' is a file, not a folder",
+            f"--set dataset.name={ending if ending in BUILDERS else 'text'} --set dataset.data_files={config.name}",
+        )
     try:
         if offline:
             go_offline()
@@ -89,7 +101,9 @@ def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataEr
     Raised classes differ between its versions (`DatasetNotFoundError`, `FileNotFoundError`, `ConnectionError`,
     `ValueError` for a subset), so the cases are told apart by what was asked for, not by class alone.
     """
-    reason = " ".join(str(error).split()) or type(error).__name__
+    # The class that says what was going on when a file could not be read names the reason as its cause.
+    told = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
+    reason = " ".join(str(told).split()) or type(told).__name__
     if "BuilderConfig" in reason and config.subset is not None:
         available = reason.partition("Available:")[2].strip(" []").replace("'", "").split(", ")
         guess = nearest(config.subset, available) or available[0]
@@ -106,14 +120,14 @@ def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataEr
     if config.name in BUILDERS:
         return DataError(
             f"dataset.data_files={config.data_files} cannot be read as {config.name}: {shortened(reason)}",
-            "name files that exist: --set dataset.data_files=book.txt",
+            f"name files that exist and hold {config.name}: --set dataset.data_files=...",
         )
     if offline:
         return DataError(
             f"dataset '{config.name}' is not on this machine, and the Hugging Face Hub cannot be reached",
             "use a local copy with --set dataset.name=path/to/copy, or train configs/tiny.yaml, which needs no network",
         )
-    if isinstance(error, FileNotFoundError | HFValidationError):
+    if isinstance(error, FileNotFoundError | HFValidationError) and not os.path.exists(config.name):
         return DataError(
             f"there is no dataset '{config.name}', neither as a local folder nor on the Hugging Face Hub",
             "check dataset.name; the built-in corpus is called stories",
