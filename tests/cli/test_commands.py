@@ -41,8 +41,8 @@ def test_print_config_is_the_resolved_config() -> None:
 
 
 def test_flags_win_over_set(tiny_yaml: Path) -> None:
-    printed = run_command("train", str(tiny_yaml), "--max-steps", "5", "--set", "training.max_steps=9", "--print-config")
-    assert "max_steps: 5\n" in printed
+    flags = ("--max-steps", "5", "--set", "training.max_steps=9")
+    assert "max_steps: 5\n" in run_command("train", str(tiny_yaml), *flags, "--print-config")
 
 
 @pytest.fixture
@@ -90,7 +90,8 @@ def test_tokenize_counts_and_takes_the_cache(tiny_yaml: Path, tiny_corpus: Token
 def test_tokenize_says_when_the_corpus_is_too_small() -> None:
     Path("book.txt").write_text("one two one two")
     options = ("--set", "dataset={name: text, data_files: book.txt}", "--set", "tokenizer.vocab_size=1000")
-    assert re.search(r"vocabulary +\d+ tokens, fewer than the 1,000 asked for", run_command("tokenize", "tiny", *options))
+    printed = run_command("tokenize", "tiny", *options)
+    assert re.search(r"vocabulary +\d+ tokens, fewer than the 1,000 asked for", printed)
 
 
 def test_tokenize_text_makes_special_characters_visible(tiny_yaml: Path, tiny_corpus: TokenizedCorpus) -> None:

@@ -1,0 +1,120 @@
+"""Batches: a pure function of seed and step, each window once an epoch, and nothing predicted that is padding."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumiere.data.batches import (
+    IGNORED,
+    Batch,
+    batch_at,
+    batches_in_order,
+    indices_at,
+    make_batch,
+    steps_per_epoch,
+)
+from lumiere.data.windows import Windows
+
+DOCUMENTS = [[0, 10, 11, 12, 13, 14, 15, 16, 1], [0, 20, 1], [0, 1]]
+
+
+@pytest.fixture(scope="module")
+def windows() -> Windows:
+    """Three windows of the first document, one of each other: five, which batches of two do not divide."""
+    ids = np.array([token for document in DOCUMENTS for token in document], dtype=np.uint16)
+    return Windows(ids, np.cumsum([0, *map(len, DOCUMENTS)]), context_size=4, sliding_window_size=2)
+
+
+@pytest.fixture(scope="module")
+def many_windows() -> Windows:
+    """A hundred documents of one window each, told apart by their second token."""
+    ids = np.array([[0, 3 + number, 1] for number in range(100)]).ravel()
+    return Windows(ids, np.arange(0, 301, 3), context_size=4, sliding_window_size=2)
+
+
+def test_targets_are_the_next_tokens(windows: Windows) -> None:
+    batch = make_batch(windows, np.array([0, 2, 3, 4]))
+    assert batch.tokens.tolist() == [[0, 10, 11, 12], [15, 16, 1, 2], [0, 20, 1, 2], [0, 1, 2, 2]]
+    assert batch.targets.tolist() == [
+        [10, 11, 12, 13],
+        [16, 1, IGNORED, IGNORED],
+        [20, 1, IGNORED, IGNORED],
+        [1, IGNORED, IGNORED, IGNORED],
+    ]
+    assert batch.num_targets == 9
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.tokens.is_contiguous()
+    # What cross_entropy leaves out unless told otherwise.
+    logits = torch.randn(4, 4, 30)
+    summed = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    torch.testing.assert_close(mean, summed / batch.num_targets)
+
+
+@given(num_windows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_each_window_is_seen_once_an_epoch(num_windows: int, batch_size: int, seed: int, epoch: int) -> None:
+    windows = Windows(np.array([0, 1] * num_windows), np.arange(0, 2 * num_windows + 1, 2), 4, 2)
+    steps = steps_per_epoch(windows, batch_size)
+    batches = [
+        indices_at(step, windows, batch_size, seed).tolist() for step in range(epoch * steps, (epoch + 1) * steps)
+    ]
+    assert sorted(index for batch in batches for index in batch) == list(range(num_windows))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert len(batches[-1]) == num_windows - (steps - 1) * batch_size > 0
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(many_windows: Windows) -> None:
+    def epoch(number: int, seed: int) -> tuple[int, ...]:
+        steps = range(number * 10, (number + 1) * 10)
+        return tuple(index for step in steps for index in indices_at(step, many_windows, 10, seed).tolist())
+
+    orders = {epoch(number, seed) for number in range(4) for seed in range(4)}
+    assert len(orders) == 16
+    assert tuple(range(100)) not in orders
+
+
+def test_a_step_has_the_same_batch_whenever_it_is_asked_for(many_windows: Windows) -> None:
+    forward = [batch_at(step, many_windows, 7, seed=3).tokens for step in range(40)]
+    torch.manual_seed(1)
+    backward = [batch_at(step, many_windows, 7, seed=3).tokens for step in reversed(range(40))]
+    assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+    indices = indices_at(5, many_windows, 7, seed=3)
+    assert (forward[5][:, 1] - 3).tolist() == indices.tolist()
+
+
+def test_the_batch_size_does_not_change_the_order(many_windows: Windows) -> None:
+    by_ten = [index for step in range(10) for index in indices_at(step, many_windows, 10, 0)]
+    by_three = [index for step in range(34) for index in indices_at(step, many_windows, 3, 0)]
+    assert by_ten == by_three
+
+
+def test_evaluation_reads_the_windows_in_order(windows: Windows) -> None:
+    batches = list(batches_in_order(windows, 2))
+    assert [len(batch.tokens) for batch in batches] == [2, 2, 1]
+    whole = make_batch(windows, np.arange(5))
+    assert torch.equal(torch.cat([batch.tokens for batch in batches]), whole.tokens)
+    assert torch.equal(torch.cat([batch.targets for batch in batches]), whole.targets)
+
+
+@given(num_windows=st.integers(1, 12), num_parts=st.integers(1, 15))
+def test_parts_of_a_batch_are_the_whole(num_windows: int, num_parts: int) -> None:
+    targets = torch.arange(num_windows * 3).view(-1, 3)
+    targets[:, 2] = torch.where(targets[:, 0] % 2 == 0, IGNORED, targets[:, 2])
+    batch = Batch(torch.arange(num_windows * 3).view(-1, 3), targets, int((targets != IGNORED).sum()))
+    parts = batch.split(num_parts)
+    assert len(parts) == min(num_parts, num_windows)
+    assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
+    assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+    assert [part.num_targets for part in parts] == [int((part.targets >= 0).sum()) for part in parts]
+    assert sum(part.num_targets for part in parts) == batch.num_targets
+    sizes = {len(part.tokens) for part in parts}
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_batch_moves_whole(windows: Windows) -> None:
+    batch = make_batch(windows, np.arange(2)).to(torch.device("meta"))
+    assert batch.tokens.is_meta
+    assert batch.targets.is_meta
+    assert batch.num_targets == 8

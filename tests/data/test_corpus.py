@@ -1,0 +1,202 @@
+"""Documents: where they begin, which are held out, and that nothing is lost or seen twice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumiere.config.schema import DatasetConfig
+from lumiere.data.corpus import Corpus, cut_tail, documents_of, hold_out, load_corpus
+from lumiere.data.stories import stories
+from lumiere.errors import DataError
+
+FIRST_LEVEL = "^=[^=]*=$"
+HEADING, SUB_HEADING = " = A = \n", " = = b = = \n"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`load_corpus` on rows that a test gives, in the place of those that `datasets` reads."""
+
+    def load(rows: dict[str, list[str]], source: str = "source", **settings: Any) -> Corpus:
+        monkeypatch.setattr("lumiere.data.hub.load_rows", lambda config: (rows, source))
+        return load_corpus(DatasetConfig(name="given", **settings))
+
+    return load
+
+
+def contents(corpus: Corpus) -> dict[str, list[str]]:
+    return {split: list(corpus.documents(split)) for split in corpus.splits}
+
+
+# Where documents begin
+
+
+def test_a_row_is_a_document() -> None:
+    assert list(documents_of(["one\n", "", " \n", " two"], None)) == ["one\n", " two"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "documents"),
+    [
+        pytest.param([], [], id="nothing"),
+        pytest.param(["", "\n", " "], [], id="blank rows only"),
+        pytest.param(["", HEADING, "", "x\n", ""], [HEADING + "x\n"], id="one"),
+        pytest.param(
+            ["", HEADING, "", "x\n", "", HEADING, "", "y\n"], [HEADING + "x\n", HEADING + "y\n"], id="two, to the edge"
+        ),
+        pytest.param([HEADING, "", "x\n", "", HEADING], [HEADING + "x\n", HEADING], id="headings at both edges"),
+        pytest.param(["before\n", "", HEADING, "", "x\n"], ["before\n", HEADING + "x\n"], id="rows before the first"),
+        pytest.param([HEADING, "", "x\n", " = 1 = \n", "y\n"], [HEADING + "x\n = 1 = \ny\n"], id="within a paragraph"),
+        pytest.param(
+            [HEADING, "", "x\n", " = 1 = \n", "", "y\n"], [HEADING + "x\n = 1 = \ny\n"], id="ends a paragraph"
+        ),
+        pytest.param([HEADING, "", " = 1 = \n", "x\n"], [HEADING + " = 1 = \nx\n"], id="begins a paragraph"),
+        pytest.param([HEADING, "", SUB_HEADING, "", "x\n"], [HEADING + SUB_HEADING + "x\n"], id="a lower heading"),
+        pytest.param([HEADING, "", HEADING, ""], [HEADING, HEADING], id="headings with nothing below"),
+        pytest.param(["=A=", "", "x", "y"], ["=A=xy"], id="rows without line ends are joined as they are"),
+    ],
+)
+def test_documents_begin_at_headings_that_stand_alone(rows: list[str], documents: list[str]) -> None:
+    assert list(documents_of(iter(rows), FIRST_LEVEL)) == documents
+
+
+@given(st.lists(st.sampled_from(["", " \n", "x\n", HEADING, SUB_HEADING])))
+def test_grouping_loses_no_text(rows: list[str]) -> None:
+    documents = list(documents_of(rows, FIRST_LEVEL))
+    assert "".join(documents) == "".join(row for row in rows if row.strip())
+    alone = [
+        all(not row.strip() for row in rows[max(0, i - 1) : i] + rows[i + 1 : i + 2])
+        for i, row in enumerate(rows)
+        if row == HEADING
+    ]
+    # One more where rows stand before the first heading.
+    assert sum(alone) <= len(documents) <= sum(alone) + 1
+    assert all(document.startswith(HEADING) for document in documents[1:])
+
+
+# What is held out
+
+
+@given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 3))
+def test_documents_are_held_out_once(count: int, fraction: float, seed: int) -> None:
+    documents = [f"document {i}" for i in range(count)]
+    splits = {split: list(read()) for split, read in hold_out(lambda: iter(documents), fraction, seed).items()}
+    again = {split: list(read()) for split, read in hold_out(lambda: iter(documents), fraction, seed).items()}
+    assert splits == again
+    assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
+    assert splits["train"] == sorted(splits["train"], key=documents.index)
+    assert len(splits["validation"]) == min(max(1, round(count * fraction)), count - 1)
+
+
+def test_what_is_held_out_depends_on_the_seed() -> None:
+    def held_out(seed: int) -> list[str]:
+        return list(hold_out(lambda: map(str, range(100)), 0.05, seed)["validation"]())
+
+    assert len(held_out(0)) == 5
+    assert held_out(0) != held_out(1)
+    # Drawn from the whole corpus, which may be sorted.
+    assert {int(text) // 50 for seed in range(5) for text in held_out(seed)} == {0, 1}
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.99])
+def test_of_two_documents_one_is_held_out(load: Any, fraction: float) -> None:
+    splits = contents(load({"train": ["one", "two"]}, validation_fraction=fraction))
+    assert sorted(splits["train"] + splits["validation"]) == ["one", "two"]
+    assert len(splits["train"]) == 1
+
+
+def test_of_one_document_the_tail_is_held_out(load: Any) -> None:
+    text = "one two three four\n"
+    splits = contents(load({"train": [text]}, validation_fraction=0.4))
+    # Three fifths of 18 characters end in 'three', so the cut is behind it.
+    assert splits == {"train": ["one two three"], "validation": [" four\n"]}
+
+
+@given(st.text(st.sampled_from("ab \n字"), max_size=40), st.floats(0.001, 0.999))
+def test_a_cut_text_is_whole_and_its_words_too(text: str, fraction: float) -> None:
+    head, tail = cut_tail(text, fraction)
+    assert head + tail == text
+    assert bool(tail.strip()) == bool(text.strip())
+    # A word is cut only where no other one begins after it.
+    assert tail[:1].isspace() or len(tail.split()) <= 1
+
+
+def test_a_text_too_short_to_cut_leaves_no_blank_document(load: Any) -> None:
+    assert contents(load({"train": ["a"]})) == {"train": [], "validation": ["a"]}
+    assert contents(load({"train": [" abc"]}, validation_fraction=0.99)) == {"train": [], "validation": [" abc"]}
+    assert contents(load({"train": []})) == {"train": [], "validation": []}
+
+
+def test_a_validation_split_is_left_as_it_is(load: Any) -> None:
+    rows = {"test": ["t"], "unsupervised": ["u"], "validation": ["v"], "train": ["a", "b", "c"]}
+    corpus = load(rows)
+    assert corpus.splits == ("train", "validation", "test")
+    assert contents(corpus) == {"train": ["a", "b", "c"], "validation": ["v"], "test": ["t"]}
+    # Any number of times.
+    assert contents(corpus) == contents(corpus)
+
+
+def test_num_documents_limits_training_before_anything_is_held_out(load: Any) -> None:
+    rows = [str(i) for i in range(100)]
+    assert contents(load({"train": rows, "validation": rows}, num_documents=3)) == {
+        "train": ["0", "1", "2"],
+        "validation": rows,
+    }
+    splits = contents(load({"train": rows}, num_documents=10, validation_fraction=0.2))
+    assert sorted(splits["train"] + splits["validation"]) == rows[:10]
+    assert len(splits["validation"]) == 2
+
+
+def test_no_training_split_is_an_error(load: Any) -> None:
+    with pytest.raises(DataError, match="dataset 'given' has no split 'train', it has validation, test"):
+        load({"validation": ["v"], "test": ["t"]})
+
+
+def test_fingerprint_changes_with_everything_that_changes_documents(load: Any) -> None:
+    rows = {"train": ["a", "b"]}
+    settings: list[dict[str, Any]] = [
+        {},
+        {"source": "another"},
+        {"text_column": "body"},
+        {"document_start": "^="},
+        {"num_documents": 1},
+        {"validation_fraction": 0.1},
+        {"seed": 1},
+    ]
+    assert len({load(rows, **setting).fingerprint for setting in settings}) == len(settings)
+    # How windows are cut is no matter of the documents.
+    assert load(rows, sliding_window_size=0).fingerprint == load(rows).fingerprint
+
+
+# The built-in corpus
+
+
+def test_stories_of_all_splits() -> None:
+    corpus = load_corpus(DatasetConfig(num_documents=40, validation_fraction=0.1, seed=3))
+    assert contents(corpus) == {
+        "train": list(stories("train", 40, 3)),
+        "validation": list(stories("validation", 4, 3)),
+        "test": list(stories("test", 4, 3)),
+    }
+    assert len(set(corpus.documents("validation")) | set(corpus.documents("train"))) == 44
+    one = load_corpus(DatasetConfig(num_documents=1))
+    assert {split: len(texts) for split, texts in contents(one).items()} == {"train": 1, "validation": 1, "test": 1}
+    settings: list[dict[str, Any]] = [{}, {"seed": 1}, {"num_documents": 5}, {"validation_fraction": 0.5}]
+    assert len({load_corpus(DatasetConfig(**setting)).fingerprint for setting in settings}) == 4
+
+
+# Real text
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 600), ("validation", 60), ("test", 60)])
+def test_wikitext_articles(
+    wikitext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, count: int
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    config = DatasetConfig(name=str(wikitext), subset="wikitext-2-v1", document_start=FIRST_LEVEL)
+    articles = list(load_corpus(config).documents(split))
+    assert len(articles) == count
+    assert all(article.startswith(" = ") and article.endswith("\n") for article in articles)

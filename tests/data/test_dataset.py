@@ -1,0 +1,288 @@
+"""Encoded corpora: what is on disk, when it is made anew, and what happens when that goes wrong."""
+
+import hashlib
+import shutil
+import unicodedata
+from collections.abc import Callable
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lumiere.config.loader import validate
+from lumiere.config.schema import RunConfig
+from lumiere.data import dataset
+from lumiere.data.corpus import Corpus
+from lumiere.data.dataset import Progress, SplitFacts, cache_dir, measure, tokenize_corpus, tokenize_text
+from lumiere.data.tokenizer import EOT, SOT, Tokenizer
+from lumiere.errors import DataError, LumiereError
+
+DOCUMENTS = {
+    "train": ["low lower\nlowest ﬁn\n", "東京 low"],
+    "validation": ["low½"],
+    "test": ["e\u0301\n\n"],
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, where `folders` finds what was built."""
+    monkeypatch.setenv("LUMIERE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def give(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[str]]], None]:
+    """Puts documents in the place of the corpus that the config names."""
+
+    def give(documents: dict[str, list[str]]) -> None:
+        readers = {split: lambda texts=texts: iter(texts) for split, texts in documents.items()}
+        fingerprint = hashlib.sha256(repr(documents).encode()).hexdigest()
+        monkeypatch.setattr(dataset, "load_corpus", lambda config: Corpus(readers, fingerprint))
+
+    return give
+
+
+@pytest.fixture
+def given_documents(give: Callable[[dict[str, list[str]]], None]) -> None:
+    give(DOCUMENTS)
+
+
+def config_of(**tokenizer: Any) -> RunConfig:
+    return validate({"tokenizer": {"vocab_size": 300} | tokenizer, "dataset": {"num_documents": 4}})
+
+
+def folders(cache: Path) -> list[Path]:
+    """Everything in the cache, unfinished folders too."""
+    return sorted((cache / "corpora").iterdir()) if cache.is_dir() else []
+
+
+# What is on disk
+
+
+@pytest.mark.usefixtures("given_documents")
+def test_ids_of_all_documents_one_after_the_other() -> None:
+    corpus = tokenize_corpus(config_of())
+    assert list(corpus.splits) == ["train", "validation", "test"]
+    for split, documents in DOCUMENTS.items():
+        ids, offsets = corpus.splits[split].ids, corpus.splits[split].offsets
+        expected = [[SOT, *corpus.tokenizer.encode(text), EOT] for text in documents]
+        assert ids.tolist() == list(chain(*expected))
+        assert offsets.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
+        assert ids.dtype == np.uint16
+        texts = [corpus.tokenizer.decode(ids[a:b].tolist()) for a, b in pairwise(offsets)]
+        assert texts == [unicodedata.normalize("NFKC", text) for text in documents]
+
+
+@pytest.mark.usefixtures("given_documents")
+def test_facts_by_hand() -> None:
+    corpus = tokenize_corpus(config_of())
+    train, test = corpus.splits["train"].facts, corpus.splits["test"].facts
+    assert (train.num_documents, train.num_tokens) == (2, len(corpus.splits["train"].ids))
+    # "low lower\n" 10, "lowest ﬁn\n" 7 + 3 + 2 (ﬁ is one character of three bytes); "東京 low" 6 + 4.
+    assert train.num_bytes == 10 + 12 + 10
+    # low lower ↵ lowest ﬁn ↵ · 東京 low
+    assert train.num_words == 6 + 2
+    assert train.num_targets == train.num_tokens - 2
+    # Before NFKC: e and its accent are three bytes, not the two of é. Two line ends and a word.
+    assert (test.num_bytes, test.num_words) == (5, 3)
+    assert test.sha256 == hashlib.sha256("e\u0301\n\n\0".encode()).hexdigest()
+
+
+def test_measure() -> None:
+    assert measure("") == (0, 0)
+    assert measure(" a  b\u00a0c\t\n") == (10, 4)
+
+
+def test_the_tokenizer_learns_from_training_documents_only(give: Callable[[dict[str, list[str]]], None]) -> None:
+    give({"train": ["aaaa aaaa"], "validation": ["bbbb bbbb bbbb"]})
+    tokenizer = tokenize_corpus(config_of()).tokenizer
+    assert len(tokenizer.encode("aaaa")) == 1
+    assert len(tokenizer.encode("bbbb")) == 4
+
+
+@pytest.mark.usefixtures("given_documents")
+@pytest.mark.parametrize(("num_used", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_large_vocabularies_take_four_bytes(monkeypatch: pytest.MonkeyPatch, num_used: int, dtype: type) -> None:
+    small = tokenize_corpus(config_of())
+    monkeypatch.setattr(Tokenizer, "__len__", lambda self: num_used)
+    large = tokenize_corpus(config_of(vocab_size=100_000))
+    assert not large.from_cache
+    assert large.splits["train"].ids.dtype == dtype
+    assert large.splits["train"].ids.tolist() == small.splits["train"].ids.tolist()
+
+
+def test_more_documents_than_are_encoded_at_once(
+    give: Callable[[dict[str, list[str]]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "DOCUMENTS_AT_ONCE", 3)
+    documents = {"train": [f"low {i}" for i in range(7)], "validation": ["low"]}
+    give(documents)
+    told: list[Progress] = []
+    corpus = tokenize_corpus(config_of(), told.append)
+    assert corpus.splits["train"].facts.num_documents == 7
+    assert corpus.splits["train"].ids.tolist() == list(chain(*corpus.tokenizer.encode_documents(documents["train"])))
+    assert told == [
+        Progress("reading the corpus"),
+        Progress("training the tokenizer"),
+        *(Progress("encoding the train split", done, 7) for done in (3, 6, 7)),
+        Progress("encoding the validation split", 1, 1),
+    ]
+
+
+def test_windows_of_a_split() -> None:
+    config = config_of()
+    corpus = tokenize_corpus(config)
+    windows = corpus.windows("test", config)
+    assert (windows.context_size, windows.sliding_window_size) == (64, 8)
+    assert windows.ids is corpus.splits["test"].ids
+    with pytest.raises(DataError, match="the corpus has no split 'tset'") as caught:
+        corpus.windows("tset", config)
+    assert caught.value.hint == "it has train, validation, test"
+
+
+# The cache
+
+
+def test_a_corpus_is_encoded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tokenize_corpus(config_of())
+    monkeypatch.setattr(Tokenizer, "train", None)
+    told: list[Progress] = []
+    second = tokenize_corpus(config_of(), told.append)
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert told == [Progress("reading the corpus")]
+    assert second.fingerprint == first.fingerprint
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    for split in first.splits:
+        assert second.splits[split].facts == first.splits[split].facts
+        assert np.array_equal(second.splits[split].ids, first.splits[split].ids)
+        assert np.array_equal(second.splits[split].offsets, first.splits[split].offsets)
+    assert len(folders(cache)) == 1
+
+
+def test_another_tokenizer_or_corpus_has_a_folder_of_its_own(cache: Path) -> None:
+    base = config_of()
+    others = [
+        config_of(vocab_size=310),
+        config_of(min_frequency=10**6),
+        base.model_copy(update={"dataset": base.dataset.model_copy(update={"seed": 1})}),
+    ]
+    corpora = [tokenize_corpus(config) for config in (base, *others)]
+    assert not any(corpus.from_cache for corpus in corpora)
+    assert len(folders(cache)) == 4
+    assert len({corpus.fingerprint for corpus in corpora}) == 4
+    # How windows are cut, and the model, are no matter of the cache.
+    wide = validate({"model": {"context_size": 9}, "dataset": {"num_documents": 4, "sliding_window_size": 1}})
+    same = wide.model_copy(update={"tokenizer": base.tokenizer})
+    assert tokenize_corpus(same).from_cache
+
+
+def test_the_fingerprint_is_of_the_text(give: Callable[[dict[str, list[str]]], None]) -> None:
+    give(DOCUMENTS)
+    first = tokenize_corpus(config_of())
+    changed = DOCUMENTS | {"test": ["é\n\n"]}
+    give(changed)
+    second = tokenize_corpus(config_of())
+    # Equal ids, since NFKC makes the two one; but not the same text.
+    assert second.splits["test"].ids.tolist() == first.splits["test"].ids.tolist()
+    assert second.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "splits.json", "train.ids", "validation.offsets.npy"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut short"])
+def test_a_damaged_cache_is_an_error(cache: Path, name: str, damage: str) -> None:
+    tokenize_corpus(config_of())
+    path = folders(cache)[0] / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 4 * 2] if damage == "cut short" else b"")
+    with pytest.raises(DataError) as caught:
+        tokenize_corpus(config_of())
+    assert str(folders(cache)[0]) in caught.value.message
+    assert caught.value.hint
+    shutil.rmtree(folders(cache)[0])
+    assert not tokenize_corpus(config_of()).from_cache
+
+
+def test_a_build_that_fails_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(progress: Progress) -> None:
+        if progress.stage == "encoding the validation split":
+            assert folders(cache)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(config_of(), fail)
+    assert folders(cache) == []
+    assert not tokenize_corpus(config_of()).from_cache
+
+
+def test_two_may_build_the_same_at_once(cache: Path) -> None:
+    others: list[bool] = []
+
+    def build_as_well(progress: Progress) -> None:
+        if progress.stage == "encoding the test split":
+            others.append(tokenize_corpus(config_of()).from_cache)
+
+    corpus = tokenize_corpus(config_of(), build_as_well)
+    assert others == [False]
+    assert len(folders(cache)) == 1
+    assert corpus.splits["train"].facts.num_documents == 4
+    assert tokenize_corpus(config_of()).fingerprint == corpus.fingerprint
+
+
+def test_where_the_cache_is(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_dir() == cache
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / "home" / name))
+    # Empty, as a shell leaves it, is as good as not set.
+    monkeypatch.setenv("LUMIERE_CACHE_DIR", "")
+    assert cache_dir() == tmp_path / "home" / "lumiere"
+    monkeypatch.delenv("LUMIERE_CACHE_DIR")
+    assert cache_dir() == tmp_path / "home" / "lumiere"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(cache: Path) -> None:
+    cache.write_text("a file in its place")
+    with pytest.raises(LumiereError, match="cannot be written") as caught:
+        tokenize_corpus(config_of())
+    assert str(cache) in caught.value.message
+    assert caught.value.hint == "set LUMIERE_CACHE_DIR"
+
+
+# No text
+
+
+@pytest.mark.parametrize(
+    ("documents", "split"),
+    [({"train": [], "validation": ["a"]}, "train"), ({"train": ["a"], "validation": [], "test": ["a"]}, "validation")],
+)
+def test_a_split_without_text_is_an_error(
+    give: Callable[[dict[str, list[str]]], None], cache: Path, documents: dict[str, list[str]], split: str
+) -> None:
+    give(documents)
+    with pytest.raises(DataError, match=f"the {split} split of dataset 'stories' holds no text"):
+        tokenize_corpus(config_of())
+    assert folders(cache) == []
+
+
+def test_a_test_split_without_text_is_left_out(give: Callable[[dict[str, list[str]]], None]) -> None:
+    give(DOCUMENTS | {"test": []})
+    assert list(tokenize_corpus(config_of()).splits) == ["train", "validation"]
+
+
+@pytest.mark.usefixtures("given_documents")
+def test_a_single_text() -> None:
+    tokenizer = tokenize_corpus(config_of()).tokenizer
+    split = tokenize_text("low ﬁ\n", tokenizer)
+    ids = [SOT, *tokenizer.encode("low fi\n"), EOT]
+    assert split.ids.tolist() == ids
+    assert split.offsets.tolist() == [0, len(ids)]
+    assert split.facts == SplitFacts(1, len(ids), 8, 3, hashlib.sha256("low ﬁ\n".encode()).hexdigest())
+    assert len(split.windows(64, 8)) == 1
+    with pytest.raises(DataError, match="the text is empty"):
+        tokenize_text(" \n", tokenizer)
+    with pytest.raises(LumiereError, match="surrogate"):
+        tokenize_text("\ud800", tokenizer)

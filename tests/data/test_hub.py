@@ -1,0 +1,285 @@
+"""Rows through `datasets`: every builder, local folders, and what is said where there is nothing to read."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HFValidationError
+
+from lumiere.config.schema import DatasetConfig
+from lumiere.data import hub
+from lumiere.data.hub import hub_reachable, load_rows
+from lumiere.errors import DataError
+
+PROJECT = Path(__file__).parents[2]
+OUT_OF_REACH = "http://127.0.0.1:9"
+README = """---
+configs:
+- config_name: small
+  data_files:
+  - {split: train, path: small.txt}
+- config_name: large
+  data_files:
+  - {split: train, path: large.txt}
+---
+"""
+
+
+@pytest.fixture(autouse=True)
+def hub_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both libraries read the environment when they are imported; what they took is set, and set back, here."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "getproxies", dict)
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the Hub could be reached, which no test does."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
+
+
+def rows(**settings: Any) -> dict[str, list[str]]:
+    return {split: list(texts) for split, texts in load_rows(DatasetConfig(**settings))[0].items()}
+
+
+def refusal(**settings: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        load_rows(DatasetConfig(**settings))
+    assert caught.value.hint
+    return caught.value
+
+
+def write(name: str, text: str) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(text.encode())
+    return name
+
+
+# What can be read
+
+
+def test_text_files_are_documents() -> None:
+    book, letter = write("book.txt", "one\n\ntwo"), write("letter.txt", "dear\r\nyou\n")
+    assert rows(name="text", data_files=book) == {"train": ["one\n\ntwo"]}
+    # Line ends come as Python reads them.
+    assert rows(name="text", data_files=[book, letter]) == {"train": ["one\n\ntwo", "dear\nyou\n"]}
+    splits = {"train": book, "validation": [letter]}
+    assert rows(name="text", data_files=splits) == {"train": ["one\n\ntwo"], "validation": ["dear\nyou\n"]}
+
+
+def test_lines_that_are_grouped_keep_their_ends() -> None:
+    write("book.txt", "= A =\n\none\ntwo")
+    assert rows(name="text", data_files="book.txt", document_start="^=") == {"train": ["= A =\n", "\n", "one\n", "two"]}
+
+
+def test_builders_of_tables() -> None:
+    texts = ["one", "", 'a "b",\nc']
+    write("table.json", "\n".join(json.dumps({"text": text or None, "n": 1}) for text in texts))
+    write("table.csv", 'n,text\n1,one\n1,\n1,"a ""b"",\nc"\n')
+    datasets.Dataset.from_dict({"text": texts, "n": [1, 2, 3]}).to_parquet("table.parquet")
+    for builder in ("json", "csv", "parquet"):
+        assert rows(name=builder, data_files=f"table.{builder}") == {"train": texts}
+
+
+def test_another_column() -> None:
+    write("table.csv", "text,body\na,b\n")
+    assert rows(name="csv", data_files="table.csv", text_column="body") == {"train": ["b"]}
+
+
+def test_more_rows_than_a_batch_can_be_read_twice() -> None:
+    texts = [f"row {i}" for i in range(2500)]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet("table.parquet")
+    train = load_rows(DatasetConfig(name="parquet", data_files="table.parquet"))[0]["train"]
+    assert list(train) == texts
+    assert list(train) == texts
+
+
+def test_a_dataset_folder_with_subsets() -> None:
+    write("corpus/README.md", README)
+    write("corpus/small.txt", "a\n")
+    write("corpus/large.txt", "a\nb\n")
+    assert rows(name="corpus", subset="large") == {"train": ["a", "b"]}
+    assert rows(name="./corpus", subset="small") == {"train": ["a"]}
+    several = refusal(name="corpus")
+    assert several.message == "dataset 'corpus' has several subsets: 'small', 'large'"
+    assert several.hint == "choose one with --set dataset.subset=..."
+    missing = refusal(name="corpus", subset="smal")
+    assert missing.message == "dataset 'corpus' has no subset 'smal', it has small, large"
+    assert missing.hint == "--set dataset.subset=small"
+
+
+def test_a_folder_of_files_needs_no_readme() -> None:
+    write("corpus/train.csv", "text\na\n")
+    write("corpus/test.csv", "text\nb\n")
+    assert rows(name="corpus") == {"train": ["a"], "test": ["b"]}
+
+
+def test_fingerprint_changes_with_the_file() -> None:
+    def fingerprint() -> str:
+        return load_rows(DatasetConfig(name="text", data_files="book.txt"))[1]
+
+    write("book.txt", "one")
+    first = fingerprint()
+    assert fingerprint() == first
+    write("book.txt", "two")
+    os.utime("book.txt", (1, 1))
+    assert fingerprint() != first
+    assert rows(name="text", data_files="book.txt") == {"train": ["two"]}
+
+
+# What cannot
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"name": "text"}, "dataset 'text' needs files to read", "--set dataset.data_files=book.txt"),
+        ({"name": "text", "data_files": []}, "dataset 'text' needs files to read", "--set dataset.data_files=book.txt"),
+        (
+            {"name": "text", "data_files": "no.txt"},
+            "dataset.data_files=no.txt cannot be read as text",
+            "files that exist",
+        ),
+        ({"name": "csv", "data_files": {"train": "no.csv"}}, "cannot be read as csv", "files that exist"),
+        ({"name": "text", "data_files": "latin.txt"}, "can't decode byte 0xe9 in position 3", "hold text"),
+        ({"name": "parquet", "data_files": "latin.txt"}, "cannot be read as parquet: Parquet", "hold parquet"),
+        ({"name": "json", "data_files": "latin.txt"}, "cannot be read as json: ", "hold json"),
+        ({"name": "./no"}, "there is no dataset folder './no'", "check dataset.name"),
+        ({"name": "/no/folder"}, "there is no dataset folder '/no/folder'", "check dataset.name"),
+        ({"name": "~/no-such-folder"}, "there is no dataset folder '~/no-such-folder'", "check dataset.name"),
+        ({"name": "empty"}, "dataset 'empty' cannot be read: ", "check the section dataset"),
+        ({"name": "latin.txt"}, "is a file", "dataset.name=text --set dataset.data_files=latin.txt"),
+        ({"name": "t.csv"}, "is a file", "dataset.name=csv --set dataset.data_files=t.csv"),
+        ({"name": "csv", "data_files": "t.csv"}, "has no column 'text', it has n, txet", "dataset.text_column=txet"),
+        (
+            {"name": "csv", "data_files": "t.csv", "text_column": "n"},
+            "dataset 'csv' has no text in column 'n', it has n, txet",
+            "dataset.text_column=txet",
+        ),
+        ({"name": "csv", "data_files": "n.csv"}, "has no column 'text', it has n", "a column of text"),
+        (
+            {"name": "someone/something"},
+            "is not on this machine, and the Hugging Face Hub cannot be reached",
+            "tiny.yaml",
+        ),
+        ({"name": "x" * 5000}, "is not on this machine", "tiny.yaml"),
+        ({"name": "a\0b"}, "is not on this machine", "tiny.yaml"),
+    ],
+)
+def test_refused_datasets(
+    settings: dict[str, Any],
+    message: str,
+    hint: str,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The library's own handler holds on to the stderr of its import.
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [caplog.handler])
+    Path("latin.txt").write_bytes("café".encode("latin-1"))
+    write("t.csv", "n,txet\n1,a\n")
+    write("n.csv", "n\n1\n")
+    Path("empty").mkdir()
+    error = refusal(**settings)
+    assert message in error.message
+    assert hint in (error.hint or "")
+    assert "\n" not in error.message
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_wikitext_without_the_raw_subset(wikitext: Path) -> None:
+    error = refusal(name=str(wikitext), subset="wikitext-2-raw-v1")
+    assert error.message.endswith("has no subset 'wikitext-2-raw-v1', it has wikitext-2-v1")
+    assert error.hint == "--set dataset.subset=wikitext-2-v1"
+
+
+@pytest.mark.usefixtures("online")
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "there is no dataset 'a/b', neither"),
+        (HFValidationError("Repo id must be"), "there is no dataset 'a/b', neither"),
+        (ConnectionError("x" * 1000), "dataset 'a/b' cannot be read: xxx"),
+        (KeyError(), "dataset 'a/b' cannot be read: KeyError"),
+    ],
+)
+def test_refused_by_the_hub(monkeypatch: pytest.MonkeyPatch, raised: Exception, message: str) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    error = refusal(name="a/b")
+    assert error.message.startswith(message)
+    assert len(error.message) < 300
+
+
+# No network
+
+
+@pytest.fixture
+def listening() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_whether_the_hub_is_reachable(listening: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", listening)
+    assert hub_reachable()
+    monkeypatch.setenv("HF_ENDPOINT", OUT_OF_REACH)
+    assert not hub_reachable()
+    # Behind a proxy only a request can tell.
+    monkeypatch.setattr(hub, "getproxies", lambda: {"http": "http://proxy:3128"})
+    assert hub_reachable()
+
+
+def test_the_hub_is_asked_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked: list[bool] = []
+    monkeypatch.setattr(hub, "hub_reachable", lambda: bool(asked.append(True)))
+    write("corpus/train.csv", "text\na\n")
+    assert rows(name="corpus") == rows(name="csv", data_files="corpus/train.csv")
+    assert not asked
+    assert "cannot be reached" in refusal(name="someone/something").message
+    assert asked
+    # From here on the process reads its cache only, and does not wait for the network.
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_a_network_one_error_says_what_to_do(tmp_path: Path, offline: str) -> None:
+    """In a process of its own, as a user starts it, with whatever the libraries print."""
+    code = (
+        "from lumiere.config.loader import load_config\n"
+        "from lumiere.data.corpus import load_corpus\n"
+        "from lumiere.errors import DataError\n"
+        "try:\n    load_corpus(load_config('small').dataset)\n"
+        "except DataError as error:\n    print(error.message, error.hint, sep='\\n')\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment = {"HF_ENDPOINT": OUT_OF_REACH, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    message, hint = run.stdout.splitlines()
+    assert message == (
+        "dataset 'Salesforce/wikitext' is not on this machine, and the Hugging Face Hub cannot be reached"
+    )
+    assert "--set dataset.name=" in hint
+    assert "configs/tiny.yaml" in hint
+    assert run.stderr == ""

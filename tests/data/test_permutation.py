@@ -1,0 +1,103 @@
+"""The order of an epoch: a permutation for every size, and the same one for ever."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumiere.data.permutation import feistel, permute, round_keys
+
+# Runs that are going on, and recorded losses, depend on these: they must never change.
+GOLDEN = {
+    (10, "0 0"): [0, 9, 7, 1, 2, 3, 8, 4],
+    (10, "0 1"): [8, 9, 0, 1, 5, 7, 2, 3],
+    (53_670, "0 0"): [47953, 19368, 51421, 41535, 36733, 53046, 6037, 39175],
+    (10**12, "7 3"): [
+        159300920049,
+        304452470263,
+        818626234682,
+        744071794564,
+        672211073552,
+        684401279778,
+        420034142651,
+        137229763428,
+    ],
+}
+
+
+def order(size: int, key: str) -> list[int]:
+    return permute(np.arange(size), size, key).tolist()
+
+
+@pytest.mark.parametrize(("size", "key"), GOLDEN)
+def test_golden(size: int, key: str) -> None:
+    assert permute(np.arange(8), size, key).tolist() == GOLDEN[size, key]
+
+
+def test_every_size_up_to_200_is_permuted() -> None:
+    for size in range(1, 201):
+        assert sorted(order(size, "0 0")) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1023, 1024, 1025, 4096, 4097, 53_670, 65_536, 65_537, 300_000])
+def test_large_sizes_are_permuted(size: int) -> None:
+    images = permute(np.arange(size), size, "1 2")
+    assert images.dtype == np.int64
+    assert np.array_equal(np.sort(images), np.arange(size))
+
+
+@given(st.integers(1, 2**62), st.text(max_size=5), st.data())
+def test_an_index_alone_goes_where_it_goes_among_others(size: int, key: str, data: st.DataObject) -> None:
+    indices = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=8, unique=True)))
+    images = permute(indices, size, key)
+    assert [int(permute(indices[i : i + 1], size, key)[0]) for i in range(len(indices))] == images.tolist()
+    assert len(set(images.tolist())) == len(indices)
+    assert (images >= 0).all()
+    assert (images < size).all()
+
+
+def test_no_index_gives_none() -> None:
+    assert permute(np.arange(0), 5, "0 0").tolist() == []
+
+
+@pytest.mark.parametrize("half_bits", [1, 2, 5])
+def test_a_pass_permutes_its_whole_domain(half_bits: int) -> None:
+    values = np.arange(4**half_bits, dtype=np.uint64)
+    assert np.array_equal(np.sort(feistel(values, half_bits, round_keys("key"))), values)
+
+
+def test_the_key_chooses_the_permutation() -> None:
+    keys = [f"{seed} {epoch}" for seed in range(8) for epoch in range(8)]
+    assert len({tuple(order(100, key)) for key in keys}) == len(keys)
+    # "1 11" and "11 1" are other keys, as are a seed and an epoch exchanged.
+    assert order(100, "1 11") != order(100, "11 1")
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """Pearson's statistic against equal counts."""
+    expected = counts.mean()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_places_are_uniform() -> None:
+    """Over 1,000 keys each of 40 indices goes to each place equally often, and two neighbours to each pair of places.
+
+    The limits are four standard deviations above the mean of a chi-square, whose degrees of freedom are those of a
+    square with fixed sums, and of the 1,560 ordered pairs.
+    """
+    size = 40
+    images = np.array([order(size, f"0 {epoch}") for epoch in range(1000)])
+    places = np.stack([np.bincount(images[:, index], minlength=size) for index in range(size)])
+    freedom = (size - 1) ** 2
+    assert chi_square(places) * (size - 1) / size < freedom + 4 * (2 * freedom) ** 0.5
+    pairs = np.bincount((images[:, :-1] * size + images[:, 1:]).ravel(), minlength=size**2).reshape(size, size)
+    apart = pairs[~np.eye(size, dtype=bool)]
+    assert chi_square(apart) < len(apart) + 4 * (2 * len(apart)) ** 0.5
+
+
+def test_a_permutation_looks_shuffled() -> None:
+    """Neither an index and its image nor neighbouring images are correlated."""
+    images = permute(np.arange(10_000), 10_000, "0 0")
+    assert abs(np.corrcoef(np.arange(10_000), images)[0, 1]) < 0.04
+    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.04
+    assert (images == np.arange(10_000)).sum() < 10

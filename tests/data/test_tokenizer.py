@@ -1,0 +1,165 @@
+"""The tokenizer: any text comes back as NFKC leaves it, and other libraries split it the same way."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from lumiere.data.tokenizer import EOT, PAD, SOT, SPECIAL_TOKENS, Tokenizer, byte_characters
+from lumiere.errors import DataError, LumiereError
+from lumiere.models.transformer import PADDING_ID
+
+TOY = "low low low low low lowest lowest newer newer newer newer newer newer wider wider wider new new"
+SAMPLES = [
+    "",
+    " low lower",
+    "Ünïcödé ½ ﬁ 東京\u3000",
+    "a\x00b\r\n\t\x1b[31m",
+    "👩‍👩‍👧 e\u0301 \u202e",
+    "<|sot|>low<|eot|><|pad|>",
+]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+normalize = normalizers.NFKC().normalize_str
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TOY], vocab_size=300, min_frequency=2)
+
+
+@given(TEXT)
+@example("\x00\x1b\u200b\x7f")
+@example("e\u0301 \ufb01 \u00bd \U0001f600 \U0010ffff")
+@example("<|sot|> <|eot|><|pad|>")
+def test_decoding_gives_back_the_normalized_text(tokenizer: Tokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == normalize(text)
+    assert not {SOT, EOT, PAD} & set(tokens)
+    # Python's own tables know fewer characters, and agree on those that they know.
+    if all(unicodedata.category(character) != "Cn" for character in text):
+        assert tokenizer.decode(tokens) == unicodedata.normalize("NFKC", text)
+
+
+@given(st.lists(TEXT, max_size=4))
+def test_a_batch_is_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "half \udc00 a character"])
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.raises(LumiereError, match="half of a surrogate pair"):
+        tokenizer.encode(text)
+
+
+def test_documents_stand_between_special_tokens(tokenizer: Tokenizer) -> None:
+    assert (SOT, EOT, PAD) == (0, 1, 2)
+    assert PADDING_ID == PAD
+    low = tokenizer.encode("low")
+    assert tokenizer.encode_documents(["low", ""]) == [[0, *low, 1], [0, 1]]
+    assert tokenizer.decode([0, *low, 1, 2]) == "low"
+
+
+def test_merges_of_a_toy_corpus() -> None:
+    """The pair ab occurs 7 times and aa 4; with ab merged, a + ab occurs 4 times, and no pair is left."""
+    tokenizer = Tokenizer.train(["x"] + ["aab"] * 4 + ["ab"] * 3, vocab_size=400, min_frequency=4)
+    assert len(tokenizer) == 3 + 256 + 2
+    assert [tokenizer.token_bytes(259), tokenizer.token_bytes(260)] == [b"ab", b"aab"]
+    assert tokenizer.encode("aabab") == [260, 259]
+    assert [tokenizer.label(token) for token in tokenizer.encode("aaab b")] == ["a", "aab", "·", "b"]
+
+
+def test_a_small_corpus_gives_fewer_tokens() -> None:
+    assert len(Tokenizer.train(["low"], vocab_size=4096, min_frequency=2)) == 259
+    assert len(Tokenizer.train([TOY], vocab_size=262, min_frequency=2)) == 262
+
+
+def test_every_token_has_its_bytes(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.token_bytes(token) for token in (SOT, EOT, PAD, -1, len(tokenizer), 10**9)] == [b""] * 6
+    pieces = [tokenizer.token_bytes(token) for token in range(3, len(tokenizer))]
+    assert sorted(pieces[:256]) == [bytes([byte]) for byte in range(256)]
+    assert all(len(piece) > 1 for piece in pieces[256:])
+    assert len(set(pieces)) == len(pieces)
+    for token, piece in enumerate(pieces[256:], start=259):
+        assert tokenizer.encode(piece.decode()) == [token]
+
+
+def test_byte_characters_are_those_of_the_library() -> None:
+    characters = byte_characters()
+    assert sorted(characters) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert characters[ord("a")] == "a"
+    assert (characters[ord(" ")], characters[ord("\n")]) == ("Ġ", "Ċ")
+
+
+def test_bytes_that_are_no_text_decode_to_the_replacement_character(tokenizer: Tokenizer) -> None:
+    grin = tokenizer.encode("😀")
+    assert [tokenizer.token_bytes(token) for token in grin] == [b"\xf0", b"\x9f", b"\x98", b"\x80"]
+    assert tokenizer.decode(grin[:3]) == "\ufffd"
+    assert tokenizer.decode([*grin[:2], *tokenizer.encode("a")]) == "\ufffda"
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        (" low", ["·low"]),
+        ("\n", ["↵"]),
+        ("\t", ["⇥"]),
+        ("\r", ["␍"]),
+        ("\x1b", ["\\x1b"]),
+        ("\x00", ["\\x00"]),
+        ("é", ["\\xc3", "\\xa9"]),
+        ("😀", ["\\xf0", "\\x9f", "\\x98", "\\x80"]),
+    ],
+)
+def test_labels_are_visible(tokenizer: Tokenizer, text: str, labels: list[str]) -> None:
+    assert [tokenizer.label(token) for token in tokenizer.encode(text)] == labels
+
+
+def test_labels_can_be_printed(tokenizer: Tokenizer) -> None:
+    labels = [tokenizer.label(token) for token in range(len(tokenizer))]
+    assert tuple(labels[:3]) == SPECIAL_TOKENS
+    assert all(label and label.isprintable() and " " not in label for label in labels)
+    whole = Tokenizer.train(["\u200b\u200b"], vocab_size=300, min_frequency=1)
+    assert [whole.label(token) for token in whole.encode("\u200b\u200b")] == ["\\u200b\\u200b"]
+
+
+def test_other_libraries_load_the_saved_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    transformers = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    for text in SAMPLES[:-1]:
+        assert theirs.encode(text).ids == tokenizer.encode(text)
+        assert transformers.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == normalize(text)
+    assert [transformers.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == [SOT, EOT, PAD]
+
+
+def test_a_loaded_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    loaded = Tokenizer.load(path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    # With SAMPLES' spelled special tokens: that they are ordinary text is not in the file.
+    assert loaded.encode_batch(SAMPLES) == tokenizer.encode_batch(SAMPLES)
+    assert loaded.fingerprint != Tokenizer.train([TOY], vocab_size=262, min_frequency=2).fingerprint
+
+
+def test_a_file_that_is_no_tokenizer_of_ours_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(DataError, match="cannot be read as a tokenizer"):
+        Tokenizer.load(path)
+    for content in ("", "{}", tokenizer.to_json()[:-20], "[" * 10_000):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match="cannot be read as a tokenizer"):
+            Tokenizer.load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot be read as a tokenizer"):
+        Tokenizer.load(path)
+    tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, [])).save(str(path))
+    with pytest.raises(DataError, match="not one of Lumiere's"):
+        Tokenizer.load(path)

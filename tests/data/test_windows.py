@@ -1,0 +1,125 @@
+"""Windows against documents cut one by one in plain Python, and the counts on real text."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumiere.config.loader import load_config
+from lumiere.data.batches import steps_per_epoch
+from lumiere.data.dataset import tokenize_corpus
+from lumiere.data.hub import load_rows
+from lumiere.data.tokenizer import EOT, PAD, SOT
+from lumiere.data.windows import Windows
+
+
+def corpus(lengths: list[int]) -> list[list[int]]:
+    """Documents with that many tokens between start and end; each token occurs once in the corpus."""
+    fresh = iter(range(10, 10_000))
+    return [[SOT, *(next(fresh) for _ in range(length)), EOT] for length in lengths]
+
+
+def windows_of(documents: list[list[int]], context_size: int, sliding_window_size: int) -> Windows:
+    ids = np.array([token for document in documents for token in document], dtype=np.uint16)
+    offsets = np.cumsum([0, *map(len, documents)])
+    return Windows(ids, offsets, context_size, sliding_window_size)
+
+
+def cut(document: list[int], context_size: int, sliding_window_size: int) -> list[list[int]]:
+    """A document's windows, from the description: go on from the overlap as long as something new is predicted."""
+    windows = [document[: context_size + 1]]
+    end = len(windows[0])
+    while len(document) - end + sliding_window_size >= 2 and end < len(document):
+        start = end - sliding_window_size
+        windows.append(document[start : start + context_size + 1])
+        end = start + len(windows[-1])
+    return windows
+
+
+@st.composite
+def cuttings(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
+    documents = corpus(draw(st.lists(st.integers(0, 40), min_size=1, max_size=6)))
+    context_size = draw(st.integers(1, 20))
+    return documents, context_size, draw(st.integers(0, context_size - 1))
+
+
+@given(cuttings())
+def test_windows_are_those_cut_by_hand(cutting: tuple[list[list[int]], int, int]) -> None:
+    documents, context_size, sliding_window_size = cutting
+    windows = windows_of(*cutting)
+    expected = [
+        (window, number)
+        for number, document in enumerate(documents)
+        for window in cut(document, context_size, sliding_window_size)
+    ]
+    assert len(windows) == len(expected)
+    indices = np.arange(len(windows))
+    tokens, lengths = windows.cut(indices)
+    assert tokens.dtype == np.int64
+    assert tokens.tolist() == [window + [PAD] * (context_size + 1 - len(window)) for window, _ in expected]
+    assert lengths.tolist() == [len(window) for window, _ in expected]
+    assert windows.documents(indices).tolist() == [number for _, number in expected]
+
+
+@given(cuttings())
+def test_every_token_is_predicted_and_nothing_but_the_overlap_twice(
+    cutting: tuple[list[list[int]], int, int],
+) -> None:
+    documents, _, sliding_window_size = cutting
+    windows = windows_of(*cutting)
+    indices = np.arange(len(windows))
+    tokens, lengths = windows.cut(indices)
+    rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    numbers = windows.documents(indices).tolist()
+    for number, document in enumerate(documents):
+        own = [row for row, owner in zip(rows, numbers, strict=True) if owner == number]
+        targets = {token for row in own for token in row[1:]}
+        # Without an overlap a window's first token is predicted by none: the one before it ends there.
+        unpredicted = {row[0] for row in own} if sliding_window_size == 0 else {SOT}
+        lost = {document[-1]} if sliding_window_size == 0 else set()
+        assert set(document) - unpredicted - lost <= targets <= set(document) - {SOT}
+        for before, after in pairwise(own):
+            shared = [token for token in before if token in after]
+            assert shared == before[len(before) - sliding_window_size :] == after[:sliding_window_size]
+    assert all(len(row) >= 2 for row in rows)
+
+
+def test_by_hand() -> None:
+    windows = windows_of(corpus([8, 1]), context_size=4, sliding_window_size=2)
+    # 0 10..17 1 | 0 18 1
+    tokens, lengths = windows.cut(np.arange(len(windows)))
+    assert tokens.tolist() == [
+        [0, 10, 11, 12, 13],
+        [12, 13, 14, 15, 16],
+        [15, 16, 17, 1, PAD],
+        [0, 18, 1, PAD, PAD],
+    ]
+    assert lengths.tolist() == [5, 5, 4, 3]
+    # Any windows in any order, also twice.
+    some = np.array([3, 0, 3])
+    assert windows.cut(some)[0].tolist() == tokens[some].tolist()
+
+
+@pytest.mark.slow
+def test_counts_on_wikitext(wikitext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    overrides = [f"dataset.name={wikitext}", "dataset.subset=wikitext-2-v1"]
+    config = load_config("small", overrides)
+    tokenized = tokenize_corpus(config)
+    assert len(tokenized.tokenizer) == 4096
+    facts = {split: tokenized.splits[split].facts for split in tokenized.splits}
+    assert {split: fact.num_documents for split, fact in facts.items()} == {"train": 600, "validation": 60, "test": 60}
+    # Merity et al. 2016, table 1, count the line ends of blank rows too.
+    rows, _ = load_rows(config.dataset)
+    blank = {split: sum(not row.strip() for row in rows[split]) for split in rows}
+    assert {split: fact.num_words + blank[split] for split, fact in facts.items()} == {
+        "train": 2_088_628,
+        "validation": 217_646,
+        "test": 245_569,
+    }
+    train, validation = tokenized.windows("train", config), tokenized.windows("validation", config)
+    assert (len(train), len(validation)) == (53_670, 5_580)
+    assert steps_per_epoch(validation, config.training.batch_size) == 175
