@@ -1,6 +1,6 @@
 """Fixtures of all tests. No test touches the user's files, the network, or another test's files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,23 @@ TINY = {
         "precision": "float32",
     },
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
+    """Reads a file of tests/golden; `pytest --update-golden` writes the second argument there before."""
+
+    def read(name: str, computed: str) -> str:
+        path = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.write_text(computed, encoding="utf-8")
+        return path.read_text(encoding="utf-8")
+
+    return read
 
 
 @pytest.fixture(autouse=True)

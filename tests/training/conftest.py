@@ -1,0 +1,81 @@
+"""Short trainings: one layer and one story, in epochs of five steps, the last of them with fewer windows."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from lumiere.config.loader import validate
+from lumiere.config.schema import RunConfig
+from lumiere.persistence.runs import Run, RunStore
+from lumiere.training import launch as launch_module
+from lumiere.training.environment import environment
+from lumiere.training.events import Listener
+from lumiere.training.launch import prepare, start
+from lumiere.training.trainer import TrainingResult
+
+Configure = Callable[[Mapping[str, Any]], RunConfig]
+Launch = Callable[..., TrainingResult]
+TensorHashes = Callable[[Run, str], dict[str, str]]
+
+SHORT = {
+    "model.num_layers": 1,
+    "dataset.num_documents": 1,
+    "training.batch_size": 12,
+    "training.max_steps": 6,
+    "training.eval_interval": None,
+    "training.log_interval": 1,
+}
+
+
+environment_once = functools.cache(environment)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What survives a power cut is a matter of tests/persistence, and one look at the machine is enough for all."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(launch_module, "environment", environment_once)
+
+
+@pytest.fixture(scope="session")
+def configure(tiny_config: RunConfig) -> Configure:
+    """Makes the config of a short training with changes by dotted path."""
+
+    def changed(changes: Mapping[str, Any]) -> RunConfig:
+        values = tiny_config.model_dump()
+        for path, value in (SHORT | dict(changes)).items():
+            section, leaf = path.split(".")
+            values[section][leaf] = value
+        return validate(values)
+
+    return changed
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Trains a config in a runs directory of this test."""
+
+    def trained(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResult:
+        return start(prepare(config), RunStore(tmp_path / "runs"), listeners=listeners)
+
+    return trained
+
+
+@pytest.fixture(scope="session")
+def tensor_hashes() -> TensorHashes:
+    """Gives the SHA-256 of every tensor in a checkpoint, read without any code of ours."""
+
+    def read(run: Run, name: str) -> dict[str, str]:
+        tensors = load_file(run.checkpoints_dir / f"{name}.safetensors")
+        return {
+            key: hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode() + tensor.tobytes()).hexdigest()
+            for key, tensor in sorted(tensors.items())
+        }
+
+    return read

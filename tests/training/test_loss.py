@@ -1,0 +1,151 @@
+"""The objective by hand, and what happens where `torch.compile` does not work."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lumiere.config.schema import RunConfig
+from lumiere.data.batches import IGNORED
+from lumiere.models.transformer import Transformer, build_model
+from lumiere.training.loss import compiled, summed_loss
+
+CXX = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+@pytest.fixture
+def model(tiny_config: RunConfig) -> Transformer:
+    """With weights large enough that the losses of the tokens differ."""
+    model = build_model(tiny_config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    return model
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 320, (4, 16))
+
+
+@pytest.fixture
+def targets() -> torch.Tensor:
+    """Of four windows, of which one has three targets and one has a single one."""
+    targets = torch.randint(3, 320, (4, 16))
+    targets[1, 3:] = IGNORED
+    targets[3, 1:] = IGNORED
+    return targets
+
+
+def test_sum_over_targets_that_are_no_padding(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+    logits = model.logits(tokens).detach().double().numpy()
+    losses = [
+        np.log(np.exp(logits[row, column]).sum()) - logits[row, column, target]
+        for (row, column), target in np.ndenumerate(targets.numpy())
+        if target != IGNORED
+    ]
+    assert len(losses) == 16 + 3 + 16 + 1
+    assert np.ptp(losses) > 1
+    assert summed_loss(model, tokens, targets).item() == pytest.approx(sum(losses), rel=1e-5)
+
+
+def test_padding_has_no_gradient(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+    def gradients(inputs: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(summed_loss(model, inputs, targets), list(model.parameters())))
+
+    changed = tokens.clone()
+    changed[1, 3:] = 7
+    changed[3, 1:] = 9
+    for mine, other in zip(gradients(tokens), gradients(changed), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def failing_at(call: int) -> Callable[..., Any]:
+    """A `torch.compile` whose function raises at its call of that number."""
+    calls = 0
+
+    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= call:
+                raise RuntimeError("no C++ compiler found\nand a long trace")
+            return function(*arguments)
+
+        return run
+
+    return compile_function
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_where_compiling_fails_it_warns_once_and_goes_on(
+    model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    monkeypatch.setattr(torch, "compile", failing_at(call))
+    warnings: list[str] = []
+    objective = compiled(summed_loss, warnings.append)
+    expected = summed_loss(model, tokens, targets)
+    for number in range(1, 5):
+        assert torch.equal(objective(model, tokens, targets), expected)
+        assert len(warnings) == (number >= call)
+    assert warnings == ["torch.compile does not work here, training goes on without it: no C++ compiler found"]
+
+
+def test_where_torch_compile_itself_raises_it_goes_on_too(
+    model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(function: Callable[..., Any]) -> None:
+        raise RuntimeError("torch.compile is not supported on this Python")
+
+    monkeypatch.setattr(torch, "compile", unsupported)
+    warnings: list[str] = []
+    objective = compiled(summed_loss, warnings.append)
+    for _ in range(2):
+        assert torch.equal(objective(model, tokens, targets), summed_loss(model, tokens, targets))
+    assert len(warnings) == 1
+
+
+def test_where_compiling_works_the_compiled_function_is_used(
+    model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilations: list[Any] = []
+
+    def doubling(function: Callable[..., Any]) -> Callable[..., Any]:
+        compilations.append(function)
+        return lambda *arguments: 2 * function(*arguments)
+
+    monkeypatch.setattr(torch, "compile", doubling)
+    warnings: list[str] = []
+    objective = compiled(summed_loss, warnings.append)
+    expected = 2 * summed_loss(model, tokens, targets)
+    assert torch.equal(objective(model, tokens, targets), expected)
+    assert torch.equal(objective(model, tokens, targets), expected)
+    assert (compilations, warnings) == ([summed_loss], [])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch has deprecated
+@pytest.mark.skipif(CXX is None, reason="torch.compile needs a C++ compiler, and none is on PATH")
+def test_compiled_losses_and_gradients_are_the_same(
+    tiny_config: RunConfig,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    # One layer without dropout, whose random numbers are others when it is compiled.
+    one_layer = tiny_config.model.model_copy(update={"num_layers": 1, "dropout": 0.0})
+    model = build_model(tiny_config.model_copy(update={"model": one_layer}))
+    warnings: list[str] = []
+    fast = compiled(summed_loss, warnings.append)
+    losses = [objective(model, tokens, targets) for objective in (fast, summed_loss)]
+    assert warnings == []
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-4 * 36)
+    mine, other = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    for gradient, expected in zip(mine, other, strict=True):
+        assert torch.dist(gradient, expected) <= 1e-4 * expected.norm()

@@ -1,0 +1,269 @@
+"""Resuming is exact: however and wherever a training stops, going on gives the bits of never having stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lumiere.errors import LumiereError
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.runs import Run, RunStore
+from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, Listener, StartEvent, StepEvent
+from lumiere.training.launch import prepare, prepare_resume, resume, start, stop_reason
+from lumiere.training.state import COUNTERS
+from lumiere.training.trainer import TrainingResult
+
+NUM_STEPS = 12
+LONGER = {"training.max_steps": NUM_STEPS, "training.eval_interval": 3, "training.checkpoint_interval": 4}
+
+
+class KilledError(Exception):
+    """Stands for a sudden death: nothing is saved on the way out."""
+
+
+def stop_at(step: int) -> Listener:
+    """Ctrl-C during a step."""
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepEvent) and event.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return listen
+
+
+def kill_at(number: int) -> Listener:
+    """Sudden death when the event of this number is told."""
+    told = 0
+
+    def listen(event: Event) -> None:
+        nonlocal told
+        if told == number:
+            raise KilledError(str(event))
+        told += 1
+
+    return listen
+
+
+def go_on(run: Run, *listeners: Listener) -> TrainingResult:
+    return resume(prepare_resume(run), run, listeners)
+
+
+@pytest.fixture(scope="session")
+def outcome(tensor_hashes):
+    """All that a training leaves behind, but for what depends on the clock."""
+
+    def leaves(run: Run) -> dict[str, Any]:
+        manager = CheckpointManager(run.path.parent)
+        names = [name for name in manager.names(run) if name != "previous"]
+        saved = {name: manager.load(run, name, groups=()).metadata for name in ("best", "latest")}
+        lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+        return {
+            "tensors": {name: tensor_hashes(run, name) for name in names},
+            "counters": {
+                name: {key: metadata[key] for key in COUNTERS if key != "seconds"} for name, metadata in saved.items()
+            },
+            "metrics": [
+                {key: value for key, value in line.items() if key not in ("time", "tokens_per_second")}
+                for line in lines
+            ],
+        }
+
+    return leaves
+
+
+@pytest.fixture(scope="module")
+def straight(
+    configure, outcome, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path
+) -> tuple[dict[str, Any], list[Event]]:
+    """A training that never stopped: what it left, and what it told."""
+    events: list[Event] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
+        store = RunStore(tmp_path_factory.mktemp("straight") / "runs")
+        return outcome(start(prepare(configure(LONGER)), store, listeners=[events.append]).run), events
+
+
+def test_the_straight_training_is_worth_comparing_with(straight) -> None:
+    left, events = straight
+    assert [line["step"] for line in left["metrics"] if "loss" in line] == list(range(1, NUM_STEPS + 1))
+    assert [line["step"] for line in left["metrics"] if "val_loss" in line] == [3, 5, 6, 9, 10, 12]
+    assert {name.partition(".")[0] for name in left["tensors"]["latest"]} == {"model", "optimizer", "rng"}
+    assert left["counters"]["latest"]["stop_reason"] == "max_steps"
+    assert len(events) == 1 + 12 + 6 + sum(isinstance(event, CheckpointEvent) for event in events)
+
+
+@pytest.mark.parametrize("step", range(1, NUM_STEPS))
+def test_interrupted_at_any_step(configure, launch, outcome, straight, step: int) -> None:
+    first = launch(configure(LONGER), [stop_at(step)])
+    run = first.run
+    assert (first.state.step, first.signal_number) == (step, signal.SIGINT)
+    assert run.record["status"] == "interrupted"
+    assert stop_reason(run) is None
+    events: list[Event] = []
+    second = go_on(run, events.append)
+    assert isinstance(events[0], StartEvent)
+    assert [events[0].step, *(event.step for event in events if isinstance(event, StepEvent))] == [
+        *range(step, NUM_STEPS + 1)
+    ]
+    assert second.state.seconds > first.state.seconds
+    assert (run.record["status"], run.record["stop_reason"]) == ("finished", "max_steps")
+    assert outcome(run) == straight[0]
+
+
+def test_interrupted_again_and_again(configure, launch, outcome, straight) -> None:
+    run = launch(configure(LONGER), [stop_at(1)]).run
+    for step in (2, 3, 7, 11):
+        assert go_on(run, stop_at(step)).state.step == step
+    go_on(run)
+    assert outcome(run) == straight[0]
+
+
+# The start, the last step before anything is saved, the first evaluation, everything from the save of step 4, which has
+# a snapshot, to the step after the first epoch, and the very end.
+KILLS = [0, 3, 4, *range(8, 14), -1]
+
+
+@pytest.mark.parametrize("number", KILLS)
+def test_killed_at_any_event(configure, launch, outcome, straight, tmp_path: Path, number: int) -> None:
+    left, events = straight
+    number %= len(events)
+    with pytest.raises(KilledError):
+        launch(configure(LONGER), [kill_at(number)])
+    (run,) = RunStore(tmp_path / "runs").all()
+    told = run.metrics_path.read_text().splitlines()
+    assert len(told) == sum(isinstance(event, StepEvent | EvaluationEvent) for event in events[: number + 1])
+    go_on(run)
+    assert outcome(run) == left
+
+
+def test_killed_before_the_first_save_it_starts_at_step_0(configure, launch, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        launch(configure(LONGER), [kill_at(2)])
+    (run,) = RunStore(tmp_path / "runs").all()
+    assert "latest" not in CheckpointManager().names(run)
+    assert [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()] == [1, 2]
+    assert stop_reason(run) is None
+    events: list[Event] = []
+    go_on(run, events.append)
+    assert events[0].step == 0
+
+
+def test_a_damaged_checkpoint_costs_some_steps_and_nothing_else(configure, launch, outcome, straight) -> None:
+    run = launch(configure(LONGER), [stop_at(8)]).run
+    latest = run.checkpoints_dir / "latest.safetensors"
+    data = latest.read_bytes()
+    latest.unlink()
+    latest.write_bytes(data[:-1])
+    events: list[Event] = []
+    go_on(run, events.append)
+    assert events[0].step == 6
+    assert outcome(run) == straight[0]
+
+
+@pytest.mark.slow
+def test_killed_by_the_system(configure, outcome, straight, tmp_path: Path) -> None:
+    """SIGKILL to a process of its own, which no handler and no `finally` survives."""
+    program = """
+import os, signal, sys
+from pathlib import Path
+from lumiere.config.loader import load_config_file
+from lumiere.persistence.runs import RunStore
+from lumiere.training.launch import prepare, start
+from lumiere.training.events import StepEvent
+import torch
+torch.set_num_threads(1)
+def listen(event):
+    if isinstance(event, StepEvent) and event.step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+start(prepare(load_config_file(Path("config.yaml"))), RunStore(), listeners=[listen])
+"""
+    (tmp_path / "config.yaml").write_text(json.dumps(configure(LONGER).model_dump()))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=False)
+    assert process.returncode == -signal.SIGKILL
+    (run,) = RunStore(tmp_path / "runs").all()
+    assert run.record["status"] == "running"
+    go_on(run)
+    assert outcome(run) == straight[0]
+
+
+def test_without_the_random_numbers_state_it_would_not_be_exact(
+    configure, launch, outcome, straight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test of the tests above: dropout is on, and they would see it."""
+    run = launch(configure(LONGER), [stop_at(7)]).run
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+    go_on(run)
+    different, exact = outcome(run), straight[0]
+    assert different["tensors"]["latest"] != exact["tensors"]["latest"]
+    assert different["tensors"]["step-00000004"] == exact["tensors"]["step-00000004"]
+
+
+def test_muon_too(configure, launch, outcome) -> None:
+    config = configure(LONGER | {"training.optimizer": "muon"})
+    never_stopped = launch(config).run
+    run = launch(config, [stop_at(4)]).run
+    go_on(run)
+    assert outcome(run) == outcome(never_stopped)
+
+
+def test_early_stopping_goes_on_counting(configure, launch, outcome) -> None:
+    # No epoch improves by 100 nats: the first one is noted, and the two after it exhaust the patience.
+    changes = {"max_steps": None, "max_epochs": 9, "patience": 2, "stopping_threshold": 100.0}
+    config = configure({f"training.{name}": value for name, value in changes.items()})
+    never_stopped = launch(config)
+    assert (never_stopped.state.step, never_stopped.state.stop_reason) == (15, "patience")
+    first = launch(config, [stop_at(11)])
+    assert first.state.epochs_without_improvement == 1
+    second = go_on(first.run)
+    assert (second.state.step, second.state.stop_reason) == (15, "patience")
+    assert outcome(first.run) == outcome(never_stopped.run)
+
+
+def test_a_finished_run_says_why_and_stays_as_it_is(configure, launch, outcome, straight) -> None:
+    run = launch(configure(LONGER)).run
+    assert stop_reason(run) == "max_steps"
+    again = go_on(run)
+    assert (again.state.step, again.state.stop_reason, again.evaluation) == (NUM_STEPS, "max_steps", None)
+    assert run.record["status"] == "finished"
+    assert outcome(run) == straight[0]
+
+
+def test_device_and_precision_are_those_it_was_trained_with(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure({"training.device": "auto", "training.precision": "auto"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = launch(config, [stop_at(3)]).run
+    # Now the machine has a GPU, which a new run would take.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    fresh, resumed = prepare(config), prepare_resume(run)
+    assert (str(fresh.device), fresh.precision) == ("cuda", torch.bfloat16)
+    assert (str(resumed.device), resumed.precision) == ("cpu", torch.float32)
+    assert resumed.config == config, "the checkpoints keep the config that was given"
+
+
+def test_a_device_that_is_gone_is_refused(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = launch(configure({}), [stop_at(3)]).run
+    run.update(device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LumiereError, match="there is no device 'cuda'"):
+        prepare_resume(run)
+
+
+def test_another_corpus_is_refused(configure, launch) -> None:
+    run = launch(configure({}), [stop_at(3)]).run
+    text = run.config_path.read_text()
+    changed = text.replace("num_documents: 1\n", "num_documents: 2\n")
+    assert changed != text
+    run.config_path.write_text(changed)
+    with pytest.raises(LumiereError, match=f"'stories' is not the one that run {run.id} was trained on"):
+        prepare_resume(run)
+    run.config_path.write_text(text)
+    assert go_on(run).state.step == 6

@@ -1,0 +1,187 @@
+"""Every setting has an effect: none is read, checked, saved, and then forgotten."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from lumiere.config.loader import dump_config
+from lumiere.config.problems import setting_paths
+from lumiere.config.schema import RunConfig
+from lumiere.data import hub
+from lumiere.training import launch as launch_module
+from lumiere.training import trainer
+from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent
+
+BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
+FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
+THREE_EPOCHS = {"training.max_steps": None, "training.max_epochs": 3}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Another value of a setting, and where it shows; `given` is what else it takes, with and without that value."""
+
+    value: Any
+    shows_in: str
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+EFFECTS = {
+    "model.embedding_size": Effect(24, "num_parameters"),
+    "model.context_size": Effect(12, "num_windows"),
+    "model.num_layers": Effect(2, "num_parameters"),
+    "model.num_heads": Effect(4, "num_parameters"),
+    "model.d_key": Effect(4, "num_parameters"),
+    "model.d_value": Effect(4, "num_parameters"),
+    "model.d_ff": Effect(16, "num_parameters"),
+    "model.dropout": Effect(0.3, "weights"),
+    "model.positions": Effect("rotary", "num_parameters"),
+    "tokenizer.vocab_size": Effect(300, "num_parameters"),
+    "tokenizer.min_frequency": Effect(40, "corpus"),
+    "dataset.name": Effect("csv", "corpus", FILES),
+    "dataset.subset": Effect("other", "corpus", FILES),
+    "dataset.data_files": Effect("b.json", "corpus", FILES),
+    "dataset.text_column": Effect("title", "corpus", FILES),
+    "dataset.document_start": Effect("^row 2$", "num_windows", FILES),
+    "dataset.num_documents": Effect(2, "corpus"),
+    "dataset.validation_fraction": Effect(0.5, "corpus", {"dataset.num_documents": 10}),
+    "dataset.seed": Effect(1, "corpus"),
+    "dataset.sliding_window_size": Effect(0, "num_windows"),
+    "training.batch_size": Effect(6, "rows"),
+    "training.gradient_accumulation_steps": Effect(3, "rows"),
+    "training.max_epochs": Effect(2, "end", THREE_EPOCHS),
+    "training.max_steps": Effect(3, "end"),
+    "training.optimizer": Effect("muon", "weights"),
+    "training.learning_rate": Effect(2e-2, "learning_rates"),
+    "training.muon_learning_rate": Effect(0.01, "weights", {"training.optimizer": "muon"}),
+    "training.beta1": Effect(0.5, "weights"),
+    "training.beta2": Effect(0.9, "weights"),
+    "training.weight_decay": Effect(0.5, "weights"),
+    "training.gradient_clip_norm": Effect(0.01, "weights"),
+    "training.schedule": Effect("constant", "learning_rates"),
+    "training.warmup_steps": Effect(0, "learning_rates"),
+    "training.patience": Effect(1, "end", THREE_EPOCHS | {"training.stopping_threshold": 100.0}),
+    "training.stopping_threshold": Effect(100.0, "end", THREE_EPOCHS | {"training.patience": 1}),
+    "training.eval_interval": Effect(2, "evaluated"),
+    "training.log_interval": Effect(3, "told"),
+    "training.checkpoint_interval": Effect(2, "saved"),
+    "training.snapshots": Effect(False, "snapshots"),
+    "training.precision": Effect("bfloat16", "products"),
+    "training.compile": Effect(True, "compiled"),
+    "training.device": Effect("cuda", "device"),
+    "training.seed": Effect(1, "weights"),
+}
+
+# Those that watch a training, or save memory or time, and do not decide what it computes.
+ONLY_WATCHING = [f"training.{name}" for name in ("eval_interval", "log_interval", "checkpoint_interval", "snapshots")]
+
+Observe = Callable[[RunConfig], dict[str, Any]]
+
+
+def rows_of(name: str, subset: str | None = None, data_files: Any = None, **options: Any) -> datasets.DatasetDict:
+    """Instead of `datasets.load_dataset`: rows that say what was asked for, each alone between blank ones."""
+    source = f"{name} {subset} {data_files}"
+    rows = [row for number in range(4) for row in ("", f"row {number}", "", f"In {source} stands a long row.")]
+    columns = {"text": rows, "title": [row.upper() for row in rows]}
+    split = datasets.Dataset.from_dict(columns)
+    return datasets.DatasetDict({"train": split, "validation": split})
+
+
+@pytest.fixture
+def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Observe:
+    """Trains a config, and says all that can be seen of it."""
+
+    def train(config: RunConfig) -> dict[str, Any]:
+        rows: list[int] = []
+        products: set[torch.dtype] = set()
+        compiled: list[Any] = []
+        devices: list[str] = []
+        events: list[Event] = []
+
+        def objective(model: Any, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            rows.append(len(tokens))
+            products.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return summed_loss(model, tokens, targets)
+
+        def resolve(name: str) -> torch.device:
+            devices.append(name)
+            return torch.device("cpu")
+
+        def compile_function(function: Any) -> Any:
+            compiled.append(function)
+            return function
+
+        summed_loss = trainer.summed_loss
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "summed_loss", objective)
+            patch.setattr(launch_module, "resolve_device", resolve)
+            patch.setattr(torch, "compile", compile_function)
+            patch.setattr(hub.datasets, "load_dataset", rows_of)
+            result = launch(config, [events.append])
+        start = next(event for event in events if isinstance(event, StartEvent))
+        told = [event for event in events if isinstance(event, StepEvent)]
+        return {
+            "weights": tensor_hashes(result.run, "latest"),
+            "num_parameters": start.num_parameters,
+            "num_windows": start.num_windows,
+            "corpus": result.run.record["corpus_sha256"],
+            "rows": rows,
+            "products": products,
+            "compiled": len(compiled),
+            "device": devices,
+            "end": (result.state.step, result.state.stop_reason),
+            "told": [event.step for event in told],
+            "learning_rates": [event.learning_rate for event in told],
+            "evaluated": [event.step for event in events if isinstance(event, EvaluationEvent)],
+            "saved": [event.step for event in events if isinstance(event, CheckpointEvent) and event.name == "latest"],
+            "snapshots": sorted(path.name for path in result.run.checkpoints_dir.glob("step-*")),
+        }
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def observed() -> dict[str, dict[str, Any]]:
+    """What trainings showed, by config: most of the tests below compare with the same one."""
+    return {}
+
+
+@pytest.fixture
+def observe(observe_afresh: Observe, observed: dict[str, dict[str, Any]]) -> Observe:
+    """The same, without training the same config again."""
+
+    def once(config: RunConfig) -> dict[str, Any]:
+        key = dump_config(config)
+        if key not in observed:
+            observed[key] = observe_afresh(config)
+        return observed[key]
+
+    return once
+
+
+def test_every_setting_is_below() -> None:
+    assert list(EFFECTS) == setting_paths()
+
+
+def test_what_is_observed_is_the_same_twice(configure, observe: Observe, observe_afresh: Observe) -> None:
+    config = configure(BASE)
+    assert observe_afresh(config) == observe(config)
+
+
+@pytest.mark.parametrize("path", EFFECTS)
+def test_every_setting_has_an_effect(configure, observe: Observe, path: str) -> None:
+    effect = EFFECTS[path]
+    before = configure(BASE | effect.given)
+    after = configure(BASE | effect.given | {path: effect.value})
+    assert before != after
+    assert observe(before)[effect.shows_in] != observe(after)[effect.shows_in]
+
+
+@pytest.mark.parametrize("path", ONLY_WATCHING)
+def test_watching_changes_no_weight(configure, observe: Observe, path: str) -> None:
+    changed = configure(BASE | {path: EFFECTS[path].value})
+    assert observe(changed)["weights"] == observe(configure(BASE))["weights"]
