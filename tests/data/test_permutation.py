@@ -80,13 +80,13 @@ def chi_square(counts: np.ndarray) -> float:
 
 
 def test_places_are_uniform() -> None:
-    """Over 1,000 keys each of 40 indices goes to each place equally often, and two neighbours to each pair of places.
+    """Over 500 keys each of 40 indices goes to each place equally often, and two neighbours to each pair of places.
 
     The limits are four standard deviations above the mean of a chi-square, whose degrees of freedom are those of a
     square with fixed sums, and of the 1,560 ordered pairs.
     """
     size = 40
-    images = np.array([order(size, f"0 {epoch}") for epoch in range(1000)])
+    images = np.array([order(size, f"0 {epoch}") for epoch in range(500)])
     places = np.stack([np.bincount(images[:, index], minlength=size) for index in range(size)])
     freedom = (size - 1) ** 2
     assert chi_square(places) * (size - 1) / size < freedom + 4 * (2 * freedom) ** 0.5

@@ -71,7 +71,7 @@ def test_receipts_show_what_is_wrong(model: Transformer, monkeypatch: pytest.Mon
     with torch.no_grad():
         output = model(torch.tensor([TOKENS]))
     broken = output.attention_weights.clone()
-    broken[0, 1, 0, 2, 5] = 0.25
+    broken[0, 1, 0, 2, 3] = 0.25
     broken[0, 2, 1, 3, 0] += 0.5
     monkeypatch.setattr(model, "forward", lambda tokens: dataclasses.replace(output, attention_weights=broken))
     result = attention_patterns(model, TOKENS)

@@ -26,6 +26,7 @@ TensorHashes = Callable[[Run, str], dict[str, str]]
 SHORT = {
     "model.num_layers": 1,
     "dataset.num_documents": 1,
+    "dataset.seed": 1,  # a story whose last window is padded
     "training.batch_size": 12,
     "training.max_steps": 6,
     "training.eval_interval": None,

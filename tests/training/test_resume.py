@@ -14,7 +14,15 @@ import torch
 from lumiere.errors import LumiereError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, Listener, StartEvent, StepEvent
+from lumiere.training.events import (
+    CheckpointEvent,
+    EvaluationEvent,
+    Event,
+    Listener,
+    StartEvent,
+    StepEvent,
+    WarningEvent,
+)
 from lumiere.training.launch import prepare, prepare_resume, resume, start, stop_reason
 from lumiere.training.state import COUNTERS
 from lumiere.training.trainer import TrainingResult
@@ -162,7 +170,11 @@ def test_a_damaged_checkpoint_costs_some_steps_and_nothing_else(configure, launc
     latest.write_bytes(data[:-1])
     events: list[Event] = []
     go_on(run, events.append)
-    assert events[0].step == 6
+    warning, begun = events[:2]
+    assert isinstance(warning, WarningEvent)
+    assert "the latest checkpoint is damaged" in warning.message
+    assert isinstance(begun, StartEvent)
+    assert (warning.step, begun.step) == (6, 6)
     assert outcome(run) == straight[0]
 
 

@@ -49,7 +49,7 @@ EFFECTS = {
     "dataset.document_start": Effect("^row 2$", "num_windows", FILES),
     "dataset.num_documents": Effect(2, "corpus"),
     "dataset.validation_fraction": Effect(0.5, "corpus", {"dataset.num_documents": 10}),
-    "dataset.seed": Effect(1, "corpus"),
+    "dataset.seed": Effect(2, "corpus"),
     "dataset.sliding_window_size": Effect(0, "num_windows"),
     "training.batch_size": Effect(6, "rows"),
     "training.gradient_accumulation_steps": Effect(3, "rows"),

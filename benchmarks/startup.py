@@ -1,0 +1,70 @@
+"""How long the light commands take, as whole processes: `python benchmarks/startup.py`.
+
+Prints medians of several interleaved repeats, beside what starting Python and importing torch take on the machine.
+Promised: `lumiere runs ls` with 1,000 runs under 0.3 s, and within 5 s the news that there is no network.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lumiere.persistence.runs import RunStore
+
+NUM_RUNS = 1000
+REPEATS = 9
+LUMIERE = [sys.executable, "-m", "lumiere"]
+COMMANDS = {
+    "python -c pass": [sys.executable, "-c", "pass"],
+    "python -c 'import torch'": [sys.executable, "-c", "import torch"],
+    "lumiere --help": [*LUMIERE, "--help"],
+    f"lumiere runs ls ({NUM_RUNS:,} runs)": [*LUMIERE, "runs", "ls"],
+    f"lumiere runs ls --json ({NUM_RUNS:,} runs)": [*LUMIERE, "runs", "ls", "--json"],
+    "lumiere train small (no network)": [*LUMIERE, "train", "small"],
+}
+
+
+def make_runs(folder: Path) -> None:
+    """A thousand finished runs with the record of a real one."""
+    record = {
+        "status": "finished",
+        "num_parameters": 1_188_992,
+        "step": 2000,
+        "best_loss": 4.418,
+        "dataset": "Salesforce/wikitext",
+        "command": ["lumiere", "train", "small"],
+        "versions": {"torch": "2.13.0", "datasets": "5.2.0"},
+        "machine": {"host": "laptop", "cpus": 2},
+    }
+    store = RunStore(folder / "runs")
+    for _ in range(NUM_RUNS):
+        store.create().record_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def seconds(command: list[str], folder: Path) -> float:
+    # A port that nobody listens at: what a machine without a network answers soonest.
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)}
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_runs(folder)
+        times: dict[str, list[float]] = {label: [] for label in COMMANDS}
+        for _ in range(REPEATS):
+            for label, command in COMMANDS.items():
+                times[label].append(seconds(command, folder))
+    print(f"{'seconds':34}  {'median':>7}  {'least':>7}  {'most':>7}")
+    for label, values in times.items():
+        print(f"{label:34}  {statistics.median(values):7.3f}  {min(values):7.3f}  {max(values):7.3f}")
+
+
+if __name__ == "__main__":
+    main()
