@@ -22,7 +22,8 @@ def resolve_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available() and index == "",
     }
     if not there.get(kind, False):
-        present = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+        present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        present += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
         raise LumiereError(f"there is no device '{name}'", f"this machine has {', '.join(present)}")
     return torch.device(name)
 

@@ -9,7 +9,7 @@ import hashlib
 
 import numpy as np
 
-ROUNDS = 6
+ROUNDS = 8
 
 
 def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:

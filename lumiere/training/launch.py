@@ -93,7 +93,8 @@ def prepare_resume(run: Run, progress: Callable[[Progress], None] | None = None)
     taken = {key: record[key] for key in ("device", "precision") if key in record}
     config = config.model_copy(update={"training": config.training.model_copy(update=taken)})
     preparation = prepare(config, progress)
-    if preparation.corpus.fingerprint != record.get("corpus_sha256"):
+    # A run that was killed while it was made has no record to compare with, and no checkpoint either.
+    if preparation.corpus.fingerprint != record.get("corpus_sha256", preparation.corpus.fingerprint):
         raise LumiereError(
             f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
             "restore it as it was, or start a new run",
