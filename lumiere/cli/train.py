@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lumiere.training.trainer import TrainingResult
 
 TERMINATED = 143
-SAMPLE_TOKENS = 120
+SAMPLE_TOKENS = 160
 SAMPLE_TEMPERATURE = 0.7
 
 
