@@ -1,7 +1,6 @@
 """The errors that a user can fix; anything else that escapes is a bug and keeps its traceback."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class LumiereError(Exception):
@@ -41,5 +40,7 @@ class CheckpointError(LumiereError):
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` is most likely a misspelling of, or None."""
+    from difflib import get_close_matches
+
     matches = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return matches[0] if matches else None

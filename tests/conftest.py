@@ -10,7 +10,8 @@ from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus, tokenize_corpus
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training.launch import prepare, start
+from lumiere.training.launch import start
+from lumiere.training.preparation import prepare
 
 TINY = {
     "model": {

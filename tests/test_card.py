@@ -9,7 +9,8 @@ import torch
 from lumiere.config.loader import load_config
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore
-from lumiere.training.launch import prepare, start
+from lumiere.training.launch import start
+from lumiere.training.preparation import prepare
 
 RUN = "run_hiq6ihsb_20250819_001808"
 

@@ -54,7 +54,7 @@ def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: 
     store = RunStore("stopped")
     run = store.open("latest")
     assert run.record["status"] == "interrupted"
-    assert 100 <= run.record["step"] < 400
+    assert 0 < run.record["step"] < 400
     assert f"lumiere train --resume {run.id}" in rest
 
     resumed = run_lumiere("train", "--resume", run.id, "--runs-dir", "stopped", "--json")

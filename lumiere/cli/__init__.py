@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lumiere import __version__
-from lumiere.cli.console import guarded, out
+from lumiere.cli.console import guarded
 from lumiere.cli.evaluate import evaluate
 from lumiere.cli.generate import generate
 from lumiere.cli.inspect import app as inspect_app
@@ -29,7 +29,7 @@ app.add_typer(runs_app, name="runs")
 
 def print_version(wanted: bool) -> None:
     if wanted:
-        out.print(f"lumiere {__version__}")
+        typer.echo(f"lumiere {__version__}")
         raise typer.Exit
 
 

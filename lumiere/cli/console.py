@@ -3,18 +3,41 @@
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from lumiere.errors import LumiereError
 
-out = Console(highlight=False, soft_wrap=True)
-talk = Console(stderr=True, highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from rich.console import Console
 
 INTERRUPTED = 130
+
+# Rich is imported only where something is drawn with it: `runs ls` and `--version` are to answer at once.
+
+
+@functools.cache
+def out() -> "Console":
+    """The terminal's stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+@functools.cache
+def talk() -> "Console":
+    """The terminal's stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def escape(text: str) -> str:
+    """`text` with what Rich would read as markup made plain."""
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -38,9 +61,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def print_error(error: LumiereError) -> None:
-    talk.print(f"[bold red]error:[/] {escape(error.message)}")
+    talk().print(f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
-        talk.print(f"[bold]hint:[/] {escape(error.hint)}")
+        talk().print(f"[bold]hint:[/] {escape(error.hint)}")
 
 
 def print_json(value: Any) -> None:
@@ -52,4 +75,4 @@ def print_json(value: Any) -> None:
 
 def show_note(text: str) -> None:
     """A line of talk."""
-    talk.print(f"[dim]{escape(text)}[/]")
+    talk().print(f"[dim]{escape(text)}[/]")

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.markup import escape
 
-from lumiere.cli.console import out, print_json
+from lumiere.cli.console import escape, out, print_json
 from lumiere.cli.loading import open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunReference, RunsDir
 from lumiere.errors import LumiereError
@@ -85,8 +84,8 @@ def read_text(path: Path) -> str:
 
 
 def show(about: dict[str, Any], evaluation: "Evaluation") -> None:
-    out.print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
-    out.print(
+    out().print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
+    out().print(
         f"{escape(about['corpus'])}: {about['documents']:,} documents, windows of {about['context_size']} tokens "
         f"that overlap by {about['sliding_window_size']}\n"
     )
@@ -99,8 +98,8 @@ def show(about: dict[str, Any], evaluation: "Evaluation") -> None:
         ("mean batch perplexity", f"{evaluation.mean_batch_perplexity:,.2f}", "the card's perplexity (85.01)"),
     ]
     for name, value, meaning in rows:
-        out.print(f"[bold]{name:21}[/]  {value:>10}  [dim]{meaning}[/]")
-    out.print(
+        out().print(f"[bold]{name:21}[/]  {value:>10}  [dim]{meaning}[/]")
+    out().print(
         f"\n{evaluation.num_tokens:,} tokens in {evaluation.num_windows:,} windows, "
         f"{evaluation.num_batches:,} batches of {evaluation.batch_size}, {evaluation.seconds:.1f} s"
     )

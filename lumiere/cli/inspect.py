@@ -3,10 +3,8 @@
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from rich.markup import escape
 
-from lumiere.cli.console import guarded, out, print_json, show_note
-from lumiere.cli.heatmap import LABEL_WIDTH, LEGEND, heatmap
+from lumiere.cli.console import escape, guarded, out, print_json, show_note
 from lumiere.cli.loading import OpenedModel, open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
 from lumiere.errors import LumiereError
@@ -47,6 +45,7 @@ def attention(
     as_json: Json = False,
 ) -> None:
     """Where does each head look? Rows are tokens, columns the tokens that they take information from."""
+    from lumiere.cli.heatmap import LEGEND
     from lumiere.interpret.attention import attention_patterns
 
     opened = open_model(run, checkpoint, device, runs_dir)
@@ -74,13 +73,13 @@ def attention(
             }
         )
         return
-    out.print(f"[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
-    out.print(f"{escape(source)}: {len(tokens)} tokens; token ids {' '.join(map(str, tokens))}\n", soft_wrap=False)
+    out().print(f"[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
+    out().print(f"{escape(source)}: {len(tokens)} tokens; token ids {' '.join(map(str, tokens))}\n", soft_wrap=False)
     for number in heads:
         show_head(result, labels, layer, number)
-    out.print(f"share of a row: {LEGEND}")
+    out().print(f"share of a row: {LEGEND}")
     receipts = result.receipts
-    out.print(
+    out().print(
         f"receipts: rows sum to 1 within {receipts['rows_sum_to_1']:.0e}; "
         f"largest weight on a later token {receipts['no_weight_on_the_future']:g}"
     )
@@ -88,16 +87,18 @@ def attention(
 
 def show_head(result: "AttentionPatterns", labels: list[str], layer: int, head: int) -> None:
     """The heat map of one head, under a line that says what is striking."""
+    from lumiere.cli.heatmap import LABEL_WIDTH, heatmap
+
     weights = result.patterns[layer, head]
     size = len(labels)
-    shown = min(size, max(1, out.width - LABEL_WIDTH - 1))
+    shown = min(size, max(1, out().width - LABEL_WIDTH - 1))
     first_token, previous, current = weights[1:, 0], weights.diagonal(-1), weights.diagonal()[1:]
     shares = {"first token": first_token, "previous token": previous, "itself": current}
     summary = ", ".join(f"{name} {share.mean():.0%}" for name, share in shares.items()) if size > 1 else ""
-    out.print(f"[bold]L{layer}H{head}[/]  {summary}")
+    out().print(f"[bold]L{layer}H{head}[/]  {summary}")
     if shown < size:
         show_note(f"the terminal has room for the last {shown} of {size} tokens")
-    out.print(heatmap(weights[size - shown :, size - shown :], labels[size - shown :], out.width))
+    out().print(heatmap(weights[size - shown :, size - shown :], labels[size - shown :], out().width))
 
 
 def tokens_to_inspect(opened: OpenedModel, prompt: str | None) -> tuple[list[int], str]:

@@ -4,10 +4,9 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lumiere.cli.console import talk
+from lumiere.cli.console import escape, talk
 from lumiere.data.dataset import Progress as DataProgress
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 
@@ -23,9 +22,9 @@ class TrainingProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
-            console=talk,
+            console=talk(),
             transient=True,
-            disable=not talk.is_terminal,
+            disable=not talk().is_terminal,
         )
         self._task = self._bar.add_task("training", total=None, figures="")
         self._last_line = time.monotonic()
@@ -49,35 +48,35 @@ class TrainingProgress:
             case EvaluationEvent():
                 self._evaluation(event)
             case WarningEvent(message=message):
-                talk.print(f"[bold yellow]warning:[/] {escape(message)}")
+                talk().print(f"[bold yellow]warning:[/] {escape(message)}")
             case CheckpointEvent():
                 pass
 
     def _start(self, event: StartEvent) -> None:
         self._total_steps = event.total_steps
         self._bar.update(self._task, total=event.total_steps, completed=event.step)
-        talk.print(f"[bold]{event.run_name}[/]")
+        talk().print(f"[bold]{event.run_name}[/]")
         epochs = event.total_steps / event.steps_per_epoch
-        talk.print(
+        talk().print(
             f"{event.num_parameters:,} parameters, {event.num_windows:,} training windows, "
             f"{event.total_steps:,} steps ({epochs:,.1f} epochs), {event.precision} on {event.device}"
         )
         if event.step:
-            talk.print(f"going on from step {event.step:,}")
+            talk().print(f"going on from step {event.step:,}")
 
     def _step(self, event: StepEvent) -> None:
         figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {event.tokens_per_second:,.0f} tokens/s"
         self._bar.update(self._task, completed=event.step, figures=figures)
         now = time.monotonic()
-        if not talk.is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
+        if not talk().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
             steps_left = self._total_steps - event.step
             seconds_left = event.seconds / event.step * steps_left
-            talk.print(f"step {event.step:,}/{self._total_steps:,}  {figures}  {duration(seconds_left)} left")
+            talk().print(f"step {event.step:,}/{self._total_steps:,}  {figures}  {duration(seconds_left)} left")
 
     def _evaluation(self, event: EvaluationEvent) -> None:
         best = "  [green]best[/]" if event.is_best else ""
-        talk.print(
+        talk().print(
             f"step {event.step:>7,}  epoch {event.epoch:6.2f}  validation loss {event.evaluation.loss:.4f}  "
             f"perplexity {event.evaluation.perplexity:,.2f}  {duration(event.seconds)}{best}"
         )
@@ -91,9 +90,9 @@ class CorpusProgress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}"),
-            console=talk,
+            console=talk(),
             transient=True,
-            disable=not talk.is_terminal,
+            disable=not talk().is_terminal,
         )
         self._tasks: dict[str, int] = {}
 

@@ -1,13 +1,13 @@
 """`lumiere runs`: the runs directory."""
 
+import os
 import sys
 from datetime import datetime
 from typing import Any
 
 import typer
-from rich.markup import escape
 
-from lumiere.cli.console import guarded, out, print_json, show_note
+from lumiere.cli.console import escape, guarded, out, print_json, show_note
 from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.persistence.runs import Run, RunStore
 
@@ -29,7 +29,7 @@ def list_runs(runs_dir: RunsDir = None, as_json: Json = False) -> None:
         show_note(f"no runs in {store.runs_dir}; train one: lumiere train tiny")
         return
     # Fixed columns and no markup: a table that measures its cells takes a second for a thousand runs.
-    coloured = out.is_terminal and not out.no_color
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lines = [f"{'id':8}  {'status':11}  {'parameters':>10}  {'steps':>9}  {'best loss':>9}  {'age':>7}  corpus"]
     for run in runs:
         record = run.record
@@ -57,9 +57,9 @@ def show_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False)
         print_json(facts(opened) | {"checkpoints": checkpoints})
         return
     record = opened.record
-    out.print(f"[bold]{opened.name}[/]  {styled_status(record['status'])}")
+    out().print(f"[bold]{opened.name}[/]  {styled_status(record['status'])}")
     if record.get("error"):
-        out.print(f"  {escape(printable(str(record['error'])))}", style="red")
+        out().print(f"  {escape(printable(str(record['error'])))}", style="red")
     rows = {
         "path": str(opened.path),
         "command": " ".join(record.get("command", [])),
@@ -74,8 +74,8 @@ def show_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False)
         "checkpoints": ", ".join(checkpoints) or "none",
     }
     for name, value in rows.items():
-        out.print(f"[bold]{name:12}[/] {escape(printable(value))}")
-    out.print(f"\n{escape(opened.config_path.read_text(encoding='utf-8').rstrip())}")
+        out().print(f"[bold]{name:12}[/] {escape(printable(value))}")
+    out().print(f"\n{escape(opened.config_path.read_text(encoding='utf-8').rstrip())}")
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -5,9 +5,8 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from rich.markup import escape
 
-from lumiere.cli.console import INTERRUPTED, out, print_json, show_note, talk
+from lumiere.cli.console import INTERRUPTED, escape, out, print_json, show_note, talk
 from lumiere.cli.options import Json, Overrides, RunsDir
 from lumiere.errors import LumiereError
 
@@ -68,14 +67,16 @@ def train(
         raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to go on with a run")
     resolved = load_config(config, overrides or (), flags)
     if print_config:
-        out.print(escape(dump_config(resolved)), end="")
+        out().print(escape(dump_config(resolved)), end="")
         return
 
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.launch import prepare, start
+    from lumiere.training.preparation import prepare
 
     with CorpusProgress() as corpus_progress:
         preparation = prepare(resolved, corpus_progress)
+    from lumiere.training.launch import start
+
     with TrainingProgress() as progress:
         result = start(preparation, store, command=["lumiere", *sys.argv[1:]], listeners=[progress])
     finish(result, as_json)
@@ -84,7 +85,8 @@ def train(
 def resume_training(run: "Run", as_json: bool) -> None:
     """Go on with `run`, or say that it is over."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.launch import prepare_resume, resume, stop_reason
+    from lumiere.training.launch import resume, stop_reason
+    from lumiere.training.preparation import prepare_resume
 
     reason = stop_reason(run)
     if reason is not None:
@@ -103,21 +105,21 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
     """Print how the training ended, and leave with the exit code of the signal that stopped it."""
     run, state = result.run, result.state
     if result.signal_number is not None:
-        talk.print(f"interrupted at step {state.step:,} and saved; go on with lumiere train --resume {run.id}")
+        talk().print(f"interrupted at step {state.step:,} and saved; go on with lumiere train --resume {run.id}")
         raise typer.Exit(TERMINATED if result.signal_number == signal.SIGTERM else INTERRUPTED)
     if as_json:
         print_json({"run": run.name} | run.record)
         return
-    out.print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
+    out().print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
     if state.best_loss is not None:
-        out.print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
+        out().print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
     speed = state.tokens / state.seconds if state.seconds else 0.0
-    out.print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
+    out().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
     print_sample(run)
-    out.print("\nTry next:")
-    out.print(f"  lumiere generate --run {run.id}", style="bold")
-    out.print(f"  lumiere inspect attention --layer 1 --run {run.id}", style="bold")
-    out.print(f"  lumiere eval {run.id} --split test", style="bold")
+    out().print("\nTry next:")
+    out().print(f"  lumiere generate --run {run.id}", style="bold")
+    out().print(f"  lumiere inspect attention --layer 1 --run {run.id}", style="bold")
+    out().print(f"  lumiere eval {run.id} --split test", style="bold")
 
 
 def print_sample(run: "Run") -> None:
@@ -132,8 +134,8 @@ def print_sample(run: "Run") -> None:
         sampling=Sampling(temperature=SAMPLE_TEMPERATURE),
         seed=0,
     )
-    out.print("\nIt writes:\n")
-    out.print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
+    out().print("\nIt writes:\n")
+    out().print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
 
 
 def explain(reason: str) -> str:

@@ -95,15 +95,21 @@ class TokenizedCorpus:
         return self.splits[split].windows(config.model.context_size, config.dataset.sliding_window_size)
 
 
-def tokenize_corpus(config: RunConfig, listener: Listener | None = None) -> TokenizedCorpus:
+def tokenize_corpus(
+    config: RunConfig, listener: Listener | None = None, corpus: Corpus | None = None
+) -> TokenizedCorpus:
     """The corpus of `config` in ids, from the cache if it is there.
+
+    Args:
+        listener: called as the work goes on.
+        corpus: what `load_corpus(config.dataset)` gives, where it was called already.
 
     Raises:
         DataError: if the corpus cannot be read or holds no text.
     """
     tell = listener or (lambda _: None)
     tell(Progress("reading the corpus"))
-    corpus = load_corpus(config.dataset)
+    corpus = corpus or load_corpus(config.dataset)
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, config.tokenizer.model_dump()], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     if folder.is_dir():

@@ -1,7 +1,6 @@
 """Files that are either the old one or the whole new one, whenever the power goes."""
 
 import os
-import secrets
 from pathlib import Path
 
 
@@ -11,6 +10,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     Raises:
         OSError: as writing does; up to the moment of the replacement the old file is untouched.
     """
+    import secrets
+
     path = Path(path)
     # Beside the target, because a replacement is atomic within one file system only.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import string
 from dataclasses import dataclass
 from datetime import datetime
@@ -64,7 +63,7 @@ class Run:
     @property
     def created_at(self) -> datetime:
         """When the run was made, by the name: local time, to the second, without a time zone."""
-        return datetime.strptime(self.name.split("_", 2)[2], TIME_FORMAT)
+        return _parse_timestamp(self.name.split("_", 2)[2])
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -167,6 +166,8 @@ class RunStore:
         Raises:
             LumiereError: the runs directory cannot be written to.
         """
+        import secrets
+
         timestamp = (now or datetime.now()).strftime(TIME_FORMAT)
         try:
             self._make_folder()
@@ -247,13 +248,18 @@ class RunStore:
             write_atomically(self.runs_dir / "README.md", FOLDER_README.encode())
 
 
+def _parse_timestamp(timestamp: str) -> datetime:
+    """`20250819_001808` as a time. In ISO form, which is read ten times as fast as by `strptime`."""
+    return datetime.fromisoformat(timestamp.replace("_", "T"))
+
+
 def _timestamp(name: str) -> str | None:
     """The part of a run's name that says when it was made; None if the name is not a run's."""
     match = NAME_PATTERN.fullmatch(name)
     if match is None:
         return None
     try:
-        datetime.strptime(match[2], TIME_FORMAT)
+        _parse_timestamp(match[2])
     except ValueError:
         return None
     return match[2]

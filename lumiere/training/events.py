@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lumiere.evaluation import Evaluation
+if TYPE_CHECKING:
+    from lumiere.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class EvaluationEvent:
     epoch: float
     tokens: int
     seconds: float
-    evaluation: Evaluation
+    evaluation: "Evaluation"
     is_best: bool
 
 

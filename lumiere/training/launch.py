@@ -1,21 +1,14 @@
-"""From a config to a run: everything that can fail on the user's input is checked before the folder is made."""
+"""From a preparation to a run that is trained, and on from where it stopped."""
 
 import os
 import shutil
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
-from lumiere.components.device import resolve_device, resolve_precision
 from lumiere.config.loader import dump_config
-from lumiere.config.schema import RunConfig
-from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
-from lumiere.errors import CheckpointError, LumiereError
-from lumiere.models.transformer import build_model
+from lumiere.errors import CheckpointError
 from lumiere.persistence.atomic import write_atomically
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
@@ -24,32 +17,8 @@ from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
 from lumiere.training.metrics_log import MetricsLog
+from lumiere.training.preparation import Preparation
 from lumiere.training.trainer import TrainingResult, train
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """All that a training needs and that could not be had for granted."""
-
-    config: RunConfig
-    corpus: TokenizedCorpus
-    device: torch.device
-    precision: torch.dtype
-    num_parameters: int
-
-
-def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> Preparation:
-    """Find the device, read and tokenize the corpus, and measure the model.
-
-    Raises:
-        LumiereError: if the device is not there, or the corpus cannot be used.
-    """
-    device = resolve_device(config.training.device)
-    precision = resolve_precision(config.training.precision, device)
-    corpus = tokenize_corpus(config, progress)
-    with torch.device("meta"):
-        num_parameters = build_model(config).num_parameters
-    return Preparation(config, corpus, device, precision, num_parameters)
 
 
 def start(
@@ -81,25 +50,6 @@ def start(
         **environment(),
     )
     return supervise(preparation, run, listeners, None)
-
-
-def prepare_resume(run: Run, progress: Callable[[Progress], None] | None = None) -> Preparation:
-    """`prepare` for a run that exists: with its own config, on the device and in the precision that it took.
-
-    Raises:
-        LumiereError: if the device is not there, or the corpus is another one than the run was trained on.
-    """
-    config, record = run.load_config(), run.record
-    taken = {key: record[key] for key in ("device", "precision") if key in record}
-    config = config.model_copy(update={"training": config.training.model_copy(update=taken)})
-    preparation = prepare(config, progress)
-    # A run that was killed while it was made has no record to compare with, and no checkpoint either.
-    if preparation.corpus.fingerprint != record.get("corpus_sha256", preparation.corpus.fingerprint):
-        raise LumiereError(
-            f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
-            "restore it as it was, or start a new run",
-        )
-    return replace(preparation, config=run.load_config())
 
 
 def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = ()) -> TrainingResult:

@@ -16,7 +16,8 @@ from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import launch as launch_module
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener
-from lumiere.training.launch import prepare, start
+from lumiere.training.launch import start
+from lumiere.training.preparation import prepare
 from lumiere.training.trainer import TrainingResult
 
 Configure = Callable[[Mapping[str, Any]], RunConfig]

@@ -21,7 +21,8 @@ from lumiere.errors import CheckpointError, DataError, LumiereError
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import environment
 from lumiere.training.events import Event, StepEvent
-from lumiere.training.launch import check_room, prepare, prepare_resume, resume
+from lumiere.training.launch import check_room, resume
+from lumiere.training.preparation import prepare, prepare_resume
 
 
 def at_step(step: int, act: Any) -> Any:

@@ -129,6 +129,7 @@ def test_where_compiling_works_the_compiled_function_is_used(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler calls what torch has deprecated
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its helpers leave pipes open
 @pytest.mark.skipif(CXX is None, reason="torch.compile needs a C++ compiler, and none is on PATH")
 def test_compiled_losses_and_gradients_are_the_same(
     tiny_config: RunConfig,

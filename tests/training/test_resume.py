@@ -23,7 +23,8 @@ from lumiere.training.events import (
     StepEvent,
     WarningEvent,
 )
-from lumiere.training.launch import prepare, prepare_resume, resume, start, stop_reason
+from lumiere.training.launch import resume, start, stop_reason
+from lumiere.training.preparation import prepare, prepare_resume
 from lumiere.training.state import COUNTERS
 from lumiere.training.trainer import TrainingResult
 
@@ -186,7 +187,8 @@ import os, signal, sys
 from pathlib import Path
 from lumiere.config.loader import load_config_file
 from lumiere.persistence.runs import RunStore
-from lumiere.training.launch import prepare, start
+from lumiere.training.launch import start
+from lumiere.training.preparation import prepare
 from lumiere.training.events import StepEvent
 import torch
 torch.set_num_threads(1)

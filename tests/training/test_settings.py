@@ -8,11 +8,11 @@ import datasets
 import pytest
 import torch
 
+from lumiere.components import device as device_module
 from lumiere.config.loader import dump_config
 from lumiere.config.problems import setting_paths
 from lumiere.config.schema import RunConfig
 from lumiere.data import hub
-from lumiere.training import launch as launch_module
 from lumiere.training import trainer
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent
 
@@ -118,7 +118,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         summed_loss = trainer.summed_loss
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "summed_loss", objective)
-            patch.setattr(launch_module, "resolve_device", resolve)
+            patch.setattr(device_module, "resolve_device", resolve)
             patch.setattr(torch, "compile", compile_function)
             patch.setattr(hub.datasets, "load_dataset", rows_of)
             result = launch(config, [events.append])

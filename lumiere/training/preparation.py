@@ -1,0 +1,65 @@
+"""What a training needs before it can start: everything that can fail on the user's input is found out here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lumiere.config.schema import RunConfig
+from lumiere.data.corpus import load_corpus
+from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
+from lumiere.errors import LumiereError
+from lumiere.persistence.runs import Run
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that a training needs and that could not be had for granted."""
+
+    config: RunConfig
+    corpus: TokenizedCorpus
+    device: "torch.device"
+    precision: "torch.dtype"
+    num_parameters: int
+
+
+def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> Preparation:
+    """Find the device, read and tokenize the corpus, and measure the model.
+
+    Raises:
+        LumiereError: if the device is not there, or the corpus cannot be used.
+    """
+    source = load_corpus(config.dataset)
+    # Torch takes seconds to load: whoever has no network is told before that, and not after.
+    import torch
+
+    from lumiere.components.device import resolve_device, resolve_precision
+    from lumiere.models.transformer import build_model
+
+    device = resolve_device(config.training.device)
+    precision = resolve_precision(config.training.precision, device)
+    corpus = tokenize_corpus(config, progress, source)
+    with torch.device("meta"):
+        num_parameters = build_model(config).num_parameters
+    return Preparation(config, corpus, device, precision, num_parameters)
+
+
+def prepare_resume(run: Run, progress: Callable[[Progress], None] | None = None) -> Preparation:
+    """`prepare` for a run that exists: with its own config, on the device and in the precision that it took.
+
+    Raises:
+        LumiereError: if the device is not there, or the corpus is another one than the run was trained on.
+    """
+    config, record = run.load_config(), run.record
+    taken = {key: record[key] for key in ("device", "precision") if key in record}
+    config = config.model_copy(update={"training": config.training.model_copy(update=taken)})
+    preparation = prepare(config, progress)
+    # A run that was killed while it was made has no record to compare with, and no checkpoint either.
+    if preparation.corpus.fingerprint != record.get("corpus_sha256", preparation.corpus.fingerprint):
+        raise LumiereError(
+            f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
+            "restore it as it was, or start a new run",
+        )
+    return replace(preparation, config=run.load_config())
