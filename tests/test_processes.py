@@ -37,20 +37,20 @@ def long_config(tiny_config: RunConfig, tmp_path: Path) -> str:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: int, code: int) -> None:
     whole = json.loads(run_lumiere("train", long_config, "--json").stdout)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*LUMIERE, "train", long_config, "--runs-dir", "stopped"],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stderr
-    line = ""
-    while "validation loss" not in line:
-        line = process.stderr.readline()
-        assert process.poll() is None, "it ended before it could be stopped"
-    process.send_signal(number)
-    rest = process.stderr.read()
-    assert process.wait(timeout=60) == code, rest
+    ) as process:
+        assert process.stderr
+        line = ""
+        while "validation loss" not in line:
+            line = process.stderr.readline()
+            assert line, "it ended before it could be stopped"
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == code, rest
     store = RunStore("stopped")
     run = store.open("latest")
     assert run.record["status"] == "interrupted"
