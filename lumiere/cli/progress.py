@@ -4,7 +4,14 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lumiere.cli.console import escape, talk
 from lumiere.data.dataset import Progress as DataProgress
@@ -13,22 +20,11 @@ from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, Sta
 SECONDS_BETWEEN_LINES = 15.0
 
 
-class TrainingProgress:
-    """A listener of the training's events."""
+class Display:
+    """A bar that is there while it is entered; none where the output is no terminal."""
 
-    def __init__(self) -> None:
-        self._bar = Progress(
-            BarColumn(bar_width=16),  # so that the line fits into 80 columns
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=talk(),
-            transient=True,
-            disable=not talk().is_terminal,
-        )
-        self._task = self._bar.add_task("training", total=None, figures="")
-        self._last_line = time.monotonic()
-        self._total_steps = 0
+    def __init__(self, *columns: ProgressColumn) -> None:
+        self._bar = Progress(*columns, console=talk(), transient=True, disable=not talk().is_terminal)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -38,6 +34,21 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+class TrainingProgress(Display):
+    """A listener of the training's events."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            BarColumn(bar_width=16),  # so that the line fits into 80 columns
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._bar.add_task("training", total=None, figures="")
+        self._last_line = time.monotonic()
+        self._total_steps = 0
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -82,28 +93,16 @@ class TrainingProgress:
         )
 
 
-class CorpusProgress:
+class CorpusProgress(Display):
     """A listener of `tokenize_corpus`: silent while the cache is read, a bar once there is work."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}"),
-            console=talk(),
-            transient=True,
-            disable=not talk().is_terminal,
         )
         self._tasks: dict[str, int] = {}
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def __call__(self, progress: DataProgress) -> None:
         if progress.stage not in self._tasks:
