@@ -38,6 +38,10 @@ class CheckpointError(LumiereError):
     """A checkpoint that does not exist, or that is damaged."""
 
 
+class NonFiniteError(LumiereError):
+    """A training whose loss, gradients or weights are no longer finite numbers."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` is most likely a misspelling of, or None."""
     from difflib import get_close_matches

@@ -5,9 +5,9 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from lumiere.data.batches import IGNORED, batches_in_order
+from lumiere.components.linear_cross_entropy import linear_cross_entropy_losses
+from lumiere.data.batches import batches_in_order
 from lumiere.data.dataset import SplitFacts
 from lumiere.data.windows import Windows
 from lumiere.models.transformer import Transformer
@@ -62,9 +62,9 @@ def evaluate(model: Transformer, windows: Windows, facts: SplitFacts, batch_size
         sums, counts = [], []
         with torch.inference_mode():
             for batch in batches_in_order(windows, batch_size):
-                logits = model.logits(batch.tokens.to(device))
+                residual = model.final_residual(batch.tokens.to(device)).flatten(0, 1)
                 targets = batch.targets.to(device).flatten()
-                losses = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
+                losses = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets)
                 # Summed in float64, so that the result does not depend on how the windows are batched.
                 sums.append(losses.double().sum())
                 counts.append(batch.num_targets)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
@@ -12,6 +13,10 @@ from lumiere.data.dataset import TokenizedCorpus, tokenize_corpus
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.launch import start
 from lumiere.training.preparation import prepare
+
+# Slowness is the machine's, not the test's: a busy machine must not fail a law.
+settings.register_profile("lumiere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lumiere")
 
 TINY = {
     "model": {

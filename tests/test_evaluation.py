@@ -133,7 +133,7 @@ def test_the_mode_comes_back_after_an_error(
         raise RuntimeError("out of memory")
 
     model.train()
-    monkeypatch.setattr(model, "logits", fail)
+    monkeypatch.setattr(model, "final_residual", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate(model, windows, FACTS, 4)
     assert model.training

@@ -4,7 +4,9 @@ from typing import Annotated, Optional
 
 import typer
 
-Config = Annotated[str, typer.Argument(help="A YAML or TOML file, or a shipped config's name: tiny, small.")]
+Config = Annotated[
+    str, typer.Argument(help="A YAML or TOML file, or a shipped config's name: tiny, small, small-fast.")
+]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (Typer reads this form)
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as model.num_layers=6. Repeatable."),

@@ -41,7 +41,7 @@ class TrainingProgress(Display):
 
     def __init__(self) -> None:
         super().__init__(
-            BarColumn(bar_width=16),  # so that the line fits into 80 columns
+            BarColumn(bar_width=8),  # so that the line fits into 80 columns, also on a GPU
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
@@ -59,7 +59,7 @@ class TrainingProgress(Display):
             case EvaluationEvent():
                 self._evaluation(event)
             case WarningEvent(message=message):
-                talk().print(f"[bold yellow]warning:[/] {escape(message)}")
+                show_warning(message)
             case CheckpointEvent():
                 pass
 
@@ -70,13 +70,15 @@ class TrainingProgress(Display):
         epochs = event.total_steps / event.steps_per_epoch
         talk().print(
             f"{event.num_parameters:,} parameters, {event.num_windows:,} training windows, "
-            f"{event.total_steps:,} steps ({epochs:,.1f} epochs), {event.precision} on {event.device}"
+            f"{event.total_steps:,} steps ({epochs:,.1f} epochs), {event.precision} on {event.device} "
+            f"(peak {event.peak_flops / 1e9:,.0f} GFLOP/s)"
         )
         if event.step:
             talk().print(f"going on from step {event.step:,}")
 
     def _step(self, event: StepEvent) -> None:
-        figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {event.tokens_per_second:,.0f} tokens/s"
+        speed = f"{event.tokens_per_second:,.0f} tok/s  {event.mfu:.0%} mfu"
+        figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {speed}"
         self._bar.update(self._task, completed=event.step, figures=figures)
         now = time.monotonic()
         if not talk().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
@@ -110,6 +112,11 @@ class CorpusProgress(Display):
         figures = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""
         task = self._tasks[progress.stage]
         self._bar.update(task, completed=progress.done, total=progress.total, figures=figures)  # pyright: ignore
+
+
+def show_warning(message: str) -> None:
+    """A line of talk about something that did not go as asked."""
+    talk().print(f"[bold yellow]warning:[/] {escape(message)}")
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ SAMPLE_TEMPERATURE = 0.7
 def train(
     config: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(help="A YAML or TOML file, or a shipped config's name: tiny, small."),
+        typer.Argument(help="A YAML or TOML file, or a shipped config's name: tiny, small, small-fast."),
     ] = None,
     overrides: Overrides = None,
     max_steps: Annotated[
@@ -43,6 +43,9 @@ def train(
     ] = None,
     runs_dir: RunsDir = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and leave.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print parameters, memory, disk and time, measured in 5 seconds, and leave.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model and record the run.
@@ -51,11 +54,14 @@ def train(
 
     Examples: [bold]lumiere train tiny[/], [bold]lumiere train configs/small.yaml --set model.num_layers=6[/]
     """
+    from lumiere.cli.plan import check_plan_is_alone, print_plan
     from lumiere.config.loader import dump_config, load_config
     from lumiere.persistence.runs import RunStore
 
     store = RunStore(runs_dir)
     flags = {"training.max_steps": max_steps, "training.device": device, "training.seed": seed}
+    if plan:
+        check_plan_is_alone(resume, print_config)
     if resume is not None:
         if config or overrides or print_config or any(value is not None for value in flags.values()):
             raise LumiereError(
@@ -68,6 +74,9 @@ def train(
     resolved = load_config(config, overrides or (), flags)
     if print_config:
         out().print(escape(dump_config(resolved)), end="")
+        return
+    if plan:
+        print_plan(resolved, store.runs_dir, as_json)
         return
 
     from lumiere.cli.progress import CorpusProgress, TrainingProgress

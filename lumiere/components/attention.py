@@ -5,11 +5,15 @@ T and S are the same positions.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from lumiere.components.device import prefers_hand_written
 from lumiere.components.hooks import HookPoint
 from lumiere.components.positions import Rotation, rotate
 
@@ -51,10 +55,13 @@ class Attention(nn.Module):
 
     def project(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, K), keys (B, T, H, K) and values (B, T, H, V), before any rotation."""
+        # One product for the three, which copies the weights and is still faster: the products are small.
+        weights = [self.query.weight, self.key.weight, self.value.weight]
+        q, k, v = F.linear(x_BTE, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
         return (
-            self.query(x_BTE).unflatten(-1, (self.num_heads, self.d_key)),
-            self.key(x_BTE).unflatten(-1, (self.num_heads, self.d_key)),
-            self.value(x_BTE).unflatten(-1, (self.num_heads, self.d_value)),
+            q.unflatten(-1, (self.num_heads, self.d_key)),
+            k.unflatten(-1, (self.num_heads, self.d_key)),
+            v.unflatten(-1, (self.num_heads, self.d_value)),
         )
 
     def forward(self, x_BTE: Tensor, rotation: Rotation | None = None) -> Tensor:
@@ -62,8 +69,7 @@ class Attention(nn.Module):
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTE)
         if rotation is not None:
             q_BTHK, k_BTHK = rotate(q_BTHK, rotation), rotate(k_BTHK, rotation)
-        z_BHTV = causal_attention(q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2))
-        return self.output(z_BHTV.transpose(1, 2).flatten(-2))
+        return self.output(causal_attention(q_BTHK, k_BTHK, v_BTHV).flatten(-2))
 
     def watch(self, x_BTE: Tensor, visible_B1TS: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
         """The same through the hook points, with the pattern.
@@ -87,15 +93,49 @@ class Attention(nn.Module):
         return self.output(z_BTHV.flatten(-2)), pattern_BHTS
 
 
-def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor) -> Tensor:
-    """Each head's weighted values, (B, H, T, V), by the faster way for the device and the length."""
-    num_positions, d_key = q_BHTK.shape[-2:]
-    if q_BHTK.device.type != "cpu" or num_positions >= FUSED_MIN_POSITIONS:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, is_causal=True)
-    # Scaling the queries and adding the mask pass over less memory than dividing and filling the scores.
-    hidden_TS = q_BHTK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
-    scores_BHTS = (q_BHTK * d_key**-0.5) @ k_BHTK.transpose(-2, -1) + hidden_TS
-    return scores_BHTS.softmax(dim=-1) @ v_BHTV
+def causal_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:
+    """Each head's weighted values, (B, T, H, V), by the faster way for the device and the length."""
+    num_positions, d_key = q_BTHK.shape[1], q_BTHK.shape[-1]
+    if q_BTHK.device.type == "cpu" and num_positions < FUSED_MIN_POSITIONS:
+        hidden_TS = q_BTHK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
+        if prefers_hand_written(q_BTHK):
+            return _CausalAttention.apply(q_BTHK, k_BTHK, v_BTHV, hidden_TS)
+        q_BHTK, k_BHKS, v_BHSV = q_BTHK.transpose(1, 2), k_BTHK.permute(0, 2, 3, 1), v_BTHV.transpose(1, 2)
+        return (((q_BHTK * d_key**-0.5) @ k_BHKS + hidden_TS).softmax(dim=-1) @ v_BHSV).transpose(1, 2)
+    heads = (q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2))
+    return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+
+
+class _CausalAttention(Function):
+    """Attention by products of small matrices, one for each head of each sequence.
+
+    The forward and the backward compute in the type of the queries: `torch.autocast` would take the softmax, and with
+    it all that is kept for the backward, to float32. The softmax of bfloat16 still adds up in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, hidden_TS: Tensor) -> Tensor:
+        # N is B * H, as the batched product wants it.
+        q_NTK, k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHV))
+        with torch.autocast(q_BTHK.device.type, enabled=False):
+            scores_NTS = torch.baddbmm(hidden_TS, q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
+            pattern_NTS = scores_NTS.softmax(dim=-1)
+            z_NTV = pattern_NTS @ v_NSV
+        ctx.save_for_backward(q_NTK, k_NSK, v_NSV, pattern_NTS)
+        ctx.num_heads = q_BTHK.shape[2]
+        return z_NTV.unflatten(0, (-1, ctx.num_heads)).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_NTK, k_NSK, v_NSV, pattern_NTS = ctx.saved_tensors
+        gradient_NTV = gradient_BTHV.transpose(1, 2).flatten(0, 1)
+        # The softmax's gradient, P * (dP - sum(P * dP)), as one pass; scaled as the scores were.
+        scores_NTS = torch.ops.aten._softmax_backward_data(gradient_NTV @ v_NSV.mT, pattern_NTS, -1, pattern_NTS.dtype)
+        scores_NTS.mul_(q_NTK.shape[-1] ** -0.5)
+        to_heads = (scores_NTS @ k_NSK, scores_NTS.mT @ q_NTK, pattern_NTS.mT @ gradient_NTV)
+        q_BTHK, k_BTHK, v_BTHV = (x.unflatten(0, (-1, ctx.num_heads)).transpose(1, 2) for x in to_heads)
+        return q_BTHK, k_BTHK, v_BTHV, None
 
 
 def visible_keys(num_positions: int, device: torch.device, real_BT: Tensor | None = None) -> Tensor:

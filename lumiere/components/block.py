@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lumiere.components.attention import Attention
+from lumiere.components.dropout import Dropout
 from lumiere.components.feedforward import SwiGLU
 from lumiere.components.hooks import HookPoint
 from lumiere.components.norm import RMSNorm
@@ -48,7 +49,7 @@ class Block(nn.Module):
         self.attention = Attention(embedding_size, num_heads, d_key, d_value)
         self.feedforward_norm = RMSNorm(embedding_size)
         self.feedforward = SwiGLU(embedding_size, d_ff)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.hook_resid_pre = HookPoint()
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()

@@ -1,10 +1,17 @@
 """Which device to compute on, and in which precision."""
 
+import time
 from typing import Literal
 
 import torch
 
 from lumiere.errors import LumiereError
+
+# On a CPU the work between the matrix products is done in float32 either way, and the conversions cost time: only
+# products that are this much faster make a faster step.
+BFLOAT16_MIN_GAIN = 1.4
+PEAK_SECONDS = 0.1
+PEAK_MIN_REPEATS = 3
 
 
 def resolve_device(name: str) -> torch.device:
@@ -29,8 +36,40 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """The type of the matrix products; `auto` is bfloat16 on CUDA devices that compute in it, or else float32."""
-    if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    """The type of the matrix products.
+
+    `auto` is bfloat16 where the device computes in it, or else float32. A CPU is asked by a measurement of a few
+    milliseconds: some emulate bfloat16, and on some that have it, it is still slower than float32.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        gain = peak_flops(device, torch.bfloat16) / peak_flops(device, torch.float32) if device.type == "cpu" else 0.0
+        fast = gain >= BFLOAT16_MIN_GAIN
+    return torch.bfloat16 if fast else torch.float32
+
+
+def prefers_hand_written(x: torch.Tensor) -> bool:
+    """Whether a component's own forward and backward are faster for `x` than torch's operations.
+
+    They are on a CPU, where each pass over memory counts. Accelerators have fused kernels of their own, and
+    `torch.compile` fuses better what it sees written plainly.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the matrix product: the best of some products of two square matrices, multiply and add as two.
+
+    The best, because other processes only ever slow it down.
+    """
+    size = 512 if device.type == "cpu" else 4096
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds: list[float] = []
+    while len(seconds) < PEAK_MIN_REPEATS or sum(seconds) < PEAK_SECONDS:
+        start = time.perf_counter()
+        torch.mm(left, right).sum().item()  # the sum's value makes the host wait for an accelerator
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

@@ -44,6 +44,8 @@ class ModelConfig(Section):
     """Share of activations dropped while training, after the embeddings and after each part of a block."""
     positions: Literal["learned", "rotary"] = "learned"
     """How a token knows where it stands: `learned` embeddings or `rotary`, as in a stock Llama."""
+    zero_output_init: Boolean = False
+    """Start what each part writes to the residual stream at zero, so that every block begins as the identity."""
 
 
 class TokenizerConfig(Section):
@@ -96,6 +98,8 @@ class TrainingConfig(Section):
 
     batch_size: PositiveInteger = 32
     """Windows a step, over all accumulation steps and processes: no result depends on the machine."""
+    random_window_offset: Boolean = False
+    """Cut the training windows at other places in each epoch, so that a token is seen at many positions."""
     gradient_accumulation_steps: PositiveInteger = 1
     """Parts in which a batch is computed, to save memory. The result stays the same."""
     max_epochs: PositiveInteger = 250
@@ -114,10 +118,16 @@ class TrainingConfig(Section):
     """AdamW's decay of the mean of their squares."""
     weight_decay: NonNegativeNumber = 0.01
     """Decoupled weight decay on matrices and embeddings; the norms' gains have none."""
+    muon_weight_decay: NonNegativeNumber | None = None
+    """Weight decay of the matrices that Muon moves. Empty: `weight_decay`."""
     gradient_clip_norm: PositiveNumber | None = 1.0
     """Gradients are scaled down to this norm. Empty: never."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about an update whose loss or gradients are not finite: `stop`, or `skip` it, ten in a row at most."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """The learning rate after the warm-up: down to zero along a cosine or a line, or constant."""
+    decay_fraction: Annotated[PositiveNumber, Field(le=1)] = 1.0
+    """Share of the steps after the warm-up in which the rate falls, the last ones; before them it is at its peak."""
     warmup_steps: NonNegativeInteger = 500
     """Steps in which the learning rate rises from zero to its peak."""
     patience: PositiveInteger | None = 5

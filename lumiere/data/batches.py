@@ -1,16 +1,15 @@
 """Which windows a step trains on: a pure function of the seed and the step."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from lumiere.components.linear_cross_entropy import IGNORED
 from lumiere.data.permutation import permute
 from lumiere.data.windows import Windows
-
-IGNORED = -100
-"""Target of a position that is padding; `cross_entropy` leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Batch:
         return [Batch(tokens, targets, int((targets != IGNORED).sum())) for tokens, targets in parts if len(tokens)]
 
 
-def make_batch(windows: Windows, indices: np.ndarray) -> Batch:
-    """The windows at `indices` as inputs and targets."""
-    tokens, lengths = windows.cut(indices)
+def make_batch(windows: Windows, indices: np.ndarray, shift: int = 0) -> Batch:
+    """The windows at `indices`, cut `shift` tokens further on, as inputs and targets."""
+    tokens, lengths = windows.cut(indices, shift)
     targets = tokens[:, 1:].copy()
     targets[np.arange(windows.context_size) >= lengths[:, None] - 1] = IGNORED
     return Batch(
@@ -61,9 +60,24 @@ def indices_at(step: int, windows: Windows, batch_size: int, seed: int) -> np.nd
     return permute(places, len(windows), key=f"{seed} {epoch}")
 
 
+def documents_at(step: int, windows: Windows, batch_size: int, seed: int) -> list[int]:
+    """The documents that the windows of a step are cut from, by number in the split, each once and in order."""
+    return np.unique(windows.documents(indices_at(step, windows, batch_size, seed))).tolist()
+
+
 def batch_at(step: int, windows: Windows, batch_size: int, seed: int) -> Batch:
     """The batch of a step, counted from 0, without a loader's state to save."""
-    return make_batch(windows, indices_at(step, windows, batch_size, seed))
+    shift = shift_at(step // steps_per_epoch(windows, batch_size), windows.stride, seed) if windows.shifts else 0
+    return make_batch(windows, indices_at(step, windows, batch_size, seed), shift)
+
+
+def shift_at(epoch: int, stride: int, seed: int) -> int:
+    """How far the windows of an epoch are shifted: any of `stride` neighbouring numbers around 0, by chance.
+
+    Over the epochs, a token that is far from its document's ends comes to stand at every position of a window.
+    """
+    digest = hashlib.blake2b(f"shift {seed} {epoch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % stride - stride // 2
 
 
 def batches_in_order(windows: Windows, batch_size: int) -> Iterator[Batch]:

@@ -66,8 +66,8 @@ class TokenizedSplit:
     offsets: np.ndarray
     facts: SplitFacts
 
-    def windows(self, context_size: int, sliding_window_size: int) -> Windows:
-        return Windows(self.ids, self.offsets, context_size, sliding_window_size)
+    def windows(self, context_size: int, sliding_window_size: int, shifts: bool = False) -> Windows:
+        return Windows(self.ids, self.offsets, context_size, sliding_window_size, shifts)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class TokenizedCorpus:
         """
         if split not in self.splits:
             raise DataError(f"the corpus has no split '{split}'", f"it has {', '.join(self.splits)}")
-        return self.splits[split].windows(config.model.context_size, config.dataset.sliding_window_size)
+        sizes = (config.model.context_size, config.dataset.sliding_window_size)
+        return self.splits[split].windows(*sizes, shifts=config.training.random_window_offset and split == "train")
 
 
 def tokenize_corpus(

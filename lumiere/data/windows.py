@@ -15,13 +15,22 @@ class Windows:
         offsets: (num_documents + 1,) where each document starts in `ids`, and where the last one ends.
         context_size: inputs of a window; with the targets it spans one token more.
         sliding_window_size: tokens that a window shares with the one before it in the same document.
+        shifts: whether `batch_at` cuts them at other places in each epoch.
     """
 
-    def __init__(self, ids: np.ndarray, offsets: np.ndarray, context_size: int, sliding_window_size: int) -> None:
+    def __init__(
+        self,
+        ids: np.ndarray,
+        offsets: np.ndarray,
+        context_size: int,
+        sliding_window_size: int,
+        shifts: bool = False,
+    ) -> None:
         self.ids = ids
         self.offsets = offsets
         self.context_size = context_size
         self.sliding_window_size = sliding_window_size
+        self.shifts = shifts
 
     @property
     def stride(self) -> int:
@@ -43,8 +52,12 @@ class Windows:
         """(N,) the document that each window is cut from."""
         return np.searchsorted(self._ends, indices, side="right")
 
-    def cut(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def cut(self, indices: np.ndarray, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The windows at `indices`.
+
+        Args:
+            shift: how many tokens further on, or back, to cut. Windows stay within their document, and then end where
+                it ends, instead of being padded.
 
         Returns:
             tokens: (N, context_size + 1) int64, padded at the end with `PAD`.
@@ -53,6 +66,9 @@ class Windows:
         document = self.documents(indices)
         first_window = np.where(document > 0, self._ends[document - 1], 0)
         start = self.offsets[document] + (indices - first_window) * self.stride
+        if shift:
+            last = np.maximum(self.offsets[document + 1] - (self.context_size + 1), self.offsets[document])
+            start = np.clip(start + shift, self.offsets[document], last)
         lengths = np.minimum(self.context_size + 1, self.offsets[document + 1] - start)
         column = np.arange(self.context_size + 1)
         real = column < lengths[:, None]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lumiere.components.attention import visible_keys
 from lumiere.components.block import Block, WatchedBlock
+from lumiere.components.dropout import Dropout
 from lumiere.components.embedding import TokenEmbedding
 from lumiere.components.hooks import HookPoint
 from lumiere.components.norm import WatchedRMSNorm
@@ -57,6 +58,7 @@ class Transformer(nn.Module):
         dropout: share of the embedding sum and of each part's output that is dropped while training.
         padding_id: the id of padding, which the watching path then hides by itself; None: no id is padding.
         positions: `learned` embeddings, or `rotary`, which makes the model a Llama (Touvron et al. 2023).
+        zero_output_init: start the matrices that write to the residual stream at zero.
 
     Raises:
         ValueError: `positions` is neither, or is rotary with an odd `d_key`.
@@ -75,6 +77,7 @@ class Transformer(nn.Module):
         dropout: float = 0.1,
         padding_id: int | None = None,
         positions: Literal["learned", "rotary"] = "learned",
+        zero_output_init: bool = False,
     ) -> None:
         super().__init__()
         if positions not in ("learned", "rotary"):
@@ -98,25 +101,27 @@ class Transformer(nn.Module):
         if positions == "learned":
             self.position_embedding = LearnedPositions(context_size, embedding_size)
             self.hook_pos_embed = HookPoint()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         blocks = nn.ModuleList(
             Block(embedding_size, num_heads, d_key, d_value, d_ff, dropout) for _ in range(num_layers)
         )
         self.blocks = cast("Sequence[Block]", blocks)  # to a type checker, a ModuleList holds any modules
         self.final_norm = WatchedRMSNorm(embedding_size)
-        self._initialize()
+        self._initialize(zero_output_init)
 
-    def _initialize(self) -> None:
+    def _initialize(self, zero_output_init: bool) -> None:
         """Draw every matrix from N(0, 0.02^2), as GPT-2 does; gains stay 1.
 
         The two matrices of a block that write to the residual stream are smaller by sqrt(2 * num_layers): that many
-        independent parts add up there, and so the stream's variance does not grow with depth.
+        independent parts add up there, and so the stream's variance does not grow with depth. Or they are zero.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 continue
             writes_to_stream = name.endswith(("attention.output.weight", "feedforward.down.weight"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.num_layers) if writes_to_stream else 0.02)
+            if writes_to_stream and zero_output_init:
+                nn.init.zeros_(parameter)
 
     @property
     def num_parameters(self) -> int:
@@ -223,4 +228,5 @@ def build_model(config: "RunConfig") -> Transformer:
         dropout=model.dropout,
         padding_id=PADDING_ID,
         positions=model.positions,
+        zero_output_init=model.zero_output_init,
     )

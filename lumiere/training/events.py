@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StartEvent:
-    """Training begins, or goes on, at `step`."""
+    """Training begins, or goes on, at `step`.
+
+    Attributes:
+        peak_flops: FLOP/s that the device reaches in matrix products of that precision, as measured.
+    """
 
     run_name: str
     step: int
@@ -20,6 +24,7 @@ class StartEvent:
     num_windows: int
     device: str
     precision: str
+    peak_flops: float
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,9 @@ class StepEvent:
         learning_rate: of AdamW in this step.
         grad_norm: of the gradients, before clipping.
         tokens_per_second: since the step before that was reported.
+        mfu: model FLOPs utilisation in the same time: the FLOPs that those tokens take by `flops_per_token`, as a share
+            of the measured peak (Chowdhery et al. 2022, "PaLM", appendix B). Padding is computed too, and counts as
+            lost.
     """
 
     step: int
@@ -45,6 +53,7 @@ class StepEvent:
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
+    mfu: float
 
 
 @dataclass(frozen=True)

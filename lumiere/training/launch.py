@@ -14,6 +14,7 @@ from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.runs import Run, RunStore
+from lumiere.training.costs import disk, num_steps
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
 from lumiere.training.metrics_log import MetricsLog
@@ -32,7 +33,7 @@ def start(
     Raises:
         LumiereError: if the disk has no room, or the runs directory cannot be written to.
     """
-    check_room(store.runs_dir, preparation.num_parameters)
+    check_room(store.runs_dir, preparation)
     run = store.create()
     write_atomically(run.config_path, dump_config(preparation.config).encode())
     write_atomically(run.tokenizer_path, preparation.corpus.tokenizer.to_json().encode())
@@ -86,7 +87,8 @@ def supervise(
     preparation: Preparation, run: Run, listeners: Sequence[Listener], checkpoint: Checkpoint | None
 ) -> TrainingResult:
     """Train, and keep the run's status true however it ends."""
-    run.update(status="running", pid=os.getpid(), host=socket.gethostname(), error=None)
+    process = {"pid": os.getpid(), "host": socket.gethostname(), "peak_flops": round(preparation.peak_flops)}
+    run.update(status="running", error=None, **process)
     try:
         with MetricsWriter(run.metrics_path) as writer:
             result = train(
@@ -95,6 +97,7 @@ def supervise(
                 run,
                 preparation.device,
                 preparation.precision,
+                preparation.peak_flops,
                 [MetricsLog(writer), *listeners],
                 checkpoint,
             )
@@ -108,17 +111,19 @@ def supervise(
     return result
 
 
-def check_room(runs_dir: Path, num_parameters: int) -> None:
-    """Refuse a run whose checkpoints the disk has no room for.
-
-    `best`, `latest`, `previous` and the one being written hold 12 bytes a parameter: the weight, and AdamW's two
-    averages.
-    """
-    needed = 4 * 12 * num_parameters
-    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+def check_room(runs_dir: Path, preparation: Preparation) -> None:
+    """Refuse a run whose checkpoints the disk has no room for."""
+    config = preparation.config
+    needed = disk(config, num_steps(config.training, preparation.epoch_steps)).total
+    folder, free = free_room(runs_dir)
     if free < needed:
         raise CheckpointError(
-            f"the disk of {existing} has {free / 1e6:,.0f} MB free, the checkpoints need {needed / 1e6:,.0f} MB",
-            "make room, or choose another disk with --runs-dir",
+            f"the disk of {folder} has {free / 1e6:,.0f} MB free, the checkpoints need {needed / 1e6:,.0f} MB",
+            "make room, choose another disk with --runs-dir, or do without snapshots: --set training.snapshots=false",
         )
+
+
+def free_room(runs_dir: Path) -> tuple[Path, int]:
+    """The folder that is there of a runs directory that may not be, and the bytes that are free on its disk."""
+    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if folder.exists())
+    return existing, shutil.disk_usage(existing).free

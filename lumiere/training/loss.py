@@ -3,15 +3,17 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from lumiere.data.batches import IGNORED
+from lumiere.components.linear_cross_entropy import linear_cross_entropy
 from lumiere.models.transformer import Transformer
 
 Objective = Callable[[Transformer, torch.Tensor, torch.Tensor], torch.Tensor]
+Residual = Callable[[Transformer, torch.Tensor], torch.Tensor]
 
 
-def summed_loss(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def summed_loss(
+    model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, residual: Residual = Transformer.final_residual
+) -> torch.Tensor:
     """Cross-entropy in nats, summed over the targets that are no padding.
 
     A sum, because only the step knows the number of targets to divide by: the mean of accumulated parts would
@@ -19,27 +21,35 @@ def summed_loss(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor)
 
     Args:
         tokens: (B, T).
-        targets: (B, T), `IGNORED` where there is nothing to predict.
+        targets: (B, T), -100 where there is nothing to predict.
+        residual: computes the final residual stream; a compiled version of it, perhaps.
     """
-    logits = model.logits(tokens).flatten(0, 1).float()
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    final_BTE = residual(model, tokens)
+    return linear_cross_entropy(final_BTE.flatten(0, 1), model.token_embedding.weight, targets.flatten())
 
 
-def compiled(objective: Objective, warn: Callable[[str], None]) -> Objective:
-    """`objective` through `torch.compile`; where that fails, as without a C++ compiler, it says so and goes on."""
-    fast: Objective | None = None
+def compiled(warn: Callable[[str], None]) -> Objective:
+    """`summed_loss` with the blocks through `torch.compile`; where that fails, it says so and goes on without.
+
+    The loss itself works in chunks that stay in the cache, which a compiler would not find.
+
+    Args:
+        warn: called with the reason, once: no C++ compiler, for example.
+    """
+    fast: Residual | None = None
     works = True
 
     def attempt(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         nonlocal fast, works
         if works:
             try:
-                fast = fast or torch.compile(objective)
-                return fast(model, tokens, targets)
+                # With torch's own random numbers, the dropout is that of the same seed without a compiler.
+                fast = fast or torch.compile(Transformer.final_residual, options={"fallback_random": True})
+                return summed_loss(model, tokens, targets, fast)
             except Exception as error:  # torch raises many kinds, none of them documented
                 works = False
                 reason = str(error).strip().partition("\n")[0]
                 warn(f"torch.compile does not work here, training goes on without it: {reason}")
-        return objective(model, tokens, targets)
+        return summed_loss(model, tokens, targets)
 
     return attempt

@@ -22,6 +22,7 @@ class MetricsLog:
                         "learning_rate": event.learning_rate,
                         "grad_norm": event.grad_norm,
                         "tokens_per_second": round(event.tokens_per_second, 1),
+                        "mfu": round(event.mfu, 4),
                     }
                 )
             case EvaluationEvent(evaluation=evaluation):

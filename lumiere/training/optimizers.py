@@ -1,8 +1,10 @@
 """AdamW, alone or beside Muon, behind one small face whose state is a flat mapping of named tensors."""
 
+import torch
 from torch import Tensor, nn, optim
 
 from lumiere.config.schema import TrainingConfig
+from lumiere.training.muon import Muon
 
 
 class Optimizers:
@@ -11,9 +13,12 @@ class Optimizers:
     AdamW (Loshchilov & Hutter 2019) moves everything, or, where `optimizer` is `muon`, everything but the blocks'
     matrices, which Muon moves (Jordan et al. 2024, with its scaling of an update by sqrt(max(1, rows / columns))).
     Weight decay acts on matrices and embeddings, not on the norms' gains.
+
+    Args:
+        precision: in which Muon orthogonalises.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig, precision: torch.dtype = torch.float32) -> None:
         self._parameters = dict(model.named_parameters())
         muon = {
             name
@@ -32,13 +37,9 @@ class Optimizers:
         )
         self._optimizers: list[optim.Optimizer] = [adamw]
         if muon:
-            self._optimizers.append(
-                optim.Muon(
-                    [self._parameters[name] for name in sorted(muon)],
-                    lr=config.muon_learning_rate,
-                    weight_decay=config.weight_decay,
-                )
-            )
+            matrices = [self._parameters[name] for name in sorted(muon)]
+            decay = config.weight_decay if config.muon_weight_decay is None else config.muon_weight_decay
+            self._optimizers.append(Muon(matrices, config.muon_learning_rate, decay, dtype=precision))
         self._peaks = [group["lr"] for group in self._groups]
 
     @property

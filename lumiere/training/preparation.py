@@ -16,17 +16,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preparation:
-    """All that a training needs and that could not be had for granted."""
+    """All that a training needs and that could not be had for granted.
+
+    Attributes:
+        precision: type of the matrix products.
+        peak_flops: FLOP/s that the device reaches in them, measured just now.
+    """
 
     config: RunConfig
     corpus: TokenizedCorpus
     device: "torch.device"
     precision: "torch.dtype"
+    peak_flops: float
     num_parameters: int
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps in which every training window is seen once."""
+        from lumiere.data.batches import steps_per_epoch
+
+        return steps_per_epoch(self.corpus.windows("train", self.config), self.config.training.batch_size)
 
 
 def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> Preparation:
-    """Find the device, read and tokenize the corpus, and measure the model.
+    """Find the device, read and tokenize the corpus, and measure the model and the device.
 
     Raises:
         LumiereError: if the device is not there, or the corpus cannot be used.
@@ -35,15 +48,17 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
     # Torch takes seconds to load: whoever has no network is told before that, and not after.
     import torch
 
-    from lumiere.components.device import resolve_device, resolve_precision
+    from lumiere.components.device import peak_flops, resolve_device, resolve_precision
     from lumiere.models.transformer import build_model
+    from lumiere.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     device = resolve_device(config.training.device)
     precision = resolve_precision(config.training.precision, device)
     corpus = tokenize_corpus(config, progress, source)
     with torch.device("meta"):
         num_parameters = build_model(config).num_parameters
-    return Preparation(config, corpus, device, precision, num_parameters)
+    return Preparation(config, corpus, device, precision, peak_flops(device, precision), num_parameters)
 
 
 def prepare_resume(run: Run, progress: Callable[[Progress], None] | None = None) -> Preparation:

@@ -9,6 +9,7 @@ from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.events import CheckpointEvent, Event
+from lumiere.training.nonfinite import Guard
 from lumiere.training.snapshots import is_snapshot
 from lumiere.training.state import TrainingState
 
@@ -24,11 +25,13 @@ class Saver:
         corpus: TokenizedCorpus,
         epoch_steps: int,
         tell: Callable[[Event], None],
+        guard: Guard,
     ) -> None:
         self._run = run
         self._state = state
         self._epoch_steps = epoch_steps
         self._tell = tell
+        self._guard = guard
         self._manager = CheckpointManager(run.path.parent)
         self._about = {
             "run": run.name,
@@ -39,8 +42,12 @@ class Saver:
         }
 
     def save(self, name: str) -> None:
-        """Write the whole state as `best` or `latest`."""
-        self._manager.save(self._run, name, self._state.to_checkpoint(self._about))
+        """Write the whole state as `best` or `latest`.
+
+        Raises:
+            NonFiniteError: if it is broken; what was there is untouched.
+        """
+        self._write(name, self._state.to_checkpoint(self._about))
         self._run.update(
             step=self._state.step,
             epoch=self._state.step / self._epoch_steps,
@@ -48,16 +55,25 @@ class Saver:
             training_seconds=self._state.seconds,
             best_loss=self._state.best_loss,
             best_step=self._state.best_step,
+            skipped_steps=self._state.skipped_steps,
         )
         self._tell(CheckpointEvent(self._state.step, name))
 
     def snapshot(self) -> None:
-        """Write the weights of this step if they are to be kept, and drop those that no longer are."""
+        """Write the weights of this step if they are to be kept, and drop those that no longer are.
+
+        Raises:
+            NonFiniteError: if they are broken.
+        """
         step = self._state.step
         if not is_snapshot(step, reached=step):
             return
         weights = Checkpoint(self._state.model.state_dict(), metadata=self._about | {"step": step})
-        self._manager.save(self._run, f"step-{step:08d}", weights)
+        self._write(f"step-{step:08d}", weights)
         for name in self._manager.names(self._run):
             if name.startswith("step-") and not is_snapshot(int(name.removeprefix("step-")), reached=step):
                 self._manager.remove(self._run, name)
+
+    def _write(self, name: str, checkpoint: Checkpoint) -> None:
+        self._guard.check_checkpoint(checkpoint)
+        self._manager.save(self._run, name, checkpoint)

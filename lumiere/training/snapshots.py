@@ -21,3 +21,14 @@ def is_snapshot(step: int, reached: int) -> bool:
     if step <= LAST_POWER:
         return step & (step - 1) == 0
     return step % spacing(reached) == 0
+
+
+def most_snapshots(total_steps: int) -> int:
+    """The most snapshots that a training of `total_steps` ever keeps at once: at its end, or when they were full."""
+
+    def kept(reached: int) -> int:
+        powers = 1 + min(reached, LAST_POWER).bit_length()  # step 0 is one too
+        return powers + max(0, reached // spacing(reached) - LAST_POWER // spacing(reached))
+
+    last_full = spacing(total_steps) // 2 * MAX_LATER
+    return max(kept(total_steps), kept(min(total_steps, last_full)))

@@ -21,7 +21,11 @@ COUNTERS = (
     "stopping_loss",
     "epochs_without_improvement",
     "stop_reason",
+    "skipped_steps",
+    "skipped_in_a_row",
 )
+NEWER_COUNTERS = {"skipped_steps": 0, "skipped_in_a_row": 0}
+"""Where those stand that the checkpoints of the first version do not have."""
 
 
 @dataclass
@@ -29,13 +33,15 @@ class TrainingState:
     """The model, its optimizers, the random generators of torch, and the counters.
 
     Attributes:
-        step: updates so far.
+        step: updates so far, with those that were skipped.
         tokens: targets trained on so far.
         seconds: of training so far.
         best_loss: lowest validation loss, which `best` goes by (None: not evaluated yet).
         stopping_loss: validation loss that the next epoch must beat by `stopping_threshold`.
         epochs_without_improvement: ends of epochs since it was last beaten.
         stop_reason: why training is over (None: it is not).
+        skipped_steps: steps without an update, because the loss or the gradients were not finite.
+        skipped_in_a_row: how many of them were the last ones.
     """
 
     model: Transformer
@@ -48,13 +54,15 @@ class TrainingState:
     stopping_loss: float | None = None
     epochs_without_improvement: int = 0
     stop_reason: str | None = None
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
     @classmethod
-    def create(cls, config: RunConfig, device: torch.device) -> "TrainingState":
+    def create(cls, config: RunConfig, device: torch.device, precision: torch.dtype = torch.float32) -> "TrainingState":
         """A fresh state. The seed decides the weights, on the CPU, so that they do not depend on the device."""
         torch.manual_seed(config.training.seed)
         model = build_model(config).to(device)
-        return cls(model, Optimizers(model, config.training))
+        return cls(model, Optimizers(model, config.training, precision))
 
     def note_evaluation(self, loss: float) -> bool:
         """Take note of a validation loss, and say whether it is the best so far."""
@@ -90,7 +98,8 @@ class TrainingState:
             raise CheckpointError("this checkpoint holds weights only", "resume from latest, previous or best")
         try:
             self.model.load_state_dict(checkpoint.model)
-            counters = {name: checkpoint.metadata[name] for name in COUNTERS}
+            metadata = NEWER_COUNTERS | checkpoint.metadata
+            counters = {name: metadata[name] for name in COUNTERS}
         except (RuntimeError, KeyError) as error:
             # Torch's own message is a page of parameter names.
             raise CheckpointError(

@@ -1,11 +1,12 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.batches import Batch, batch_at, steps_per_epoch
@@ -13,9 +14,11 @@ from lumiere.data.dataset import TokenizedCorpus
 from lumiere.evaluation import Evaluation, evaluate
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.runs import Run
+from lumiere.training.costs import flops_per_token, num_steps
 from lumiere.training.events import EvaluationEvent, Event, Listener, StartEvent, StepEvent, WarningEvent
 from lumiere.training.interruption import Interruption
 from lumiere.training.loss import Objective, compiled, summed_loss
+from lumiere.training.nonfinite import Guard, is_finite
 from lumiere.training.saving import Saver
 from lumiere.training.schedule import learning_rate_factor
 from lumiere.training.state import TrainingState
@@ -44,6 +47,7 @@ def train(
     run: Run,
     device: torch.device,
     precision: torch.dtype,
+    peak_flops: float,
     listeners: Sequence[Listener] = (),
     checkpoint: Checkpoint | None = None,
 ) -> TrainingResult:
@@ -53,17 +57,21 @@ def train(
         corpus: the splits `train` and `validation` in ids.
         run: where checkpoints go.
         precision: type of the matrix products; the weights are float32.
+        peak_flops: FLOP/s of the device in that type, which `mfu` is a share of.
         listeners: called with each event, in order.
         checkpoint: the state to go on from (None: from the start). The result is, bit for bit, that of a training
             which never stopped, on the same machine with the same number of threads.
+
+    Raises:
+        NonFiniteError: if the loss, the gradients or the weights are no longer finite.
     """
     settings = config.training
     windows = corpus.windows("train", config)
     validation = corpus.windows("validation", config)
     epoch_steps = steps_per_epoch(windows, settings.batch_size)
-    total_steps = settings.max_steps or settings.max_epochs * epoch_steps
+    total_steps = num_steps(settings, epoch_steps)
 
-    state = TrainingState.create(config, device)
+    state = TrainingState.create(config, device, precision)
     if checkpoint is not None:
         state.restore(checkpoint)
 
@@ -71,13 +79,14 @@ def train(
         for listener in listeners:
             listener(event)
 
-    saver = Saver(run, state, config, corpus, epoch_steps, tell)
+    guard = Guard(run, state, settings, precision, windows, tell)
+    saver = Saver(run, state, config, corpus, epoch_steps, tell, guard)
     objective: Objective = summed_loss
     if settings.compile:
-        objective = compiled(objective, lambda message: tell(WarningEvent(state.step, message)))
+        objective = compiled(lambda message: tell(WarningEvent(state.step, message)))
 
     names = (run.name, state.step, total_steps, epoch_steps, state.model.num_parameters, len(windows))
-    tell(StartEvent(*names, device=str(device), precision=str(precision).removeprefix("torch.")))
+    tell(StartEvent(*names, str(device), str(precision).removeprefix("torch."), peak_flops))
     if state.step == 0 and settings.snapshots:
         saver.snapshot()
     evaluation = None
@@ -88,8 +97,10 @@ def train(
         while state.stop_reason is None:
             started = time.perf_counter()
             batch = batch_at(state.step, windows, settings.batch_size, settings.seed).to(device)
-            factor = learning_rate_factor(state.step + 1, total_steps, settings.warmup_steps, settings.schedule)
+            plan = (total_steps, settings.warmup_steps, settings.schedule, settings.decay_fraction)
+            factor = learning_rate_factor(state.step + 1, *plan)
             loss, grad_norm = train_step(state, batch, factor, settings, precision, objective)
+            guard.check_step(loss, grad_norm)
             state.step += 1
             state.tokens += batch.num_targets
             state.seconds += time.perf_counter() - started
@@ -99,13 +110,15 @@ def train(
             progress = (state.step, state.step / epoch_steps, state.tokens, state.seconds)
             if is_last or state.step % settings.log_interval == 0:
                 speed = (state.tokens - reported[0]) / (state.seconds - reported[1])
-                tell(StepEvent(*progress, loss, settings.learning_rate * factor, grad_norm, speed))
+                mfu = speed * flops_per_token(config) / peak_flops
+                tell(StepEvent(*progress, loss, settings.learning_rate * factor, grad_norm, speed, mfu))
                 reported = (state.tokens, state.seconds)
 
             evaluates = is_last or ends_epoch or is_due(settings.eval_interval, state.step)
             if evaluates:
                 facts = corpus.splits["validation"].facts
                 evaluation = evaluate(state.model, validation, facts, settings.batch_size)
+                guard.check_evaluation(evaluation.loss)
                 is_best = state.note_evaluation(evaluation.loss)
                 if ends_epoch:
                     state.note_epoch(evaluation.loss, settings.stopping_threshold)
@@ -135,7 +148,7 @@ def train_step(
     precision: torch.dtype,
     objective: Objective,
 ) -> tuple[float, float]:
-    """One update of the weights.
+    """One update of the weights; none if the loss or the gradients are not finite, which are then left to look at.
 
     Args:
         factor: share of the peak learning rates.
@@ -150,9 +163,14 @@ def train_step(
             loss = objective(state.model, part.tokens, part.targets) / batch.num_targets
         loss.backward()
         total += loss.item()
-    limit = settings.gradient_clip_norm or float("inf")
-    grad_norm = clip_grad_norm_(state.model.parameters(), limit).item()
-    state.optimizers.step(factor)
+    limit = settings.gradient_clip_norm or math.inf
+    norm = get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+    grad_norm = norm.item()
+    # In two halves, because clipping by a norm that is not finite would make every gradient NaN.
+    if is_finite(total, grad_norm):
+        if grad_norm > limit:
+            clip_grads_with_norm_(state.model.parameters(), limit, norm)
+        state.optimizers.step(factor)
     return total, grad_norm
 
 

@@ -110,6 +110,17 @@ def test_train_needs_a_config_or_a_run() -> None:
     assert "keeps its own config" in refuse(["train", "--resume", "latest", "--seed", "1"])[0]
 
 
+def test_train_plans_a_new_training_or_nothing() -> None:
+    error, hint = refuse(["train", "--plan", "--resume", "latest"])
+    assert "--plan is about a training that has not begun" in error
+    assert "lumiere runs show latest" in hint
+    assert "--plan is about" in refuse(["train", "tiny", "--plan", "--resume", "latest", "--print-config"])[0]
+    assert "--plan and --print-config" in refuse(["train", "tiny", "--plan", "--print-config"])[0]
+    assert "no config given" in refuse(["train", "--plan"])[0]
+    assert "unknown key model.n_embd" in refuse(["train", "tiny", "--plan", "--set", "model.n_embd=4"])[0]
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("reference", ["nothere1", "../../etc", "/etc/passwd", "", "a b", "\x1b[31mred", "latest"])
 @pytest.mark.parametrize(
     "command", [["eval"], ["generate", "--run"], ["inspect", "attention", "--run"], ["train", "--resume"]]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import gradcheck
 
 from lumiere.components.attention import FUSED_MIN_POSITIONS, Attention, causal_attention, visible_keys
 from lumiere.components.positions import rotation_at
@@ -39,12 +40,34 @@ def test_two_tokens_by_hand() -> None:
 @pytest.mark.parametrize("num_positions", [1, 7, FUSED_MIN_POSITIONS - 1, FUSED_MIN_POSITIONS])
 @pytest.mark.parametrize("d_value", [4, 6])
 def test_both_fast_ways_equal_torchs_attention(num_positions: int, d_value: int) -> None:
-    shape = (2, 3, num_positions)
-    q_BHTK, k_BHTK = torch.randn(2, *shape, 4, dtype=torch.float64).unbind()
-    v_BHTV = torch.randn(*shape, d_value, dtype=torch.float64)
+    q_BTHK, k_BTHK = torch.randn(2, 2, num_positions, 3, 4, dtype=torch.float64).unbind()
+    v_BTHV = torch.randn(2, num_positions, 3, d_value, dtype=torch.float64)
     mask_TS = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
-    expected_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, attn_mask=mask_TS)
-    torch.testing.assert_close(causal_attention(q_BHTK, k_BHTK, v_BHTV), expected_BHTV, rtol=0, atol=1e-12)
+    heads = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
+    expected_BTHV = F.scaled_dot_product_attention(*heads, attn_mask=mask_TS).transpose(1, 2)
+    torch.testing.assert_close(causal_attention(q_BTHK, k_BTHK, v_BTHV), expected_BTHV, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d_value", [3, 5])
+def test_hand_written_gradients_are_those_of_the_plain_way(monkeypatch: pytest.MonkeyPatch, d_value: int) -> None:
+    inputs = [torch.randn(2, 6, 2, width, dtype=torch.float64, requires_grad=True) for width in (3, 3, d_value)]
+    assert gradcheck(causal_attention, inputs)
+    weights_BTHV = torch.randn(2, 6, 2, d_value, dtype=torch.float64)
+    mine = torch.autograd.grad((causal_attention(*inputs) * weights_BTHV).sum(), inputs)
+    monkeypatch.setattr("lumiere.components.attention.prefers_hand_written", lambda x: False)
+    plain = torch.autograd.grad((causal_attention(*inputs) * weights_BTHV).sum(), inputs)
+    for gradient, expected in zip(mine, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)
+
+
+def test_in_bfloat16_it_stays_near_float32() -> None:
+    q_BTHK, k_BTHK, v_BTHV = (torch.randn(2, 16, 2, 8) for _ in range(3))
+    expected_BTHV = causal_attention(q_BTHK, k_BTHK, v_BTHV)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_BTHV = causal_attention(q_BTHK.bfloat16(), k_BTHK.bfloat16(), v_BTHV.bfloat16())
+    assert z_BTHV.dtype == torch.bfloat16
+    # bfloat16 has 8 bits: a relative error of 2^-9 for each rounding.
+    torch.testing.assert_close(z_BTHV.float(), expected_BTHV, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("num_positions", [9, FUSED_MIN_POSITIONS])

@@ -2,7 +2,9 @@
 
 import math
 
+import pytest
 import torch
+from torch.autograd import gradcheck
 
 from lumiere.components.feedforward import SwiGLU
 
@@ -20,3 +22,16 @@ def test_by_hand() -> None:
     expected_BTE = torch.tensor([[[first + second, -2 * second]]])
     torch.testing.assert_close(swiglu(x_BTE), expected_BTE)
     torch.testing.assert_close(swiglu.watch(x_BTE), expected_BTE)
+
+
+def test_hand_written_gradients_are_those_of_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    swiglu = SwiGLU(embedding_size=3, d_ff=5).double()
+    x_BTE = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x_BTE, *swiglu.parameters()]
+    assert gradcheck(lambda x, *_: swiglu(x), inputs)
+    weights_BTE = torch.randn(2, 4, 3, dtype=torch.float64)
+    mine = torch.autograd.grad((swiglu(x_BTE) * weights_BTE).sum(), inputs)
+    monkeypatch.setattr("lumiere.components.feedforward.prefers_hand_written", lambda x: False)
+    plain = torch.autograd.grad((swiglu(x_BTE) * weights_BTE).sum(), inputs)
+    for gradient, expected in zip(mine, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)

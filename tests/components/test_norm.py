@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 
 from lumiere.components.norm import RMSNorm, WatchedRMSNorm
 
@@ -28,3 +29,18 @@ def test_watching_gives_the_same() -> None:
         norm.weight.normal_()
     x_BTE = torch.randn(3, 5, 16, dtype=torch.float64)
     torch.testing.assert_close(norm.watch(x_BTE), norm(x_BTE), rtol=0, atol=1e-14)
+
+
+def test_hand_written_gradients_are_those_of_torchs_rms_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = RMSNorm(6).double()
+    x_BTE = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [x_BTE, norm.weight]
+    with torch.no_grad():
+        norm.weight.normal_()
+    assert gradcheck(lambda x, _: norm(x), inputs)
+    weights_BTE = torch.randn(2, 3, 6, dtype=torch.float64)
+    mine = torch.autograd.grad((norm(x_BTE) * weights_BTE).sum(), inputs)
+    monkeypatch.setattr("lumiere.components.norm.prefers_hand_written", lambda x: False)
+    plain = torch.autograd.grad((norm(x_BTE) * weights_BTE).sum(), inputs)
+    for gradient, expected in zip(mine, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)

@@ -11,8 +11,10 @@ from lumiere.data.batches import (
     Batch,
     batch_at,
     batches_in_order,
+    documents_at,
     indices_at,
     make_batch,
+    shift_at,
     steps_per_epoch,
 )
 from lumiere.data.windows import Windows
@@ -75,6 +77,14 @@ def test_epochs_and_seeds_have_orders_of_their_own(many_windows: Windows) -> Non
     assert tuple(range(100)) not in orders
 
 
+def test_documents_of_a_step_are_those_of_its_tokens(windows: Windows, many_windows: Windows) -> None:
+    for step in range(20):
+        second_tokens = batch_at(step, many_windows, 7, seed=3).tokens[:, 1].tolist()
+        assert documents_at(step, many_windows, 7, seed=3) == sorted(token - 3 for token in second_tokens)
+    # Three windows of the first document, and each document once.
+    assert documents_at(0, windows, 5, seed=0) == [0, 1, 2]
+
+
 def test_a_step_has_the_same_batch_whenever_it_is_asked_for(many_windows: Windows) -> None:
     forward = [batch_at(step, many_windows, 7, seed=3).tokens for step in range(40)]
     torch.manual_seed(1)
@@ -118,3 +128,42 @@ def test_a_batch_moves_whole(windows: Windows) -> None:
     assert batch.tokens.is_meta
     assert batch.targets.is_meta
     assert batch.num_targets == 8
+
+
+def test_shifts_are_spread_evenly_and_depend_on_epoch_and_seed() -> None:
+    for stride in (1, 2, 57):
+        shifts = [shift_at(epoch, stride, seed=0) for epoch in range(100 * stride)]
+        counts = np.bincount(np.array(shifts) + stride // 2, minlength=stride)
+        assert len(counts) == stride
+        assert counts.min() >= 60  # of 100 expected: four standard deviations
+        assert (min(shifts), max(shifts)) == (-(stride // 2), (stride - 1) // 2)
+    assert [shift_at(epoch, 57, seed=1) for epoch in range(9)] != [shift_at(epoch, 57, seed=2) for epoch in range(9)]
+
+
+def test_windows_that_shift_are_others_in_each_epoch_and_the_same_in_each_call() -> None:
+    ids = np.arange(3, 203)
+    windows = Windows(ids, np.array([0, 200]), context_size=9, sliding_window_size=2, shifts=True)
+    steps = steps_per_epoch(windows, 5)
+    seen = []
+    for epoch in range(12):
+        shift = shift_at(epoch, windows.stride, seed=4)
+        batches = [batch_at(step, windows, 5, seed=4) for step in range(epoch * steps, (epoch + 1) * steps)]
+        starts = {row[0] - 3 for batch in batches for row in batch.tokens.tolist()}
+        assert starts == {min(max(start + shift, 0), 190 if shift else 199) for start in range(0, 8 * len(windows), 8)}
+        assert torch.equal(batches[0].tokens, batch_at(epoch * steps, windows, 5, seed=4).tokens)
+        seen.append(frozenset(starts))
+    assert len(set(seen)) > 4
+    in_order = next(batches_in_order(windows, 5))
+    assert in_order.tokens[:, 0].tolist() == [3, 11, 19, 27, 35], "an evaluation never shifts"
+
+
+def test_documents_of_a_step_are_those_of_its_shifted_tokens() -> None:
+    """Each document repeats one token of its own, which says where a window was cut."""
+    lengths = [4, 30, 11, 57, 2, 23]
+    ids = np.repeat(np.arange(3, 9), lengths)
+    windows = Windows(ids, np.cumsum([0, *lengths]), context_size=9, sliding_window_size=2, shifts=True)
+    for step in range(12 * steps_per_epoch(windows, 4)):
+        batch = batch_at(step, windows, 4, seed=1)
+        targets = batch.targets[batch.targets != IGNORED]
+        assert documents_at(step, windows, 4, seed=1) == (targets.unique() - 3).tolist()
+        assert batch.num_targets == len(targets)

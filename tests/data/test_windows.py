@@ -123,3 +123,50 @@ def test_counts_on_wikitext(wikitext: Path, tmp_path: Path, monkeypatch: pytest.
     train, validation = tokenized.windows("train", config), tokenized.windows("validation", config)
     assert (len(train), len(validation)) == (53_670, 5_580)
     assert steps_per_epoch(validation, config.training.batch_size) == 175
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    context_size=st.integers(2, 9),
+    sliding_window_size=st.integers(0, 1),
+    shift=st.integers(-12, 12),
+)
+def test_shifted_windows_are_as_many_and_go_on_in_their_document(
+    lengths: list[int], context_size: int, sliding_window_size: int, shift: int
+) -> None:
+    documents = corpus(lengths)
+    windows = windows_of(documents, context_size, sliding_window_size)
+    indices = np.arange(len(windows))
+    tokens, real = windows.cut(indices, shift)
+    plain_tokens, plain_real = windows.cut(indices)
+    for index, number in enumerate(windows.documents(indices)):
+        document = documents[number]
+        window, plain = tokens[index, : real[index]].tolist(), plain_tokens[index, : plain_real[index]].tolist()
+        # Full, wherever the document is long enough.
+        assert not shift or real[index] == min(len(document), context_size + 1)
+        assert (tokens[index, real[index] :] == PAD).all()
+        last = max(0, len(document) - context_size - 1)
+        start = index_in(document, plain)
+        if shift:
+            start = min(max(start + shift, 0), last)
+            assert window == document[start : start + context_size + 1]
+
+
+@given(cuttings().filter(lambda cutting: cutting[1] > 1))
+def test_over_all_shifts_every_token_but_the_first_is_predicted(cutting: tuple[list[list[int]], int, int]) -> None:
+    """Without an overlap too, where the windows of a single shift leave some out."""
+    documents, _, _ = cutting
+    windows = windows_of(*cutting)
+    indices = np.arange(len(windows))
+    numbers = windows.documents(indices)
+    predicted: list[set[int]] = [set() for _ in documents]
+    for shift in range(-(windows.stride // 2), (windows.stride + 1) // 2):
+        tokens, lengths = windows.cut(indices, shift)
+        for number, row, length in zip(numbers, tokens, lengths, strict=True):
+            predicted[number].update(row[1:length].tolist())
+    assert predicted == [set(document[1:]) for document in documents]
+
+
+def index_in(document: list[int], window: list[int]) -> int:
+    """Where the window starts in the document."""
+    return next(i for i in range(len(document)) if document[i : i + len(window)] == window)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumiere.components.attention import FUSED_MIN_POSITIONS
+from lumiere.components.dropout import Dropout
 from lumiere.components.hooks import run_with_cache
 from lumiere.config.loader import validate
 from lumiere.models.transformer import PADDING_ID, Transformer, build_model
@@ -179,7 +180,7 @@ def test_build_model_follows_the_config() -> None:
     assert {name: getattr(built, name) for name in sizes} == sizes
     assert (built.vocab_size, built.d_ff, built.positions) == (300, 7, "rotary")
     assert built.padding_id == PADDING_ID
-    assert {module.p for module in built.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+    assert {module.share for module in built.modules() if isinstance(module, Dropout)} == {0.25}
     assert built.blocks[2].feedforward.down.weight.shape == (24, 7)
 
 
@@ -191,6 +192,18 @@ def test_initial_weights_have_the_spread_they_should() -> None:
             expected = 0.02 / math.sqrt(8) if name.endswith(("output.weight", "down.weight")) else 0.02
             assert value.std().item() == pytest.approx(expected, rel=0.05), name
             assert abs(value.mean().item()) < expected / 20, name
+
+
+def test_zero_outputs_leave_the_stream_alone_and_the_other_weights_as_they_are() -> None:
+    torch.manual_seed(3)
+    plain = Transformer(**CARD)
+    torch.manual_seed(3)
+    model = Transformer(**CARD, zero_output_init=True)
+    for (name, value), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        is_output = name.endswith(("attention.output.weight", "feedforward.down.weight"))
+        assert torch.equal(value, torch.zeros_like(value) if is_output else other), name
+    states = model(random_tokens(2, 9)).hidden_states
+    assert torch.equal(states[:, 0], states[:, -1])
 
 
 @BOTH
@@ -377,4 +390,4 @@ def test_the_fast_path_compiles_whole(positions: Positions) -> None:
     model = make_model(positions)
     tokens_BT = random_tokens(2, 9)
     compiled = torch.compile(model.logits, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(tokens_BT), model.logits(tokens_BT))
+    torch.testing.assert_close(compiled(tokens_BT), model.logits(tokens_BT))

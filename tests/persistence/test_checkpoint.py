@@ -185,7 +185,7 @@ def test_any_flipped_bit_is_noticed(saved: Path) -> None:
 
 
 @given(data=st.binary(max_size=300))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_garbage_is_never_a_checkpoint(path: Path, data: bytes) -> None:
     for content in (data, len(data).to_bytes(8, "little") + data):
         path.write_bytes(content)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from lumiere.components import device as device_module
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.persistence.runs import Run, RunStore
@@ -35,6 +36,9 @@ SHORT = {
 }
 
 
+PEAK_FLOPS = 2e11
+"""What the device is said to reach."""
+
 environment_once = functools.cache(environment)
 
 
@@ -43,6 +47,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What survives a power cut is a matter of tests/persistence, and one look at the machine is enough for all."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(launch_module, "environment", environment_once)
+    monkeypatch.setattr(device_module, "peak_flops", lambda device, dtype: PEAK_FLOPS)
 
 
 @pytest.fixture(scope="session")

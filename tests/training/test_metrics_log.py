@@ -13,7 +13,7 @@ from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, Sta
 from lumiere.training.metrics_log import MetricsLog
 
 PROGRESS = ["step", "epoch", "tokens", "time"]
-TRAINING = [*PROGRESS, "loss", "learning_rate", "grad_norm", "tokens_per_second"]
+TRAINING = [*PROGRESS, "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"]
 EVALUATION = [*PROGRESS, "val_loss", "val_perplexity", "val_bits_per_byte"]
 SCORES = Evaluation(4.5, 90.0, 4.4, 95.0, 1.8, 700.0, 1000, 80, 3, 32, 0.5)
 
@@ -42,10 +42,11 @@ def test_a_training_line(lines) -> None:
         learning_rate=0.00012345678,
         grad_norm=0.98765432,
         tokens_per_second=518.3987,
+        mfu=0.412345,
     )
     assert lines(event) == [
         '{"step": 20, "epoch": 0.333333, "tokens": 640, "time": 1.235, "loss": 5.4321098765, '
-        '"learning_rate": 0.00012345678, "grad_norm": 0.98765432, "tokens_per_second": 518.4}'
+        '"learning_rate": 0.00012345678, "grad_norm": 0.98765432, "tokens_per_second": 518.4, "mfu": 0.4123}'
     ]
 
 
@@ -58,13 +59,13 @@ def test_an_evaluation_line(lines) -> None:
 
 
 def test_a_number_that_is_none_becomes_null(lines) -> None:
-    (line,) = lines(StepEvent(1, 0.1, 32, 0.1, math.nan, 1e-3, math.inf, 320.0))
+    (line,) = lines(StepEvent(1, 0.1, 32, 0.1, math.nan, 1e-3, math.inf, 320.0, 0.4))
     assert json.loads(line)["loss"] is None
     assert json.loads(line)["grad_norm"] is None
 
 
 def test_other_events_write_nothing(lines) -> None:
-    start = StartEvent("run_a", 0, 10, 5, 1000, 50, "cpu", "float32")
+    start = StartEvent("run_a", 0, 10, 5, 1000, 50, "cpu", "float32", 1e11)
     assert lines(start, CheckpointEvent(1, "best"), WarningEvent(1, "slow")) == []
 
 

@@ -1,4 +1,4 @@
-"""AdamW against its equations in numpy, Muon against torch's own, and both across a save."""
+"""AdamW against its equations in numpy, who is moved by Muon, and both across a save."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +10,7 @@ from torch import nn
 
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.models.transformer import Transformer, build_model
+from lumiere.training.muon import Muon
 from lumiere.training.optimizers import Optimizers
 
 FACTORS = (0.5, 1.0, 1.0, 0.25, 0.1)
@@ -100,7 +101,7 @@ def by_parameter(optimizers: Optimizers) -> dict[str, list[str]]:
     return keys
 
 
-def test_muon_is_torchs_and_the_rest_goes_as_without_it(
+def test_muon_moves_its_matrices_and_the_rest_goes_as_without_it(
     tiny_config: RunConfig, model: Transformer, gradients: Gradients
 ) -> None:
     config = settings(optimizer="muon")
@@ -109,9 +110,7 @@ def test_muon_is_torchs_and_the_rest_goes_as_without_it(
     take_steps(without, Optimizers(without, settings(optimizer="adamw")), gradients, range(len(FACTORS)))
 
     weights = dict(direct.named_parameters())
-    muon = torch.optim.Muon(
-        [weights[name] for name in sorted(MUON)], lr=0.05, weight_decay=0.4, adjust_lr_fn="original"
-    )
+    muon = Muon([weights[name] for name in sorted(MUON)], lr=0.05, weight_decay=0.4)
     for factor, step in zip(FACTORS, gradients, strict=True):
         muon.param_groups[0]["lr"] = 0.05 * factor
         for name in MUON:
@@ -122,6 +121,21 @@ def test_muon_is_torchs_and_the_rest_goes_as_without_it(
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name] if name in MUON else alone[name]), name
         assert not torch.equal(weights[name], alone[name])
+
+
+@pytest.mark.parametrize(("muon_weight_decay", "expected"), [(None, 0.4), (0.0, 0.0), (0.7, 0.7)])
+def test_muons_matrices_decay_at_a_rate_of_their_own(
+    model: Transformer, gradients: Gradients, muon_weight_decay: float | None, expected: float
+) -> None:
+    """Without gradients nothing but the decay moves a weight."""
+    before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    still = [{name: torch.zeros_like(gradient) for name, gradient in step.items()} for step in gradients]
+    optimizers = Optimizers(model, settings(optimizer="muon", muon_weight_decay=muon_weight_decay))
+    take_steps(model, optimizers, still, range(len(FACTORS)))
+    for name, parameter in model.named_parameters():
+        rate, decay = (0.05, expected) if name in MUON else (0.03, 0.0 if parameter.ndim == 1 else 0.4)
+        share = np.prod([1 - rate * factor * decay for factor in FACTORS])
+        torch.testing.assert_close(parameter.double(), share * before[name], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

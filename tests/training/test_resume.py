@@ -78,7 +78,7 @@ def outcome(tensor_hashes):
                 name: {key: metadata[key] for key in COUNTERS if key != "seconds"} for name, metadata in saved.items()
             },
             "metrics": [
-                {key: value for key, value in line.items() if key not in ("time", "tokens_per_second")}
+                {key: value for key, value in line.items() if key not in ("time", "tokens_per_second", "mfu")}
                 for line in lines
             ],
         }

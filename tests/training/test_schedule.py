@@ -82,3 +82,15 @@ def test_there_is_no_jump_at_the_peak_nor_at_the_end(schedule: Schedule) -> None
 
 def test_the_last_update_of_a_long_training_still_moves() -> None:
     assert learning_rate_factor(1_000_000, 1_000_000, 500, "cosine") > 0
+
+
+def test_a_share_of_the_way_is_spent_at_the_peak() -> None:
+    def values(schedule: Schedule, decay_fraction: float) -> list[float]:
+        return [learning_rate_factor(step, 11, 2, schedule, decay_fraction) for step in range(1, 12)]
+
+    # The update after the last one, 12, would have rate 0; a half of the ten from 2 to 12 is the way down.
+    assert values("linear", 0.5) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    falling = [0.5 + 0.5 * math.cos(math.pi * share) for share in (0.2, 0.4, 0.6, 0.8)]
+    assert values("cosine", 0.5) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, *falling])
+    assert values("linear", 1.0) == factors(11, 2, "linear")
+    assert values("constant", 0.5) == factors(11, 2, "constant")

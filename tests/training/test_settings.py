@@ -13,8 +13,9 @@ from lumiere.config.loader import dump_config
 from lumiere.config.problems import setting_paths
 from lumiere.config.schema import RunConfig
 from lumiere.data import hub
+from lumiere.errors import NonFiniteError
 from lumiere.training import trainer
-from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent
+from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
@@ -40,6 +41,7 @@ EFFECTS = {
     "model.d_ff": Effect(16, "num_parameters"),
     "model.dropout": Effect(0.3, "weights"),
     "model.positions": Effect("rotary", "num_parameters"),
+    "model.zero_output_init": Effect(True, "weights"),
     "tokenizer.vocab_size": Effect(300, "num_parameters"),
     "tokenizer.min_frequency": Effect(40, "corpus"),
     "dataset.name": Effect("csv", "corpus", FILES),
@@ -52,6 +54,7 @@ EFFECTS = {
     "dataset.seed": Effect(2, "corpus"),
     "dataset.sliding_window_size": Effect(0, "num_windows"),
     "training.batch_size": Effect(6, "rows"),
+    "training.random_window_offset": Effect(True, "weights"),
     "training.gradient_accumulation_steps": Effect(3, "rows"),
     "training.max_epochs": Effect(2, "end", THREE_EPOCHS),
     "training.max_steps": Effect(3, "end"),
@@ -61,8 +64,11 @@ EFFECTS = {
     "training.beta1": Effect(0.5, "weights"),
     "training.beta2": Effect(0.9, "weights"),
     "training.weight_decay": Effect(0.5, "weights"),
+    "training.muon_weight_decay": Effect(0.5, "weights", {"training.optimizer": "muon"}),
     "training.gradient_clip_norm": Effect(0.01, "weights"),
+    "training.on_nonfinite": Effect("skip", "skipped", {"training.learning_rate": 1e10}),
     "training.schedule": Effect("constant", "learning_rates"),
+    "training.decay_fraction": Effect(0.5, "learning_rates"),
     "training.warmup_steps": Effect(0, "learning_rates"),
     "training.patience": Effect(1, "end", THREE_EPOCHS | {"training.stopping_threshold": 100.0}),
     "training.stopping_threshold": Effect(100.0, "end", THREE_EPOCHS | {"training.patience": 1}),
@@ -111,7 +117,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             devices.append(name)
             return torch.device("cpu")
 
-        def compile_function(function: Any) -> Any:
+        def compile_function(function: Any, **options: Any) -> Any:
             compiled.append(function)
             return function
 
@@ -121,7 +127,11 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             patch.setattr(device_module, "resolve_device", resolve)
             patch.setattr(torch, "compile", compile_function)
             patch.setattr(hub.datasets, "load_dataset", rows_of)
-            result = launch(config, [events.append])
+            try:
+                result = launch(config, [events.append])
+            except NonFiniteError:
+                # With or without the steps that broke, such weights cannot be evaluated.
+                return {"skipped": [event.step for event in events if isinstance(event, WarningEvent)]}
         start = next(event for event in events if isinstance(event, StartEvent))
         told = [event for event in events if isinstance(event, StepEvent)]
         return {

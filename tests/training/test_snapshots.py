@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.training import snapshots
-from lumiere.training.snapshots import is_snapshot
+from lumiere.training.snapshots import is_snapshot, most_snapshots
 from lumiere.training.state import TrainingState
 
 POWERS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -42,6 +42,18 @@ def test_laws_up_to_200_000_steps() -> None:
             assert later == [step for step in range(0, reached + 1, distance) if step > 512]
             assert len(later) >= 32 or distance == 512, "no fewer than the limit asks for"
     assert max(kept) == 200_000 // 4096 * 4096
+
+
+def test_the_most_there_ever_are() -> None:
+    kept: set[int] = set()
+    most = 0
+    for reached in range(140_001):
+        if is_snapshot(reached, reached):
+            kept = {step for step in kept | {reached} if is_snapshot(step, reached)}
+            most = max(most, len(kept))
+        if reached < 1100 or reached % 512 < 2:
+            assert most_snapshots(reached) == most, reached
+    assert most == 11 + 64
 
 
 def test_a_run_keeps_the_weights_of_these_steps(configure, launch, tensor_hashes) -> None:

@@ -1,7 +1,7 @@
 """The state of a training: what counts as better, and that all of it survives a file."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ COUNTS: dict[str, Any] = {
     "stopping_loss": 3.75,
     "epochs_without_improvement": 2,
     "stop_reason": "patience",
+    "skipped_steps": 3,
+    "skipped_in_a_row": 1,
 }
 
 
@@ -71,6 +73,14 @@ def test_all_of_it_survives_a_file(tiny_config: RunConfig, state: TrainingState,
     take_step(other)
     assert all(torch.equal(other.model.state_dict()[name], weight) for name, weight in expected.items())
     assert torch.equal(torch.rand(3), numbers), "the random numbers go on where they were"
+
+
+def test_what_the_first_version_did_not_count_starts_at_nothing(state: TrainingState) -> None:
+    checkpoint = state.to_checkpoint({})
+    metadata = {name: COUNTS[name] for name in COUNTS if not name.startswith("skipped")}
+    state.skipped_steps = state.skipped_in_a_row = 9
+    state.restore(replace(checkpoint, metadata=metadata))
+    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (7, 0, 0)
 
 
 def test_what_cannot_be_restored(tiny_config: RunConfig, state: TrainingState) -> None:

@@ -122,12 +122,53 @@ def test_a_batch_in_parts_gives_the_same_step(configure, padded_batch: Batch, pa
     loss, norm, weights = step(split, padded_batch)
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     assert norm == pytest.approx(whole_norm, rel=1e-5)
-    torch.testing.assert_close(weights, whole, rtol=0, atol=1e-6)
+    # Adam's first step is the sign of a gradient, and near zero that hangs on its last digits: a step is 1e-2 long.
+    torch.testing.assert_close(weights, whole, rtol=0, atol=1e-5)
     # The padding matters: with one window's targets padding too, the step is another.
     targets = padded_batch.targets.clone()
     targets[-1] = IGNORED
     other = Batch(padded_batch.tokens, targets, int((targets != IGNORED).sum()))
     assert not torch.allclose(step(split, other)[2], whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_each_target_weighs_the_same_in_whatever_part_it_is(configure, padded_batch: Batch, parts: int) -> None:
+    """Loss and gradients are those of torch's own mean over the targets of the whole batch."""
+    config = configure({"model.dropout": 0.0, "training.gradient_clip_norm": None})
+    expected = TrainingState.create(config, CPU).model
+    logits = expected.logits(padded_batch.tokens).flatten(0, 1)
+    mean = torch.nn.functional.cross_entropy(logits, padded_batch.targets.flatten(), ignore_index=IGNORED)
+    mean.backward()
+    state = TrainingState.create(config, CPU)
+    state.optimizers.step = lambda factor: None
+    settings = config.training.model_copy(update={"gradient_accumulation_steps": parts})
+    loss, _ = train_step(state, padded_batch, 1.0, settings, torch.float32, summed_loss)
+    assert loss == pytest.approx(mean.item(), rel=1e-6)
+    for parameter, other in zip(state.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_training_in_parts_gives_the_same_weights(configure, launch) -> None:
+    """Over two epochs of windows that are padded differently, with a smaller batch at the end of each."""
+    changes = {"model.dropout": 0.0, "model.context_size": 64, "dataset.num_documents": 10}
+    changes |= {"training.max_epochs": 2, "training.max_steps": None}
+
+    def train_in(parts: int) -> TrainingState:
+        return launch(configure(changes | {"training.gradient_accumulation_steps": parts})).state
+
+    def weights(state: TrainingState) -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
+
+    config = configure(changes)
+    windows = tokenize_corpus(config).windows("train", config)
+    whole = train_in(1)
+    assert whole.step * 12 > 2 * len(windows), "a batch is smaller"
+    batches = [batch_at(step, windows, 12, 0) for step in range(whole.step)]
+    uneven = [batch for batch in batches if len({part.num_targets for part in batch.split(2)}) > 1]
+    assert len(uneven) > len(batches) / 2
+    assert (weights(whole) - weights(TrainingState.create(config, CPU))).abs().max() > 0.1
+    for parts in (2, 4):
+        torch.testing.assert_close(weights(train_in(parts)), weights(whole), rtol=0, atol=1e-5)
 
 
 def test_gradients_are_clipped_after_their_norm_is_taken(configure, padded_batch: Batch) -> None:
@@ -361,7 +402,7 @@ def test_where_compiling_fails_it_tells_so_once_and_trains_as_without(
     def fails(*arguments: Any) -> None:
         raise RuntimeError("no C++ compiler found")
 
-    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
     events: list[Event] = []
     run = launch(configure({"training.compile": True}), [events.append]).run
     warnings = [event for event in events if isinstance(event, WarningEvent)]

@@ -1,0 +1,127 @@
+"""Cross-entropy of a linear layer's outputs, in chunks of rows, so that the logits never exist all at once.
+
+At 2,048 tokens and 4,096 words, the logits and their gradient are 33 MB each: more than a CPU's cache, and written and
+read several times. Here a chunk of logits becomes loss and gradients while it is in the cache, in the forward pass:
+nothing is computed twice, and the backward only scales what is there. The idea is that of Liger-Kernel (Hsu et al.
+2024, arXiv:2410.10989, section 3.2).
+
+Shapes: N rows (tokens), M rows of one chunk, E embedding_size, Vocab vocab_size.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""The target of a row that has no loss, as in `torch.nn.functional.cross_entropy`."""
+
+# Logits of one chunk: 8 MB in float32 on a CPU, where smaller ones make the products slower and larger ones leave the
+# cache; accelerators want larger products.
+CHUNK_LOGITS = {"cpu": 2**21}
+CHUNK_LOGITS_ELSEWHERE = 2**26
+
+
+def linear_cross_entropy(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
+    """The summed cross-entropy, in nats, of the logits `x @ weight.T`; differentiable once.
+
+    Under `torch.autocast` the products are in its type. Sums over words and over rows are in float32 or wider.
+
+    Args:
+        x_NE: what the linear layer reads.
+        weight_VocabE: its weight.
+        targets_N: the right word's row, or `IGNORED`.
+
+    Returns:
+        One number, as `cross_entropy(x @ weight.T, targets, reduction="sum")`.
+    """
+    return _LinearCrossEntropy.apply(x_NE, weight_VocabE, targets_N)
+
+
+@torch.no_grad()
+def linear_cross_entropy_losses(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
+    """Each row's cross-entropy in nats, (N,), zero where the target is `IGNORED`; without gradients, for evaluation."""
+    losses = [chunk.losses * chunk.is_real for chunk in chunks_of_powers(x_NE, weight_VocabE, *rows_of(targets_N))]
+    return torch.cat(losses).squeeze(1)
+
+
+class Chunk(NamedTuple):
+    """Some rows, and what comes of their logits."""
+
+    x: Tensor
+    """(M, E)."""
+    rows: Tensor
+    """(M, 1), from `rows_of`."""
+    is_real: Tensor
+    """(M, 1)."""
+    losses: Tensor
+    """(M, 1), of any number where the row is not real."""
+    powers: Tensor
+    """(M, Vocab): the probabilities, but for a factor of each row; valid until the next chunk is asked for."""
+    sums: Tensor
+    """(M, 1), of the powers: that factor."""
+
+
+def rows_of(targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The target's row in the table, (N, 1), any where there is none; and whether there is one, (N, 1)."""
+    is_real_N1 = (targets_N != IGNORED).unsqueeze(1)
+    return targets_N.unsqueeze(1) * is_real_N1, is_real_N1
+
+
+def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, rows_N1: Tensor, is_real_N1: Tensor) -> Iterator[Chunk]:
+    """The rows in chunks, each one's logits in the same piece of memory."""
+    sum_dtype = torch.promote_types(x_NE.dtype, torch.float32)
+    limit = CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE)
+    size = max(1, limit // len(weight_VocabE))
+    memory = x_NE.new_empty(min(size, len(x_NE)), len(weight_VocabE))
+    for x_ME, rows_M1, is_real_M1 in zip(*(tensor.split(size) for tensor in (x_NE, rows_N1, is_real_N1)), strict=True):
+        logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
+        shift_M1, sums_M1 = torch.zeros_like(x_ME[:, :1]), None
+        target_logits_M1 = logits.gather(1, rows_M1)
+        if x_NE.device.type == "cpu":
+            sums_M1 = logits.exp_().sum(1, keepdim=True, dtype=sum_dtype)
+        # Logits of more than about 80 overflow. They are so rare that a look afterwards is cheaper than two more passes
+        # over all of them; but on an accelerator a look would make the host wait.
+        if sums_M1 is None or not (sums_M1.isfinite() & (sums_M1 > 0)).all():
+            logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
+            shift_M1 = logits.amax(1, keepdim=True)
+            sums_M1 = logits.sub_(shift_M1).exp_().sum(1, keepdim=True, dtype=sum_dtype)
+        losses_M1 = sums_M1.log() + shift_M1 - target_logits_M1
+        yield Chunk(x_ME, rows_M1, is_real_M1, losses_M1, logits, sums_M1)
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
+        ctx.dtypes = (x_NE.dtype, weight_VocabE.dtype)
+        device = x_NE.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x_NE, weight_VocabE = x_NE.to(dtype), weight_VocabE.to(dtype)
+        sum_dtype = torch.promote_types(x_NE.dtype, torch.float32)
+        gradients_ME: list[Tensor] = []
+        gradient_VocabE = torch.zeros(weight_VocabE.shape, dtype=sum_dtype, device=x_NE.device)
+        loss = torch.zeros((), dtype=sum_dtype, device=x_NE.device)
+        with torch.autocast(device, enabled=False):
+            for chunk in chunks_of_powers(x_NE, weight_VocabE, *rows_of(targets_N)):
+                loss += (chunk.losses * chunk.is_real).sum()
+                # The gradient by the logits is the probabilities, powers / sums, less 1 at the target. The subtraction
+                # is done in the type of the sums, because near 1 bfloat16 has too few digits; the division outside of
+                # the products, because dividing the powers would be another pass over the logits.
+                target_powers_M1 = chunk.powers.gather(1, chunk.rows) - chunk.sums
+                gradient = chunk.powers.scatter_(1, chunk.rows, target_powers_M1.to(x_NE.dtype))
+                share_M1 = (chunk.is_real / chunk.sums).to(x_NE.dtype)
+                gradients_ME.append((gradient @ weight_VocabE).mul_(share_M1))
+                gradient_VocabE += gradient.T @ (chunk.x * share_M1)
+        ctx.save_for_backward(torch.cat(gradients_ME), gradient_VocabE)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient_NE, gradient_VocabE = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        return (gradient_NE * gradient).to(x_dtype), (gradient_VocabE * gradient).to(weight_dtype), None

@@ -1,0 +1,124 @@
+"""What a training takes, reckoned from its config alone: parameters, FLOPs, bytes, steps."""
+
+import math
+from dataclasses import dataclass
+
+from lumiere.config.schema import RunConfig, TrainingConfig
+from lumiere.training.snapshots import most_snapshots
+
+FLOAT32_BYTES = 4
+NUM_CHECKPOINTS = 4
+"""`best`, `latest`, `previous`, and the one that is being written."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trainable numbers by part. The token embedding is the output head too, and counts once."""
+
+    token_embedding: int
+    positions: int
+    attention: int
+    feedforward: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        return self.token_embedding + self.positions + self.attention + self.feedforward + self.norms
+
+    @property
+    def block_matrices(self) -> int:
+        """Those of the blocks that are multiplied by, which Muon moves where it is asked for."""
+        return self.attention + self.feedforward
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of the largest set of checkpoints that a run ever has. Headers are left out, a few kB a file.
+
+    Attributes:
+        checkpoint: of one that a training can go on from: weights and optimizer state.
+        snapshot: of one that holds weights alone.
+        num_snapshots: at most so many at once.
+    """
+
+    checkpoint: int
+    snapshot: int
+    num_snapshots: int
+
+    @property
+    def total(self) -> int:
+        return NUM_CHECKPOINTS * self.checkpoint + self.num_snapshots * self.snapshot
+
+
+def count_parameters(config: RunConfig) -> Parameters:
+    """The parameters of the model that `build_model` would build."""
+    model = config.model
+    width, layers = model.embedding_size, model.num_layers
+    return Parameters(
+        token_embedding=config.tokenizer.vocab_size * width,
+        positions=model.context_size * width if model.positions == "learned" else 0,
+        # Queries, keys, values and the output, of all heads.
+        attention=layers * 2 * width * model.num_heads * (model.d_key + model.d_value),
+        feedforward=layers * 3 * width * model.d_ff,  # gate, up and down
+        norms=(2 * layers + 1) * width,
+    )
+
+
+def flops_per_token(config: RunConfig) -> int:
+    """FLOPs of one trained position: the matrix products of its forward and its backward pass.
+
+    Forward, each weight of a matrix takes a multiplication and an addition, the output head's too (looking up an
+    embedding takes none), and each head takes as many for its scores and its weighted values over all
+    `context_size` positions, hidden ones included: `2 N + 2 L H T (K + V)`. Backward takes twice that. With
+    K = V = Q this is the `6 N + 12 L H Q T` of Chowdhery et al. 2022, "PaLM", appendix B; the `2 N` is Kaplan et
+    al. 2020, "Scaling Laws for Neural Language Models", section 2.1. Norms, softmax and the optimizer are left out.
+    """
+    model, parameters = config.model, count_parameters(config)
+    weights = parameters.token_embedding + parameters.block_matrices
+    attended = model.num_layers * model.num_heads * model.context_size * (model.d_key + model.d_value)
+    return 3 * 2 * (weights + attended)
+
+
+def weight_bytes(config: RunConfig) -> int:
+    """Of the weights, which are float32 in any precision; the gradients take the same."""
+    return FLOAT32_BYTES * count_parameters(config).total
+
+
+def optimizer_bytes(config: RunConfig) -> int:
+    """Of the optimizer's state: AdamW keeps two averages of each parameter's gradient, Muon one momentum."""
+    parameters = count_parameters(config)
+    moved_by_muon = parameters.block_matrices if config.training.optimizer == "muon" else 0
+    return FLOAT32_BYTES * (2 * parameters.total - moved_by_muon)
+
+
+def disk(config: RunConfig, total_steps: int) -> Disk:
+    """What the checkpoints of a training of `total_steps` need."""
+    weights = weight_bytes(config)
+    num_snapshots = most_snapshots(total_steps) if config.training.snapshots else 0
+    return Disk(weights + optimizer_bytes(config), weights, num_snapshots)
+
+
+def num_steps(settings: TrainingConfig, epoch_steps: int) -> int:
+    """Steps of a training that patience does not end sooner."""
+    return settings.max_steps or settings.max_epochs * epoch_steps
+
+
+def num_evaluations(settings: TrainingConfig, epoch_steps: int) -> int:
+    """Evaluations of that training: at the ends of epochs, every `eval_interval`, and at the last step."""
+    total_steps = num_steps(settings, epoch_steps)
+    intervals = {epoch_steps, settings.eval_interval or epoch_steps}
+    before_the_last = total_steps - 1
+    due = sum(before_the_last // interval for interval in intervals)
+    both = before_the_last // math.lcm(*intervals) if len(intervals) > 1 else 0
+    return due - both + 1
+
+
+def earliest_stop(settings: TrainingConfig, epoch_steps: int) -> int | None:
+    """The step at which patience could end that training at the earliest; None where it cannot end it sooner.
+
+    The first epoch sets the loss that the following ones fail to beat.
+    """
+    if settings.patience is None:
+        return None
+    step = (settings.patience + 1) * epoch_steps
+    return step if step < num_steps(settings, epoch_steps) else None

@@ -1,0 +1,208 @@
+"""What a training will take on this machine: reckoned from its config, and measured in a few seconds of real steps."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lumiere.data.batches import batch_at
+from lumiere.data.windows import Windows
+from lumiere.evaluation import evaluate
+from lumiere.models.transformer import Transformer
+from lumiere.training import costs
+from lumiere.training.costs import Disk, Parameters
+from lumiere.training.loss import Objective, compiled, summed_loss
+from lumiere.training.preparation import Preparation
+from lumiere.training.state import TrainingState
+from lumiere.training.trainer import train_step
+
+WARMUP_STEPS = 2
+"""Steps that are not counted: the first ones allocate memory and, where asked to, compile."""
+MIN_STEPS = 3
+MEASURED_SECONDS = 5.0
+EVALUATION_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a step holds at once, by what they are for.
+
+    Attributes:
+        weights: float32 in any precision.
+        gradients: one for each weight.
+        optimizer: its averages.
+        activations: what the forward pass of one accumulation step keeps for the backward pass, as measured. What an
+            operation needs for itself while it runs comes on top.
+        peak: the most that was in use during the measurement: on a CUDA device by tensors, elsewhere by the whole
+            process since it began, with Python, torch and the reading of the corpus (None: the system does not say).
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training takes. Times leave out saving and the reading of the corpus, as those of `metrics.jsonl` do.
+
+    Attributes:
+        flops_per_token: of a trained position, forward and backward.
+        epoch_steps: steps of an epoch.
+        total_steps: steps of the training where patience does not end it sooner.
+        earliest_stop: the step at which patience could (None: it cannot).
+        num_evaluations: in `total_steps`.
+        peak_flops: FLOP/s of the device in matrix products, as measured.
+        measured_steps: steps that the following figures are taken from.
+        seconds_per_step: their median.
+        tokens_per_second: their mean number of targets, padding left out, by that median.
+        mfu: share of `peak_flops` that those tokens take.
+        startup_seconds: by how much the first steps, that are not counted above, were slower.
+        seconds_per_evaluation: extrapolated from the first batches of the validation windows.
+    """
+
+    parameters: Parameters
+    flops_per_token: int
+    memory: Memory
+    disk: Disk
+    num_windows: int
+    epoch_steps: int
+    total_steps: int
+    earliest_stop: int | None
+    num_evaluations: int
+    device: str
+    precision: str
+    peak_flops: float
+    measured_steps: int
+    seconds_per_step: float
+    tokens_per_second: float
+    mfu: float
+    startup_seconds: float
+    seconds_per_evaluation: float
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all steps and evaluations."""
+        evaluating = self.num_evaluations * self.seconds_per_evaluation
+        return self.startup_seconds + self.total_steps * self.seconds_per_step + evaluating
+
+
+def make_plan(preparation: Preparation, warn: Callable[[str], None]) -> Plan:
+    """Measure some steps and a part of an evaluation on the corpus itself. Nothing is written.
+
+    Args:
+        warn: told where something does not go as asked, such as compiling.
+    """
+    config, epoch_steps = preparation.config, preparation.epoch_steps
+    settings = config.training
+    total_steps = costs.num_steps(settings, epoch_steps)
+    if preparation.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(preparation.device)
+    objective = compiled(warn) if settings.compile else summed_loss
+    state = TrainingState.create(config, preparation.device, preparation.precision)
+    state.model.train()
+    seconds, targets = measure_steps(preparation, state, objective)
+    seconds_per_step = statistics.median(seconds[WARMUP_STEPS:])
+    tokens_per_second = statistics.mean(targets[WARMUP_STEPS:]) / seconds_per_step
+    flops_per_token = costs.flops_per_token(config)
+    seconds_per_evaluation = measure_evaluation(preparation, state.model)
+    memory = Memory(
+        weights=costs.weight_bytes(config),
+        gradients=costs.weight_bytes(config),
+        optimizer=costs.optimizer_bytes(config),
+        activations=measure_activations(preparation, state.model, objective),
+        peak=peak_memory(preparation.device),
+    )
+    return Plan(
+        parameters=costs.count_parameters(config),
+        flops_per_token=flops_per_token,
+        memory=memory,
+        disk=costs.disk(config, total_steps),
+        num_windows=len(preparation.corpus.windows("train", config)),
+        epoch_steps=epoch_steps,
+        total_steps=total_steps,
+        earliest_stop=costs.earliest_stop(settings, epoch_steps),
+        num_evaluations=costs.num_evaluations(settings, epoch_steps),
+        device=str(preparation.device),
+        precision=str(preparation.precision).removeprefix("torch."),
+        peak_flops=preparation.peak_flops,
+        measured_steps=len(seconds) - WARMUP_STEPS,
+        seconds_per_step=seconds_per_step,
+        tokens_per_second=tokens_per_second,
+        mfu=tokens_per_second * flops_per_token / preparation.peak_flops,
+        startup_seconds=max(0.0, sum(seconds[:WARMUP_STEPS]) - WARMUP_STEPS * seconds_per_step),
+        seconds_per_evaluation=seconds_per_evaluation,
+    )
+
+
+def measure_steps(
+    preparation: Preparation, state: TrainingState, objective: Objective
+) -> tuple[list[float], list[int]]:
+    """The seconds and the targets of the first steps, each with its batch, for `MEASURED_SECONDS` after the warm-up."""
+    config, settings = preparation.config, preparation.config.training
+    windows = preparation.corpus.windows("train", config)
+    seconds: list[float] = []
+    targets: list[int] = []
+    while len(seconds) < WARMUP_STEPS + MIN_STEPS or sum(seconds[WARMUP_STEPS:]) < MEASURED_SECONDS:
+        started = time.perf_counter()
+        batch = batch_at(len(seconds), windows, settings.batch_size, settings.seed).to(preparation.device)
+        # A learning rate of zero takes as long as any other, and cannot spoil the weights.
+        train_step(state, batch, 0.0, settings, preparation.precision, objective)
+        seconds.append(time.perf_counter() - started)
+        targets.append(batch.num_targets)
+    return seconds, targets
+
+
+def measure_evaluation(preparation: Preparation, model: Transformer) -> float:
+    """The seconds of an evaluation, by those of the first windows of the validation split."""
+    config, batch_size = preparation.config, preparation.config.training.batch_size
+    split = preparation.corpus.splits["validation"]
+    windows = preparation.corpus.windows("validation", config)
+    # The beginning of the text, cut after so many tokens, is a text too.
+    offsets = np.unique(np.minimum(windows.offsets, EVALUATION_BATCHES * batch_size * windows.stride))
+    beginning = Windows(windows.ids, offsets, windows.context_size, windows.sliding_window_size)
+    evaluation = evaluate(model, beginning, split.facts, batch_size)
+    return evaluation.seconds / evaluation.num_windows * len(windows)
+
+
+def measure_activations(preparation: Preparation, model: Transformer, objective: Objective) -> int:
+    """The bytes that autograd keeps from the forward to the backward pass of a batch's first part, weights left out."""
+    config, settings = preparation.config, preparation.config.training
+    batch = batch_at(0, preparation.corpus.windows("train", config), settings.batch_size, settings.seed)
+    part = batch.to(preparation.device).split(settings.gradient_accumulation_steps)[0]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()  # once, however many operations keep it
+        return tensor
+
+    bfloat16 = preparation.precision == torch.bfloat16
+    with (
+        torch.autocast(preparation.device.type, torch.bfloat16, enabled=bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        loss = objective(model, part.tokens, part.targets)
+    total = sum(kept.values())
+    del loss  # only now: what it keeps has an address of its own as long as it lives
+    return total
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that were in use, as `Memory.peak` says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,62 @@
+"""`lumiere train --plan`: what it prints, and that it leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lumiere.cli import app
+from lumiere.cli.plan import scaled, short_time
+from lumiere.persistence.runs import Run
+from lumiere.training import plan
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MEASURED_SECONDS", 0.05)
+
+
+def planned(trained_run: Run, *options: str) -> str:
+    """The stdout of a plan of the trained run's config, which makes nothing."""
+    result = CliRunner().invoke(
+        app, ["train", str(trained_run.config_path), "--plan", *options], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    assert list(Path.cwd().iterdir()) == [], "no run is made, and no runs directory"
+    assert "nothing is written" in result.stderr
+    return result.stdout
+
+
+def test_as_json(trained_run: Run) -> None:
+    shown = json.loads(planned(trained_run, "--json", "--set", "training.snapshots=false"))
+    size = trained_run.record["num_parameters"]
+    assert shown["num_parameters"] == size == sum(shown["parameters"].values())
+    assert shown["disk_bytes"] == 4 * 12 * size
+    assert shown["disk_free_bytes"] > 0
+    assert (shown["total_steps"], shown["num_evaluations"]) == (12, 3)
+    times = shown["startup_seconds"] + 12 * shown["seconds_per_step"] + 3 * shown["seconds_per_evaluation"]
+    assert shown["total_seconds"] == pytest.approx(times)
+    assert shown["mfu"] == pytest.approx(shown["tokens_per_second"] * shown["flops_per_token"] / shown["peak_flops"])
+
+
+def test_in_words(trained_run: Run) -> None:
+    size = trained_run.record["num_parameters"]
+    lines = planned(trained_run, "--max-steps", "500", "--set", "training.patience=2").splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = {line[:17].strip(): line[17:].strip() for line in lines if not line.startswith(" ")}
+    assert list(rows) == ["parameters", "FLOPs a token", "memory", "disk", "speed", "steps", "time"]
+    assert rows["parameters"] == f"{size:,}"
+    assert rows["steps"].startswith("500 ")
+    parts = [line.split()[0] for line in lines if line.startswith(" ")]
+    assert parts[:5] == ["token", "positions", "attention", "feed-forward", "norms"]
+    (early,) = (line for line in lines if "where patience (2) ends it early" in line)
+    steps_per_epoch = json.loads(planned(trained_run, "--json"))["epoch_steps"]
+    assert early.split()[2] == str(3 * steps_per_epoch)
+
+
+def test_numbers_with_their_units() -> None:
+    assert [scaled(number) for number in (0, 7, 999, 1000, 4_756_000, 999_600, 1.457e11)] == [
+        "0 ", "7 ", "999 ", "1 k", "4.76 M", "1 M", "146 G",
+    ]  # fmt: skip
+    assert [short_time(seconds) for seconds in (0.0536, 4.39, 250)] == ["53.6 ms", "4.4 s", "250.0 s"]

@@ -1,0 +1,104 @@
+"""The loss in chunks against torch's `cross_entropy` on all logits at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from lumiere.components import linear_cross_entropy as module
+from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy, linear_cross_entropy_losses
+
+ROWS, VOCAB, WIDTH = 11, 7, 5
+
+
+@pytest.fixture(params=[1, 3 * VOCAB, 11 * VOCAB, 2**21], ids=["1 row", "3 rows", "11 rows", "all rows"])
+def chunk_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", request.param)
+    return request.param
+
+
+def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
+    weight = (3 * torch.randn(VOCAB, WIDTH, dtype=dtype)).requires_grad_()
+    targets = torch.randint(0, VOCAB, (ROWS,))
+    targets[[2, 3, 10]] = IGNORED
+    return x, weight, targets
+
+
+@pytest.mark.usefixtures("chunk_logits")
+def test_loss_and_gradients_are_those_of_torch() -> None:
+    x, weight, targets = make_inputs()
+    loss = linear_cross_entropy(x, weight, targets)
+    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    for scale in (1.0, 0.25):
+        mine = torch.autograd.grad(scale * linear_cross_entropy(x, weight, targets), [x, weight])
+        plain = torch.autograd.grad(scale * expected, [x, weight], retain_graph=True)
+        for gradient, other in zip(mine, plain, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=0, atol=1e-12)
+    assert torch.equal(mine[0][[2, 3, 10]], torch.zeros(3, WIDTH, dtype=torch.float64))
+
+
+def test_gradients_by_finite_differences() -> None:
+    x, weight, targets = make_inputs()
+    assert gradcheck(lambda x, weight: linear_cross_entropy(x, weight, targets), [x, weight])
+
+
+@pytest.mark.usefixtures("chunk_logits")
+def test_losses_of_rows_are_those_of_torch() -> None:
+    x, weight, targets = make_inputs()
+    losses = linear_cross_entropy_losses(x, weight, targets)
+    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=IGNORED, reduction="none")
+    assert not losses.requires_grad
+    torch.testing.assert_close(losses, expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_a_tied_weight_gets_both_gradients() -> None:
+    weight = torch.randn(VOCAB, WIDTH, dtype=torch.float64, requires_grad=True)
+    tokens, targets = torch.randint(0, VOCAB, (2, ROWS))
+    (mine,) = torch.autograd.grad(linear_cross_entropy(weight[tokens], weight, targets), [weight])
+    (plain,) = torch.autograd.grad(F.cross_entropy(weight[tokens] @ weight.T, targets, reduction="sum"), [weight])
+    torch.testing.assert_close(mine, plain, rtol=0, atol=1e-12)
+
+
+def test_large_logits_do_not_overflow_and_a_hopeless_target_has_a_finite_loss() -> None:
+    x, weight = torch.tensor([[1.0], [-1.0]]), torch.tensor([[900.0], [-900.0]])
+    losses = linear_cross_entropy_losses(x, weight, torch.tensor([0, 0]))
+    assert torch.equal(losses, torch.tensor([0.0, 1800.0]))
+
+
+def test_what_is_not_finite_is_not_hidden() -> None:
+    x, weight, targets = make_inputs(torch.float32)
+    with torch.no_grad():
+        x[0, 0] = float("nan")
+    assert linear_cross_entropy(x, weight, targets).isnan()
+    with torch.no_grad():
+        x[0, 0] = float("inf")
+    assert not linear_cross_entropy(x, weight, targets).isfinite()
+
+
+def test_in_bfloat16_it_stays_near_and_adds_up_in_float32() -> None:
+    x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
+    targets = torch.randint(0, 100, (64,))
+    expected = F.cross_entropy(x @ weight.T, targets, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+    mine, plain = (torch.autograd.grad(value, [x, weight]) for value in (loss, expected))
+    for gradient, other in zip(mine, plain, strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.dist(gradient, other) < 0.02 * other.norm()
+
+
+def test_in_bfloat16_the_gradients_of_what_is_nearly_certain_keep_their_digits() -> None:
+    weight = torch.randn(100, 32, requires_grad=True)
+    targets = torch.arange(64)
+    x = (weight.detach()[targets] * 0.35).requires_grad_()
+    expected = F.cross_entropy(x @ weight.T, targets, reduction="sum")
+    assert 0.001 < expected.item() / 64 < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, targets)
+    mine, plain = (torch.autograd.grad(value, [x, weight]) for value in (loss, expected))
+    for gradient, other in zip(mine, plain, strict=True):
+        assert torch.dist(gradient, other) < 0.03 * other.norm()
