@@ -8,6 +8,7 @@ nothing is computed twice, and the backward only scales what is there. The idea 
 Shapes: N rows (tokens), M rows of one chunk, E embedding_size, Vocab vocab_size.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ IGNORED = -100
 # cache; accelerators want larger products.
 CHUNK_LOGITS = {"cpu": 2**21}
 CHUNK_LOGITS_ELSEWHERE = 2**26
+
+# Powers of 2 are three times as fast to compute as powers of e, so the logits are made in bits.
+BITS_A_NAT = math.log2(math.e)
 
 
 def linear_cross_entropy(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
@@ -44,7 +48,8 @@ def linear_cross_entropy(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor)
 @torch.no_grad()
 def linear_cross_entropy_losses(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
     """Each row's cross-entropy in nats, (N,), zero where the target is `IGNORED`; without gradients, for evaluation."""
-    losses = [chunk.losses * chunk.is_real for chunk in chunks_of_powers(x_NE, weight_VocabE, *rows_of(targets_N))]
+    chunks = chunks_of_powers(x_NE * BITS_A_NAT, weight_VocabE, *rows_of(targets_N))
+    losses = [chunk.losses * chunk.is_real for chunk in chunks]
     return torch.cat(losses).squeeze(1)
 
 
@@ -52,13 +57,13 @@ class Chunk(NamedTuple):
     """Some rows, and what comes of their logits."""
 
     x: Tensor
-    """(M, E)."""
+    """(M, E), times `BITS_A_NAT`."""
     rows: Tensor
     """(M, 1), from `rows_of`."""
     is_real: Tensor
     """(M, 1)."""
     losses: Tensor
-    """(M, 1), of any number where the row is not real."""
+    """(M, 1), in nats; any number where the row is not real."""
     powers: Tensor
     """(M, Vocab): the probabilities, but for a factor of each row; valid until the next chunk is asked for."""
     sums: Tensor
@@ -72,7 +77,11 @@ def rows_of(targets_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, rows_N1: Tensor, is_real_N1: Tensor) -> Iterator[Chunk]:
-    """The rows in chunks, each one's logits in the same piece of memory."""
+    """The rows in chunks, each one's logits in the same piece of memory.
+
+    Args:
+        x_NE: times `BITS_A_NAT`.
+    """
     sum_dtype = torch.promote_types(x_NE.dtype, torch.float32)
     limit = CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE)
     size = max(1, limit // len(weight_VocabE))
@@ -80,16 +89,16 @@ def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, rows_N1: Tensor, is_re
     for x_ME, rows_M1, is_real_M1 in zip(*(tensor.split(size) for tensor in (x_NE, rows_N1, is_real_N1)), strict=True):
         logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
         shift_M1, sums_M1 = torch.zeros_like(x_ME[:, :1]), None
-        target_logits_M1 = logits.gather(1, rows_M1)
+        target_bits_M1 = logits.gather(1, rows_M1)
         if x_NE.device.type == "cpu":
-            sums_M1 = logits.exp_().sum(1, keepdim=True, dtype=sum_dtype)
-        # Logits of more than about 80 overflow. They are so rare that a look afterwards is cheaper than two more passes
+            sums_M1 = logits.exp2_().sum(1, keepdim=True, dtype=sum_dtype)
+        # Logits of more than 128 bits overflow. They are so rare that a look afterwards is cheaper than two more passes
         # over all of them; but on an accelerator a look would make the host wait.
         if sums_M1 is None or not (sums_M1.isfinite() & (sums_M1 > 0)).all():
             logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
             shift_M1 = logits.amax(1, keepdim=True)
-            sums_M1 = logits.sub_(shift_M1).exp_().sum(1, keepdim=True, dtype=sum_dtype)
-        losses_M1 = sums_M1.log() + shift_M1 - target_logits_M1
+            sums_M1 = logits.sub_(shift_M1).exp2_().sum(1, keepdim=True, dtype=sum_dtype)
+        losses_M1 = (sums_M1.log2() + shift_M1 - target_bits_M1) / BITS_A_NAT
         yield Chunk(x_ME, rows_M1, is_real_M1, losses_M1, logits, sums_M1)
 
 
@@ -98,6 +107,7 @@ class _LinearCrossEntropy(Function):
     def forward(ctx: Any, x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
         ctx.dtypes = (x_NE.dtype, weight_VocabE.dtype)
         device = x_NE.device.type
+        x_NE = x_NE * BITS_A_NAT  # before it is rounded
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_NE, weight_VocabE = x_NE.to(dtype), weight_VocabE.to(dtype)
@@ -111,11 +121,13 @@ class _LinearCrossEntropy(Function):
                 # The gradient by the logits is the probabilities, powers / sums, less 1 at the target. The subtraction
                 # is done in the type of the sums, because near 1 bfloat16 has too few digits; the division outside of
                 # the products, because dividing the powers would be another pass over the logits.
-                target_powers_M1 = chunk.powers.gather(1, chunk.rows) - chunk.sums
-                gradient = chunk.powers.scatter_(1, chunk.rows, target_powers_M1.to(x_NE.dtype))
+                # Not `scatter_`, which copies all of a bfloat16 tensor to float32 and back.
+                gradient = chunk.powers
+                targets = (torch.arange(len(gradient), device=x_NE.device).unsqueeze(1), chunk.rows)
+                gradient[targets] = (gradient[targets] - chunk.sums).to(x_NE.dtype)
                 share_M1 = (chunk.is_real / chunk.sums).to(x_NE.dtype)
                 gradients_ME.append((gradient @ weight_VocabE).mul_(share_M1))
-                gradient_VocabE += gradient.T @ (chunk.x * share_M1)
+                gradient_VocabE += gradient.T @ (chunk.x * (share_M1 / BITS_A_NAT))
         ctx.save_for_backward(torch.cat(gradients_ME), gradient_VocabE)
         return loss
 

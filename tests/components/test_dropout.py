@@ -6,7 +6,7 @@ import torch
 from lumiere.components.dropout import Dropout, kept
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zeros_are_as_many_as_asked_for_and_the_mean_stays(share: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
