@@ -1,5 +1,8 @@
 """Dropout (Srivastava et al. 2014): while training, each number is zero with probability `share`, or else grows."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,24 +43,29 @@ def kept(x: Tensor, share: float) -> Tensor:
         share: more than 0 and less than 1.
     """
     seed = torch.randint(2**63 - 1, ())
-    num_words = x.numel() // COINS_A_WORD + 1
-    # A compiler that looked into numpy would lose its way; the operation that it calls is the same function.
-    words = random_words_op(seed, num_words) if torch.compiler.is_compiling() else random_words(seed, num_words)
-    coins = words.view(torch.int16)[: x.numel()].view(x.shape)
+    if torch.compiler.is_compiling():
+        return factors_op(seed, x.shape, share, x.dtype)
+    return factors(seed, x.shape, share, x.dtype)
+
+
+def factors(seed: Tensor, shape: Sequence[int], share: float, dtype: torch.dtype) -> Tensor:
+    """`kept` for a shape, a type and a seed.
+
+    The random words are those of SFC64 (Doty-Humphrey's PractRand), twice as fast as torch's generator on a CPU.
+    """
+    numel = math.prod(shape)
+    words = np.random.SFC64(int(seed)).random_raw(numel // COINS_A_WORD + 1)
+    coins = torch.from_numpy(words.view(np.int16))[:numel].view(shape)
     first_kept = min(max(round(share * 2**16), 1), 2**16 - 1) - 2**15
     # Whole numbers of 0 and 1, because booleans are slow to make and slower to convert.
     is_kept = coins.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1)
-    return is_kept.to(x.dtype).mul_(1.0 / (1.0 - share))
+    return is_kept.to(dtype).mul_(1.0 / (1.0 - share))
 
 
-def random_words(seed: Tensor, num_words: int) -> Tensor:
-    """Random int64 by the generator SFC64 (Doty-Humphrey's PractRand), twice as fast as torch's on a CPU."""
-    return torch.from_numpy(np.random.SFC64(int(seed)).random_raw(num_words).view(np.int64))
+# What a compiler calls: it would lose its way in numpy, and makes slow code of numbers of 16 bits.
+factors_op = torch.library.custom_op("lumiere::dropout_factors", factors, mutates_args=(), device_types="cpu")
 
 
-random_words_op = torch.library.custom_op("lumiere::random_words", random_words, mutates_args=(), device_types="cpu")
-
-
-@random_words_op.register_fake
-def _(seed: Tensor, num_words: int) -> Tensor:
-    return seed.new_empty(num_words, dtype=torch.int64)
+@factors_op.register_fake
+def _(seed: Tensor, shape: Sequence[int], share: float, dtype: torch.dtype) -> Tensor:
+    return seed.new_empty(shape, dtype=dtype)
