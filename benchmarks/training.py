@@ -198,7 +198,9 @@ def print_to_stderr(message: str) -> None:
 def our_evaluation() -> Step:
     from lumiere.data.dataset import SplitFacts
     from lumiere.evaluation import evaluate
+    from lumiere.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     config, state = our_state(0.0, "float32", False)
     windows = random_windows(num_windows=BATCH * STEPS_A_TURN)
     facts = SplitFacts(num_documents=1, num_tokens=2, num_bytes=1, num_words=1, sha256="")

@@ -34,7 +34,9 @@ def evaluate(
     from lumiere.cli.progress import CorpusProgress
     from lumiere.data.dataset import tokenize_corpus, tokenize_text
     from lumiere.evaluation import evaluate as evaluate_windows
+    from lumiere.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     opened = open_model(run, checkpoint, device, runs_dir)
     config = opened.config
     if text is not None:
