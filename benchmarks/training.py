@@ -40,16 +40,7 @@ EAGER = {
     "ours-float32-no-dropout": (OURS, "float32", 0.0, False),
     "ours-bfloat16-no-dropout": (OURS, "bfloat16", 0.0, False),
 }
-COMPILED = {
-    "hf-float32-compiled": (HF, "float32", 0.0, True),
-    "hf-bfloat16-compiled": (HF, "bfloat16", 0.0, True),
-    "plain-float32-compiled": (PLAIN, "float32", 0.1, True),
-    "plain-bfloat16-compiled": (PLAIN, "bfloat16", 0.1, True),
-    "ours-float32-compiled": (OURS, "float32", 0.1, True),
-    "ours-bfloat16-compiled": (OURS, "bfloat16", 0.1, True),
-    "ours-float32-no-dropout-compiled": (OURS, "float32", 0.0, True),
-    "ours-bfloat16-no-dropout-compiled": (OURS, "bfloat16", 0.0, True),
-}
+COMPILED = {f"{name}-compiled": (who, precision, dropout, True) for name, (who, precision, dropout, _) in EAGER.items()}
 EVALUATION = {"evaluation-float32": "float32"}
 FLOORS = {"floor-float32": "float32", "floor-bfloat16": "bfloat16"}
 # Of one step: rows, columns read, columns written, how many.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 COINS_A_WORD = 4  # of 16 bits each
 
@@ -63,7 +63,7 @@ def factors(seed: Tensor, shape: Sequence[int], share: float, dtype: torch.dtype
 
 
 # What a compiler calls: it would lose its way in numpy, and makes slow code of numbers of 16 bits.
-factors_op = torch.library.custom_op("lumiere::dropout_factors", factors, mutates_args=(), device_types="cpu")
+factors_op = library.custom_op("lumiere::dropout_factors", factors, mutates_args=(), device_types="cpu")
 
 
 @factors_op.register_fake

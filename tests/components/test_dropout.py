@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import library
 
-from lumiere.components.dropout import Dropout, kept
+from lumiere.components.dropout import Dropout, factors, factors_op, kept
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -50,3 +51,9 @@ def test_the_gradient_passes_where_the_number_did() -> None:
     y = Dropout(0.3)(x)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
+
+
+def test_what_a_compiler_calls_tosses_the_same_coins() -> None:
+    arguments = (torch.tensor(7), (3, 5), 0.3, torch.bfloat16)
+    library.opcheck(factors_op, arguments)  # its fake twin gives the same shape and type, and it changes no argument
+    assert torch.equal(factors_op(*arguments), factors(*arguments))
