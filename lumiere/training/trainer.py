@@ -117,7 +117,8 @@ def train(
             evaluates = is_last or ends_epoch or is_due(settings.eval_interval, state.step)
             if evaluates:
                 facts = corpus.splits["validation"].facts
-                evaluation = evaluate(state.model, validation, facts, settings.batch_size)
+                with state.averaged_model() as model:
+                    evaluation = evaluate(model, validation, facts, settings.batch_size)
                 guard.check_evaluation(evaluation.loss)
                 is_best = state.note_evaluation(evaluation.loss)
                 if ends_epoch:
@@ -170,7 +171,7 @@ def train_step(
     if is_finite(total, grad_norm):
         if grad_norm > limit:
             clip_grads_with_norm_(state.model.parameters(), limit, norm)
-        state.optimizers.step(factor)
+        state.update(factor)
     return total, grad_norm
 
 

@@ -29,7 +29,12 @@ from lumiere.training.state import COUNTERS
 from lumiere.training.trainer import TrainingResult
 
 NUM_STEPS = 12
-LONGER = {"training.max_steps": NUM_STEPS, "training.eval_interval": 3, "training.checkpoint_interval": 4}
+LONGER = {
+    "training.max_steps": NUM_STEPS,
+    "training.eval_interval": 3,
+    "training.checkpoint_interval": 4,
+    "training.ema_decay": 0.5,
+}
 
 
 class KilledError(Exception):
