@@ -35,6 +35,7 @@ LONGER = {
     "training.checkpoint_interval": 4,
     "training.ema_decay": 0.5,
 }
+BOOK = {"dataset.name": "text", "dataset.data_files": "book.txt", "dataset.num_documents": None}
 
 
 class KilledError(Exception):
@@ -277,12 +278,47 @@ def test_a_device_that_is_gone_is_refused(configure, launch, monkeypatch: pytest
 
 
 def test_another_corpus_is_refused(configure, launch) -> None:
-    run = launch(configure({}), [stop_at(3)]).run
-    text = run.config_path.read_text()
-    changed = text.replace("num_documents: 1\n", "num_documents: 2\n")
-    assert changed != text
-    run.config_path.write_text(changed)
-    with pytest.raises(LumiereError, match=f"'stories' is not the one that run {run.id} was trained on"):
+    book = Path("book.txt")
+    book.write_text("Zorbunika sang. Then Zorbunika slept. " * 40)
+    run = launch(configure(BOOK), [stop_at(3)]).run
+    text = book.read_text()
+    book.write_text(text.replace("slept", "leapt"))
+    with pytest.raises(LumiereError, match=f"the (corpus|tokenizer).* is not the one that run {run.id} was trained"):
         prepare_resume(run)
-    run.config_path.write_text(text)
+    assert run.record["status"] == "interrupted"
+    book.write_text(text)
     assert go_on(run).state.step == 6
+
+
+def test_another_tokenizer_is_refused(configure, launch) -> None:
+    run = launch(configure({}), [stop_at(3)]).run
+    text = run.tokenizer_path.read_text()
+    # As another version of tokenizers might have merged.
+    tokenizer = json.loads(text)
+    tokenizer["model"]["merges"][-2:] = reversed(tokenizer["model"]["merges"][-2:])
+    run.tokenizer_path.write_text(json.dumps(tokenizer))
+    with pytest.raises(LumiereError, match=f"the tokenizer of 'stories' is not the one that run {run.id}"):
+        prepare_resume(run)
+    run.tokenizer_path.write_text(text)
+    assert go_on(run).state.step == 6
+
+
+def test_where_latest_and_the_one_before_are_damaged_best_is_gone_on_from(configure, launch, outcome, straight) -> None:
+    run = launch(configure(LONGER), [stop_at(8)]).run
+    best = CheckpointManager().load(run, "best", groups=()).metadata["step"]
+    for name in ("latest", "previous"):
+        (run.checkpoints_dir / f"{name}.safetensors").write_bytes(b"damaged")
+    events: list[Event] = []
+    go_on(run, events.append)
+    assert isinstance(events[0], WarningEvent)
+    assert events[0].message.endswith(f"goes on from best (step {best})")
+    assert outcome(run) == straight[0]
+
+
+def test_what_a_killed_process_left_behind_goes(configure, launch) -> None:
+    run = launch(configure({}), [stop_at(3)]).run
+    leftovers = [run.path / ".run.json.0a1b2c3d.tmp", run.checkpoints_dir / ".latest.safetensors.0a1b2c3d.tmp"]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half a file")
+    go_on(run)
+    assert not any(leftover.exists() for leftover in leftovers)
