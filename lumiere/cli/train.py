@@ -103,7 +103,8 @@ def resume_training(run: "Run", overrides: list[str], as_json: bool) -> None:
     from lumiere.training.preparation import changed_settings, prepare_resume
 
     reason = stop_reason(run)
-    if reason is not None and not overrides:
+    # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
+    if reason is not None and not overrides and run.status == "finished":
         show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
         if as_json:
             print_json({"run": run.name} | run.record)

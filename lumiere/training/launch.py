@@ -22,6 +22,7 @@ from lumiere.training.events import Listener, WarningEvent
 from lumiere.training.extension import changes, check_schedule
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
+from lumiere.training.saving import progress
 from lumiere.training.trainer import TrainingResult, train
 
 
@@ -137,7 +138,9 @@ def supervise(
             run.update(status=status, error=f"{type(error).__name__}: {error}")
         raise
     status = "finished" if result.signal_number is None else "interrupted"
-    run.update(status=status, stop_reason=result.state.stop_reason)
+    # The progress once more: a process that was killed right after its last save may not have come to write it down.
+    progressed = progress(result.state, preparation.epoch_steps)
+    run.update(status=status, stop_reason=result.state.stop_reason, **progressed)
     return result
 
 

@@ -255,6 +255,25 @@ def test_a_finished_run_says_why_and_stays_as_it_is(configure, launch, outcome, 
     assert outcome(run) == straight[0]
 
 
+def test_killed_after_its_last_save_it_is_brought_to_its_end(
+    configure, launch, outcome, straight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = launch(configure(LONGER)).run
+    update, last = Run.update, CheckpointEvent(NUM_STEPS, "latest")
+    with monkeypatch.context() as patch:
+        # The record of the last save, and all that comes after it, is lost.
+        patch.setattr(Run, "update", lambda run, **fields: fields.get("step") == last.step or update(run, **fields))
+        with pytest.raises(KilledError):
+            launch(configure(LONGER), [lambda event: kill_at(0)(event) if event == last else None])
+    run = next(run for run in RunStore().all() if run != whole)
+    run.update(status="running")
+    assert (run.status, run.record["step"]) == ("crashed", 10)
+    go_on(run)
+    assert outcome(run) == straight[0]
+    told = ("status", "step", "epoch", "tokens", "best_loss", "best_step", "stop_reason", "skipped_steps")
+    assert {name: run.record[name] for name in told} == {name: whole.record[name] for name in told}
+
+
 def test_device_and_precision_are_those_it_was_trained_with(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure({"training.device": "auto", "training.precision": "auto"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
