@@ -131,6 +131,25 @@ def test_interrupted_at_any_step(configure, launch, outcome, straight, step: int
     assert outcome(run) == straight[0]
 
 
+FORTY = LONGER | {"training.max_steps": 40, "training.optimizer": "muon", "training.random_window_offset": True}
+
+
+@pytest.fixture(scope="module")
+def straight_forty(configure, outcome, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
+        return outcome(start(prepare(configure(FORTY)), RunStore(tmp_path_factory.mktemp("forty") / "runs")).run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, 40))
+def test_interrupted_at_any_of_forty_steps(configure, launch, outcome, straight_forty, step: int) -> None:
+    """With all that a state can hold: Muon's momenta, AdamW's averages, the average of the weights, eight epochs."""
+    run = launch(configure(FORTY), [stop_at(step)]).run
+    assert go_on(run).state.step == 40
+    assert outcome(run) == straight_forty
+
+
 def test_interrupted_again_and_again(configure, launch, outcome, straight) -> None:
     run = launch(configure(LONGER), [stop_at(1)]).run
     for step in (2, 3, 7, 11):
