@@ -70,9 +70,17 @@ def print_json(value: Any) -> None:
     """`value` as standard JSON on stdout; NaN and infinity become null."""
     from lumiere.persistence.metrics import to_json
 
-    sys.stdout.write(to_json(value, indent=2) + "\n")
+    # Half a surrogate pair, which a damaged file may hold, is valid in JSON as an escape only.
+    sys.stdout.write(to_json(value, indent=2).encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def show_note(text: str) -> None:
     """A line of talk."""
     talk().print(f"[dim]{escape(text)}[/]")
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` under an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -40,6 +40,7 @@ Each folder `run_<id>_<date>_<time>` is one training run:
 | `tokenizer.json` | the tokenizer, as Hugging Face `tokenizers` reads it |
 | `metrics.jsonl` | what was measured, one JSON object a line |
 | `run.json` | status, device, versions, command |
+| `notes.json` | your tags and note, where you wrote some |
 | `checkpoints/` | `best`, `latest`, the one before it (`previous`), and snapshots of steps, as safetensors |
 
 `lumiere runs ls` lists the runs; a folder that is deleted is simply gone. Git ignores this folder.
@@ -89,6 +90,11 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What `run.json` says; the status is "unknown" where the file is missing, damaged, or silent about it."""
         return {"status": "unknown"} | self._read_record()
+
+    @property
+    def status(self) -> str:
+        """What the record says of how the run is doing: running, finished, interrupted, failed or unknown."""
+        return str(self.record["status"])
 
     def update(self, **fields: Any) -> None:
         """Sets `fields` in `run.json`, atomically, and keeps the others; only one process may do so at a time."""

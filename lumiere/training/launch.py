@@ -44,6 +44,7 @@ def start(
         device=str(preparation.device),
         precision=str(preparation.precision).removeprefix("torch."),
         num_parameters=preparation.num_parameters,
+        total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
         dataset=preparation.config.dataset.name,
         corpus_sha256=preparation.corpus.fingerprint,
         step=0,
@@ -80,7 +81,10 @@ def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
 def stop_reason(run: Run) -> str | None:
     """Why a run is over, by its newest checkpoint; None where it can go on."""
     checkpoint, _ = newest_checkpoint(run)
-    return checkpoint.metadata["stop_reason"] if checkpoint else None
+    if checkpoint:
+        return checkpoint.metadata["stop_reason"]
+    # `runs prune` may have left a finished run no such checkpoint: to begin anew would cost it its metrics.
+    return str(run.record.get("stop_reason")) if run.status == "finished" else None
 
 
 def supervise(
