@@ -18,7 +18,7 @@ Paint = Callable[[str, int], str]
 
 BRAILLE = 0x2800
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column in a cell
-LABEL_WIDTH = 9
+LABEL_WIDTH = 10  # -1.23e-308
 MIN_WIDTH = 10
 ROWS_PER_LABEL = 4
 
@@ -58,8 +58,8 @@ def chart(
     lines = []
     for row in range(height):
         is_labelled = row % ROWS_PER_LABEL == 0 or row == height - 1
-        label = number(canvas.value_of(row), ".4g") if is_labelled else ""
-        lines.append(f"{label:>{LABEL_WIDTH}} │".replace("│", "│" if paint else "|") + canvas.line(row, paint))
+        label = number(canvas.value_of(row), ".3g") if is_labelled else ""
+        lines.append(f"{label:>{LABEL_WIDTH}} {'│' if paint else '|'}{canvas.line(row, paint)}")
     left, right = x_format(canvas.left), x_format(canvas.right)
     lines.append(" " * (LABEL_WIDTH + 2) + left + right.rjust(canvas.width - len(left)))
     return lines

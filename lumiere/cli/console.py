@@ -70,8 +70,7 @@ def print_json(value: Any) -> None:
     """`value` as standard JSON on stdout; NaN and infinity become null."""
     from lumiere.persistence.metrics import to_json
 
-    # Half a surrogate pair, which a damaged file may hold, is valid in JSON as an escape only.
-    sys.stdout.write(to_json(value, indent=2).encode("utf-8", "backslashreplace").decode() + "\n")
+    sys.stdout.write(to_json(value, indent=2) + "\n")
 
 
 def show_note(text: str) -> None:

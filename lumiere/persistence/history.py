@@ -6,8 +6,8 @@ Importing this module loads neither torch nor numpy.
 
 from __future__ import annotations
 
-import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from lumiere.persistence.metrics import as_number, parse_line
 
 BLOCK_BYTES = 1024  # holds a whole training line, wherever it begins
 MAX_POINTS = 1000  # of a curve; twice as many are still fewer than a picture has columns of pixels
+# A training loss in the middle of whatever surrounds it: ten times as fast as to find the line and to parse it.
+LOSS = re.compile(rb'"loss": ?(-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)(?=[,}])')
 MAX_LINE_BYTES = 1 << 20  # what is longer is none of our lines
 
 Item = TypeVar("Item")
@@ -102,15 +104,18 @@ def sample_losses(path: Path, count: int) -> list[float]:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size <= count * BLOCK_BYTES:
-                lines = [line for line in file.read(size).split(b"\n")[:-1] if b'"loss"' in line]
-                places = sorted({round(i * (len(lines) - 1) / (count - 1)) for i in range(count)}) if lines else []
-                groups: Iterable[list[bytes]] = ([lines[place]] for place in places)
+                texts = LOSS.findall(file.read(size))
+                places = sorted({round(i * (len(texts) - 1) / (count - 1)) for i in range(count)}) if texts else []
+                texts = [texts[place] for place in places]
             else:
-                last = size - BLOCK_BYTES
-                groups = [_block(file, round(i * last / (count - 1)), is_last=i == count - 1) for i in range(count)]
+                texts = []
+                for i in range(count):
+                    file.seek(round(i * (size - BLOCK_BYTES) / (count - 1)))
+                    found = LOSS.findall(file.read(BLOCK_BYTES))
+                    texts += found[-1:] if i == count - 1 else found[:1]
     except OSError:
         return []
-    return [loss for lines in groups if (loss := _first_loss(lines)) is not None]
+    return [loss for text in texts if (loss := as_number(float(text))) is not None]
 
 
 class Thinned(Generic[Item]):
@@ -174,19 +179,3 @@ def _lines_from_the_end(path: Path, block_bytes: int = 1 << 16) -> Iterator[byte
             yield rest
     except OSError:
         return
-
-
-def _block(file: io.FileIO, offset: int, *, is_last: bool) -> list[bytes]:
-    """The lines that are whole in the block at `offset`, the last one first in the last block."""
-    file.seek(offset)
-    lines = file.read(BLOCK_BYTES).split(b"\n")[:-1]
-    whole = lines if offset == 0 else lines[1:]
-    return whole[::-1] if is_last else whole
-
-
-def _first_loss(lines: list[bytes]) -> float | None:
-    for line in lines:
-        loss = as_number((parse_line(line) or {}).get("loss"))
-        if loss is not None:
-            return float(loss)
-    return None

@@ -30,7 +30,11 @@ class Entry:
 
 
 def read_entry(run: Run) -> Entry:
-    return Entry(run, run.status, run.record, read_notes(run))
+    """What the small files of a run say."""
+    record = run.record
+    # Only a run that is recorded as running can really be something else; for the others one reading is enough.
+    status = run.status if record["status"] == "running" else str(record["status"])
+    return Entry(run, status, record, read_notes(run))
 
 
 def _ascending(key: str) -> Callable[[Entry], float]:

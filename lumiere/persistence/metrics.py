@@ -82,7 +82,9 @@ def as_number(value: Any) -> int | float | None:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as standard JSON text, with null for every NaN and infinity in it."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    # Half a surrogate pair, which a damaged file may hold, can be written as an escape only.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _finite(value: Any) -> Any:

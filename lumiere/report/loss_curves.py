@@ -109,7 +109,7 @@ def draw(curves: Sequence[LossCurves], axis: str) -> Figure:
             "a picture needs matplotlib, which is not installed", "pip install 'lumiere[plot]'"
         ) from None
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(facecolor="none")
     for index, curve in enumerate(curves):
         draw_curves(
             axes, curve, axis, COLOURS[index % len(COLOURS)], LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
@@ -119,7 +119,7 @@ def draw(curves: Sequence[LossCurves], axis: str) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     axes.grid(alpha=0.2, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    for text in axes.legend(frameon=False).get_texts():
+    for text in axes.legend(loc="upper right", frameon=False).get_texts():
         text.set_parse_math(False)  # a corpus may have dollars in its name
         text.set_color(INK)
     for side in axes.spines.values():
@@ -137,8 +137,8 @@ def draw_curves(axes: Axes, curve: LossCurves, axis: str, colour: str, style: st
         [point.loss for point in training],
         color=colour,
         linestyle=style,
-        linewidth=0.8,
-        alpha=0.6,
+        linewidth=1.0,
+        alpha=0.75,
         label=f"{curve.label}, training",
     )
     axes.plot(

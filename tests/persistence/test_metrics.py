@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lumiere.errors import LumiereError
-from lumiere.persistence.metrics import MetricsWriter, read_metrics, truncate_metrics
+from lumiere.persistence.metrics import MetricsWriter, as_number, read_metrics, to_json, truncate_metrics
 
 
 @pytest.fixture
@@ -100,3 +100,25 @@ def test_there_are_no_metrics_before_the_first_line(path: Path) -> None:
     assert read_metrics(path) == []
     truncate_metrics(path, last_step=3)
     assert not path.exists()
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape() -> None:
+    assert to_json(["é", "\ud800"]) == '["é", "\\ud800"]'
+    assert json.loads(to_json("\ud800")) == "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (0, 0),
+        (-2.5, -2.5),
+        (True, None),
+        ("1", None),
+        (None, None),
+        (math.nan, None),
+        (-math.inf, None),
+        (10**400, None),
+    ],
+)
+def test_only_numbers_that_can_be_shown_count_as_numbers(value: Any, number: float | None) -> None:
+    assert as_number(value) == number
