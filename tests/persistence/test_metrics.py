@@ -112,12 +112,7 @@ def test_half_a_surrogate_pair_is_written_as_an_escape() -> None:
     [
         (0, 0),
         (-2.5, -2.5),
-        (True, None),
-        ("1", None),
-        (None, None),
-        (math.nan, None),
-        (-math.inf, None),
-        (10**400, None),
+        *((other, None) for other in (True, "1", None, [], math.nan, -math.inf, 10**400)),
     ],
 )
 def test_only_numbers_that_can_be_shown_count_as_numbers(value: Any, number: float | None) -> None:
