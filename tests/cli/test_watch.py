@@ -87,10 +87,11 @@ def test_a_run_that_was_just_made_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     play(
         monkeypatch,
         lambda: run.update(status="running"),
-        lambda: training(run, 10),
+        lambda: training(run, 10, 20),
         lambda: run.update(status="finished"),
     )
-    assert watched_lines(run) == ["step 10  loss 8.000  18 tok/s", f"{run.name} is finished"]
+    lines = ["step 10  loss 8.000  18 tok/s", "step 20  loss 8.000  18 tok/s"]
+    assert watched_lines(run) == [*lines, f"{run.name} is finished"]
 
 
 def test_a_run_without_a_status_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
