@@ -42,6 +42,13 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere inspect attention",
         "lumiere runs ls",
         "lumiere runs show",
+        "lumiere runs compare",
+        "lumiere runs plot",
+        "lumiere runs watch",
+        "lumiere runs tag",
+        "lumiere runs note",
+        "lumiere runs rm",
+        "lumiere runs prune",
     }
 
 

@@ -14,7 +14,7 @@ Overrides = Annotated[
 # Text and not a Path, for which Typer would load pydantic: `runs ls` is to answer at once.
 RunsDir = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--runs-dir", metavar="DIR", help="Where the runs are. [default: $LUMIERE_RUNS_DIR or runs]"),
+    typer.Option("--runs-dir", metavar="DIR", help="Where the runs are. \\[default: $LUMIERE_RUNS_DIR or runs]"),
 ]
 RunReference = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, its id or the start of it, or latest.")]
 RunOption = Annotated[

@@ -161,4 +161,4 @@ def explain(reason: str) -> str:
         "max_steps": "all steps are done",
         "max_epochs": "all epochs are done",
         "patience": "the validation loss no longer improves",
-    }[reason]
+    }.get(reason, "its record says so")

@@ -12,6 +12,8 @@ from typing import Any, Self
 from lumiere.errors import LumiereError
 from lumiere.persistence.atomic import write_atomically
 
+MAX_NUMBER = 1e18  # no count or loss is larger; NaN and infinity are not below it either
+
 
 class MetricsWriter:
     """Appends records to a metrics file; each line reaches the system before `write` returns.
@@ -92,9 +94,26 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
             raise unwritable(path, error) from error
 
 
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where the line is damaged or torn."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def as_number(value: Any) -> int | float | None:
+    """`value` if it is a number that can be compared and shown; None for whatever else a file may hold."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and -MAX_NUMBER < value < MAX_NUMBER else None
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as standard JSON text, with null for every NaN and infinity in it."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    # Half a surrogate pair, which a damaged file may hold, can be written as an escape only.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _finite(value: Any) -> Any:
@@ -119,11 +138,8 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         lines.pop()
     records = []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        record = parse_line(line)
+        if record is not None:
             records.append((line, record))
         elif number < len(lines):
             raise LumiereError(

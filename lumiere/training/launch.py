@@ -107,7 +107,11 @@ def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
 
 
 def stop_reason(run: Run) -> str | None:
-    """Why a run is over, by its newest checkpoint; None where it can go on."""
+    """Why a run is over, by its record or its newest checkpoint; None where it can go on."""
+    # The record first: `runs prune` may have left a finished run no more than an earlier checkpoint.
+    reason = run.record.get("stop_reason")
+    if run.status == "finished" and reason:
+        return str(reason)
     checkpoint, _ = newest_checkpoint(run)
     return checkpoint.metadata["stop_reason"] if checkpoint else None
 
@@ -116,8 +120,14 @@ def supervise(
     preparation: Preparation, run: Run, listeners: Sequence[Listener], checkpoint: Checkpoint | None
 ) -> TrainingResult:
     """Train, and keep the run's status true however it ends."""
-    process = {"pid": os.getpid(), "host": socket.gethostname(), "peak_flops": round(preparation.peak_flops)}
-    run.update(status="running", error=None, **process)
+    run.update(
+        status="running",
+        error=None,
+        total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        peak_flops=round(preparation.peak_flops),
+    )
     try:
         with MetricsWriter(run.metrics_path) as writer:
             result = train(

@@ -10,6 +10,7 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 from lumiere.cli import app
+from lumiere.persistence.lock import locked
 from lumiere.persistence.runs import Run
 
 
@@ -123,7 +124,19 @@ def test_train_plans_a_new_training_or_nothing() -> None:
 
 @pytest.mark.parametrize("reference", ["nothere1", "../../etc", "/etc/passwd", "", "a b", "\x1b[31mred", "latest"])
 @pytest.mark.parametrize(
-    "command", [["eval"], ["generate", "--run"], ["inspect", "attention", "--run"], ["train", "--resume"]]
+    "command",
+    [
+        ["eval"],
+        ["generate", "--run"],
+        ["inspect", "attention", "--run"],
+        ["train", "--resume"],
+        ["runs", "show"],
+        ["runs", "compare"],
+        ["runs", "plot"],
+        ["runs", "watch"],
+        ["runs", "rm", "--yes"],
+        ["runs", "prune", "--yes"],
+    ],
 )
 def test_no_such_run(command: list[str], reference: str) -> None:
     error, _ = refuse([*command, reference])
@@ -195,6 +208,53 @@ def test_empty_prompt(runs: Path) -> None:
 )
 def test_refused_options(runs: Path, arguments: list[str], message: str) -> None:
     assert message in refuse(arguments)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ls", "--status", "finish"], "there is no status 'finish'"),
+        (["ls", "--status", "\x1b"], "there is no status '\\x1b'"),
+        (["ls", "--sort", "los"], "there is no order 'los'"),
+        (["ls", "-n", "0"], "the limit must be at least 1, not 0"),
+        (["ls", "--tag", "a b"], "'a b' is not a tag"),
+        (["tag", "latest", "good", "b/c"], "'b/c' is not a tag"),
+        (["tag", "latest", "x", "--remove"], "has no tag 'x'"),
+        (["tag", "nothere1", "x"], "no run 'nothere1'"),
+        (["note", "nothere1", "x"], "no run 'nothere1'"),
+        (["note", "latest", "\udc80"], "the note is not valid text"),
+        (["compare", "latest"], "a comparison needs two runs or more"),
+        (["compare", "latest", "latest"], "a comparison needs two runs or more"),
+        (["plot", "latest", "--x", "tokns"], "there is no axis 'tokns'"),
+        (["plot", "latest", "-o", "loss.gif"], "'loss.gif' is no picture"),
+        (["plot", "latest", "-o", "none/loss.png"], "there is no folder 'none'"),
+        (["plot", "latest", "-o", "loss.png", "--json"], "--json and --output both answer"),
+        (["rm", "latest"], "nobody is there to ask whether to delete"),
+        (["rm", "latest", "nothere1", "--yes"], "no run 'nothere1'"),
+        (["prune"], "nobody is there to ask whether to delete"),
+        (["prune", "--keep", "bset", "--yes"], "there is no checkpoint 'bset' to keep"),
+        (["prune", "--keep", "", "--yes"], "there is no checkpoint '' to keep"),
+    ],
+)
+def test_runs_refuses(runs: Path, arguments: list[str], message: str) -> None:
+    before = sorted(runs.rglob("*"))
+    assert message in refuse(["runs", *arguments])[0]
+    assert sorted(runs.rglob("*")) == before
+    assert [path.name for path in Path.cwd().iterdir()] == ["runs"]
+
+
+def test_a_running_run_is_not_removed(trained_run: Run, runs: Path) -> None:
+    run = Run(runs / trained_run.name)
+    run.update(status="running")
+    with locked(run.path):
+        assert f"run {run.id} is running" in refuse(["runs", "rm", run.id, "--yes"])[0]
+    assert run.record_path.exists()
+
+
+def test_a_run_without_losses_is_not_drawn(trained_run: Run, runs: Path) -> None:
+    (runs / trained_run.name / "metrics.jsonl").unlink()
+    assert f"run {trained_run.id} has no losses yet" in refuse(["runs", "plot", "latest", "-o", "loss.png"])[0]
+    assert not Path("loss.png").exists()
 
 
 def test_text_that_is_empty_or_not_utf8(runs: Path) -> None:

@@ -131,6 +131,7 @@ def test_the_record(configure, launch, store: RunStore) -> None:
         "num_parameters": sum(parameter.numel() for parameter in result.state.model.parameters()),
         "dataset": "stories",
         "corpus_sha256": corpus.fingerprint,
+        "total_steps": 6,
         "step": 6,
         "epoch": 6 / 5,
         "tokens": result.state.tokens,
