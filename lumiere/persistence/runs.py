@@ -90,6 +90,11 @@ class Run:
         """What `run.json` says; the status is "unknown" where the file is missing, damaged, or silent about it."""
         return {"status": "unknown"} | self._read_record()
 
+    @property
+    def status(self) -> str:
+        """`running`, `finished`, `interrupted`, `failed`, or `unknown`."""
+        return str(self.record["status"])
+
     def update(self, **fields: Any) -> None:
         """Sets `fields` in `run.json`, atomically, and keeps the others; only one process may do so at a time."""
         record = self._read_record() | fields

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def start(
         num_parameters=preparation.num_parameters,
         dataset=preparation.config.dataset.name,
         corpus_sha256=preparation.corpus.fingerprint,
+        splits={name: asdict(split.facts) for name, split in preparation.corpus.splits.items()},
         step=0,
         best_loss=None,
         **environment(),
