@@ -19,6 +19,7 @@ FLOORS = [
     {"persistence"},
     {"evaluation", "generation"},
     {"training", "interpret"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

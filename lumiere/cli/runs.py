@@ -9,11 +9,14 @@ import typer
 
 from lumiere.cli.console import escape, guarded, out, print_json, show_note
 from lumiere.cli.options import Json, RunReference, RunsDir
+from lumiere.cli.runs_card import show_card
 from lumiere.persistence.runs import Run, RunStore
 
 STATUS_STYLES = {"running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red"}
 
-app = typer.Typer(no_args_is_help=True, help="List and show runs.")
+app = typer.Typer(no_args_is_help=True, help="List, show and describe runs.")
+
+app.command("card")(guarded(show_card))
 
 
 @app.command("ls")
@@ -33,7 +36,7 @@ def list_runs(runs_dir: RunsDir = None, as_json: Json = False) -> None:
     lines = [f"{'id':8}  {'status':11}  {'parameters':>10}  {'steps':>9}  {'best loss':>9}  {'age':>7}  corpus"]
     for run in runs:
         record = run.record
-        status = str(record["status"])
+        status = run.status
         cell = f"{printable(status):11}"
         if coloured and status in STATUS_STYLES:
             cell = typer.style(cell, fg=STATUS_STYLES[status])
@@ -57,7 +60,7 @@ def show_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False)
         print_json(facts(opened) | {"checkpoints": checkpoints})
         return
     record = opened.record
-    out().print(f"[bold]{opened.name}[/]  {styled_status(record['status'])}")
+    out().print(f"[bold]{opened.name}[/]  {styled_status(opened.status)}")
     if record.get("error"):
         out().print(f"  {escape(printable(str(record['error'])))}", style="red")
     rows = {
@@ -83,8 +86,8 @@ def facts(run: Run) -> dict[str, Any]:
     return {"run": run.name, "id": run.id, "path": str(run.path)} | run.record
 
 
-def styled_status(status: Any) -> str:
-    return f"[{STATUS_STYLES.get(status, 'dim')}]{escape(printable(str(status)))}[/]"
+def styled_status(status: str) -> str:
+    return f"[{STATUS_STYLES.get(status, 'dim')}]{escape(printable(status))}[/]"
 
 
 def printable(text: str) -> str:

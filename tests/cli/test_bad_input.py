@@ -123,7 +123,8 @@ def test_train_plans_a_new_training_or_nothing() -> None:
 
 @pytest.mark.parametrize("reference", ["nothere1", "../../etc", "/etc/passwd", "", "a b", "\x1b[31mred", "latest"])
 @pytest.mark.parametrize(
-    "command", [["eval"], ["generate", "--run"], ["inspect", "attention", "--run"], ["train", "--resume"]]
+    "command",
+    [["eval"], ["runs", "card"], ["generate", "--run"], ["inspect", "attention", "--run"], ["train", "--resume"]],
 )
 def test_no_such_run(command: list[str], reference: str) -> None:
     error, _ = refuse([*command, reference])
@@ -204,3 +205,38 @@ def test_text_that_is_empty_or_not_utf8(runs: Path) -> None:
     assert "is not UTF-8 text (byte 3)" in refuse(["eval", "latest", "--text", "latin.txt"])[0]
     surrogate = refuse(["generate", "--prompt", "\udc80"])[0]
     assert "surrogate" in surrogate
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("there.md", "there.md exists"),
+        ("runs", "'runs' is a folder"),
+        ("", "'' is no file"),
+        ("no/a.md", "no folder no"),
+    ],
+)
+def test_card_refuses_a_file(runs: Path, target: str, message: str) -> None:
+    Path("there.md").write_text("mine")
+    before = sorted(Path().iterdir())
+    assert message in refuse(["runs", "card", "latest", "-o", target])[0]
+    assert Path("there.md").read_text() == "mine"
+    assert sorted(Path().iterdir()) == before
+
+
+def test_card_needs_a_checkpoint_and_its_corpus(trained_run: Run, runs: Path) -> None:
+    record = runs / trained_run.name / "run.json"
+    record.write_text('{"status": "finished", "corpus_sha256": "another"}')
+    error, hint = refuse_after_a_note(["runs", "card", "latest", "-o", "card.md"])
+    assert "the corpus 'stories' is not the one" in error
+    assert "the card has no figures" in hint
+    shutil.rmtree(runs / trained_run.name / "checkpoints")
+    assert f"run {trained_run.id} has no checkpoint 'best'" in refuse(["runs", "card", "latest", "-o", "card.md"])[0]
+    assert not Path("card.md").exists()
+
+
+def refuse_after_a_note(arguments: list[str]) -> list[str]:
+    """Like `refuse`, for a command that has said something before."""
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    return result.stderr.splitlines()[-2:]
