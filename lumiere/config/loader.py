@@ -50,6 +50,12 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted path."""
+    sections = config.model_dump()
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
 def validate(values: Mapping[str, Any]) -> RunConfig:
     """A `RunConfig` from nested mappings.
 

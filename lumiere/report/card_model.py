@@ -1,5 +1,6 @@
 """The sections of a model card about the model: what it is, and what it is good for."""
 
+from lumiere.config.loader import flat_settings
 from lumiere.report.card_facts import CardFacts
 from lumiere.report.card_training import corpus_name, evaluated_checkpoint
 from lumiere.report.markdown import bullets, code, table
@@ -41,9 +42,7 @@ def improvements(facts: CardFacts) -> str:
     """What this config has that the transformer of Vaswani et al. 2017 has not."""
     config = facts.config
     # By dotted path, so that what a config of another version does not have is simply not claimed.
-    settings = {
-        f"{name}.{key}": value for name, section in config.model_dump().items() for key, value in section.items()
-    }
+    settings = flat_settings(config)
     items = [
         "Pre-norm: each part reads a normalised residual stream and adds to the raw one, which makes training "
         "steadier (Xiong et al. 2020).",

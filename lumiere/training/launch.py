@@ -18,6 +18,7 @@ from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk, num_steps
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
+from lumiere.training.loggers.opening import opened_loggers
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
 from lumiere.training.trainer import TrainingResult, train
@@ -92,7 +93,10 @@ def supervise(
     process = {"pid": os.getpid(), "host": socket.gethostname(), "peak_flops": round(preparation.peak_flops)}
     run.update(status="running", error=None, **process)
     try:
-        with MetricsWriter(run.metrics_path) as writer:
+        with (
+            MetricsWriter(run.metrics_path) as writer,
+            opened_loggers(preparation.config, run, [MetricsLog(writer), *listeners]) as all_listeners,
+        ):
             result = train(
                 preparation.config,
                 preparation.corpus,
@@ -100,7 +104,7 @@ def supervise(
                 preparation.device,
                 preparation.precision,
                 preparation.peak_flops,
-                [MetricsLog(writer), *listeners],
+                all_listeners,
                 checkpoint,
             )
     except BaseException as error:

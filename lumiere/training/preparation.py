@@ -9,6 +9,7 @@ from lumiere.data.corpus import load_corpus
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
 from lumiere.errors import LumiereError
 from lumiere.persistence.runs import Run
+from lumiere.training.loggers.opening import check_packages
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +43,9 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
     """Find the device, read and tokenize the corpus, and measure the model and the device.
 
     Raises:
-        LumiereError: if the device is not there, or the corpus cannot be used.
+        LumiereError: if the device or a logger's package is not there, or the corpus cannot be used.
     """
+    check_packages(config.training.loggers)
     source = load_corpus(config.dataset)
     # Torch takes seconds to load: whoever has no network is told before that, and not after.
     import torch

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.persistence.runs import Run
+from lumiere.training.loggers import opening
 
 
 def refuse(arguments: list[str]) -> tuple[str, str]:
@@ -52,6 +54,8 @@ TRAINING = [
     ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'"),
     ("dataset={name: parquet, data_files: no-text-column.parquet}", "has no column 'text', it has body"),
     ("dataset={name: parquet, data_files: numbers.parquet}", "has no text in column 'text'"),
+    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', not 'tensorbord'"),
+    ("training.loggers={}", "training.loggers must be a list, not '{}'"),
     ("training.device=gpu", "training.device must be auto, cpu"),
     ("no-equals-sign", "is not key=value"),
 ]
@@ -62,6 +66,30 @@ TRAINING = [
 def test_train_refuses(override: str, message: str) -> None:
     error, _ = refuse(["train", "tiny", "--set", override])
     assert message in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "guess"),
+    [
+        ("training.loggers=tensorbord", "tensorboard"),
+        ("training.loggers=[wandb, wadb]", "wandb"),
+        ("training.optimizer=adam", "adamw"),
+    ],
+)
+def test_a_choice_that_is_misspelt_gets_the_nearest(override: str, guess: str) -> None:
+    assert refuse(["train", "tiny", "--set", override])[1] == f"hint: did you mean {guess}?"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_is_installed(package: str) -> None:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(opening, "distribution", nothing_is_installed)
+    error, hint = refuse(["train", "tiny", "--set", f"training.loggers={name}"])
+    assert error == f"error: training.loggers={name} needs the package {name}, which is not installed"
+    assert hint == f"hint: pip install 'lumiere[{name}]'"
     assert not Path("runs").exists()
 
 

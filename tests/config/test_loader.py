@@ -104,6 +104,20 @@ def test_text_that_reads_as_a_number_counts() -> None:
     assert validate({"training": {"seed": "9007199254740993"}}).training.seed == 9007199254740993
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("wandb", ["wandb"]),
+        ("tensorboard, wandb", ["tensorboard", "wandb"]),
+        ("[tensorboard]", ["tensorboard"]),
+        ("[]", []),
+        ("null", []),
+    ],
+)
+def test_names_may_be_a_list_or_a_text(text: str, names: list[str]) -> None:
+    assert load_config("tiny", [f"training.loggers={text}"]).training.loggers == names
+
+
 def test_set_reads_lists_mappings_and_null() -> None:
     config = load_config("tiny", ["dataset.data_files=[a.txt, b.txt]", "training.patience=null"])
     assert config.dataset.data_files == ["a.txt", "b.txt"]
