@@ -18,11 +18,11 @@ from lumiere.config.loader import (
     load_config,
     load_config_file,
     read_config,
-    shipped_configs,
     validate,
 )
 from lumiere.config.problems import setting_paths
 from lumiere.config.schema import RunConfig
+from lumiere.config.shipped import shipped_configs
 from lumiere.config.synonyms import SYNONYMS
 from lumiere.errors import ConfigError
 
