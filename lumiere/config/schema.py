@@ -121,6 +121,8 @@ class TrainingConfig(Section):
     """Decoupled weight decay on matrices and embeddings; the norms' gains have none."""
     muon_weight_decay: NonNegativeNumber | None = None
     """Weight decay of the matrices that Muon moves. Empty: `weight_decay`."""
+    ema_decay: Fraction | None = None
+    """Decay, in each step, of the average of the weights that is then evaluated and saved as the model. Empty: none."""
     gradient_clip_norm: PositiveNumber | None = 1.0
     """Gradients are scaled down to this norm. Empty: never."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -142,7 +144,7 @@ class TrainingConfig(Section):
     checkpoint_interval: PositiveInteger | None = 500
     """Save `latest` every so many steps, besides every evaluation."""
     snapshots: Boolean = True
-    """Keep the weights at steps 0, 1, 2, 4, ..., 512 and then evenly, to look at how the model came about."""
+    """Keep the weights at steps 0, 1, 2, 4, ..., 512 and then evenly, as training has them and never averaged."""
     loggers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(read_names)] = []
     """Where metrics go besides `metrics.jsonl`, in the run's folder: `tensorboard`, `wandb` (Weights & Biases)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

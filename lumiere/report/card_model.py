@@ -1,6 +1,5 @@
 """The sections of a model card about the model: what it is, and what it is good for."""
 
-from lumiere.config.loader import flat_settings
 from lumiere.report.card_facts import CardFacts
 from lumiere.report.card_training import corpus_name, evaluated_checkpoint
 from lumiere.report.markdown import bullets, code, table
@@ -39,10 +38,9 @@ def architecture(facts: CardFacts) -> str:
 
 
 def improvements(facts: CardFacts) -> str:
-    """What this config has that the transformer of Vaswani et al. 2017 has not."""
+    """What this config has in place of a plain transformer's LayerNorm after each part, ReLU, biases and Adam."""
     config = facts.config
-    # By dotted path, so that what a config of another version does not have is simply not claimed.
-    settings = flat_settings(config)
+    model, settings = config.model, config.training
     items = [
         "Pre-norm: each part reads a normalised residual stream and adds to the raw one, which makes training "
         "steadier (Xiong et al. 2020).",
@@ -52,21 +50,27 @@ def improvements(facts: CardFacts) -> str:
         "The output head is the token embedding, which saves "
         f"{config.tokenizer.vocab_size * config.model.embedding_size:,} parameters (Press and Wolf 2017).",
     ]
-    optional = {
-        ("model.positions", "rotary"): "Rotary positions: attention depends on distances (Su et al. 2021).",
+    optional = [
+        (model.positions == "rotary", "Rotary positions: attention depends on distances (Su et al. 2021)."),
+        (model.zero_output_init, "What each part writes starts at zero, so that a block begins as the identity."),
         (
-            "model.zero_output_init",
-            True,
-        ): "What each part writes starts at zero, so that a block begins as the identity.",
-        ("training.optimizer", "muon"): "Muon for the blocks' matrices: each update is orthogonalised "
-        "(Jordan et al. 2024). AdamW moves the rest.",
-        ("training.optimizer", "adamw"): "AdamW: weight decay apart from the gradient (Loshchilov and Hutter 2019).",
-        ("training.random_window_offset", True): "Training windows are cut at other places in each epoch, so that a "
-        "token is seen at many positions.",
-    }
-    items += [text for (path, value), text in optional.items() if settings.get(path) == value]
-    if settings.get("training.ema_decay"):
-        items.append("The weights are an exponential moving average of those that were trained.")
+            settings.optimizer == "muon",
+            "Muon for the blocks' matrices: each update is orthogonalised (Jordan et al. 2024). AdamW moves the rest.",
+        ),
+        (
+            settings.optimizer == "adamw",
+            "AdamW: weight decay apart from the gradient (Loshchilov and Hutter 2019).",
+        ),
+        (
+            settings.random_window_offset,
+            "Training windows are cut at other places in each epoch, so that a token is seen at many positions.",
+        ),
+        (
+            bool(settings.ema_decay),
+            "The weights are the exponential moving average of those that training went through.",
+        ),
+    ]
+    items += [text for applies, text in optional if applies]
     return bullets(items)
 
 

@@ -36,7 +36,7 @@ class Disk:
     """Bytes of the largest set of checkpoints that a run ever has. Headers are left out, a few kB a file.
 
     Attributes:
-        checkpoint: of one that a training can go on from: weights and optimizer state.
+        checkpoint: of one that a training can go on from: weights, their average, and optimizer state.
         snapshot: of one that holds weights alone.
         num_snapshots: at most so many at once.
     """
@@ -85,10 +85,14 @@ def weight_bytes(config: RunConfig) -> int:
 
 
 def optimizer_bytes(config: RunConfig) -> int:
-    """Of the optimizer's state: AdamW keeps two averages of each parameter's gradient, Muon one momentum."""
+    """Of the optimizer's state: AdamW keeps two averages of each parameter's gradient, Muon one momentum.
+
+    Where the weights are averaged, that average counts too.
+    """
     parameters = count_parameters(config)
     moved_by_muon = parameters.block_matrices if config.training.optimizer == "muon" else 0
-    return FLOAT32_BYTES * (2 * parameters.total - moved_by_muon)
+    averages = 2 if config.training.ema_decay is None else 3
+    return FLOAT32_BYTES * (averages * parameters.total - moved_by_muon)
 
 
 def disk(config: RunConfig, total_steps: int) -> Disk:

@@ -57,16 +57,7 @@ class Saver:
         best: dict[str, Any] = {}
         if evaluation is not None:
             best = {"best_evaluation": {"step": self._state.step} | asdict(evaluation)}
-        self._run.update(
-            step=self._state.step,
-            epoch=self._state.step / self._epoch_steps,
-            tokens=self._state.tokens,
-            training_seconds=self._state.seconds,
-            best_loss=self._state.best_loss,
-            best_step=self._state.best_step,
-            skipped_steps=self._state.skipped_steps,
-            **best,
-        )
+        self._run.update(**progress(self._state, self._epoch_steps), **best)
         self._tell(CheckpointEvent(self._state.step, name))
 
     def snapshot(self) -> None:
@@ -87,3 +78,16 @@ class Saver:
     def _write(self, name: str, checkpoint: Checkpoint) -> None:
         self._guard.check_checkpoint(checkpoint)
         self._manager.save(self._run, name, checkpoint)
+
+
+def progress(state: TrainingState, epoch_steps: int) -> dict[str, Any]:
+    """What `run.json` says of a training's progress."""
+    return {
+        "step": state.step,
+        "epoch": state.step / epoch_steps,
+        "tokens": state.tokens,
+        "training_seconds": state.seconds,
+        "best_loss": state.best_loss,
+        "best_step": state.best_step,
+        "skipped_steps": state.skipped_steps,
+    }

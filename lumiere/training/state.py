@@ -1,6 +1,8 @@
 """Everything that changes while training, saved and restored whole."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.training.averaging import WeightAverage
 from lumiere.training.optimizers import Optimizers
 
 COUNTERS = (
@@ -27,12 +30,17 @@ COUNTERS = (
 NEWER_COUNTERS = {"skipped_steps": 0, "skipped_in_a_row": 0}
 """Where those stand that the checkpoints of the first version do not have."""
 
+TRAINED = "trained."
+"""Before the names, among the optimizer's tensors, of the weights that training goes on with where the model in a
+checkpoint is their average."""
+
 
 @dataclass
 class TrainingState:
-    """The model, its optimizers, the random generators of torch, and the counters.
+    """The model, its optimizers, the average of its weights, the random generators of torch, and the counters.
 
     Attributes:
+        average: of the weights (None: nothing is averaged).
         step: updates so far, with those that were skipped.
         tokens: targets trained on so far.
         seconds: of training so far.
@@ -46,6 +54,7 @@ class TrainingState:
 
     model: Transformer
     optimizers: Optimizers
+    average: WeightAverage | None = None
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -62,7 +71,28 @@ class TrainingState:
         """A fresh state. The seed decides the weights, on the CPU, so that they do not depend on the device."""
         torch.manual_seed(config.training.seed)
         model = build_model(config).to(device)
-        return cls(model, Optimizers(model, config.training, precision))
+        decay = config.training.ema_decay
+        average = None if decay is None else WeightAverage(model, decay)
+        return cls(model, Optimizers(model, config.training, precision), average)
+
+    def update(self, factor: float) -> None:
+        """Move the weights, and their average, by the gradients.
+
+        Args:
+            factor: share of the peak learning rates.
+        """
+        self.optimizers.step(factor)
+        if self.average is not None:
+            self.average.update(self.step + 1)
+
+    @contextmanager
+    def averaged_model(self) -> Iterator[Transformer]:
+        """Inside of it, the model as it is evaluated and saved: with the average of its weights, where there is one."""
+        if self.average is None:
+            yield self.model
+        else:
+            with self.average.applied():
+                yield self.model
 
     def note_evaluation(self, loss: float) -> bool:
         """Take note of a validation loss, and say whether it is the best so far."""
@@ -86,7 +116,11 @@ class TrainingState:
         if device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(device)
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return Checkpoint(self.model.state_dict(), self.optimizers.state_tensors(), rng, about | counters)
+        model, optimizer = self.model.state_dict(), self.optimizers.state_tensors()
+        if self.average is not None:
+            optimizer |= {TRAINED + name: weight for name, weight in model.items()}
+            model = self.average.tensors()
+        return Checkpoint(model, optimizer, rng, about | counters)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a whole state.
@@ -96,16 +130,23 @@ class TrainingState:
         """
         if not checkpoint.rng:
             raise CheckpointError("this checkpoint holds weights only", "resume from latest, previous or best")
+        trained = {
+            name.removeprefix(TRAINED): weight
+            for name, weight in checkpoint.optimizer.items()
+            if name.startswith(TRAINED)
+        }
+        if bool(trained) != (self.average is not None):
+            raise misfit()
         try:
             self.model.load_state_dict(checkpoint.model)
+            if self.average is not None:
+                self.average.load(checkpoint.model)
+                self.model.load_state_dict(trained)
             metadata = NEWER_COUNTERS | checkpoint.metadata
             counters = {name: metadata[name] for name in COUNTERS}
         except (RuntimeError, KeyError) as error:
             # Torch's own message is a page of parameter names.
-            raise CheckpointError(
-                "the checkpoint does not fit the run",
-                "undo the changes to its config.yaml, which describes the run as it was trained",
-            ) from error
+            raise misfit() from error
         self.optimizers.load_state_tensors(checkpoint.optimizer)
         for name, value in counters.items():
             setattr(self, name, value)
@@ -113,3 +154,11 @@ class TrainingState:
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint.rng["cuda"], device)
+
+
+def misfit() -> CheckpointError:
+    """What to raise where a checkpoint and the config that it is to go on with do not belong together."""
+    return CheckpointError(
+        "the checkpoint does not fit the run",
+        "undo the changes to its config.yaml, which describes the run as it was trained",
+    )

@@ -100,3 +100,31 @@ def test_there_are_no_metrics_before_the_first_line(path: Path) -> None:
     assert read_metrics(path) == []
     truncate_metrics(path, last_step=3)
     assert not path.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, the disk that is always full")
+def test_a_line_that_does_not_fit_on_the_disk_is_an_error_each_time() -> None:
+    with MetricsWriter("/dev/full") as writer:
+        for step in (1, 2):
+            with pytest.raises(LumiereError, match="'/dev/full' cannot be written: No space left on device"):
+                writer.write({"step": step})
+
+
+def test_a_part_of_a_line_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NearlyFull:
+        def write(self, data: bytes) -> int:
+            return len(data) - 1
+
+        def close(self) -> None:
+            pass
+
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.close()
+    monkeypatch.setattr(writer, "_file", NearlyFull())
+    with pytest.raises(LumiereError, match="No space left"):
+        writer.write({"step": 1})
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(LumiereError, match="cannot be written: No such file or directory"):
+        MetricsWriter(tmp_path / "gone" / "metrics.jsonl")

@@ -130,6 +130,7 @@ IMPROVEMENTS = {
     "Rotary": {"model": {"positions": "rotary"}},
     "starts at zero": {"model": {"zero_output_init": True}},
     "Muon": {"training": {"optimizer": "muon"}},
+    "exponential moving average": {"training": {"ema_decay": 0.99}},
     "cut at other places": {"training": {"random_window_offset": True}},
 }
 

@@ -105,12 +105,16 @@ def test_bytes_of_weights_and_optimizer(configure, shape: dict[str, Any], optimi
     # AdamW also counts the steps of each parameter, in a number of its own.
     averages = [tensor for tensor in optimizers.state_tensors().values() if tensor.ndim]
     assert costs.optimizer_bytes(config) == sum(tensor.nbytes for tensor in averages)
+    averaging = configure(shape | {"training.optimizer": optimizer, "training.ema_decay": 0.9})
+    assert costs.optimizer_bytes(averaging) - costs.optimizer_bytes(config) == costs.weight_bytes(config)
 
 
 @pytest.mark.parametrize("snapshots", [True, False])
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_disk_is_what_a_run_takes(configure, launch, optimizer: str, snapshots: bool) -> None:
-    config = configure({"training.optimizer": optimizer, "training.max_steps": 9, "training.snapshots": snapshots})
+def test_disk_is_what_a_run_takes(configure, launch, optimizer: str, ema_decay: float | None, snapshots: bool) -> None:
+    settings = {"optimizer": optimizer, "ema_decay": ema_decay, "max_steps": 9, "snapshots": snapshots}
+    config = configure({f"training.{name}": value for name, value in settings.items()})
     run = launch(config).run
     sizes = {path.stem: path.stat().st_size for path in run.checkpoints_dir.iterdir()}
     reckoned = costs.disk(config, total_steps=9)
