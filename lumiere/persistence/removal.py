@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lumiere.errors import LumiereError, nearest
 from lumiere.persistence.atomic import sync_folder
-from lumiere.persistence.checkpoint_manager import NAMES, CheckpointManager
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.checkpoint_names import NAMES
 from lumiere.persistence.inventory import checkpoint_path, disk_bytes
 from lumiere.persistence.lock import locked
 from lumiere.persistence.runs import NAME_PATTERN, Run, RunStore

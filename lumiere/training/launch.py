@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lumiere.training.costs import disk, num_steps
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
 from lumiere.training.extension import changes, check_schedule
+from lumiere.training.loggers.opening import opened_loggers
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
 from lumiere.training.saving import progress
@@ -51,6 +53,7 @@ def start(
             num_parameters=preparation.num_parameters,
             dataset=preparation.config.dataset.name,
             corpus_sha256=preparation.corpus.fingerprint,
+            splits={name: asdict(split.facts) for name, split in preparation.corpus.splits.items()},
             step=0,
             best_loss=None,
             **environment(),
@@ -82,8 +85,9 @@ def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = (
         changed = changes(run.load_config(), preparation.config)
         if changed:
             write_atomically(run.config_path, dump_config(preparation.config).encode())
-        resumes = [*run.record.get("resumes", []), {"at": now(), "step": step, "changed": list(map(str, changed))}]
-        run.update(resumes=resumes)
+        earlier = run.record.get("resumes")
+        resumes = earlier if isinstance(earlier, list) else []  # a file that was edited may hold anything
+        run.update(resumes=[*resumes, {"at": now(), "step": step, "changed": list(map(str, changed))}])
         return supervise(preparation, run, listeners, checkpoint)
 
 
@@ -129,7 +133,10 @@ def supervise(
         peak_flops=round(preparation.peak_flops),
     )
     try:
-        with MetricsWriter(run.metrics_path) as writer:
+        with (
+            MetricsWriter(run.metrics_path) as writer,
+            opened_loggers(preparation.config, run, [MetricsLog(writer), *listeners]) as all_listeners,
+        ):
             result = train(
                 preparation.config,
                 preparation.corpus,
@@ -137,7 +144,7 @@ def supervise(
                 preparation.device,
                 preparation.precision,
                 preparation.peak_flops,
-                [MetricsLog(writer), *listeners],
+                all_listeners,
                 checkpoint,
             )
     except BaseException as error:

@@ -13,6 +13,7 @@ from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.extension import Change, changes, check_changes, with_overrides
+from lumiere.training.loggers.opening import check_packages
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,9 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
     """Find the device, read and tokenize the corpus, and measure the model and the device.
 
     Raises:
-        LumiereError: if the device is not there, or the corpus cannot be used.
+        LumiereError: if the device or a logger's package is not there, or the corpus cannot be used.
     """
+    check_packages(config.training.loggers)
     source = load_corpus(config.dataset)
     # Torch takes seconds to load: whoever has no network is told before that, and not after.
     import torch

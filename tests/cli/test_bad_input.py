@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from lumiere.cli import app
 from lumiere.persistence.lock import locked
 from lumiere.persistence.runs import Run
+from lumiere.training.loggers import opening
 
 
 def refuse(arguments: list[str]) -> tuple[str, str]:
@@ -53,6 +55,8 @@ TRAINING = [
     ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'"),
     ("dataset={name: parquet, data_files: no-text-column.parquet}", "has no column 'text', it has body"),
     ("dataset={name: parquet, data_files: numbers.parquet}", "has no text in column 'text'"),
+    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', not 'tensorbord'"),
+    ("training.loggers={}", "training.loggers must be a list, not '{}'"),
     ("training.device=gpu", "training.device must be auto, cpu"),
     ("no-equals-sign", "is not key=value"),
 ]
@@ -63,6 +67,30 @@ TRAINING = [
 def test_train_refuses(override: str, message: str) -> None:
     error, _ = refuse(["train", "tiny", "--set", override])
     assert message in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "guess"),
+    [
+        ("training.loggers=tensorbord", "tensorboard"),
+        ("training.loggers=[wandb, wadb]", "wandb"),
+        ("training.optimizer=adam", "adamw"),
+    ],
+)
+def test_a_choice_that_is_misspelt_gets_the_nearest(override: str, guess: str) -> None:
+    assert refuse(["train", "tiny", "--set", override])[1] == f"hint: did you mean {guess}?"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_is_installed(package: str) -> None:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(opening, "distribution", nothing_is_installed)
+    error, hint = refuse(["train", "tiny", "--set", f"training.loggers={name}"])
+    assert error == f"error: training.loggers={name} needs the package {name}, which is not installed"
+    assert hint == f"hint: pip install 'lumiere[{name}]'"
     assert not Path("runs").exists()
 
 
@@ -131,6 +159,7 @@ def test_train_plans_a_new_training_or_nothing() -> None:
         ["inspect", "attention", "--run"],
         ["train", "--resume"],
         ["runs", "show"],
+        ["runs", "card"],
         ["runs", "compare"],
         ["runs", "plot"],
         ["runs", "watch"],
@@ -264,3 +293,38 @@ def test_text_that_is_empty_or_not_utf8(runs: Path) -> None:
     assert "is not UTF-8 text (byte 3)" in refuse(["eval", "latest", "--text", "latin.txt"])[0]
     surrogate = refuse(["generate", "--prompt", "\udc80"])[0]
     assert "surrogate" in surrogate
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("there.md", "there.md exists"),
+        ("runs", "'runs' is a folder"),
+        ("", "'' is no file"),
+        ("no/a.md", "no folder no"),
+    ],
+)
+def test_card_refuses_a_file(runs: Path, target: str, message: str) -> None:
+    Path("there.md").write_text("mine")
+    before = sorted(Path().iterdir())
+    assert message in refuse(["runs", "card", "latest", "-o", target])[0]
+    assert Path("there.md").read_text() == "mine"
+    assert sorted(Path().iterdir()) == before
+
+
+def test_card_needs_a_checkpoint_and_its_corpus(trained_run: Run, runs: Path) -> None:
+    record = runs / trained_run.name / "run.json"
+    record.write_text('{"status": "finished", "corpus_sha256": "another"}')
+    error, hint = refuse_after_a_note(["runs", "card", "latest", "-o", "card.md"])
+    assert "the corpus 'stories' is not the one" in error
+    assert "the card has no figures" in hint
+    shutil.rmtree(runs / trained_run.name / "checkpoints")
+    assert f"run {trained_run.id} has no checkpoint 'best'" in refuse(["runs", "card", "latest", "-o", "card.md"])[0]
+    assert not Path("card.md").exists()
+
+
+def refuse_after_a_note(arguments: list[str]) -> list[str]:
+    """Like `refuse`, for a command that has said something before."""
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    return result.stderr.splitlines()[-2:]

@@ -146,7 +146,8 @@ def test_the_record(configure, launch, store: RunStore) -> None:
         "peak_flops": 200_000_000_000,
     }
     assert {key: record[key] for key in expected} == expected
-    assert record.keys() - expected.keys() == {"created_at", "versions", "commit", "machine", "host"}
+    others = {"created_at", "versions", "commit", "machine", "host", "splits", "best_evaluation"}
+    assert record.keys() - expected.keys() == others
     assert record["versions"].keys() == {
         "lumiere", "python", "torch", "numpy", "tokenizers", "datasets", "safetensors"
     }  # fmt: skip

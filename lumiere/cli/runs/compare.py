@@ -1,12 +1,10 @@
 """`lumiere runs compare`."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from lumiere.cli.console import print_json, show_note
-from lumiere.cli.options import Json, RunsDir
+from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.runs.cells import facts, number, printable, table
 from lumiere.persistence.runs import RunStore
 
@@ -15,9 +13,7 @@ if TYPE_CHECKING:
 
 
 def compare_runs(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN RUN...", help="Names, ids or the start of them, or latest.")
-    ],
+    runs: RunReferences,
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from lumiere.cli.console import print_json, show_note
-from lumiere.cli.options import Json, RunsDir
+from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.runs.cells import printable
 from lumiere.errors import LumiereError
 from lumiere.persistence.history import Point, read_history
@@ -17,7 +17,7 @@ from lumiere.persistence.runs import RunStore
 
 
 def plot_runs(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names, ids or the start of them, or latest.")],
+    runs: RunReferences,
     axis: Annotated[str, typer.Option("--x", metavar="AXIS", help="step, tokens or time (of training).")] = "step",
     output: Annotated[
         Optional[str],  # noqa: UP045

@@ -1,12 +1,11 @@
 """`lumiere runs rm`."""
 
 import sys
-from typing import Annotated
 
 import typer
 
 from lumiere.cli.console import print_json
-from lumiere.cli.options import Json, RunsDir
+from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.plan import size
 from lumiere.cli.runs.cells import age, number, printable
 from lumiere.cli.runs.confirm import DryRun, Yes, check_answerable, confirm
@@ -17,7 +16,7 @@ from lumiere.persistence.runs import RunStore
 
 
 def remove_runs(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names, ids or the start of them, or latest.")],
+    runs: RunReferences,
     yes: Yes = False,
     dry_run: DryRun = False,
     runs_dir: RunsDir = None,
