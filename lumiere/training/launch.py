@@ -42,8 +42,9 @@ def start(
     check_room(store.runs_dir, preparation)
     run = store.create()
     with locked(run.path):
-        write_atomically(run.config_path, dump_config(preparation.config).encode())
         write_atomically(run.tokenizer_path, preparation.corpus.tokenizer.to_json().encode())
+        # The config last: a run that has one can be resumed, wherever its process was killed.
+        write_atomically(run.config_path, dump_config(preparation.config).encode())
         run.update(
             name=run.name,
             created_at=now(),

@@ -1,7 +1,10 @@
 """Metrics for Weights & Biases, in the folder `wandb` of the run. Never asks for a login, and never waits for long."""
 
 import os
+import socket
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from lumiere.config.schema import RunConfig
 from lumiere.persistence.runs import Run
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 
 PROJECT = "lumiere"
 CONNECT_SECONDS = 20
-"""How long to wait for the server at the start, before the run is kept offline."""
+"""How long to wait for the server at the start."""
 FINISH_SECONDS = 60
 """How long to wait at the end for what is not yet uploaded; it stays in the folder, to be synced by hand."""
 
@@ -41,23 +44,20 @@ class WandbLog:
     def _open(self, step: int) -> None:
         import wandb
 
-        mode = wandb.setup(wandb.Settings(silent=True, console="off")).settings.mode
-        reason = "WANDB_MODE says so" if mode in ("offline", "dryrun") else None
-        if reason is None and mode != "disabled":
-            if not has_key():
-                reason = "no API key is configured"
-            else:
-                try:
-                    self._log = self._init(None)
-                except wandb.Error as error:
-                    # The attempt still holds the run's id in W&B's background process.
-                    wandb.teardown()
-                    reason = f"the server cannot be used ({' '.join(str(error).split())})"
+        settings = wandb.setup(wandb.Settings(silent=True, console="off")).settings
+        reason = None
+        if settings.mode in ("offline", "dryrun"):
+            reason = "WANDB_MODE says so"
+        elif settings.mode != "disabled" and not has_key():
+            reason = "no API key is configured"
+        # Before W&B tries, whose process may wait for ever for a server that does not answer.
+        elif settings.mode != "disabled" and not is_reachable(settings.base_url):
+            reason = f"{settings.base_url} cannot be reached"
         if reason is not None:
             path = self._run.path / "wandb"
             how = f"wandb sync {path}/offline-run-*-{self._run.id}"
             self._tell(WarningEvent(step, f"wandb keeps this run offline, because {reason}; upload it with {how}"))
-            self._log = self._init("offline")
+        self._log = self._init(None if reason is None else "offline")
 
     def _init(self, mode: Any) -> "wandb.Run":
         import wandb
@@ -93,3 +93,16 @@ def has_key() -> bool:
         return wandb.login(prompt=False, verify=False)
     except wandb.Error:
         return False  # what is configured does not even look like a key
+
+
+def is_reachable(url: str) -> bool:
+    """Whether somebody listens at the address; behind a proxy, which alone could tell, it counts as reachable."""
+    if getproxies():
+        return True
+    address = urlsplit(url)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """Weights & Biases without a network: what is in the offline folder, read record by record."""
 
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def offline_files(run: Run) -> list[Path]:
+    wandb.teardown()  # as at the end of a process: W&B's own process writes its files out
     return sorted((run.path / "wandb").glob(f"offline-run-*-{run.id}/run-{run.id}.wandb"))
 
 
@@ -143,14 +145,16 @@ def test_without_a_key_it_asks_for_none_and_a_resume_goes_on(configure, launch) 
 
 
 @pytest.mark.slow
-def test_a_server_that_cannot_be_reached_is_waited_for_once(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_it_is_kept_offline(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(wandb_log, "CONNECT_SECONDS", 1)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     events: list[Event] = []
     run = launch(configure(LOGGED), [events.append]).run
     (warning,) = warnings_of(events)
-    assert "because the server cannot be used" in warning
+    assert "because http://127.0.0.1:9 cannot be reached" in warning
     (path,) = offline_files(run)
     assert history(path) == expected(run)
 
@@ -169,3 +173,15 @@ def test_disabled_it_writes_nothing_and_says_nothing(configure, launch, monkeypa
     run = launch(configure(LOGGED), [events.append]).run
     assert warnings_of(events) == []
     assert offline_files(run) == []
+
+
+def test_reachable_is_where_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert wandb_log.is_reachable(f"http://127.0.0.1:{port}")
+    assert not wandb_log.is_reachable(f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert wandb_log.is_reachable(f"http://127.0.0.1:{port}")
