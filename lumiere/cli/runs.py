@@ -9,9 +9,13 @@ import typer
 
 from lumiere.cli.console import escape, guarded, out, print_json, show_note
 from lumiere.cli.options import Json, RunReference, RunsDir
+from lumiere.errors import printable, shortened
+from lumiere.files import read_file
 from lumiere.persistence.runs import Run, RunStore
 
 STATUS_STYLES = {"running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red"}
+MAX_TEXT = 2000  # characters of one value
+MAX_CONFIG_BYTES = 200_000
 
 app = typer.Typer(no_args_is_help=True, help="List and show runs.")
 
@@ -33,14 +37,14 @@ def list_runs(runs_dir: RunsDir = None, as_json: Json = False) -> None:
     lines = [f"{'id':8}  {'status':11}  {'parameters':>10}  {'steps':>9}  {'best loss':>9}  {'age':>7}  corpus"]
     for run in runs:
         record = run.record
-        status = str(record["status"])
-        cell = f"{printable(status):11}"
+        status = run.status
+        cell = f"{shortened(printable(status), 11):11}"
         if coloured and status in STATUS_STYLES:
             cell = typer.style(cell, fg=STATUS_STYLES[status])
         lines.append(
             f"{run.id}  {cell}  {short_count(record.get('num_parameters')):>10}  "
             f"{number(record.get('step'), ','):>9}  {number(record.get('best_loss'), '.4f'):>9}  "
-            f"{age(run.created_at):>7}  {printable(str(record.get('dataset', '?')))}"
+            f"{age(run.created_at):>7}  {text(record.get('dataset'))}"
         )
     sys.stdout.write("\n".join(lines) + "\n")
 
@@ -57,49 +61,56 @@ def show_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False)
         print_json(facts(opened) | {"checkpoints": checkpoints})
         return
     record = opened.record
-    out().print(f"[bold]{opened.name}[/]  {styled_status(record['status'])}")
+    out().print(f"[bold]{opened.name}[/]  {styled_status(opened.status)}")
     if record.get("error"):
-        out().print(f"  {escape(printable(str(record['error'])))}", style="red")
+        out().print(f"  {escape(text(record['error'], MAX_TEXT))}", style="red")
+    command = record.get("command")
     rows = {
         "path": str(opened.path),
-        "command": " ".join(record.get("command", [])),
+        "command": " ".join(map(str, command)) if isinstance(command, list) else text(command),
         "age": age(opened.created_at),
         "model": f"{number(record.get('num_parameters'), ',')} parameters",
-        "corpus": f"{record.get('dataset', '?')} ({str(record.get('corpus_sha256', '?'))[:16]})",
+        "corpus": f"{text(record.get('dataset'))} ({text(record.get('corpus_sha256'))[:16]})",
         "progress": f"step {number(record.get('step'), ',')}, epoch {number(record.get('epoch'), '.2f')}, "
         f"{number(record.get('tokens'), ',')} tokens",
         "best": f"validation loss {number(record.get('best_loss'), '.4f')} "
         f"at step {number(record.get('best_step'), ',')}",
-        "computed": f"in {record.get('precision', '?')} on {record.get('device', '?')}",
+        "computed": f"in {text(record.get('precision'))} on {text(record.get('device'))}",
         "checkpoints": ", ".join(checkpoints) or "none",
     }
     for name, value in rows.items():
-        out().print(f"[bold]{name:12}[/] {escape(printable(value))}")
-    out().print(f"\n{escape(opened.config_path.read_text(encoding='utf-8').rstrip())}")
+        out().print(f"[bold]{name:12}[/] {escape(shortened(printable(value), MAX_TEXT))}")
+    try:
+        config = read_file(opened.config_path, MAX_CONFIG_BYTES).decode()
+    except (OSError, ValueError):
+        show_note("config.yaml is missing, or cannot be read")
+    else:
+        out().print(f"\n{escape(config.rstrip())}")
 
 
 def facts(run: Run) -> dict[str, Any]:
     """What a script wants to know of a run."""
-    return {"run": run.name, "id": run.id, "path": str(run.path)} | run.record
+    names = {"run": run.name, "id": run.id, "path": str(run.path)}
+    return names | run.record | names  # first, and never the record's own
 
 
-def styled_status(status: Any) -> str:
-    return f"[{STATUS_STYLES.get(status, 'dim')}]{escape(printable(str(status)))}[/]"
+def styled_status(status: str) -> str:
+    return f"[{STATUS_STYLES.get(status, 'dim')}]{escape(shortened(printable(status)))}[/]"
 
 
-def printable(text: str) -> str:
-    """`text` with control characters made visible: what a file holds must not steer the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def text(value: Any, length: int = 60) -> str:
+    """A value of the record as short, printable text, or a question mark where it is not known."""
+    return "?" if value is None else shortened(printable(str(value)), length)
 
 
 def number(value: Any, form: str) -> str:
     """A number in `form`, or a dash where it is not known."""
-    return format(value, form) if isinstance(value, int | float) else "-"
+    return format(value, form) if isinstance(value, int | float) and not isinstance(value, bool) else "-"
 
 
 def short_count(value: Any) -> str:
     """`1.19 M`, `850 K`."""
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         return "-"
     return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.0f} K"
 

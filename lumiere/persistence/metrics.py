@@ -2,20 +2,37 @@
 
 import json
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from lumiere.errors import LumiereError
+from lumiere.files import open_file, parse_json
 from lumiere.persistence.atomic import write_atomically
+
+MAX_LINE_BYTES = 100_000
+MAX_BYTES = 2**30  # some millions of lines, which a training never writes
+# Control characters that JSON allows, and halves of surrogate pairs, which no file can hold.
+UNPRINTABLE = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class MetricsWriter:
-    """Appends records to a metrics file; each line reaches the system before `write` returns."""
+    """Appends records to a metrics file; each line reaches the system before `write` returns.
+
+    Raises:
+        LumiereError: the file cannot be written to, or is a link, which could lead out of the run's folder.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (close() closes it)
+        try:
+            self._file = open(path, "a", encoding="utf-8", newline="\n", opener=_open_no_link)  # noqa: SIM115
+        except OSError as error:
+            raise LumiereError(
+                f"{str(path)!r} cannot be written: {error.strerror}", "make it a plain file, or move it away"
+            ) from None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line; NaN and infinity, which JSON does not have, become null.
@@ -46,7 +63,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     A last line that was torn by a crash is left out.
 
     Raises:
-        LumiereError: a line before the last is damaged.
+        LumiereError: a line before the last is damaged, or the file cannot be read.
     """
     return [record for _, record in _read_lines(Path(path))]
 
@@ -55,7 +72,7 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
     """Drops the lines after `last_step`, and a torn last line, so that a resumed run can append.
 
     Raises:
-        LumiereError: a line before the last is damaged; the file stays as it is.
+        LumiereError: as `read_metrics`; the file stays as it is.
     """
     path = Path(path)
     kept = [line + b"\n" for line, record in _read_lines(path) if record["step"] <= last_step]
@@ -64,8 +81,9 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """`value` as standard JSON text, with null for every NaN and infinity in it."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    """`value` as standard JSON text, with null for every NaN and infinity in it; nothing in it steers a terminal."""
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:
@@ -80,25 +98,42 @@ def _finite(value: Any) -> Any:
             return value
 
 
-def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line of the file as it stands, and the record in it."""
+    damaged = None
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open_file(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise LumiereError(f"{str(path)!r} has more than {MAX_BYTES:,} bytes", "move it away: nothing needs it")
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+                if damaged is not None:
+                    raise LumiereError(
+                        f"line {damaged} of {str(path)!r} is damaged",
+                        "mend or delete that line; the checkpoints do not depend on this file",
+                    )
+                record = _parse_line(line)
+                if record is None:
+                    damaged = number
+                else:
+                    yield line.removesuffix(b"\n"), record
     except FileNotFoundError:
-        return []
-    if not lines[-1]:
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append((line, record))
-        elif number < len(lines):
-            raise LumiereError(
-                f"line {number} of {str(path)!r} is damaged",
-                "mend or delete that line; the checkpoints do not depend on this file",
-            )
-    return records
+        return
+    except OSError as error:
+        raise LumiereError(
+            f"{str(path)!r} cannot be read: {error.strerror}", "move it away: nothing needs it"
+        ) from None
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where it is damaged."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    # As `open` does, but for the two flags, which Windows does not have: a pipe that nobody reads is an error too.
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)

@@ -10,8 +10,9 @@ from pathlib import Path
 from lumiere.config.loader import dump_config
 from lumiere.errors import CheckpointError
 from lumiere.persistence.atomic import write_atomically
-from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.fitting import check_fit
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk, num_steps
@@ -19,6 +20,7 @@ from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
+from lumiere.training.state import STOP_REASONS
 from lumiere.training.trainer import TrainingResult, train
 
 
@@ -57,10 +59,12 @@ def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = (
     """Go on with a run from its newest checkpoint, or from step 0 where it was killed before the first.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged.
+        CheckpointError: if the checkpoint is damaged, or belongs to another model.
     """
     checkpoint, name = newest_checkpoint(run)
-    step = checkpoint.metadata["step"] if checkpoint else 0
+    step = checkpoint.step if checkpoint else 0
+    if checkpoint is not None:
+        check_fit(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
     if name == "previous":
         for listener in listeners:
             listener(WarningEvent(step, "the latest checkpoint is damaged, training goes on from the one before it"))
@@ -78,9 +82,16 @@ def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
 
 
 def stop_reason(run: Run) -> str | None:
-    """Why a run is over, by its newest checkpoint; None where it can go on."""
+    """Why a run is over, by its newest checkpoint; None where it can go on.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
     checkpoint, _ = newest_checkpoint(run)
-    return checkpoint.metadata["stop_reason"] if checkpoint else None
+    reason = checkpoint.metadata.get("stop_reason") if checkpoint else None
+    if reason is not None and reason not in STOP_REASONS:
+        raise CheckpointError(f"the newest checkpoint of run {run.id} gives no reason why it ended", DAMAGE_HINT)
+    return reason
 
 
 def supervise(
@@ -125,5 +136,5 @@ def check_room(runs_dir: Path, preparation: Preparation) -> None:
 
 def free_room(runs_dir: Path) -> tuple[Path, int]:
     """The folder that is there of a runs directory that may not be, and the bytes that are free on its disk."""
-    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if os.path.exists(folder))
     return existing, shutil.disk_usage(existing).free

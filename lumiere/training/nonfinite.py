@@ -115,7 +115,7 @@ class Guard:
         # By the record, which each save brings up to date.
         step = self._run.record.get("step", 0)
         going_on = (
-            f"goes on from the last good checkpoint, step {step:,}" if step else "begins again: nothing was saved yet"
+            f"goes on from the last good checkpoint, step {step}" if step else "begins again: nothing was saved yet"
         )
         return NonFiniteError(
             problem,

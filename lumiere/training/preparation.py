@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.data.corpus import load_corpus
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
@@ -46,18 +47,15 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
     """
     source = load_corpus(config.dataset)
     # Torch takes seconds to load: whoever has no network is told before that, and not after.
-    import torch
-
     from lumiere.components.device import peak_flops, resolve_device, resolve_precision
-    from lumiere.models.transformer import build_model
+    from lumiere.models.transformer import empty_model
     from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()
     device = resolve_device(config.training.device)
     precision = resolve_precision(config.training.precision, device)
     corpus = tokenize_corpus(config, progress, source)
-    with torch.device("meta"):
-        num_parameters = build_model(config).num_parameters
+    num_parameters = empty_model(config).num_parameters
     return Preparation(config, corpus, device, precision, peak_flops(device, precision), num_parameters)
 
 
@@ -69,7 +67,9 @@ def prepare_resume(run: Run, progress: Callable[[Progress], None] | None = None)
     """
     config, record = run.load_config(), run.record
     taken = {key: record[key] for key in ("device", "precision") if key in record}
-    config = config.model_copy(update={"training": config.training.model_copy(update=taken)})
+    values = config.model_dump()
+    # Read as strictly as a config: the record is a file too.
+    config = validate(values | {"training": values["training"] | taken})
     preparation = prepare(config, progress)
     # A run that was killed while it was made has no record to compare with, and no checkpoint either.
     if preparation.corpus.fingerprint != record.get("corpus_sha256", preparation.corpus.fingerprint):
