@@ -1,4 +1,4 @@
-"""A run that an earlier Lumiere wrote goes on to load, to write and to be resumed. Its folder stays as it was, for ever."""
+"""A run that an earlier Lumiere wrote still loads, writes and is resumed. Its folder stays as it was, for ever."""
 
 import json
 import shutil
