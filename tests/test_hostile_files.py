@@ -1,4 +1,4 @@
-"""Any bytes in the place of any file give a value or a `LumiereError`: the readers and the valid files are the fuzzer's."""
+"""Any bytes in place of any file give a value or a `LumiereError`: the readers and the valid files are the fuzzer's."""
 
 import contextlib
 import random
@@ -72,7 +72,7 @@ def test_any_change_of_some_bytes(name: str, tmp_path: Path, place: float, bits:
 def smallest(name: str) -> bytes:
     """A small valid file that still has everything."""
     return {
-        "config": b"model: {d_ff: 8, dropout: 0.5}\ndataset: {name: 'a', data_files: [b, \"c\"]}\ntraining:\n  seed: 1\n",
+        "config": b"model: {d_ff: 8, dropout: 0.5}\ndataset: {data_files: [b, 'c']}\ntraining:\n  seed: 1\n",
         "record": b'{"status": "failed", "step": 9, "best_loss": 1.5, "command": ["a", "b"], "error": "\\u001b"}',
         "metrics": seeds("metrics")[0],
     }[name]
