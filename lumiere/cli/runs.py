@@ -105,7 +105,8 @@ def text(value: Any, length: int = 60) -> str:
 
 def number(value: Any, form: str) -> str:
     """A number in `form`, or a dash where it is not known."""
-    return format(value, form) if isinstance(value, int | float) and not isinstance(value, bool) else "-"
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return shortened(format(value, form), 24) if known else "-"
 
 
 def short_count(value: Any) -> str:

@@ -206,6 +206,8 @@ def read_folder(folder: Path, from_cache: bool) -> TokenizedCorpus:
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         facts = parse_json(read_file(folder / "splits.json", MAX_FACTS_BYTES))
+        if not isinstance(facts, dict):
+            raise ValueError("it says nothing of its splits")
         # By the names of the splits and not by the file's: those could lead out of the folder.
         splits = {split: read_split(folder, split, len(tokenizer), facts[split]) for split in SPLITS if split in facts}
     except (OSError, ValueError, TypeError, DataError) as error:
