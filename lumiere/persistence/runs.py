@@ -216,9 +216,9 @@ class RunStore:
             with os.scandir(self.runs_dir) as entries:
                 found = [
                     # Of two runs of the same second, the one that was written to last is the newer one.
-                    (timestamp, entry.stat().st_mtime_ns, entry.name)
+                    (timestamp, written_at, entry.name)
                     for entry in entries
-                    if (timestamp := _timestamp(entry.name)) and entry.is_dir()
+                    if (timestamp := _timestamp(entry.name)) and (written_at := _written_at(entry)) is not None
                 ]
         except FileNotFoundError:
             return []
@@ -264,6 +264,14 @@ class RunStore:
         if not any(self.runs_dir.iterdir()):
             write_atomically(self.runs_dir / ".gitignore", b"*\n")
             write_atomically(self.runs_dir / "README.md", FOLDER_README.encode())
+
+
+def _written_at(entry: os.DirEntry[str]) -> int | None:
+    """When a folder was last written to, in nanoseconds; None for what is no folder, or links to itself."""
+    try:
+        return entry.stat().st_mtime_ns if entry.is_dir() else None
+    except OSError:
+        return None
 
 
 def _parse_timestamp(timestamp: str) -> datetime:
