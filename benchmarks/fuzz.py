@@ -305,8 +305,8 @@ def read_record(folder: Path) -> None:
             list_runs(str(folder), as_json)
             show_run("latest", str(folder), as_json)
         check_printable(shown.getvalue().replace("\n", ""))
-    run.update(status="running")
-    assert run.status == "running"
+    run.update(status="finished")
+    assert run.status == "finished"
 
 
 def record_seeds() -> list[bytes]:

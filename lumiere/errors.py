@@ -35,6 +35,10 @@ class RunNotFoundError(LumiereError):
     """A run that does not exist, or a name that fits several runs."""
 
 
+class RunBusyError(LumiereError):
+    """A run that another process is training."""
+
+
 class CheckpointError(LumiereError):
     """A checkpoint that does not exist, or that is damaged."""
 

@@ -39,7 +39,11 @@ def train(
     ] = None,
     resume: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--resume", metavar="RUN", help="Go on with a run, exactly as if it had never stopped."),
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Go on with a run, exactly as if it had never stopped. --set may lengthen it (training.max_epochs).",
+        ),
     ] = None,
     runs_dir: RunsDir = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and leave.")] = False,
@@ -63,11 +67,12 @@ def train(
     if plan:
         check_plan_is_alone(resume, print_config)
     if resume is not None:
-        if config or overrides or print_config or any(value is not None for value in flags.values()):
+        if config or print_config:
             raise LumiereError(
-                "a resumed run keeps its own config", f"give nothing else: lumiere train --resume {resume}"
+                "a resumed run keeps its own config", f"give no other one: lumiere train --resume {resume}"
             )
-        resume_training(store.open(resume), as_json)
+        given = [f"{path}={value}" for path, value in flags.items() if value is not None]
+        resume_training(store.open(resume), [*(overrides or ()), *given], as_json)
         return
     if config is None:
         raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to go on with a run")
@@ -91,20 +96,23 @@ def train(
     finish(result, as_json)
 
 
-def resume_training(run: "Run", as_json: bool) -> None:
+def resume_training(run: "Run", overrides: list[str], as_json: bool) -> None:
     """Go on with `run`, or say that it is over."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.launch import resume, stop_reason
-    from lumiere.training.preparation import prepare_resume
+    from lumiere.training.preparation import changed_settings, prepare_resume
 
     reason = stop_reason(run)
-    if reason is not None:
+    # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
+    if reason is not None and not overrides and run.status == "finished":
         show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
         if as_json:
             print_json({"run": run.name} | run.record)
         return
     with CorpusProgress() as corpus_progress:
-        preparation = prepare_resume(run, corpus_progress)
+        preparation = prepare_resume(run, corpus_progress, overrides)
+    for change in changed_settings(run, preparation.config):
+        show_note(f"not as it was trained so far: {change}")
     with TrainingProgress() as progress:
         result = resume(preparation, run, listeners=[progress])
     finish(result, as_json)

@@ -7,10 +7,12 @@ Importing this module loads neither torch nor safetensors, and `read_metadata` n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,8 +96,12 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         }
         texts[f"sha256.{group}"] = _hash_tensors(copies)
         tensors |= {f"{group}.{name}": tensor for name, tensor in copies.items()}
+    data = safetensors.torch.save(tensors, texts)
     try:
-        write_atomically(path, safetensors.torch.save(tensors, texts))
+        # Before the first byte: a disk that is filled to its end troubles others too.
+        if shutil.disk_usage(Path(path).parent).free < len(data):
+            raise OSError(errno.ENOSPC, f"it takes {len(data) / 1e6:,.1f} MB, more than are free")
+        write_atomically(path, data)
     except OSError as error:
         raise unwritable(path, error) from error
 

@@ -44,7 +44,8 @@ class CheckpointManager:
         path = _path(run, name)
         try:
             for leftover in run.checkpoints_dir.glob(".*.tmp"):  # of a process that was killed while it saved
-                leftover.unlink(missing_ok=True)
+                if not leftover.is_dir():
+                    leftover.unlink(missing_ok=True)
             if name == "latest" and path.is_file():
                 _replace_latest(run, checkpoint)
             else:
@@ -63,20 +64,21 @@ class CheckpointManager:
         return load_checkpoint(_path(run, self._find(run, name)), groups)
 
     def load_latest(self, run: Run | str) -> tuple[Checkpoint, str]:
-        """The newest checkpoint to resume from, and its name: `previous` where `latest` cannot be read.
+        """The newest checkpoint to resume from, and its name: `previous`, or else `best`, where `latest` is damaged.
 
         Raises:
             RunNotFoundError: there is no such run.
-            CheckpointError: neither can be read; the error is the one about `latest`.
+            CheckpointError: none of them can be read; the error is the one about the first that is there.
         """
         run = self._open(run)
-        try:
-            return self.load(run, "latest"), "latest"
-        except CheckpointError as error:
+        present = [name for name in ("latest", "previous", "best") if name in self.names(run)]
+        errors = []
+        for name in present or ["latest"]:
             try:
-                return self.load(run, "previous"), "previous"
-            except CheckpointError:
-                raise error from None
+                return self.load(run, name), name
+            except CheckpointError as error:
+                errors.append(error)
+        raise errors[0]
 
     def load_checkpoint(self, run: Run | str, name: str = "best") -> dict[str, Any]:
         """The checkpoint as a dictionary, in the words of torch.

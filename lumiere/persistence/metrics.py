@@ -1,9 +1,9 @@
 """`metrics.jsonl`: one JSON object a line, written as training goes and cut back when it resumes."""
 
+import errno
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,35 +15,40 @@ from lumiere.persistence.atomic import write_atomically
 
 MAX_LINE_BYTES = 100_000
 MAX_BYTES = 2**30  # some millions of lines, which a training never writes
-# Control characters that JSON allows, and halves of surrogate pairs, which no file can hold.
-UNPRINTABLE = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class MetricsWriter:
     """Appends records to a metrics file; each line reaches the system before `write` returns.
 
     Raises:
-        LumiereError: the file cannot be written to, or is a link, which could lead out of the run's folder.
+        LumiereError: the file cannot be opened, or is a link, which could lead out of the run's folder.
     """
 
     def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
         try:
-            self._file = open(path, "a", encoding="utf-8", newline="\n", opener=_open_no_link)  # noqa: SIM115
+            # Without a buffer, whose rest a failed write would leave to be written later.
+            self._file = open(path, "ab", buffering=0, opener=_open_no_link)  # noqa: SIM115 (close() closes it)
         except OSError as error:
-            raise LumiereError(
-                f"{str(path)!r} cannot be written: {error.strerror}", "make it a plain file, or move it away"
-            ) from None
+            raise unwritable(self._path, error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line; NaN and infinity, which JSON does not have, become null.
 
         Raises:
+            LumiereError: it cannot be written: the disk is full, perhaps.
             ValueError: `record` has no `step`, which every line of the file has.
         """
         if "step" not in record:
             raise ValueError(f"a metrics record needs a step, it has {', '.join(record) or 'nothing'}")
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        line = (to_json(record) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+        # The system takes a part of what a disk has no more room for, and complains the next time.
+        if written != len(line):
+            raise unwritable(self._path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
     def close(self) -> None:
         self._file.close()
@@ -55,6 +60,14 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def unwritable(path: Path, error: OSError) -> LumiereError:
+    """What to raise where a line could not be written."""
+    return LumiereError(
+        f"{str(path)!r} cannot be written: {error.strerror or error}",
+        "make room or check the folder; lumiere train --resume goes on from what was saved before",
+    )
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -77,13 +90,19 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
     path = Path(path)
     kept = [line + b"\n" for line, record in _read_lines(path) if record["step"] <= last_step]
     if path.exists():
-        write_atomically(path, b"".join(kept))
+        try:
+            write_atomically(path, b"".join(kept))
+        except OSError as error:
+            raise unwritable(path, error) from error
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as standard JSON text, with null for every NaN and infinity in it; nothing in it steers a terminal."""
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    if text.replace("\n", "").isprintable():
+        return text
+    # Beyond those that JSON refuses, some characters steer a terminal, and no file can hold half of a surrogate pair.
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _finite(value: Any) -> Any:

@@ -93,14 +93,18 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How the run stands, by its record."""
-        return str(self.record["status"])
+        """`running`, `finished`, `interrupted` or `failed`, as the record says; `crashed` where it says `running` and
+        no process holds the run's lock; `unknown` where it says nothing."""
+        from lumiere.persistence.lock import is_locked
+
+        status = str(self.record["status"])
+        return "crashed" if status == "running" and not is_locked(self.path) else status
 
     def update(self, **fields: Any) -> None:
         """Sets `fields` in `run.json`, atomically, and keeps the others; only one process may do so at a time.
 
         Raises:
-            LumiereError: the file cannot be written; what was there is untouched.
+            LumiereError: the file cannot be written; it is as it was.
         """
         record = self._read_record() | fields
         try:
@@ -108,7 +112,7 @@ class Run:
         except OSError as error:
             raise LumiereError(
                 f"{str(self.record_path)!r} cannot be written: {error.strerror or error}",
-                "make room or check the folder's permissions; what was there is untouched",
+                "make room or check the folder; lumiere train --resume goes on from what was saved before",
             ) from error
 
     def load_config(self) -> RunConfig:

@@ -1,5 +1,6 @@
 """From a preparation to a run that is trained, and on from where it stopped."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -8,18 +9,21 @@ from datetime import datetime
 from pathlib import Path
 
 from lumiere.config.loader import dump_config
-from lumiere.errors import CheckpointError
+from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.atomic import write_atomically
 from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.fitting import check_fit
+from lumiere.persistence.lock import locked
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk, num_steps
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
+from lumiere.training.extension import changes, check_schedule
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
+from lumiere.training.saving import progress
 from lumiere.training.state import STOP_REASONS
 from lumiere.training.trainer import TrainingResult, train
 
@@ -37,46 +41,73 @@ def start(
     """
     check_room(store.runs_dir, preparation)
     run = store.create()
-    write_atomically(run.config_path, dump_config(preparation.config).encode())
-    write_atomically(run.tokenizer_path, preparation.corpus.tokenizer.to_json().encode())
-    run.update(
-        name=run.name,
-        created_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=list(command),
-        device=str(preparation.device),
-        precision=str(preparation.precision).removeprefix("torch."),
-        num_parameters=preparation.num_parameters,
-        dataset=preparation.config.dataset.name,
-        corpus_sha256=preparation.corpus.fingerprint,
-        step=0,
-        best_loss=None,
-        **environment(),
-    )
-    return supervise(preparation, run, listeners, None)
+    with locked(run.path):
+        write_atomically(run.config_path, dump_config(preparation.config).encode())
+        write_atomically(run.tokenizer_path, preparation.corpus.tokenizer.to_json().encode())
+        run.update(
+            name=run.name,
+            created_at=now(),
+            command=list(command),
+            device=str(preparation.device),
+            precision=str(preparation.precision).removeprefix("torch."),
+            num_parameters=preparation.num_parameters,
+            dataset=preparation.config.dataset.name,
+            corpus_sha256=preparation.corpus.fingerprint,
+            step=0,
+            best_loss=None,
+            **environment(),
+        )
+        return supervise(preparation, run, listeners, None)
 
 
 def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = ()) -> TrainingResult:
     """Go on with a run from its newest checkpoint, or from step 0 where it was killed before the first.
 
+    The config of `preparation` becomes the run's, where it is another one.
+
     Raises:
+        RunBusyError: another process is training it.
         CheckpointError: if the checkpoint is damaged, or belongs to another model.
+        ConfigError: if the schedule cannot be brought to another length any more.
     """
-    checkpoint, name = newest_checkpoint(run)
-    step = checkpoint.step if checkpoint else 0
-    if checkpoint is not None:
-        check_fit(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
-    if name == "previous":
-        for listener in listeners:
-            listener(WarningEvent(step, "the latest checkpoint is damaged, training goes on from the one before it"))
-    # Where nothing was saved, every line goes.
-    truncate_metrics(run.metrics_path, step if checkpoint else -1)
-    return supervise(preparation, run, listeners, checkpoint)
+    with locked(run.path):
+        checkpoint, name = newest_checkpoint(run)
+        step = checkpoint.step if checkpoint else 0
+        if checkpoint is not None:
+            check_fit(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
+        check_schedule(run.load_config().training, preparation.config.training, preparation.epoch_steps, step)
+        if checkpoint and name != "latest":
+            message = f"the latest checkpoint is damaged, training goes on from {name} (step {step:,})"
+            for listener in listeners:
+                listener(WarningEvent(step, message))
+        remove_leftovers(run)
+        # Where nothing was saved, every line goes.
+        truncate_metrics(run.metrics_path, step if checkpoint else -1)
+        changed = changes(run.load_config(), preparation.config)
+        if changed:
+            write_atomically(run.config_path, dump_config(preparation.config).encode())
+        before = run.record.get("resumes")
+        this = {"at": now(), "step": step, "changed": list(map(str, changed))}
+        run.update(resumes=[*(before if isinstance(before, list) else []), this])
+        return supervise(preparation, run, listeners, checkpoint)
+
+
+def now() -> str:
+    """The local time with its zone, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove the unfinished files of a process that was killed while it wrote into the run."""
+    for leftover in run.path.rglob(".*.tmp"):
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
 
 
 def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
     """The state to go on from and its name; None where the run was killed before it saved one."""
     manager = CheckpointManager(run.path.parent)
-    if not {"latest", "previous"} & set(manager.names(run)):
+    if not {"latest", "previous", "best"} & set(manager.names(run)):
         return None, None
     return manager.load_latest(run)
 
@@ -115,10 +146,14 @@ def supervise(
     except BaseException as error:
         # Also for KeyboardInterrupt: a second Ctrl-C leaves at once, with what was saved before.
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        run.update(status=status, error=f"{type(error).__name__}: {error}")
+        # A full disk, or a folder that is gone, can be told of no longer: the run then counts as crashed.
+        with contextlib.suppress(LumiereError):
+            run.update(status=status, error=f"{type(error).__name__}: {error}")
         raise
     status = "finished" if result.signal_number is None else "interrupted"
-    run.update(status=status, stop_reason=result.state.stop_reason)
+    # The progress once more: a process that was killed right after its last save may not have come to write it down.
+    progressed = progress(result.state, preparation.epoch_steps)
+    run.update(status=status, stop_reason=result.state.stop_reason, **progressed)
     return result
 
 

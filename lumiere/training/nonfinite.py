@@ -73,7 +73,11 @@ class Guard:
         if weights:
             raise self._error(problem)
         if settings.on_nonfinite == "stop":
-            raise self._error(problem, "; training.on_nonfinite=skip leaves out such steps")
+            # By the record, which each save brings up to date.
+            step = self._run.record.get("step", 0)
+            start = f"from the last good checkpoint, step {step}" if step else "from the start: nothing was saved yet"
+            command = f"lumiere train --resume {self._run.id} --set training.on_nonfinite=skip"
+            raise self._error(problem, f"; {command} leaves out such steps and goes on {start}")
         if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise self._error(f"{problem}; the {MAX_SKIPPED_IN_A_ROW} steps before were skipped already")
         state.skipped_steps += 1
@@ -112,16 +116,10 @@ class Guard:
             causes.append("nothing is clipped (training.gradient_clip_norm is empty)")
         if self._precision == torch.bfloat16:
             causes.append("bfloat16 is too coarse (training.precision=float32 is not)")
-        # By the record, which each save brings up to date.
-        step = self._run.record.get("step", 0)
-        going_on = (
-            f"goes on from the last good checkpoint, step {step}" if step else "begins again: nothing was saved yet"
-        )
         return NonFiniteError(
             problem,
             f"likely causes: {', '.join(causes)}; train anew with --set training.learning_rate="
-            f"{settings.learning_rate / 3:.1g}, or change {self._run.config_path}, and lumiere train --resume "
-            f"{self._run.id} {going_on}{another_way}",
+            f"{settings.learning_rate / 3:.1g}{another_way}",
         )
 
 

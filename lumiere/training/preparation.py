@@ -1,15 +1,19 @@
 """What a training needs before it can start: everything that can fail on the user's input is found out here."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.data.corpus import load_corpus
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
-from lumiere.errors import LumiereError
+from lumiere.errors import CheckpointError, ConfigError, LumiereError
+from lumiere.persistence.checkpoint import DAMAGE_HINT
+from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
+from lumiere.training.extension import Change, changes, check_changes, with_overrides
 
 if TYPE_CHECKING:
     import torch
@@ -59,22 +63,58 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
     return Preparation(config, corpus, device, precision, peak_flops(device, precision), num_parameters)
 
 
-def prepare_resume(run: Run, progress: Callable[[Progress], None] | None = None) -> Preparation:
+def prepare_resume(
+    run: Run, progress: Callable[[Progress], None] | None = None, overrides: Sequence[str] = ()
+) -> Preparation:
     """`prepare` for a run that exists: with its own config, on the device and in the precision that it took.
 
+    Args:
+        overrides: `section.key=value` texts for settings that may change on the way.
+
     Raises:
-        LumiereError: if the device is not there, or the corpus is another one than the run was trained on.
+        ConfigError: if one of them may not, or config.yaml is no longer what the run was trained with.
+        LumiereError: if the device is not there, or the corpus or the tokenizer is another one.
     """
-    config, record = run.load_config(), run.record
+    config = with_overrides(run.load_config(), overrides)
+    check_changes(changed_settings(run, config), run.id)
+    record = run.record
     taken = {key: record[key] for key in ("device", "precision") if key in record}
     values = config.model_dump()
     # Read as strictly as a config: the record is a file too.
-    config = validate(values | {"training": values["training"] | taken})
-    preparation = prepare(config, progress)
+    there = validate(values | {"training": values["training"] | taken})
+    preparation = prepare(there, progress)
+    if preparation.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
+        raise LumiereError(
+            f"the tokenizer of '{config.dataset.name}' is not the one that run {run.id} was trained with",
+            "restore the corpus and the version of tokenizers that run.json names, or start a new run",
+        )
     # A run that was killed while it was made has no record to compare with, and no checkpoint either.
     if preparation.corpus.fingerprint != record.get("corpus_sha256", preparation.corpus.fingerprint):
         raise LumiereError(
             f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
             "restore it as it was, or start a new run",
         )
-    return replace(preparation, config=run.load_config())
+    return replace(preparation, config=config)
+
+
+def changed_settings(run: Run, config: RunConfig) -> list[Change]:
+    """What differs in `config` from what the run was trained with, by its newest checkpoint."""
+    manager = CheckpointManager(run.path.parent)
+    for name in ("latest", "previous", "best"):
+        if name in manager.names(run):
+            with contextlib.suppress(CheckpointError):
+                saved = manager.load(run, name, groups=()).metadata.get("config")
+                return changes(trained_config(saved, name), config)
+    return changes(run.load_config(), config)
+
+
+def trained_config(saved: Any, name: str) -> RunConfig:
+    """The config in the metadata of the checkpoint `name`.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        return validate(saved)
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint {name} holds no config: {error.message}", DAMAGE_HINT) from None

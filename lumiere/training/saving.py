@@ -1,6 +1,7 @@
 """What a training writes into its run, besides the metrics."""
 
 from collections.abc import Callable
+from typing import Any
 
 from lumiere import __version__
 from lumiere.config.schema import RunConfig
@@ -48,15 +49,7 @@ class Saver:
             NonFiniteError: if it is broken; what was there is untouched.
         """
         self._write(name, self._state.to_checkpoint(self._about))
-        self._run.update(
-            step=self._state.step,
-            epoch=self._state.step / self._epoch_steps,
-            tokens=self._state.tokens,
-            training_seconds=self._state.seconds,
-            best_loss=self._state.best_loss,
-            best_step=self._state.best_step,
-            skipped_steps=self._state.skipped_steps,
-        )
+        self._run.update(**progress(self._state, self._epoch_steps))
         self._tell(CheckpointEvent(self._state.step, name))
 
     def snapshot(self) -> None:
@@ -77,3 +70,16 @@ class Saver:
     def _write(self, name: str, checkpoint: Checkpoint) -> None:
         self._guard.check_checkpoint(checkpoint)
         self._manager.save(self._run, name, checkpoint)
+
+
+def progress(state: TrainingState, epoch_steps: int) -> dict[str, Any]:
+    """What `run.json` says of a training's progress."""
+    return {
+        "step": state.step,
+        "epoch": state.step / epoch_steps,
+        "tokens": state.tokens,
+        "training_seconds": state.seconds,
+        "best_loss": state.best_loss,
+        "best_step": state.best_step,
+        "skipped_steps": state.skipped_steps,
+    }

@@ -74,6 +74,8 @@ def train(
     state = TrainingState.create(config, device, precision)
     if checkpoint is not None:
         state.restore(checkpoint)
+        # Afresh, because the settings may allow more, or less, than those it was saved with.
+        state.stop_reason = reason_to_stop(state, settings, total_steps)
 
     def tell(event: Event) -> None:
         for listener in listeners:
@@ -123,10 +125,7 @@ def train(
                 is_best = state.note_evaluation(evaluation.loss)
                 if ends_epoch:
                     state.note_epoch(evaluation.loss, settings.stopping_threshold)
-                if is_last:
-                    state.stop_reason = "max_steps" if settings.max_steps else "max_epochs"
-                elif settings.patience and state.epochs_without_improvement >= settings.patience:
-                    state.stop_reason = "patience"
+                state.stop_reason = reason_to_stop(state, settings, total_steps)
                 tell(EvaluationEvent(*progress, evaluation, is_best))
                 if is_best:
                     saver.save("best")
@@ -139,6 +138,15 @@ def train(
             if interrupted:
                 return TrainingResult(run, state, evaluation, interruption.signal_number)
     return TrainingResult(run, state, evaluation, None)
+
+
+def reason_to_stop(state: TrainingState, settings: TrainingConfig, total_steps: int) -> str | None:
+    """Why training is over, as the state is now; None where it is not."""
+    if state.step >= total_steps:
+        return "max_steps" if settings.max_steps else "max_epochs"
+    if settings.patience and state.epochs_without_improvement >= settings.patience:
+        return "patience"
+    return None
 
 
 def train_step(

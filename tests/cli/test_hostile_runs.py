@@ -20,6 +20,7 @@ from lumiere.persistence.runs import Run, RunStore
 
 USES = (["eval", "latest"], ["generate"], ["inspect", "attention"])
 RESUME = ["train", "--resume", "latest"]
+STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\u202e\ud800[bold red]\n"
 
 
 def refuse(arguments: list[str]) -> str:
@@ -101,8 +102,9 @@ def test_a_config_that_describes_another_model_of_the_same_shapes(run: Run) -> N
     )
     run.config_path.write_text(changed)
     recorded(run, stop_reason=None)
-    for command in (*USES, RESUME):
+    for command in USES:
         assert "does not fit the model in its config.yaml" in refuse(command)
+    assert "was trained with model.num_heads 2, which cannot become 4" in refuse(RESUME)
 
 
 @pytest.mark.parametrize("change", ["d_ff: 1000000", "d_ff: 10000000000000", "d_ff: .nan", "d_ff: &a [*a]"])
@@ -138,7 +140,40 @@ def test_a_record_of_a_device_that_is_none(run: Run, key: str, value: Any) -> No
     assert f"training.{key} must be" in refuse(RESUME)
 
 
-STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\u202e\ud800[bold red]\n"
+@pytest.mark.parametrize("config", [None, 7, [], {"model": []}, {"model": {"d_ff": STEERING}}])
+def test_checkpoints_that_hold_no_config(run: Run, config: Any) -> None:
+    recorded(run, config=config, stop_reason=None)
+    for command in (*USES, RESUME):
+        assert "does not fit the model in its config.yaml" in refuse(command)
+
+
+def test_a_resume_of_a_run_whose_small_things_are_odd(run: Run) -> None:
+    recorded(run, stop_reason=None, step=8)
+    run.update(resumes=7, status="running", step=STEERING, best_loss=[], epoch={})
+    (run.path / ".odd.tmp").mkdir()
+    (run.checkpoints_dir / ".odd.tmp").mkdir()
+    result = CliRunner().invoke(app, RESUME)
+    assert result.exit_code == 0, result.output
+    assert [resumed["step"] for resumed in run.record["resumes"]] == [8]
+    assert (run.status, run.record["step"]) == ("finished", 12)
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(run: Run) -> None:
+    recorded(run, stop_reason=None, step=8)
+    run.update(status="running")
+    outside = Path("outside")
+    outside.write_text("precious")
+    lock = run.path / ".lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(outside.absolute())
+    assert CliRunner().invoke(app, ["runs", "ls"]).exit_code == 0
+    assert "cannot be locked" in refuse(RESUME)
+    lock.unlink()
+    os.mkfifo(lock)
+    assert "crashed" in CliRunner().invoke(app, ["runs", "ls"]).stdout
+    assert outside.read_text() == "precious"
+
+
 HOSTILE: list[Any] = [STEERING, STEERING * 1000, 7, -1e308, 2**62, True, [STEERING], {STEERING: [1]}, [], {}, None, "é"]
 
 

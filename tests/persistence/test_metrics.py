@@ -152,7 +152,7 @@ def test_a_file_beyond_all_measure_is_not_read(path: Path) -> None:
 
 
 def test_json_that_is_written_steers_no_terminal(path: Path) -> None:
-    record = {"step": 1, "text": "a\x1b[31m\x9b31m\x7f\u202e\ud800 é ·↵"}
+    record = {"step": 1, "text": "a\x1b[31m\x9b31m\x7f\u202e\u202f\u3000\U000e0001\ud800 é ·↵"}
     assert to_json(record).isprintable()
     assert json.loads(to_json(record)) == record
     assert "é ·↵" in to_json(record)
@@ -165,3 +165,31 @@ def test_there_are_no_metrics_before_the_first_line(path: Path) -> None:
     assert read_metrics(path) == []
     truncate_metrics(path, last_step=3)
     assert not path.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full, the disk that is always full")
+def test_a_line_that_does_not_fit_on_the_disk_is_an_error_each_time() -> None:
+    with MetricsWriter("/dev/full") as writer:
+        for step in (1, 2):
+            with pytest.raises(LumiereError, match="'/dev/full' cannot be written: No space left on device"):
+                writer.write({"step": step})
+
+
+def test_a_part_of_a_line_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NearlyFull:
+        def write(self, data: bytes) -> int:
+            return len(data) - 1
+
+        def close(self) -> None:
+            pass
+
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer.close()
+    monkeypatch.setattr(writer, "_file", NearlyFull())
+    with pytest.raises(LumiereError, match="No space left"):
+        writer.write({"step": 1})
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(LumiereError, match="cannot be written: No such file or directory"):
+        MetricsWriter(tmp_path / "gone" / "metrics.jsonl")

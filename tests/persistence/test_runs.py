@@ -326,7 +326,7 @@ def test_a_failed_update_keeps_the_record(store: RunStore, monkeypatch: pytest.M
     run.update(status="running")
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        with pytest.raises(LumiereError, match="cannot be written: No space left"):
+        with pytest.raises(LumiereError, match=r"run\.json' cannot be written: No space left"):
             run.update(status="finished")
     assert run.record == {"status": "running"}
 

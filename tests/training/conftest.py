@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lumiere.config.schema import RunConfig
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import launch as launch_module
 from lumiere.training.environment import environment
-from lumiere.training.events import Listener
+from lumiere.training.events import Event, Listener, StepEvent
 from lumiere.training.launch import start
 from lumiere.training.preparation import prepare
 from lumiere.training.trainer import TrainingResult
@@ -66,12 +67,26 @@ def configure(tiny_config: RunConfig) -> Configure:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Trains a config in a runs directory of this test."""
+    """Trains a config in a runs directory of this test, which is the current folder's."""
 
     def trained(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResult:
         return start(prepare(config), RunStore(tmp_path / "runs"), listeners=listeners)
 
     return trained
+
+
+@pytest.fixture(scope="session")
+def stop_at() -> Callable[[int], Listener]:
+    """Makes a listener that is Ctrl-C during a step."""
+
+    def at(step: int) -> Listener:
+        def listen(event: Event) -> None:
+            if isinstance(event, StepEvent) and event.step == step:
+                signal.raise_signal(signal.SIGINT)
+
+        return listen
+
+    return at
 
 
 @pytest.fixture(scope="session")

@@ -220,16 +220,16 @@ def test_it_goes_on_from_the_last_good_checkpoint(configure, launch, broken: Bre
     assert run != never_broken
     assert len(saved) == 1
     assert tensor_hashes(run, "latest") == saved[0]
-    assert f"lumiere train --resume {run.id} goes on from the last good checkpoint, step 2" in (caught.value.hint or "")
-    # As it is, it comes to the same step again; with a setting changed in its config, it passes.
+    way_out = f"lumiere train --resume {run.id} --set training.on_nonfinite=skip leaves out such steps and goes on from"
+    assert f"{way_out} the last good checkpoint, step 2" in (caught.value.hint or "")
+    # As it is, it comes to the same step again; the way out passes it.
     broken({4}, first=3)
     with pytest.raises(NonFiniteError, match="step 4"):
         go_on(run)
     assert tensor_hashes(run, "latest") == saved[0]
-    given = run.config_path.read_text()
-    run.config_path.write_text(given.replace("on_nonfinite: stop", "on_nonfinite: skip"))
     broken({4}, first=3)
-    assert go_on(run, stop_at(4)).state.skipped_steps == 1
+    preparation = prepare_resume(run, overrides=["training.on_nonfinite=skip"])
+    assert resume(preparation, run, [stop_at(4)]).state.skipped_steps == 1
     # And with what broke it gone, as if nothing had been.
     run = launch(config, [stop_at(2)]).run
     broken({4}, first=3)
@@ -304,7 +304,7 @@ def test_the_hint_names_the_causes_that_there_are(
     assert cause in given
     assert cause not in hint({})
     assert "training.learning_rate=0.3 is too high" in given
-    assert "--set training.learning_rate=0.1," in given
+    assert "--set training.learning_rate=0.1" in given
 
 
 # What explodes
@@ -470,14 +470,9 @@ def test_the_command_says_what_happened_and_leaves_with_2(configure) -> None:
     assert error.endswith("documents of the batch: 0")
     assert hint.startswith("hint: likely causes: training.learning_rate=1e+10 is too high")
     run = only_run()
-    assert (
-        f"change runs/{run.name}/config.yaml, and lumiere train --resume {run.id} begins again: nothing was saved yet"
-        in hint
-    )
+    assert f"lumiere train --resume {run.id} --set training.on_nonfinite=skip" in hint
+    assert hint.endswith("goes on from the start: nothing was saved yet")
     assert run.record["status"] == "failed"
     result = CliRunner().invoke(app, ["train", "--resume", run.id])
     assert (result.exit_code, result.stderr.splitlines()[-2]) == (2, error), "the same again"
-    slower = run.config_path.read_text().replace("learning_rate: 10000000000.0", "learning_rate: 0.01", 1)
-    run.config_path.write_text(slower)
-    assert CliRunner().invoke(app, ["train", "--resume", run.id]).exit_code == 0
-    assert run.record["status"] == "finished"
+    assert run.status == "failed"

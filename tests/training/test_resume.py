@@ -35,6 +35,7 @@ LONGER = {
     "training.checkpoint_interval": 4,
     "training.ema_decay": 0.5,
 }
+BOOK = {"dataset.name": "text", "dataset.data_files": "book.txt", "dataset.num_documents": None}
 
 
 class KilledError(Exception):
@@ -128,6 +129,25 @@ def test_interrupted_at_any_step(configure, launch, outcome, straight, step: int
     assert second.state.seconds > first.state.seconds
     assert (run.record["status"], run.record["stop_reason"]) == ("finished", "max_steps")
     assert outcome(run) == straight[0]
+
+
+FORTY = LONGER | {"training.max_steps": 40, "training.optimizer": "muon", "training.random_window_offset": True}
+
+
+@pytest.fixture(scope="module")
+def straight_forty(configure, outcome, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
+        return outcome(start(prepare(configure(FORTY)), RunStore(tmp_path_factory.mktemp("forty") / "runs")).run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, 40))
+def test_interrupted_at_any_of_forty_steps(configure, launch, outcome, straight_forty, step: int) -> None:
+    """With all that a state can hold: Muon's momenta, AdamW's averages, the average of the weights, eight epochs."""
+    run = launch(configure(FORTY), [stop_at(step)]).run
+    assert go_on(run).state.step == 40
+    assert outcome(run) == straight_forty
 
 
 def test_interrupted_again_and_again(configure, launch, outcome, straight) -> None:
@@ -254,6 +274,25 @@ def test_a_finished_run_says_why_and_stays_as_it_is(configure, launch, outcome, 
     assert outcome(run) == straight[0]
 
 
+def test_killed_after_its_last_save_it_is_brought_to_its_end(
+    configure, launch, outcome, straight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = launch(configure(LONGER)).run
+    update, last = Run.update, CheckpointEvent(NUM_STEPS, "latest")
+    with monkeypatch.context() as patch:
+        # The record of the last save, and all that comes after it, is lost.
+        patch.setattr(Run, "update", lambda run, **fields: fields.get("step") == last.step or update(run, **fields))
+        with pytest.raises(KilledError):
+            launch(configure(LONGER), [lambda event: kill_at(0)(event) if event == last else None])
+    run = next(run for run in RunStore().all() if run != whole)
+    run.update(status="running")
+    assert (run.status, run.record["step"]) == ("crashed", 10)
+    go_on(run)
+    assert outcome(run) == straight[0]
+    told = ("status", "step", "epoch", "tokens", "best_loss", "best_step", "stop_reason", "skipped_steps")
+    assert {name: run.record[name] for name in told} == {name: whole.record[name] for name in told}
+
+
 def test_device_and_precision_are_those_it_was_trained_with(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure({"training.device": "auto", "training.precision": "auto"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -277,12 +316,47 @@ def test_a_device_that_is_gone_is_refused(configure, launch, monkeypatch: pytest
 
 
 def test_another_corpus_is_refused(configure, launch) -> None:
-    run = launch(configure({}), [stop_at(3)]).run
-    text = run.config_path.read_text()
-    changed = text.replace("num_documents: 1\n", "num_documents: 2\n")
-    assert changed != text
-    run.config_path.write_text(changed)
-    with pytest.raises(LumiereError, match=f"'stories' is not the one that run {run.id} was trained on"):
+    book = Path("book.txt")
+    book.write_text("Zorbunika sang. Then Zorbunika slept. " * 40)
+    run = launch(configure(BOOK), [stop_at(3)]).run
+    text = book.read_text()
+    book.write_text(text.replace("slept", "leapt"))
+    with pytest.raises(LumiereError, match=f"the (corpus|tokenizer).* is not the one that run {run.id} was trained"):
         prepare_resume(run)
-    run.config_path.write_text(text)
+    assert run.record["status"] == "interrupted"
+    book.write_text(text)
     assert go_on(run).state.step == 6
+
+
+def test_another_tokenizer_is_refused(configure, launch) -> None:
+    run = launch(configure({}), [stop_at(3)]).run
+    text = run.tokenizer_path.read_text()
+    # As another version of tokenizers might have merged.
+    tokenizer = json.loads(text)
+    tokenizer["model"]["merges"][-2:] = reversed(tokenizer["model"]["merges"][-2:])
+    run.tokenizer_path.write_text(json.dumps(tokenizer))
+    with pytest.raises(LumiereError, match=f"the tokenizer of 'stories' is not the one that run {run.id}"):
+        prepare_resume(run)
+    run.tokenizer_path.write_text(text)
+    assert go_on(run).state.step == 6
+
+
+def test_where_latest_and_the_one_before_are_damaged_best_is_gone_on_from(configure, launch, outcome, straight) -> None:
+    run = launch(configure(LONGER), [stop_at(8)]).run
+    best = CheckpointManager().load(run, "best", groups=()).metadata["step"]
+    for name in ("latest", "previous"):
+        (run.checkpoints_dir / f"{name}.safetensors").write_bytes(b"damaged")
+    events: list[Event] = []
+    go_on(run, events.append)
+    assert isinstance(events[0], WarningEvent)
+    assert events[0].message.endswith(f"goes on from best (step {best})")
+    assert outcome(run) == straight[0]
+
+
+def test_what_a_killed_process_left_behind_goes(configure, launch) -> None:
+    run = launch(configure({}), [stop_at(3)]).run
+    leftovers = [run.path / ".run.json.0a1b2c3d.tmp", run.checkpoints_dir / ".latest.safetensors.0a1b2c3d.tmp"]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half a file")
+    go_on(run)
+    assert not any(leftover.exists() for leftover in leftovers)

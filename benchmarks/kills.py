@@ -1,0 +1,303 @@
+"""Whether a training survives being killed anywhere: `python benchmarks/kills.py --kills 100`.
+
+Trains a tiny model to its end, undisturbed. Then trains it again and again as a process that is ended with SIGKILL: at
+random moments, and inside every stage of writing a file, where the write is held open until the kill has come. After
+every kill, `lumiere runs ls` must work, every checkpoint that is there must load, and no unfinished files may pile
+up; then the run is resumed, to be killed again. When it comes to its end, its weights must be those of the undisturbed
+run, bit for bit, and its metrics must have every step once.
+
+The processes are forks of this one, which has loaded torch already: a kill then takes a second and not five.
+"""
+
+import argparse
+import builtins
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
+
+CONFIG = """
+model: {embedding_size: 16, context_size: 16, num_layers: 1, num_heads: 2, d_key: 8, d_value: 8, d_ff: 32, dropout: 0.1}
+tokenizer: {vocab_size: 320}
+dataset: {name: stories, num_documents: 4, validation_fraction: 0.25, sliding_window_size: 4}
+training: {batch_size: 8, max_steps: 60, learning_rate: 0.01, warmup_steps: 4, eval_interval: 7, log_interval: 1,
+           checkpoint_interval: 3, ema_decay: 0.9, device: cpu, precision: float32}
+"""
+NUM_STEPS = 60
+STAGES = ("write", "half", "written", "fsync", "fsynced", "replace", "replaced", "link", "unlink")
+MOST_LEFTOVERS = 3  # of one killed process: a checkpoint, a link of the one before it, a record
+HELD = b"h"
+
+
+class LostError(Exception):
+    """What must not happen happened."""
+
+
+# --- the process that is killed ---------------------------------------------------------------------------------------
+
+
+def in_child(act: Callable[[], int], hold_at: tuple[str, int] | None = None) -> tuple[int, int]:
+    """Fork, and run `act` in the child: the child's id, and a pipe that gives `HELD` where it holds a write open."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        return child, reading
+    try:
+        os.close(reading)
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        errors = os.open("errors.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(errors, 2)
+        if hold_at is not None:
+            hold(*hold_at, writing)
+        code = act()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    os._exit(code)
+
+
+def hold(stage: str, number: int, pipe: int) -> None:
+    """Make this process stop for good when it comes to a stage of writing a file for the time `number`."""
+    from lumiere.persistence import atomic
+
+    left = number
+
+    def come_to(name: str) -> None:
+        nonlocal left
+        if name == stage:
+            left -= 1
+            if left == 0:
+                os.write(pipe, HELD)
+                time.sleep(3600)
+
+    def around(function: Callable[..., Any], before: str, after: str = "") -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            come_to(before)
+            result = function(*arguments, **options)
+            come_to(after)
+            return result
+
+        return call
+
+    class SlowFile:
+        """A file whose writing can be caught in the middle."""
+
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __enter__(self) -> "SlowFile":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._file.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def write(self, data: bytes) -> None:
+            come_to("write")
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+            come_to("half")
+            self._file.write(data[len(data) // 2 :])
+            come_to("written")
+
+    def open_slowly(*arguments: Any, **options: Any) -> SlowFile:
+        return SlowFile(builtins.open(*arguments, **options))
+
+    setattr(atomic, "open", open_slowly)  # noqa: B010 (the module has no such name of its own)
+    os.fsync = around(os.fsync, "fsync", "fsynced")
+    os.replace = around(os.replace, "replace", "replaced")
+    os.link = around(os.link, "link")
+    os.unlink = around(os.unlink, "unlink")
+
+
+def lumiere(*arguments: str) -> Callable[[], int]:
+    """The command, as its entry point runs it."""
+
+    def run() -> int:
+        from lumiere.cli import app
+
+        sys.argv = ["lumiere", *arguments]
+        app(prog_name="lumiere")
+        return 0
+
+    return run
+
+
+# --- what is looked at ------------------------------------------------------------------------------------------------
+
+
+def ended(child: int, pipe: int) -> int:
+    """Wait for the child's own end: its exit code."""
+    os.close(pipe)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def succeed(*arguments: str) -> None:
+    """Run a command in a process of its own, which must succeed."""
+    code = ended(*in_child(lumiere(*arguments)))
+    if code != 0:
+        raise LostError(f"lumiere {' '.join(arguments)} left with {code}: {Path('errors.txt').read_text()[-2000:]}")
+
+
+def outcome(run: Any) -> dict[str, Any]:
+    """The bits of a finished run that may depend on nothing but its config."""
+    import hashlib
+
+    from safetensors.numpy import load_file
+
+    def digest(path: Path) -> str:
+        tensors = sorted(load_file(path).items())
+        return hashlib.sha256(b"".join(name.encode() + tensor.tobytes() for name, tensor in tensors)).hexdigest()
+
+    lines = [json.loads(line) for line in run.metrics_path.read_text(encoding="utf-8").splitlines()]
+    clock = ("time", "tokens_per_second", "mfu")
+    return {
+        "tensors": {
+            path.stem: digest(path)
+            for path in sorted(run.checkpoints_dir.glob("*.safetensors"))
+            if path.stem != "previous"
+        },
+        "metrics": [{key: value for key, value in line.items() if key not in clock} for line in lines],
+    }
+
+
+def check_after_a_kill(run: Any) -> None:
+    """All that must hold at once, before anything is mended."""
+    from lumiere.persistence.checkpoint_manager import CheckpointManager
+
+    manager = CheckpointManager(run.path.parent)
+    for name in manager.names(run):
+        manager.load(run, name)
+    leftovers = list(run.path.rglob(".*.tmp"))
+    if len(leftovers) > MOST_LEFTOVERS:
+        raise LostError(f"unfinished files pile up: {', '.join(map(str, leftovers))}")
+    if run.status not in ("crashed", "unknown", "finished"):
+        raise LostError(f"killed, and its status is {run.status}")
+    succeed("runs", "ls", "--runs-dir", str(run.path.parent))
+
+
+# --- killing ----------------------------------------------------------------------------------------------------------
+
+
+def kill_one(arguments: list[str], hold_at: tuple[str, int] | None, seconds: float) -> bool:
+    """Start the command and kill it, in the held stage or after so many seconds: whether that was before its end."""
+    import select
+
+    child, pipe = in_child(lumiere(*arguments), hold_at)
+    select.select([pipe], [], [], 60 if hold_at else seconds)  # a child that ends closes the pipe, which wakes us too
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    return ended(child, pipe) == -signal.SIGKILL
+
+
+def moments(generator: random.Random, whole_seconds: float) -> Iterator[tuple[tuple[str, int] | None, float]]:
+    """Without end: every stage of writing in turn, for a random one of its times, and random moments between them."""
+    while True:
+        for stage in STAGES:
+            yield (stage, generator.randint(1, 12)), 0.0
+            yield None, generator.uniform(0, whole_seconds)
+
+
+def survive(num_kills: int, seed: int, tell: Callable[[str], None]) -> dict[str, int]:
+    """Kill trainings so many times, in the current folder, which must be empty.
+
+    Returns:
+        How many kills there were, by where they came; and how many runs came to their end.
+
+    Raises:
+        LostError: if anything was lost.
+    """
+    # What the children need, loaded once for all of them; torch loads its compiler with its optimizers.
+    import torch
+    import torch._dynamo
+
+    from lumiere.persistence.runs import RunStore
+
+    torch.set_num_threads(1)
+    Path("config.yaml").write_text(CONFIG, encoding="utf-8")
+    os.environ["LUMIERE_CACHE_DIR"] = str(Path("cache").absolute())
+    succeed("train", "config.yaml", "--runs-dir", "whole")  # which fills the cache of the corpus
+    start = time.perf_counter()
+    succeed("train", "config.yaml", "--runs-dir", "whole")
+    whole_seconds = time.perf_counter() - start
+    expected = outcome(RunStore("whole").all()[0])
+    if [line["step"] for line in expected["metrics"] if "loss" in line] != list(range(1, NUM_STEPS + 1)):
+        raise LostError("the undisturbed run is none to compare with")
+
+    store = RunStore("killed")
+    counts = dict.fromkeys([*STAGES, "random", "finished"], 0)
+    run = None
+    plan = moments(random.Random(seed), whole_seconds)
+    while sum(counts.values()) - counts["finished"] < num_kills:
+        hold_at, seconds = next(plan)
+        before = {known.name for known in store.all()}
+        arguments = ["train", "--resume", run.id] if run else ["train", "config.yaml"]
+        was_killed = kill_one([*arguments, "--runs-dir", "killed"], hold_at, seconds)
+        made = [new for new in store.all() if new.name not in before]
+        run = run or (made[0] if made else None)
+        if was_killed:
+            counts[hold_at[0] if hold_at else "random"] += 1
+            if run is None:
+                continue  # before the run was there
+            check_after_a_kill(run)
+            tell(f"killed {'in ' + hold_at[0] if hold_at else f'after {seconds:.2f} s'}: {run.id} is {run.status}")
+            if not run.config_path.exists():
+                run = None  # while the run was made: nothing was trained, and nothing can be resumed
+        elif run and run.status == "finished":
+            counts["finished"] += check_the_end(run, expected)
+            run = None
+        else:
+            raise LostError(f"it ended by itself: {Path('errors.txt').read_text()[-2000:]}")
+    if run:
+        succeed("train", "--resume", run.id, "--runs-dir", "killed")
+        counts["finished"] += check_the_end(run, expected)
+    return counts
+
+
+def check_the_end(run: Any, expected: dict[str, Any]) -> int:
+    found = outcome(run)
+    if found != expected:
+        names = [name for name, value in expected["tensors"].items() if found["tensors"].get(name) != value]
+        raise LostError(f"{run.path} is not what it would have been; other tensors: {', '.join(names) or 'none'}")
+    if leftovers := list(run.path.rglob(".*.tmp")):
+        raise LostError(f"unfinished files stay: {', '.join(map(str, leftovers))}")
+    return 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        start = time.perf_counter()
+        counts = survive(arguments.kills, arguments.seed, lambda line: print(line, file=sys.stderr))
+        os.chdir("/")
+    finished = counts.pop("finished")
+    places = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"{sum(counts.values())} kills ({places}), {finished} runs at their end with the same bits, nothing lost")
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

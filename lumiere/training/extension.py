@@ -1,0 +1,108 @@
+"""Which settings of a run may change when it goes on, and why the others may not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lumiere.config.loader import assign, parse_override, validate
+from lumiere.config.schema import RunConfig, TrainingConfig
+from lumiere.errors import ConfigError
+from lumiere.training.costs import num_steps
+from lumiere.training.schedule import learning_rate_factor
+
+CHANGEABLE = (
+    "max_epochs",
+    "max_steps",
+    "patience",
+    "stopping_threshold",
+    "on_nonfinite",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "snapshots",
+)
+"""Settings of `training` that say how long it goes on and what is watched of it, and not what a step computes."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is no longer what the run was trained with so far."""
+
+    path: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {text(self.before)} -> {text(self.after)}"
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The config with `section.key=value` texts, as `--set` takes them, applied from left to right.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    values = config.model_dump()
+    for override in overrides:
+        assign(values, *parse_override(override))
+    return validate(values)
+
+
+def changes(before: RunConfig, after: RunConfig) -> list[Change]:
+    """The settings that differ."""
+    old, new = flat(before), flat(after)
+    return [Change(path, old[path], value) for path, value in new.items() if value != old[path]]
+
+
+def check_changes(changed: Sequence[Change], run_id: str) -> None:
+    """Refuse what would make another training of what was trained so far.
+
+    Raises:
+        ConfigError: naming the first such setting.
+    """
+    for change in changed:
+        section, _, name = change.path.partition(".")
+        if section != "training" or name not in CHANGEABLE:
+            raise ConfigError(
+                f"run {run_id} was trained with {change.path} {text(change.before)}, which cannot become "
+                f"{text(change.after)} on the way: the steps so far would have been others",
+                f"start a new run with it; on the way may change: {', '.join(CHANGEABLE)}",
+            )
+
+
+def check_schedule(before: TrainingConfig, after: TrainingConfig, epoch_steps: int, step: int) -> None:
+    """Refuse another length of a schedule that has begun to fall.
+
+    A run that goes on to a longer end must have come through the rates of that longer schedule. As rates never rise
+    again once they fall, and the warm-up does not depend on the length, the newest step tells for all of them.
+
+    Args:
+        epoch_steps: steps of an epoch.
+        step: the steps trained so far.
+
+    Raises:
+        ConfigError: if some of these steps had other learning rates than the new schedule gives them.
+    """
+    if step == 0:
+        return
+    plan = (before.warmup_steps, before.schedule, before.decay_fraction)
+    old, new = num_steps(before, epoch_steps), num_steps(after, epoch_steps)
+    beyond_its_end = step > new and before.schedule != "constant"
+    if beyond_its_end or learning_rate_factor(step, old, *plan) != learning_rate_factor(step, new, *plan):
+        raise ConfigError(
+            f"the {before.schedule} schedule of {old:,} steps cannot become one of {new:,} at step {step:,}: "
+            f"the learning rate already fell, and the steps so far would have had other rates",
+            "start a new run of that length; a run that is to be extended needs training.schedule=constant, or "
+            "training.decay_fraction below 1 and an extension before the fall",
+        )
+
+
+def flat(config: RunConfig) -> Mapping[str, Any]:
+    """The settings by dotted path."""
+    sections = config.model_dump()
+    return {f"{section}.{name}": value for section, keys in sections.items() for name, value in keys.items()}
+
+
+def text(value: Any) -> str:
+    """A value as a config shows it."""
+    return "empty" if value is None else str(value)
