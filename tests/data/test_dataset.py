@@ -301,6 +301,16 @@ def test_a_crafted_cache_is_an_error(built: Path, cache: Path, name: str, damage
     assert caught.value.hint == "delete that folder"
 
 
+def test_no_file_outside_of_the_cache_is_read(built: Path, cache: Path) -> None:
+    shutil.copytree(built, cache)
+    [folder] = folders(cache)
+    for ending in (".ids", ".offsets.npy"):
+        (folder / f"test{ending}").rename(cache / f"outside{ending}")
+    rename_split(folder / "splits.json", "../../outside")
+    with pytest.raises(DataError, match=r"is damaged: it has the splits train, validation, \.\./\.\./outside"):
+        tokenize_corpus(config_of())
+
+
 def test_a_cache_with_a_larger_tokenizer_is_an_error(cache: Path) -> None:
     tokenize_corpus(config_of(vocab_size=310))
     [large] = folders(cache)

@@ -266,6 +266,37 @@ def test_a_header_that_lies_is_a_clear_error(path: Path, header: Any) -> None:
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("spans", "size"),
+    [
+        ([(0, 8), (0, 8)], 8),
+        ([(0, 8), (4, 12)], 12),
+        ([(4, 8)], 8),
+        ([(0, 4), (8, 12)], 12),
+        ([(0, 8), (8, 8), (4, 12)], 12),
+    ],
+)
+def test_tensors_that_share_bytes_or_leave_some_are_damage_even_with_their_hashes(
+    path: Path, spans: list[tuple[int, int]], size: int
+) -> None:
+    """A kilobyte of header could otherwise make of one gigabyte of data as many as it likes."""
+    data = bytes(range(size))
+    names = [f"a{i}" for i in range(len(spans))]
+    described = b"".join(
+        json.dumps([name, "torch.float32", [(end - begin) // 4]]).encode() + data[begin:end]
+        for name, (begin, end) in zip(names, spans, strict=True)
+    )
+    header = {
+        f"model.{name}": {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
+        for name, (begin, end) in zip(names, spans, strict=True)
+    }
+    texts = ours(**{"sha256.model": hashlib.sha256(described).hexdigest()})
+    write_file(path, {"__metadata__": texts} | header, data)
+    for read in (load_checkpoint, read_metadata):
+        with pytest.raises(CheckpointError, match="its tensors overlap or leave gaps"):
+            read(path)
+
+
 def resealed(metadata: str) -> dict[str, str]:
     return ours(**{"metadata": metadata, "sha256.metadata": hashlib.sha256(metadata.encode()).hexdigest()})
 
