@@ -243,7 +243,7 @@ def mutate_checkpoint(data: bytes, draw: random.Random) -> bytes:
 
 
 def group_hash(header: dict[str, Any], data: bytes, group: str) -> str:
-    """As docs of `lumiere.persistence.checkpoint` say it, over the names, types, shapes and bytes."""
+    """The hash that `lumiere.persistence.checkpoint` keeps of a group: over names, types, shapes and bytes."""
     import safetensors.torch
 
     digest = hashlib.sha256()
