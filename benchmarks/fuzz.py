@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import re
@@ -261,9 +262,17 @@ def group_hash(header: dict[str, Any], data: bytes, group: str) -> str:
 
 def read_metrics(folder: Path) -> None:
     from lumiere.errors import LumiereError
+    from lumiere.persistence.following import MetricsFollower
+    from lumiere.persistence.history import last_records, read_history, sample_losses
     from lumiere.persistence.metrics import MetricsWriter, read_metrics, to_json, truncate_metrics
 
     path = folder / "metrics.jsonl"
+    history = read_history(path)
+    for curve in (history.training, history.validation):
+        assert all(math.isfinite(number) for point in curve for number in point)
+    assert all(math.isfinite(loss) for loss in sample_losses(path, 4))
+    to_json(last_records(path)).encode()
+    list(MetricsFollower(path).poll())
     records = read_metrics(path)
     for record in records:
         to_json(record).encode()
@@ -295,14 +304,15 @@ def mutate_metrics(data: bytes, draw: random.Random) -> bytes:
 
 def read_record(folder: Path) -> None:
     """What `runs ls` and `runs show` print, in words and as JSON; and what is written after it."""
-    from lumiere.cli.runs import list_runs, show_run
+    from lumiere.cli.runs.ls import list_all
+    from lumiere.cli.runs.show import show_run
     from lumiere.persistence.runs import RunStore
 
     run = RunStore(folder).open("latest")
     assert isinstance(run.status, str)
     for as_json in (False, True):
         with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(io.StringIO()):
-            list_runs(str(folder), as_json)
+            list_all(runs_dir=str(folder), as_json=as_json)
             show_run("latest", str(folder), as_json)
         check_printable(shown.getvalue().replace("\n", ""))
     run.update(status="finished")
@@ -380,7 +390,8 @@ def work(name: str, runs: int, seed: int, folder: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=INSTRUMENTED):
-        import lumiere.cli.runs
+        import lumiere.cli.runs.ls
+        import lumiere.cli.runs.show
         import lumiere.config.loader
         import lumiere.data.tokenizer
         import lumiere.persistence.fitting

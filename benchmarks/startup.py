@@ -1,7 +1,8 @@
 """How long the light commands take, as whole processes: `python benchmarks/startup.py`.
 
 Prints medians of several interleaved repeats, beside what starting Python and importing torch take on the machine.
-Promised: `lumiere runs ls` with 1,000 runs under 0.3 s, and within 5 s the news that there is no network.
+Promised: `lumiere runs ls` with 1,000 runs under 0.3 s, also where one has 1 GB of metrics, and within 5 s the news
+that there is no network.
 """
 
 import json
@@ -13,9 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from lumiere.persistence.notes import add_tags
 from lumiere.persistence.runs import RunStore
 
 NUM_RUNS = 1000
+LINES_PER_RUN = 200
 REPEATS = 9
 LUMIERE = [sys.executable, "-m", "lumiere"]
 COMMANDS = {
@@ -24,15 +27,29 @@ COMMANDS = {
     "lumiere --help": [*LUMIERE, "--help"],
     f"lumiere runs ls ({NUM_RUNS:,} runs)": [*LUMIERE, "runs", "ls"],
     f"lumiere runs ls --json ({NUM_RUNS:,} runs)": [*LUMIERE, "runs", "ls", "--json"],
+    "lumiere runs ls --sort loss -n 20": [*LUMIERE, "runs", "ls", "--sort", "loss", "-n", "20"],
     "lumiere train small (no network)": [*LUMIERE, "train", "small"],
 }
 
 
+def metrics(num_lines: int) -> bytes:
+    """As many lines of metrics as a real training writes, every twentieth an evaluation."""
+    lines = []
+    for i in range(num_lines):
+        step, loss = 10 * (i + 1), 4 + 4 / (1 + i / 10)
+        record = {"step": step, "epoch": step / 1690, "tokens": 1900 * step, "time": 0.1 * step}
+        training = {"loss": loss, "learning_rate": 3e-4, "grad_norm": 1.25, "tokens_per_second": 17500.4, "mfu": 0.4149}
+        evaluation = {"val_loss": loss, "val_perplexity": 82.93, "val_bits_per_byte": 1.8}
+        lines.append(json.dumps(record | (evaluation if i % 20 == 19 else training)))
+    return "\n".join([*lines, ""]).encode()
+
+
 def make_runs(folder: Path) -> None:
-    """A thousand finished runs with the record of a real one."""
+    """A thousand finished runs with the record, the metrics and the tags of a real one; the last has a gigabyte."""
     record = {
         "status": "finished",
         "num_parameters": 1_188_992,
+        "total_steps": 2000,
         "step": 2000,
         "best_loss": 4.418,
         "dataset": "Salesforce/wikitext",
@@ -41,8 +58,16 @@ def make_runs(folder: Path) -> None:
         "machine": {"host": "laptop", "cpus": 2},
     }
     store = RunStore(folder / "runs")
-    for _ in range(NUM_RUNS):
-        store.create().record_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    usual = metrics(LINES_PER_RUN)
+    for i in range(NUM_RUNS):
+        run = store.create()
+        run.record_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        run.metrics_path.write_bytes(usual)
+        if i % 10 == 0:
+            add_tags(run, ["baseline"])
+    with open(run.metrics_path, "wb") as file:
+        for _ in range(1_000_000_000 // len(usual)):
+            file.write(usual)
 
 
 def seconds(command: list[str], folder: Path) -> float:

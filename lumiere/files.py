@@ -15,13 +15,16 @@ MAX_DEPTH = 32  # of nested lists and mappings; ours have 5
 MAX_INTEGER = 2**63 - 1
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
     """The regular file at `path`, to be read.
+
+    Args:
+        buffering: as for `open`.
 
     Raises:
         OSError: it cannot be opened, or is a folder, a pipe or a device, on which a reader may wait for ever.
     """
-    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 (the caller closes it)
+    file = open(path, "rb", buffering, opener=_open_at_once)  # noqa: SIM115 (the caller closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "Not a regular file", str(path))

@@ -40,8 +40,16 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere eval",
         "lumiere generate",
         "lumiere inspect attention",
+        "lumiere runs card",
         "lumiere runs ls",
         "lumiere runs show",
+        "lumiere runs compare",
+        "lumiere runs plot",
+        "lumiere runs watch",
+        "lumiere runs tag",
+        "lumiere runs note",
+        "lumiere runs rm",
+        "lumiere runs prune",
     }
 
 

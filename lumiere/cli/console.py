@@ -76,3 +76,10 @@ def print_json(value: Any) -> None:
 def show_note(text: str) -> None:
     """A line of talk."""
     talk().print(f"[dim]{escape(text)}[/]")
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` under an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

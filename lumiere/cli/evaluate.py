@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lumiere.cli.console import escape, out, print_json
-from lumiere.cli.loading import open_model
+from lumiere.cli.loading import open_corpus, open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunReference, RunsDir
 from lumiere.errors import LumiereError
 
@@ -31,8 +31,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a checkpoint: loss, perplexity, the card's two averages, bits per byte, word perplexity."""
-    from lumiere.cli.progress import CorpusProgress
-    from lumiere.data.dataset import tokenize_corpus, tokenize_text
+    from lumiere.data.dataset import tokenize_text
     from lumiere.evaluation import evaluate as evaluate_windows
     from lumiere.training.memory import keep_freed_memory
 
@@ -44,14 +43,8 @@ def evaluate(
         windows = scored.windows(config.model.context_size, config.dataset.sliding_window_size)
         source = str(text)
     else:
-        with CorpusProgress() as progress:
-            corpus = tokenize_corpus(config, progress)
+        corpus = open_corpus(opened, "restore it as it was, or score a text with --text FILE")
         windows = corpus.windows(split, config)
-        if corpus.fingerprint != opened.run.record.get("corpus_sha256"):
-            raise LumiereError(
-                f"the corpus '{config.dataset.name}' is not the one that run {opened.run.id} was trained on",
-                "restore it as it was, or score a text with --text FILE",
-            )
         scored = corpus.splits[split]
         source = " ".join(filter(None, [config.dataset.name, config.dataset.subset, split]))
     evaluation = evaluate_windows(opened.model, windows, scored.facts, batch_size)

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lumiere.cli.console import show_note
+from lumiere.errors import LumiereError
 from lumiere.persistence.runs import Run, RunStore
 
 if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig
+    from lumiere.data.dataset import TokenizedCorpus
     from lumiere.data.tokenizer import Tokenizer
     from lumiere.models.transformer import Transformer
 
@@ -46,3 +48,24 @@ def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | Non
     step = CheckpointManager(run.path.parent).load(run, name, groups=()).step
     model = run.load_model(name).to(target)
     return OpenedModel(run, name, step, run.load_config(), run.load_tokenizer(), model)
+
+
+def open_corpus(opened: OpenedModel, hint: str) -> "TokenizedCorpus":
+    """The corpus that a run was trained on.
+
+    Args:
+        hint: the way out where it has changed.
+
+    Raises:
+        LumiereError: if it is not there, or is another one.
+    """
+    from lumiere.cli.progress import CorpusProgress
+    from lumiere.data.dataset import tokenize_corpus
+
+    with CorpusProgress() as progress:
+        corpus = tokenize_corpus(opened.config, progress)
+    if corpus.fingerprint != opened.run.record.get("corpus_sha256"):
+        raise LumiereError(
+            f"the corpus '{opened.config.dataset.name}' is not the one that run {opened.run.id} was trained on", hint
+        )
+    return corpus

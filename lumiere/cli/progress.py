@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lumiere.cli.console import escape, talk
+from lumiere.cli.console import duration, escape, talk
 from lumiere.data.dataset import Progress as DataProgress
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 
@@ -117,10 +117,3 @@ class CorpusProgress(Display):
 def show_warning(message: str) -> None:
     """A line of talk about something that did not go as asked."""
     talk().print(f"[bold yellow]warning:[/] {escape(message)}")
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` under an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lumiere.cli.completion import complete_run
 from lumiere.cli.console import INTERRUPTED, escape, out, print_json, show_note, talk
-from lumiere.cli.options import Json, Overrides, RunsDir
+from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
@@ -20,10 +21,7 @@ SAMPLE_TEMPERATURE = 0.7
 
 
 def train(
-    config: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(help="A YAML or TOML file, or a shipped config's name: tiny, small, small-fast."),
-    ] = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
     max_steps: Annotated[
         Optional[int],  # noqa: UP045
@@ -43,6 +41,7 @@ def train(
             "--resume",
             metavar="RUN",
             help="Go on with a run, exactly as if it had never stopped. --set may lengthen it (training.max_epochs).",
+            autocompletion=complete_run,
         ),
     ] = None,
     runs_dir: RunsDir = None,
@@ -161,4 +160,4 @@ def explain(reason: str) -> str:
         "max_steps": "all steps are done",
         "max_epochs": "all epochs are done",
         "patience": "the validation loss no longer improves",
-    }[reason]
+    }.get(reason, "its record says so")

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from yaml.composer import ComposerError
 
 from lumiere.config.problems import config_error, quoted
 from lumiere.config.schema import RunConfig
+from lumiere.config.shipped import SUFFIXES, shipped_configs
 from lumiere.errors import ConfigError, nearest, shortened
 from lumiere.files import read_file
 
-SUFFIXES = (".yaml", ".yml", ".toml")
 MAX_BYTES = 200_000  # PyYAML takes seconds for them
 
 
@@ -54,6 +53,12 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted path."""
+    sections = config.model_dump()
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
 def validate(values: Mapping[str, Any]) -> RunConfig:
     """A `RunConfig` from nested mappings.
 
@@ -64,14 +69,6 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise config_error(error) from None
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configs that come with Lumiere, by bare name."""
-    packaged = Path(str(files("lumiere"))) / "configs"
-    # An installed wheel carries them inside the package; a checkout keeps them beside it.
-    folder = packaged if packaged.is_dir() else packaged.parent.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(reference: str | Path) -> Path:

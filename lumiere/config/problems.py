@@ -1,5 +1,6 @@
 """From pydantic's findings to one error that names the dotted path and the way out."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,12 @@ def describe(detail: ErrorDetails) -> tuple[str, str]:
             )
         case "string_unicode" if path not in setting_paths():  # of a key, for which pydantic gives its section's path
             return f"a key{f' of {path}' if path else ''} is not valid text, but {value}", hint_for_key(f"{path}.")
-        case "string_type" | "string_unicode" | "list_type" | "dict_type":
-            problem = "must be text" if detail["type"] != "string_unicode" else "must be valid text"
+        case "string_type" | "dict_type":
+            problem = "must be text"
+        case "string_unicode":
+            problem = "must be valid text"
+        case "list_type":
+            problem = "must be a list"
         case "string_too_short":
             problem = "must not be empty"
         case "string_pattern_mismatch":
@@ -57,6 +62,8 @@ def describe(detail: ErrorDetails) -> tuple[str, str]:
         case kind if kind in LIMITS:
             key, template = LIMITS[kind]
             problem = template.format(context[key])
+            if kind == "literal_error" and (guess := nearest(str(detail["input"]), quoted_names(context[key]))):
+                return f"{path} {problem}, not {value}", f"did you mean {guess}?"
         case _:
             problem = detail["msg"]
     return f"{path} {problem}, not {value}", hint_for_value(path)
@@ -95,7 +102,12 @@ def hint_for_value(path: str) -> str:
     field = type(model).model_fields[leaf]
     meaning = (field.description or "").split("\n")[0]
     default = getattr(model, leaf)
-    return f"{path}: {meaning} Default: {'empty' if default is None else default}"
+    return f"{path}: {meaning} Default: {'empty' if default in (None, []) else default}"
+
+
+def quoted_names(text: str) -> list[str]:
+    """The choices in pydantic's list of them, `'cosine', 'linear' or 'constant'`."""
+    return re.findall(r"'([^']*)'", text)
 
 
 def setting_paths() -> list[str]:

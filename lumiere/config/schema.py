@@ -4,7 +4,7 @@ import re
 import warnings
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lumiere.config.values import (
@@ -17,6 +17,7 @@ from lumiere.config.values import (
     PositiveInteger,
     PositiveNumber,
     Width,
+    read_names,
 )
 
 
@@ -148,6 +149,8 @@ class TrainingConfig(Section):
     """Save `latest` every so many steps, besides every evaluation."""
     snapshots: Boolean = True
     """Keep the weights at steps 0, 1, 2, 4, ..., 512 and then evenly, as training has them and never averaged."""
+    loggers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(read_names)] = []
+    """Where metrics go besides `metrics.jsonl`, in the run's folder: `tensorboard`, `wandb` (Weights & Biases)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; the weights stay float32. `auto` takes what is best for the device."""
     compile: Boolean = False

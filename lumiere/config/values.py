@@ -62,6 +62,13 @@ def read_boolean(value: Any) -> bool:
     return value
 
 
+def read_names(value: Any) -> Any:
+    """`value` as a list of names: `a, b` is one, which a shell writes more easily, and the empty value has none."""
+    if value is None:
+        return []
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 Integer = Annotated[int, BeforeValidator(read_integer)]
 Number = Annotated[float, BeforeValidator(read_number)]
 Boolean = Annotated[bool, BeforeValidator(read_boolean)]

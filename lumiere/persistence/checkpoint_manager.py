@@ -12,11 +12,8 @@ from typing import Any
 from lumiere.errors import CheckpointError, nearest
 from lumiere.persistence.atomic import sync_folder
 from lumiere.persistence.checkpoint import GROUPS, Checkpoint, load_checkpoint, save_checkpoint, unwritable
+from lumiere.persistence.checkpoint_names import NAME_PATTERN, SUFFIX, checkpoint_names
 from lumiere.persistence.runs import Run, RunStore
-
-SUFFIX = ".safetensors"
-NAMES = ("best", "latest", "previous")
-NAME_PATTERN = re.compile(r"best|latest|previous|step-[0-9]{8,}")
 
 
 class CheckpointManager:
@@ -99,10 +96,7 @@ class CheckpointManager:
 
     def names(self, run: Run | str) -> list[str]:
         """The checkpoints that a run has: `best`, `latest`, `previous`, then the snapshots by step."""
-        paths = self._open(run).checkpoints_dir.glob(f"*{SUFFIX}")
-        found = {path.name.removesuffix(SUFFIX) for path in paths}
-        steps = sorted((name for name in found - set(NAMES) if NAME_PATTERN.fullmatch(name)), key=_step)
-        return [name for name in NAMES if name in found] + steps
+        return checkpoint_names(self._open(run))
 
     def remove(self, run: Run | str, name: str) -> None:
         """Deletes a checkpoint.
@@ -153,7 +147,3 @@ def _replace_latest(run: Run, checkpoint: Checkpoint) -> None:
 
 def _path(run: Run, name: str) -> Path:
     return run.checkpoints_dir / f"{name}{SUFFIX}"
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from lumiere.errors import LumiereError
 from lumiere.files import open_file, parse_json
@@ -15,6 +15,7 @@ from lumiere.persistence.atomic import write_atomically
 
 MAX_LINE_BYTES = 100_000
 MAX_BYTES = 2**30  # some millions of lines, which a training never writes
+MAX_NUMBER = 1e18  # no count or loss is larger; NaN and infinity are not below it either
 
 
 class MetricsWriter:
@@ -96,6 +97,22 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
             raise unwritable(path, error) from error
 
 
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where the line is damaged or torn."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def as_number(value: Any) -> int | float | None:
+    """`value` if it is a number that can be compared and shown; None for whatever else a file may hold."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and -MAX_NUMBER < value < MAX_NUMBER else None
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """`value` as standard JSON text, with null for every NaN and infinity in it; nothing in it steers a terminal."""
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
@@ -121,16 +138,14 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line of the file as it stands, and the record in it."""
     damaged = None
     try:
-        with open_file(path) as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise LumiereError(f"{str(path)!r} has more than {MAX_BYTES:,} bytes", "move it away: nothing needs it")
+        with open_metrics(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
                 if damaged is not None:
                     raise LumiereError(
                         f"line {damaged} of {str(path)!r} is damaged",
                         "mend or delete that line; the checkpoints do not depend on this file",
                     )
-                record = _parse_line(line)
+                record = parse_line(line)
                 if record is None:
                     damaged = number
                 else:
@@ -143,14 +158,17 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         ) from None
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where it is damaged."""
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return record if isinstance(step, int) and not isinstance(step, bool) else None
+def open_metrics(path: Path, buffering: int = -1) -> BinaryIO:
+    """A metrics file, to be read.
+
+    Raises:
+        OSError: there is none, it is no regular file, or beyond all measure.
+    """
+    file = open_file(path, buffering)
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        file.close()
+        raise OSError(errno.EFBIG, f"More than {MAX_BYTES:,} bytes", str(path))
+    return file
 
 
 def _open_no_link(path: str, flags: int) -> int:

@@ -1,10 +1,10 @@
 """Which settings of a run may change when it goes on, and why the others may not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lumiere.config.loader import assign, parse_override, validate
+from lumiere.config.loader import assign, flat_settings, parse_override, validate
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import ConfigError
 from lumiere.training.costs import num_steps
@@ -20,6 +20,7 @@ CHANGEABLE = (
     "log_interval",
     "checkpoint_interval",
     "snapshots",
+    "loggers",
 )
 """Settings of `training` that say how long it goes on and what is watched of it, and not what a step computes."""
 
@@ -50,7 +51,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def changes(before: RunConfig, after: RunConfig) -> list[Change]:
     """The settings that differ."""
-    old, new = flat(before), flat(after)
+    old, new = flat_settings(before), flat_settings(after)
     return [Change(path, old[path], value) for path, value in new.items() if value != old[path]]
 
 
@@ -95,12 +96,6 @@ def check_schedule(before: TrainingConfig, after: TrainingConfig, epoch_steps: i
             "start a new run of that length; a run that is to be extended needs training.schedule=constant, or "
             "training.decay_fraction below 1 and an extension before the fall",
         )
-
-
-def flat(config: RunConfig) -> Mapping[str, Any]:
-    """The settings by dotted path."""
-    sections = config.model_dump()
-    return {f"{section}.{name}": value for section, keys in sections.items() for name, value in keys.items()}
 
 
 def text(value: Any) -> str:

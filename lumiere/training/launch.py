@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lumiere.training.costs import disk, num_steps
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
 from lumiere.training.extension import changes, check_schedule
+from lumiere.training.loggers.opening import opened_loggers
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
 from lumiere.training.saving import progress
@@ -53,6 +55,7 @@ def start(
             num_parameters=preparation.num_parameters,
             dataset=preparation.config.dataset.name,
             corpus_sha256=preparation.corpus.fingerprint,
+            splits={name: asdict(split.facts) for name, split in preparation.corpus.splits.items()},
             step=0,
             best_loss=None,
             **environment(),
@@ -86,9 +89,9 @@ def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = (
         changed = changes(run.load_config(), preparation.config)
         if changed:
             write_atomically(run.config_path, dump_config(preparation.config).encode())
-        before = run.record.get("resumes")
-        this = {"at": now(), "step": step, "changed": list(map(str, changed))}
-        run.update(resumes=[*(before if isinstance(before, list) else []), this])
+        earlier = run.record.get("resumes")
+        resumes = earlier if isinstance(earlier, list) else []  # a file that was edited may hold anything
+        run.update(resumes=[*resumes, {"at": now(), "step": step, "changed": list(map(str, changed))}])
         return supervise(preparation, run, listeners, checkpoint)
 
 
@@ -113,11 +116,15 @@ def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
 
 
 def stop_reason(run: Run) -> str | None:
-    """Why a run is over, by its newest checkpoint; None where it can go on.
+    """Why a run is over, by its record or its newest checkpoint; None where it can go on.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
+    # The record first: `runs prune` may have left a finished run no more than an earlier checkpoint.
+    reason = run.record.get("stop_reason")
+    if run.status == "finished" and reason in STOP_REASONS:
+        return reason
     checkpoint, _ = newest_checkpoint(run)
     reason = checkpoint.metadata.get("stop_reason") if checkpoint else None
     if reason is not None and reason not in STOP_REASONS:
@@ -129,10 +136,19 @@ def supervise(
     preparation: Preparation, run: Run, listeners: Sequence[Listener], checkpoint: Checkpoint | None
 ) -> TrainingResult:
     """Train, and keep the run's status true however it ends."""
-    process = {"pid": os.getpid(), "host": socket.gethostname(), "peak_flops": round(preparation.peak_flops)}
-    run.update(status="running", error=None, **process)
+    run.update(
+        status="running",
+        error=None,
+        total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        peak_flops=round(preparation.peak_flops),
+    )
     try:
-        with MetricsWriter(run.metrics_path) as writer:
+        with (
+            MetricsWriter(run.metrics_path) as writer,
+            opened_loggers(preparation.config, run, [MetricsLog(writer), *listeners]) as all_listeners,
+        ):
             result = train(
                 preparation.config,
                 preparation.corpus,
@@ -140,7 +156,7 @@ def supervise(
                 preparation.device,
                 preparation.precision,
                 preparation.peak_flops,
-                [MetricsLog(writer), *listeners],
+                all_listeners,
                 checkpoint,
             )
     except BaseException as error:

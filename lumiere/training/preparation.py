@@ -14,6 +14,7 @@ from lumiere.persistence.checkpoint import DAMAGE_HINT
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.extension import Change, changes, check_changes, with_overrides
+from lumiere.training.loggers.opening import check_packages
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +48,9 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
     """Find the device, read and tokenize the corpus, and measure the model and the device.
 
     Raises:
-        LumiereError: if the device is not there, or the corpus cannot be used.
+        LumiereError: if the device or a logger's package is not there, or the corpus cannot be used.
     """
+    check_packages(config.training.loggers)
     source = load_corpus(config.dataset)
     # Torch takes seconds to load: whoever has no network is told before that, and not after.
     from lumiere.components.device import peak_flops, resolve_device, resolve_precision
@@ -83,7 +85,9 @@ def prepare_resume(
     # Read as strictly as a config: the record is a file too.
     there = validate(values | {"training": values["training"] | taken})
     preparation = prepare(there, progress)
-    if preparation.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
+    # A run that was killed while it was made may have no tokenizer yet, and then nothing was trained with another one.
+    made = run.tokenizer_path.exists() or CheckpointManager(run.path.parent).names(run)
+    if made and preparation.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
         raise LumiereError(
             f"the tokenizer of '{config.dataset.name}' is not the one that run {run.id} was trained with",
             "restore the corpus and the version of tokenizers that run.json names, or start a new run",

@@ -1,11 +1,13 @@
 """What a training writes into its run, besides the metrics."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from lumiere import __version__
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.evaluation import Evaluation
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
@@ -42,14 +44,20 @@ class Saver:
             "tokenizer_sha256": corpus.tokenizer.fingerprint,
         }
 
-    def save(self, name: str) -> None:
+    def save(self, name: str, evaluation: Evaluation | None = None) -> None:
         """Write the whole state as `best` or `latest`.
+
+        Args:
+            evaluation: the one that made it `best`; the record keeps it, for the model card.
 
         Raises:
             NonFiniteError: if it is broken; what was there is untouched.
         """
         self._write(name, self._state.to_checkpoint(self._about))
-        self._run.update(**progress(self._state, self._epoch_steps))
+        best: dict[str, Any] = {}
+        if evaluation is not None:
+            best = {"best_evaluation": {"step": self._state.step} | asdict(evaluation)}
+        self._run.update(**progress(self._state, self._epoch_steps), **best)
         self._tell(CheckpointEvent(self._state.step, name))
 
     def snapshot(self) -> None:

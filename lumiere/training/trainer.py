@@ -128,7 +128,7 @@ def train(
                 state.stop_reason = reason_to_stop(state, settings, total_steps)
                 tell(EvaluationEvent(*progress, evaluation, is_best))
                 if is_best:
-                    saver.save("best")
+                    saver.save("best", evaluation)
             if settings.snapshots:
                 saver.snapshot()
             interrupted = interruption.signal_number is not None and state.stop_reason is None

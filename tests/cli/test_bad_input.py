@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 from lumiere.cli import app
+from lumiere.persistence.lock import locked
 from lumiere.persistence.runs import Run
+from lumiere.training.loggers import opening
 
 
 def refuse(arguments: list[str]) -> tuple[str, str]:
@@ -52,6 +55,8 @@ TRAINING = [
     ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'"),
     ("dataset={name: parquet, data_files: no-text-column.parquet}", "has no column 'text', it has body"),
     ("dataset={name: parquet, data_files: numbers.parquet}", "has no text in column 'text'"),
+    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', not 'tensorbord'"),
+    ("training.loggers={}", "training.loggers must be a list, not '{}'"),
     ("training.device=gpu", "training.device must be auto, cpu"),
     ("no-equals-sign", "is not key=value"),
 ]
@@ -62,6 +67,30 @@ TRAINING = [
 def test_train_refuses(override: str, message: str) -> None:
     error, _ = refuse(["train", "tiny", "--set", override])
     assert message in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "guess"),
+    [
+        ("training.loggers=tensorbord", "tensorboard"),
+        ("training.loggers=[wandb, wadb]", "wandb"),
+        ("training.optimizer=adam", "adamw"),
+    ],
+)
+def test_a_choice_that_is_misspelt_gets_the_nearest(override: str, guess: str) -> None:
+    assert refuse(["train", "tiny", "--set", override])[1] == f"hint: did you mean {guess}?"
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_is_installed(package: str) -> None:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(opening, "distribution", nothing_is_installed)
+    error, hint = refuse(["train", "tiny", "--set", f"training.loggers={name}"])
+    assert error == f"error: training.loggers={name} needs the package {name}, which is not installed"
+    assert hint == f"hint: pip install 'lumiere[{name}]'"
     assert not Path("runs").exists()
 
 
@@ -123,7 +152,20 @@ def test_train_plans_a_new_training_or_nothing() -> None:
 
 @pytest.mark.parametrize("reference", ["nothere1", "../../etc", "/etc/passwd", "", "a b", "\x1b[31mred", "latest"])
 @pytest.mark.parametrize(
-    "command", [["eval"], ["generate", "--run"], ["inspect", "attention", "--run"], ["train", "--resume"]]
+    "command",
+    [
+        ["eval"],
+        ["generate", "--run"],
+        ["inspect", "attention", "--run"],
+        ["train", "--resume"],
+        ["runs", "show"],
+        ["runs", "card"],
+        ["runs", "compare"],
+        ["runs", "plot"],
+        ["runs", "watch"],
+        ["runs", "rm", "--yes"],
+        ["runs", "prune", "--yes"],
+    ],
 )
 def test_no_such_run(command: list[str], reference: str) -> None:
     error, _ = refuse([*command, reference])
@@ -197,6 +239,53 @@ def test_refused_options(runs: Path, arguments: list[str], message: str) -> None
     assert message in refuse(arguments)[0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ls", "--status", "finish"], "there is no status 'finish'"),
+        (["ls", "--status", "\x1b"], "there is no status '\\x1b'"),
+        (["ls", "--sort", "los"], "there is no order 'los'"),
+        (["ls", "-n", "0"], "the limit must be at least 1, not 0"),
+        (["ls", "--tag", "a b"], "'a b' is not a tag"),
+        (["tag", "latest", "good", "b/c"], "'b/c' is not a tag"),
+        (["tag", "latest", "x", "--remove"], "has no tag 'x'"),
+        (["tag", "nothere1", "x"], "no run 'nothere1'"),
+        (["note", "nothere1", "x"], "no run 'nothere1'"),
+        (["note", "latest", "\udc80"], "the note is not valid text"),
+        (["compare", "latest"], "a comparison needs two runs or more"),
+        (["compare", "latest", "latest"], "a comparison needs two runs or more"),
+        (["plot", "latest", "--x", "tokns"], "there is no axis 'tokns'"),
+        (["plot", "latest", "-o", "loss.gif"], "'loss.gif' is no picture"),
+        (["plot", "latest", "-o", "none/loss.png"], "there is no folder 'none'"),
+        (["plot", "latest", "-o", "loss.png", "--json"], "--json and --output both answer"),
+        (["rm", "latest"], "nobody is there to ask whether to delete"),
+        (["rm", "latest", "nothere1", "--yes"], "no run 'nothere1'"),
+        (["prune"], "nobody is there to ask whether to delete"),
+        (["prune", "--keep", "bset", "--yes"], "there is no checkpoint 'bset' to keep"),
+        (["prune", "--keep", "", "--yes"], "there is no checkpoint '' to keep"),
+    ],
+)
+def test_runs_refuses(runs: Path, arguments: list[str], message: str) -> None:
+    before = sorted(runs.rglob("*"))
+    assert message in refuse(["runs", *arguments])[0]
+    assert sorted(runs.rglob("*")) == before
+    assert [path.name for path in Path.cwd().iterdir()] == ["runs"]
+
+
+def test_a_running_run_is_not_removed(trained_run: Run, runs: Path) -> None:
+    run = Run(runs / trained_run.name)
+    run.update(status="running")
+    with locked(run.path):
+        assert f"run {run.id} is running" in refuse(["runs", "rm", run.id, "--yes"])[0]
+    assert run.record_path.exists()
+
+
+def test_a_run_without_losses_is_not_drawn(trained_run: Run, runs: Path) -> None:
+    (runs / trained_run.name / "metrics.jsonl").unlink()
+    assert f"run {trained_run.id} has no losses yet" in refuse(["runs", "plot", "latest", "-o", "loss.png"])[0]
+    assert not Path("loss.png").exists()
+
+
 def test_text_that_is_empty_or_not_utf8(runs: Path) -> None:
     Path("empty.txt").write_text(" \n")
     Path("latin.txt").write_bytes(b"caf\xe9")
@@ -204,3 +293,38 @@ def test_text_that_is_empty_or_not_utf8(runs: Path) -> None:
     assert "is not UTF-8 text (byte 3)" in refuse(["eval", "latest", "--text", "latin.txt"])[0]
     surrogate = refuse(["generate", "--prompt", "\udc80"])[0]
     assert "surrogate" in surrogate
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("there.md", "there.md exists"),
+        ("runs", "'runs' is a folder"),
+        ("", "'' is no file"),
+        ("no/a.md", "no folder no"),
+    ],
+)
+def test_card_refuses_a_file(runs: Path, target: str, message: str) -> None:
+    Path("there.md").write_text("mine")
+    before = sorted(Path().iterdir())
+    assert message in refuse(["runs", "card", "latest", "-o", target])[0]
+    assert Path("there.md").read_text() == "mine"
+    assert sorted(Path().iterdir()) == before
+
+
+def test_card_needs_a_checkpoint_and_its_corpus(trained_run: Run, runs: Path) -> None:
+    record = runs / trained_run.name / "run.json"
+    record.write_text('{"status": "finished", "corpus_sha256": "another"}')
+    error, hint = refuse_after_a_note(["runs", "card", "latest", "-o", "card.md"])
+    assert "the corpus 'stories' is not the one" in error
+    assert "the card has no figures" in hint
+    shutil.rmtree(runs / trained_run.name / "checkpoints")
+    assert f"run {trained_run.id} has no checkpoint 'best'" in refuse(["runs", "card", "latest", "-o", "card.md"])[0]
+    assert not Path("card.md").exists()
+
+
+def refuse_after_a_note(arguments: list[str]) -> list[str]:
+    """Like `refuse`, for a command that has said something before."""
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    return result.stderr.splitlines()[-2:]

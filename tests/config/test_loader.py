@@ -19,11 +19,11 @@ from lumiere.config.loader import (
     load_config,
     load_config_file,
     read_config,
-    shipped_configs,
     validate,
 )
 from lumiere.config.problems import setting_paths
 from lumiere.config.schema import RunConfig
+from lumiere.config.shipped import shipped_configs
 from lumiere.config.synonyms import SYNONYMS
 from lumiere.errors import ConfigError
 
@@ -103,6 +103,20 @@ def test_text_that_reads_as_a_number_counts() -> None:
     assert isinstance(yaml.safe_load("3e-4"), str)
     assert validate({"training": {"learning_rate": "3e-4", "max_steps": "2e3"}}).training.max_steps == 2000
     assert validate({"training": {"seed": "9007199254740993"}}).training.seed == 9007199254740993
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("wandb", ["wandb"]),
+        ("tensorboard, wandb", ["tensorboard", "wandb"]),
+        ("[tensorboard]", ["tensorboard"]),
+        ("[]", []),
+        ("null", []),
+    ],
+)
+def test_names_may_be_a_list_or_a_text(text: str, names: list[str]) -> None:
+    assert load_config("tiny", [f"training.loggers={text}"]).training.loggers == names
 
 
 def test_set_reads_lists_mappings_and_null() -> None:

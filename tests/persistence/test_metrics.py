@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lumiere.errors import LumiereError
-from lumiere.persistence.metrics import MetricsWriter, read_metrics, to_json, truncate_metrics
+from lumiere.persistence.metrics import MetricsWriter, as_number, read_metrics, to_json, truncate_metrics
 
 
 @pytest.fixture
@@ -193,3 +193,20 @@ def test_a_part_of_a_line_counts_as_none(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(LumiereError, match="cannot be written: No such file or directory"):
         MetricsWriter(tmp_path / "gone" / "metrics.jsonl")
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape() -> None:
+    assert to_json(["é", "\ud800"]) == '["é", "\\ud800"]'
+    assert json.loads(to_json("\ud800")) == "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (0, 0),
+        (-2.5, -2.5),
+        *((other, None) for other in (True, "1", None, [], math.nan, -math.inf, 10**400)),
+    ],
+)
+def test_only_numbers_that_can_be_shown_count_as_numbers(value: Any, number: float | None) -> None:
+    assert as_number(value) == number

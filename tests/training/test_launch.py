@@ -131,6 +131,7 @@ def test_the_record(configure, launch, store: RunStore) -> None:
         "num_parameters": sum(parameter.numel() for parameter in result.state.model.parameters()),
         "dataset": "stories",
         "corpus_sha256": corpus.fingerprint,
+        "total_steps": 6,
         "step": 6,
         "epoch": 6 / 5,
         "tokens": result.state.tokens,
@@ -145,7 +146,8 @@ def test_the_record(configure, launch, store: RunStore) -> None:
         "peak_flops": 200_000_000_000,
     }
     assert {key: record[key] for key in expected} == expected
-    assert record.keys() - expected.keys() == {"created_at", "versions", "commit", "machine", "host"}
+    others = {"created_at", "versions", "commit", "machine", "host", "splits", "best_evaluation"}
+    assert record.keys() - expected.keys() == others
     assert record["versions"].keys() == {
         "lumiere", "python", "torch", "numpy", "tokenizers", "datasets", "safetensors"
     }  # fmt: skip

@@ -16,6 +16,7 @@ from lumiere.data import hub
 from lumiere.errors import NonFiniteError
 from lumiere.training import trainer
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
+from lumiere.training.loggers import opening
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
@@ -77,6 +78,7 @@ EFFECTS = {
     "training.log_interval": Effect(3, "told"),
     "training.checkpoint_interval": Effect(2, "saved"),
     "training.snapshots": Effect(False, "snapshots"),
+    "training.loggers": Effect(["tensorboard", "wandb"], "logged"),
     "training.precision": Effect("bfloat16", "products"),
     "training.compile": Effect(True, "compiled"),
     "training.device": Effect("cuda", "device"),
@@ -84,7 +86,8 @@ EFFECTS = {
 }
 
 # Those that watch a training, or save memory or time, and do not decide what it computes.
-ONLY_WATCHING = [f"training.{name}" for name in ("eval_interval", "log_interval", "checkpoint_interval", "snapshots")]
+WATCHING = ("eval_interval", "log_interval", "checkpoint_interval", "snapshots", "loggers")
+ONLY_WATCHING = [f"training.{name}" for name in WATCHING]
 
 Observe = Callable[[RunConfig], dict[str, Any]]
 
@@ -108,6 +111,17 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         compiled: list[Any] = []
         devices: list[str] = []
         events: list[Event] = []
+        logged: list[tuple[str, str]] = []
+
+        class Log:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def __call__(self, event: Event) -> None:
+                logged.append((self.name, type(event).__name__))
+
+            def close(self, failed: bool) -> None:
+                logged.append((self.name, "closed"))
 
         def objective(model: Any, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             rows.append(len(tokens))
@@ -127,6 +141,9 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             patch.setattr(trainer, "summed_loss", objective)
             patch.setattr(device_module, "resolve_device", resolve)
             patch.setattr(torch, "compile", compile_function)
+            patch.setattr(opening, "distribution", lambda name: None)
+            for name in opening.LOGGERS:
+                patch.setitem(opening.LOGGERS, name, lambda *arguments, name=name: Log(name))
             patch.setattr(hub.datasets, "load_dataset", rows_of)
             try:
                 result = launch(config, [events.append])
@@ -143,6 +160,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             "rows": rows,
             "products": products,
             "compiled": len(compiled),
+            "logged": logged,
             "device": devices,
             "end": (result.state.step, result.state.stop_reason),
             "told": [event.step for event in told],

@@ -1,0 +1,86 @@
+"""`lumiere runs card`: the model card of a run."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from lumiere.cli.console import show_note
+from lumiere.cli.loading import open_corpus, open_model
+from lumiere.cli.options import Device, RunReference, RunsDir
+from lumiere.errors import LumiereError
+from lumiere.persistence.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lumiere.evaluation import Evaluation
+
+
+def show_card(
+    run: RunReference,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="FILE", help="Write the card there, for example to README.md."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    device: Device = "auto",
+    runs_dir: RunsDir = None,
+) -> None:
+    """Write a run's model card: Markdown with the header of the Hugging Face Hub.
+
+    Example: [bold]lumiere runs card latest -o README.md[/]
+    """
+    opened = RunStore(runs_dir).open(run)
+    path = None if output is None else check_target(output, force)
+    from lumiere.report.card import model_card
+    from lumiere.report.card_facts import card_checkpoint, gather, kept_evaluation
+
+    checkpoint, step = card_checkpoint(opened)
+    evaluation = kept_evaluation(opened.record, step) or evaluate_now(opened, checkpoint, device, runs_dir)
+    card = model_card(gather(opened, checkpoint, step, evaluation))
+    if path is None:
+        sys.stdout.write(card)
+        return
+    write_card(path, card)
+    show_note(f"wrote {path}")
+
+
+def evaluate_now(run: Run, checkpoint: str, device: str, runs_dir: str | None) -> "Evaluation":
+    """The evaluation that the training did not leave, in the way that the training would have made it."""
+    from lumiere.evaluation import evaluate
+
+    show_note(f"run {run.id} keeps no evaluation of its checkpoint {checkpoint}: evaluating it now")
+    opened = open_model(run.name, checkpoint, device, runs_dir)
+    corpus = open_corpus(opened, "restore it as it was: without it the card has no figures")
+    windows = corpus.windows("validation", opened.config)
+    facts = corpus.splits["validation"].facts
+    return evaluate(opened.model, windows, facts, opened.config.training.batch_size)
+
+
+def check_target(output: str, force: bool) -> "Path":
+    """The file to write.
+
+    Raises:
+        LumiereError: it exists and may not be replaced, or can never be written.
+    """
+    from pathlib import Path
+
+    path = Path(output)
+    if not output or path.is_dir():
+        raise LumiereError(f"'{output}' is {'a folder' if output else 'no file'}", "name a file: -o README.md")
+    if path.exists() and not force:
+        raise LumiereError(f"{path} exists", "replace it with --force, or choose another file")
+    if not path.parent.is_dir():
+        raise LumiereError(f"there is no folder {path.parent}", "make it first, or choose another file")
+    return path
+
+
+def write_card(path: "Path", card: str) -> None:
+    """Write the whole card, or nothing."""
+    from lumiere.persistence.atomic import write_atomically
+
+    try:
+        write_atomically(path, card.encode())
+    except OSError as error:
+        raise LumiereError(f"{path} cannot be written: {error.strerror}", "choose another file with -o") from None

@@ -1,0 +1,194 @@
+"""`lumiere runs watch`."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from lumiere.cli.console import duration
+from lumiere.cli.options import Json, RunReference, RunsDir
+from lumiere.cli.runs.cells import STATUS_STYLES, number
+from lumiere.errors import LumiereError, printable
+from lumiere.persistence.following import MetricsFollower
+from lumiere.persistence.history import History, Point, Thinned, point_of
+from lumiere.persistence.metrics import as_number, to_json
+from lumiere.persistence.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SECONDS_BETWEEN_LOOKS = 1.0
+MOST_UNKNOWN_LOOKS = 5
+"""A run that was made this moment has no status yet."""
+MAX_POINTS = 500
+CHART_HEIGHT = 12
+
+
+def watch_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False) -> None:
+    """Watch a training from another terminal, until it ends; Ctrl-C leaves it running.
+
+    Where the output is no terminal, the newest line of metrics is printed, and then each line as it comes; with
+    [bold]--json[/] as in metrics.jsonl, with a last line that has the run's status.
+    """
+    watched = Watched(RunStore(runs_dir).open(run))
+    if as_json or not sys.stdout.isatty():
+        watch_as_lines(watched, as_json)
+    else:
+        watch_live(watched)
+
+
+class Watched:
+    """What is known of a run so far, from its files."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.status = "unknown"
+        self.record: dict[str, Any] = {}
+        self._follower = MetricsFollower(run.metrics_path)
+        self._unknown_looks = 0
+        self._is_first = True
+        self._clear()
+
+    def _clear(self) -> None:
+        self._training: Thinned[Point] = Thinned(MAX_POINTS)
+        self._validation: Thinned[Point] = Thinned(MAX_POINTS)
+        self.last_training: dict[str, Any] = {}
+        self.last_evaluation: dict[str, Any] = {}
+
+    def look(self) -> list[dict[str, Any]]:
+        """Read what is new: the lines since the last look; of the first look the last one of each kind."""
+        # The status first: what was written before it changed is then found by the same look.
+        self.status, self.record = self.run.status, self.run.record
+        if not self.run.path.is_dir():
+            raise LumiereError(f"run {self.run.id} is gone", "lumiere runs ls lists those that are there")
+        self._unknown_looks += self.status == "unknown"
+        is_first, restarts = self._is_first, self._follower.restarts
+        self._is_first = False
+        lines = []
+        for record in self._follower.poll():
+            if self._follower.restarts != restarts:
+                restarts = self._follower.restarts
+                self._clear()
+            self._add(record)
+            if not is_first:
+                lines.append(record)
+        if is_first:
+            found = (line for line in (self.last_training, self.last_evaluation) if line)
+            return sorted(found, key=lambda line: line["step"])
+        return lines
+
+    @property
+    def is_over(self) -> bool:
+        is_new = self.status == "unknown" and self._unknown_looks < MOST_UNKNOWN_LOOKS
+        return self.status != "running" and not is_new
+
+    @property
+    def history(self) -> History:
+        return History(tuple(self._training.items()), tuple(self._validation.items()))
+
+    @property
+    def step(self) -> int | float | None:
+        """The step that the newest line is about."""
+        lines = (self.last_training, self.last_evaluation)
+        return as_number(max(lines, key=lambda line: line.get("step", -1)).get("step"))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of training, at the mean pace so far; evaluating and saving come on top."""
+        total, step = as_number(self.record.get("total_steps")), self.step
+        seconds = as_number((self.last_training or self.last_evaluation).get("time"))
+        if total is None or not step or seconds is None:
+            return None
+        return max(0.0, seconds / step * (total - step))
+
+    def _add(self, record: dict[str, Any]) -> None:
+        if "val_loss" in record:
+            self.last_evaluation = record
+            if point := point_of(record, "val_loss"):
+                self._validation.add(point)
+        else:
+            self.last_training = record
+            if point := point_of(record, "loss"):
+                self._training.add(point)
+
+
+def watch_as_lines(watched: Watched, as_json: bool) -> None:
+    while True:
+        for record in watched.look():
+            sys.stdout.write((to_json(record) if as_json else describe(record, watched)) + "\n")
+        if watched.is_over:
+            break
+        sys.stdout.flush()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if as_json:
+        sys.stdout.write(to_json({"run": watched.run.name, "status": watched.status}) + "\n")
+    else:
+        sys.stdout.write(f"{watched.run.name} is {printable(watched.status)}\n")
+
+
+def watch_live(watched: Watched) -> None:
+    from rich.live import Live
+
+    from lumiere.cli.console import out
+
+    # Unredirected, because Rich's stand-in for stdout says that it is no terminal.
+    with Live(console=out(), auto_refresh=False, redirect_stdout=False) as live:
+        while True:
+            watched.look()
+            live.update(view(watched), refresh=True)
+            if watched.is_over:
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def view(watched: Watched) -> "RenderableType":
+    """What stands in the terminal at one moment."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from lumiere.cli.runs.curves import draw, legend, terminal_width
+
+    title = Text(watched.run.name, style="bold").append("  ")
+    title.append(printable(watched.status), style=STATUS_STYLES.get(watched.status, "dim"))
+    parts: list[RenderableType] = [title, Text(figures(watched))]
+    history = watched.history
+    if history.training or history.validation:
+        lines = [*draw([history], "step", terminal_width(), CHART_HEIGHT), *legend(["nats a token"])]
+        parts.extend(Text.from_ansi(line, no_wrap=True) for line in lines)
+    return Group(*parts)
+
+
+def figures(watched: Watched) -> str:
+    """The newest figures in one line."""
+    training, evaluation, record = watched.last_training, watched.last_evaluation, watched.record
+    parts = [f"step {number(watched.step, ',')}{of_total(record)}"]
+    if training:
+        parts += [
+            f"loss {number(training.get('loss'), '.3f')}",
+            f"{number(training.get('tokens_per_second'), ',.0f')} tok/s",
+        ]
+    if evaluation:
+        parts.append(f"validation {number(evaluation.get('val_loss'), '.4f')}")
+    if as_number(record.get("best_loss")) is not None:
+        parts.append(f"best {number(record['best_loss'], '.4f')}")
+    return "  ".join(parts) + time_left(watched)
+
+
+def describe(record: dict[str, Any], watched: Watched) -> str:
+    """A line of metrics in words."""
+    step = f"step {number(record['step'], ',')}{of_total(watched.record)}"
+    if "val_loss" in record:
+        perplexity = number(record.get("val_perplexity"), ",.2f")
+        return f"{step}  validation loss {number(record['val_loss'], '.4f')}  perplexity {perplexity}"
+    speed = number(record.get("tokens_per_second"), ",.0f")
+    return f"{step}  loss {number(record.get('loss'), '.3f')}  {speed} tok/s{time_left(watched)}"
+
+
+def of_total(record: dict[str, Any]) -> str:
+    total = number(record.get("total_steps"), ",")
+    return "" if total == "-" else f"/{total}"
+
+
+def time_left(watched: Watched) -> str:
+    if watched.status != "running" or watched.seconds_left is None:
+        return ""
+    return f"  {duration(watched.seconds_left)} left"

@@ -1,0 +1,319 @@
+"""The `lumiere runs` commands on runs that were really trained: what they print, delete, and give to scripts."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.cli.runs import confirm
+from lumiere.config.loader import load_config
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.inventory import disk_bytes
+from lumiere.persistence.metrics import read_metrics
+from lumiere.persistence.notes import read_notes
+from lumiere.persistence.runs import Run, RunStore
+
+OTHER = "run_zzzzzzzz_20990101_000000"
+
+
+def invoke(*arguments: str, answer: str | None = None) -> Result:
+    return CliRunner().invoke(app, ["runs", *arguments], input=answer, catch_exceptions=False)
+
+
+def run_command(*arguments: str) -> str:
+    """The stdout of a command that must succeed."""
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def read_json(*arguments: str) -> Any:
+    return json.loads(run_command(*arguments, "--json"))
+
+
+@pytest.fixture
+def run(trained_run: Run) -> Run:
+    """A copy of the trained run in `runs`, to be changed."""
+    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
+    return Run(Path("runs") / trained_run.name)
+
+
+@pytest.fixture
+def other(run: Run) -> Run:
+    """The same again, half as long, with another seed, a worse loss, and newer."""
+    other = Run(Path("runs") / OTHER)
+    shutil.copytree(run.path, other.path)
+    lines = [line for line in read_metrics(run.metrics_path) if line["step"] <= 8]
+    other.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other.update(best_loss=run.record["best_loss"] + 1, step=8)
+    other.config_path.write_text(run.config_path.read_text().replace("max_steps: 12", "max_steps: 8"))
+    return other
+
+
+def test_ls_shows_the_curve_and_the_tags(run: Run, other: Run) -> None:
+    run_command("tag", run.id, "base-1", "v2")
+    heading, first, second = run_command("ls").splitlines()
+    assert heading.split() == ["id", "status", "parameters", "steps", "best", "loss", "curve", "age", "corpus"]
+    assert first.startswith("zzzzzzzz")
+    assert second.endswith("stories  #base-1 #v2")
+    (curve,) = re.findall("[▁▂▃▄▅▆▇█]+", second)
+    losses = [line["loss"] for line in read_metrics(run.metrics_path) if "loss" in line]
+    assert len(curve) == len(losses) == 6
+    assert curve[losses.index(max(losses))] == "█"
+    assert curve[losses.index(min(losses))] == "▁"
+
+
+def test_ls_filters_and_sorts(run: Run, other: Run) -> None:
+    other.update(status="interrupted")
+    run_command("tag", run.id, "mine")
+
+    def ids(*arguments: str) -> list[str]:
+        return [entry["id"] for entry in read_json("ls", *arguments)]
+
+    assert ids() == ["zzzzzzzz", run.id]
+    assert ids("--sort", "loss") == ids("--sort", "steps") == [run.id, "zzzzzzzz"]
+    assert ids("--sort", "loss", "-n", "1") == ids("--status", "finished") == ids("--tag", "mine") == [run.id]
+    assert ids("--status", "finished", "--status", "interrupted") == ["zzzzzzzz", run.id]
+    assert "no such runs" in invoke("ls", "--tag", "none").stderr
+
+
+DAMAGE: list[Callable[[Run], object]] = [
+    lambda run: run.record_path.write_text('{"status": ["\\u001b[31m"], "best_loss": 1' + "0" * 400 + "}"),
+    lambda run: run.record_path.write_text('{"status": "\\ud800", "dataset": "\\u001b[2J", "command": 5}'),
+    lambda run: run.record_path.write_text('{"step": {}, "versions": "x", "error": ["\\u001b"], "total_steps": "12"}'),
+    lambda run: run.record_path.write_text('{"machine": {"gpus": 3, "threads": []}, "command": [1, null, "\\u001b"]}'),
+    lambda run: run.config_path.write_text('model: {"\\e[31m": "\\e[2J"}'),
+    lambda run: run.config_path.unlink(),
+    lambda run: run.metrics_path.write_text('{"step": 3, "loss": "\\u001b", "tokens": [], "tokens_per_second": {}}\n'),
+    lambda run: run.metrics_path.write_text('{"step": 3, "val_loss": [], "time": "x"}\n{"step": 1' + "0" * 400 + "}\n"),
+    lambda run: run.metrics_path.write_bytes(b"\xff\x00" * 5000),
+    lambda run: (run.path / "notes.json").write_text('{"tags": ["\\u001b", 5], "note": "\\u001b[31m \\ud800"}'),
+    lambda run: (run.checkpoints_dir / "best.safetensors").write_bytes(b"\x1b"),
+    lambda run: shutil.rmtree(run.checkpoints_dir),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", ["ls", "show latest", "compare latest {}", "plot latest", "watch latest"])
+def test_damaged_files_crash_nothing_and_steer_no_terminal(
+    run: Run, other: Run, command: str, damage: Callable[[Run], object]
+) -> None:
+    damage(other)
+    arguments = command.format(run.id).split()
+    for result in (invoke(*arguments), invoke(*arguments, "--json")):
+        assert result.exit_code in (0, 2), result.output
+        assert result.output.replace("\n", "").isprintable()
+
+
+def test_show_says_how_it_went_and_how_to_repeat_it(run: Run) -> None:
+    run_command("tag", run.id, "good")
+    run_command("note", run.id, "worth another [look]")
+    shown = run_command("show", run.id[:4])
+    metrics = read_metrics(run.metrics_path)
+    evaluation = next(line for line in reversed(metrics) if "val_loss" in line)
+    training = next(line for line in reversed(metrics) if "loss" in line)
+    for expected in (
+        "tags       good",
+        "note       worth another [look]",
+        f"step 12 of 12, epoch {training['epoch']:.2f}, {training['tokens']:,} tokens",
+        f"validation loss {run.record['best_loss']:.4f} at step {run.record['best_step']}",
+        f"training loss {training['loss']:.4f} at step 12",
+        f"validation loss {evaluation['val_loss']:.4f}",
+        f"  lumiere train {run.config_path}\n",
+        "  lumiere train  as it was started",
+    ):
+        assert expected in shown
+    assert re.search(r"model.context_size +16  default 64", shown)
+    assert re.search(r"training.beta1 +0.9\n", shown)
+
+
+def test_show_as_json_has_it_all(run: Run) -> None:
+    shown = read_json("show", "latest")
+    names = [checkpoint["name"] for checkpoint in shown["checkpoints"]]
+    assert names == CheckpointManager("runs").names(run)
+    for checkpoint in shown["checkpoints"]:
+        path = run.checkpoints_dir / f"{checkpoint['name']}.safetensors"
+        assert checkpoint["num_bytes"] == path.stat().st_size
+    assert shown["checkpoints"][names.index("step-00000004")]["step"] == 4
+    assert shown["disk_bytes"] == sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    assert shown["changed"]["model.context_size"] == {"value": 16, "default": 64}
+    assert shown["total_steps"] == 12
+    program, command, config = shlex.split(shown["repeat"])
+    assert (program, command, load_config(config)) == ("lumiere", "train", run.load_config())
+
+
+def test_compare_puts_runs_side_by_side(run: Run, other: Run) -> None:
+    compared = read_json("compare", run.id, "zzzz")
+    assert compared["differences"] == {"training.max_steps": [12, 8]}
+    assert compared["same_corpus"] is True
+    evaluations = {line["step"]: line for line in read_metrics(run.metrics_path) if "val_loss" in line}
+    assert compared["common_tokens"] == evaluations[8]["tokens"]
+    for at_tokens in (reached["at_equal_tokens"] for reached in compared["runs"]):
+        assert at_tokens["validation"]["loss"] == evaluations[8]["val_loss"]
+    lines = [line.split() for line in run_command("compare", run.id, "zzzz").splitlines()]
+    assert [run.id, "zzzzzzzz"] in lines
+    assert ["training.max_steps", "12", "8"] in lines
+    assert ["measured", "at", *[f"{evaluations[8]['tokens']:,}"] * 2] in lines
+
+
+def test_compare_warns_where_the_losses_are_over_other_tokens(run: Run, other: Run) -> None:
+    other.update(corpus_sha256="another")
+    assert "compare bits per byte" in invoke("compare", run.id, other.id).stderr
+
+
+def test_plot_in_a_pipe_is_letters_within_the_width(run: Run, other: Run) -> None:
+    drawn = run_command("plot", run.id, "latest")
+    assert drawn.replace("\n", "").isascii()
+    assert max(map(len, drawn.splitlines())) <= 80
+    assert drawn.splitlines()[-2:] == [
+        f"a training  A validation  {run.id} on stories",
+        "b training  B validation  zzzzzzzz on stories",
+    ]
+    first, *_, last = (line["tokens"] for line in read_metrics(run.metrics_path))
+    axis = run_command("plot", run.id, "--x", "tokens").splitlines()[-3]
+    assert axis.split() == [f"{first:,}", "tokens", f"{last:,}", "tokens"]
+    assert re.fullmatch(r" +0:\d\d +0:\d\d", run_command("plot", run.id, "--x", "time").splitlines()[-3])
+
+
+def test_plot_as_json_and_into_files(run: Run) -> None:
+    (plotted,) = read_json("plot", run.id)
+    losses = [line for line in read_metrics(run.metrics_path) if "loss" in line]
+    assert plotted["training"]["loss"] == [line["loss"] for line in losses]
+    assert plotted["training"]["tokens"] == [line["tokens"] for line in losses]
+    assert plotted["validation"]["step"] == [4, 8, 12]
+    Path("loss.svg").write_text("old")
+    result = invoke("plot", run.id, "-o", "loss.svg")
+    assert (result.stdout, result.stderr) == ("", "wrote loss.svg\n")
+    assert f"{run.id} on stories" in Path("loss.svg").read_text(encoding="utf-8")
+
+
+def test_tags_and_notes(run: Run) -> None:
+    assert read_json("tag", run.id, "a", "b") == {"run": run.name, "tags": ["a", "b"], "note": ""}
+    assert read_json("tag", run.id, "a", "--remove")["tags"] == ["b"]
+    run_command("note", run.id, "a thought")
+    assert read_notes(run).text == "a thought"
+    assert "note  none" in run_command("note", run.id, "")
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Somebody is there to answer."""
+    monkeypatch.setattr(confirm, "is_interactive", lambda: True)
+    return
+
+
+def test_rm_asks_and_says_what_goes(run: Run, other: Run, terminal: None) -> None:
+    refused = invoke("rm", run.id, "latest", answer="n\n")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "Delete 2 runs, " in refused.stderr
+    assert f"{run.name}  finished  best loss {run.record['best_loss']:.4f}" in refused.stderr
+    assert len(RunStore().all()) == 2
+    assert invoke("rm", run.id, answer="").exit_code == 1, "no answer is none"
+    assert invoke("rm", run.id, answer="y\n").exit_code == 0
+    assert [left.name for left in RunStore().all()] == [OTHER]
+
+
+def test_rm_for_scripts(run: Run, other: Run) -> None:
+    size = disk_bytes(run.path)
+    expected = {"runs": [run.name], "num_bytes": size, "dry_run": True}
+    assert read_json("rm", run.id, run.name, "--dry-run") == expected
+    assert run.path.exists()
+    assert read_json("rm", run.id, "--yes") == expected | {"dry_run": False}
+    assert [left.name for left in RunStore().all()] == [OTHER]
+
+
+def test_prune_keeps_the_best_and_the_latest_of_finished_runs(run: Run, other: Run) -> None:
+    other.update(status="interrupted")
+    before = disk_bytes(Path("runs"))
+    planned = read_json("prune", "--dry-run")
+    assert disk_bytes(Path("runs")) == before
+    result = invoke("prune", "--yes")
+    assert f"{OTHER}  left alone: it is interrupted, not finished" in result.stderr
+    assert before - disk_bytes(Path("runs")) == planned["num_bytes"]
+    manager = CheckpointManager()
+    assert manager.names(run) == ["best", "latest"]
+    assert len(manager.names(other)) > 2
+    assert invoke("prune", run.id, "--yes").stdout == "nothing to delete\n"
+
+
+def test_a_pruned_run_is_still_finished_and_does_not_begin_anew(run: Run) -> None:
+    run_command("prune", "--keep", "best", "--yes")
+    before = run.metrics_path.read_bytes()
+    result = CliRunner().invoke(app, ["train", "--resume", run.id])
+    assert result.exit_code == 0
+    assert "is finished (all steps are done): nothing to resume" in result.stderr
+    assert run.metrics_path.read_bytes() == before
+
+
+OPEN = {"config", "changed", "differences", "versions"}
+"""Objects whose keys are settings or packages."""
+
+
+def key_paths(value: Any, path: str = "", parent: str = "") -> set[str]:
+    """Where each key stands, whatever its place in a list and whatever the setting."""
+    match value:
+        case dict() if value:
+            names = {key: "*" if parent in OPEN else key for key in value}
+            return {p for key, item in value.items() for p in key_paths(item, f"{path}.{names[key]}", key)}
+        case list() if value:
+            return {p for item in value for p in key_paths(item, f"{path}[]", parent)}
+        case _:
+            return {path + "[]" * isinstance(value, list)}
+
+
+COMMANDS = {
+    "ls": "ls",
+    "show": "show latest",
+    "compare": "compare latest {}",
+    "plot": "plot latest",
+    "tag": "tag latest a",
+    "note": "note latest text",
+    "prune": "prune {} --yes",
+    "rm": "rm {} --yes",
+}
+
+
+def test_the_keys_of_the_json_are_a_promise(run: Run, other: Run, golden: Callable[[str, str], str]) -> None:
+    lines = []
+    for name, command in COMMANDS.items():
+        paths = key_paths(read_json(*command.format(run.id).split()))
+        lines += [f"runs {name} {path}" for path in sorted(paths)]
+    computed = "\n".join(lines) + "\n"
+    assert computed == golden("json_keys.txt", computed)
+
+
+def test_a_run_that_has_no_record_yet_has_the_same_keys(run: Run, other: Run) -> None:
+    other.record_path.unlink()
+    for command in ("ls", "show {}", "compare {} zzzz"):
+        before = read_json(*command.format(run.id).split())
+        entries = read_json(*command.format("zzzz" if "show" in command else run.id).split())
+        match entries:
+            case [empty, full] | {"runs": [full, empty]}:
+                assert set(empty) == set(full)
+            case _:
+                assert set(entries) == set(before)
+
+
+def test_the_width_of_a_terminal_is_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert max(map(len, run_command("plot", run.id).splitlines()[:-2])) <= 40
+
+
+def test_without_unicode_there_is_no_curve(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lumiere.cli.runs.ls import curve
+    from lumiere.persistence.listing import read_entry
+
+    entry = read_entry(run)
+    assert curve(entry)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", open("out.txt", "w", encoding="ascii"))  # noqa: SIM115
+        assert curve(entry) == ""
+        sys.stdout.close()

@@ -1,0 +1,193 @@
+"""Deleting leaves whole runs, whenever it is interrupted, and never leaves the runs directory."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lumiere.errors import LumiereError, RunBusyError
+from lumiere.persistence import lock, removal
+from lumiere.persistence.inventory import checkpoint_files, checkpoint_path, disk_bytes
+from lumiere.persistence.lock import locked
+from lumiere.persistence.removal import (
+    check_removable,
+    parse_keep,
+    plan_pruning,
+    prune,
+    remove_leftovers,
+    remove_run,
+)
+from lumiere.persistence.runs import Run, RunStore
+
+CHECKPOINTS = {"best": 100, "latest": 200, "previous": 300, "step-00000000": 1, "step-00000512": 2}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path / "runs")
+
+
+def make(store: RunStore, status: str = "finished") -> Run:
+    run = store.create()
+    run.update(status=status)
+    for name, size in CHECKPOINTS.items():
+        checkpoint_path(run, name).write_bytes(bytes(size))
+    return run
+
+
+def names(run: Run) -> list[str]:
+    return [checkpoint.name for checkpoint in checkpoint_files(run)]
+
+
+def test_a_removed_run_is_gone_and_the_others_are_not(store: RunStore) -> None:
+    gone, kept = make(store), make(store)
+    remove_run(gone)
+    assert store.all() == [kept]
+    assert sorted(path.name for path in store.runs_dir.iterdir()) == [".gitignore", "README.md", kept.name]
+
+
+def test_a_kill_while_deleting_leaves_no_half_run(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, kept = make(store), make(store)
+
+    def killed(path: Path) -> None:
+        (path / "run.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(removal, "_delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_run(run)
+    assert store.all() == [kept]
+    monkeypatch.undo()
+    (leftover,) = store.runs_dir.glob(".removed.*")
+    remove_leftovers(store)
+    assert not leftover.exists()
+    assert store.all() == [kept]
+
+
+@pytest.mark.parametrize("name", [".removed.mine", "removed", ".removed.run_aaaaaaaa_20250101_000000", ".removed.."])
+def test_only_leftovers_of_ours_are_cleaned_up(store: RunStore, name: str) -> None:
+    make(store)
+    (store.runs_dir / name).mkdir()
+    remove_leftovers(store)
+    assert (store.runs_dir / name).is_dir()
+
+
+def test_leftovers_of_no_runs_directory(store: RunStore) -> None:
+    remove_leftovers(store)
+    assert not store.runs_dir.exists()
+
+
+def test_a_running_run_is_refused(store: RunStore) -> None:
+    run = make(store, "running")
+    with locked(run.path):
+        for refused in (check_removable, remove_run):
+            with pytest.raises(LumiereError, match=f"run {run.id} is running"):
+                refused(run)
+    assert names(run) == list(CHECKPOINTS)
+    # Its process has died: there is nothing to stop any more.
+    check_removable(run)
+
+
+def test_a_run_that_begins_to_train_meanwhile_is_refused(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at its status and the deletion."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.01)
+    run = make(store)
+    plan = plan_pruning(run, ["best"])
+    with locked(run.path):
+        with pytest.raises(RunBusyError):
+            remove_run(run)
+        with pytest.raises(RunBusyError):
+            prune(plan)
+    assert names(run) == list(CHECKPOINTS)
+
+
+def test_links_are_taken_away_and_not_followed(store: RunStore, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    inside = make(store)
+    shutil.copytree(inside.path, outside)
+    linked = Run(store.runs_dir / "run_aaaaaaaa_20250101_000000")
+    os.symlink(outside, linked.path)
+    os.symlink(outside, inside.path / "link")
+    assert linked in store.all()
+    assert disk_bytes(linked.path) == 0
+    assert plan_pruning(linked, ["best"]).reason == "its checkpoints are behind a link"
+    remove_run(linked)
+    remove_run(inside)
+    assert store.all() == []
+    assert len(list((outside / "checkpoints").iterdir())) == len(CHECKPOINTS)
+
+
+def test_checkpoints_behind_a_link_are_not_pruned(store: RunStore, tmp_path: Path) -> None:
+    run = make(store)
+    shutil.move(run.checkpoints_dir, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", run.checkpoints_dir)
+    plan = plan_pruning(run, ["best"])
+    assert (plan.names, plan.reason) == ((), "its checkpoints are behind a link")
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        ("best", ["best"]),
+        ("best,latest", ["best", "latest"]),
+        (" latest , 512", ["latest", "step-00000512"]),
+        ("best,step-00000000", ["best", "step-00000000"]),
+        ("previous,snapshots", ["previous", "step-00000000", "step-00000512"]),
+        ("best,latest,previous,snapshots", list(CHECKPOINTS)),
+    ],
+)
+def test_pruning_keeps_what_is_named_and_counts_the_bytes(store: RunStore, keep: str, left: list[str]) -> None:
+    run = make(store)
+    before = disk_bytes(run.path)
+    plan = plan_pruning(run, parse_keep(keep))
+    assert names(run) == list(CHECKPOINTS), "planning deletes nothing"
+    prune(plan)
+    assert names(run) == left
+    assert plan.num_bytes == sum(size for name, size in CHECKPOINTS.items() if name not in left)
+    assert before - disk_bytes(run.path) == plan.num_bytes
+
+
+def test_a_file_with_two_names_is_freed_with_the_second(store: RunStore) -> None:
+    run = make(store)
+    checkpoint_path(run, "previous").unlink()
+    os.link(checkpoint_path(run, "best"), checkpoint_path(run, "previous"))
+    assert plan_pruning(run, ["best", "latest", "snapshots"]).num_bytes == 0
+
+
+@pytest.mark.parametrize("status", ["interrupted", "failed", "crashed", "unknown", "\x1b"])
+def test_only_finished_runs_are_pruned(store: RunStore, status: str) -> None:
+    plan = plan_pruning(make(store, status), ["best"])
+    assert (plan.names, plan.num_bytes) == ((), 0)
+    assert plan.reason == f"it is {status}, not finished"
+
+
+def test_a_run_is_never_left_without_any_checkpoint(store: RunStore) -> None:
+    run = make(store)
+    assert plan_pruning(run, parse_keep("7")).reason == "it has none of those to keep"
+    assert plan_pruning(run, parse_keep("7,best")).reason is None
+
+
+def test_a_run_that_was_resumed_since_it_was_planned_is_refused(store: RunStore) -> None:
+    run = make(store)
+    plan = plan_pruning(run, ["best"])
+    run.update(status="running")
+    with locked(run.path), pytest.raises(LumiereError, match="is running"):
+        prune(plan)
+    assert names(run) == list(CHECKPOINTS)
+
+
+@pytest.mark.parametrize("keep", ["", "bset", "best,", "../best", "-1", "step-5", "best latest", "\x1b"])
+def test_names_that_are_none_are_refused(keep: str) -> None:
+    with pytest.raises(LumiereError, match="there is no checkpoint"):
+        parse_keep(keep)
+
+
+def test_a_checkpoint_is_described_by_its_header(trained_run: Run, store: RunStore) -> None:
+    best = checkpoint_files(trained_run)[0]
+    path = checkpoint_path(trained_run, "best")
+    assert (best.name, best.step, best.problem) == ("best", trained_run.record["best_step"], None)
+    assert best.num_bytes == len(path.read_bytes())
+    damaged = checkpoint_files(make(store))[0]
+    assert (damaged.step, damaged.num_bytes) == (None, 100)
+    assert "is damaged" in (damaged.problem or "")
