@@ -6,7 +6,8 @@ from collections.abc import Iterable
 class LumiereError(Exception):
     """Something the user can fix.
 
-    The command line prints `error: <message>` and `hint: <hint>` and exits with code 2.
+    The command line prints `error: <message>` and `hint: <hint>` and exits with code 2. Both are one printable line,
+    whatever the names and values in them hold: what comes from a file or a shell must not steer the terminal.
 
     Args:
         message: what is wrong, with the name and the value at fault.
@@ -14,9 +15,9 @@ class LumiereError(Exception):
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = None if hint is None else printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -44,6 +45,16 @@ class CheckpointError(LumiereError):
 
 class NonFiniteError(LumiereError):
     """A training whose loss, gradients or weights are no longer finite numbers."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with its control characters made visible, and all others that have no shape, but for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """`text` if it is short, or else its beginning."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lumiere"
 # From the bottom up. A part may import parts on lower floors, and nothing else of Lumiere.
 FLOORS = [
     {"errors", "__init__"},
+    {"files"},
     {"config"},
     {"components"},
     {"models", "data"},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,10 +34,10 @@ def talk() -> "Console":
 
 
 def escape(text: str) -> str:
-    """`text` with what Rich would read as markup made plain."""
+    """`text` with what Rich would read as markup made plain, and what would steer the terminal made visible."""
     from rich.markup import escape as rich_escape
 
-    return rich_escape(text)
+    return rich_escape(printable(text, keep="\n\t"))
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,6 +7,9 @@ import typer
 
 from lumiere.cli.loading import open_model
 from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
+from lumiere.errors import printable
+
+JOINERS = "\u200c\u200d"  # they have no shape, and belong to words and to emoji
 
 
 def generate(
@@ -46,8 +49,13 @@ def generate(
     opened = open_model(run, checkpoint, device, runs_dir)
     pieces = generate_text(opened.model, opened.tokenizer, prompt, max_new_tokens, sampling, seed)
     first = next(pieces, "")
-    sys.stdout.write((prompt or "") + first)
+    write((prompt or "") + first)
     for piece in pieces:
-        sys.stdout.write(piece)
+        write(piece)
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    write("\n")
+
+
+def write(text: str) -> None:
+    """`text` as it is to a file or a pipe; a terminal is not to be steered by what a model was taught to write."""
+    sys.stdout.write(printable(text, keep="\n\t" + JOINERS) if sys.stdout.isatty() else text)

@@ -45,7 +45,7 @@ def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | Non
     name = run.resolve_checkpoint(checkpoint)
     if name != checkpoint:
         show_note(f"run {run.id} has no checkpoint {checkpoint} yet, {name} is taken")
-    step = CheckpointManager(run.path.parent).load(run, name, groups=()).metadata["step"]
+    step = CheckpointManager(run.path.parent).load(run, name, groups=()).step
     model = run.load_model(name).to(target)
     return OpenedModel(run, name, step, run.load_config(), run.load_tokenizer(), model)
 

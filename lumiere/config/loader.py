@@ -1,5 +1,6 @@
 """From a YAML or TOML file and `--set` overrides to a `RunConfig`, and back to YAML."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import tomli
 import yaml
 from pydantic import ValidationError
+from yaml.composer import ComposerError
 
 from lumiere.config.problems import config_error, quoted
 from lumiere.config.schema import RunConfig
 from lumiere.config.shipped import SUFFIXES, shipped_configs
-from lumiere.errors import ConfigError, nearest
+from lumiere.errors import ConfigError, nearest, shortened
+from lumiere.files import read_file
+
+MAX_BYTES = 200_000  # PyYAML takes seconds for them
 
 
 def load_config(
@@ -69,11 +74,12 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
 def find_config(reference: str | Path) -> Path:
     """The file that `reference`, a path or a shipped config's bare name, stands for."""
     path, shipped = Path(reference), shipped_configs()
-    if path.is_file():
+    # By `os`, which says no where a method of `Path` raises: for a name that is too long, a folder without access.
+    if os.path.isfile(path):
         return path
     if str(reference) in shipped:
         return shipped[str(reference)]
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{quoted(path)} is a folder, not a config", "give a .yaml or .toml file inside it")
     guess = nearest(path.stem, shipped)
     names = ", ".join(shipped)
@@ -88,15 +94,15 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{quoted(path)} is not a config", f"a config's name ends in {', '.join(SUFFIXES)}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{quoted(path)} is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{quoted(path)} cannot be read: {error.strerror}", "check the path") from None
     try:
         values = tomli.loads(text) if path.suffix == ".toml" else yaml.load(text, UniqueKeyLoader)
-    except (tomli.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # PyYAML raises whatever its readers of single values run into, such as KeyError
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__)
         raise ConfigError(f"{quoted(path)} cannot be read: {reason}", "mend the file at that place") from None
     if not values:
         raise ConfigError(f"{quoted(path)} is empty", "start from lumiere train tiny --print-config")
@@ -122,7 +128,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if value.startswith(("[", "{")):
         try:
             return key.strip(), yaml.load(value, UniqueKeyLoader)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except Exception:  # as above
             raise ConfigError(
                 f"--set {quoted(override)} does not read as a list or mapping", "for example [a.txt, b.txt]"
             ) from None
@@ -139,15 +145,25 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader keeps the last of two equal keys without a word; this one refuses them."""
+    """PyYAML's safe loader, without what makes a file other than it looks.
+
+    Of two equal keys it keeps the last without a word. An alias (`*name`) repeats a part of the file, and a few lines
+    of aliases of aliases are gigabytes (the "billion laughs"). This loader refuses both.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"*{event.anchor} is an alias: write out what it stands for"
+            raise ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands there twice", key_node.start_mark
-                )
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
+        for key in keys:
+            if key.value in seen:
+                problem = f"the key {key.value!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -1,6 +1,7 @@
 """From pydantic's findings to one error that names the dotted path and the way out."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -8,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from lumiere.config.schema import RunConfig
 from lumiere.config.synonyms import SYNONYMS
-from lumiere.errors import ConfigError, nearest
+from lumiere.errors import ConfigError, nearest, printable, shortened
 
 LIMITS = {
     "greater_than": ("gt", "must be more than {}"),
@@ -17,6 +18,8 @@ LIMITS = {
     "less_than_equal": ("le", "must be at most {}"),
     "literal_error": ("expected", "must be {}"),
 }
+MAX_LENGTH = 60  # of a value or of a key in a message
+MAX_PATHS = 5  # as many keys a message names
 
 
 def config_error(error: ValidationError) -> ConfigError:
@@ -26,7 +29,8 @@ def config_error(error: ValidationError) -> ConfigError:
     message, hint = describe(first)
     paths = list(dict.fromkeys(path for path in map(dotted_path, others) if path != dotted_path(first)))
     if paths:
-        message += f" (also wrong: {', '.join(paths)})"
+        rest = f" and {len(paths) - MAX_PATHS} more" if len(paths) > MAX_PATHS else ""
+        message += f" (also wrong: {', '.join(paths[:MAX_PATHS])}{rest})"
     return ConfigError(message, hint)
 
 
@@ -34,7 +38,7 @@ def describe(detail: ErrorDetails) -> tuple[str, str]:
     """One of pydantic's findings as message and hint."""
     path, value, context = dotted_path(detail), quoted(detail["input"]), detail.get("ctx", {})
     match detail["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "invalid_key":
             return f"unknown key {path}", hint_for_key(path)
         case "inconsistent":
             return f"{path} {detail['msg']}", hint_for_value(path)
@@ -43,8 +47,12 @@ def describe(detail: ErrorDetails) -> tuple[str, str]:
                 f"{path} must be a section of keys, not {value}",
                 f"write {path}: and its keys below it, indented",
             )
+        case "string_unicode" if path not in setting_paths():  # of a key, for which pydantic gives its section's path
+            return f"a key{f' of {path}' if path else ''} is not valid text, but {value}", hint_for_key(f"{path}.")
         case "string_type" | "dict_type":
             problem = "must be text"
+        case "string_unicode":
+            problem = "must be valid text"
         case "list_type":
             problem = "must be a list"
         case "string_too_short":
@@ -65,7 +73,7 @@ def dotted_path(detail: ErrorDetails) -> str:
     """`model.num_heads`, without the branches that pydantic adds for unions."""
     if path := detail.get("ctx", {}).get("path"):
         return path
-    return escaped(".".join(str(part) for part in detail["loc"][:2]))
+    return ".".join(shortened(printable(str(part)), MAX_LENGTH) for part in detail["loc"][:2])
 
 
 def hint_for_key(path: str) -> str:
@@ -109,12 +117,13 @@ def setting_paths() -> list[str]:
 
 
 def quoted(value: Any) -> str:
-    """`value` as short, printable text: what a file or a shell holds must not steer the terminal."""
-    text = escaped(str(value))
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return text if isinstance(value, int | float | None) else f"'{text}'"
-
-
-def escaped(text: str) -> str:
-    """`text` with control characters made visible."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """`value` as short, printable text. Of what is no single value only its kind: a text of it has no bounds."""
+    match value:
+        case int() if value.bit_length() > 1000:  # Python refuses to write out the largest
+            return "a number of hundreds of digits"
+        case int() | float() | None:
+            return shortened(str(value), MAX_LENGTH)
+        case str() | Path():
+            return f"'{shortened(printable(str(value)), MAX_LENGTH)}'"
+        case _:
+            return f"a {type(value).__name__}"

@@ -1,6 +1,7 @@
 """Every setting of a run: its name, its meaning, its default (the Lumiére model card's) and its limits."""
 
 import re
+import warnings
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -8,12 +9,14 @@ from pydantic_core import PydanticCustomError
 
 from lumiere.config.values import (
     Boolean,
+    Count,
     Fraction,
     Integer,
     NonNegativeInteger,
     NonNegativeNumber,
     PositiveInteger,
     PositiveNumber,
+    Width,
     read_names,
 )
 
@@ -27,19 +30,19 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The transformer's shape."""
 
-    embedding_size: PositiveInteger = 128
+    embedding_size: Width = 128
     """Width of the residual stream."""
-    context_size: PositiveInteger = 64
+    context_size: Width = 64
     """Longest sequence that the model sees, in tokens."""
-    num_layers: PositiveInteger = 4
+    num_layers: Count = 4
     """Transformer blocks."""
-    num_heads: PositiveInteger = 4
+    num_heads: Count = 4
     """Attention heads in each block."""
-    d_key: PositiveInteger = 32
+    d_key: Width = 32
     """Width of each head's queries and keys."""
-    d_value: PositiveInteger = 32
+    d_value: Width = 32
     """Width of each head's values."""
-    d_ff: PositiveInteger = 256
+    d_ff: Width = 256
     """Hidden width of the feed-forward part (SwiGLU)."""
     dropout: Fraction = 0.1
     """Share of activations dropped while training, after the embeddings and after each part of a block."""
@@ -86,8 +89,9 @@ class DatasetConfig(Section):
     def check_pattern(cls, pattern: str | None) -> str | None:
         """A pattern that does not compile would fail only when the corpus is read."""
         try:
-            re.compile(pattern or "")
-        except re.error as error:
+            with warnings.catch_warnings(action="ignore"):  # about what later versions of Python may read differently
+                re.compile(pattern or "")
+        except (re.error, OverflowError, RecursionError) as error:
             raise PydanticCustomError(
                 "pattern", "must be a regular expression ({reason})", {"reason": str(error)}
             ) from None
@@ -151,7 +155,7 @@ class TrainingConfig(Section):
     """Type of the matrix products; the weights stay float32. `auto` takes what is best for the device."""
     compile: Boolean = False
     """Compile the training step with `torch.compile` (needs a C++ compiler on a CPU)."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the dropout and the order of the windows."""

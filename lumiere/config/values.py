@@ -12,7 +12,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-NUMBER = re.compile(r"[+-]?(\d[\d_]*)?\.?\d*([eE][+-]?\d+)?")
+from lumiere.files import MAX_INTEGER
+
+# No two parts of it fit the same characters: of a long text that is no number, each is looked at once.
+NUMBER = re.compile(r"[+-]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 def read_number(value: Any) -> float:
@@ -70,8 +73,10 @@ Integer = Annotated[int, BeforeValidator(read_integer)]
 Number = Annotated[float, BeforeValidator(read_number)]
 Boolean = Annotated[bool, BeforeValidator(read_boolean)]
 
-PositiveInteger = Annotated[Integer, Field(ge=1)]
-NonNegativeInteger = Annotated[Integer, Field(ge=0)]
+PositiveInteger = Annotated[Integer, Field(ge=1, le=MAX_INTEGER)]
+NonNegativeInteger = Annotated[Integer, Field(ge=0, le=MAX_INTEGER)]
+Width = Annotated[Integer, Field(ge=1, le=1_000_000)]
+Count = Annotated[Integer, Field(ge=1, le=1000)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 NonNegativeNumber = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]

@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
 
 from lumiere.config.schema import RunConfig
-from lumiere.data.corpus import Corpus, load_corpus
+from lumiere.data.corpus import SPLITS, Corpus, load_corpus
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.data.windows import Windows
-from lumiere.errors import DataError, LumiereError
+from lumiere.errors import DataError, LumiereError, shortened
+from lumiere.files import open_file, parse_json, read_file
 
 CACHE_FORMAT = 1
+MAX_FACTS_BYTES = 10_000
 DOCUMENTS_AT_ONCE = 256
 """Documents encoded in one call: enough to keep all cores busy, few enough to show progress."""
 
@@ -113,10 +116,13 @@ def tokenize_corpus(
     corpus = corpus or load_corpus(config.dataset)
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, config.tokenizer.model_dump()], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    if folder.is_dir():
-        return read_folder(folder, from_cache=True)
-    build_folder(folder, corpus, config, tell)
-    return read_folder(folder, from_cache=False)
+    is_cached = os.path.isdir(folder)
+    if not is_cached:
+        build_folder(folder, corpus, config, tell)
+    tokenized = read_folder(folder, from_cache=is_cached)
+    if len(tokenized.tokenizer) > config.tokenizer.vocab_size:
+        raise damaged(folder, f"its tokenizer has {len(tokenized.tokenizer):,} tokens")
+    return tokenized
 
 
 def tokenize_text(text: str, tokenizer: Tokenizer) -> TokenizedSplit:
@@ -152,9 +158,7 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
-        raise LumiereError(
-            f"the cache folder {folder.parent} cannot be written: {error.strerror}", "set LUMIERE_CACHE_DIR"
-        ) from None
+        raise unwritable(folder, error) from None
     try:
         (temporary / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         facts = {
@@ -165,10 +169,10 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener
         (temporary / "splits.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         try:
             temporary.rename(folder)
-        except OSError:
+        except OSError as error:
             # Another process has built the same folder meanwhile; both hold the same.
             if not folder.is_dir():
-                raise
+                raise unwritable(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -199,25 +203,54 @@ def read_folder(folder: Path, from_cache: bool) -> TokenizedCorpus:
     Raises:
         DataError: if files are missing or damaged.
     """
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     try:
-        facts = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
-        splits = {
-            split: TokenizedSplit(
-                np.memmap(folder / f"{split}.ids", dtype=dtype, mode="r"),
-                np.load(folder / f"{split}.offsets.npy"),
-                SplitFacts(**fields),
-            )
-            for split, fields in facts.items()
-        }
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise DataError(f"the cached corpus in {folder} is damaged: {error}", "delete that folder") from None
-    if any(len(split.ids) != split.facts.num_tokens for split in splits.values()):
-        raise DataError(f"the cached corpus in {folder} is cut short", "delete that folder")
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        facts = parse_json(read_file(folder / "splits.json", MAX_FACTS_BYTES))
+        if not isinstance(facts, dict):
+            raise ValueError("it says nothing of its splits")
+        # By the names of the splits and not by the file's: those could lead out of the folder.
+        splits = {split: read_split(folder, split, len(tokenizer), facts[split]) for split in SPLITS if split in facts}
+    except (OSError, ValueError, TypeError, DataError) as error:
+        raise damaged(folder, error.message if isinstance(error, DataError) else shortened(str(error))) from None
+    if facts.keys() != splits.keys() or not {"train", "validation"} <= splits.keys():
+        raise damaged(folder, f"it has the splits {shortened(', '.join(facts))}")
     identity = json.dumps([{split: fields["sha256"] for split, fields in facts.items()}, tokenizer.fingerprint])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return TokenizedCorpus(tokenizer, splits, fingerprint, from_cache)
+
+
+def read_split(folder: Path, split: str, vocab_size: int, fields: Mapping[str, Any]) -> TokenizedSplit:
+    """Map one split's files into memory, and see that they fit each other.
+
+    Raises:
+        OSError, ValueError, TypeError: if they do not, or are damaged.
+    """
+    facts = SplitFacts(**fields)
+    counts = (facts.num_documents, facts.num_tokens, facts.num_bytes, facts.num_words)
+    sound = all(isinstance(count, int) and count > 0 for count in counts)
+    if not sound or not isinstance(facts.sha256, str):
+        raise ValueError(f"the facts about its {split} split are no facts")
+    paths = folder / f"{split}.ids", folder / f"{split}.offsets.npy"
+    for path in paths:
+        open_file(path).close()  # of a pipe, NumPy would wait for an end
+    ids = np.memmap(paths[0], dtype=np.uint16 if vocab_size <= 2**16 else np.uint32, mode="r")
+    # Not by `np.load`, which reads archives too, and allocates as much as a header asks for.
+    offsets = np.lib.format.open_memmap(paths[1], mode="r")
+    if offsets.dtype != np.int64 or offsets.shape != (facts.num_documents + 1,):
+        raise ValueError(f"the offsets of its {split} split are no offsets")
+    if (len(ids), offsets[0], offsets[-1]) != (facts.num_tokens, 0, facts.num_tokens) or np.diff(offsets).min() < 1:
+        raise ValueError(f"its {split} split is cut short")
+    if ids.max() >= vocab_size:
+        raise ValueError(f"its {split} split holds an id that is none of its tokenizer's")
+    return TokenizedSplit(ids, np.array(offsets), facts)
+
+
+def damaged(folder: Path, reason: str) -> DataError:
+    return DataError(f"the cached corpus in {str(folder)!r} is damaged: {reason}", "delete that folder")
+
+
+def unwritable(folder: Path, error: OSError) -> LumiereError:
+    return LumiereError(f"the cache {str(folder)!r} cannot be written: {error.strerror}", "set LUMIERE_CACHE_DIR")
 
 
 def measure(text: str) -> tuple[int, int]:

@@ -1,18 +1,23 @@
 """Byte-level BPE: any text in, token ids out, and the same text back (up to NFKC normalization)."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from lumiere.errors import DataError, LumiereError
+from lumiere.errors import DataError, LumiereError, printable, shortened
+from lumiere.files import parse_json, read_file
 
 SOT, EOT, PAD = 0, 1, 2
 """Start of a document, end of a document, padding after its end."""
 SPECIAL_TOKENS = ("<|sot|>", "<|eot|>", "<|pad|>")
+
+MAX_BYTES = 200_000_000  # some millions of tokens
 
 VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
@@ -34,10 +39,7 @@ class Tokenizer:
 
         Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", on bytes.
         """
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.normalizer = normalizers.NFKC()  # pyright: ignore[reportAttributeAccessIssue]
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-        backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+        backend = pipeline(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
@@ -52,16 +54,34 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Read a `tokenizer.json`.
 
+        Nothing but the vocabulary and the merges is taken from it. The library would take everything: patterns that
+        never end, padding of gigabytes, a limit of length that drops text without a word.
+
         Raises:
             DataError: if the file is missing, damaged, or another kind of tokenizer.
         """
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise DataError(f"{path} cannot be read as a tokenizer: {error}", "restore the file") from None
-        if tuple(tokenizer._backend.id_to_token(i) for i in range(3)) != SPECIAL_TOKENS:
-            raise DataError(f"{path} is not one of Lumiere's tokenizers", "restore the file")
-        return tokenizer
+            saved = parse_json(read_file(path, MAX_BYTES))
+        except (OSError, ValueError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise DataError(f"{str(path)!r} cannot be read as a tokenizer: {reason}", "restore the file") from None
+        try:
+            check_vocabulary(saved["model"]["vocab"])
+            merges = [(left, right) for left, right in saved["model"]["merges"]]
+            backend = pipeline(models.BPE(saved["model"]["vocab"], merges))
+            backend.add_special_tokens(list(SPECIAL_TOKENS))
+            expected = json.loads(backend.to_str())
+        except Exception as error:  # the library raises bare Exception for whatever is wrong with the merges
+            reason = shortened(f"{type(error).__name__}: {error}")
+            raise DataError(
+                f"{str(path)!r} is not one of Lumiere's tokenizers ({reason})", "restore the file"
+            ) from None
+        if differs := [key for key in expected if key in saved and not agree(saved[key], expected[key])]:
+            raise DataError(
+                f"{str(path)!r} is not one of Lumiere's tokenizers: it has another {', '.join(differs)}",
+                "restore the file",
+            )
+        return cls(backend)
 
     def to_json(self) -> str:
         """The tokenizer as `tokenizers` and `transformers` load it."""
@@ -110,14 +130,49 @@ class Tokenizer:
         """One token in printable form: spaces as ·, line ends as ↵, lone bytes as \\xe2."""
         if 0 <= token < len(SPECIAL_TOKENS):
             return SPECIAL_TOKENS[token]
-        text = self.token_bytes(token).decode("utf-8", errors="backslashreplace").translate(VISIBLE)
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        return printable(self.token_bytes(token).decode("utf-8", errors="backslashreplace").translate(VISIBLE))
 
     @cached_property
     def _bytes(self) -> list[bytes]:
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = (self._backend.id_to_token(i) or "" for i in range(len(SPECIAL_TOKENS), len(self)))
         return [b""] * len(SPECIAL_TOKENS) + [bytes(byte_of[c] for c in piece) for piece in pieces]
+
+
+def pipeline(model: models.BPE) -> tokenizers.Tokenizer:
+    """`model` with all that comes before and after it."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFKC()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return backend
+
+
+def check_vocabulary(vocab: dict[str, int]) -> None:
+    """Whether a vocabulary is one that `Tokenizer.train` could have made.
+
+    Raises:
+        ValueError: its ids are not 0, 1, 2, ...; or special tokens, a byte, or the bytes of a token are missing.
+    """
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    if [vocab[token] for token in tokens] != list(range(len(tokens))) or not all(tokens):
+        raise ValueError("the ids of its tokens are not 0, 1, 2, ...")
+    if tuple(tokens[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
+        raise ValueError(f"its first tokens are not {', '.join(SPECIAL_TOKENS)}")
+    characters = set(byte_characters())
+    if not characters <= vocab.keys() or not characters.issuperset("".join(tokens[len(SPECIAL_TOKENS) :])):
+        raise ValueError("its tokens are not made of bytes")
+
+
+def agree(saved: Any, expected: Any) -> bool:
+    """Whether two JSON values are the same, but for keys that only one of them has: versions of the library differ."""
+    match saved, expected:
+        case dict(), dict():
+            return all(agree(saved[key], expected[key]) for key in saved.keys() & expected.keys())
+        case list(), list():
+            return len(saved) == len(expected) and all(map(agree, saved, expected))
+        case _:
+            return saved == expected
 
 
 def byte_characters() -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, NonFiniteError
 from lumiere.generation.sampling import Sampling, sample
 from lumiere.models.transformer import Transformer
 
@@ -34,6 +34,7 @@ def generate(
 
     Raises:
         LumiereError: if the prompt is empty.
+        NonFiniteError: if the model's logits are no finite numbers, as those of a broken model are.
     """
     if prompt is not None and not prompt.strip():
         raise LumiereError("the prompt is empty", "give it some text, or leave it out to let the model begin")
@@ -73,6 +74,9 @@ def generate_tokens(
             logits_V = model.logits(window_T[None])[0, -1].float().cpu()
         logits_V[num_used:] = -torch.inf
         logits_V[[SOT, PAD]] = -torch.inf
+        # NaN is the largest of all; minus infinity, if it is the largest, stands everywhere.
+        if not logits_V.max().isfinite():
+            raise NonFiniteError("the model's logits are not finite numbers", "its weights are broken: train it anew")
         token = sample(logits_V, sampling, generator)
         if token == EOT:
             return

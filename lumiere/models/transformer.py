@@ -213,6 +213,12 @@ class Transformer(nn.Module):
             raise ValueError(f"a sequence must have 1 to {self.context_size} tokens, not {tokens_BT.shape[1]}")
 
 
+def empty_model(config: "RunConfig") -> Transformer:
+    """The model that a config describes without any memory for its weights: to count or to compare their shapes."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def build_model(config: "RunConfig") -> Transformer:
     """The untrained model that a config describes, with weights from torch's current seed."""
     model = config.model

@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import operator
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lumiere.errors import CheckpointError
+from lumiere.errors import CheckpointError, shortened
+from lumiere.files import open_file, parse_json
 from lumiere.persistence.atomic import write_atomically
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT_NUMBER = 1
 GROUPS = ("model", "optimizer", "rng")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MAX_HEADER_BYTES = 10_000_000  # ours have some kB; the format allows ten times as many, which as JSON are gigabytes
 DAMAGE_HINT = "use another checkpoint of the run: best, latest, previous, or a step's"
 
 
@@ -46,6 +47,18 @@ class Checkpoint:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     rng: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Updates that the weights have seen.
+
+        Raises:
+            CheckpointError: the metadata does not say.
+        """
+        step = self.metadata.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise CheckpointError("the checkpoint does not say of which step it is", DAMAGE_HINT)
+        return step
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,7 @@ def load_checkpoint(path: str | Path, groups: Collection[str] = GROUPS) -> Check
     with _open_for_reading(path) as file:
         header = _read_header(path, file)
         metadata = _parse_metadata(path, header)
+        _check_room(path, header, groups)
         tensors = {group: _read_group(path, file, header, group) for group in groups}
     return Checkpoint(
         model=tensors.get("model", {}),
@@ -138,7 +152,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 @contextmanager
 def _open_for_reading(path: Path) -> Iterator[BinaryIO]:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             yield file
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {str(path)!r}", "lumiere runs ls lists the runs") from None
@@ -155,17 +169,38 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
     if length > MAX_HEADER_BYTES or data_start > size:
         raise _damaged(path, f"it announces a header of {length:,} bytes, which cannot be")
     try:
-        entries = json.loads(file.read(length).decode("utf-8"))
+        entries = parse_json(file.read(length))
         texts = dict(entries.pop("__metadata__", {}))
-        spans = [tuple(map(operator.index, entry["data_offsets"])) for entry in entries.values()]
-        announced = max((end for _, end in spans), default=0)
-        sound = all(0 <= begin <= end for begin, end in spans)
-        sound &= all(isinstance(text, str) for text in texts.values())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        sound = all(isinstance(text, str) for text in texts.values())
+        spans = sorted(map(_span, entries.values()))
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise _damaged(path, "its header is not that of a safetensors file") from None
-    if not sound or data_start + announced != size:
-        raise _damaged(path, f"it has {size:,} bytes, its header announces {data_start + announced:,}")
+    # Each tensor begins where the one before it ends: otherwise a small file could make large ones, of the same bytes.
+    if not sound or any(begin != end for (begin, _), (_, end) in zip(spans, [(0, 0), *spans], strict=False)):
+        raise _damaged(path, "its metadata is no text, or its tensors overlap or leave gaps")
+    announced = data_start + (spans[-1][1] if spans else 0)
+    if announced != size:
+        raise _damaged(path, f"it has {size:,} bytes, its header announces {announced:,}")
     return _Header(texts, entries, data_start)
+
+
+def _span(entry: Any) -> tuple[int, int]:
+    """Where the bytes of a tensor begin and end, counted from the start of the data."""
+    match entry["data_offsets"]:
+        case [int(begin), int(end)] if 0 <= begin <= end:
+            return begin, end
+    raise ValueError("no span")
+
+
+def _check_room(path: Path, header: _Header, groups: Collection[str]) -> None:
+    """A file with holes says of itself that it is terabytes, and takes no room on the disk."""
+    wanted = [_span(entry) for name, entry in header.entries.items() if name.partition(".")[0] in groups]
+    needed = sum(end - begin for begin, end in wanted)
+    if hasattr(os, "sysconf") and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise CheckpointError(
+            f"{str(path)!r} holds {needed / 1e9:,.0f} GB of tensors, this machine has {memory / 1e9:,.0f} GB of memory",
+            DAMAGE_HINT,
+        )
 
 
 def _parse_metadata(path: Path, header: _Header) -> dict[str, Any]:
@@ -176,14 +211,21 @@ def _parse_metadata(path: Path, header: _Header) -> dict[str, Any]:
             "Lumiere's own are in the checkpoints folder of a run",
         )
     if number != str(FORMAT_NUMBER):
+        is_newer = re.fullmatch("[1-9][0-9]*", number)
         raise CheckpointError(
-            f"{str(path)!r} has format {number!r}, this Lumiere reads format {FORMAT_NUMBER}",
-            "a newer Lumiere wrote it: pip install --upgrade lumiere",
+            f"{str(path)!r} has format {shortened(number, 20)!r}, this Lumiere reads format {FORMAT_NUMBER}",
+            "a newer Lumiere wrote it: pip install --upgrade lumiere" if is_newer else DAMAGE_HINT,
         )
     text = header.texts.get("metadata", "")
     if header.texts.get("format") != "pt" or _hash_text(text) != header.texts.get("sha256.metadata"):
         raise _damaged(path, "its metadata does not match its hash")
-    return json.loads(text)
+    try:
+        metadata = parse_json(text)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "its metadata is no JSON object")
+    return metadata
 
 
 def _read_group(path: Path, file: BinaryIO, header: _Header, group: str) -> dict[str, Tensor]:
@@ -208,7 +250,7 @@ def _read_tensor(path: Path, file: BinaryIO, data_start: int, entry: Mapping[str
     header = json.dumps({"tensor": {**entry, "data_offsets": [0, len(data)]}}).encode()
     try:
         return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)["tensor"]
-    except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError):
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
         raise _damaged(path, "a tensor's type and shape do not match its bytes") from None
 
 

@@ -41,7 +41,8 @@ class CheckpointManager:
         path = _path(run, name)
         try:
             for leftover in run.checkpoints_dir.glob(".*.tmp"):  # of a process that was killed while it saved
-                leftover.unlink(missing_ok=True)
+                if not leftover.is_dir():
+                    leftover.unlink(missing_ok=True)
             if name == "latest" and path.is_file():
                 _replace_latest(run, checkpoint)
             else:

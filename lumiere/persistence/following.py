@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lumiere.persistence.history import MAX_LINE_BYTES
-from lumiere.persistence.metrics import parse_line
+from lumiere.persistence.metrics import MAX_LINE_BYTES, open_metrics, parse_line
 
 
 class MetricsFollower:
@@ -27,7 +26,7 @@ class MetricsFollower:
         A last line that has no end yet waits for the next call, a damaged one is passed over.
         """
         try:
-            with open(self._path, "rb") as file:
+            with open_metrics(self._path) as file:
                 # The line before tells whether this is still the same text: a resume may have cut the file, and
                 # training may have written past the old place since.
                 file.seek(self._offset - len(self._last_line))

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from lumiere.persistence.metrics import as_number, parse_line
+from lumiere.persistence.metrics import MAX_LINE_BYTES, as_number, open_metrics, parse_line
 
 BLOCK_BYTES = 1024  # holds a whole training line, wherever it begins
 MAX_POINTS = 1000  # of a curve; twice as many are still fewer than a picture has columns of pixels
 # A training loss in the middle of whatever surrounds it: ten times as fast as to find the line and to parse it.
 LOSS = re.compile(rb'"loss": ?(-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)(?=[,}])')
-MAX_LINE_BYTES = 1 << 20  # what is longer is none of our lines
 
 Item = TypeVar("Item")
 
@@ -101,7 +100,7 @@ def sample_losses(path: Path, count: int) -> list[float]:
     """
     try:
         # Unbuffered, because a buffer would read more than the blocks that are asked for.
-        with open(path, "rb", buffering=0) as file:
+        with open_metrics(path, buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size <= count * BLOCK_BYTES:
                 texts = LOSS.findall(file.read(size))
@@ -156,7 +155,7 @@ def _points(lines: Iterable[bytes], key: str) -> Iterator[Point]:
 def _whole_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file; a torn last one is left out."""
     try:
-        with open(path, "rb") as file:
+        with open_metrics(path) as file:
             while line := file.readline(MAX_LINE_BYTES):
                 if line.endswith(b"\n"):
                     yield line
@@ -167,7 +166,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 def _lines_from_the_end(path: Path, block_bytes: int = 1 << 16) -> Iterator[bytes]:
     """The lines of a file, last one first, with what a torn last one has."""
     try:
-        with open(path, "rb") as file:
+        with open_metrics(path) as file:
             end = file.seek(0, os.SEEK_END)
             rest = b""
             while end:

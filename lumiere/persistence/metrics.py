@@ -4,14 +4,17 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from lumiere.errors import LumiereError
+from lumiere.files import open_file, parse_json
 from lumiere.persistence.atomic import write_atomically
 
+MAX_LINE_BYTES = 100_000
+MAX_BYTES = 2**30  # some millions of lines, which a training never writes
 MAX_NUMBER = 1e18  # no count or loss is larger; NaN and infinity are not below it either
 
 
@@ -19,14 +22,14 @@ class MetricsWriter:
     """Appends records to a metrics file; each line reaches the system before `write` returns.
 
     Raises:
-        LumiereError: the file cannot be opened.
+        LumiereError: the file cannot be opened, or is a link, which could lead out of the run's folder.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         try:
             # Without a buffer, whose rest a failed write would leave to be written later.
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (close() closes it)
+            self._file = open(path, "ab", buffering=0, opener=_open_no_link)  # noqa: SIM115 (close() closes it)
         except OSError as error:
             raise unwritable(self._path, error) from error
 
@@ -74,7 +77,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     A last line that was torn by a crash is left out.
 
     Raises:
-        LumiereError: a line before the last is damaged.
+        LumiereError: a line before the last is damaged, or the file cannot be read.
     """
     return [record for _, record in _read_lines(Path(path))]
 
@@ -83,7 +86,7 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
     """Drops the lines after `last_step`, and a torn last line, so that a resumed run can append.
 
     Raises:
-        LumiereError: a line before the last is damaged; the file stays as it is.
+        LumiereError: as `read_metrics`; the file stays as it is.
     """
     path = Path(path)
     kept = [line + b"\n" for line, record in _read_lines(path) if record["step"] <= last_step]
@@ -97,10 +100,11 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The record in a line; None where the line is damaged or torn."""
     try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def as_number(value: Any) -> int | float | None:
@@ -110,10 +114,12 @@ def as_number(value: Any) -> int | float | None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """`value` as standard JSON text, with null for every NaN and infinity in it."""
+    """`value` as standard JSON text, with null for every NaN and infinity in it; nothing in it steers a terminal."""
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-    # Half a surrogate pair, which a damaged file may hold, can be written as an escape only.
-    return text.encode("utf-8", "backslashreplace").decode()
+    if text.replace("\n", "").isprintable():
+        return text
+    # Beyond those that JSON refuses, some characters steer a terminal, and no file can hold half of a surrogate pair.
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _finite(value: Any) -> Any:
@@ -128,22 +134,43 @@ def _finite(value: Any) -> Any:
             return value
 
 
-def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line of the file as it stands, and the record in it."""
+    damaged = None
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open_metrics(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+                if damaged is not None:
+                    raise LumiereError(
+                        f"line {damaged} of {str(path)!r} is damaged",
+                        "mend or delete that line; the checkpoints do not depend on this file",
+                    )
+                record = parse_line(line)
+                if record is None:
+                    damaged = number
+                else:
+                    yield line.removesuffix(b"\n"), record
     except FileNotFoundError:
-        return []
-    if not lines[-1]:
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        record = parse_line(line)
-        if record is not None:
-            records.append((line, record))
-        elif number < len(lines):
-            raise LumiereError(
-                f"line {number} of {str(path)!r} is damaged",
-                "mend or delete that line; the checkpoints do not depend on this file",
-            )
-    return records
+        return
+    except OSError as error:
+        raise LumiereError(
+            f"{str(path)!r} cannot be read: {error.strerror}", "move it away: nothing needs it"
+        ) from None
+
+
+def open_metrics(path: Path, buffering: int = -1) -> BinaryIO:
+    """A metrics file, to be read.
+
+    Raises:
+        OSError: there is none, it is no regular file, or beyond all measure.
+    """
+    file = open_file(path, buffering)
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        file.close()
+        raise OSError(errno.EFBIG, f"More than {MAX_BYTES:,} bytes", str(path))
+    return file
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    # As `open` does, but for the two flags, which Windows does not have: a pipe that nobody reads is an error too.
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)

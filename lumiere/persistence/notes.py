@@ -5,17 +5,18 @@ A file of their own, because the training process rewrites `run.json` at any mom
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lumiere.errors import LumiereError, nearest
+from lumiere.files import parse_json, read_file
 from lumiere.persistence.atomic import write_atomically
 from lumiere.persistence.metrics import to_json
 from lumiere.persistence.runs import Run
 
 FILE_NAME = "notes.json"
+MAX_BYTES = 1_000_000
 TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,40}")
 
 
@@ -30,8 +31,8 @@ class Notes:
 def read_notes(run: Run) -> Notes:
     """The notes of a run; what is missing or damaged counts as not written."""
     try:
-        return _parse((run.path / FILE_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return _parse(read_file(run.path / FILE_NAME, MAX_BYTES))
+    except (OSError, ValueError):
         return Notes()
 
 
@@ -91,7 +92,7 @@ def check_tag(tag: str) -> None:
 
 def _parse(data: bytes) -> Notes:
     """Raises ValueError where the file is not ours; single values that are not are left out."""
-    values = json.loads(data)
+    values = parse_json(data)
     if not isinstance(values, dict):
         raise ValueError("not an object")
     tags, text = values.get("tags"), values.get("note")
@@ -103,12 +104,12 @@ def _parse(data: bytes) -> Notes:
 def _read_to_change(run: Run) -> Notes:
     path = run.path / FILE_NAME
     try:
-        return _parse(path.read_bytes())
+        return _parse(read_file(path, MAX_BYTES))
     except FileNotFoundError:
         return Notes()
     except OSError as error:
         raise LumiereError(f"{str(path)!r} cannot be read: {error.strerror}", "check its permissions") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise LumiereError(f"{str(path)!r} is damaged", "mend or delete it; it holds the run's tags and note") from None
 
 

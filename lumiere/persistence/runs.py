@@ -5,7 +5,6 @@ Importing this module loads neither torch nor pydantic, so that listing runs is 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import string
@@ -14,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumiere.errors import CheckpointError, LumiereError, RunNotFoundError, nearest
+from lumiere.errors import DataError, LumiereError, RunNotFoundError, nearest
+from lumiere.files import parse_json, read_file
 from lumiere.persistence.atomic import write_atomically
 from lumiere.persistence.metrics import to_json
 
@@ -27,6 +27,7 @@ ID_LENGTH = 8
 ID_ALPHABET = string.ascii_lowercase + string.digits
 NAME_PATTERN = re.compile(r"run_([a-z0-9]{8})_([0-9]{8}_[0-9]{6})")
 TIME_FORMAT = "%Y%m%d_%H%M%S"
+MAX_RECORD_BYTES = 4_000_000  # ours have some kB, most of them the command that the user typed
 MAX_CANDIDATES = 5  # as many runs an error about an ambiguous name lists
 
 FOLDER_README = """\
@@ -122,10 +123,20 @@ class Run:
         return load_config_file(self.config_path)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the run was trained with."""
+        """The tokenizer that the run was trained with.
+
+        Raises:
+            DataError: it cannot be read, or has more tokens than the model has rows.
+        """
         from lumiere.data.tokenizer import Tokenizer
 
-        return Tokenizer.load(self.tokenizer_path)
+        tokenizer, rows = Tokenizer.load(self.tokenizer_path), self.load_config().tokenizer.vocab_size
+        if len(tokenizer) > rows:
+            raise DataError(
+                f"{str(self.tokenizer_path)!r} has {len(tokenizer):,} tokens, the model in config.yaml {rows:,}",
+                "restore the tokenizer that the run was trained with",
+            )
+        return tokenizer
 
     def resolve_checkpoint(self, name: str) -> str:
         """The checkpoint that `name` really gives: `latest` where `best` does not exist (the run was killed early).
@@ -144,25 +155,17 @@ class Run:
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or `config.yaml` describes another model.
         """
-        from lumiere.models.transformer import build_model
         from lumiere.persistence.checkpoint_manager import CheckpointManager
+        from lumiere.persistence.fitting import load_weights
 
-        name = self.resolve_checkpoint(checkpoint)
-        state = CheckpointManager(self.path.parent).load(self, name, groups=("model",)).model
-        model = build_model(self.load_config())
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"checkpoint {name!r} of run {self.id} does not fit the model in its config.yaml",
-                "undo the changes to config.yaml; it describes the run as it was trained",
-            ) from error
-        return model.eval()
+        name, config = self.resolve_checkpoint(checkpoint), self.load_config()
+        loaded = CheckpointManager(self.path.parent).load(self, name, groups=("model",))
+        return load_weights(config, loaded, f"checkpoint {name!r} of run {self.id}")
 
     def _read_record(self) -> dict[str, Any]:
         try:
-            record = json.loads(self.record_path.read_bytes())
-        except (OSError, ValueError, RecursionError):
+            record = parse_json(read_file(self.record_path, MAX_RECORD_BYTES))
+        except (OSError, ValueError):
             return {}
         return record if isinstance(record, dict) else {}
 
@@ -218,9 +221,9 @@ class RunStore:
             with os.scandir(self.runs_dir) as entries:
                 found = [
                     # Of two runs of the same second, the one that was written to last is the newer one.
-                    (timestamp, entry.stat().st_mtime_ns, entry.name)
+                    (timestamp, written_at, entry.name)
                     for entry in entries
-                    if (timestamp := _timestamp(entry.name)) and entry.is_dir()
+                    if (timestamp := _timestamp(entry.name)) and (written_at := _written_at(entry)) is not None
                 ]
         except FileNotFoundError:
             return []
@@ -266,6 +269,14 @@ class RunStore:
         if not any(self.runs_dir.iterdir()):
             write_atomically(self.runs_dir / ".gitignore", b"*\n")
             write_atomically(self.runs_dir / "README.md", FOLDER_README.encode())
+
+
+def _written_at(entry: os.DirEntry[str]) -> int | None:
+    """When a folder was last written to, in nanoseconds; None for what is no folder, or links to itself."""
+    try:
+        return entry.stat().st_mtime_ns if entry.is_dir() else None
+    except OSError:
+        return None
 
 
 def _parse_timestamp(timestamp: str) -> datetime:

@@ -52,7 +52,7 @@ def card_checkpoint(run: Run) -> tuple[str, int]:
         CheckpointError: the run has none, or it is damaged.
     """
     name = run.resolve_checkpoint("best")
-    return name, CheckpointManager(run.path.parent).load(run, name, groups=()).metadata["step"]
+    return name, CheckpointManager(run.path.parent).load(run, name, groups=()).step
 
 
 def kept_evaluation(record: Mapping[str, Any], step: int) -> Evaluation | None:

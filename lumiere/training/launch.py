@@ -12,8 +12,9 @@ from pathlib import Path
 from lumiere.config.loader import dump_config
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.atomic import write_atomically
-from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.fitting import check_fit
 from lumiere.persistence.lock import locked
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.runs import Run, RunStore
@@ -25,6 +26,7 @@ from lumiere.training.loggers.opening import opened_loggers
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
 from lumiere.training.saving import progress
+from lumiere.training.state import STOP_REASONS
 from lumiere.training.trainer import TrainingResult, train
 
 
@@ -69,12 +71,14 @@ def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = (
 
     Raises:
         RunBusyError: another process is training it.
-        CheckpointError: if the checkpoint is damaged.
+        CheckpointError: if the checkpoint is damaged, or belongs to another model.
         ConfigError: if the schedule cannot be brought to another length any more.
     """
     with locked(run.path):
         checkpoint, name = newest_checkpoint(run)
-        step = checkpoint.metadata["step"] if checkpoint else 0
+        step = checkpoint.step if checkpoint else 0
+        if checkpoint is not None:
+            check_fit(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
         check_schedule(run.load_config().training, preparation.config.training, preparation.epoch_steps, step)
         if checkpoint and name != "latest":
             message = f"the latest checkpoint is damaged, training goes on from {name} (step {step:,})"
@@ -100,7 +104,8 @@ def now() -> str:
 def remove_leftovers(run: Run) -> None:
     """Remove the unfinished files of a process that was killed while it wrote into the run."""
     for leftover in run.path.rglob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
 
 
 def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
@@ -112,13 +117,20 @@ def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
 
 
 def stop_reason(run: Run) -> str | None:
-    """Why a run is over, by its record or its newest checkpoint; None where it can go on."""
+    """Why a run is over, by its record or its newest checkpoint; None where it can go on.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
     # The record first: `runs prune` may have left a finished run no more than an earlier checkpoint.
     reason = run.record.get("stop_reason")
-    if run.status == "finished" and reason:
-        return str(reason)
+    if run.status == "finished" and reason in STOP_REASONS:
+        return reason
     checkpoint, _ = newest_checkpoint(run)
-    return checkpoint.metadata["stop_reason"] if checkpoint else None
+    reason = checkpoint.metadata.get("stop_reason") if checkpoint else None
+    if reason is not None and reason not in STOP_REASONS:
+        raise CheckpointError(f"the newest checkpoint of run {run.id} gives no reason why it ended", DAMAGE_HINT)
+    return reason
 
 
 def supervise(
@@ -176,5 +188,5 @@ def check_room(runs_dir: Path, preparation: Preparation) -> None:
 
 def free_room(runs_dir: Path) -> tuple[Path, int]:
     """The folder that is there of a runs directory that may not be, and the bytes that are free on its disk."""
-    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if os.path.exists(folder))
     return existing, shutil.disk_usage(existing).free

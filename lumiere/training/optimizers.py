@@ -6,6 +6,9 @@ from torch import Tensor, nn, optim
 from lumiere.config.schema import TrainingConfig
 from lumiere.training.muon import Muon
 
+STATE = {optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
+"""What each keeps of a parameter: numbers of its shape, and the count of steps."""
+
 
 class Optimizers:
     """The optimizers of a model, stepped together.
@@ -64,18 +67,36 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave."""
+        """Take over what `state_tensors` gave.
+
+        Raises:
+            ValueError: it was given by other optimizers, or for another model.
+        """
         for optimizer in self._optimizers:
             mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             for name, parameter in self._parameters.items():
-                if id(parameter) in mine:
-                    optimizer.state[parameter] = {
-                        key.removeprefix(f"{name}."): restored(value, parameter)
-                        for key, value in tensors.items()
-                        if key.rpartition(".")[0] == name
-                    }
+                if id(parameter) not in mine:
+                    continue
+                found = {
+                    key.removeprefix(f"{name}."): value
+                    for key, value in tensors.items()
+                    if key.rpartition(".")[0] == name
+                }
+                # The optimizer would come across what is missing, or of another shape, in the middle of its first step.
+                expected = {
+                    quantity: () if quantity == "step" else parameter.shape for quantity in STATE[type(optimizer)]
+                }
+                if found and {quantity: value.shape for quantity, value in found.items()} != expected:
+                    raise ValueError(f"no state of the optimizer for {name}")
+                optimizer.state[parameter] = {quantity: restored(value, parameter) for quantity, value in found.items()}
 
 
 def restored(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of a state tensor on the parameter's device."""
+    """A copy of a state tensor on the parameter's device.
+
+    Raises:
+        ValueError: it is of another type than the parameter.
+    """
+    if value.dtype != parameter.dtype:
+        raise ValueError(f"a state of type {value.dtype} for a parameter of type {parameter.dtype}")
     return value.to(parameter.device, copy=True)

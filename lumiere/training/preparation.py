@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.data.corpus import load_corpus
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
-from lumiere.errors import CheckpointError, LumiereError
+from lumiere.errors import CheckpointError, ConfigError, LumiereError
+from lumiere.persistence.checkpoint import DAMAGE_HINT
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.extension import Change, changes, check_changes, with_overrides
@@ -52,18 +53,15 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
     check_packages(config.training.loggers)
     source = load_corpus(config.dataset)
     # Torch takes seconds to load: whoever has no network is told before that, and not after.
-    import torch
-
     from lumiere.components.device import peak_flops, resolve_device, resolve_precision
-    from lumiere.models.transformer import build_model
+    from lumiere.models.transformer import empty_model
     from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()
     device = resolve_device(config.training.device)
     precision = resolve_precision(config.training.precision, device)
     corpus = tokenize_corpus(config, progress, source)
-    with torch.device("meta"):
-        num_parameters = build_model(config).num_parameters
+    num_parameters = empty_model(config).num_parameters
     return Preparation(config, corpus, device, precision, peak_flops(device, precision), num_parameters)
 
 
@@ -83,8 +81,13 @@ def prepare_resume(
     check_changes(changed_settings(run, config), run.id)
     record = run.record
     taken = {key: record[key] for key in ("device", "precision") if key in record}
-    preparation = prepare(config.model_copy(update={"training": config.training.model_copy(update=taken)}), progress)
-    if preparation.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
+    values = config.model_dump()
+    # Read as strictly as a config: the record is a file too.
+    there = validate(values | {"training": values["training"] | taken})
+    preparation = prepare(there, progress)
+    # A run that was killed while it was made may have no tokenizer yet, and then nothing was trained with another one.
+    made = run.tokenizer_path.exists() or CheckpointManager(run.path.parent).names(run)
+    if made and preparation.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
         raise LumiereError(
             f"the tokenizer of '{config.dataset.name}' is not the one that run {run.id} was trained with",
             "restore the corpus and the version of tokenizers that run.json names, or start a new run",
@@ -104,5 +107,18 @@ def changed_settings(run: Run, config: RunConfig) -> list[Change]:
     for name in ("latest", "previous", "best"):
         if name in manager.names(run):
             with contextlib.suppress(CheckpointError):
-                return changes(validate(manager.load(run, name, groups=()).metadata["config"]), config)
+                saved = manager.load(run, name, groups=()).metadata.get("config")
+                return changes(trained_config(saved, name), config)
     return changes(run.load_config(), config)
+
+
+def trained_config(saved: Any, name: str) -> RunConfig:
+    """The config in the metadata of the checkpoint `name`.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        return validate(saved)
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint {name} holds no config: {error.message}", DAMAGE_HINT) from None

@@ -29,6 +29,9 @@ COUNTERS = (
 )
 NEWER_COUNTERS = {"skipped_steps": 0, "skipped_in_a_row": 0}
 """Where those stand that the checkpoints of the first version do not have."""
+FRACTIONAL = {"seconds", "best_loss", "stopping_loss"}
+OPTIONAL = {"best_loss", "best_step", "stopping_loss", "stop_reason"}
+STOP_REASONS = ("max_steps", "max_epochs", "patience")
 
 TRAINED = "trained."
 """Before the names, among the optimizer's tensors, of the weights that training goes on with where the model in a
@@ -139,21 +142,33 @@ class TrainingState:
             raise misfit()
         try:
             self.model.load_state_dict(checkpoint.model)
+            self.optimizers.load_state_tensors(checkpoint.optimizer)
+            torch.set_rng_state(checkpoint.rng["cpu"])
             if self.average is not None:
                 self.average.load(checkpoint.model)
                 self.model.load_state_dict(trained)
             metadata = NEWER_COUNTERS | checkpoint.metadata
             counters = {name: metadata[name] for name in COUNTERS}
-        except (RuntimeError, KeyError) as error:
+            device = next(self.model.parameters()).device
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(checkpoint.rng["cuda"], device)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
             # Torch's own message is a page of parameter names.
             raise misfit() from error
-        self.optimizers.load_state_tensors(checkpoint.optimizer)
+        if not all(is_counter(name, value) for name, value in counters.items()):
+            raise misfit()
         for name, value in counters.items():
             setattr(self, name, value)
-        torch.set_rng_state(checkpoint.rng["cpu"])
-        device = next(self.model.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint.rng["cuda"], device)
+
+
+def is_counter(name: str, value: object) -> bool:
+    """Whether the counter `name` can stand at `value`."""
+    if value is None:
+        return name in OPTIONAL
+    if name == "stop_reason":
+        return value in STOP_REASONS
+    kinds = int | float if name in FRACTIONAL else int
+    return isinstance(value, kinds) and not isinstance(value, bool) and value >= 0
 
 
 def misfit() -> CheckpointError:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,15 @@ REFUSED = [
     ("dataset.name=", "dataset.name must not be empty", ""),
     ("dataset.document_start=(", "dataset.document_start must be a regular expression", ""),
     ("dataset.sliding_window_size=64", "dataset.sliding_window_size must be smaller than model.context_size (64)", ""),
+    ("model.d_ff=1000001", "model.d_ff must be at most 1000000, not '1000001'", ""),
+    ("model.num_layers=1001", "model.num_layers must be at most 1000, not '1001'", ""),
+    ("training.max_steps=1e30", "training.max_steps must be at most 9223372036854775807", ""),
+    ("training.device=cuda:" + "9" * 5000, "training.device must be auto, cpu", ""),
+    ("." * 50_000 + "=1", "unknown key ", "known there"),
+    ("model.\udc80=1", "a key of model is not valid text", ""),
+    ("dataset.data_files=" + "[" * 5000, "does not read as a list or mapping", ""),
+    ("dataset.data_files={? [a] : b}", "does not read as a list or mapping", ""),
+    ("dataset.data_files=[&a x, *a]", "does not read as a list or mapping", ""),
     ("model=3", "model must be a section of keys, not '3'", ""),
     ("training.gradient_accumulation_steps=5", "must divide training.batch_size (32)", ""),
     ("seed", "--set 'seed' is not key=value", "--set model.num_layers=6"),
@@ -203,6 +213,31 @@ def test_every_synonym_teaches_a_key_that_exists() -> None:
         ("a.yaml", b"model: {d_ff: 1, d_ff: 2}\n", "the key 'd_ff' stands there twice"),
         ("a.yaml", b"model: [\n", "cannot be read"),
         ("a.yaml", b"[" * 10_000, "cannot be read"),
+        ("a.yaml", b"#" * 200_001, "cannot be read: More than 200,000 bytes"),
+        ("a.yaml", b"a: &a [x]\nb: &b [*a, *a]\n", "*a is an alias: write out what it stands for"),
+        ("a.yaml", b"dataset: {data_files: &a [*a]}\n", "is an alias"),
+        ("a.yaml", b"? [a]\n: b\n", "unhashable key"),
+        ("a.yaml", b"model: {d_ff: !!int ''}\n", "cannot be read"),
+        ("a.yaml", b"model: {d_ff: !!bool x}\n", "cannot be read"),
+        ("a.yaml", b"model: {d_ff: !!timestamp x}\n", "cannot be read"),
+        ("a.yaml", b"model: !!map [a]\n", "cannot be read"),
+        ("a.yaml", b"model: {d_ff: 1" + b":00" * 300 + b".5}\n", "cannot be read"),
+        ("a.yaml", b"model: {d_ff: " + b"9" * 10_000 + b"}\n", "cannot be read"),
+        ("a.yaml", b"model: {d_ff: 0x" + b"f" * 10_000 + b"}\n", "must be at most 1000000, not a number of hundreds"),
+        ("a.yaml", b"1: 2\n", "unknown key 1"),
+        ("a.yaml", b"model: {1: 2}\n", "unknown key model.1"),
+        ("a.yaml", b'model: {"\\ud800": 1}\n', "a key of model is not valid text, but '\\ud800'"),
+        ("a.yaml", b'"\\ud800": 1\n', "a key is not valid text"),
+        ("a.yaml", b'dataset: {name: "\\ud800"}\n', "dataset.name must be valid text"),
+        ("a.yaml", b"dataset: {name: !!binary gAA=}\n", "dataset.name must be valid text, not a bytes"),
+        ("a.yaml", b"model: 2020-01-01\n", "model must be a section of keys, not a date"),
+        ("a.yaml", b"a" * 1000 + b": 1\n", "unknown key aaaaaaaa"),
+        ("a.yaml", b"".join(b"k%d: 1\n" % i for i in range(99)), "(also wrong: k1, k2, k3, k4, k5 and 93 more)"),
+        ("a.yaml", b"model: {d_ff: '" + b"1" * 150_000 + b"x'}\n", "must be a whole number, not '1111"),
+        ("a.toml", b"[" + b"a." * 900 + b"a]\nb = 1\n", "unknown key a"),
+        ("a.toml", b"a = " + b"[" * 10_000, "cannot be read"),
+        ("a.toml", b"a = 1\na = 2\n", "cannot be read"),
+        ("a.toml", b"a = " + b"9" * 10_000 + b"\n", "cannot be read"),
         ("a.toml", b"model = \n", "cannot be read"),
         ("a.txt", b"model: {}\n", "is not a config"),
     ],
@@ -213,6 +248,40 @@ def test_refused_files(tmp_path: Path, name: str, content: bytes, message: str) 
         load_config(tmp_path / name)
     assert message in caught.value.message
     assert caught.value.hint
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    for name, text in (("a.yaml", "model: {d_ff: 8}\n"), ("a.toml", "[model]\nd_ff = 8\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_config(tmp_path / name).model.d_ff == 8
+
+
+def test_what_is_no_file_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match="no config"):
+        load_config(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Not a regular file"):
+        load_config_file(tmp_path / "pipe.yaml")
+
+
+@pytest.mark.parametrize("reference", ["a" * 5000 + ".yaml", "a\0b.yaml", "/proc/1/root/x.yaml", "\x1b[31m.yaml"])
+def test_a_name_that_no_file_can_have(reference: str) -> None:
+    with pytest.raises(ConfigError, match="no config"):
+        load_config(reference)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("(" * 9000, "recursion"), ("a{99999999999999999999}", "too large"), ("[[a", "unterminated")],
+)
+def test_a_pattern_that_does_not_compile(pattern: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"dataset.document_start must be a regular expression \(.*{reason}"):
+        validate({"dataset": {"document_start": pattern}})
+
+
+def test_a_pattern_that_a_later_python_reads_otherwise_is_read_without_a_word() -> None:
+    assert validate({"dataset": {"document_start": "[[a]"}}).dataset.document_start == "[[a]"
 
 
 def test_missing_config_names_the_nearest(tmp_path: Path) -> None:

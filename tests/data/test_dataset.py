@@ -1,6 +1,9 @@
 """Encoded corpora: what is on disk, when it is made anew, and what happens when that goes wrong."""
 
 import hashlib
+import json
+import os
+import pickle
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -206,6 +209,127 @@ def test_a_damaged_cache_is_an_error(cache: Path, name: str, damage: str) -> Non
     assert caught.value.hint
     shutil.rmtree(folders(cache)[0])
     assert not tokenize_corpus(config_of()).from_cache
+
+
+def set_field(path: Path, split: str, field: str, value: Any) -> None:
+    facts = json.loads(path.read_bytes())
+    facts[split][field] = value
+    path.write_text(json.dumps(facts))
+
+
+def rename_split(path: Path, name: str) -> None:
+    facts = json.loads(path.read_bytes())
+    facts[name] = facts.pop("test")
+    path.write_text(json.dumps(facts))
+
+
+def put_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return pytest.fail, ("a pickle was read",)
+
+
+def put_archive(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, a=np.zeros(3))
+
+
+def put_header(path: Path, shape: int) -> None:
+    """Offsets that say that they are many more than there are."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (shape,)})
+
+
+DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
+    *((name, put) for name in ("tokenizer.json", "splits.json", "train.ids") for put in (put_fifo, put_folder)),
+    ("train.offsets.npy", put_fifo),
+    *(
+        ("splits.json", lambda path, text=text: path.write_text(text))
+        for text in ("[]", "7", '{"train": 7}', "{}", "[" * 9999)
+    ),
+    ("splits.json", lambda path: rename_split(path, "../../../etc/passwd")),
+    ("splits.json", lambda path: rename_split(path, "\x1b[31m")),
+    ("splits.json", lambda path: path.write_bytes(b" " * 20_000)),
+    *(
+        ("splits.json", lambda path, field=field, value=value: set_field(path, "train", field, value))
+        for field, value in [
+            ("num_tokens", 1),
+            ("num_tokens", "9"),
+            ("num_documents", 10**12),
+            ("num_words", 0),
+            ("num_bytes", None),
+            ("sha256", ["a"]),
+            ("another", 1),
+        ]
+    ),
+    ("train.offsets.npy", lambda path: np.save(path, np.array([0.0, 1.0]))),
+    ("train.offsets.npy", lambda path: np.save(path, np.load(path)[::-1].copy())),
+    ("train.offsets.npy", lambda path: np.save(path, np.load(path) + 1)),
+    ("train.offsets.npy", lambda path: np.save(path, np.array([Payload()]), allow_pickle=True)),
+    ("train.offsets.npy", lambda path: path.write_bytes(pickle.dumps(Payload()))),
+    ("train.offsets.npy", put_archive),
+    ("train.offsets.npy", lambda path: put_header(path, 10**15)),
+    ("train.ids", lambda path: path.write_bytes(b"\xff" * path.stat().st_size)),
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole cache, to be copied."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(folder))
+        tokenize_corpus(config_of())
+    return folder
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_a_crafted_cache_is_an_error(built: Path, cache: Path, name: str, damage: Callable[[Path], Any]) -> None:
+    shutil.copytree(built, cache)
+    damage(folders(cache)[0] / name)
+    with pytest.raises(DataError, match=r"the cached corpus in '.*' is damaged: ") as caught:
+        tokenize_corpus(config_of())
+    assert caught.value.hint == "delete that folder"
+
+
+def test_no_file_outside_of_the_cache_is_read(built: Path, cache: Path) -> None:
+    shutil.copytree(built, cache)
+    [folder] = folders(cache)
+    for ending in (".ids", ".offsets.npy"):
+        (folder / f"test{ending}").rename(cache / f"outside{ending}")
+    rename_split(folder / "splits.json", "../../outside")
+    with pytest.raises(DataError, match=r"is damaged: it has the splits train, validation, \.\./\.\./outside"):
+        tokenize_corpus(config_of())
+
+
+def test_a_cache_with_a_larger_tokenizer_is_an_error(cache: Path) -> None:
+    tokenize_corpus(config_of(vocab_size=310))
+    [large] = folders(cache)
+    tokenize_corpus(config_of())
+    [small] = set(folders(cache)) - {large}
+    shutil.rmtree(small)
+    large.rename(small)
+    with pytest.raises(DataError, match="is damaged: its tokenizer has 310 tokens"):
+        tokenize_corpus(config_of())
+
+
+def test_a_file_in_the_place_of_a_cached_corpus_is_an_error(cache: Path) -> None:
+    tokenize_corpus(config_of())
+    [folder] = folders(cache)
+    shutil.rmtree(folder)
+    folder.write_text("")
+    with pytest.raises(LumiereError, match="cannot be written: Not a directory"):
+        tokenize_corpus(config_of())
+    assert folders(cache) == [folder]
 
 
 def test_a_build_that_fails_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

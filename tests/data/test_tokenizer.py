@@ -1,7 +1,11 @@
 """The tokenizer: any text comes back as NFKC leaves it, and other libraries split it the same way."""
 
+import json
+import os
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -153,13 +157,100 @@ def test_a_file_that_is_no_tokenizer_of_ours_is_refused(tmp_path: Path, tokenize
     path = tmp_path / "tokenizer.json"
     with pytest.raises(DataError, match="cannot be read as a tokenizer"):
         Tokenizer.load(path)
-    for content in ("", "{}", tokenizer.to_json()[:-20], "[" * 10_000):
+    for content in ("", tokenizer.to_json()[:-20], "[" * 10_000, '{"a": NaN}', '{"a": 1, "a": 1}'):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match="cannot be read as a tokenizer"):
             Tokenizer.load(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="cannot be read as a tokenizer"):
         Tokenizer.load(path)
+    for content in ("{}", "[]", "7", '{"model": 1}', '{"model": {"vocab": [], "merges": []}}'):
+        path.write_text(content)
+        with pytest.raises(DataError, match="not one of Lumiere's"):
+            Tokenizer.load(path)
     tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, [])).save(str(path))
     with pytest.raises(DataError, match="not one of Lumiere's"):
         Tokenizer.load(path)
+
+
+def test_what_is_no_file_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="cannot be read as a tokenizer: Not a regular file"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="cannot be read as a tokenizer: Is a directory"):
+        Tokenizer.load(tmp_path)
+
+
+def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets what stands at a dotted path."""
+
+    def change(saved: dict[str, Any]) -> None:
+        *sections, leaf = path.split(".")
+        for section in sections:
+            saved = saved[section]
+        saved[leaf] = value
+
+    return change
+
+
+def exchange_ids(saved: dict[str, Any]) -> None:
+    vocab = saved["model"]["vocab"]
+    vocab["<|sot|>"], vocab["<|eot|>"] = 1, 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        # Each would be taken by the library, and change without a word how text is split.
+        changed("truncation", {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}),
+        changed("padding", {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 2, "pad_type_id": 0}),
+        changed("normalizer", None),
+        changed("normalizer", {"type": "Lowercase"}),
+        changed("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a*)*b"}, "behavior": "Isolated"}),
+        changed("pre_tokenizer.use_regex", False),
+        changed("pre_tokenizer.add_prefix_space", True),
+        changed("decoder", {"type": "Fuse"}),
+        changed("post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+        changed("model.dropout", 0.5),
+        changed("model.unk_token", "a"),
+        changed("model.end_of_word_suffix", "</w>"),
+        changed("model.byte_fallback", True),
+        changed("model.type", "WordLevel"),
+        changed("added_tokens", []),
+        changed("added_tokens", 7),
+        # These it would refuse, crash on, or read into something that is not made of bytes.
+        exchange_ids,
+        changed("model.vocab.a", 5000),
+        changed("model.vocab.a", -1),
+        changed("model.vocab.a", "a"),
+        changed("model.vocab.a", 0.5),
+        changed("model.vocab.東", 300),
+        lambda saved: saved["model"]["vocab"].pop("a"),
+        changed("model.merges", [["a"]]),
+        changed("model.merges", [["a", "zzz"]]),
+        changed("model.merges", [["zzz", "a"]]),
+        changed("model.merges", "ab"),
+        changed("model.merges", [[1, 2]]),
+        lambda saved: saved["model"].pop("merges"),
+    ],
+)
+def test_a_tokenizer_with_another_setting_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    saved = json.loads(tokenizer.to_json())
+    change(saved)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(DataError, match="is not one of Lumiere's tokenizers") as caught:
+        Tokenizer.load(path)
+    assert caught.value.message.isprintable()
+
+
+def test_what_only_other_versions_of_the_library_write_does_no_harm(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    saved = json.loads(tokenizer.to_json())
+    saved["new"] = {"a": 1}
+    saved["model"]["new"] = True
+    del saved["model"]["ignore_merges"], saved["decoder"]["use_regex"], saved["post_processor"]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert Tokenizer.load(path).fingerprint == tokenizer.fingerprint

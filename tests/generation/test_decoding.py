@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, NonFiniteError
 from lumiere.generation.decoding import generate, generate_tokens
 from lumiere.generation.sampling import Sampling
 from lumiere.models.transformer import Transformer
@@ -133,6 +133,18 @@ def test_text_ends_with_the_document_or_the_last_token(tokenizer: Tokenizer) -> 
     assert play(script, tokenizer, max_new_tokens=2) == ["x", "y"]
     assert play([EOT], tokenizer) == []
     assert play([], tokenizer, max_new_tokens=0) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error_of_ours(value: float, temperature: float) -> None:
+    class Broken(Script):
+        def logits(self, tokens_BT: Tensor) -> Tensor:
+            return torch.full((*tokens_BT.shape, self.vocab_size), value)
+
+    stub: Any = Broken([], 40)
+    with pytest.raises(NonFiniteError, match="logits are not finite"):
+        next(generate_tokens(stub, [SOT], 5, Sampling(temperature), torch.Generator(), 40))
 
 
 def test_no_token_without_a_text_is_drawn() -> None:

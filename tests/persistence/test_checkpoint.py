@@ -246,6 +246,15 @@ def test_the_headers_of_the_next_test_are_sound_but_for_their_change(path: Path)
         {"__metadata__": ours(), "model.a": TENSOR | {"data_offsets": [-4, 4]}},
         {"__metadata__": ours(), "model.a": TENSOR | {"data_offsets": [0, 10**18]}},
         {"__metadata__": ours(), "model.a": TENSOR | {"data_offsets": [4, 0]}, "model.b": TENSOR},
+        {"__metadata__": ours(), "model.a": TENSOR, "model.b": TENSOR},  # both of the same bytes
+        {"__metadata__": ours(), "model.a": TENSOR | {"data_offsets": [2, 4], "dtype": "F16"}},  # a gap before it
+        {"__metadata__": ours(), "model.a": TENSOR | {"dtype": [[[[[["F32"]]]]]]}},
+        {"__metadata__": ours(), "model.a": TENSOR | {"shape": [10**30]}},
+        {"__metadata__": ours(), "model.a": TENSOR | {"shape": [1] * 100_000}},
+        {"__metadata__": ours(), "model.a": TENSOR | {"dtype": "F4", "shape": [8]}},
+        {"__metadata__": ours(), "model.\ud800": TENSOR},
+        b'{"__metadata__": {}, "model.a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "model.a": {}}',
+        b'{"model.a": ' + b'{"a": ' * 50_000,
         {"__metadata__": ours(), "model.a": TENSOR | {"shape": [2**40, 2**40, 0], "data_offsets": [4, 4]}},
         {"__metadata__": ours(), "model.a": TENSOR | {"shape": [2**63, 0], "data_offsets": [4, 4]}},
         {"__metadata__": ours(), "model.a": TENSOR | {"shape": [2**64, 0], "data_offsets": [4, 4]}},
@@ -255,6 +264,84 @@ def test_a_header_that_lies_is_a_clear_error(path: Path, header: Any) -> None:
     write_file(path, header, bytes(4) if "model.a" in str(header) else b"")
     with pytest.raises(CheckpointError):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("spans", "size"),
+    [
+        ([(0, 8), (0, 8)], 8),
+        ([(0, 8), (4, 12)], 12),
+        ([(4, 8)], 8),
+        ([(0, 4), (8, 12)], 12),
+        ([(0, 8), (8, 8), (4, 12)], 12),
+    ],
+)
+def test_tensors_that_share_bytes_or_leave_some_are_damage_even_with_their_hashes(
+    path: Path, spans: list[tuple[int, int]], size: int
+) -> None:
+    """A kilobyte of header could otherwise make of one gigabyte of data as many as it likes."""
+    data = bytes(range(size))
+    names = [f"a{i}" for i in range(len(spans))]
+    described = b"".join(
+        json.dumps([name, "torch.float32", [(end - begin) // 4]]).encode() + data[begin:end]
+        for name, (begin, end) in zip(names, spans, strict=True)
+    )
+    header = {
+        f"model.{name}": {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
+        for name, (begin, end) in zip(names, spans, strict=True)
+    }
+    texts = ours(**{"sha256.model": hashlib.sha256(described).hexdigest()})
+    write_file(path, {"__metadata__": texts} | header, data)
+    for read in (load_checkpoint, read_metadata):
+        with pytest.raises(CheckpointError, match="its tensors overlap or leave gaps"):
+            read(path)
+
+
+def resealed(metadata: str) -> dict[str, str]:
+    return ours(**{"metadata": metadata, "sha256.metadata": hashlib.sha256(metadata.encode()).hexdigest()})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["", "[]", "7", "null", '"text"', "{", '{"step": NaN}', '{"step": ' + "9" * 5000 + "}", '{"a": 1, "a": 2}'],
+)
+def test_metadata_that_is_no_object_is_damage_even_with_its_hash(path: Path, metadata: str) -> None:
+    write_file(path, {"__metadata__": resealed(metadata)})
+    for read in (load_checkpoint, read_metadata):
+        with pytest.raises(CheckpointError, match="is damaged: its metadata is no JSON object"):
+            read(path)
+
+
+@pytest.mark.parametrize("metadata", ["{}", '{"step": -1}', '{"step": "9"}', '{"step": true}', '{"step": 1.5}'])
+def test_a_step_that_is_none_is_a_clear_error(path: Path, metadata: str) -> None:
+    write_file(path, {"__metadata__": resealed(metadata)})
+    with pytest.raises(CheckpointError, match="does not say of which step it is"):
+        load_checkpoint(path).step  # noqa: B018 (it raises)
+    write_file(path, {"__metadata__": resealed('{"step": 3}')})
+    assert load_checkpoint(path).step == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="this system does not say how much memory it has")
+def test_a_file_of_holes_is_refused_before_its_tensors_are_read(path: Path) -> None:
+    size = 2**46  # 70 TB, of which the file system keeps some kB
+    tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    write_file(path, {"__metadata__": ours(), "model.a": tensor})
+    try:
+        os.truncate(path, path.stat().st_size + size)
+    except OSError:
+        size = 2**43  # of ext4
+        write_file(path, {"__metadata__": ours(), "model.a": tensor | {"shape": [size], "data_offsets": [0, size]}})
+        os.truncate(path, path.stat().st_size + size)
+    with pytest.raises(CheckpointError, match=r"GB of tensors, this machine has [0-9,]+ GB of memory"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, groups=("rng",)).rng == {}
+
+
+def test_a_pipe_is_never_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    for read in (load_checkpoint, read_metadata):
+        with pytest.raises(CheckpointError, match="cannot be read: Not a regular file"):
+            read(path)
 
 
 @pytest.mark.parametrize("length", [99_999_999, 100_000_001, 2**40, 2**63, 2**64 - 1])
@@ -287,6 +374,12 @@ def test_what_is_no_checkpoint_at_all_is_named(tmp_path: Path, path: Path) -> No
     with pytest.raises(CheckpointError, match="has format '2', this Lumiere reads format 1") as caught:
         read_metadata(path)
     assert "newer Lumiere" in (caught.value.hint or "")
+    for number in ("0", "-1", "1.5", "two", "\x1b[31m", "2\n", "9" * 10_000 + "x", "²"):
+        write_file(path, {"__metadata__": ours(lumiere_format=number)})
+        with pytest.raises(CheckpointError, match="has format") as caught:
+            read_metadata(path)
+        assert "newer Lumiere" not in (caught.value.hint or "")
+        assert len(caught.value.message) < 500
 
 
 def test_no_pickle_is_read(path: Path) -> None:

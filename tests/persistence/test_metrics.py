@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,26 @@ def test_a_file_cut_at_any_byte_gives_its_whole_lines_and_can_go_on(path: Path) 
         assert steps(path) == [*[1, 2, 3][:expected], 7]
 
 
-@pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"", b"\xff\xfe", b"[2]", b'{"loss": 1}', b"[" * 100_000])
+DAMAGED = [
+    b'{"step": 2, "lo',
+    b"",
+    b"\xff\xfe",
+    b"[2]",
+    b'{"loss": 1}',
+    b"[" * 99_000,
+    b'{"step": true}',
+    b'{"step": "2"}',
+    b'{"step": 2.5}',
+    b'{"step": 2, "loss": NaN}',
+    b'{"step": 2, "loss": -Infinity}',
+    b'{"step": 2, "loss": 1e999}',
+    b'{"step": 2, "step": 2}',
+    b'{"step": ' + b"9" * 10_000 + b"}",
+    b'{"step": 2, "text": "' + b"a" * 100_000 + b'"}',
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
 def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_rewritten(path: Path, line: bytes) -> None:
     damaged = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
     path.write_bytes(damaged)
@@ -94,6 +114,51 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_rewritten(path: Pa
         with pytest.raises(LumiereError, match=r"line 2 of '.*metrics\.jsonl' is damaged"):
             use(path)
     assert path.read_bytes() == damaged
+
+
+def test_what_is_no_file_is_named_and_never_waited_for(path: Path) -> None:
+    def check(problem: str) -> None:
+        for use in (read_metrics, lambda path: truncate_metrics(path, 1)):
+            with pytest.raises(LumiereError, match=rf"metrics\.jsonl' cannot be read: {problem}"):
+                use(path)
+        with pytest.raises(LumiereError, match=r"metrics\.jsonl' cannot be written: "):
+            MetricsWriter(path)
+
+    path.mkdir()
+    check("Is a directory")
+    path.rmdir()
+    os.mkfifo(path)
+    check("Not a regular file")
+
+
+def test_nothing_is_written_through_a_link(path: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    path.symlink_to(outside)
+    with pytest.raises(LumiereError, match="cannot be written"):
+        MetricsWriter(path)
+    assert not outside.exists()
+    outside.write_bytes(b'{"step": 1}\n{"step": 2}\n')
+    truncate_metrics(path, 1)
+    assert outside.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert not path.is_symlink()
+
+
+def test_a_file_beyond_all_measure_is_not_read(path: Path) -> None:
+    path.write_bytes(b'{"step": 1}\n')
+    os.truncate(path, 2**40)
+    with pytest.raises(LumiereError, match="has more than 1,073,741,824 bytes"):
+        read_metrics(path)
+
+
+def test_json_that_is_written_steers_no_terminal(path: Path) -> None:
+    record = {"step": 1, "text": "a\x1b[31m\x9b31m\x7f\u202e\u202f\u3000\U000e0001\ud800 é ·↵"}
+    assert to_json(record).isprintable()
+    assert json.loads(to_json(record)) == record
+    assert "é ·↵" in to_json(record)
+    with MetricsWriter(path) as writer:
+        writer.write(record)
+    assert read_metrics(path) == [record]
 
 
 def test_there_are_no_metrics_before_the_first_line(path: Path) -> None:

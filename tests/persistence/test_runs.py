@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lumiere.config.loader import dump_config, validate
 from lumiere.data.tokenizer import Tokenizer
-from lumiere.errors import CheckpointError, LumiereError, RunNotFoundError
+from lumiere.errors import CheckpointError, DataError, LumiereError, RunNotFoundError
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
@@ -247,13 +247,75 @@ def test_updates_of_the_record_add_up_and_stay_valid_json(store: RunStore) -> No
     assert json.loads(run.record_path.read_text(), parse_constant=pytest.fail) == expected
 
 
-@pytest.mark.parametrize("content", [b"", b'{"status": "fin', b"[1]", b"\xff", b"[" * 100_000, b'{"step": 1}'])
+DAMAGED_RECORDS = [
+    b"",
+    b'{"status": "fin',
+    b"[1]",
+    b"\xff",
+    b"[" * 100_000,
+    b'{"step": 1}',
+    b'{"status": NaN}',
+    b'{"status": "finished", "status": "failed"}',
+    b'{"status": ' + b"9" * 10_000 + b"}",
+    b'{"status": "finished", "a": ' + b"[" * 100 + b"]" * 100 + b"}",
+    b'{"status": "finished"}' + b" " * 4_000_000,
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED_RECORDS)
 def test_a_damaged_record_has_status_unknown_and_can_be_written_again(store: RunStore, content: bytes) -> None:
     run = store.create()
     run.record_path.write_bytes(content)
     assert run.record["status"] == "unknown"
     run.update(status="failed")
     assert run.record["status"] == "failed"
+
+
+def test_a_record_that_is_no_file_is_never_waited_for(store: RunStore) -> None:
+    run = store.create()
+    os.mkfifo(run.record_path)
+    assert run.status == "unknown"
+    run.update(status="failed")
+    assert run.status == "failed"
+    run.record_path.unlink()
+    run.record_path.mkdir()
+    assert run.status == "unknown"
+    with pytest.raises(LumiereError, match=r"run\.json' cannot be written: Is a directory"):
+        run.update(status="failed")
+
+
+def test_a_record_that_is_a_link_is_read_and_never_written_through(store: RunStore, tmp_path: Path) -> None:
+    run = store.create()
+    outside = tmp_path / "outside.json"
+    outside.write_text('{"status": "failed"}')
+    run.record_path.symlink_to(outside)
+    assert run.status == "failed"
+    run.update(status="finished")
+    assert run.status == "finished"
+    assert outside.read_text() == '{"status": "failed"}'
+
+
+def test_any_text_in_a_record_survives_an_update(store: RunStore) -> None:
+    run = store.create()
+    run.record_path.write_text('{"error": "\\ud800 \\u001b", "status": ["a", {"b": 1}]}')
+    run.update(step=1)
+    assert run.record == {"error": "\ud800 \x1b", "status": ["a", {"b": 1}], "step": 1}
+    assert run.status == "['a', {'b': 1}]"
+
+
+def test_links_that_lead_nowhere_are_no_runs(store: RunStore) -> None:
+    make(store, CARD_NAME)
+    (store.runs_dir / "run_bbbbbbbb_20260101_000000").symlink_to("nowhere")
+    (store.runs_dir / "run_cccccccc_20260101_000000").symlink_to("run_cccccccc_20260101_000000")
+    (store.runs_dir / "run_dddddddd_20260101_000000").symlink_to(CARD_NAME)
+    assert [run.name for run in store.all()] == ["run_dddddddd_20260101_000000", CARD_NAME]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(model_run: Run) -> None:
+    tokenizer = Tokenizer.train(["one story", "one more story"], vocab_size=262, min_frequency=1)
+    model_run.tokenizer_path.write_text(tokenizer.to_json())
+    with pytest.raises(DataError, match=r"has 262 tokens, the model in config\.yaml 259"):
+        model_run.load_tokenizer()
 
 
 def test_a_failed_update_keeps_the_record(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +394,7 @@ def test_a_model_that_cannot_be_loaded_is_a_clear_error(model_run: Run) -> None:
 
 def test_a_run_gives_its_config_and_its_tokenizer_back(model_run: Run) -> None:
     assert model_run.load_config().model.embedding_size == 8
-    tokenizer = Tokenizer.train(["one story", "one more story"], vocab_size=262, min_frequency=1)
+    tokenizer = Tokenizer.train(["one story", "one more story"], vocab_size=259, min_frequency=1)
     model_run.tokenizer_path.write_text(tokenizer.to_json())
     assert model_run.load_tokenizer().to_json() == tokenizer.to_json()
 

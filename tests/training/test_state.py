@@ -97,6 +97,59 @@ def test_what_cannot_be_restored(tiny_config: RunConfig, state: TrainingState) -
     assert "config.yaml" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "7"),
+        ("step", -1),
+        ("step", True),
+        ("step", 7.5),
+        ("step", None),
+        ("tokens", []),
+        ("seconds", "5"),
+        ("best_loss", {}),
+        ("best_step", 1.5),
+        ("stop_reason", "done"),
+        ("stop_reason", ["max_steps"]),
+        ("skipped_steps", None),
+    ],
+)
+def test_a_counter_that_stands_at_nothing_is_refused(state: TrainingState, name: str, value: Any) -> None:
+    whole = state.to_checkpoint({})
+    state.restore(whole)
+    with pytest.raises(CheckpointError, match="does not fit the run"):
+        state.restore(replace(whole, metadata=whole.metadata | {name: value}))
+
+
+@pytest.mark.parametrize(
+    "rng", [{"other": torch.zeros(1)}, {"cpu": torch.zeros(3, dtype=torch.uint8)}, {"cpu": torch.zeros(5056)}]
+)
+def test_a_generator_without_a_state_is_refused(state: TrainingState, rng: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(CheckpointError, match="does not fit the run"):
+        state.restore(replace(state.to_checkpoint({}), rng=rng))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_state_of_the_optimizer_that_is_none_is_refused(tiny_config: RunConfig, optimizer: Any) -> None:
+    training = tiny_config.training.model_copy(update={"optimizer": optimizer})
+    state = TrainingState.create(tiny_config.model_copy(update={"training": training}), CPU)
+    take_step(state)
+    whole = state.to_checkpoint({})
+    for name, tensor in whole.optimizer.items():
+        wrong = [tensor.double(), tensor[None], torch.zeros(2, 3, 4)]
+        for changed in [whole.optimizer | {name: value} for value in wrong]:
+            with pytest.raises(CheckpointError, match="does not fit the run"):
+                state.restore(replace(whole, optimizer=changed))
+        # All that is kept of a parameter, or nothing, as before the first step.
+        rest = {other: value for other, value in whole.optimizer.items() if other != name}
+        quantities = [other for other in rest if other.rpartition(".")[0] == name.rpartition(".")[0]]
+        if quantities:
+            with pytest.raises(CheckpointError, match="does not fit the run"):
+                state.restore(replace(whole, optimizer=rest))
+    state.restore(replace(whole, optimizer={}))
+    state.restore(whole)
+
+
 def test_best_is_the_lowest_loss_so_far(state: TrainingState) -> None:
     noted = []
     for step, loss in enumerate([math.nan, math.inf, 5.0, 5.0, 4.0, math.nan, 4.5, 3.0]):

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from lumiere.errors import printable, shortened
 from lumiere.persistence.listing import Entry
 from lumiere.persistence.metrics import as_number
 
@@ -34,7 +35,7 @@ def facts(entry: Entry) -> dict[str, Any]:
     run = entry.run
     names = {"run": run.name, "id": run.id, "path": str(run.path)}
     record = dict.fromkeys(RECORD_KEYS) | entry.record
-    return names | record | {"status": entry.status, "tags": list(entry.notes.tags), "note": entry.notes.text}
+    return names | record | names | {"status": entry.status, "tags": list(entry.notes.tags), "note": entry.notes.text}
 
 
 def is_coloured() -> bool:
@@ -44,7 +45,7 @@ def is_coloured() -> bool:
 
 def status_cell(status: str, width: int = 0) -> str:
     """The status in its colour, padded to `width`."""
-    cell = printable(status).ljust(width)
+    cell = text_cell(status).ljust(width)
     return typer.style(cell, fg=STATUS_STYLES[status]) if is_coloured() and status in STATUS_STYLES else cell
 
 
@@ -61,9 +62,9 @@ def table(rows: Sequence[Sequence[str]], left: frozenset[int] = frozenset({0})) 
     return "\n".join(lines) + "\n"
 
 
-def printable(text: str) -> str:
-    """`text` with control characters made visible: what a file holds must not steer the terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def text_cell(value: Any, length: int = 60) -> str:
+    """A value of the record as short, printable text, or a question mark where it is not known."""
+    return "?" if value is None else shortened(printable(str(value)), length)
 
 
 def number(value: Any, form: str) -> str:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from lumiere.cli.console import print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir
-from lumiere.cli.runs.cells import facts, number, printable, table
+from lumiere.cli.runs.cells import facts, number, table
+from lumiere.errors import printable
 from lumiere.persistence.runs import RunStore
 
 if TYPE_CHECKING:

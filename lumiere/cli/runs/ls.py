@@ -7,7 +7,7 @@ import typer
 
 from lumiere.cli.console import print_json, show_note
 from lumiere.cli.options import Json, RunsDir
-from lumiere.cli.runs.cells import age, facts, number, printable, short_count, status_cell
+from lumiere.cli.runs.cells import age, facts, number, short_count, status_cell, text_cell
 from lumiere.cli.sparkline import LEVELS, sparkline
 from lumiere.persistence.history import sample_losses
 from lumiere.persistence.listing import Entry, list_runs
@@ -83,13 +83,13 @@ def cells(entry: Entry) -> tuple[str, ...]:
     """Those of one run, without its tags."""
     return (
         entry.run.id,
-        printable(entry.status),
+        text_cell(entry.status, 11),
         short_count(entry.record.get("num_parameters")),
         number(entry.record.get("step"), ",.0f"),
         number(entry.record.get("best_loss"), ".4f"),
         curve(entry),
         age(entry.run.created_at),
-        printable(str(entry.record.get("dataset", "?"))),
+        text_cell(entry.record.get("dataset")),
     )
 
 

@@ -7,7 +7,7 @@ import typer
 
 from lumiere.cli.console import print_json
 from lumiere.cli.options import Json, RunReference, RunsDir
-from lumiere.cli.runs.cells import printable
+from lumiere.errors import printable
 from lumiere.persistence.notes import Notes, add_tags, remove_tags, write_note
 from lumiere.persistence.runs import Run, RunStore
 

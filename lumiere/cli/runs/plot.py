@@ -8,8 +8,7 @@ import typer
 
 from lumiere.cli.console import print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir
-from lumiere.cli.runs.cells import printable
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, printable
 from lumiere.persistence.history import Point, read_history
 from lumiere.persistence.listing import Entry, read_entry
 from lumiere.persistence.removal import distinct

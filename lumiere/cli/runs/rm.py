@@ -7,8 +7,9 @@ import typer
 from lumiere.cli.console import print_json
 from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.plan import size
-from lumiere.cli.runs.cells import age, number, printable
+from lumiere.cli.runs.cells import age, number
 from lumiere.cli.runs.confirm import DryRun, Yes, check_answerable, confirm
+from lumiere.errors import printable
 from lumiere.persistence.inventory import disk_bytes
 from lumiere.persistence.listing import Entry, read_entry
 from lumiere.persistence.removal import check_removable, distinct, remove_leftovers, remove_run

@@ -5,11 +5,12 @@ from typing import Any
 
 from lumiere.cli.console import escape, out, print_json
 from lumiere.cli.options import Json, RunReference, RunsDir
-from lumiere.cli.runs.cells import STATUS_STYLES, age, facts, number, printable
-from lumiere.errors import ConfigError
+from lumiere.cli.runs.cells import STATUS_STYLES, age, facts, number, text_cell
+from lumiere.errors import ConfigError, printable, shortened
 from lumiere.persistence.listing import Entry, read_entry
 from lumiere.persistence.runs import RunStore
 
+MAX_TEXT = 2000  # characters of one value
 SHOWN_CHECKPOINTS = 5
 """As many snapshots have a line of their own; `--json` has all."""
 
@@ -63,14 +64,14 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
 
     record, run = entry.record, entry.run
     style = STATUS_STYLES.get(entry.status, "dim")
-    out().print(f"[bold]{run.name}[/]  [{style}]{escape(printable(entry.status))}[/]")
+    out().print(f"[bold]{run.name}[/]  [{style}]{escape(text_cell(entry.status))}[/]")
     if record.get("error"):
-        out().print(f"  {escape(printable(str(record['error'])))}", style="red")
+        out().print(f"  {escape(text_cell(record['error'], MAX_TEXT))}", style="red")
     row("tags", " ".join(entry.notes.tags))
     row("note", entry.notes.text)
     row("age", age(run.created_at))
     row("model", f"{number(record.get('num_parameters'), ',')} parameters")
-    row("corpus", f"{record.get('dataset', '?')} ({str(record.get('corpus_sha256', '?'))[:16]})")
+    row("corpus", f"{text_cell(record.get('dataset'))} ({text_cell(record.get('corpus_sha256'))[:16]})")
     row("progress", progress(details))
     row(
         "best",
@@ -89,7 +90,8 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
     heading("repeat")
     out().print(f"  {escape(printable(details['repeat']))}")
     if details["original_command"]:
-        out().print(f"  {escape(printable(details['original_command']))}  [dim]as it was started[/]")
+        command = shortened(printable(details["original_command"]), MAX_TEXT)
+        out().print(f"  {escape(command)}  [dim]as it was started[/]")
     show_config(details)
 
 
@@ -124,7 +126,7 @@ def heading(text: str) -> None:
 def row(name: str, value: str) -> None:
     """One line, unless there is nothing to say."""
     if value:
-        out().print(f"[bold]{name:10}[/] {escape(printable(value))}")
+        out().print(f"[bold]{name:10}[/] {escape(shortened(printable(value), MAX_TEXT))}")
 
 
 def progress(details: dict[str, Any]) -> str:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from lumiere.cli.console import duration
 from lumiere.cli.options import Json, RunReference, RunsDir
-from lumiere.cli.runs.cells import STATUS_STYLES, number, printable
-from lumiere.errors import LumiereError
+from lumiere.cli.runs.cells import STATUS_STYLES, number
+from lumiere.errors import LumiereError, printable
 from lumiere.persistence.following import MetricsFollower
 from lumiere.persistence.history import History, Point, Thinned, point_of
 from lumiere.persistence.metrics import as_number, to_json

@@ -1,0 +1,506 @@
+"""Feed Lumiere's readers with damaged and hostile files: `python benchmarks/fuzz.py [--target config] [--runs 100000]`.
+
+Atheris (libFuzzer) keeps every input that reaches new code and mutates it further. It starts from valid files; half of
+the mutations are of their structure: a value in the JSON is exchanged and the hashes are made right again, so that the
+code behind them is reached. Each input must give a value or a `LumiereError` of printable lines, within 10 seconds and
+2 GB; what does not is kept in a temporary folder. Needs Linux and `pip install 'lumiere[fuzz]'`.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 10
+MEMORY_MB = 2048
+MAX_BYTES = 32_768
+INSTRUMENTED = ["lumiere.config", "lumiere.files", "lumiere.persistence", "lumiere.data.tokenizer", "lumiere.cli.runs"]
+RUN_NAME = "run_aaaaaaaa_20250819_001808"
+SETTINGS = {
+    "model": {
+        "embedding_size": 2,
+        "context_size": 4,
+        "num_layers": 1,
+        "num_heads": 1,
+        "d_key": 2,
+        "d_value": 1,
+        "d_ff": 1,
+    },
+    "tokenizer": {"vocab_size": 262},
+    "dataset": {"name": "text", "data_files": {"train": ["a.txt", "b.txt"]}, "sliding_window_size": 1},
+    "training": {"learning_rate": 3e-4, "max_steps": 5, "device": "cpu", "compile": False, "patience": None},
+}
+RECORD = {
+    "name": RUN_NAME,
+    "command": ["lumiere", "train", "tiny"],
+    "device": "cpu",
+    "precision": "float32",
+    "num_parameters": 424_416,
+    "dataset": "stories",
+    "corpus_sha256": "2777181a",
+    "step": 9,
+    "epoch": 1.5,
+    "tokens": 540,
+    "best_loss": 5.22,
+    "best_step": 9,
+    "status": "failed",
+    "error": "KeyboardInterrupt: ",
+}
+LINES = [
+    {"step": 1, "epoch": 0.5, "tokens": 128, "time": 0.02, "loss": 5.5, "learning_rate": 0.01},
+    {"step": 2, "epoch": 1.0, "tokens": 252, "time": 0.04, "val_loss": 5.4, "val_perplexity": None},
+]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    -0.0,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    "",
+    "a",
+    "\x1b[31m",
+    "\ud800",
+    "é\u202e",
+    "1e3",
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader of files.
+
+    Attributes:
+        file: where in the folder the input is put.
+        read: reads the folder.
+        seeds: valid inputs.
+        mutate: one change of the structure of an input that still has some.
+    """
+
+    file: Callable[[bytes], str]
+    read: Callable[[Path], object]
+    seeds: Callable[[], list[bytes]]
+    mutate: Callable[[bytes, random.Random], bytes]
+
+
+def run_input(target: Target, folder: Path, data: bytes) -> bool:
+    """Let `target` read `data`, and say whether it was accepted. Whatever is raised is a failure.
+
+    Raises:
+        AssertionError: a message or an output would steer the terminal.
+    """
+    from lumiere.errors import LumiereError
+
+    path = folder / target.file(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    try:
+        target.read(folder)
+    except LumiereError as error:
+        check_printable(error.message + (error.hint or ""))
+        return False
+    else:
+        return True
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_printable(text: str) -> None:
+    assert text.isprintable(), text
+
+
+# Configs
+
+
+def config_file(data: bytes) -> str:
+    return "config.toml" if data.startswith(b"#toml") else "config.yaml"
+
+
+def read_config(folder: Path) -> None:
+    """The file, and its first line as an override too."""
+    from lumiere.config.loader import assign, load_config_file, parse_override, validate
+    from lumiere.errors import LumiereError
+
+    [path] = folder.glob("config.*")
+    values: dict[str, Any] = {}
+    try:
+        assign(values, *parse_override(path.read_bytes().split(b"\n")[0].decode("utf-8", errors="surrogateescape")))
+        validate(values)
+    except LumiereError as error:
+        check_printable(error.message)
+    config = load_config_file(path)
+    assert validate(config.model_dump()) == config
+
+
+def config_seeds() -> list[bytes]:
+    import yaml
+
+    block = yaml.safe_dump(SETTINGS).encode()
+    flow = yaml.safe_dump(SETTINGS, default_flow_style=True, width=10**6).encode()
+    toml = b'#toml\n[model]\nd_ff = 8\n[dataset]\nname = "text"\ndata_files = ["a", "b"]\n[training]\nbeta1 = 0.9\n'
+    overrides = [b"model.d_ff=8\n", b"dataset.data_files=[a, b]\n", b"dataset={name: text}\n", b"training.seed=0x10\n"]
+    return [block, flow, toml, *overrides]
+
+
+def mutate_config(data: bytes, draw: random.Random) -> bytes:
+    import yaml
+
+    return yaml.safe_dump(changed(yaml.safe_load(data), draw), allow_unicode=draw.random() < 0.5).encode(
+        "utf-8", errors="surrogatepass"
+    )
+
+
+# Checkpoints
+
+
+def read_checkpoint(folder: Path) -> None:
+    """All that a checkpoint goes through until a training goes on."""
+    import torch
+
+    from lumiere.config.loader import validate
+    from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
+    from lumiere.persistence.fitting import load_weights
+    from lumiere.training.state import TrainingState
+
+    path = folder / "best.safetensors"
+    metadata = read_metadata(path)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.metadata == metadata
+    assert checkpoint.step >= 0
+    config = validate(SETTINGS)
+    load_weights(config, checkpoint, "the checkpoint")
+    state = TrainingState.create(config, torch.device("cpu"))
+    state.restore(checkpoint)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.update(1.0)
+
+
+def checkpoint_seeds() -> list[bytes]:
+    import torch
+
+    from lumiere.config.loader import validate
+    from lumiere.persistence.checkpoint import Checkpoint, save_checkpoint
+    from lumiere.training.state import TrainingState
+
+    config = validate(SETTINGS)
+    state = TrainingState.create(config, torch.device("cpu"))
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.update(1.0)
+    small = Checkpoint({"a": torch.ones(2, 1)}, metadata={"step": 1})
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "seed"
+        seeds = []
+        for checkpoint in (small, state.to_checkpoint({"config": config.model_dump()})):
+            save_checkpoint(path, checkpoint)
+            seeds.append(path.read_bytes())
+    return seeds
+
+
+def mutate_checkpoint(data: bytes, draw: random.Random) -> bytes:
+    """A change in the header, in the metadata, or in the tensors, with the hashes made right again."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, tensors = json.loads(data[8:start]), data[start:]
+    texts = header["__metadata__"]
+    choice = draw.randrange(4)
+    if choice == 0:
+        texts["metadata"] = json.dumps(changed(json.loads(texts["metadata"]), draw))
+    elif choice == 1:
+        header = changed(header, draw)
+    elif choice == 2 and tensors:
+        tensors = bytes(draw.choice([0, 1, 0x7F, 0xFF, b]) if draw.random() < 0.01 else b for b in tensors)
+    else:
+        header[draw.choice(list(header))]["dtype"] = draw.choice(
+            ["F64", "F16", "I32", "BOOL", "F8_E4M3", "F4", "C64", "U16"]
+        )
+    with contextlib.suppress(Exception):  # of a header that is none any more
+        texts["sha256.metadata"] = hashlib.sha256(texts["metadata"].encode("utf-8", "surrogatepass")).hexdigest()
+        for group in ("model", "optimizer", "rng"):
+            texts[f"sha256.{group}"] = group_hash(header, tensors, group)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+def group_hash(header: dict[str, Any], data: bytes, group: str) -> str:
+    """The hash that `lumiere.persistence.checkpoint` keeps of a group: over names, types, shapes and bytes."""
+    import safetensors.torch
+
+    digest = hashlib.sha256()
+    for name in sorted(name for name in header if name.startswith(f"{group}.")):
+        begin, end = header[name]["data_offsets"]
+        alone = json.dumps({"tensor": header[name] | {"data_offsets": [0, end - begin]}}).encode()
+        tensor = safetensors.torch.load(len(alone).to_bytes(8, "little") + alone + data[begin:end])["tensor"]
+        digest.update(json.dumps([name.removeprefix(f"{group}."), str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(data[begin:end])
+    return digest.hexdigest()
+
+
+# Metrics
+
+
+def read_metrics(folder: Path) -> None:
+    from lumiere.errors import LumiereError
+    from lumiere.persistence.following import MetricsFollower
+    from lumiere.persistence.history import last_records, read_history, sample_losses
+    from lumiere.persistence.metrics import MetricsWriter, read_metrics, to_json, truncate_metrics
+
+    path = folder / "metrics.jsonl"
+    history = read_history(path)
+    for curve in (history.training, history.validation):
+        assert all(math.isfinite(number) for point in curve for number in point)
+    assert all(math.isfinite(loss) for loss in sample_losses(path, 4))
+    to_json(last_records(path)).encode()
+    list(MetricsFollower(path).poll())
+    records = read_metrics(path)
+    for record in records:
+        to_json(record).encode()
+    truncate_metrics(path, 1)
+    kept = read_metrics(path)
+    assert kept == [record for record in records if record["step"] <= 1]
+    with MetricsWriter(path) as writer:
+        writer.write({"step": 2})
+    with contextlib.suppress(LumiereError):
+        assert read_metrics(path) == [*kept, {"step": 2}]
+
+
+def metrics_seeds() -> list[bytes]:
+    whole = "".join(json.dumps(line) + "\n" for line in LINES).encode()
+    return [whole, whole[:-20], b""]
+
+
+def mutate_metrics(data: bytes, draw: random.Random) -> bytes:
+    lines = data.splitlines()
+    place = draw.randrange(len(lines))
+    lines[place] = json.dumps(changed(json.loads(lines[place]), draw), ensure_ascii=draw.random() < 0.5).encode(
+        "utf-8", errors="surrogatepass"
+    )
+    return b"\n".join(lines) + b"\n"
+
+
+# Records of runs
+
+
+def read_record(folder: Path) -> None:
+    """What `runs ls` and `runs show` print, in words and as JSON; and what is written after it."""
+    from lumiere.cli.runs.ls import list_all
+    from lumiere.cli.runs.show import show_run
+    from lumiere.persistence.runs import RunStore
+
+    run = RunStore(folder).open("latest")
+    assert isinstance(run.status, str)
+    for as_json in (False, True):
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(io.StringIO()):
+            list_all(runs_dir=str(folder), as_json=as_json)
+            show_run("latest", str(folder), as_json)
+        check_printable(shown.getvalue().replace("\n", ""))
+    run.update(status="finished")
+    assert run.status == "finished"
+
+
+def record_seeds() -> list[bytes]:
+    return [json.dumps(RECORD, indent=2).encode(), b"{}"]
+
+
+def mutate_json(data: bytes, draw: random.Random) -> bytes:
+    text = json.dumps(changed(json.loads(data), draw), ensure_ascii=draw.random() < 0.5)
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+# Tokenizers
+
+
+def read_tokenizer(folder: Path) -> None:
+    from lumiere.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    for text in ("", "The owl\n", "<|sot|> é 東京 \x00"):
+        tokens = tokenizer.encode(text)
+        assert all(3 <= token < len(tokenizer) for token in tokens)
+        assert tokenizer.decode(tokens) == text, "NFKC leaves these texts as they are"
+    assert all(tokenizer.label(token).isprintable() for token in range(len(tokenizer)))
+    assert len(tokenizer.fingerprint) == 64
+
+
+def tokenizer_seeds() -> list[bytes]:
+    from lumiere.data.tokenizer import Tokenizer
+
+    saved = Tokenizer.train(["the owl and the other owl"], vocab_size=262, min_frequency=1).to_json()
+    return [json.dumps(json.loads(saved)).encode()]
+
+
+TARGETS = {
+    "config": Target(config_file, read_config, config_seeds, mutate_config),
+    "checkpoint": Target(lambda data: "best.safetensors", read_checkpoint, checkpoint_seeds, mutate_checkpoint),
+    "metrics": Target(lambda data: "metrics.jsonl", read_metrics, metrics_seeds, mutate_metrics),
+    "record": Target(lambda data: f"{RUN_NAME}/run.json", read_record, record_seeds, mutate_json),
+    "tokenizer": Target(lambda data: "tokenizer.json", read_tokenizer, tokenizer_seeds, mutate_json),
+}
+
+
+def changed(value: Any, draw: random.Random) -> Any:
+    """`value` with one thing in it exchanged, removed, doubled, renamed, or wrapped, at any depth."""
+    children = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    if not children or draw.random() < 0.1:
+        odd = draw.choice([*ODD, [], {}, [value], {"a": value}, [value] * 3, value])
+        if isinstance(odd, int | float) and isinstance(value, int | float) and draw.random() < 0.5:
+            return value + draw.choice([-1, 1, 0.5])
+        return odd
+    key, child = draw.choice(children)
+    copy = value.copy()
+    match draw.randrange(6):
+        case 0:
+            del copy[key]
+        case 1 if isinstance(copy, dict):
+            name = draw.choice(["", "../x", "\x1b", f"{key}x", draw.choice(list(copy))])
+            copy[name] = copy.pop(key)
+        case 1:
+            copy.insert(draw.randrange(len(copy) + 1), child)
+        case _:
+            copy[key] = changed(child, draw)
+    return copy
+
+
+# Fuzzing
+
+
+def work(name: str, runs: int, seed: int, folder: Path) -> None:
+    """Fuzz one target in this process, which ends with it; writes `summary.json` and the inputs that failed."""
+    import atheris
+
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        import lumiere.cli.runs.ls
+        import lumiere.cli.runs.show
+        import lumiere.config.loader
+        import lumiere.data.tokenizer
+        import lumiere.persistence.fitting
+    import lumiere.training.state  # noqa: F401 (and not instrumented: torch is slow enough)
+
+    target, corpus, failures = TARGETS[name], folder / "corpus", {}
+    corpus.mkdir()
+    seeds = target.seeds()
+    structured = [data for data in seeds if can_mutate(target, data)]
+    for number, data in enumerate(seeds):
+        (corpus / f"seed-{number}").write_bytes(data)
+    place = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    counted, accepted, started = 0, 0, time.monotonic()
+
+    def test(data: bytes) -> None:
+        nonlocal counted, accepted
+        counted += 1
+        try:
+            accepted += run_input(target, place, data)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of Rust's is no `Exception`
+            frames = traceback.extract_tb(error.__traceback__)
+            where = f"{type(error).__name__} at {Path(frames[-1].filename).name}:{frames[-1].lineno}"
+            if where not in failures:
+                failures[where] = f"{error}"[:200]
+                kept = folder / f"failure-{len(failures)}"
+                kept.write_bytes(data)
+                told = "".join(traceback.format_exception(error))
+                kept.with_suffix(".txt").write_text(told, encoding="utf-8", errors="replace")
+        if counted == runs:
+            summary = {
+                "inputs": counted,
+                "accepted": accepted,
+                "seconds": time.monotonic() - started,
+                "failures": failures,
+            }
+            (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+            shutil.rmtree(place, ignore_errors=True)
+            sys.stderr.flush()
+            os._exit(0)
+
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+        draw = random.Random(seed)
+        if draw.random() < 0.5:
+            try:
+                return target.mutate(data, draw)[:max_size]
+            except Exception:  # nothing is left of the structure
+                return target.mutate(draw.choice(structured), draw)[:max_size]
+        return atheris.Mutate(data, max_size)
+
+    limits = [f"-max_len={MAX_BYTES}", f"-timeout={TIMEOUT_SECONDS}", f"-rss_limit_mb={MEMORY_MB}", f"-seed={seed}"]
+    limits.append("-mutate_depth=1")  # a second mutation would often undo the first one's care for the structure
+    atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={folder}/", str(corpus)], test, custom_mutator=mutate)
+    atheris.Fuzz()
+
+
+def can_mutate(target: Target, data: bytes) -> bool:
+    """Whether `data` has the structure that `target.mutate` changes."""
+    try:
+        target.mutate(data, random.Random(0))
+    except Exception:
+        return False
+    return True
+
+
+def fuzz(name: str, runs: int, seed: int) -> bool:
+    """Fuzz one target in a process of its own, print what came of it, and say whether nothing failed."""
+    folder = Path(tempfile.mkdtemp(prefix=f"lumiere-fuzz-{name}-"))
+    options = ["--worker", str(folder), "--target", name, "--runs", str(runs), "--seed", str(seed)]
+    done = subprocess.run(
+        [sys.executable, __file__, *options], capture_output=True, text=True, errors="replace", check=False
+    )
+    path = folder / "summary.json"
+    progress = re.findall(r"cov: (\d+) ft: \d+ corp: (\d+)/", done.stderr)
+    coverage, kept = progress[-1] if progress else ("-", "-")
+    if not path.is_file():
+        artifacts = [str(file) for file in folder.iterdir() if file.name.startswith(("timeout-", "oom-", "crash-"))]
+        print(f"{name:10}  ended with code {done.returncode} by {', '.join(artifacts) or 'nothing that was kept'}")
+        print("\n".join(done.stderr.splitlines()[-20:]))
+        return False
+    summary = json.loads(path.read_bytes())
+    failures = summary["failures"]
+    figures = f"{summary['inputs']:>9,}  {summary['accepted']:>9,}  {summary['seconds']:>7.0f}"
+    print(f"{name:10}  {figures}  {coverage:>8}  {kept:>6}  {len(failures):>8}", flush=True)
+    for number, (where, message) in enumerate(failures.items(), start=1):
+        print(f"            {folder}/failure-{number}: {where}: {message}")
+    if not failures:
+        shutil.rmtree(folder)
+    return not failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--target", choices=[*TARGETS, "all"], default="all")
+    parser.add_argument("--runs", type=int, default=100_000, help="inputs for each target")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if importlib.util.find_spec("atheris") is None:
+        sys.exit("atheris is not installed: pip install 'lumiere[fuzz]' (Linux only)")
+    if options.worker:
+        work(options.target, options.runs, options.seed, options.worker)
+        return
+    print(f"{'target':10}     inputs   accepted  seconds  coverage  corpus  failures")
+    names = list(TARGETS) if options.target == "all" else [options.target]
+    sound = [fuzz(name, options.runs, options.seed) for name in names]
+    sys.exit(not all(sound))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Runs that somebody else made: every command refuses what is crafted in two lines, and no terminal is steered."""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lumiere.cli import app
+from lumiere.cli.generate import write
+from lumiere.persistence.checkpoint import load_checkpoint, save_checkpoint
+from lumiere.persistence.runs import Run, RunStore
+
+USES = (["eval", "latest"], ["generate"], ["inspect", "attention"])
+RESUME = ["train", "--resume", "latest"]
+STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\u202e\ud800[bold red]\n"
+
+
+def refuse(arguments: list[str]) -> str:
+    """Run a command that must be refused; its two lines, of which nothing steers the terminal."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    error, hint = result.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
+    assert (error + hint).isprintable()
+    return error
+
+
+@pytest.fixture
+def run(trained_run: Run) -> Run:
+    """A copy of the trained run, alone in the runs directory."""
+    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
+    return RunStore().open("latest")
+
+
+def recorded(run: Run, **changes: Any) -> None:
+    """Puts values into the metadata of all checkpoints, with their hashes."""
+    for path in run.checkpoints_dir.glob("*.safetensors"):
+        checkpoint = load_checkpoint(path)
+        save_checkpoint(path, replace(checkpoint, metadata=checkpoint.metadata | changes))
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints/best.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("put", [put_pipe, put_folder, Path.unlink, lambda path: path.write_bytes(b"\x1b[31m\xff\0")])
+def test_a_file_that_is_none(run: Run, name: str, put: Callable[[Path], None]) -> None:
+    put(run.path / name)
+    for command in USES:
+        # Without a best checkpoint, and only then, the latest is taken.
+        if (name, put) == ("checkpoints/best.safetensors", Path.unlink):
+            assert CliRunner().invoke(app, command).exit_code == 0
+        elif name == "checkpoints/best.safetensors" and put in (put_pipe, put_folder):
+            result = CliRunner().invoke(app, command)
+            assert result.exit_code == 0
+            assert "has no checkpoint best yet, latest is taken" in result.stderr
+        else:
+            refuse(command)
+
+
+@pytest.mark.parametrize("put", [put_pipe, put_folder])
+def test_a_resume_with_metrics_that_are_no_file(run: Run, put: Callable[[Path], None]) -> None:
+    recorded(run, stop_reason=None, step=8)
+    put(run.metrics_path)
+    assert "metrics.jsonl" in refuse(RESUME)
+
+
+@pytest.mark.parametrize("step", [None, "9", -1, True, [], "\x1b[31m"])
+def test_a_step_that_is_none(run: Run, step: Any) -> None:
+    recorded(run, step=step, stop_reason=None)
+    for command in (*USES, RESUME):
+        assert "does not say of which step it is" in refuse(command)
+
+
+@pytest.mark.parametrize("reason", ["\x1b]0;title\x07", 7, ["max_steps"], {}])
+def test_a_reason_to_stop_that_is_none(run: Run, reason: Any) -> None:
+    recorded(run, stop_reason=reason)
+    assert "gives no reason why it ended" in refuse(RESUME)
+
+
+def test_a_config_that_describes_another_model_of_the_same_shapes(run: Run) -> None:
+    text = run.config_path.read_text()
+    changed = (
+        text.replace("num_heads: 2", "num_heads: 4").replace("d_key: 8", "d_key: 4").replace("d_value: 8", "d_value: 4")
+    )
+    run.config_path.write_text(changed)
+    recorded(run, stop_reason=None)
+    for command in USES:
+        assert "does not fit the model in its config.yaml" in refuse(command)
+    assert "was trained with model.num_heads 2, which cannot become 4" in refuse(RESUME)
+
+
+@pytest.mark.parametrize("change", ["d_ff: 1000000", "d_ff: 10000000000000", "d_ff: .nan", "d_ff: &a [*a]"])
+def test_a_config_of_a_gigantic_model(run: Run, change: str) -> None:
+    run.config_path.write_text(run.config_path.read_text().replace("d_ff: 32", change))
+    for command in USES:
+        refuse(command)
+
+
+def test_weights_that_are_no_numbers(run: Run) -> None:
+    for path in run.checkpoints_dir.glob("*.safetensors"):
+        checkpoint = load_checkpoint(path)
+        checkpoint.model["final_norm.weight"][0] = torch.nan
+        save_checkpoint(path, checkpoint)
+    for command in USES:
+        assert "holds weights that are not finite numbers: final_norm.weight" in refuse(command)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(run: Run) -> None:
+    saved = json.loads(run.tokenizer_path.read_bytes())
+    saved["model"]["vocab"]["a" * 99] = len(saved["model"]["vocab"])
+    run.tokenizer_path.write_text(json.dumps(saved))
+    for command in USES:
+        assert "321 tokens, the model in config.yaml 320" in refuse(command)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("device", "\x1b[31m"), ("device", 7), ("precision", "float8"), ("device", [])]
+)
+def test_a_record_of_a_device_that_is_none(run: Run, key: str, value: Any) -> None:
+    recorded(run, stop_reason=None)
+    run.update(**{key: value})
+    assert f"training.{key} must be" in refuse(RESUME)
+
+
+@pytest.mark.parametrize("config", [None, 7, [], {"model": []}, {"model": {"d_ff": STEERING}}])
+def test_checkpoints_that_hold_no_config(run: Run, config: Any) -> None:
+    recorded(run, config=config, stop_reason=None)
+    for command in (*USES, RESUME):
+        assert "does not fit the model in its config.yaml" in refuse(command)
+
+
+def test_a_resume_of_a_run_whose_small_things_are_odd(run: Run) -> None:
+    recorded(run, stop_reason=None, step=8)
+    run.update(resumes=7, status="running", step=STEERING, best_loss=[], epoch={})
+    (run.path / ".odd.tmp").mkdir()
+    (run.checkpoints_dir / ".odd.tmp").mkdir()
+    result = CliRunner().invoke(app, RESUME)
+    assert result.exit_code == 0, result.output
+    assert [resumed["step"] for resumed in run.record["resumes"]] == [8]
+    assert (run.status, run.record["step"]) == ("finished", 12)
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(run: Run) -> None:
+    recorded(run, stop_reason=None, step=8)
+    run.update(status="running")
+    outside = Path("outside")
+    outside.write_text("precious")
+    lock = run.path / ".lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(outside.absolute())
+    assert CliRunner().invoke(app, ["runs", "ls"]).exit_code == 0
+    assert "cannot be locked" in refuse(RESUME)
+    lock.unlink()
+    os.mkfifo(lock)
+    assert "crashed" in CliRunner().invoke(app, ["runs", "ls"]).stdout
+    assert outside.read_text() == "precious"
+
+
+HOSTILE: list[Any] = [STEERING, STEERING * 1000, 7, -1e308, 2**62, True, [STEERING], {STEERING: [1]}, [], {}, None, "é"]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_record_steers_no_terminal_and_breaks_no_table(run: Run, value: Any) -> None:
+    keys = ("status", "error", "command", "dataset", "step", "best_loss", "best_step", "epoch", "tokens", "device")
+    others = ("precision", "num_parameters", "corpus_sha256", "path", "id", "run", STEERING)
+    run.record_path.write_text(json.dumps(dict.fromkeys((*keys, *others), value)))
+    for command in (["runs", "ls"], ["runs", "show", "latest"]):
+        printed = CliRunner().invoke(app, command)
+        assert printed.exit_code == 0, printed.output
+        assert printed.stdout.replace("\n", "").isprintable()
+        assert "title\n" not in printed.stdout
+        assert len(printed.stdout) < 20_000
+        as_json = CliRunner().invoke(app, [*command, "--json"])
+        assert as_json.exit_code == 0
+        assert as_json.stdout.replace("\n", "").isprintable()
+        shown = json.loads(as_json.stdout)
+        shown = shown[0] if isinstance(shown, list) else shown
+        assert (shown["run"], shown["id"], shown["path"]) == (run.name, run.id, str(run.path))
+        assert shown["error"] == value
+    assert len(CliRunner().invoke(app, ["runs", "ls"]).stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"a" * 300_000])
+def test_show_says_so_where_the_config_cannot_be_read(run: Run, content: bytes | None) -> None:
+    run.config_path.unlink() if content is None else run.config_path.write_bytes(content)
+    result = CliRunner().invoke(app, ["runs", "show", "latest"])
+    assert result.exit_code == 0
+    assert "config.yaml is missing, or cannot be read" in result.stderr
+    assert run.name in result.stdout
+
+
+def test_show_prints_a_config_without_its_control_characters(run: Run) -> None:
+    run.config_path.write_text("# \x1b[2J [red]\x9b31m\nmodel: {}\n", encoding="utf-8")
+    assert "# \\x1b[2J [red]\\x9b31m\nmodel: {}" in CliRunner().invoke(app, ["runs", "show", "latest"]).stdout
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_model_writes_steers_no_terminal_and_stays_whole_in_a_file(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdout = io.StringIO()
+    monkeypatch.setattr(stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stdout", stdout)
+    text = "a\n\tb\x1b[31m\r\x9b 👩\u200d👧 é"
+    write(text)
+    assert stdout.getvalue() == ("a\n\tb\\x1b[31m\\r\\x9b 👩\u200d👧 é" if terminal else text)

@@ -1,0 +1,72 @@
+"""A run that an earlier Lumiere wrote still loads, writes and is resumed. Its folder stays as it was, for ever."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from lumiere.errors import CheckpointError
+from lumiere.generation.decoding import generate
+from lumiere.generation.sampling import Sampling
+from lumiere.persistence.checkpoint import read_metadata
+from lumiere.persistence.metrics import read_metrics
+from lumiere.persistence.runs import Run, RunStore
+from lumiere.training.launch import resume
+from lumiere.training.preparation import prepare_resume
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+GOLDEN = json.loads((FIXTURES / "run_v1.golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A copy of the run, and of the corpus that its config names."""
+    name = json.loads((FIXTURES / "run_v1" / "run.json").read_bytes())["name"]
+    shutil.copytree(FIXTURES / "run_v1", tmp_path / "runs" / name)
+    shutil.copy(FIXTURES / "run_v1.corpus.txt", tmp_path / "corpus.txt")
+    return RunStore(tmp_path / "runs").open("latest")
+
+
+@pytest.mark.parametrize("checkpoint", ["best", "latest"])
+def test_its_model_computes_what_it_computed(run: Run, checkpoint: str) -> None:
+    logits = run.load_model(checkpoint).logits(torch.tensor([GOLDEN["tokens"]]))[0]
+    first = GOLDEN["last_logits"]
+    assert logits[-1, : len(first)].tolist() == pytest.approx(first, abs=2e-5)
+    assert logits.logsumexp(-1).tolist() == pytest.approx(GOLDEN["logsumexp"], abs=2e-5)
+
+
+def test_it_writes(run: Run) -> None:
+    pieces = generate(run.load_model(), run.load_tokenizer(), "The owl", 12, Sampling(temperature=0.0))
+    assert "".join(pieces) == GOLDEN["greedy"]
+
+
+def test_what_it_says_of_itself(run: Run) -> None:
+    metadata = read_metadata(run.checkpoints_dir / "best.safetensors")
+    assert (metadata["step"], metadata["best_step"], metadata["stop_reason"]) == (9, 9, None)
+    assert metadata["config"]["model"]["embedding_size"] == 4
+    lines = read_metrics(run.metrics_path)
+    assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8, 9, 10]
+    assert lines[-2]["val_loss"] == metadata["best_loss"] == run.record["best_loss"]
+    assert run.load_config().training.max_steps == 12
+
+
+def test_it_can_be_resumed(run: Run) -> None:
+    result = resume(prepare_resume(run), run)
+    assert (result.state.step, run.record["status"]) == (GOLDEN["resumed"]["step"], "finished")
+    lines = read_metrics(run.metrics_path)
+    assert [line["step"] for line in lines] == GOLDEN["resumed"]["steps"]
+    assert lines[-1]["val_loss"] == pytest.approx(GOLDEN["resumed"]["val_loss"], abs=1e-4)
+
+
+def test_a_newer_format_is_refused_with_the_way_out(run: Run) -> None:
+    path = run.checkpoints_dir / "best.safetensors"
+    with safe_open(path, framework="pt") as file:
+        texts = file.metadata()
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, texts | {"lumiere_format": "7"})
+    with pytest.raises(CheckpointError, match="has format '7', this Lumiere reads format 1") as caught:
+        run.load_model()
+    assert caught.value.hint == "a newer Lumiere wrote it: pip install --upgrade lumiere"
