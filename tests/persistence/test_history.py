@@ -19,7 +19,7 @@ from lumiere.persistence.history import (
     read_history,
     sample_losses,
 )
-from lumiere.persistence.metrics import read_metrics
+from lumiere.persistence.metrics import MAX_BYTES, read_metrics
 
 
 @pytest.fixture
@@ -141,10 +141,10 @@ def test_many_losses_are_sampled_evenly_from_the_first_to_the_last(path: Path) -
 
 
 def test_sampling_reads_a_bounded_part_of_any_file(path: Path) -> None:
-    """A file of a terabyte that takes no room: to read it whole would never end."""
+    """A file as large as one may be, which takes no room: to read it whole would take long."""
     write(path, *(training(1000 + step) for step in range(100)))
     with open(path, "r+b") as file:
-        file.truncate(1 << 40)
-        file.seek((1 << 40) - BLOCK_BYTES)
+        file.truncate(MAX_BYTES)
+        file.seek(MAX_BYTES - BLOCK_BYTES)
         file.write((json.dumps(training(8)) + "\n").encode())
     assert sample_losses(path, 8) == [125.0, 1.0]

@@ -147,7 +147,7 @@ def test_nothing_is_written_through_a_link(path: Path, tmp_path: Path) -> None:
 def test_a_file_beyond_all_measure_is_not_read(path: Path) -> None:
     path.write_bytes(b'{"step": 1}\n')
     os.truncate(path, 2**40)
-    with pytest.raises(LumiereError, match="has more than 1,073,741,824 bytes"):
+    with pytest.raises(LumiereError, match="cannot be read: More than 1,073,741,824 bytes"):
         read_metrics(path)
 
 
