@@ -214,7 +214,7 @@ def test_show_steers_no_terminal_by_a_config(run: Run) -> None:
     run.config_path.write_text("model: {d_ff: '\\e[2J [red]\\x9b31m'}\n".replace("'", '"'), encoding="utf-8")
     result = CliRunner().invoke(app, ["runs", "show", "latest"])
     assert result.exit_code == 0
-    assert "\\x1b[2J [red]\\x9b31m" in result.stdout
+    assert '"\\u001b[2J [red]\\u009b31m"' in result.stdout
     assert result.stdout.replace("\n", "").isprintable()
 
 
