@@ -4,10 +4,12 @@ import typer
 
 from lumiere.cli.inspect.ablate import ablate
 from lumiere.cli.inspect.attention import attention
+from lumiere.cli.inspect.cache import cache
 
 app = typer.Typer(no_args_is_help=True, help="Look inside a model: one command an analysis.")
 app.command()(attention)
 app.command()(ablate)
+app.command()(cache)
 
 
 @app.callback()
