@@ -42,6 +42,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere inspect ablate",
         "lumiere inspect attention",
         "lumiere inspect cache",
+        "lumiere inspect tokens",
         "lumiere runs card",
         "lumiere runs ls",
         "lumiere runs show",
