@@ -100,9 +100,10 @@ def test_cached_activations_obey_the_equations(positions: Literal["learned", "ro
         torch.testing.assert_close(at["hook_mlp_out"], at["mlp.hook_post"] @ block.feedforward.down.weight.T)
         stream = at["hook_resid_post"]
     torch.testing.assert_close(cache["ln_final.hook_scale"], (stream.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
-    normalized_BTE = stream / cache["ln_final.hook_scale"] * model.final_norm.weight
+    normalized_BTE = stream / cache["ln_final.hook_scale"]
     torch.testing.assert_close(cache["ln_final.hook_normalized"], normalized_BTE)
-    torch.testing.assert_close(output.logits, normalized_BTE @ model.token_embedding.weight.T)
+    read_BTE = normalized_BTE * model.final_norm.weight
+    torch.testing.assert_close(output.logits, read_BTE @ model.token_embedding.weight.T)
 
 
 def test_scores_before_the_mask_are_scaled_products_of_queries_and_keys() -> None:
