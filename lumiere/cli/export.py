@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 def export(
     run: RunReference,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or an empty one.")],
-    to: Annotated[str, typer.Option("--to", metavar="LIBRARY", help="transformer-lens.")],
+    to: Annotated[str, typer.Option("--to", metavar="LIBRARY", help="The library: transformer-lens.")],
     checkpoint: CheckpointName = "best",
     as_json: Json = False,
     runs_dir: RunsDir = None,
 ) -> None:
     """Write a model for another library, with the logits that it must compute.
 
-    The files are checked against the model, and by the library itself where it is installed; if a logit differs,
-    nothing is written.
+    Nothing is written if a logit differs, by the library's equations or, where it is installed, by the library.
 
     Example: [bold]lumiere export latest --to transformer-lens my-model[/]
     """

@@ -151,7 +151,10 @@ def check_folder_by_loading(folder: Path) -> Receipt | None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise FailedCheckError(f"TransformerLens {version} cannot boot the model: {shortened(reason.strip())}")
+        raise FailedCheckError(
+            f"TransformerLens {version} cannot boot the model: {shortened(reason.strip())}; nothing was written",
+            "Lumiere is tested with 4.3: pip install 'transformer-lens>=4.3,<5'",
+        )
     error = float(done.stdout.split()[-1])  # what TransformerLens itself prints comes before
     return Receipt(f"the same logits in TransformerLens {version} (float32)", error, FLOAT32_TOLERANCE)
 
