@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check schema clean
+.PHONY: help train test test-all test-slow peer check schema clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -21,6 +21,11 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ .venv/.installed
 
+# What the slow tests compare with; heavy, and they are skipped without it.
+.venv/.installed-transformer-lens: pyproject.toml | .venv/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,transformer-lens]'
+	@touch $@
+
 train: .venv/.installed  ## trains configs/tiny.yaml (about two minutes on 2 cores), then shows what it can write
 	$(BIN)/lumiere train configs/tiny.yaml
 
@@ -34,6 +39,8 @@ test: check  ## lint, format and type checks, and the fast tests (under three mi
 
 test-all: check  ## the same, with the slow tests
 	$(BIN)/pytest -q -n 2
+
+peer: .venv/.installed-transformer-lens  ## installs TransformerLens, which slow tests and a benchmark compare with
 
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 -m slow

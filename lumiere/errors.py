@@ -47,6 +47,10 @@ class NonFiniteError(LumiereError):
     """A training whose loss, gradients or weights are no longer finite numbers."""
 
 
+class FailedCheckError(LumiereError):
+    """Numbers that do not agree with those they were checked against. The command line exits with code 3."""
+
+
 def printable(text: str, keep: str = "") -> str:
     """`text` with its control characters made visible, and all others that have no shape, but for those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

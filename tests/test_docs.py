@@ -39,6 +39,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere train",
         "lumiere eval",
         "lumiere generate",
+        "lumiere export",
         "lumiere inspect ablate",
         "lumiere inspect attention",
         "lumiere inspect cache",

@@ -8,6 +8,7 @@ import typer
 from lumiere import __version__
 from lumiere.cli.console import guarded
 from lumiere.cli.evaluate import evaluate
+from lumiere.cli.export import export
 from lumiere.cli.generate import generate
 from lumiere.cli.inspect import app as inspect_app
 from lumiere.cli.runs import app as runs_app
@@ -27,6 +28,7 @@ app.command()(guarded(tokenize))
 app.command()(guarded(train))
 app.command("eval")(guarded(evaluate))
 app.command()(guarded(generate))
+app.command()(guarded(export))
 app.add_typer(inspect_app, name="inspect")
 app.add_typer(runs_app, name="runs")
 

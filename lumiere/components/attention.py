@@ -86,11 +86,21 @@ class Attention(nn.Module):
         q_BTHK, k_BTHK, v_BTHV = self.hook_q(q_BTHK), self.hook_k(k_BTHK), self.hook_v(v_BTHV)
         if rotation is not None:
             q_BTHK, k_BTHK = rotate(q_BTHK, rotation), rotate(k_BTHK, rotation)
-        scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK) / math.sqrt(self.d_key)
-        scores_BHTS = self.hook_attn_scores(scores_BHTS.masked_fill(~visible_B1TS, -math.inf))
+        scores_BHTS = self.hook_attn_scores(masked_scores(q_BTHK, k_BTHK, visible_B1TS))
         pattern_BHTS = self.hook_pattern(scores_BHTS.softmax(dim=-1))
         z_BTHV = self.hook_z(torch.einsum("bhts,bshv->bthv", pattern_BHTS, v_BTHV))
         return self.output(z_BTHV.flatten(-2)), pattern_BHTS
+
+
+def masked_scores(q_BTHK: Tensor, k_BTHK: Tensor, visible_B1TS: Tensor) -> Tensor:
+    """`q k^T / sqrt(d_key)`, -inf where a key is hidden: (B, H, T, S), in one pass over them."""
+    num_heads = q_BTHK.shape[2]
+    q_NTK, k_NSK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BTHK))  # N is B * H
+    hidden_B1TS = q_BTHK.new_zeros(visible_B1TS.shape).masked_fill_(~visible_B1TS, -math.inf)
+    is_shared = len(hidden_B1TS) == 1
+    hidden_NTS = hidden_B1TS[0] if is_shared else hidden_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
+    scores_NTS = torch.baddbmm(hidden_NTS, q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
+    return scores_NTS.unflatten(0, (-1, num_heads))
 
 
 def causal_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:

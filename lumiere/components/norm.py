@@ -63,8 +63,8 @@ class _NormalizeAndGain(Function):
 class WatchedRMSNorm(RMSNorm):
     """RMSNorm with hook points; the one before the output, whose scale attribution of logits freezes.
 
-    `hook_scale` sees s(x), (B, T, 1). `hook_normalized` sees what the output head reads, `x / s(x) * gain`, (B, T, E):
-    after the gain, as in TransformerLens's RMSNorm.
+    `hook_scale` sees s(x), (B, T, 1). `hook_normalized` sees `x / s(x)`, (B, T, E): before the gain, as in
+    TransformerLens 4.3.
     """
 
     def __init__(self, embedding_size: int) -> None:
@@ -75,4 +75,4 @@ class WatchedRMSNorm(RMSNorm):
     def watch(self, x_BTE: Tensor) -> Tensor:
         """`forward`, through the hook points."""
         scale_BT1 = self.hook_scale((x_BTE.square().mean(-1, keepdim=True) + EPSILON).sqrt())
-        return self.hook_normalized(x_BTE / scale_BT1 * self.weight)
+        return self.hook_normalized(x_BTE / scale_BT1) * self.weight

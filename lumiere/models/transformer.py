@@ -11,6 +11,7 @@ Vocab vocab_size.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -32,16 +33,27 @@ if TYPE_CHECKING:
 PADDING_ID = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TransformerOutput:
     """What the watching path returns."""
 
     logits: Tensor
     """(B, T, Vocab)."""
-    attention_weights: Tensor
-    """(B, L, H, T, S), the softmax before any dropout: rows sum to 1, and no query looks ahead."""
-    hidden_states: Tensor
-    """(B, L+1, T, E), the residual stream before each block and after the last, not normalised."""
+    patterns: tuple[Tensor, ...]
+    """(B, H, T, S) of each layer."""
+    residuals: tuple[Tensor, ...]
+    """(B, T, E) before each block and after the last."""
+
+    # Joined when they are first asked for: the copies would take a tenth of the time of a pass with all activations.
+    @cached_property
+    def attention_weights(self) -> Tensor:
+        """(B, L, H, T, S), the softmax before any dropout: rows sum to 1, and no query looks ahead."""
+        return torch.stack(self.patterns, dim=1)
+
+    @cached_property
+    def hidden_states(self) -> Tensor:
+        """(B, L+1, T, E), the residual stream before each block and after the last, not normalised."""
+        return torch.stack(self.residuals, dim=1)
 
 
 class Transformer(nn.Module):
@@ -164,8 +176,8 @@ class Transformer(nn.Module):
             resid_BTE = watched[-1].resid_post
         return TransformerOutput(
             logits=self.token_embedding.unembed(self.final_norm.watch(resid_BTE)),
-            attention_weights=torch.stack([layer.pattern for layer in watched], dim=1),
-            hidden_states=torch.stack([*(layer.resid_pre for layer in watched), resid_BTE], dim=1),
+            patterns=tuple(layer.pattern for layer in watched),
+            residuals=(*(layer.resid_pre for layer in watched), resid_BTE),
         )
 
     def logits(self, tokens_BT: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from lumiere.cli.generate import write
 from lumiere.persistence.checkpoint import load_checkpoint, save_checkpoint
 from lumiere.persistence.runs import Run, RunStore
 
-USES = (["eval", "latest"], ["generate"], ["inspect", "attention"])
+EXPORT = ["export", "latest", "--to", "transformer-lens", "out"]
+USES = (["eval", "latest"], ["generate"], ["inspect", "attention"], EXPORT)
 RESUME = ["train", "--resume", "latest"]
 STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\u202e\ud800[bold red]\n"
 

@@ -100,9 +100,10 @@ def test_cached_activations_obey_the_equations(positions: Literal["learned", "ro
         torch.testing.assert_close(at["hook_mlp_out"], at["mlp.hook_post"] @ block.feedforward.down.weight.T)
         stream = at["hook_resid_post"]
     torch.testing.assert_close(cache["ln_final.hook_scale"], (stream.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
-    normalized_BTE = stream / cache["ln_final.hook_scale"] * model.final_norm.weight
+    normalized_BTE = stream / cache["ln_final.hook_scale"]
     torch.testing.assert_close(cache["ln_final.hook_normalized"], normalized_BTE)
-    torch.testing.assert_close(output.logits, normalized_BTE @ model.token_embedding.weight.T)
+    read_BTE = normalized_BTE * model.final_norm.weight
+    torch.testing.assert_close(output.logits, read_BTE @ model.token_embedding.weight.T)
 
 
 def test_scores_before_the_mask_are_scaled_products_of_queries_and_keys() -> None:
@@ -223,3 +224,20 @@ def test_the_stream_is_the_sum_of_its_parts_while_training_too() -> None:
     attention_BTE = cache["blocks.0.hook_attn_out"]
     assert (attention_BTE == 0).any()
     assert torch.equal(cache["blocks.0.hook_resid_pre"] + attention_BTE, cache["blocks.0.hook_resid_mid"])
+
+
+def test_torchs_own_hooks_fire_too() -> None:
+    """A point's short cut must not pass over those that were hung on it as on any module."""
+    model, seen = make_model(), []
+    point = model.blocks[0].attention.hook_pattern
+    handles = [
+        point.register_forward_hook(lambda module, inputs, output: seen.append("after")),
+        point.register_forward_pre_hook(lambda module, inputs: seen.append("before")),
+        point.register_full_backward_hook(lambda module, gradients, outputs: seen.append("backward")),
+    ]
+    model(TOKENS_BT).logits.sum().backward()
+    assert seen == ["before", "after", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(TOKENS_BT)
+    assert len(seen) == 3

@@ -5,7 +5,7 @@ how to show it. `analysis` makes a command of it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -19,7 +19,7 @@ from lumiere.cli.loading import OpenedModel, open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
 
 if TYPE_CHECKING:
-    from lumiere.interpret.result import Result
+    from lumiere.interpret.result import Receipt, Result
     from lumiere.models.transformer import Transformer
 
 CHECK_FAILED = 3
@@ -133,7 +133,9 @@ def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any],
     """Open, compute, verify, then print or write; exit with 3 if a law does not hold."""
     from lumiere.interpret.result import agreement
     from lumiere.report.export import check_export, payload, save_result
+    from lumiere.training.memory import keep_freed_memory
 
+    keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a step of training does
     if common["output"] is not None:
         check_export(common["output"])
     opened = open_model(common["run"], common["checkpoint"], common["device"], common["runs_dir"])
@@ -152,7 +154,7 @@ def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any],
     else:
         show_heading(subject, described)
         described.show(result)
-        show_receipts(result)
+        show_receipts(result.receipts)
     if not result.holds:
         broken = "; ".join(receipt.law for receipt in result.receipts if not receipt.holds)
         talk().print(f"[bold red]failed:[/] {escape(broken)}")
@@ -208,9 +210,9 @@ def show_heading(subject: Subject, described: Analysis[Any]) -> None:
         out().print(f"{escape(described.source)}\n", soft_wrap=False)
 
 
-def show_receipts(result: "Result") -> None:
+def show_receipts(receipts: "Iterable[Receipt]") -> None:
     """The laws that were checked, those that do not hold in red."""
-    for receipt in result.receipts:
+    for receipt in receipts:
         style = "dim" if receipt.holds else "bold red"
         verdict = "" if receipt.holds else ": FAILED"
         line = f"receipt: {receipt.law}, off by {receipt.error:.0e} (allowed {receipt.tolerance:.0e}){verdict}"

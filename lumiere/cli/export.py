@@ -1,0 +1,85 @@
+"""`lumiere export`: a model in another library's form."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lumiere.cli.console import escape, out, print_error, print_json, show_note
+from lumiere.cli.inspect.analysis import CHECK_FAILED, show_receipts
+from lumiere.cli.loading import open_model
+from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
+from lumiere.errors import FailedCheckError
+
+if TYPE_CHECKING:
+    from lumiere.cli.loading import OpenedModel
+    from lumiere.export.exporting import Exported
+
+
+def export(
+    run: RunReference,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or an empty one.")],
+    to: Annotated[str, typer.Option("--to", metavar="LIBRARY", help="The library: transformer-lens.")],
+    checkpoint: CheckpointName = "best",
+    as_json: Json = False,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Write a model for another library, with the logits that it must compute.
+
+    Nothing is written if a logit differs, by the library's equations or, where it is installed, by the library.
+
+    Example: [bold]lumiere export latest --to transformer-lens my-model[/]
+    """
+    from lumiere.data.tokenizer import SPECIAL_TOKENS
+    from lumiere.export.exporting import export_model, find_target
+    from lumiere.export.folder import check_folder
+
+    target = find_target(to)
+    check_folder(folder)
+    opened = open_model(run, checkpoint, "cpu", runs_dir)
+    origin, tokenizer = facts(opened), opened.tokenizer
+    ids = range(len(SPECIAL_TOKENS), len(tokenizer))
+    try:
+        exported = export_model(target, folder, opened.model, tokenizer.to_json().encode(), ids, origin)
+    except FailedCheckError as error:
+        print_error(error)
+        raise typer.Exit(CHECK_FAILED) from None
+    if as_json:
+        print_json(payload(to, folder, origin, exported))
+    else:
+        show(folder, exported)
+    if exported.skipped:
+        show_note(f"{to} is not installed, so the check by the library itself was left out")
+
+
+def facts(opened: "OpenedModel") -> dict[str, str | int]:
+    """Where the model comes from."""
+    from lumiere import __version__
+
+    return {
+        "run": opened.run.name,
+        "checkpoint": opened.checkpoint,
+        "step": opened.step,
+        "weights_sha256": opened.weights_sha256,
+        "lumiere_version": __version__,
+    }
+
+
+def payload(to: str, folder: Path, origin: dict[str, str | int], exported: "Exported") -> dict[str, object]:
+    from dataclasses import asdict
+
+    receipts = [asdict(receipt) | {"holds": receipt.holds} for receipt in exported.receipts]
+    return {
+        **origin,
+        "to": to,
+        "folder": str(folder),
+        "files": list(exported.files),
+        "token_ids": list(exported.tokens),
+        "receipts": receipts,
+    }
+
+
+def show(folder: Path, exported: "Exported") -> None:
+    for name in exported.files:
+        out().print(escape(str(folder / name)))
+    show_receipts(exported.receipts)

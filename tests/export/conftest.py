@@ -1,0 +1,33 @@
+"""Small models whose every part matters, and a machine without TransformerLens."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lumiere.export import transformer_lens_folder
+from lumiere.models.transformer import Transformer
+
+MakeModel = Callable[..., Transformer]
+
+
+@pytest.fixture
+def make_model() -> MakeModel:
+    """L = 2, H = 3, K = V = 6, F = 10, E = 8, context 12, vocabulary 31; large random weights and gains."""
+
+    def make(**settings: object) -> Transformer:
+        sizes = {"vocab_size": 31, "embedding_size": 8, "context_size": 12, "num_layers": 2, "num_heads": 3}
+        torch.manual_seed(1)
+        model = Transformer(**{**sizes, "d_key": 6, "d_value": 6, "d_ff": 10, "padding_id": 2, **settings}).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.5)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def without_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it were not installed: starting it takes seconds."""
+    monkeypatch.setattr(transformer_lens_folder, "installed_version", lambda: None)
