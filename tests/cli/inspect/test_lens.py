@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
-from lumiere.cli.inspect.lens import choose_columns, heading
+from lumiere.cli.inspect.lens_view import choose_columns, heading
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
 
