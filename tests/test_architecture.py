@@ -82,6 +82,7 @@ RUN = "run_aaaaaaaa_20250819_001808"
         ("train --help", HEAVY),
         ("inspect attention --help", HEAVY),
         ("inspect lens --help", HEAVY),
+        ("inspect logits --help", HEAVY),
         ("train tiny --print-config", HEAVY),
         ("runs ls", SLOW),
         ("runs ls --status finished --sort loss --json", SLOW),

@@ -41,6 +41,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere generate",
         "lumiere inspect attention",
         "lumiere inspect lens",
+        "lumiere inspect logits",
         "lumiere runs card",
         "lumiere runs ls",
         "lumiere runs show",

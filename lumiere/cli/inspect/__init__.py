@@ -4,10 +4,12 @@ import typer
 
 from lumiere.cli.inspect.attention import attention
 from lumiere.cli.inspect.lens import lens
+from lumiere.cli.inspect.logits import logits
 
 app = typer.Typer(no_args_is_help=True, help="Look inside a model: one command an analysis.")
 app.command()(attention)
 app.command()(lens)
+app.command()(logits)
 
 
 @app.callback()

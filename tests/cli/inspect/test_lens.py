@@ -134,6 +134,7 @@ def test_bad_input_is_refused(runs_dir: str, options: list[str], message: str, h
     result = inspect_lens(runs_dir, *PROMPT, *options)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
     assert message in result.stderr
     assert hint in result.stderr
     assert not list(Path().iterdir())
