@@ -39,6 +39,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere train",
         "lumiere eval",
         "lumiere generate",
+        "lumiere inspect ablate",
         "lumiere inspect attention",
         "lumiere inspect lens",
         "lumiere inspect logits",

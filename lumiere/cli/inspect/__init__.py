@@ -2,6 +2,7 @@
 
 import typer
 
+from lumiere.cli.inspect.ablate import ablate
 from lumiere.cli.inspect.attention import attention
 from lumiere.cli.inspect.lens import lens
 from lumiere.cli.inspect.logits import logits
@@ -10,6 +11,7 @@ app = typer.Typer(no_args_is_help=True, help="Look inside a model: one command a
 app.command()(attention)
 app.command()(lens)
 app.command()(logits)
+app.command()(ablate)
 
 
 @app.callback()
