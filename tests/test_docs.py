@@ -43,6 +43,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere inspect attention",
         "lumiere inspect lens",
         "lumiere inspect logits",
+        "lumiere inspect summary",
         "lumiere runs card",
         "lumiere runs ls",
         "lumiere runs show",
