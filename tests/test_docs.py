@@ -44,6 +44,8 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere inspect lens",
         "lumiere inspect logits",
         "lumiere inspect summary",
+        "lumiere inspect cache",
+        "lumiere inspect tokens",
         "lumiere runs card",
         "lumiere runs ls",
         "lumiere runs show",

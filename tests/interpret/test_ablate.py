@@ -21,6 +21,7 @@ from lumiere.interpret.trial import TOKENS_AT_ONCE, draw_donors
 from lumiere.interpret.units import UNITS
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
+from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit, repeated_tokens
 
 SIZES = {"embedding_size": 12, "context_size": 16, "num_layers": 3, "num_heads": 2, "d_key": 5, "d_value": 7, "d_ff": 9}
 MODES = get_args(Mode)
@@ -213,6 +214,24 @@ def test_replacing_an_activation_with_itself_changes_nothing(unit: str) -> None:
     alike = Batch(batch.tokens.repeat(4, 1), batch.targets.repeat(4, 1), 4 * batch.num_targets)
     result = ablate(random_model(), [alike], unit, "resample")
     assert np.abs(result.changes).max() < 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_the_previous_token_head_there_is_no_induction(mode: str) -> None:
+    """The circuit built by hand predicts a second copy perfectly, but for its first token; two heads do all of it."""
+    batches = []
+    for first in (0, 4):
+        tokens = torch.tensor([repeated_tokens(10, seed=seed) for seed in range(first, first + 4)])
+        targets = tokens[:, 1:].clone()
+        targets[:, :11] = IGNORED
+        batches.append(Batch(tokens[:, :-1].contiguous(), targets, int((targets != IGNORED).sum())))
+    result = ablate(induction_circuit(), batches, "head", mode)
+    assert result.loss < 1e-4
+    needed = [result.labels.index(f"L{layer}H{head}") for layer, head in (PREVIOUS, INDUCTION)]
+    assert result.changes[needed].min() > np.log(24)  # worse than a uniform guess
+    assert (result.changes[needed] > 10 * result.standard_errors[needed]).all()
+    assert np.abs(np.delete(result.changes, needed)).max() < 1e-6
+    assert result.holds
 
 
 def test_a_position_acts_on_no_earlier_prediction() -> None:

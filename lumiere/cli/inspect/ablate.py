@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import escape, out, show_note
+from lumiere.cli.console import out, show_note
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import Heads, Layers, Positions, TopK, parse_indices
 from lumiere.errors import LumiereError
@@ -89,13 +89,13 @@ def show(result: "Ablations", top_k: int) -> None:
     width = max(len(result.labels[number]) for number in shown)
     largest = max(abs(float(result.changes[number])) for number in shown) or 1.0
     errors = "" if len(result.num_targets) == 1 else ", ± standard error"
-    out().print(f"loss {result.loss:.4f} nats a token; change without each {result.unit} ({result.mode}){errors}:\n")
+    out().print(f"loss {result.loss:.4f} nats; change without a {result.unit} ({result.mode}){errors}:\n")
     for number in shown:
         change, error = float(result.changes[number]), float(result.standard_errors[number])
         spread = "" if len(result.num_targets) == 1 else f" ± {error:.4f}"
         length = round(abs(change) / largest * BAR_WIDTH)
-        bar = f"[cyan]{'█' * length}[/]" if change > 0 else f"[red]{'░' * length}[/]"
-        out().print(f"{escape(result.labels[number]):{width}}  {change:+8.4f}{spread}  {bar}".rstrip())
+        bar = f"  [cyan]{'█' * length}[/]" if change > 0 else f"  [red]{'░' * length}[/]"
+        out().print(f"{result.labels[number]:{width}}  {change:+8.4f}{spread}{bar if length else ''}")
     out().print()
     if len(shown) < len(result.order):
         show_note(f"{len(result.order) - len(shown):,} more are left out; --top-k shows more, -o FILE has all")
