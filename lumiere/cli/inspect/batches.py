@@ -7,6 +7,7 @@ from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
     from lumiere.data.batches import Batch
+    from lumiere.data.dataset import TokenizedCorpus
 
 
 def choose_batches(subject: Subject, num_batches: int, batch_size: int) -> tuple[list["Batch"], str | None]:
@@ -28,14 +29,22 @@ def choose_batches(subject: Subject, num_batches: int, batch_size: int) -> tuple
 
 
 def validation_batches(subject: Subject, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
+    from lumiere.cli.loading import open_corpus
+
+    corpus = open_corpus(subject.opened, "restore it as it was, or give a text with --prompt, --file or --random")
+    return drawn_batches(subject, corpus, num_batches, batch_size)
+
+
+def drawn_batches(
+    subject: Subject, corpus: "TokenizedCorpus", num_batches: int, batch_size: int
+) -> tuple[list["Batch"], str]:
+    """Windows of the validation split, drawn by the seed, and words that say so."""
     import numpy as np
 
-    from lumiere.cli.loading import open_corpus
     from lumiere.data.batches import make_batch
     from lumiere.data.permutation import permute
 
     opened = subject.opened
-    corpus = open_corpus(opened, "restore it as it was, or give a text with --prompt, --file or --random")
     windows = corpus.windows("validation", opened.config)
     count = min(num_batches * batch_size, len(windows))
     drawn = permute(np.arange(count), len(windows), key=str(subject.seed))

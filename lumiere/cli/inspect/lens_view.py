@@ -1,0 +1,110 @@
+"""The logit lens in a terminal: a grid of tokens by stages."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from rich.text import Text
+
+from lumiere.cli.console import out, show_note
+from lumiere.cli.heatmap import LABEL_WIDTH, LEGEND, fitted, shade_of
+from lumiere.interpret.lens import LogitLens
+
+NARROWEST_CELL, WIDEST_CELL = 7, 12
+
+
+def show(result: LogitLens, stat: str, label: Callable[[int], str], target: str | None) -> None:
+    """A grid of tokens by stages, then what holds on average at each stage."""
+    names = [heading(stage) for stage in result.stages]
+    columns, width = choose_columns(names, out().width)
+    meaning = {
+        "top": "the most probable token, its probability as a shade; underlined where the text goes on so",
+        "probability": f"probability of {target or 'the next token'}",
+        "rank": f"how many tokens are more probable than {target or 'the next token'}",
+        "entropy": "entropy in nats",
+        "kl": "KL(final || here) in nats",
+    }[stat]
+    out().print(f"{meaning}\n", soft_wrap=False, markup=False)
+    if len(columns) < len(result.stages):
+        show_note(f"the terminal has room for {len(columns)} of {len(result.stages)} stages")
+    headings = "".join(names[stage].ljust(width) for stage in columns)
+    out().print(Text(" " * (LABEL_WIDTH + 1) + headings.rstrip(), style="dim"))
+    for row, position in enumerate(result.positions):
+        line = Text(fitted(label(result.tokens[position])).rjust(LABEL_WIDTH) + " ", no_wrap=True)
+        for stage in columns:
+            line.append_text(cell(result, stat, stage, row, width, label))
+        line.rstrip()
+        out().print(line)
+    out().print()
+    show_means(result, names, target)
+    if stat == "top":
+        out().print(f"probability: {LEGEND}")
+
+
+def choose_columns(names: Sequence[str], terminal_width: int) -> tuple[list[int], int]:
+    """The stages that the terminal has room for, evenly spread with the first and the last, and the width of each."""
+    narrowest = max(NARROWEST_CELL, *(len(name) + 1 for name in names))
+    room = max(terminal_width - LABEL_WIDTH - 1, 2 * narrowest)
+    count = min(len(names), room // narrowest)
+    columns = [round(number * (len(names) - 1) / (count - 1)) for number in range(count)]
+    return columns, min(room // count, WIDEST_CELL)
+
+
+def heading(stage: str) -> str:
+    """`embed`, `L0 mid` after the attention of block 0, `L0` after the whole of it."""
+    _, layer, point = stage.split(".")
+    return {"hook_resid_pre": "embed", "hook_resid_mid": f"L{layer} mid", "hook_resid_post": f"L{layer}"}[point]
+
+
+def cell(result: LogitLens, stat: str, stage: int, row: int, width: int, label: Callable[[int], str]) -> Text:
+    """One statistic of one token at one stage, padded to `width`."""
+    if stat == "top":
+        token = int(result.top_tokens[stage, row, 0])
+        shade, style = shade_of(float(result.top_probabilities[stage, row, 0]))
+        word = label(token)
+        room = width - 2
+        word = word if len(word) <= room else word[: room - 1] + "…"
+        text = Text(shade, style=style)
+        text.append(word, style=f"{style} underline" if token == result.targets[row] else style)
+    elif stat in ("probability", "rank") and result.targets[row] < 0:
+        text = Text("-", style="dim")
+    else:
+        text = Text(
+            {
+                "probability": lambda: f"{result.target_probabilities[stage, row]:.1%}",
+                "rank": lambda: f"{result.target_ranks[stage, row]}",
+                "entropy": lambda: f"{result.entropies[stage, row]:.2f}",
+                "kl": lambda: f"{result.divergences[stage, row]:.2f}",
+            }[stat]()
+        )
+    text.pad_right(max(0, width - len(text.plain)))
+    return text
+
+
+def show_means(result: LogitLens, names: Sequence[str], target: str | None) -> None:
+    """One line a stage: what the mean token sees there, and how many are decided."""
+    has_target = result.targets >= 0
+    out().print(Text(f"{'mean':>{LABEL_WIDTH}} entropy      KL  decided     loss  median rank  on top", style="dim"))
+    for stage, name in enumerate(names):
+        decided = (result.decision_stages <= stage).mean()
+        line = f"{name:>{LABEL_WIDTH}} {result.entropies[stage].mean():7.2f} {result.divergences[stage].mean():7.2f}"
+        line += f"{decided:9.0%}"
+        if has_target.any():
+            # A probability that float64 rounds to 0 has no logarithm.
+            smallest = np.finfo(float).tiny
+            losses = -np.log(np.maximum(result.target_probabilities[stage][has_target], smallest))
+            ranks = result.target_ranks[stage][has_target]
+            line += f"{losses.mean():9.2f} {np.median(ranks):12.0f} {(ranks == 0).mean():7.0%}"
+        out().print(line)
+    depths = spelled_depths(result.decision_stages.tolist(), names)
+    out().print(
+        f"\nloss, rank and on top are those of {target or 'the next token'}; decided: the top token is the final one "
+        f"from here on\ndecision depth: {depths}",
+        soft_wrap=False,
+        markup=False,
+    )
+
+
+def spelled_depths(decision_stages: "Sequence[int]", names: Sequence[str]) -> str:
+    """`embed 3, L1 12`: how many positions are decided at each stage."""
+    counts = {name: sum(1 for stage in decision_stages if stage == number) for number, name in enumerate(names)}
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)

@@ -1,0 +1,56 @@
+"""`lumiere inspect logits`."""
+
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
+from lumiere.cli.inspect.options import Positions, TopK, parse_indices
+from lumiere.cli.inspect.vocabulary import parse_token, token_label
+from lumiere.errors import LumiereError
+
+if TYPE_CHECKING:
+    from lumiere.interpret.logits import LogitAttribution
+
+Target = Annotated[
+    Optional[str],  # noqa: UP045 (Typer reads this form)
+    typer.Option("--target", metavar="TOKEN", help="The token to explain. \\[default: the most probable]"),
+]
+Versus = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--vs", metavar="TOKEN", help="Explain by how much the target's logit exceeds this token's."),
+]
+By = Annotated[str, typer.Option("--by", metavar="LEVEL", help="layer, head, neuron or source.")]
+Raw = Annotated[bool, typer.Option("--raw", help="The plain logit, not less the mean of all.")]
+
+
+@analysis(text=True)
+def logits(
+    subject: Subject,
+    target: Target = None,
+    vs: Versus = None,
+    by: By = "layer",
+    raw: Raw = False,
+    pos: Positions = "-1",
+    top_k: TopK = 16,
+) -> "Analysis[LogitAttribution]":
+    """Which part of the model writes a logit? Direct attribution by layer, head, neuron or source token.
+
+    A token is an id, a text that is one token (mind the space: ' London'), or a token as it is printed (·London).
+    """
+    from lumiere.cli.inspect.logits_view import show
+    from lumiere.interpret.logits import find_level, logit_attribution
+
+    level = find_level(by)
+    if raw and vs is not None:
+        raise LumiereError("--raw and --vs are two references", "choose one: a difference needs no centring")
+    tokenizer, tokens = subject.opened.tokenizer, subject.tokens
+    positions = parse_indices(pos, len(tokens), "position")
+    wanted = None if target is None else parse_token(target, tokenizer)
+    other = None if vs is None else parse_token(vs, tokenizer)
+    if wanted is not None and wanted == other:
+        raise LumiereError(f"--target and --vs are the same token, {wanted}", "there is no difference to explain")
+    return Analysis(
+        compute=lambda model: logit_attribution(model, tokens, positions, wanted, other, not raw, level),
+        show=lambda result: show(result, lambda token: token_label(tokenizer, token), top_k),
+    )

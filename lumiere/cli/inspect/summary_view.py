@@ -1,0 +1,140 @@
+"""The summary of a model in a terminal."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lumiere.cli.console import escape, out
+from lumiere.cli.inspect.vocabulary import token_label
+from lumiere.data.tokenizer import Tokenizer
+from lumiere.interpret.summary import Check, ModelSummary
+
+PART_NAMES = {
+    "token_embedding": ("token embedding", "also the output head (tied)"),
+    "positions": ("positions", "learned"),
+    "attention": ("attention", ""),
+    "feedforward": ("feed-forward", ""),
+    "norms": ("norms", ""),
+}
+KINDS = ("query", "key", "value", "output", "gate", "up", "down")
+PLACES_SHOWN = 6
+
+
+def show(result: ModelSummary, tokenizer: Tokenizer) -> None:
+    show_parameters(result)
+    for title, values in (("effective rank", result.effective_ranks), ("root mean square", result.rms)):
+        show_table(result, title, values)
+    show_embeddings(result)
+    show_gains(result)
+    if result.num_windows:
+        show_activity(result)
+    show_checks(result.checks, tokenizer)
+    out().print()
+
+
+def show_parameters(result: ModelSummary) -> None:
+    total = sum(result.parameters.values())
+    out().print(f"[bold]{'parameters':18}{total:12,}[/]")
+    for part, count in result.parameters.items():
+        name, remark = PART_NAMES[part]
+        if count or part != "positions":
+            out().print(f"  {name:16}{count:12,} {count / total:6.1%}" + (f"  [dim]{remark}[/]" if remark else ""))
+        else:
+            out().print(f"  {name:16}{'':12} {'':6}  [dim]rotary[/]")
+    out().print()
+
+
+def show_table(result: ModelSummary, title: str, values: np.ndarray) -> None:
+    """One value of every matrix of the blocks: a line a layer, a column a kind."""
+    by_name = dict(zip(result.matrices, values, strict=True))
+    smaller = dict(zip(result.matrices, result.shapes.min(axis=1), strict=True))
+    is_rank = "rank" in title
+    headings = [f"{kind:>8}" for kind in KINDS]
+    out().print(f"[dim]{title:18}{''.join(headings)}[/]")
+    for layer in range(len(result.gain_names) // 2):
+        names = [matrix_name(layer, kind) for kind in KINDS]
+        cells = [f"{by_name[name]:8.1f}" if is_rank else f"{by_name[name]:8.3f}" for name in names]
+        out().print(f"  {f'L{layer}':16}{''.join(cells)}")
+    if is_rank:
+        limits = "".join(f"{smaller[matrix_name(0, kind)]:8}" for kind in KINDS)
+        out().print(f"[dim]  {'at most':16}{limits}[/]")
+    out().print()
+
+
+def matrix_name(layer: int, kind: str) -> str:
+    part = "attention" if kind in ("query", "key", "value", "output") else "feedforward"
+    return f"blocks.{layer}.{part}.{kind}.weight"
+
+
+def show_embeddings(result: ModelSummary) -> None:
+    ranks = dict(zip(result.matrices, result.effective_ranks, strict=True))
+    out().print(f"[dim]{'embeddings':18}{'norm of a row (smallest to largest)':>38}  effective rank[/]")
+    token_rank = ranks["token_embedding.weight"]
+    out().print(
+        f"  {'tokens':16}{spread(result.token_norms):>38}{token_rank:16.1f}"
+        f"\n  {'':16}{result.token_mean_share:.1%} of a row's square is the mean row's"
+    )
+    if result.position_norms is not None:
+        position_rank = ranks["position_embedding.weight"]
+        out().print(
+            f"  {'positions':16}{spread(result.position_norms):>38}{position_rank:16.1f}"
+            f"\n  {'':16}mean cosine of neighbours {result.position_cosine:.3f}"
+        )
+    out().print()
+
+
+def show_gains(result: ModelSummary) -> None:
+    out().print(f"[dim]{'gains of the norms':18}{'mean (smallest to largest)':>38}[/]")
+    for name, gains in zip(result.gain_names, result.gains, strict=True):
+        out().print(f"  {gain_name(name):24}{spread(gains):>30}")
+    out().print()
+
+
+def gain_name(name: str) -> str:
+    """`L0 attention`, `L0 feed-forward`, `final`."""
+    if not name.startswith("blocks."):
+        return "final"
+    _, layer, part = name.split(".")
+    return f"L{layer} {'attention' if part.startswith('attention') else 'feed-forward'}"
+
+
+def spread(values: np.ndarray) -> str:
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
+def show_activity(result: ModelSummary) -> None:
+    """How much each part writes, as a share of the stream's norm before it."""
+    assert result.writes is not None
+    assert result.head_writes is not None
+    assert result.largest_activations is not None
+    out().print(
+        f"what is written, as a share of the norm of the stream before it; mean over {result.num_tokens:,} tokens of "
+        f"{result.num_windows:,} windows",
+        soft_wrap=False,
+    )
+    out().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
+    for layer, (attention, feedforward) in enumerate(result.writes):
+        heads = " ".join(f"{share:.0%}" for share in result.head_writes[layer])
+        out().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
+    out().print()
+
+
+def show_checks(checks: Sequence[Check], tokenizer: Tokenizer) -> None:
+    """What was looked for: a line each, with where it was found."""
+    for check in checks:
+        verdict, style = ("warning", "yellow") if check.count else ("ok", "green")
+        found = f"{check.count:,}" if check.count else "no"
+        out().print(f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})", soft_wrap=False)
+        if check.count:
+            places = ["; ".join(named(place, check, tokenizer) for place in check.places[:PLACES_SHOWN])]
+            more = check.count - PLACES_SHOWN
+            out().print(
+                f"[dim]{'':8}{escape(places[0])}{f'; and {more:,} more' if more > 0 else ''}[/]", soft_wrap=False
+            )
+
+
+def named(place: str, check: Check, tokenizer: Tokenizer) -> str:
+    """The place, with its tokens as they are printed where it is one of tokens."""
+    if not check.what.startswith("tokens"):
+        return place
+    return " as ".join(f"{token_label(tokenizer, int(token))} ({token.strip()})" for token in place.split(","))

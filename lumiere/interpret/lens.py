@@ -1,0 +1,175 @@
+"""What the model would say if it stopped early: the logit lens.
+
+Shapes: B batch, T position, P chosen position, R stage of the residual stream, K top tokens, E embedding_size, Vocab
+vocab_size.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lumiere.components.hooks import run_with_cache
+from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.models.transformer import Transformer
+
+NO_TARGET = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitLens(Result):
+    """What the residual stream predicts at each stage. Nats; ranks count from 0, the most probable token.
+
+    Attributes:
+        tokens: (T,) the ids that the model was given.
+        positions: (P,) the positions that were looked at.
+        stages: (R,) hook points, from the embeddings to the last block's output.
+        top_tokens: (R, P, K) the most probable tokens, the best first.
+        top_probabilities: (R, P, K).
+        targets: (P,) the token that is asked for, by default the next of the text; -1 where the text ends.
+        target_probabilities: (R, P), NaN where there is no target.
+        target_ranks: (R, P) how many tokens are more probable than the target; -1 where there is none.
+        entropies: (R, P) of the stage's distribution.
+        divergences: (R, P) KL(final || stage), what is lost by stopping there.
+        decision_stages: (P,) the decision depth as an index into `stages`: the first from which on the top token is
+            the model's final one at every stage.
+    """
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    stages: tuple[str, ...]
+    top_tokens: np.ndarray
+    top_probabilities: np.ndarray
+    targets: np.ndarray
+    target_probabilities: np.ndarray
+    target_ranks: np.ndarray
+    entropies: np.ndarray
+    divergences: np.ndarray
+    decision_stages: np.ndarray
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        for stage, column in np.ndindex(*self.entropies.shape):
+            has_target = self.targets[column] != NO_TARGET
+            yield {
+                "stage": self.stages[stage],
+                "position": self.positions[column],
+                "token": self.tokens[self.positions[column]],
+                "top_token": int(self.top_tokens[stage, column, 0]),
+                "top_probability": float(self.top_probabilities[stage, column, 0]),
+                "target": int(self.targets[column]) if has_target else None,
+                "target_probability": float(self.target_probabilities[stage, column]) if has_target else None,
+                "target_rank": int(self.target_ranks[stage, column]) if has_target else None,
+                "entropy": float(self.entropies[stage, column]),
+                "divergence": float(self.divergences[stage, column]),
+                "is_decided": bool(self.decision_stages[column] <= stage),
+            }
+
+
+def logit_lens(
+    model: Transformer,
+    tokens: Sequence[int],
+    positions: Sequence[int] | None = None,
+    sublayers: bool = False,
+    target: int | None = None,
+    top_k: int = 1,
+) -> LogitLens:
+    """`softmax(RMSNorm(r) W_U)` for the residual stream r before, between and after the blocks.
+
+    nostalgebraist 2020, "interpreting GPT: the logit lens". The final norm takes its scale from each stage's own
+    stream; the scale of the last stage would only change the temperature of the others. The output head is the token
+    embedding, so that the first stage often predicts the very token that it is given.
+
+    The decision depth is the prediction depth of Belrose et al. 2023, "Eliciting Latent Predictions from Transformers
+    with the Tuned Lens", here by the logit lens (Geva et al. 2022 call it the saturation of the top token). Others are
+    the depth by nearest neighbours (Baldock et al. 2021), the first stage that has the token on top even if a later
+    one loses it, and the first whose confidence passes a threshold (Schuster et al. 2022).
+
+    Args:
+        model: in evaluation mode.
+        tokens: (T,) ids, at most `context_size` of them.
+        positions: which of them to look at (None: all).
+        sublayers: look between the attention and the feed-forward part of each block too.
+        target: the token whose probability and rank are asked for (None: at each position the next of the text).
+        top_k: how many of the most probable tokens to keep.
+    """
+    positions = range(len(tokens)) if positions is None else positions
+    stages = stage_names(model.num_layers, sublayers)
+    columns = list(positions)
+    following = [*tokens[1:], NO_TARGET]
+    targets = torch.tensor([following[position] if target is None else target for position in columns])
+    has_target = targets != NO_TARGET
+    index_P1 = targets.clamp(min=0).unsqueeze(1)
+    statistics: dict[str, list[torch.Tensor]] = {}
+    with torch.inference_mode():
+        output, cache = run_with_cache(
+            model, torch.tensor([list(tokens)], device=model.token_embedding.weight.device), stages
+        )
+        final_PV = log_probabilities(output.logits, columns)
+        final_probabilities_PV = final_PV.exp()
+        final_entropy_P = -torch.einsum("pv,pv->p", final_probabilities_PV, final_PV)
+        difference = 0.0
+        # One stage at a time: the very operations of the model on the same shape, which makes the last stage equal bit
+        # for bit, and never more than a few matrices of T x Vocab.
+        for stage in stages:
+            logits_BTV = model.token_embedding.unembed(model.final_norm.watch(cache[stage]))
+            difference = float((logits_BTV - output.logits).abs().max())
+            stage_PV = log_probabilities(logits_BTV, columns)
+            top = stage_PV.topk(top_k, dim=-1)
+            target_P1 = stage_PV.gather(-1, index_P1)
+            entropy_P = -torch.einsum("pv,pv->p", stage_PV.exp(), stage_PV)
+            cross_entropy_P = -torch.einsum("pv,pv->p", final_probabilities_PV, stage_PV)
+            found = {
+                "top_tokens": top.indices,
+                "top_probabilities": top.values.exp(),
+                "target_probabilities": target_P1[:, 0].exp().where(has_target, math.nan),
+                "target_ranks": (stage_PV > target_P1).sum(-1).where(has_target, NO_TARGET),
+                "entropies": entropy_P,
+                "divergences": cross_entropy_P - final_entropy_P,
+            }
+            for name, values in found.items():
+                statistics.setdefault(name, []).append(values)
+    arrays = {name: torch.stack(values).numpy() for name, values in statistics.items()}
+    largest_entropy = math.log(model.vocab_size)
+    tolerance = rounding(model)
+    return LogitLens(
+        tokens=tuple(tokens),
+        positions=tuple(positions),
+        stages=tuple(stages),
+        targets=targets.numpy(),
+        decision_stages=decisions(arrays["top_tokens"][..., 0]),
+        **arrays,
+        receipts=(
+            Receipt("the last stage gives the model's own logits", difference, 0.0),
+            Receipt("no divergence is negative", beyond(-arrays["divergences"]), tolerance),
+            Receipt("no entropy exceeds that of chance", beyond(arrays["entropies"] - largest_entropy), tolerance),
+        ),
+    )
+
+
+def stage_names(num_layers: int, sublayers: bool) -> list[str]:
+    """Hook points of the residual stream, in the order of the computation."""
+    parts = ("mid", "post") if sublayers else ("post",)
+    return [
+        "blocks.0.hook_resid_pre",
+        *(f"blocks.{layer}.hook_resid_{part}" for layer in range(num_layers) for part in parts),
+    ]
+
+
+def log_probabilities(logits_BTV: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+    """(P, Vocab) of the first sequence, in float64, and so on the CPU, since not every device has it."""
+    return logits_BTV[0, positions].cpu().double().log_softmax(-1)
+
+
+def decisions(top_tokens_RP: np.ndarray) -> np.ndarray:
+    """(P,) the first stage from which on the top token is that of the last stage."""
+    differs_RP = top_tokens_RP != top_tokens_RP[-1]
+    stages_R1 = np.arange(1, len(top_tokens_RP) + 1)[:, None]
+    return (differs_RP * stages_R1).max(axis=0)
+
+
+def beyond(excess: np.ndarray) -> float:
+    """By how much the largest value is above 0; NaN if one is."""
+    return float(np.maximum(excess.max(), 0.0))

@@ -1,0 +1,227 @@
+"""Which part of the model writes a logit: direct logit attribution.
+
+Shapes: T position, S source position, P chosen position, E embedding_size, L layer, H head, V d_value, F d_ff.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumiere.components.hooks import run_with_cache
+from lumiere.errors import LumiereError, nearest
+from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.models.transformer import Transformer
+
+Level = Literal["layer", "head", "neuron", "source"]
+LEVELS: tuple[Level, ...] = ("layer", "head", "neuron", "source")
+Reference = Literal["token", "mean", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitAttribution(Result):
+    """What each part adds to a logit, or to a difference of logits, at each chosen position.
+
+    Attributes:
+        tokens: (T,) the ids that the model was given.
+        positions: (P,) the positions whose logits are explained.
+        by: the level of detail of `rows`.
+        targets: (P,) the tokens whose logits are explained.
+        reference: what is taken from each logit: that of the `token` in `versus`, the `mean` of all, or `none`.
+        versus: that token, or None.
+        probabilities: (P,) of the targets.
+        logits: (P,) what is explained, from the model's own logits.
+        scales: (P,) of the final norm, at which it is frozen.
+        embed: (P,) the position's own token embedding.
+        pos_embed: (P,) its position embedding; None where positions are rotary.
+        attention: (P, L) the attention of each layer.
+        heads: (P, L, H) each head of it.
+        sources: (P, L, H, S) what each head takes from each source position.
+        feedforward: (P, L) the feed-forward part of each layer.
+        neurons: (P, L, F) each neuron of it.
+    """
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    by: Level
+    targets: tuple[int, ...]
+    reference: Reference
+    versus: int | None
+    probabilities: np.ndarray
+    logits: np.ndarray
+    scales: np.ndarray
+    embed: np.ndarray
+    pos_embed: np.ndarray | None
+    attention: np.ndarray
+    heads: np.ndarray
+    sources: np.ndarray
+    feedforward: np.ndarray
+    neurons: np.ndarray
+
+    def parts(self, level: Level) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """All that is added up at a level, in the order of the computation: what it is, and (P,) what it adds."""
+        yield {"part": "embed"}, self.embed
+        if self.pos_embed is not None:
+            yield {"part": "pos_embed"}, self.pos_embed
+        for layer in range(self.attention.shape[1]):
+            if level == "head":
+                for head, added_P in enumerate(self.heads[:, layer].T):
+                    yield {"part": "head", "layer": layer, "head": head}, added_P
+            elif level == "source":
+                for (head, source), added_P in numbered(self.sources[:, layer]):
+                    yield {"part": "head", "layer": layer, "head": head, "source": source}, added_P
+            else:
+                yield {"part": "attention", "layer": layer}, self.attention[:, layer]
+            if level == "neuron":
+                for neuron, added_P in enumerate(self.neurons[:, layer].T):
+                    yield {"part": "neuron", "layer": layer, "neuron": neuron}, added_P
+            else:
+                yield {"part": "feedforward", "layer": layer}, self.feedforward[:, layer]
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        for part, added_P in self.parts(self.by):
+            for column, position in enumerate(self.positions):
+                # A head takes nothing from later positions.
+                if part.get("source", 0) <= position:
+                    nowhere = dict.fromkeys(("layer", "head", "source", "neuron"))
+                    about = {"position": position, "target": self.targets[column], "part": part["part"]}
+                    yield {**about, **nowhere, **part, "contribution": float(added_P[column])}
+
+
+def find_level(name: str) -> Level:
+    """The level of that name.
+
+    Raises:
+        LumiereError: there is none.
+    """
+    for level in LEVELS:
+        if level == name:
+            return level
+    guess = nearest(name, LEVELS)
+    hint = f"did you mean {guess}?" if guess else f"there are {', '.join(LEVELS)}"
+    raise LumiereError(f"there is no level {name!r}", hint)
+
+
+def numbered(values_PHS: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    for place in np.ndindex(*values_PHS.shape[1:]):
+        yield place, values_PHS[:, *place]
+
+
+def logit_attribution(
+    model: Transformer,
+    tokens: Sequence[int],
+    positions: Sequence[int] | None = None,
+    target: int | None = None,
+    versus: int | None = None,
+    centred: bool = True,
+    by: Level = "layer",
+) -> LogitAttribution:
+    """`(c / s * gain) . d` for each part c of the final residual stream: their sum is the logit along d.
+
+    Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; logit differences: Wang et al. 2022,
+    "Interpretability in the Wild". The stream is the sum of all that was written to it, and the final norm is linear
+    once its scale s is frozen at its value, so that the sum is exact. It is the direct effect only: what a part does
+    through later parts is counted as theirs, and so is its effect on the scale.
+
+    The direction d is `W_U[target] - W_U[versus]`, or without `versus` the centred `W_U[target] - mean(W_U)`. A plain
+    logit can be moved by any vector added to all of W_U, which changes no probability, and so its parts say little.
+
+    Args:
+        model: in evaluation mode.
+        tokens: (T,) ids, at most `context_size` of them.
+        positions: whose logits to explain (None: the last).
+        target: the token (None: at each position the model's most probable one).
+        versus: the token whose logit is taken from it.
+        centred: without `versus`, take the mean of all logits from it.
+        by: the level of detail of the table; all levels are computed.
+    """
+    positions = [len(tokens) - 1] if positions is None else list(positions)
+    device = model.token_embedding.weight.device
+    with torch.inference_mode():
+        output, cache = run_with_cache(model, torch.tensor([list(tokens)], device=device), hook_names(model))
+        # In float64, and so on the CPU, since not every device has it. One sequence: the batch axis goes.
+        activations = {name: values[0].cpu().double() for name, values in cache.items()}
+        logits_PV = output.logits[0, positions].cpu().double()
+        targets_P = logits_PV.argmax(-1) if target is None else torch.full((len(positions),), target)
+        scales_P = activations["ln_final.hook_scale"][positions, 0]
+        direction_PE = frozen_directions(model, targets_P, versus, centred) / scales_P.unsqueeze(1)
+        explained_P = logits_PV.gather(1, targets_P.unsqueeze(1))[:, 0]
+        if versus is not None:
+            explained_P = explained_P - logits_PV[:, versus]
+        elif centred:
+            explained_P = explained_P - logits_PV.mean(-1)
+        added = attribute(model, activations, positions, direction_PE)
+    result = LogitAttribution(
+        tokens=tuple(tokens),
+        positions=tuple(positions),
+        by=by,
+        targets=tuple(targets_P.tolist()),
+        reference="token" if versus is not None else "mean" if centred else "none",
+        versus=versus,
+        probabilities=logits_PV.softmax(-1).gather(1, targets_P.unsqueeze(1))[:, 0].numpy(),
+        logits=explained_P.numpy(),
+        scales=scales_P.numpy(),
+        pos_embed=added.pop("pos_embed", None),
+        **added,
+        receipts=(),
+    )
+    receipts = tuple(sum_receipt(result, level, rounding(model)) for level in LEVELS)
+    return LogitAttribution(**result.as_dict(), receipts=receipts)
+
+
+def hook_names(model: Transformer) -> list[str]:
+    """The activations that are taken apart."""
+    leaves = ("attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
+    names = ["hook_embed", *(["hook_pos_embed"] if model.position_embedding is not None else [])]
+    names += [f"blocks.{layer}.{leaf}" for layer in range(model.num_layers) for leaf in leaves]
+    return [*names, "ln_final.hook_scale"]
+
+
+def frozen_directions(model: Transformer, targets_P: Tensor, versus: int | None, centred: bool) -> Tensor:
+    """(P, E) the direction whose product with a part of the stream, over the scale, is what it adds to the logit."""
+    unembed_VE = model.token_embedding.weight.cpu().double()
+    direction_PE = unembed_VE[targets_P]
+    if versus is not None:
+        direction_PE = direction_PE - unembed_VE[versus]
+    elif centred:
+        direction_PE = direction_PE - unembed_VE.mean(0)
+    return direction_PE * model.final_norm.weight.cpu().double()
+
+
+def attribute(
+    model: Transformer, activations: Mapping[str, Tensor], positions: Sequence[int], direction_PE: Tensor
+) -> dict[str, np.ndarray]:
+    """What every part adds along a direction at each position. The direction goes back through each output matrix."""
+
+    def along(name: str) -> Tensor:
+        return (activations[name][positions] * direction_PE).sum(-1)
+
+    added: dict[str, list[Tensor]] = {"attention": [], "heads": [], "sources": [], "feedforward": [], "neurons": []}
+    for layer, block in enumerate(model.blocks):
+        name = f"blocks.{layer}."
+        output_EHV = block.attention.output.weight.cpu().double().unflatten(1, (model.num_heads, model.d_value))
+        direction_PHV = torch.einsum("pe,ehv->phv", direction_PE, output_EHV)
+        direction_PF = direction_PE @ block.feedforward.down.weight.cpu().double()
+        values_PHS = torch.einsum("phv,shv->phs", direction_PHV, activations[f"{name}attn.hook_v"])
+        pattern_PHS = activations[f"{name}attn.hook_pattern"][:, positions].transpose(0, 1)
+        added["attention"].append(along(f"{name}hook_attn_out"))
+        added["heads"].append((activations[f"{name}attn.hook_z"][positions] * direction_PHV).sum(-1))
+        added["sources"].append(pattern_PHS * values_PHS)
+        added["feedforward"].append(along(f"{name}hook_mlp_out"))
+        added["neurons"].append(activations[f"{name}mlp.hook_post"][positions] * direction_PF)
+    arrays = {name: torch.stack(values, dim=1).numpy() for name, values in added.items()}
+    arrays["embed"] = along("hook_embed").numpy()
+    if model.position_embedding is not None:
+        arrays["pos_embed"] = along("hook_pos_embed").numpy()
+    return arrays
+
+
+def sum_receipt(result: LogitAttribution, level: Level, tolerance: float) -> Receipt:
+    """That the parts of a level sum to the model's own logit, relative to the larger of 1 and the largest part."""
+    parts = np.stack([added_P for _, added_P in result.parts(level)])
+    scale = np.maximum(1.0, np.abs(parts).max(axis=0))
+    error = float((np.abs(parts.sum(axis=0) - result.logits) / scale).max())
+    return Receipt(f"by {level}, the parts sum to the model's logit", error, tolerance)

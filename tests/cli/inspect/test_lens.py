@@ -1,0 +1,156 @@
+"""`lumiere inspect lens`: what it shows, writes and refuses."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.cli.inspect.lens_view import choose_columns, heading
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.runs import Run
+
+PROMPT = ("--prompt", "One day a")
+OWN_KEYS = {
+    *("tokens", "positions", "stages", "top_tokens", "top_probabilities", "targets", "target_probabilities"),
+    *("target_ranks", "entropies", "divergences", "decision_stages", "receipts"),
+}
+
+
+@pytest.fixture
+def runs_dir(trained_run: Run) -> str:
+    return str(trained_run.path.parent)
+
+
+def inspect_lens(runs_dir: str, *options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "lens", "--runs-dir", runs_dir, *options])
+
+
+def shown(runs_dir: str, *options: str) -> dict[str, Any]:
+    result = inspect_lens(runs_dir, *options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_json(runs_dir: str, tiny_corpus: TokenizedCorpus) -> None:
+    result = shown(runs_dir, *PROMPT, "--top-k", "3")
+    assert result.keys() > OWN_KEYS
+    assert result["token_ids"] == [0, *tiny_corpus.tokenizer.encode("One day a")]
+    assert result["stages"] == [f"blocks.{name}" for name in ("0.hook_resid_pre", "0.hook_resid_post")] + [
+        "blocks.1.hook_resid_post"
+    ]
+    assert np.shape(result["top_tokens"]) == (3, len(result["token_ids"]), 3)
+    assert result["target_probabilities"][0][-1] is None
+    assert [receipt["holds"] for receipt in result["receipts"]] == [True] * 3
+
+
+def test_the_default_text_and_all_stages(runs_dir: str) -> None:
+    result = shown(runs_dir, "--sublayers")
+    assert len(result["stages"]) == 5
+    assert result["source"] == "start of the validation split of stories"
+
+
+@pytest.mark.parametrize("stat", ["top", "probability", "rank", "entropy", "kl"])
+def test_every_statistic_is_drawn(runs_dir: str, stat: str) -> None:
+    numbers = shown(runs_dir, *PROMPT)
+    text = inspect_lens(runs_dir, *PROMPT, "--stat", stat).stdout
+    assert max(map(len, text.splitlines())) <= 80 or "receipt" in max(text.splitlines(), key=len)
+    label = numbers["token_labels"][1]
+    row = next(line for line in text.splitlines() if line.startswith(label.rjust(12)))
+    cells = row[13:].split()
+    expected = {
+        "probability": [f"{values[1]:.1%}" for values in numbers["target_probabilities"]],
+        "rank": [str(values[1]) for values in numbers["target_ranks"]],
+        "entropy": [f"{values[1]:.2f}" for values in numbers["entropies"]],
+        "kl": [f"{values[1]:.2f}" for values in numbers["divergences"]],
+    }
+    assert len(cells) == 3
+    assert stat == "top" or cells == expected[stat]
+    assert f"decision depth: {'embed' if 0 in numbers['decision_stages'] else 'L'}" in text
+
+
+def test_the_next_token_is_told_from_a_chosen_one(runs_dir: str, tiny_corpus: TokenizedCorpus) -> None:
+    token = tiny_corpus.tokenizer.encode("e")[0]
+    by_text, by_id = (shown(runs_dir, *PROMPT, "--target", name) for name in ("e", str(token)))
+    assert by_text == by_id
+    assert set(by_text["targets"]) == {token}
+    assert "probability of e\n" in inspect_lens(runs_dir, *PROMPT, "--target", "e", "--stat", "probability").stdout
+
+
+def test_positions_are_chosen(runs_dir: str) -> None:
+    everything, part = shown(runs_dir, *PROMPT), shown(runs_dir, *PROMPT, "--pos", "-1,0")
+    assert part["positions"] == [len(everything["token_ids"]) - 1, 0]
+    assert part["entropies"] == [[row[-1], row[0]] for row in everything["entropies"]]
+    # Nothing follows the last token: there is nothing to be asked for.
+    alone = inspect_lens(runs_dir, *PROMPT, "--pos", "-1", "--stat", "rank")
+    assert alone.exit_code == 0
+    assert "-" in alone.stdout
+
+
+def test_files_hold_the_same_numbers(runs_dir: str) -> None:
+    expected = shown(runs_dir, *PROMPT)
+    for suffix in ("json", "csv", "npz"):
+        assert inspect_lens(runs_dir, *PROMPT, "-o", f"out.{suffix}").exit_code == 0
+    assert json.loads(Path("out.json").read_text()) == expected
+    with np.load("out.npz") as saved:
+        assert saved["divergences"].tolist() == expected["divergences"]
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * len(expected["token_ids"])
+    assert [float(row["entropy"]) for row in rows] == [value for row in expected["entropies"] for value in row]
+    assert rows[-1]["target"] == ""
+
+
+def test_verify_computes_it_again(runs_dir: str) -> None:
+    receipt = shown(runs_dir, "--verify")["receipts"][-1]
+    assert receipt["law"] == "the same in float64"
+    assert 0 < receipt["error"] < 1e-5
+
+
+def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumiere.interpret.lens.rounding", lambda model: -1.0)
+    result = inspect_lens(runs_dir, *PROMPT)
+    assert result.exit_code == 3
+    assert "no divergence is negative" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (["--stat", "entrpy"], "there is no statistic 'entrpy'", "did you mean entropy?"),
+        (["--stat", "x"], "there is no statistic 'x'", "there are top, probability, rank, entropy, kl"),
+        (["--target", "999"], "there is no token 999", "the ids are 0 to"),
+        (["--target", "zqx"], "'zqx' is 3 tokens: z q x", ""),
+        (["--pos", "99"], "there is no position 99", "the positions are 0 to"),
+        (["--top-k", "321"], "there are no 321 tokens to list", "the model has 320"),
+        (["--output", "x.npy"], "'x.npy' has no ending", "did you mean .npz?"),
+    ],
+)
+def test_bad_input_is_refused(runs_dir: str, options: list[str], message: str, hint: str) -> None:
+    result = inspect_lens(runs_dir, *PROMPT, *options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
+    assert message in result.stderr
+    assert hint in result.stderr
+    assert not list(Path().iterdir())
+
+
+def test_many_stages_are_thinned_out_evenly() -> None:
+    names = ["embed", *(f"L{layer}" for layer in range(24))]
+    columns, width = choose_columns(names, 80)
+    assert (columns[0], columns[-1]) == (0, 24)
+    assert columns == sorted(set(columns))
+    assert 13 + width * len(columns) <= 80
+    assert choose_columns(names[:3], 80)[0] == [0, 1, 2]
+    assert choose_columns(names, 10)[0] == [0, 24]
+
+
+def test_stages_have_short_names() -> None:
+    assert heading("blocks.0.hook_resid_pre") == "embed"
+    assert heading("blocks.11.hook_resid_mid") == "L11 mid"
+    assert heading("blocks.2.hook_resid_post") == "L2"

@@ -1,0 +1,137 @@
+"""`lumiere inspect logits`: what it shows, writes and refuses."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.runs import Run
+
+PROMPT = ("--prompt", "One day a")
+OWN_KEYS = {
+    *("tokens", "positions", "by", "targets", "reference", "versus", "probabilities", "logits", "scales"),
+    *("embed", "pos_embed", "attention", "heads", "sources", "feedforward", "neurons", "receipts"),
+}
+
+
+@pytest.fixture
+def runs_dir(trained_run: Run) -> str:
+    return str(trained_run.path.parent)
+
+
+def inspect_logits(runs_dir: str, *options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "logits", "--runs-dir", runs_dir, *options])
+
+
+def shown(runs_dir: str, *options: str) -> dict[str, Any]:
+    result = inspect_logits(runs_dir, *options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_json(runs_dir: str, tiny_corpus: TokenizedCorpus) -> None:
+    target, versus = (tiny_corpus.tokenizer.encode(text)[0] for text in ("e", "s"))
+    result = shown(runs_dir, *PROMPT, "--target", "e", "--vs", str(versus))
+    assert result.keys() > OWN_KEYS
+    length = len(result["token_ids"])
+    assert (result["positions"], result["targets"], result["versus"]) == ([length - 1], [target], versus)
+    assert result["reference"] == "token"
+    assert np.shape(result["sources"]) == (1, 2, 2, length)
+    assert np.shape(result["neurons"]) == (1, 2, 32)
+    total = np.sum(result["embed"]) + np.sum(result["pos_embed"]) + np.sum(result["heads"]) + np.sum(result["neurons"])
+    assert total == pytest.approx(result["logits"][0], abs=1e-5)
+    assert [receipt["holds"] for receipt in result["receipts"]] == [True] * 4
+
+
+def test_the_default_is_the_centred_logit_of_the_top_token_at_the_end(runs_dir: str) -> None:
+    result = shown(runs_dir)
+    assert result["reference"] == "mean"
+    assert result["positions"] == [len(result["token_ids"]) - 1]
+    assert shown(runs_dir, "--raw")["reference"] == "none"
+
+
+@pytest.mark.parametrize("by", ["layer", "head", "neuron", "source"])
+def test_what_is_drawn_adds_up(runs_dir: str, by: str) -> None:
+    numbers = shown(runs_dir, *PROMPT)
+    for top_k in ("3", "200"):
+        result = inspect_logits(runs_dir, *PROMPT, "--by", by, "--top-k", top_k)
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines()
+        assert max(len(line) for line in lines if not line.startswith("receipt")) <= 80
+        first = next(number for number, line in enumerate(lines) if line.startswith("at position"))
+        while lines[first]:
+            first += 1
+        body = [line.rstrip("█░ ").split() for line in lines[first + 1 : lines.index("", first + 1)]]
+        assert body[-1][0] == "sum"
+        assert float(body[-1][-1]) == pytest.approx(numbers["logits"][0], abs=6e-4)
+        added = [float(line[-1]) for line in body[:-1]]
+        assert sum(added) == pytest.approx(numbers["logits"][0], abs=5e-4 * len(added) + 6e-4)
+        assert len(added) == 4 if top_k == "3" else len(added) > 4
+
+
+def test_several_positions(runs_dir: str) -> None:
+    text = inspect_logits(runs_dir, *PROMPT, "--pos", "0-1").stdout
+    assert "at position 0, <|sot|>:" in text
+    assert "at position 1," in text
+    assert text.count("\nsum ") == 2
+
+
+def test_a_difference_is_told(runs_dir: str, tiny_corpus: TokenizedCorpus) -> None:
+    target, versus = (tiny_corpus.tokenizer.encode(text)[0] for text in ("e", "s"))
+    text = " ".join(inspect_logits(runs_dir, *PROMPT, "--target", "e", "--vs", "s").stdout.split())
+    assert f"the logit of e ({target}) less that of s ({versus}) is " in text
+
+
+def test_files_hold_the_same_numbers(runs_dir: str) -> None:
+    expected = shown(runs_dir, *PROMPT, "--by", "head")
+    for suffix in ("json", "csv", "npz"):
+        assert inspect_logits(runs_dir, *PROMPT, "--by", "head", "-o", f"out.{suffix}").exit_code == 0
+    assert json.loads(Path("out.json").read_text()) == expected
+    with np.load("out.npz") as saved:
+        assert saved["neurons"].tolist() == expected["neurons"]
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    heads = [float(row["contribution"]) for row in rows if row["part"] == "head"]
+    assert heads == [value for layer in expected["heads"][0] for value in layer]
+
+
+def test_verify_computes_it_again(runs_dir: str) -> None:
+    receipt = shown(runs_dir, "--verify")["receipts"][-1]
+    assert receipt["law"] == "the same in float64"
+    assert 0 < receipt["error"] < 1e-5
+
+
+def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumiere.interpret.logits.rounding", lambda model: -1.0)
+    result = inspect_logits(runs_dir, *PROMPT)
+    assert result.exit_code == 3
+    assert "by head, the parts sum to the model's logit" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (["--by", "heads"], "there is no level 'heads'", "did you mean head?"),
+        (["--by", "x"], "there is no level 'x'", "there are layer, head, neuron, source"),
+        (["--target", "999"], "there is no token 999", "the ids are 0 to"),
+        (["--vs", "zqx"], "'zqx' is 3 tokens: z q x", ""),
+        (["--target", "e", "--vs", "e"], "--target and --vs are the same token", "no difference"),
+        (["--vs", "e", "--raw"], "--raw and --vs are two references", "choose one"),
+        (["--pos", "99"], "there is no position 99", "the positions are 0 to"),
+        (["--output", "x.npy"], "'x.npy' has no ending", "did you mean .npz?"),
+    ],
+)
+def test_bad_input_is_refused(runs_dir: str, options: list[str], message: str, hint: str) -> None:
+    result = inspect_logits(runs_dir, *PROMPT, *options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
+    assert message in result.stderr
+    assert hint in result.stderr
+    assert not list(Path().iterdir())

@@ -1,0 +1,149 @@
+"""`lumiere inspect summary`: what it shows, writes and refuses."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.cli.inspect.summary import count_tokens
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.errors import LumiereError
+from lumiere.interpret.activity import measure_activity
+from lumiere.persistence.runs import Run
+
+OWN_KEYS = {
+    *("parameters", "matrices", "shapes", "norms", "rms", "spectral_norms", "stable_ranks", "effective_ranks"),
+    *("gain_names", "gains", "token_norms", "token_mean_share", "position_norms", "position_cosine", "num_windows"),
+    *("num_tokens", "writes", "head_writes", "largest_activations", "checks", "receipts", "source"),
+}
+
+
+@pytest.fixture
+def runs_dir(trained_run: Run) -> str:
+    return str(trained_run.path.parent)
+
+
+def inspect_summary(runs_dir: str, *options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "summary", "--runs-dir", runs_dir, *options])
+
+
+def shown(runs_dir: str, *options: str) -> dict[str, Any]:
+    result = inspect_summary(runs_dir, *options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_json(runs_dir: str, trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
+    result = shown(runs_dir, "--windows", "5", "--seed", "1")
+    assert result.keys() > OWN_KEYS
+    assert "token_ids" not in result
+    assert sum(result["parameters"].values()) == trained_run.load_model("best").num_parameters
+    assert result["num_windows"] == 5
+    total = len(tiny_corpus.windows("validation", trained_run.load_config()))
+    assert result["source"] == f"5 of {total:,} windows of the validation split of stories (seed 1), in 1 batch"
+    assert np.shape(result["largest_activations"]) == (2, 32)
+    never = {check["what"]: check for check in result["checks"]}["tokens that were never met in training"]
+    counts = np.bincount(tiny_corpus.splits["train"].ids, minlength=320)
+    assert never["places"] == [str(token) for token in np.flatnonzero(counts == 0)]
+    assert all(check["threshold"] for check in result["checks"])
+
+
+def test_windows_are_drawn_by_the_seed(runs_dir: str) -> None:
+    one, same, other = (shown(runs_dir, "--windows", "5", "--seed", seed)["writes"] for seed in "112")
+    assert one == same != other
+
+
+def test_what_is_shown_are_the_numbers(runs_dir: str) -> None:
+    numbers = shown(runs_dir)
+    text = inspect_summary(runs_dir).stdout
+    assert max(len(line) for line in text.splitlines() if not line.startswith("receipt")) <= 80
+    assert f"{sum(numbers['parameters'].values()):,}" in text
+    gate = numbers["effective_ranks"][numbers["matrices"].index("blocks.1.feedforward.gate.weight")]
+    row = next(line for line in text.splitlines() if line.startswith("  L1"))
+    assert row.split()[5] == f"{gate:.1f}"
+    for check in numbers["checks"]:
+        found = f"{check['count']:,}" if check["count"] else "no"
+        verdict = "warning" if check["count"] else "ok"
+        assert f"{verdict:8}{found} {check['what']} (" in text
+    assert f"{numbers['num_tokens']:,} tokens of {numbers['num_windows']:,}" in " ".join(text.split())
+
+
+def test_without_windows_or_corpus_the_weights_are_told(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = shown(runs_dir, "--windows", "0")
+    assert (weights["num_windows"], weights["writes"]) == (0, None)
+    assert "what is written" not in inspect_summary(runs_dir, "--windows", "0").stdout
+
+    def gone(*arguments: Any) -> None:
+        raise LumiereError("the corpus is gone")
+
+    monkeypatch.setattr("lumiere.cli.loading.open_corpus", gone)
+    result = inspect_summary(runs_dir)
+    assert result.exit_code == 0
+    assert "the corpus is gone: what needs a text is left out" in " ".join(result.stderr.split())
+    assert "never met" not in result.stdout
+    assert "weights alone" in result.stdout
+
+
+def test_files_hold_the_same_numbers(runs_dir: str) -> None:
+    expected = shown(runs_dir)
+    for suffix in ("json", "csv", "npz"):
+        assert inspect_summary(runs_dir, "-o", f"out.{suffix}").exit_code == 0
+    assert json.loads(Path("out.json").read_text()) == expected
+    with np.load("out.npz") as saved:
+        assert saved["gains"].tolist() == expected["gains"]
+        assert saved["writes"].tolist() == expected["writes"]
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["matrix"] for row in rows] == expected["matrices"]
+    assert [float(row["stable_rank"]) for row in rows] == expected["stable_ranks"]
+
+
+def test_verify_computes_it_again(runs_dir: str) -> None:
+    receipt = shown(runs_dir, "--verify")["receipts"][-1]
+    assert receipt["law"] == "the same in float64"
+    assert 0 < receipt["error"] < 1e-5
+
+
+def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumiere.interpret.summary.rounding", lambda model: -1.0)
+    result = inspect_summary(runs_dir)
+    assert result.exit_code == 3
+    assert "the output head is the token embedding (tied)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run", "zzzz"], "no run 'zzzz'"),
+        (["--output", "x.npy"], "did you mean .npz?"),
+        (["--checkpoint", "bset"], "did you mean best?"),
+    ],
+)
+def test_bad_input_is_refused(runs_dir: str, options: list[str], message: str) -> None:
+    result = inspect_summary(runs_dir, *options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
+    assert message in result.stderr
+
+
+def test_tokens_are_counted_in_parts() -> None:
+    ids = np.random.default_rng(0).integers(0, 50, 2_300_000).astype(np.uint16)
+    assert count_tokens(ids, 60).tolist() == [int((ids == token).sum()) for token in range(60)]
+
+
+def test_more_windows_than_there_are_are_all_of_them(
+    runs_dir: str, trained_run: Run, tiny_corpus: TokenizedCorpus
+) -> None:
+    from lumiere.data.batches import batches_in_order
+
+    windows = tiny_corpus.windows("validation", trained_run.load_config())
+    expected = measure_activity(trained_run.load_model("best").eval(), batches_in_order(windows, 32))
+    result = shown(runs_dir, "--windows", "100000")
+    assert (result["num_windows"], result["num_tokens"]) == (len(windows), expected.num_tokens)
+    np.testing.assert_allclose(result["writes"], expected.writes, rtol=1e-5)

@@ -1,0 +1,202 @@
+"""Direct logit attribution: every part alone against its own forward pass, and the sums."""
+
+import copy
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from lumiere.components.hooks import HookPoint, hooked, run_with_cache
+from lumiere.config.loader import validate
+from lumiere.interpret import logits as logits_module
+from lumiere.interpret.logits import LEVELS, Level, LogitAttribution, logit_attribution
+from lumiere.models.transformer import Transformer, build_model
+from lumiere.persistence.runs import Run
+
+TOKENS = [0, 70, 71, 72, 70, 71, 9, 300, 4, 1]
+TARGET, VERSUS = 71, 9
+
+
+def random_model(positions: str = "learned") -> Transformer:
+    """Two layers of two heads, with gains and weights that make every part matter."""
+    sizes = {"embedding_size": 12, "context_size": 16, "num_layers": 2, "num_heads": 2, "d_key": 6, "d_value": 7}
+    torch.manual_seed(1)
+    settings = {"model": {**sizes, "d_ff": 9, "positions": positions}, "tokenizer": {"vocab_size": 320}}
+    model = build_model(validate(settings)).eval()
+    for parameter in model.parameters():
+        parameter.data *= 20 if parameter.ndim == 2 else 1 + torch.rand_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module", params=["random", "rotary", "trained"])
+def model(request: pytest.FixtureRequest, trained_run: Run) -> Transformer:
+    match request.param:
+        case "trained":
+            return trained_run.load_model("best").eval()
+        case "rotary":
+            return random_model("rotary")
+        case _:
+            return random_model()
+
+
+def explained(model: Transformer, stream_E: torch.Tensor, scale: torch.Tensor) -> float:
+    """The centred logit of TARGET that a part of the stream gives under a frozen scale, by the model's own head."""
+    logits_V = model.token_embedding.unembed(stream_E / scale * model.final_norm.weight)
+    return float(logits_V[TARGET] - logits_V.mean())
+
+
+def test_every_part_is_what_it_writes_alone(model: Transformer) -> None:
+    """Each head, source and neuron, kept alone by masking the activation that its matrix reads."""
+    result = logit_attribution(model, TOKENS, [6], TARGET)
+    with torch.no_grad():
+        _, cache = run_with_cache(model, torch.tensor([TOKENS]))
+        scale = cache["ln_final.hook_scale"][0, 6]
+        assert result.embed[0] == pytest.approx(explained(model, cache["hook_embed"][0, 6], scale), abs=1e-4)
+        if result.pos_embed is not None:
+            position = explained(model, cache["hook_pos_embed"][0, 6], scale)
+            assert result.pos_embed[0] == pytest.approx(position, abs=1e-4)
+        for layer, block in enumerate(model.blocks):
+            name = f"blocks.{layer}."
+            attention, feedforward = (cache[f"{name}hook_{part}_out"][0, 6] for part in ("attn", "mlp"))
+            assert result.attention[0, layer] == pytest.approx(explained(model, attention, scale), abs=1e-4)
+            assert result.feedforward[0, layer] == pytest.approx(explained(model, feedforward, scale), abs=1e-4)
+            for head in range(model.num_heads):
+                alone_HV = torch.zeros(model.num_heads, model.d_value)
+                alone_HV[head] = cache[f"{name}attn.hook_z"][0, 6, head]
+                written = explained(model, block.attention.output(alone_HV.flatten()), scale)
+                assert result.heads[0, layer, head] == pytest.approx(written, abs=1e-4)
+                for source in range(len(TOKENS)):
+                    weight = cache[f"{name}attn.hook_pattern"][0, head, 6, source]
+                    alone_HV[head] = weight * cache[f"{name}attn.hook_v"][0, source, head]
+                    written = explained(model, block.attention.output(alone_HV.flatten()), scale)
+                    assert result.sources[0, layer, head, source] == pytest.approx(written, abs=1e-4)
+            for neuron in range(model.d_ff):
+                alone_F = torch.zeros(model.d_ff)
+                alone_F[neuron] = cache[f"{name}mlp.hook_post"][0, 6, neuron]
+                written = explained(model, block.feedforward.down(alone_F), scale)
+                assert result.neurons[0, layer, neuron] == pytest.approx(written, abs=1e-4)
+    assert np.abs(result.heads).max() > 0.001  # they matter
+
+
+def test_without_the_last_feedforward_part_the_logit_is_less_by_its_part(model: Transformer) -> None:
+    """By an ablation at the frozen scale: nothing comes after this part, so that its direct effect is all it has."""
+    last = model.num_layers - 1
+    result = logit_attribution(model, TOKENS, target=TARGET)
+    with torch.no_grad():
+        _, cache = run_with_cache(model, torch.tensor([TOKENS]), ["ln_final.hook_scale"])
+        hooks = {f"blocks.{last}.hook_mlp_out": torch.zeros_like}
+        with hooked(model, hooks):
+            stream_TE = model(torch.tensor([TOKENS])).hidden_states[0, -1]
+        ablated = explained(model, stream_TE[-1], cache["ln_final.hook_scale"][0, -1])
+    assert ablated - result.logits[0] == pytest.approx(-result.feedforward[0, last], abs=1e-4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_all_levels_sum_to_the_models_logit(model: Transformer, level: Level) -> None:
+    result = logit_attribution(model, TOKENS, range(len(TOKENS)), TARGET, by=level)
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([TOKENS])).logits[0].double()
+    expected = (logits_TV[:, TARGET] - logits_TV.mean(-1)).numpy()
+    np.testing.assert_allclose(result.logits, expected, atol=1e-12)
+    sums = np.zeros(len(TOKENS))
+    for row in result.rows():
+        sums[row["position"]] += row["contribution"]
+    np.testing.assert_allclose(sums, expected, atol=1e-4)
+    assert result.holds
+
+
+def test_in_float64_the_sums_are_exact(model: Transformer) -> None:
+    result = logit_attribution(copy.deepcopy(model).double(), TOKENS, range(len(TOKENS)), TARGET)
+    assert [receipt.tolerance for receipt in result.receipts] == [1e-10] * 4
+    assert max(receipt.error for receipt in result.receipts) < 1e-12
+
+
+def test_finer_levels_sum_to_coarser_ones(model: Transformer) -> None:
+    result = logit_attribution(model, TOKENS, range(len(TOKENS)))
+    np.testing.assert_allclose(result.heads.sum(-1), result.attention, atol=1e-4)
+    np.testing.assert_allclose(result.sources.sum(-1), result.heads, atol=1e-4)
+    np.testing.assert_allclose(result.neurons.sum(-1), result.feedforward, atol=1e-4)
+
+
+def test_attribution_is_linear_in_the_direction(model: Transformer) -> None:
+    of_target, of_versus = (logit_attribution(model, TOKENS, target=token, centred=False) for token in (TARGET, VERSUS))
+    difference = logit_attribution(model, TOKENS, target=TARGET, versus=VERSUS)
+    centred = [logit_attribution(model, TOKENS, target=token) for token in (TARGET, VERSUS)]
+    for name in ("logits", "embed", "attention", "heads", "sources", "feedforward", "neurons"):
+        plain = getattr(of_target, name) - getattr(of_versus, name)
+        np.testing.assert_allclose(getattr(difference, name), plain, atol=1e-10)
+        np.testing.assert_allclose(getattr(centred[0], name) - getattr(centred[1], name), plain, atol=1e-10)
+    references = [result.reference for result in (of_target, difference, centred[0])]
+    assert references == ["none", "token", "mean"]
+
+
+def test_centred_logits_of_all_tokens_sum_to_nothing(model: Transformer) -> None:
+    results = [logit_attribution(model, TOKENS, target=token) for token in range(model.vocab_size)]
+    np.testing.assert_allclose(sum(result.heads for result in results), 0, atol=1e-10)
+    assert abs(sum(float(result.logits[0]) for result in results)) < 1e-10
+
+
+def test_many_positions_are_what_each_is_alone(model: Transformer) -> None:
+    everything = logit_attribution(model, TOKENS, range(len(TOKENS)))
+    for position in range(len(TOKENS)):
+        # Of a causal model, the beginning alone says the same of its last position.
+        alone = logit_attribution(model, TOKENS[: position + 1])
+        assert alone.positions == (position,)
+        assert alone.targets == (everything.targets[position],)
+        for name, values in alone.arrays().items():
+            expected = everything.arrays()[name][[position]]
+            if name == "sources":
+                assert not expected[..., position + 1 :].any()
+                expected = expected[..., : position + 1]
+            np.testing.assert_allclose(values, expected, atol=1e-4, err_msg=name)
+
+
+def test_without_a_target_it_is_the_most_probable(model: Transformer) -> None:
+    result = logit_attribution(model, TOKENS, [2, 5])
+    with torch.no_grad():
+        logits_PV = model(torch.tensor([TOKENS])).logits[0, [2, 5]]
+    assert result.targets == tuple(logits_PV.argmax(-1).tolist())
+    np.testing.assert_allclose(result.probabilities, logits_PV.softmax(-1).amax(-1), rtol=1e-5)
+
+
+def test_rows_name_each_part_once() -> None:
+    result = {level: logit_attribution(random_model(), TOKENS, [3], TARGET, by=level) for level in LEVELS}
+    names = {
+        level: [tuple(value for name, value in row.items() if name != "contribution") for row in result[level].rows()]
+        for level in LEVELS
+    }
+    # embed and pos_embed, then by layer: attention or its 2 heads or their 4 sources each, feed-forward or 9 neurons
+    assert {level: len(rows) for level, rows in names.items()} == {
+        "layer": 2 + 2 * 2,
+        "head": 2 + 2 * 3,
+        "neuron": 2 + 2 * 10,
+        "source": 2 + 2 * (2 * 4 + 1),
+    }
+    assert all(len(set(rows)) == len(rows) for rows in names.values())
+    assert set(get_args(Level)) == set(LEVELS)
+
+
+def test_the_gain_belongs_to_the_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual mistake with RMSNorm is caught by every receipt."""
+    model = random_model()
+    original = logits_module.frozen_directions
+    monkeypatch.setattr(
+        logits_module, "frozen_directions", lambda model, *rest: original(model, *rest) / model.final_norm.weight
+    )
+    assert not any(receipt.holds for receipt in logit_attribution(model, TOKENS, target=TARGET).receipts)
+
+
+def test_a_model_that_is_broken_fails_every_law() -> None:
+    model = random_model()
+    model.final_norm.weight.data[0] = math.nan
+    assert not any(receipt.holds for receipt in logit_attribution(model, TOKENS, target=TARGET).receipts)
+
+
+def test_the_model_is_left_as_it_was(model: Transformer) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = logit_attribution(model, TOKENS)
+    assert isinstance(result, LogitAttribution)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.hook is None for module in model.modules() if isinstance(module, HookPoint))
