@@ -3,9 +3,11 @@
 import typer
 
 from lumiere.cli.inspect.attention import attention
+from lumiere.cli.inspect.heads import heads
 
 app = typer.Typer(no_args_is_help=True, help="Look inside a model: one command an analysis.")
 app.command()(attention)
+app.command()(heads)
 
 
 @app.callback()

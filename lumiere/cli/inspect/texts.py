@@ -1,10 +1,14 @@
 """The text that an analysis looks at, as token ids, and words that say where it comes from."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumiere.cli.evaluate import read_text
 from lumiere.cli.loading import OpenedModel
 from lumiere.errors import LumiereError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_TOKENS = 32
 """Tokens of the validation split that are shown where no text is given: what fits on a screen."""
@@ -82,17 +86,28 @@ def repeated_tokens(opened: OpenedModel, length: int, seed: int) -> tuple[int, .
     Raises:
         LumiereError: if that is longer than the context, or the vocabulary has fewer tokens.
     """
-    import torch
+    return tuple(repeated_batch(opened, length, 1, seed)[0].tolist())
 
+
+def repeated_batch(opened: OpenedModel, length: int | None, num_sequences: int, seed: int) -> "Tensor":
+    """(N, 2 S + 1) ids: in each sequence the start token and S different random tokens, twice.
+
+    Args:
+        length: S; None takes what is usual, or less where the model has less room.
+
+    Raises:
+        LumiereError: if that is longer than the context, or the vocabulary has fewer tokens.
+    """
     from lumiere.data.tokenizer import SOT, SPECIAL_TOKENS
+    from lumiere.interpret.repeats import COPY_LENGTH, longest_copy, repeated_tokens
 
-    longest = min((opened.config.model.context_size - 1) // 2, len(opened.tokenizer) - len(SPECIAL_TOKENS))
+    first = len(SPECIAL_TOKENS)
+    num_tokens = len(opened.tokenizer) - first
+    longest = longest_copy(opened.model, num_tokens)
+    length = min(COPY_LENGTH, longest) if length is None else length
     if length > longest:
         raise LumiereError(f"{length} random tokens twice do not fit the model", f"it has room for {longest}")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(opened.tokenizer) - len(SPECIAL_TOKENS), generator=generator)[:length]
-    once = (drawn + len(SPECIAL_TOKENS)).tolist()
-    return (SOT, *once, *once)
+    return repeated_tokens(num_tokens, length, num_sequences, seed, start=SOT, first=first)
 
 
 def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
@@ -113,3 +128,22 @@ def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
         )
     tokens, lengths = windows.cut(np.array([number]))
     return tuple(tokens[0, : min(int(lengths[0]), opened.config.model.context_size)].tolist())
+
+
+def full_windows(opened: OpenedModel, count: int) -> "Tensor":
+    """(N, context_size + 1) ids: at most `count` windows without padding, spread evenly over the validation split.
+
+    Raises:
+        LumiereError: if the corpus is not there, or no document fills a window.
+    """
+    import numpy as np
+    import torch
+
+    from lumiere.cli.loading import open_corpus
+
+    windows = open_corpus(opened, "restore it as it was").windows("validation", opened.config)
+    tokens, lengths = windows.cut(np.arange(len(windows)))
+    full = tokens[lengths == tokens.shape[1]]
+    if not len(full):
+        raise LumiereError("no document of the validation split fills a window", "train with a smaller context")
+    return torch.from_numpy(full[np.linspace(0, len(full) - 1, min(count, len(full))).round().astype(int)])
