@@ -29,8 +29,8 @@ def heads(
     """What is each head for? Previous token, the token itself, the first one, duplicates, induction, copying.
 
     A score is the share of its attention that a head gives to exactly that source, beside what a head that looks at
-    all tokens alike would give. Without a text it is measured on 32 sequences of random tokens that come twice; --random
-    sets how many tokens, and --prompt, --file or --val take a text instead.
+    all tokens alike would give. Without a text it is measured on 32 sequences of random tokens that come twice;
+    --random sets how many tokens, and --prompt, --file or --val take a text instead.
     """
     import torch
 
@@ -114,15 +114,16 @@ def show_losses(result: "HeadScores", num_windows: int) -> None:
         length = len(result.losses) // 2
         first, second = result.losses[1:length].mean(), result.losses[length + 1 :].mean()
         out().print(
-            f"repeat gap {result.repeat_gap:.3f} ± {result.repeat_gap_error:.3f} nats: tokens 2 to {length} have a loss "
-            f"of {first:.3f} in the first copy and {second:.3f} in the second",
+            f"repeat gap {result.repeat_gap:.3f} ± {result.repeat_gap_error:.3f} nats: tokens 2 to {length} have a "
+            f"loss of {first:.3f} in the first copy and {second:.3f} in the second",
             soft_wrap=False,
         )
     if result.in_context_positions is not None:
         early, late = result.in_context_positions
         before, after = result.in_context_losses
         out().print(
-            f"in-context-learning score {result.in_context_score:+.3f} ± {result.in_context_error:.3f} nats: loss "
-            f"{after:.3f} at position {late} minus {before:.3f} at position {early} of {num_windows} validation windows",
+            f"in-context-learning score {result.in_context_score:+.3f} ± {result.in_context_error:.3f} nats: "
+            f"loss {after:.3f} at position {late} minus {before:.3f} at position {early} of {num_windows} validation "
+            "windows",
             soft_wrap=False,
         )
