@@ -81,6 +81,7 @@ RUN = "run_aaaaaaaa_20250819_001808"
         ("--version", HEAVY),
         ("train --help", HEAVY),
         ("inspect attention --help", HEAVY),
+        ("inspect heads --help", HEAVY),
         ("train tiny --print-config", HEAVY),
         ("runs ls", SLOW),
         ("runs ls --status finished --sort loss --json", SLOW),

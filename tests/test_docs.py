@@ -40,6 +40,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere eval",
         "lumiere generate",
         "lumiere inspect attention",
+        "lumiere inspect heads",
         "lumiere runs card",
         "lumiere runs ls",
         "lumiere runs show",

@@ -151,7 +151,7 @@ def attention_patterns(
     totals = norms.sum(-1, keepdims=True)
     shares = np.divide(norms, totals, out=np.zeros_like(norms), where=totals > 0)
     whole = "the attention output" if kind == "norm-weighted" else "each head's output"
-    receipts = (Receipt(f"what is taken adds up to {whole}", missed, rounding(model)), looks_back(shares))
+    receipts = (Receipt(f"parts add up to {whole}", missed, rounding(model)), looks_back(shares))
     return WeightedPatterns(**common, patterns=shares, norms=norms, **statistics(shares), receipts=receipts)
 
 

@@ -137,7 +137,7 @@ def head_scores(
         receipts=(
             Receipt("rows sum to 1", row_error, rounding(model)),
             Receipt("scores are shares", float(np.nanmax(np.abs(scores - 0.5), initial=0.5) - 0.5), rounding(model)),
-            Receipt("the OV eigenvalues add up to the trace over the vocabulary", trace_error, 1e-8),
+            Receipt("OV eigenvalues add up to the trace", trace_error, 1e-8),
         ),
     )
 
@@ -186,7 +186,7 @@ def copying_scores(model: Transformer) -> tuple[np.ndarray, float]:
             if total > 1e-7 * size:  # below, rounding alone makes such eigenvalues
                 scores[layer, head] = eigenvalues.real.sum() / total
                 errors.append(abs(eigenvalues.sum() - traces[head]) / total)
-    return scores, max(errors)
+    return scores, float(max(errors))
 
 
 def repeat_gap(tokens_NT: torch.Tensor, loss_NT: np.ndarray) -> dict[str, np.ndarray]:

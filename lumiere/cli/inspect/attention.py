@@ -99,7 +99,7 @@ def show_table(result: "AttentionPatterns") -> None:
         out().print(line(head_name(result, row, column), *(getattr(result, name)[row, column] for name in columns)))
     uniform = statistics(np.tri(size) / np.arange(1, size + 1)[:, None])
     out().print(f"[dim]{line('uniform', *(float(uniform[name]) for name in columns))}[/]")
-    out().print("[dim]means over all tokens but the first; entropy: 0 looks at one token, 1 at all alike[/]\n")
+    out().print("[dim]means over all tokens but the first; entropy: 0 is one token, 1 all alike[/]\n")
 
 
 def show_thumbnails(result: "AttentionPatterns", places: list[tuple[int, int]]) -> None:
