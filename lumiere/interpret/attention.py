@@ -140,7 +140,7 @@ def attention_patterns(
     layers = range(model.num_layers) if layers is None else layers
     heads = range(model.num_heads) if heads is None else heads
     chosen = np.ix_(layers, heads)
-    common = {"tokens": tuple(tokens), "kind": kind, "layers": tuple(layers), "heads": tuple(heads)}
+    common: dict[str, Any] = {"tokens": tuple(tokens), "kind": kind, "layers": tuple(layers), "heads": tuple(heads)}
     patterns, cache = watch(model, tokens, () if kind == "pattern" else ("hook_v", "hook_z", "hook_attn_out"))
     if kind == "pattern":
         patterns = patterns[chosen]

@@ -110,8 +110,9 @@ def head_scores(
             output = model(part_NT.to(device))
             patterns = output.attention_weights[:, list(layers)][:, :, list(heads)]
             totals += torch.einsum("nlhts,nmts->lhm", patterns, sources.to(patterns.dtype)).double().cpu().numpy()
-            log_probabilities = output.logits[:, :-1].log_softmax(-1)
-            losses.append(-log_probabilities.gather(-1, part_NT[:, 1:, None].to(device))[..., 0].double().cpu().numpy())
+            # Not log_softmax, which would write all logits again for the few that are wanted.
+            chosen = output.logits[:, :-1].gather(-1, part_NT[:, 1:, None].to(device))[..., 0]
+            losses.append((output.logits[:, :-1].logsumexp(-1) - chosen).double().cpu().numpy())
             row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
         num_sources_NMT = sources.sum(-1).cpu().numpy()
         uniform += (num_sources_NMT / np.arange(1, part_NT.shape[1] + 1)).sum((0, 2))
