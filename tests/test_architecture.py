@@ -16,7 +16,7 @@ FLOORS = [
     {"files"},
     {"config"},
     {"components"},
-    {"models", "data"},
+    {"models", "data", "baselines"},
     {"persistence"},
     {"evaluation", "generation"},
     {"training", "interpret"},

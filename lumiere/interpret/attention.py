@@ -249,7 +249,7 @@ def rollout(mean: np.ndarray) -> np.ndarray:
     return np.stack(found)
 
 
-def statistics(patterns: np.ndarray) -> dict[str, np.ndarray]:
+def statistics(patterns: np.ndarray) -> dict[str, Any]:
     """The statistics of `AttentionPatterns`, by name."""
     size = patterns.shape[-1]
     logarithms = np.log(patterns, out=np.zeros_like(patterns), where=patterns > 0)

@@ -27,7 +27,7 @@ THUMBNAILS = 8
 @analysis(text=True)
 def attention(
     subject: Subject, layer: Layers = None, head: Heads = None, kind: Kind = "pattern"
-) -> "Analysis[AttentionPatterns | CombinedAttention]":
+) -> "Analysis[AttentionPatterns] | Analysis[CombinedAttention]":
     """Where does each head look? A line a head; one head's whole map with --layer and --head.
 
     In a map, rows are tokens and columns the tokens that they take information from. --kind value-weighted and

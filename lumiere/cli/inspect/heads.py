@@ -34,7 +34,7 @@ def heads(
     """
     import torch
 
-    from lumiere.cli.inspect.texts import repeated_batch
+    from lumiere.cli.inspect.texts import repeated_sequences
     from lumiere.interpret.heads import head_scores
     from lumiere.interpret.repeats import SEQUENCES
 
@@ -45,7 +45,8 @@ def heads(
     if any(value is not None for name, value in subject.text.items() if name != "random"):
         tokens_NT = torch.tensor([subject.tokens])
     else:
-        tokens_NT = repeated_batch(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
+        sequences = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
+        tokens_NT = torch.tensor(sequences)
         source = f"{SEQUENCES} sequences of {tokens_NT.shape[1] // 2} random tokens, twice (seed {subject.seed})"
     windows_NT = validation_windows(subject)
     return Analysis(

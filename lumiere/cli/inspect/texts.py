@@ -81,19 +81,15 @@ def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
 
 
 def repeated_tokens(opened: OpenedModel, length: int, seed: int) -> tuple[int, ...]:
-    """The start token and `length` different random tokens, twice.
-
-    Raises:
-        LumiereError: if that is longer than the context, or the vocabulary has fewer tokens.
-    """
-    return tuple(repeated_batch(opened, length, 1, seed)[0].tolist())
+    """The first of `repeated_sequences`."""
+    return repeated_sequences(opened, length, 1, seed)[0]
 
 
-def repeated_batch(opened: OpenedModel, length: int | None, num_sequences: int, seed: int) -> "Tensor":
-    """(N, 2 S + 1) ids: in each sequence the start token and S different random tokens, twice.
+def repeated_sequences(opened: OpenedModel, length: int | None, count: int, seed: int) -> list[tuple[int, ...]]:
+    """`count` times the start token and `length` different random tokens, twice.
 
     Args:
-        length: S; None takes what is usual, or less where the model has less room.
+        length: None takes `COPY_LENGTH`, or less where the model has less room.
 
     Raises:
         LumiereError: if that is longer than the context, or the vocabulary has fewer tokens.
@@ -107,7 +103,7 @@ def repeated_batch(opened: OpenedModel, length: int | None, num_sequences: int, 
     length = min(COPY_LENGTH, longest) if length is None else length
     if length > longest:
         raise LumiereError(f"{length} random tokens twice do not fit the model", f"it has room for {longest}")
-    return repeated_tokens(num_tokens, length, num_sequences, seed, start=SOT, first=first)
+    return [tuple(row) for row in repeated_tokens(num_tokens, length, count, seed, start=SOT, first=first).tolist()]
 
 
 def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
