@@ -85,6 +85,7 @@ RUN = "run_aaaaaaaa_20250819_001808"
         ("inspect lens --help", HEAVY),
         ("inspect logits --help", HEAVY),
         ("inspect summary --help", HEAVY),
+        ("inspect heads --help", HEAVY),
         ("train tiny --print-config", HEAVY),
         ("runs ls", SLOW),
         ("runs ls --status finished --sort loss --json", SLOW),

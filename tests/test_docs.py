@@ -46,6 +46,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere inspect logits",
         "lumiere inspect summary",
         "lumiere inspect cache",
+        "lumiere inspect heads",
         "lumiere inspect tokens",
         "lumiere runs card",
         "lumiere runs ls",

@@ -14,6 +14,8 @@ LEGEND = " ".join(f"{shade} <{limit:.0%}" for limit, shade, _ in SHADES) + f" {F
 LABEL_WIDTH = 12
 HEADING_HEIGHT = 6
 MAX_CELL_WIDTH = 3
+THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT = 18, 9
+"""A character of a terminal is about twice as high as it is wide."""
 
 
 def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
@@ -36,6 +38,34 @@ def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
             text.append(shade * cell_width, style=style)
         text.append("\n")
     return text
+
+
+def thumbnail(weights: "np.ndarray") -> list[Text]:
+    """The shape of a matrix in `THUMBNAIL_HEIGHT` lines: each character is the largest weight of its part.
+
+    Args:
+        weights: (T, T), zero above the diagonal; where it is smaller than the picture, characters repeat.
+    """
+    size = len(weights)
+    lines = []
+    for line in range(THUMBNAIL_HEIGHT):
+        first, last = part(line, THUMBNAIL_HEIGHT, size)
+        text = Text(no_wrap=True)
+        for place in range(THUMBNAIL_WIDTH):
+            left, right = part(place, THUMBNAIL_WIDTH, size)
+            if left >= last:  # all of it lies above the diagonal
+                text.append(" ")
+            else:
+                shade, style = shade_of(float(weights[first:last, left:right].max()))
+                text.append(shade, style=style)
+        lines.append(text)
+    return lines
+
+
+def part(number: int, count: int, size: int) -> tuple[int, int]:
+    """Where part `number` of `count` parts of `size` things begins and ends; it has one thing at least."""
+    first = number * size // count
+    return first, max(first + 1, (number + 1) * size // count)
 
 
 def column_headings(labels: Sequence[str], cell_width: int) -> list[str]:

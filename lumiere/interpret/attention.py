@@ -1,6 +1,9 @@
-"""Where each head of each layer looks.
+"""Where each head of each layer looks, and what all heads together take from where.
 
-Shapes: L layer, H head, T position (destination), S position (source).
+A weight says where information is taken from, not what it does there (Jain & Wallace 2019, "Attention is not
+Explanation"; Wiegreffe & Pinter 2019, "Attention is not not Explanation").
+
+Shapes: L layer, H head, T position (destination), S position (source), V d_value, E embedding_size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,25 +13,48 @@ from typing import Any
 import numpy as np
 import torch
 
+from lumiere.components.hooks import run_with_cache
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
+
+WEIGHTED = ("pattern", "value-weighted", "norm-weighted")
+COMBINED = ("mean", "max", "rollout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPatterns(Result):
-    """The attention weights of a text.
+    """The attention of a text, head by head.
+
+    The statistics are means over the positions from 1 on, since position 0 can only look at itself; they are NaN for a
+    text of one token.
 
     Attributes:
         tokens: (T,) the ids that the model was given.
+        kind: one of `WEIGHTED`.
         layers: (L,) the layers, counted from 0.
         heads: (H,) the heads of each layer, counted from 0.
-        patterns: (L, H, T, S); row t says how much token t takes from each token s.
+        patterns: (L, H, T, S); row t says which share token t takes from each token s.
+        entropy: (L, H, T) of each row, in nats: from 0 (one token) to ln(t + 1) (all alike).
+        distance: (L, H, T) how many tokens back each row looks on average.
+        normalized_entropy: (L, H) mean of entropy / ln(t + 1): 0 is one token, 1 is uniform.
+        mean_distance: (L, H); 1 for a head that looks at the previous token.
+        first: (L, H) mean share of token 0, the attention sink (Xiao et al. 2023).
+        previous: (L, H) mean share of the token before.
+        current: (L, H) mean share of the token itself.
     """
 
     tokens: tuple[int, ...]
+    kind: str
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     patterns: np.ndarray
+    entropy: np.ndarray
+    distance: np.ndarray
+    normalized_entropy: np.ndarray
+    mean_distance: np.ndarray
+    first: np.ndarray
+    previous: np.ndarray
+    current: np.ndarray
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         for layer, head, destination in np.ndindex(*self.patterns.shape[:3]):
@@ -38,38 +64,213 @@ class AttentionPatterns(Result):
                     "head": self.heads[head],
                     "destination": destination,
                     "source": source,
-                    "weight": float(self.patterns[layer, head, destination, source]),
+                    **self.cell(layer, head, destination, source),
                 }
+
+    def cell(self, *index: int) -> Mapping[str, Any]:
+        """The columns of one weight; `index` is (layer, head, destination, source)."""
+        return {"weight": float(self.patterns[index])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedPatterns(AttentionPatterns):
+    """Attention weighted by the size of what is taken.
+
+    Attributes:
+        norms: (L, H, T, S) the sizes; `patterns` are their shares of each row, zero where a row moves nothing.
+    """
+
+    norms: np.ndarray
+
+    def cell(self, *index: int) -> Mapping[str, Any]:
+        return {**super().cell(*index), "norm": float(self.norms[index])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombinedAttention(Result):
+    """The attention of a text, all heads of a layer in one.
+
+    Attributes:
+        tokens: (T,) the ids that the model was given.
+        kind: one of `COMBINED`.
+        layers: (L,) the layers, counted from 0.
+        heads: (H,) the heads that were combined.
+        weights: (L, T, S); of a rollout, the shares that the stream after the layer has from each token.
+    """
+
+    tokens: tuple[int, ...]
+    kind: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    weights: np.ndarray
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        for layer, destination in np.ndindex(*self.weights.shape[:2]):
+            for source in range(destination + 1):
+                weight = float(self.weights[layer, destination, source])
+                yield {"layer": self.layers[layer], "destination": destination, "source": source, "weight": weight}
 
 
 def attention_patterns(
-    model: Transformer, tokens: Sequence[int], layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+    model: Transformer,
+    tokens: Sequence[int],
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    kind: str = "pattern",
 ) -> AttentionPatterns:
-    """softmax(q k^T / sqrt(d_key)) under the causal mask.
+    """Each head's pattern, or the same weighted by what the head takes.
 
-    Vaswani et al. 2017, "Attention Is All You Need", equation 1. A weight says where information is taken from,
-    not what it does there (Jain & Wallace 2019, "Attention is not Explanation").
+    `pattern`: softmax(q k^T / sqrt(d_key)) under the causal mask (Vaswani et al. 2017, "Attention Is All You Need",
+    equation 1). `value-weighted`: pattern times the norm of the source's value, ||A[t, s] v_s||, as CircuitsVis draws
+    it. `norm-weighted`: the same after the head's output matrix, ||A[t, s] v_s W_O||, what really reaches the residual
+    stream (Kobayashi et al. 2020, "Attention is Not Only a Weight", equation 5).
 
     Args:
         model: in evaluation mode.
         tokens: (T,) ids, at most `context_size` of them.
         layers: which layers (None: all).
         heads: which heads of each (None: all).
+        kind: one of `WEIGHTED`.
+
+    Raises:
+        ValueError: there is no such kind, or the tokens do not fit the model.
     """
+    if kind not in WEIGHTED:
+        raise ValueError(f"kind must be one of {', '.join(WEIGHTED)}, not {kind!r}")
     layers = range(model.num_layers) if layers is None else layers
     heads = range(model.num_heads) if heads is None else heads
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        output = model(torch.tensor([list(tokens)], device=device))
-    patterns = output.attention_weights[0][list(layers)][:, list(heads)].cpu().numpy()
-    row_sums = patterns.sum(-1, dtype=np.float64)
-    return AttentionPatterns(
+    chosen = np.ix_(layers, heads)
+    common: dict[str, Any] = {"tokens": tuple(tokens), "kind": kind, "layers": tuple(layers), "heads": tuple(heads)}
+    patterns, cache = watch(model, tokens, () if kind == "pattern" else ("hook_v", "hook_z", "hook_attn_out"))
+    if kind == "pattern":
+        patterns = patterns[chosen]
+        receipts = (rows_sum_to_one(model, patterns), looks_back(patterns))
+        return AttentionPatterns(**common, patterns=patterns, **statistics(patterns), receipts=receipts)
+    sizes, missed = value_sizes(model, cache, patterns, projected=kind == "norm-weighted")
+    norms = (patterns * sizes[:, :, None, :])[chosen]
+    totals = norms.sum(-1, keepdims=True)
+    shares = np.divide(norms, totals, out=np.zeros_like(norms), where=totals > 0)
+    whole = "the attention output" if kind == "norm-weighted" else "each head's output"
+    receipts = (Receipt(f"parts add up to {whole}", missed, rounding(model)), looks_back(shares))
+    return WeightedPatterns(**common, patterns=shares, norms=norms, **statistics(shares), receipts=receipts)
+
+
+def combined_attention(
+    model: Transformer,
+    tokens: Sequence[int],
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    kind: str = "mean",
+) -> CombinedAttention:
+    """All heads of each layer in one: `mean`, `max`, or `rollout`.
+
+    Rollout (Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3): R_l = (A_l + I)/2 R_(l-1),
+    where A_l is the mean over the heads, I stands for the residual connection and R_(-1) = I. It starts at layer 0,
+    whichever layers are asked for, takes every head and token for equally strong, and knows no feed-forward part.
+
+    Args:
+        model: in evaluation mode.
+        tokens: (T,) ids, at most `context_size` of them.
+        layers: which layers (None: all).
+        heads: which heads are combined (None: all).
+        kind: one of `COMBINED`.
+
+    Raises:
+        ValueError: there is no such kind, or the tokens do not fit the model.
+    """
+    if kind not in COMBINED:
+        raise ValueError(f"kind must be one of {', '.join(COMBINED)}, not {kind!r}")
+    layers = range(model.num_layers) if layers is None else layers
+    heads = range(model.num_heads) if heads is None else heads
+    patterns = watch(model, tokens, ())[0][:, list(heads)]
+    mean = patterns.mean(axis=1)
+    weights = {"mean": lambda: mean, "max": lambda: patterns.max(axis=1), "rollout": lambda: rollout(mean)}[kind]()
+    weights = weights[list(layers)]
+    if kind == "max":
+        below = float(np.maximum(mean[list(layers)] - weights, 0).max())
+        law = Receipt("the largest is no less than the mean", below, rounding(model))
+    else:
+        law = rows_sum_to_one(model, weights)
+    return CombinedAttention(
         tokens=tuple(tokens),
+        kind=kind,
         layers=tuple(layers),
         heads=tuple(heads),
-        patterns=patterns,
-        receipts=(
-            Receipt("rows sum to 1", float(np.abs(row_sums - 1).max()), rounding(model)),
-            Receipt("no weight on a later token", float(np.triu(patterns, k=1).max()), 0.0),
-        ),
+        weights=weights,
+        receipts=(law, looks_back(weights)),
     )
+
+
+def watch(
+    model: Transformer, tokens: Sequence[int], leaves: Sequence[str]
+) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+    """The patterns (L, H, T, S) of one forward pass, and the activations `leaves` of every layer, (1, T, ...)."""
+    device = next(model.parameters()).device
+    names = [
+        f"blocks.{layer}.{'' if leaf == 'hook_attn_out' else 'attn.'}{leaf}"
+        for layer in range(model.num_layers)
+        for leaf in leaves
+    ]
+    with torch.inference_mode():
+        output, cache = run_with_cache(model, torch.tensor([list(tokens)], device=device), names)
+    return output.attention_weights[0].cpu().numpy(), cache
+
+
+def value_sizes(
+    model: Transformer, cache: Mapping[str, torch.Tensor], patterns: np.ndarray, projected: bool
+) -> tuple[np.ndarray, float]:
+    """The norm of what each head has to give at each source, (L, H, S), and by how much its weighted sum is missed.
+
+    Args:
+        projected: whether after the head's output matrix, v W_O (E numbers), or before, v (V numbers).
+    """
+    sizes, missed = [], 0.0
+    for layer, block in enumerate(model.blocks):
+        v_SHV = cache[f"blocks.{layer}.attn.hook_v"][0]
+        given, whole = v_SHV, cache[f"blocks.{layer}.attn.hook_z"][0]
+        if projected:
+            output_EHV = block.attention.output.weight.detach().unflatten(1, (model.num_heads, model.d_value))
+            given, whole = torch.einsum("shv,ehv->she", v_SHV, output_EHV), cache[f"blocks.{layer}.hook_attn_out"][0]
+        weights_HTS = torch.from_numpy(patterns[layer]).to(given.device)
+        added = torch.einsum("hts,shx->thx", weights_HTS, given)
+        added = added.sum(1) if projected else added
+        scale = max(1.0, whole.abs().max().item())
+        missed = max(missed, (added - whole).abs().max().item() / scale)
+        sizes.append(given.norm(dim=-1).T.cpu().numpy())
+    return np.stack(sizes), missed
+
+
+def rollout(mean: np.ndarray) -> np.ndarray:
+    """The rollout after each layer, (L, T, S), of each layer's mean pattern."""
+    reached, found = np.eye(mean.shape[-1], dtype=mean.dtype), []
+    for pattern in mean:
+        reached = (pattern @ reached + reached) / 2
+        found.append(reached)
+    return np.stack(found)
+
+
+def statistics(patterns: np.ndarray) -> dict[str, Any]:
+    """The statistics of `AttentionPatterns`, by name."""
+    size = patterns.shape[-1]
+    logarithms = np.log(patterns, out=np.zeros_like(patterns), where=patterns > 0)
+    entropy = np.maximum(-(patterns * logarithms).sum(-1), 0)
+    positions = np.arange(size)
+    distance = (patterns * np.maximum(positions[:, None] - positions, 0)).sum(-1)
+    shares = {
+        "normalized_entropy": entropy[..., 1:] / np.log(positions[1:] + 1),
+        "mean_distance": distance[..., 1:],
+        "first": patterns[..., 1:, 0],
+        "previous": patterns.diagonal(-1, axis1=-2, axis2=-1),
+        "current": patterns.diagonal(0, axis1=-2, axis2=-1)[..., 1:],
+    }
+    missing = np.full(patterns.shape[:-2], np.nan)
+    means = {name: share.mean(-1) if size > 1 else missing for name, share in shares.items()}
+    return {"entropy": entropy, "distance": distance, **means}
+
+
+def rows_sum_to_one(model: Transformer, weights: np.ndarray) -> Receipt:
+    return Receipt("rows sum to 1", float(np.abs(weights.sum(-1, dtype=np.float64) - 1).max()), rounding(model))
+
+
+def looks_back(weights: np.ndarray) -> Receipt:
+    return Receipt("no weight on a later token", float(np.triu(weights, k=1).max()), 0.0)

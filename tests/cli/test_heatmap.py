@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lumiere.cli.heatmap import LABEL_WIDTH, heatmap, shade_of
+from lumiere.cli.heatmap import LABEL_WIDTH, THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, heatmap, shade_of, thumbnail
 
 WEIGHTS = np.array([[1.0, 0, 0], [0.3, 0.7, 0], [0.01, 0.09, 0.9]])
 LABELS = ["<|sot|>", "·a", "·verylongtoken"]
@@ -30,3 +30,23 @@ def test_cells_fit_the_terminal(width: int, cell: int) -> None:
 def test_shades_grow_with_the_weight() -> None:
     shades = [shade_of(weight)[0] for weight in (0, 0.02, 0.1, 0.25, 0.5, 1)]
     assert shades == ["·", "░", "▒", "▓", "█", "█"]
+
+
+def test_thumbnails_show_the_largest_weight_of_each_part() -> None:
+    """18 x 18 weights: a column is one of them, a line two."""
+    weights = np.zeros((2 * THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH))
+    weights[5, 3] = 0.6
+    lines = [line.plain for line in thumbnail(weights)]
+    assert len(lines) == THUMBNAIL_HEIGHT
+    for number, line in enumerate(lines):
+        shown = "".join("█" if (number, column) == (2, 3) else "·" for column in range(2 * number + 2))
+        assert line == shown.ljust(THUMBNAIL_WIDTH)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_thumbnails_of_any_size_leave_no_weight_out(size: int) -> None:
+    for row in range(size):
+        for column in range(row + 1):
+            weights = np.zeros((size, size))
+            weights[row, column] = 1
+            assert "█" in "".join(line.plain for line in thumbnail(weights))

@@ -11,7 +11,7 @@ Shapes: T position, S source position, E embedding_size, K d_key, V d_value.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lumiere.components.norm import EPSILON
 from lumiere.models.transformer import Transformer
@@ -70,13 +70,18 @@ def induction_circuit(vocab_size: int = 24, context_size: int = 33) -> Transform
     return model.eval()
 
 
-def of_head(weight: nn.Parameter, head: int) -> Tensor:
+def of_head(weight: Tensor, head: int) -> Tensor:
     """A head's rows of a projection, (K or V, E)."""
     return weight.view(4, -1, weight.shape[1])[head]
 
 
 def match(
-    model: Transformer, place: tuple[int, int], query_axes: Tensor, key_axes: Tensor, channels: Tensor, score=SCORE
+    model: Transformer,
+    place: tuple[int, int],
+    query_axes: Tensor,
+    key_axes: Tensor,
+    channels: Tensor,
+    score: float = SCORE,
 ) -> None:
     """A query with `query_axes[i]` set gives `score` to keys with `key_axes[i]` set, by way of `channels[i]`."""
     layer, head = place

@@ -1,10 +1,14 @@
 """The text that an analysis looks at, as token ids, and words that say where it comes from."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumiere.cli.evaluate import read_text
 from lumiere.cli.loading import OpenedModel
 from lumiere.errors import LumiereError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_TOKENS = 32
 """Tokens of the validation split that are shown where no text is given: what fits on a screen."""
@@ -81,26 +85,25 @@ def repeated_tokens(opened: OpenedModel, length: int, seed: int) -> tuple[int, .
     return repeated_sequences(opened, length, 1, seed)[0]
 
 
-def repeated_sequences(opened: OpenedModel, length: int, count: int, seed: int) -> list[tuple[int, ...]]:
+def repeated_sequences(opened: OpenedModel, length: int | None, count: int, seed: int) -> list[tuple[int, ...]]:
     """`count` times the start token and `length` different random tokens, twice.
+
+    Args:
+        length: None takes `COPY_LENGTH`, or less where the model has less room.
 
     Raises:
         LumiereError: if that is longer than the context, or the vocabulary has fewer tokens.
     """
-    import torch
-
     from lumiere.data.tokenizer import SOT, SPECIAL_TOKENS
+    from lumiere.interpret.repeats import COPY_LENGTH, longest_copy, repeated_tokens
 
-    longest = min((opened.config.model.context_size - 1) // 2, len(opened.tokenizer) - len(SPECIAL_TOKENS))
+    first = len(SPECIAL_TOKENS)
+    num_tokens = len(opened.tokenizer) - first
+    longest = longest_copy(opened.model, num_tokens)
+    length = min(COPY_LENGTH, longest) if length is None else length
     if length > longest:
         raise LumiereError(f"{length} random tokens twice do not fit the model", f"it has room for {longest}")
-    generator = torch.Generator().manual_seed(seed)
-    sequences = []
-    for _ in range(count):
-        drawn = torch.randperm(len(opened.tokenizer) - len(SPECIAL_TOKENS), generator=generator)[:length]
-        once = (drawn + len(SPECIAL_TOKENS)).tolist()
-        sequences.append((SOT, *once, *once))
-    return sequences
+    return [tuple(row) for row in repeated_tokens(num_tokens, length, count, seed, start=SOT, first=first).tolist()]
 
 
 def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
@@ -121,3 +124,24 @@ def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
         )
     tokens, lengths = windows.cut(np.array([number]))
     return tuple(tokens[0, : min(int(lengths[0]), opened.config.model.context_size)].tolist())
+
+
+def full_windows(opened: OpenedModel, count: int) -> "Tensor":
+    """(N, context_size + 1) ids: at most `count` windows without padding, spread evenly over the validation split.
+
+    Raises:
+        LumiereError: if the corpus is not there, or no document fills a window.
+    """
+    import numpy as np
+    import torch
+
+    from lumiere.cli.loading import open_corpus
+
+    windows = open_corpus(opened, "restore it as it was").windows("validation", opened.config)
+    # Most documents end in a window that is not full; a split may be too large to cut it all.
+    tried = np.unique(np.linspace(0, len(windows) - 1, min(4 * count, len(windows))).round().astype(np.int64))
+    tokens, lengths = windows.cut(tried)
+    full = tokens[lengths == tokens.shape[1]]
+    if not len(full):
+        raise LumiereError("no document of the validation split seems to fill a window", "train with a smaller context")
+    return torch.from_numpy(full[np.linspace(0, len(full) - 1, min(count, len(full))).round().astype(int)])

@@ -1,0 +1,130 @@
+"""`lumiere inspect heads`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lumiere.cli.console import escape, out, show_note
+from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
+from lumiere.cli.inspect.options import Heads, Layers, parse_indices
+from lumiere.errors import LumiereError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lumiere.interpret.heads import HeadScores
+
+WINDOWS = 256
+"""Windows of the validation split for the in-context-learning score."""
+
+Threshold = Annotated[
+    float, typer.Option("--threshold", metavar="SHARE", min=0, max=1, help="The score above which a head has a role.")
+]
+
+
+@analysis(text=True)
+def heads(
+    subject: Subject, layer: Layers = None, head: Heads = None, threshold: Threshold = 0.4
+) -> "Analysis[HeadScores]":
+    """What is each head for? Previous token, the token itself, the first one, duplicates, induction, copying.
+
+    A score is the share of its attention that a head gives to exactly that source, beside what a head that looks at
+    all tokens alike would give. Without a text it is measured on 32 sequences of random tokens that come twice;
+    --random sets how many tokens, and --prompt, --file or --val take a text instead.
+    """
+    import torch
+
+    from lumiere.cli.inspect.texts import repeated_sequences
+    from lumiere.interpret.heads import head_scores
+    from lumiere.interpret.repeats import SEQUENCES
+
+    shape = subject.opened.config.model
+    layers = parse_indices(layer, shape.num_layers, "layer")
+    chosen = parse_indices(head, shape.num_heads, "head")
+    source = None
+    if any(value is not None for name, value in subject.text.items() if name != "random"):
+        tokens_NT = torch.tensor([subject.tokens])
+    else:
+        sequences = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
+        tokens_NT = torch.tensor(sequences)
+        source = f"{SEQUENCES} sequences of {tokens_NT.shape[1] // 2} random tokens, twice (seed {subject.seed})"
+    windows_NT = validation_windows(subject)
+    return Analysis(
+        compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT),
+        show=lambda result: show(result, 0 if windows_NT is None else len(windows_NT)),
+        source=source,
+    )
+
+
+def validation_windows(subject: Subject) -> "Tensor | None":
+    """Text for the in-context-learning score; without the corpus the scores go on, and it is said."""
+    from lumiere.cli.inspect.texts import full_windows
+
+    try:
+        return full_windows(subject.opened, WINDOWS)
+    except LumiereError as error:
+        show_note(f"no in-context-learning score: {error.message}")
+        return None
+
+
+def show(result: "HeadScores", num_windows: int) -> None:
+    import numpy as np
+
+    names = result.score_names
+    out().print(f"[bold]head     {'  '.join(f'{name:>9}' for name in names)}  copying[/]")
+    for row, column in np.ndindex(len(result.layers), len(result.heads)):
+        roles, copying = result.roles[row][column], result.copying[row, column]
+        cells = (share(result.scores[row, column, number]) for number in range(len(names)))
+        shown = (f"[bold]{cell}[/]" if name in roles else cell for name, cell in zip(names, cells, strict=True))
+        label = f"L{result.layers[row]}H{result.heads[column]}"
+        copies = "-" if np.isnan(copying) else f"{copying:+.2f}"
+        out().print(f"{label:8} {'  '.join(shown)}  {copies:>7}")
+    out().print(f"[dim]{'uniform':8} {'  '.join(share(value) for value in result.uniform)}  {0:>7}[/]\n")
+    show_roles(result)
+    show_losses(result, num_windows)
+
+
+def share(value: float) -> str:
+    """A score in nine characters; a dash where nothing was to be found."""
+    return f"{'-' if value != value else f'{value:.1%}':>9}"
+
+
+def show_roles(result: "HeadScores") -> None:
+    """The heads of each role, the best first."""
+    import numpy as np
+
+    for number, name in enumerate(result.score_names):
+        places = [
+            (float(result.scores[row, column, number]), f"L{result.layers[row]}H{result.heads[column]}")
+            for row, column in np.ndindex(len(result.layers), len(result.heads))
+            if name in result.roles[row][column]
+        ]
+        if places:
+            found = ", ".join(label for _, label in sorted(places, key=lambda place: (-place[0], place[1])))
+            out().print(f"{escape(name)} heads: {found}")
+    if not any(roles for layer in result.roles for roles in layer):
+        out().print("no head has a role")
+    out().print(f"[dim]a role is a score of {result.threshold:.0%} or more, and above uniform[/]\n")
+
+
+def show_losses(result: "HeadScores", num_windows: int) -> None:
+    """What the model gains by looking back: on the repeated tokens, and along real text."""
+    import numpy as np
+
+    if not np.isnan(result.repeat_gap):
+        length = len(result.losses) // 2
+        first, second = result.losses[1:length].mean(), result.losses[length + 1 :].mean()
+        out().print(
+            f"repeat gap {result.repeat_gap:.3f} ± {result.repeat_gap_error:.3f} nats: tokens 2 to {length} have a "
+            f"loss of {first:.3f} in the first copy and {second:.3f} in the second",
+            soft_wrap=False,
+        )
+    if result.in_context_positions is not None:
+        early, late = result.in_context_positions
+        before, after = result.in_context_losses
+        out().print(
+            f"in-context-learning score {result.in_context_score:+.3f} ± {result.in_context_error:.3f} nats: "
+            f"loss {after:.3f} at position {late} minus {before:.3f} at position {early} of {num_windows} validation "
+            "windows",
+            soft_wrap=False,
+        )

@@ -1,0 +1,98 @@
+"""`inspect attention`: its kinds, and how much of them it shows."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.cli.inspect.attention import KINDS
+from lumiere.interpret.attention import COMBINED, WEIGHTED
+from lumiere.persistence.runs import Run
+
+PROMPT = ("--prompt", "One day a fox")
+
+
+@pytest.fixture
+def runs_dir(trained_run: Run) -> str:
+    return str(trained_run.path.parent)
+
+
+def inspect_attention(*options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "attention", *options])
+
+
+def shown(*options: str) -> dict[str, Any]:
+    result = inspect_attention(*options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_the_kinds_are_those_of_the_library() -> None:
+    """The command lists them again, since its help loads no torch."""
+    assert (*WEIGHTED, *COMBINED) == KINDS
+
+
+def test_the_default_is_a_line_a_head_and_thumbnails(runs_dir: str) -> None:
+    lines = inspect_attention("--runs-dir", runs_dir).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in ("L0H0", "L0H1", "L1H0", "L1H1"):
+        assert len([line for line in lines if line.startswith(name)]) >= 1
+    assert any(line.startswith("uniform") for line in lines)
+    assert any(line.split() == ["L0H0", "L0H1", "L1H0", "L1H1"] for line in lines)
+    assert len(lines) < 40
+
+
+def test_one_head_is_drawn_whole(runs_dir: str) -> None:
+    printed = inspect_attention("--runs-dir", runs_dir, "--layer", "1", "--head", "0", *PROMPT).stdout
+    assert "<|sot|> ███" in printed
+    assert "L1H1" not in printed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_fits_the_terminal_and_verifies(runs_dir: str, kind: str) -> None:
+    printed = inspect_attention("--runs-dir", runs_dir, "--kind", kind, "--verify", *PROMPT)
+    assert printed.exit_code == 0, printed.output
+    assert max(map(len, printed.stdout.splitlines())) <= 80
+    result = shown("--runs-dir", runs_dir, "--kind", kind, "--verify", *PROMPT)
+    assert result["kind"] == kind
+    assert result["receipts"][-1]["law"] == "the same in float64"
+    assert all(receipt["holds"] for receipt in result["receipts"])
+
+
+def test_one_token(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text cannot be so short by the options, but a window can."""
+    monkeypatch.setattr("lumiere.cli.inspect.texts.choose_text", lambda *a, **k: ((0,), "one token"))
+    for kind in KINDS:
+        result = inspect_attention("--runs-dir", runs_dir, "--kind", kind)
+        assert result.exit_code == 0, result.output
+    assert shown("--runs-dir", runs_dir)["mean_distance"] == [[None, None]] * 2
+
+
+@pytest.mark.parametrize("kind", ["norm-weighted", "rollout"])
+def test_files_hold_the_same_numbers(runs_dir: str, kind: str) -> None:
+    expected = shown("--runs-dir", runs_dir, "--kind", kind, *PROMPT)
+    for suffix in ("json", "csv", "npz"):
+        assert inspect_attention("--runs-dir", runs_dir, "--kind", kind, *PROMPT, "-o", f"out.{suffix}").exit_code == 0
+    assert json.loads(Path("out.json").read_text()) == expected
+    field = "weights" if kind == "rollout" else "norms"
+    with np.load("out.npz") as saved:
+        assert saved[field].tolist() == expected[field]
+    with open("out.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            place = [int(row[name]) for name in ("layer", "head", "destination", "source") if name in row]
+            value = np.array(expected[field])[tuple(place)]
+            assert float(row["weight" if kind == "rollout" else "norm"]) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"), [("rolout", "did you mean rollout?"), ("x", f"the kinds are {', '.join(KINDS)}")]
+)
+def test_a_kind_that_there_is_not(runs_dir: str, kind: str, hint: str) -> None:
+    result = inspect_attention("--runs-dir", runs_dir, "--kind", kind)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [f"error: there is no kind '{kind}'", f"hint: {hint}"]

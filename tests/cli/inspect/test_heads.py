@@ -1,0 +1,153 @@
+"""`inspect heads`: which tokens it takes, its view, its files, its errors."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.data.tokenizer import SPECIAL_TOKENS
+from lumiere.persistence.runs import Run
+
+KEYS = {"tokens", "layers", "heads", "score_names", "scores", "uniform", "num_destinations", "copying", "threshold"}
+KEYS |= {"roles", "losses", "repeat_gap", "repeat_gap_error", "in_context_positions", "in_context_losses"}
+KEYS |= {"in_context_score", "in_context_error", "receipts", "schema_version", "analysis", "run", "source", "seed"}
+
+
+@pytest.fixture
+def runs_dir(trained_run: Run) -> str:
+    return str(trained_run.path.parent)
+
+
+def inspect_heads(*options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "heads", *options])
+
+
+def shown(*options: str) -> dict[str, Any]:
+    result = inspect_heads(*options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_without_a_text_it_takes_random_tokens_twice(runs_dir: str) -> None:
+    result = shown("--runs-dir", runs_dir)
+    assert set(result) >= KEYS
+    assert result["source"] == "32 sequences of 7 random tokens, twice (seed 0)"
+    assert len(result["tokens"]) == 32
+    for row in result["tokens"]:
+        assert row[1:8] == row[8:]
+        assert min(row[1:]) >= len(SPECIAL_TOKENS)
+    assert result["in_context_positions"] == [1, 12]
+    assert all(receipt["holds"] for receipt in result["receipts"])
+    other = shown("--runs-dir", runs_dir, "--seed", "1", "--random", "5")
+    assert other["source"] == "32 sequences of 5 random tokens, twice (seed 1)"
+    assert other["tokens"][0][1:6] != result["tokens"][0][1:6]
+
+
+def test_a_text_takes_their_place(runs_dir: str) -> None:
+    result = shown("--runs-dir", runs_dir, "--prompt", "aa aa")
+    assert result["source"] == "prompt"
+    assert result["tokens"] == [result["token_ids"]]
+    assert result["repeat_gap"] is None
+    single = shown("--runs-dir", runs_dir, "--prompt", "ab")
+    assert single["scores"][0][0][3] is None  # no token comes twice
+
+
+def test_layers_heads_and_threshold(runs_dir: str) -> None:
+    everything = shown("--runs-dir", runs_dir)
+    part = shown("--runs-dir", runs_dir, "--layer", "1", "--head", "1,0", "--threshold", "0")
+    assert part["scores"] == [[everything["scores"][1][1], everything["scores"][1][0]]]
+    assert part["copying"] == [[everything["copying"][1][1], everything["copying"][1][0]]]
+    above = np.array(part["scores"][0]) > part["uniform"]
+    assert [len(roles) for roles in part["roles"][0]] == above.sum(1).tolist()
+
+
+def test_the_view_fits_80_columns_and_says_the_threshold(runs_dir: str) -> None:
+    result = inspect_heads("--runs-dir", runs_dir, "--threshold", "0.05")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    words = " ".join(result.stdout.split())
+    assert "a role is a score of 5% or more" in words
+    assert "previous heads: " in words
+    assert "repeat gap" in words
+    assert "minus" in words
+    assert "at position 1 of" in words
+    none = inspect_heads("--runs-dir", runs_dir, "--threshold", "1").stdout
+    assert "no head has a role" in none
+
+
+def test_a_default_threshold_of_the_library(runs_dir: str) -> None:
+    """The command has it again, since its help loads no torch."""
+    from lumiere.interpret.heads import THRESHOLD
+
+    assert shown("--runs-dir", runs_dir)["threshold"] == THRESHOLD
+
+
+def test_files_hold_the_same_numbers(runs_dir: str) -> None:
+    expected = shown("--runs-dir", runs_dir)
+    for suffix in ("json", "csv", "npz"):
+        assert inspect_heads("--runs-dir", runs_dir, "-o", f"out.{suffix}").exit_code == 0
+    assert json.loads(Path("out.json").read_text()) == expected
+    with np.load("out.npz") as saved:
+        assert saved["scores"].tolist() == expected["scores"]
+        assert saved["repeat_gap"].tolist() == expected["repeat_gap"]
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 6
+    for row in rows:
+        layer, head = int(row["layer"]), int(row["head"])
+        if row["score"] == "copying":
+            assert float(row["value"]) == expected["copying"][layer][head]
+        else:
+            number = expected["score_names"].index(row["score"])
+            assert float(row["value"]) == expected["scores"][layer][head][number]
+            assert float(row["uniform"]) == expected["uniform"][number]
+
+
+def test_verify_computes_it_again(runs_dir: str) -> None:
+    receipts = shown("--runs-dir", runs_dir, "--verify")["receipts"]
+    assert receipts[-1]["law"] == "the same in float64"
+    assert 0 < receipts[-1]["error"] < 1e-5
+
+
+def test_without_the_corpus_the_scores_are_there(
+    trained_run: Run, runs_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+    result = inspect_heads("--runs-dir", runs_dir, "--json")
+    assert result.exit_code == 0, result.output
+    assert "no in-context-learning score" in result.stderr
+    found = json.loads(result.stdout)
+    assert found["in_context_score"] is None
+    assert found["repeat_gap"] is not None
+
+
+def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumiere.interpret.heads.rounding", lambda model: -1.0)
+    result = inspect_heads("--runs-dir", runs_dir)
+    assert result.exit_code == 3
+    assert "rows sum to 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--random", "8"], "8 random tokens twice do not fit the model"),
+        (["--random", "3", "--prompt", "a"], "--prompt and --random are two texts"),
+        (["--layer", "2"], "there is no layer 2"),
+        (["--head", "0-9"], "there is no head 9"),
+        (["--output", "heads.jsn"], "did you mean .json?"),
+        (["--prompt", " "], "the prompt is empty"),
+    ],
+)
+def test_bad_input_is_refused(runs_dir: str, options: list[str], message: str) -> None:
+    result = inspect_heads("--runs-dir", runs_dir, *options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
+    assert message in result.stderr
+    assert not list(Path().iterdir())

@@ -1,0 +1,284 @@
+"""Scores of heads: exact on a circuit built by hand, and against slow computations on a random and a trained model."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumiere.components.hooks import hooked
+from lumiere.config.loader import validate
+from lumiere.interpret.heads import SCORES, HeadScores, head_scores, source_masks
+from lumiere.interpret.repeats import longest_copy, repeated_tokens
+from lumiere.models.transformer import Transformer, build_model
+from lumiere.persistence.runs import Run
+from tests.interpret.circuits import CURRENT, DUPLICATE, FIRST, INDUCTION, PREVIOUS, UNIFORM, induction_circuit
+
+LENGTH = 15
+PLACES = {"previous": PREVIOUS, "current": CURRENT, "first": FIRST, "duplicate": DUPLICATE, "induction": INDUCTION}
+
+
+@pytest.fixture(scope="module")
+def circuit() -> Transformer:
+    return induction_circuit()
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """Two layers of three heads, with weights large enough that heads look somewhere and copy something."""
+    sizes = {"embedding_size": 12, "context_size": 20, "num_layers": 2, "num_heads": 3, "d_key": 5, "d_value": 4}
+    torch.manual_seed(1)
+    model = build_model(validate({"model": {**sizes, "d_ff": 9}, "tokenizer": {"vocab_size": 300}})).eval()
+    for parameter in model.parameters():
+        parameter.data *= 20 if parameter.ndim == 2 else torch.rand(parameter.shape) + 0.5
+    return model
+
+
+@pytest.fixture
+def trained(trained_run: Run) -> Transformer:
+    return trained_run.load_model("best")
+
+
+@pytest.fixture
+def repeats() -> torch.Tensor:
+    return repeated_tokens(21, LENGTH, 4, seed=0, start=0, first=3)
+
+
+def score(result: HeadScores, place: tuple[int, int], name: str) -> float:
+    return float(result.scores[place][SCORES.index(name)])
+
+
+def test_scores_are_1_where_a_head_does_just_that(circuit: Transformer, repeats: torch.Tensor) -> None:
+    result = head_scores(circuit, repeats)
+    assert result.holds
+    for name, place in PLACES.items():
+        assert score(result, place, name) == pytest.approx(1, abs=1e-6)
+        assert name in result.roles[place[0]][place[1]]
+    # These look nowhere else; but the previous token of token 1 is the first one.
+    for name in ("previous", "current", "first"):
+        for other in SCORES:
+            if other != name:
+                shared = 1 / (2 * LENGTH) if {name, other} == {"previous", "first"} else 0
+                assert score(result, PLACES[name], other) == pytest.approx(shared, abs=1e-6)
+    for name, other in (("induction", "duplicate"), ("duplicate", "induction")):
+        assert score(result, PLACES[name], other) == pytest.approx(0, abs=1e-6)
+    np.testing.assert_allclose(result.scores[UNIFORM], result.uniform, atol=1e-6)
+    assert result.roles[UNIFORM[0]][UNIFORM[1]] == ()
+
+
+def test_uniform_baselines(circuit: Transformer, repeats: torch.Tensor) -> None:
+    """By hand: one source among t + 1, over all tokens or over the second copy."""
+    result = head_scores(circuit, repeats)
+    everywhere = sum(1 / (t + 1) for t in range(1, 2 * LENGTH + 1)) / (2 * LENGTH)
+    second_copy = sum(1 / (t + 1) for t in range(LENGTH + 1, 2 * LENGTH + 1)) / LENGTH
+    np.testing.assert_allclose(result.uniform, [everywhere] * 3 + [second_copy] * 2)
+    assert result.num_destinations.tolist() == [4 * 2 * LENGTH] * 3 + [4 * LENGTH] * 2
+
+
+def test_without_the_previous_token_head_nothing_is_left_of_induction(
+    circuit: Transformer, repeats: torch.Tensor
+) -> None:
+    def silence(z_BTHV: torch.Tensor) -> torch.Tensor:
+        changed = z_BTHV.clone()
+        changed[:, :, PREVIOUS[1]] = 0
+        return changed
+
+    whole = head_scores(circuit, repeats)
+    with hooked(circuit, {"blocks.0.attn.hook_z": silence}):
+        broken = head_scores(circuit, repeats)
+    uniform = float(broken.uniform[SCORES.index("induction")])
+    assert score(broken, INDUCTION, "induction") == pytest.approx(uniform, abs=1e-6)
+    assert broken.roles[INDUCTION[0]][INDUCTION[1]] == ()
+    # A uniform head still finds the target among all tokens so far: a little is left.
+    assert float(broken.repeat_gap) < float(whole.repeat_gap) / 5
+    assert float(whole.losses[LENGTH + 1 :].max()) < 0.01 < 5 < float(broken.losses[LENGTH + 1 :].min())
+
+
+def test_copying_of_the_circuit(circuit: Transformer, repeats: torch.Tensor) -> None:
+    """The induction head copies each token; no other head writes where the output looks."""
+    copying = head_scores(circuit, repeats).copying
+    assert copying[INDUCTION] == pytest.approx(1)
+    copying[INDUCTION] = np.nan
+    assert np.isnan(copying).all()
+
+
+def sources_by_hand(tokens: list[int], name: str, t: int) -> set[int]:
+    if t == 0:
+        return set()
+    equal = {s for s in range(t) if tokens[s] == tokens[t]}
+    after = {s + 1 for s in equal} - {t}
+    return {"previous": {t - 1}, "current": {t}, "first": {0}, "duplicate": equal, "induction": after}[name]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
+def test_masks_by_hand(tokens: list[int]) -> None:
+    masks = source_masks(torch.tensor([tokens]))[0]
+    for number, name in enumerate(SCORES):
+        for t in range(len(tokens)):
+            assert set(masks[number, t].nonzero().flatten().tolist()) == sources_by_hand(tokens, name, t)
+
+
+@given(st.integers(2, 9), st.integers(0, 100))
+def test_masks_of_two_copies(length: int, seed: int) -> None:
+    tokens = repeated_tokens(30, length, 1, seed, start=0, first=3)
+    masks = source_masks(tokens)[0]
+    for name, back in (("duplicate", length), ("induction", length - 1)):
+        expected = [[t, t - back] for t in range(length + 1, 2 * length + 1)]
+        assert masks[SCORES.index(name)].nonzero().tolist() == expected
+
+
+def test_repeated_tokens() -> None:
+    tokens = repeated_tokens(9, 9, 3, seed=5, start=1, first=3)
+    assert tokens.shape == (3, 19)
+    for row in tokens.tolist():
+        assert row[0] == 1
+        assert row[1:10] == row[10:]
+        assert sorted(row[1:10]) == list(range(3, 12))
+    assert len(set(map(tuple, tokens.tolist()))) == 3
+    assert torch.equal(tokens, repeated_tokens(9, 9, 3, seed=5, start=1, first=3))
+    assert not torch.equal(tokens, repeated_tokens(9, 9, 3, seed=6, start=1, first=3))
+
+
+def test_longest_copy(model: Transformer) -> None:
+    assert longest_copy(model, 100) == 9
+    assert longest_copy(model, 5) == 5
+
+
+@pytest.mark.parametrize("name", ["model", "trained"])
+def test_scores_losses_and_gap_one_by_one(name: str, request: pytest.FixtureRequest) -> None:
+    """Batched, and computed with a loop over sequences, heads and tokens."""
+    model: Transformer = request.getfixturevalue(name)
+    tokens = repeated_tokens(200, 7, 3, seed=0, start=0, first=3)
+    result = head_scores(model, tokens)
+    assert result.holds
+    with torch.no_grad():
+        outputs = [model(row[None]) for row in tokens]
+    for number, score_name in enumerate(SCORES):
+        for layer, head in np.ndindex(*result.scores.shape[:2]):
+            found = []
+            for row, output in zip(tokens.tolist(), outputs, strict=True):
+                pattern = output.attention_weights[0, layer, head]
+                for t in range(len(row)):
+                    if sources := sources_by_hand(row, score_name, t):
+                        found.append(sum(float(pattern[t, s]) for s in sources))
+            assert result.scores[layer, head, number] == pytest.approx(np.mean(found), abs=1e-6)
+    losses = np.array(
+        [
+            torch.nn.functional.cross_entropy(output.logits[0, :-1], row[1:], reduction="none").numpy()
+            for row, output in zip(tokens, outputs, strict=True)
+        ]
+    )
+    np.testing.assert_allclose(result.losses, losses.mean(0), rtol=1e-5)
+    gaps = losses[:, 1:7].mean(1) - losses[:, 8:].mean(1)
+    assert float(result.repeat_gap) == pytest.approx(gaps.mean(), abs=1e-5)
+    assert float(result.repeat_gap_error) == pytest.approx(np.std(gaps, ddof=1) / np.sqrt(3), rel=1e-4)
+
+
+def test_parts_of_a_large_batch_add_up(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randint(3, 9, (7, 18), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(3, 300, (5, 21), generator=torch.Generator().manual_seed(0))
+    whole = head_scores(model, tokens, windows_NT=windows)
+    monkeypatch.setattr("lumiere.interpret.heads.TOKENS_AT_ONCE", 40)
+    parts = head_scores(model, tokens, windows_NT=windows)
+    for name, values in whole.arrays().items():
+        np.testing.assert_allclose(parts.arrays()[name], values, atol=1e-5, equal_nan=True)
+
+
+def dense_copying(model: Transformer, layer: int, head: int) -> float:
+    """From the whole (Vocab, Vocab) circuit."""
+    block = model.blocks[layer]
+    width = model.d_value
+    value = block.attention.value.weight[head * width : (head + 1) * width] * block.attention_norm.weight
+    output = block.attention.output.weight[:, head * width : (head + 1) * width]
+    embedding = model.token_embedding.weight.double()
+    circuit = embedding @ (output @ value).T.double() @ (embedding * model.final_norm.weight).T
+    eigenvalues = torch.linalg.eigvals(circuit.detach()).numpy()
+    return float(eigenvalues.real.sum() / np.abs(eigenvalues).sum())
+
+
+@pytest.mark.parametrize("name", ["model", "trained"])
+def test_copying_is_that_of_the_whole_matrix(name: str, request: pytest.FixtureRequest) -> None:
+    model: Transformer = request.getfixturevalue(name)
+    copying = head_scores(model, torch.tensor([[0, 5, 6]])).copying
+    for layer, head in np.ndindex(*copying.shape):
+        assert copying[layer, head] == pytest.approx(dense_copying(model, layer, head), abs=1e-6)
+    assert np.ptp(copying) > 1e-3
+
+
+def test_copying_knows_no_basis_of_the_values(model: Transformer) -> None:
+    """V M and M^-1 O are the same head; V and -O the opposite one."""
+    tokens = torch.tensor([[0, 5, 6]])
+    before = head_scores(model, tokens).copying
+    changed = build_like(model)
+    basis = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    attention = changed.blocks[0].attention
+    with torch.no_grad():
+        attention.value.weight[:4] = basis @ attention.value.weight[:4]
+        attention.output.weight[:, :4] = attention.output.weight[:, :4] @ basis.inverse()
+        attention.output.weight[:, 4:8] *= -1
+    after = head_scores(changed, tokens).copying
+    expected = before.copy()
+    expected[0, 1] *= -1
+    np.testing.assert_allclose(after, expected, atol=1e-4)
+
+
+def build_like(model: Transformer) -> Transformer:
+    from copy import deepcopy
+
+    return deepcopy(model)
+
+
+def test_an_untrained_model_has_no_roles_and_no_gap() -> None:
+    torch.manual_seed(0)
+    model = build_model(validate({"model": {"num_layers": 2}, "tokenizer": {"vocab_size": 400}})).eval()
+    result = head_scores(model, repeated_tokens(390, 25, 32, seed=0, start=0, first=3))
+    assert abs(float(result.repeat_gap)) < 0.02
+    np.testing.assert_allclose(result.scores, np.broadcast_to(result.uniform, result.scores.shape), atol=0.02)
+    assert not any(roles for layer in result.roles for roles in layer)
+    assert result.losses.mean() == pytest.approx(np.log(400), abs=0.1)
+
+
+def test_in_context_score_by_hand(model: Transformer) -> None:
+    """Positions 2 and 15 of a context of 20."""
+    windows = torch.randint(3, 300, (6, 21), generator=torch.Generator().manual_seed(0))
+    result = head_scores(model, torch.tensor([[0, 5, 6]]), windows_NT=windows)
+    assert result.in_context_positions == (2, 15)
+    with torch.no_grad():
+        log_probabilities = model(windows[:, :-1]).logits.log_softmax(-1)
+    losses = [[-float(log_probabilities[n, p - 1, windows[n, p]]) for p in (2, 15)] for n in range(6)]
+    np.testing.assert_allclose(result.in_context_losses, np.mean(losses, axis=0), rtol=1e-5)
+    differences = np.array(losses)[:, 1] - np.array(losses)[:, 0]
+    assert float(result.in_context_score) == pytest.approx(differences.mean(), abs=1e-5)
+    assert float(result.in_context_error) == pytest.approx(differences.std(ddof=1) / np.sqrt(6), rel=1e-4)
+
+
+def test_what_there_is_none_of_is_missing(model: Transformer) -> None:
+    result = head_scores(model, torch.tensor([[0, 5, 6, 7]]))
+    assert np.isnan(result.scores[..., 3:]).all()
+    assert np.isnan(result.uniform[3:]).all()
+    assert result.num_destinations.tolist() == [3, 3, 3, 0, 0]
+    assert np.isnan(result.repeat_gap)
+    assert np.isnan(result.in_context_score)
+    assert result.in_context_positions is None
+    single = head_scores(model, torch.tensor([[5]]))
+    assert np.isnan(single.scores).all()
+    assert single.holds
+
+
+def test_layers_heads_and_threshold(circuit: Transformer, repeats: torch.Tensor) -> None:
+    everything = head_scores(circuit, repeats)
+    part = head_scores(circuit, repeats, [1], [2, 1], threshold=0.999)
+    np.testing.assert_array_equal(part.scores, everything.scores[[1]][:, [2, 1]])
+    assert part.roles == ((("induction",), ("current",)),)
+    assert head_scores(circuit, repeats, [0], [3], threshold=0.0).roles == (((),),)
+
+
+def test_a_wrong_trace_is_found(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np.linalg, "eigvals", lambda matrices: np.ones(matrices.shape[:2]))
+    assert not head_scores(model, torch.tensor([[0, 5, 6]])).holds
+
+
+def test_weights_are_left_alone(model: Transformer) -> None:
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    head_scores(model, torch.tensor([[0, 5, 6]]))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
