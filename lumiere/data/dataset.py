@@ -138,6 +138,39 @@ def tokenize_text(text: str, tokenizer: Tokenizer) -> TokenizedSplit:
     return TokenizedSplit(ids, np.array([0, len(ids)]), facts)
 
 
+def tokenize_documents(documents: Iterable[str], tokenizer: Tokenizer) -> TokenizedSplit:
+    """A split in memory, for a corpus that no model was trained on: nothing is kept.
+
+    Raises:
+        DataError: if it holds no text.
+    """
+    ids, sizes, digest = [], [], hashlib.sha256()
+    for batch in batched(documents, DOCUMENTS_AT_ONCE):
+        for text, encoded in zip(batch, tokenizer.encode_documents(batch), strict=True):
+            ids.append(np.array(encoded))
+            sizes.append(measure(text))
+            digest.update(text.encode() + b"\0")
+    if not ids:
+        raise DataError("the corpus holds no text", "choose another split or dataset")
+    offsets = np.cumsum([0, *map(len, ids)])
+    num_bytes, num_words = np.sum(sizes, axis=0).tolist()
+    return TokenizedSplit(
+        np.concatenate(ids), offsets, SplitFacts(len(ids), int(offsets[-1]), num_bytes, num_words, digest.hexdigest())
+    )
+
+
+def document_sizes(documents: Iterable[str], facts: SplitFacts) -> np.ndarray:
+    """Bytes and words of each document, (2, num_documents), as `SplitFacts` counts them.
+
+    Raises:
+        DataError: if the documents are not those of `facts`.
+    """
+    sizes = np.array([measure(text) for text in documents]).T
+    if sizes.shape != (2, facts.num_documents) or sizes.sum(1).tolist() != [facts.num_bytes, facts.num_words]:
+        raise DataError("the corpus has changed while it was read", "try again, or restore it as it was")
+    return sizes
+
+
 def cache_dir() -> Path:
     """Where encoded corpora are kept between runs; `LUMIERE_CACHE_DIR` overrides it."""
     return Path(os.environ.get("LUMIERE_CACHE_DIR") or platformdirs.user_cache_dir("lumiere"))
