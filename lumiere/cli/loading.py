@@ -30,6 +30,13 @@ class OpenedModel:
     tokenizer: "Tokenizer"
     model: "Transformer"
 
+    @property
+    def weights_sha256(self) -> str:
+        """The hash of the weights, which the checkpoint's header has too."""
+        from lumiere.persistence.checkpoint import hash_tensors
+
+        return hash_tensors({name: weight.cpu() for name, weight in self.model.state_dict().items()})
+
 
 def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> OpenedModel:
     """The model of a run, in evaluation mode on `device`.

@@ -3,39 +3,49 @@
 Shapes: L layer, H head, T position (destination), S position (source).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
 
 
-@dataclass(frozen=True)
-class AttentionPatterns:
+@dataclass(frozen=True, kw_only=True)
+class AttentionPatterns(Result):
     """The attention weights of a text.
 
     Attributes:
         tokens: (T,) the ids that the model was given.
-        patterns: (L, H, T, S) float32; row t says how much token t takes from each token s.
-        row_sum_error: how far a row's sum is from 1 at most.
-        future_weight: the largest weight that a token gives to a later one.
+        layers: (L,) the layers, counted from 0.
+        heads: (H,) the heads of each layer, counted from 0.
+        patterns: (L, H, T, S); row t says how much token t takes from each token s.
     """
 
     tokens: tuple[int, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
     patterns: np.ndarray
-    row_sum_error: float
-    future_weight: float
 
-    @property
-    def receipts(self) -> dict[str, float]:
-        """The invariants of a causal softmax, and by how much each was missed."""
-        return {"rows_sum_to_1": self.row_sum_error, "no_weight_on_the_future": self.future_weight}
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        for layer, head, destination in np.ndindex(*self.patterns.shape[:3]):
+            for source in range(destination + 1):
+                yield {
+                    "layer": self.layers[layer],
+                    "head": self.heads[head],
+                    "destination": destination,
+                    "source": source,
+                    "weight": float(self.patterns[layer, head, destination, source]),
+                }
 
 
-def attention_patterns(model: Transformer, tokens: Sequence[int]) -> AttentionPatterns:
-    """softmax(q k^T / sqrt(d_key)) under the causal mask, of every head.
+def attention_patterns(
+    model: Transformer, tokens: Sequence[int], layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+) -> AttentionPatterns:
+    """softmax(q k^T / sqrt(d_key)) under the causal mask.
 
     Vaswani et al. 2017, "Attention Is All You Need", equation 1. A weight says where information is taken from,
     not what it does there (Jain & Wallace 2019, "Attention is not Explanation").
@@ -43,14 +53,23 @@ def attention_patterns(model: Transformer, tokens: Sequence[int]) -> AttentionPa
     Args:
         model: in evaluation mode.
         tokens: (T,) ids, at most `context_size` of them.
+        layers: which layers (None: all).
+        heads: which heads of each (None: all).
     """
+    layers = range(model.num_layers) if layers is None else layers
+    heads = range(model.num_heads) if heads is None else heads
     device = next(model.parameters()).device
     with torch.inference_mode():
         output = model(torch.tensor([list(tokens)], device=device))
-    patterns = output.attention_weights[0].float().cpu().numpy()
+    patterns = output.attention_weights[0][list(layers)][:, list(heads)].cpu().numpy()
+    row_sums = patterns.sum(-1, dtype=np.float64)
     return AttentionPatterns(
         tokens=tuple(tokens),
+        layers=tuple(layers),
+        heads=tuple(heads),
         patterns=patterns,
-        row_sum_error=float(np.abs(patterns.sum(-1, dtype=np.float64) - 1).max()),
-        future_weight=float(np.triu(patterns, k=1).max()),
+        receipts=(
+            Receipt("rows sum to 1", float(np.abs(row_sums - 1).max()), rounding(model)),
+            Receipt("no weight on a later token", float(np.triu(patterns, k=1).max()), 0.0),
+        ),
     )

@@ -94,7 +94,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in getattr(checkpoint, group).items()
         }
-        texts[f"sha256.{group}"] = _hash_tensors(copies)
+        texts[f"sha256.{group}"] = hash_tensors(copies)
         tensors |= {f"{group}.{name}": tensor for name, tensor in copies.items()}
     data = safetensors.torch.save(tensors, texts)
     try:
@@ -235,7 +235,7 @@ def _read_group(path: Path, file: BinaryIO, header: _Header, group: str) -> dict
         for name, entry in header.entries.items()
         if name.startswith(prefix)
     }
-    if _hash_tensors(tensors) != header.texts.get(f"sha256.{group}"):
+    if hash_tensors(tensors) != header.texts.get(f"sha256.{group}"):
         raise _damaged(path, f"the {group}'s tensors do not match their hash")
     return tensors
 
@@ -258,7 +258,7 @@ def _hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """A hash over the sorted names, types, shapes and raw bytes of contiguous tensors on the CPU."""
     import torch
 

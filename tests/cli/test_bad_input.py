@@ -230,7 +230,7 @@ def test_empty_prompt(runs: Path) -> None:
         (["generate", "--top-k", "0"], "top-k must be at least 1"),
         (["generate", "--top-p", "1.5"], "top-p must be more than 0 and at most 1"),
         (["inspect", "attention", "--layer", "2"], "there is no layer 2"),
-        (["inspect", "attention", "--layer", "-1"], "there is no layer -1"),
+        (["inspect", "attention", "--layer", "-3"], "there is no layer -3"),
         (["inspect", "attention", "--head", "7"], "there is no head 7"),
         (["inspect", "attention", "--prompt", "word " * 40], "the model sees 16"),
     ],

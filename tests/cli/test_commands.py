@@ -148,8 +148,9 @@ def test_inspect_attention_as_json(runs_dir: str, tiny_corpus: TokenizedCorpus) 
     options = ("inspect", "attention", "--layer", "0", "--prompt", "Once upon", "--runs-dir", runs_dir, "--json")
     shown: dict[str, Any] = json.loads(run_command(*options))
     assert shown["token_ids"] == [0, *tiny_corpus.tokenizer.encode("Once upon")]
-    assert len(shown["patterns"]) == 2
-    for pattern in shown["patterns"]:
+    (heads,) = shown["patterns"]
+    assert len(heads) == 2
+    for pattern in heads:
         for row, weights in enumerate(pattern):
             assert sum(weights) == pytest.approx(1, abs=1e-6)
             assert not any(weights[row + 1 :])

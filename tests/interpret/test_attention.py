@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lumiere.components.hooks import run_with_cache
 from lumiere.config.loader import validate
-from lumiere.interpret.attention import attention_patterns
+from lumiere.interpret.attention import AttentionPatterns, attention_patterns
 from lumiere.models.transformer import Transformer, build_model
 
 TOKENS = [0, 70, 71, 72, 70, 71, 9, 300, 4, 1]
@@ -54,13 +54,16 @@ def test_patterns_are_those_of_the_model(model: Transformer) -> None:
     assert all(point is None for point in (module.hook for module in model.modules() if hasattr(module, "hook")))
 
 
+def errors(result: AttentionPatterns) -> dict[str, float]:
+    return {receipt.law: receipt.error for receipt in result.receipts}
+
+
 @given(st.lists(st.integers(3, 300), min_size=1, max_size=16))
 def test_receipts(model: Transformer, tokens: list[int]) -> None:
     result = attention_patterns(model, tokens)
-    # Eight units of float32 in a sum of up to 16 numbers.
-    assert result.receipts == {"rows_sum_to_1": result.row_sum_error, "no_weight_on_the_future": 0.0}
-    assert result.row_sum_error < 1e-6
-    assert result.row_sum_error == np.abs(result.patterns.astype(np.float64).sum(-1) - 1).max()
+    assert result.holds
+    row_sum_error = np.abs(result.patterns.astype(np.float64).sum(-1) - 1).max()
+    assert errors(result) == {"rows sum to 1": row_sum_error, "no weight on a later token": 0.0}
     assert not np.triu(result.patterns, 1).any()
     assert (result.patterns >= 0).all()
     assert (result.patterns[:, :, 0, 0] == 1).all()
@@ -75,14 +78,21 @@ def test_receipts_show_what_is_wrong(model: Transformer, monkeypatch: pytest.Mon
     broken[0, 2, 1, 3, 0] += 0.5
     monkeypatch.setattr(model, "forward", lambda tokens: dataclasses.replace(output, attention_weights=broken))
     result = attention_patterns(model, TOKENS)
-    assert result.future_weight == 0.25
-    assert result.row_sum_error == pytest.approx(0.5, abs=1e-6)
+    assert not any(receipt.holds for receipt in result.receipts)
+    assert errors(result)["no weight on a later token"] == 0.25
+    assert errors(result)["rows sum to 1"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_layers_and_heads_are_chosen(model: Transformer) -> None:
+    everything, part = attention_patterns(model, TOKENS), attention_patterns(model, TOKENS, [2, 0], [1])
+    assert (part.layers, part.heads) == ((2, 0), (1,))
+    assert np.array_equal(part.patterns, everything.patterns[[2, 0]][:, [1]])
 
 
 def test_one_token_looks_at_itself(model: Transformer) -> None:
     result = attention_patterns(model, [5])
     assert result.patterns.tolist() == [[[[1.0]]] * 2] * 3
-    assert result.future_weight == 0
+    assert result.holds
 
 
 def test_too_many_tokens_are_a_wrong_call(model: Transformer) -> None:

@@ -1,0 +1,83 @@
+"""What a busy machine costs, by how long threads spin before they sleep: `python benchmarks/waiting.py`.
+
+PyTorch's threads wait for each other after every operation. GNU's OpenMP lets them spin for some milliseconds first: on
+an idle machine nothing is quicker, but where another program wants the core, the spinning takes the time in which it
+would have finished. Measures forward passes of the card's model, alone and beside as many busy processes as there are
+cores, for several values of GOMP_SPINCOUNT; 300,000 is OpenMP's own default, `lumiere.cli.SPIN_COUNT` that of Lumiere.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+
+def measure(seconds: float) -> float:
+    """The median milliseconds of a forward pass of 32 windows, in this process."""
+    import torch
+
+    from lumiere.models.transformer import Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(
+        vocab_size=4096, embedding_size=128, context_size=64, num_layers=4, num_heads=4, d_key=32, d_value=32, d_ff=256
+    ).eval()
+    tokens_BT = torch.randint(0, 4096, (32, 64))
+    times = []
+    with torch.inference_mode():
+        model.logits(tokens_BT)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            model.logits(tokens_BT)
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def measured(spin_count: int, seconds: float) -> float:
+    command = [sys.executable, __file__, "--measure", "--seconds", str(seconds)]
+    environment = os.environ | {"GOMP_SPINCOUNT": str(spin_count)}
+    return float(subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout)
+
+
+def be_busy() -> None:
+    while True:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--spin-counts", nargs="+", type=int, default=[300_000, 10_000, 3_000, 1_000, 0])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(measure(options.seconds))
+        return
+    table = Table("GOMP_SPINCOUNT", "alone, ms", "busy machine, ms")
+    times: dict[tuple[int, int], list[float]] = {}
+    cores = os.cpu_count() or 1
+    for busy in (0, cores):
+        others = [multiprocessing.Process(target=be_busy, daemon=True) for _ in range(busy)]
+        for other in others:
+            other.start()
+        for _ in range(options.repeats):
+            for count in options.spin_counts:
+                times.setdefault((count, busy), []).append(measured(count, options.seconds))
+        for other in others:
+            other.kill()
+    for count in options.spin_counts:
+        alone, busy = (statistics.median(times[count, others]) for others in (0, cores))
+        table.add_row(f"{count:,}", f"{alone:.1f}", f"{busy:.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What all analyses share: their common options, the model, the output, the receipts and the exit code.
+
+A command is a function that takes a `Subject` and its own options and returns an `Analysis`: how to compute it and
+how to show it. `analysis` makes a command of it.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import typer
+
+from lumiere.cli.console import escape, guarded, out, print_json, show_note, talk
+from lumiere.cli.inspect import options
+from lumiere.cli.inspect.options import Output, Verify
+from lumiere.cli.loading import OpenedModel, open_model
+from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
+
+if TYPE_CHECKING:
+    from lumiere.interpret.result import Result
+    from lumiere.models.transformer import Transformer
+
+CHECK_FAILED = 3
+
+AnyResult = TypeVar("AnyResult", bound="Result")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at: a model and, where the analysis wants one, a text.
+
+    Attributes:
+        text: the values of `TEXT_OPTIONS`.
+        seed: of all that is drawn at random.
+    """
+
+    opened: OpenedModel
+    text: Mapping[str, Any]
+    seed: int
+
+    @cached_property
+    def chosen(self) -> tuple[tuple[int, ...], str]:
+        """The ids and where they come from, found when they are first asked for."""
+        from lumiere.cli.inspect.texts import choose_text
+
+        return choose_text(self.opened, **self.text, seed=self.seed)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """(T,) the ids of the text."""
+        return self.chosen[0]
+
+    @property
+    def labels(self) -> list[str]:
+        """(T,) the tokens as they are printed."""
+        return [self.opened.tokenizer.label(token) for token in self.tokens]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the analysis looked at one text, which is then told with the result."""
+        return "chosen" in self.__dict__
+
+
+@dataclass(frozen=True)
+class Analysis(Generic[AnyResult]):
+    """How to compute a result, and how to show it.
+
+    Attributes:
+        compute: pure, so that `--verify` can call it again with the same model in float64.
+        show: prints the result for people; what it comes from and its receipts are printed around it.
+        source: what was looked at, in words, where it is not one text.
+        about: more facts for the JSON.
+    """
+
+    compute: "Callable[[Transformer], AnyResult]"
+    show: Callable[[AnyResult], None]
+    source: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+TEXT_OPTIONS = [
+    keyword("prompt", options.Prompt, None),
+    keyword("file", options.TextFile, None),
+    keyword("window", options.Window, None),
+    keyword("random", options.Random, None),
+]
+COMMON_OPTIONS = [
+    keyword("seed", options.Seed, 0),
+    keyword("run", RunOption, "latest"),
+    keyword("checkpoint", CheckpointName, "best"),
+    keyword("device", Device, "cpu"),
+    keyword("verify", Verify, False),
+    keyword("output", Output, None),
+    keyword("as_json", Json, False),
+    keyword("runs_dir", RunsDir, None),
+]
+
+
+def analysis(*, text: bool) -> Callable[[Callable[..., Analysis[Any]]], Callable[..., None]]:
+    """Make a command of `describe(subject, its own options) -> Analysis`, with the options that all share.
+
+    Args:
+        text: whether it looks at one text, and so has `--prompt`, `--file`, `--val` and `--random`.
+    """
+    shared = [*(TEXT_OPTIONS if text else []), *COMMON_OPTIONS]
+
+    def decorate(describe: Callable[..., Analysis[Any]]) -> Callable[..., None]:
+        own = list(inspect.signature(describe).parameters.values())[1:]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*own, *shared]]
+
+        @guarded
+        def command(**values: Any) -> None:
+            common = {parameter.name: values.pop(parameter.name) for parameter in shared}
+            run_analysis(describe, values, common)
+
+        command.__name__ = describe.__name__
+        command.__doc__ = describe.__doc__
+        # Typer reads the signature; a function of keywords has none of its own.
+        command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any], common: Mapping[str, Any]) -> None:
+    """Open, compute, verify, then print or write; exit with 3 if a law does not hold."""
+    from lumiere.interpret.result import agreement
+    from lumiere.report.export import check_export, payload, save_result
+
+    if common["output"] is not None:
+        check_export(common["output"])
+    opened = open_model(common["run"], common["checkpoint"], common["device"], common["runs_dir"])
+    text = {option.name: common[option.name] for option in TEXT_OPTIONS if option.name in common}
+    subject = Subject(opened, text, common["seed"])
+    described = describe(subject, **own)
+    result = described.compute(opened.model)
+    if common["verify"]:
+        result = with_receipt(result, agreement(result, described.compute(doubled(opened.model))))
+    about = facts(describe.__name__, subject, described)
+    if common["output"] is not None:
+        save_result(common["output"], result, about)
+        show_note(f"written to {common['output']}")
+    if common["as_json"]:
+        print_json(payload(result, about))
+    else:
+        show_heading(subject, described)
+        described.show(result)
+        show_receipts(result)
+    if not result.holds:
+        broken = "; ".join(receipt.law for receipt in result.receipts if not receipt.holds)
+        talk().print(f"[bold red]failed:[/] {escape(broken)}")
+        raise typer.Exit(CHECK_FAILED)
+
+
+def doubled(model: "Transformer") -> "Transformer":
+    """A copy of the model in float64, on the CPU, since not every device has it."""
+    from copy import deepcopy
+
+    return deepcopy(model).cpu().double()
+
+
+def with_receipt(result: AnyResult, receipt: Any) -> AnyResult:
+    from dataclasses import replace
+
+    return replace(result, receipts=(*result.receipts, receipt))
+
+
+def facts(name: str, subject: Subject, described: Analysis[Any]) -> dict[str, Any]:
+    """Where a result comes from, so that it can be made again and compared."""
+    from lumiere import __version__
+
+    opened = subject.opened
+    weight = opened.model.token_embedding.weight
+    about = {
+        "analysis": name,
+        "lumiere_version": __version__,
+        "run": opened.run.name,
+        "checkpoint": opened.checkpoint,
+        "step": opened.step,
+        "weights_sha256": opened.weights_sha256,
+        "tokenizer_sha256": opened.tokenizer.fingerprint,
+        "corpus_sha256": opened.run.record.get("corpus_sha256"),
+        "device": str(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "seed": subject.seed,
+        "source": described.source,
+    }
+    if subject.has_text:
+        about |= {"source": subject.chosen[1], "token_ids": list(subject.tokens), "token_labels": subject.labels}
+    return {**about, **described.about}
+
+
+def show_heading(subject: Subject, described: Analysis[Any]) -> None:
+    opened = subject.opened
+    out().print(f"[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
+    if subject.has_text:
+        tokens, source = subject.chosen
+        ids = " ".join(map(str, tokens))
+        out().print(f"{escape(source)}: {len(tokens)} tokens; token ids {ids}\n", soft_wrap=False)
+    elif described.source is not None:
+        out().print(f"{escape(described.source)}\n", soft_wrap=False)
+
+
+def show_receipts(result: "Result") -> None:
+    """The laws that were checked, those that do not hold in red."""
+    for receipt in result.receipts:
+        style = "dim" if receipt.holds else "bold red"
+        verdict = "" if receipt.holds else ": FAILED"
+        line = f"receipt: {receipt.law}, off by {receipt.error:.0e} (allowed {receipt.tolerance:.0e}){verdict}"
+        out().print(f"[{style}]{escape(line)}[/]")
