@@ -39,8 +39,8 @@ def evaluate(
         typer.Option(
             "--stride",
             metavar="N",
-            help="Score each token once, in windows N tokens apart: a smaller N gives longer contexts and takes longer. "
-            "\\[default: the windows of training, tokens in their overlap scored twice]",
+            help="Score each token once, in windows N tokens apart: a smaller N gives longer contexts and takes "
+            "longer. \\[default: the windows of training, tokens in their overlap scored twice]",
         ),
     ] = None,
     batch_size: Annotated[
@@ -118,8 +118,15 @@ def about(opened: OpenedModel, scored: ScoredText, stride: int | None) -> dict[s
         "sliding_window_size": overlap,
         "protocol": "windows" if stride is None else f"stride-{stride}",
         "stride": config.model.context_size + 1 - overlap,
-        "tokens_scored": "those in an overlap twice" if stride is None else "each once",
+        "tokens_scored": tokens_scored(overlap, stride is not None),
     }
+
+
+def tokens_scored(overlap: int, once: bool) -> str:
+    """How often tokens are scored, in words. Of two windows that share a single token, none is predicted twice."""
+    if once or overlap == 1:
+        return "each token is scored once"
+    return "tokens in an overlap are scored twice" if overlap else "the first token of a window is not scored"
 
 
 def check_same_text(first: "Evaluated", opened: OpenedModel, scored: ScoredText) -> None:

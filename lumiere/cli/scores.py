@@ -67,10 +67,14 @@ def as_values(evaluated: list[Evaluated]) -> dict[str, Any]:
     }
 
 
+def windowing(one: Evaluated) -> tuple[Any, ...]:
+    return tuple(one.about[key] for key in ("context_size", "stride", "protocol"))
+
+
 def differences(first: Evaluated, other: Evaluated) -> dict[str, PairedDifference | None]:
-    """Of bits per byte; of the loss too where it is over the same tokens, and so comparable."""
-    same_tokens = (first.tokenizer, first.about["protocol"]) == (other.tokenizer, other.about["protocol"])
-    figures = ("bits_per_byte", "loss") if same_tokens else ("bits_per_byte",)
+    """Of bits per byte; of the loss too where it is over the same tokens in the same windows."""
+    is_alike = (first.tokenizer, windowing(first)) == (other.tokenizer, windowing(other))
+    figures = ("bits_per_byte", "loss") if is_alike else ("bits_per_byte",)
     return {figure: paired_difference(first.found.totals, other.found.totals, figure) for figure in figures}
 
 
@@ -84,7 +88,8 @@ def show(evaluated: list[Evaluated]) -> None:
 def show_one(one: Evaluated) -> None:
     found, about, evaluation = one.found, one.about, one.found.evaluation
     out().print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
-    show_text(about)
+    show_corpus(about)
+    show_windows(about)
     rows = [
         ("loss", "loss", ".4f", "nats a token"),
         ("perplexity", "perplexity", ",.2f", "exp(loss)"),
@@ -114,16 +119,19 @@ def show_one(one: Evaluated) -> None:
     )
 
 
-def show_text(about: dict[str, Any]) -> None:
+def show_corpus(about: dict[str, Any]) -> None:
     documents = f"{about['documents']:,} document{'s' * (about['documents'] != 1)}"
     out().print(f"{escape(about['corpus'])} ({about['corpus_sha256'][:8]}): {documents}, {about['num_bytes']:,} bytes")
-    windows = f"windows of {about['context_size']} tokens"
+
+
+def show_windows(about: dict[str, Any]) -> None:
+    size, stride = about["context_size"], about["stride"]
     if about["protocol"] == "windows":
-        overlap = about["sliding_window_size"]
-        twice = ", in the overlap twice" if overlap > 1 else ""
-        out().print(f"training's windows: {windows} that overlap by {overlap}; every token scored{twice}\n")
+        out().print(f"windows of {size} tokens that overlap by {about['sliding_window_size']}, as in training")
+        out().print(f"{about['tokens_scored']}; --stride N scores each once\n")
     else:
-        out().print(f"strided: {windows}, {about['stride']} further each time; every token scored once\n")
+        out().print(f"strided: windows of {size} tokens, each {stride} after the one before")
+        out().print(f"{about['tokens_scored']}, with {size + 1 - stride} tokens before it or more, if there are\n")
 
 
 def print_row(name: str, value: str, error: str, meaning: str) -> None:
@@ -164,9 +172,15 @@ def show_groups(heading: str, groups: LossByGroup) -> None:
 
 def show_several(evaluated: list[Evaluated]) -> None:
     first, *others = evaluated
-    show_text(first.about)
+    show_corpus(first.about)
+    if all(windowing(one) == windowing(first) for one in others):
+        show_windows(first.about)
+    else:
+        out().print("the windows differ, so the losses are over other contexts\n")
     names = ["", *(one.run.id for one in evaluated)]
     rows = [names, ["checkpoint", *(f"{one.about['checkpoint']} ({one.about['step']:,})" for one in evaluated)]]
+    rows.append(["windows", *(f"{one.about['context_size']}, {one.about['stride']} apart" for one in evaluated)])
+    rows.append(["tokens scored", *(f"{one.found.evaluation.num_tokens:,}" for one in evaluated)])
 
     def add(name: str, key: str, form: str) -> None:
         values = [one.found if hasattr(one.found, key) else one.found.evaluation for one in evaluated]

@@ -172,7 +172,7 @@ def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -
         parts.append(
             ModelScores(
                 sums_M.log() - own_M1.squeeze(1),
-                *(((k - num_above) / num_equal).clamp(0, 1).to(wide) for k in (1, 5)),
+                *(((k - num_above).to(wide) / num_equal).clamp(0, 1) for k in (1, 5)),
                 1 / sums_M,
             )
         )

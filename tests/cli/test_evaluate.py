@@ -55,7 +55,7 @@ def test_it_prints_what_it_gives_to_scripts(run: Run) -> None:
     for value in ("loss", "bits_per_byte"):
         assert f"{found[value]:.4f} ± {found['standard_errors'][value]:.4f}" in printed
     assert f"stories validation ({found['corpus_sha256'][:8]}): {found['documents']} documents" in printed
-    assert "windows of 16 tokens that overlap by 4; every token scored, in the overlap twice" in printed
+    assert "windows of 16 tokens that overlap by 4, as in training\ntokens in an overlap are scored twice" in printed
     names = [baseline["name"] for baseline in found["baselines"]]
     assert names == ["uniform", "unigram", "bigram", "kneser-ney 5-gram"]
     assert found["baselines"][0]["perplexity"] == pytest.approx(320)
@@ -69,7 +69,7 @@ def test_strided_counts_each_token_once_and_says_so(run: Run, tiny_corpus: Token
     assert once["num_tokens"] == tiny_corpus.splits["validation"].facts.num_targets < twice["num_tokens"]
     assert (twice["protocol"], once["protocol"], once["stride"]) == ("windows", "stride-8", 8)
     printed = invoke("eval", run.id, "--stride", "8").stdout
-    assert "strided: windows of 16 tokens, 8 further each time; every token scored once" in printed
+    assert "strided: windows of 16 tokens, each 8 after the one before\neach token is scored once, with 9" in printed
     assert "the card's loss" not in printed, "which is over other tokens"
 
 
@@ -130,7 +130,7 @@ def test_runs_are_compared_document_by_document(run: Run, early: Run) -> None:
 
 
 def test_runs_with_other_texts_are_not_compared(run: Run, early: Run, tmp_path: Path) -> None:
-    config = early.config_path.read_text().replace("num_documents: 10", "num_documents: 12")
+    config = early.config_path.read_text().replace("num_documents: 10", "num_documents: 20")
     early.config_path.write_text(config)
     from lumiere.data.dataset import tokenize_corpus
 
