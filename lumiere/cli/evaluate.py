@@ -1,5 +1,6 @@
 """`lumiere eval`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -8,7 +9,7 @@ from lumiere.cli.console import print_json, show_note
 from lumiere.cli.loading import OpenedModel, open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir
 from lumiere.cli.scored_text import ScoredText, TextChoice, opener
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, printable
 
 if TYPE_CHECKING:
     from lumiere.cli.scores import Evaluated
@@ -49,6 +50,15 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Compare with models that count the training split.")
     ] = True,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Draw losses by position and frequency, and reliability: .png, .svg or .html (needs lumiere\\[plot]).",
+        ),
+    ] = None,
     device: Device = "auto",
     runs_dir: RunsDir = None,
     as_json: Json = False,
@@ -57,6 +67,11 @@ def evaluate(
 
     Several runs are compared document by document. What is found is kept in the run's folder eval/.
     """
+    if output is not None:
+        from lumiere.report.pictures import check_drawing, check_picture
+
+        check_picture(Path(output))
+        check_drawing()
     open_text = opener(TextChoice(text, dataset, subset, split))
 
     from lumiere.cli.scores import Evaluated, as_values, show
@@ -75,6 +90,8 @@ def evaluate(
         evaluated.append(Evaluated(opened.run, opened.tokenizer.fingerprint, about(opened, scored, stride), found))
     for one in evaluated:
         keep(one)
+    if output is not None:
+        draw(evaluated, output)
     if as_json:
         print_json(as_values(evaluated))
     else:
@@ -135,6 +152,17 @@ def check_same_text(first: "Evaluated", opened: OpenedModel, scored: ScoredText)
             f"the {scored.corpus} of run {opened.run.id} is another text than that of run {first.run.id}",
             "score both on the same: --text FILE or --dataset NAME",
         )
+
+
+def draw(evaluated: list["Evaluated"], output: str) -> None:
+    from lumiere.cli.scores import heading, windowing
+    from lumiere.report.evaluation_plots import EvaluationPlot, save_evaluation_plots
+
+    first = evaluated[0]
+    text = heading(first.about, with_windows=all(windowing(one) == windowing(first) for one in evaluated))
+    plots = [EvaluationPlot(f"{one.run.id}, {one.about['checkpoint']}", one.found) for one in evaluated]
+    save_evaluation_plots(Path(output), plots, text)
+    show_note(f"wrote {printable(output)}")
 
 
 def keep(one: "Evaluated") -> None:

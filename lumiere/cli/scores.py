@@ -7,8 +7,7 @@ from typing import Any
 
 from lumiere.cli.console import escape, out
 from lumiere.cli.runs.cells import table
-from lumiere.errors import printable
-from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
+from lumiere.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, PairedDifference, paired_difference
 from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
 from lumiere.persistence.runs import Run
 
@@ -124,6 +123,15 @@ def show_corpus(about: dict[str, Any]) -> None:
     out().print(f"{escape(about['corpus'])} ({about['corpus_sha256'][:8]}): {documents}, {about['num_bytes']:,} bytes")
 
 
+def heading(about: dict[str, Any], with_windows: bool) -> str:
+    """What was scored, and how, in a line."""
+    corpus = f"{about['corpus']} ({about['corpus_sha256'][:8]})"
+    if not with_windows:
+        return corpus
+    strided = "strided, " if about["protocol"] != "windows" else ""
+    return f"{corpus}, {strided}windows of {about['context_size']} tokens, each {about['stride']} after the one before"
+
+
 def show_windows(about: dict[str, Any]) -> None:
     size, stride = about["context_size"], about["stride"]
     if about["protocol"] == "windows":
@@ -202,18 +210,20 @@ def show_several(evaluated: list[Evaluated]) -> None:
         rows.append([f"{baseline.name}, bits per byte", *cells])
     sys.stdout.write(table(rows))
     for one in others:
-        sys.stdout.write(f"\n{one.run.id} less {first.run.id}, on the same documents\n")
-        for figure, difference in differences(first, one).items():
-            sys.stdout.write(f"  {printable(figure.replace('_', ' ')):13}  {in_words(difference)}\n")
+        show_differences(first, one)
+    if first.found.totals.num_documents > 1:
+        out().print(f"[dim]interval: {CONFIDENCE:.0%}, paired bootstrap, {NUM_RESAMPLES:,} resamples of documents[/]")
     if any(one.tokenizer != first.tokenizer for one in others):
         sys.stdout.write("\nthe tokenizers differ, so only bits per byte and word perplexity compare\n")
 
 
-def in_words(found: PairedDifference | None) -> str:
-    if found is None:
-        return "one document is too few for a paired difference"
-    sure = "" if found.low <= 0 <= found.high else ", 0 is outside"
-    return (
-        f"{found.difference:+.4f}, {found.confidence:.0%} interval {found.low:+.4f} to {found.high:+.4f}{sure}; "
-        f"lower on {found.num_lower:,} of {found.num_documents:,} documents"
-    )
+def show_differences(first: Evaluated, other: Evaluated) -> None:
+    rows = [[f"{other.run.id} less {first.run.id}", "difference", "interval", "lower on"]]
+    for figure, found in differences(first, other).items():
+        if found is None:
+            sys.stdout.write("\none document is too few for a paired difference\n")
+            return
+        interval = f"{found.low:+.4f} to {found.high:+.4f}"
+        lower = f"{found.num_lower:,} of {found.num_documents:,} documents"
+        rows.append([figure.replace("_", " "), f"{found.difference:+.4f}", interval, lower])
+    sys.stdout.write("\n" + table(rows))

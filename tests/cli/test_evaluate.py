@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +125,34 @@ def test_runs_are_compared_document_by_document(run: Run, early: Run) -> None:
         assert 0 < paired["low"] <= paired["difference"] <= paired["high"], "it has learned something"
         assert (paired["num_documents"], paired["num_lower"]) == (trained["documents"], 0)
     printed = invoke("eval", run.id, early.id).stdout
-    assert f"{early.id} less {run.id}, on the same documents" in printed
-    assert f"{difference['bits_per_byte']['difference']:+.4f}, 95% interval" in printed
-    assert max(map(len, printed.splitlines())) <= 110
+    paired = difference["bits_per_byte"]
+    assert f"{early.id} less {run.id}" in printed
+    assert f"{paired['difference']:+.4f}  {paired['low']:+.4f} to {paired['high']:+.4f}  0 of 2 documents" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_it_draws(run: Run, early: Run) -> None:
+    result = invoke("eval", run.id, early.id, "-o", "eval.svg", "--json")
+    assert len(json.loads(result.stdout)["runs"]) == 2
+    assert "wrote eval.svg" in result.stderr
+    drawn = Path("eval.svg").read_text(encoding="utf-8")
+    for text in (f"{run.id}, best", f"{early.id}, best", "stories validation (", "windows of 16 tokens, each 13 after"):
+        assert text in drawn
+
+
+def test_runs_with_other_windows_are_compared_by_bytes(run: Run, early: Run) -> None:
+    config = early.config_path.read_text()
+    early.config_path.write_text(config.replace("sliding_window_size: 4", "sliding_window_size: 0"))
+    compared = read_json("eval", run.id, early.id)
+    assert [one["tokens_scored"] for one in compared["runs"]] == [
+        "tokens in an overlap are scored twice",
+        "the first token of a window is not scored",
+    ]
+    assert "loss" not in compared["differences"][0]
+    printed = invoke("eval", run.id, early.id, "-o", "eval.svg").stdout
+    assert "the windows differ, so the losses are over other contexts" in printed
+    assert [*re.findall("16, [0-9]+ apart", printed)] == ["16, 13 apart", "16, 17 apart"]
+    assert "windows of" not in Path("eval.svg").read_text(encoding="utf-8")
 
 
 def test_runs_with_other_texts_are_not_compared(run: Run, early: Run, tmp_path: Path) -> None:

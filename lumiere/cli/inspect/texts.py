@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lumiere.cli.evaluate import read_text
 from lumiere.cli.loading import OpenedModel
+from lumiere.cli.scored_text import read_text
 from lumiere.errors import LumiereError
 
 DEFAULT_TOKENS = 32
@@ -68,7 +68,7 @@ def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
     """
     from lumiere.data.tokenizer import SOT
 
-    text = read_text(file)
+    text = read_text(str(file))
     if not text.strip():
         raise LumiereError(f"{str(file)!r} holds no text", "give a file with some")
     tokens = (SOT, *opened.tokenizer.encode(text))
