@@ -139,7 +139,7 @@ def show_windows(about: dict[str, Any]) -> None:
         out().print(f"{about['tokens_scored']}; --stride N scores each once\n")
     else:
         out().print(f"strided: windows of {size} tokens, each {stride} after the one before")
-        out().print(f"{about['tokens_scored']}, with {size + 1 - stride} tokens before it or more, if there are\n")
+        out().print(f"{about['tokens_scored']}, with {size + 1 - stride} tokens before it or more, where there are\n")
 
 
 def print_row(name: str, value: str, error: str, meaning: str) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.evaluations import MAX_FILES, evaluation_name, read_evaluations, save_evaluation
 from lumiere.persistence.inventory import disk_bytes
 from lumiere.persistence.lock import locked
@@ -194,6 +195,22 @@ def test_a_run_that_is_being_trained_can_be_evaluated(run: Run) -> None:
     with locked(run.path):
         found = read_json("eval", run.id)
         assert run.status == "running"
+    assert found["loss"] == pytest.approx(run.record["best_loss"], abs=1e-6)
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_scored_as_it_was(
+    run: Run, early: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = CheckpointManager.load
+
+    def load_and_replace(*arguments: Any, **options: Any) -> Any:
+        loaded = load(*arguments, **options)
+        shutil.copyfile(early.checkpoints_dir / "best.safetensors", run.checkpoints_dir / "best.safetensors")
+        return loaded
+
+    monkeypatch.setattr(CheckpointManager, "load", load_and_replace)
+    found = read_json("eval", run.id)
+    assert found["step"] == run.record["best_step"]
     assert found["loss"] == pytest.approx(run.record["best_loss"], abs=1e-6)
 
 

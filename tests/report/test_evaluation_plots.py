@@ -66,7 +66,13 @@ def test_without_the_training_split_there_is_no_panel_of_frequencies() -> None:
 
 
 def test_ranges_are_short() -> None:
-    names = {"0": "0", "1 to 9": "1+", "100 to 999": "100+", "10,000 to 99,999": "10K+", "1,000,000 to 9,999,999": "1M+"}
+    names = {
+        "0": "0",
+        "1 to 9": "1+",
+        "100 to 999": "100+",
+        "10,000 to 99,999": "10K+",
+        "1,000,000 to 9,999,999": "1M+",
+    }
     assert {name: short_range(name) for name in names} == names
 
 
