@@ -60,6 +60,8 @@ class TokenizerConfig(Section):
     """Rows of the embedding: the 3 special tokens, the 256 bytes and the merges."""
     min_frequency: PositiveInteger = 2
     """How often a pair must occur to be merged."""
+    sample_bytes: PositiveInteger = 100_000_000
+    """Text that the merges are learned from: the first documents of the training split, up to so many bytes."""
 
 
 class DatasetConfig(Section):
@@ -73,6 +75,8 @@ class DatasetConfig(Section):
     """Files for a builder: one, a list, or a mapping of splits to files."""
     text_column: Annotated[str, Field(min_length=1)] = "text"
     """The column that holds the text."""
+    streaming: Boolean = False
+    """Read the rows as they are needed, instead of downloading and converting the whole dataset first."""
     document_start: str | None = None
     """Regular expression of the row that begins a document, where rows are lines and not documents."""
     num_documents: PositiveInteger | None = None

@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from lumiere.config.schema import DatasetConfig
@@ -14,6 +14,8 @@ from lumiere.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 DEFAULT_NUM_STORIES = 20_000
+MANY_DOCUMENTS = 1_000_000
+"""Of more, no list is kept of those that are held out."""
 
 Reader = Callable[[], Iterator[str]]
 
@@ -25,10 +27,12 @@ class Corpus:
     Attributes:
         readers: for each split, a function that starts to read its documents.
         fingerprint: changes whenever the documents may have changed; cheap, so taken from the source.
+        counts: documents of each split, where that is known without reading them.
     """
 
     readers: Mapping[str, Reader]
     fingerprint: str
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -60,7 +64,8 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     if config.num_documents is not None:
         readers["train"] = limited(readers["train"], config.num_documents)
     if "validation" not in readers:
-        readers |= hold_out(readers["train"], config.validation_fraction, config.seed)
+        hold = hold_out_of_stream if config.streaming else hold_out
+        readers |= hold(readers["train"], config.validation_fraction, config.seed)
     settings = config.model_dump(
         include={"text_column", "document_start", "num_documents", "validation_fraction", "seed"}
     )
@@ -78,7 +83,7 @@ def story_corpus(config: DatasetConfig) -> Corpus:
         split: lambda split=split, count=count: stories(split, count, config.seed) for split, count in counts.items()
     }
     identity = f"stories {STORIES_VERSION} {config.seed} {counts}"
-    return Corpus(readers, hashlib.sha256(identity.encode()).hexdigest())
+    return Corpus(readers, hashlib.sha256(identity.encode()).hexdigest(), counts)
 
 
 def documents_of(rows: Iterable[str], document_start: str | None) -> Iterator[str]:
@@ -125,6 +130,8 @@ def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
     Documents are drawn at random, since a corpus is often sorted; of a single document the tail is held out.
     """
     count = sum(1 for _ in reader())
+    if count > MANY_DOCUMENTS:
+        return hold_out_of_stream(reader, fraction, seed)
     if count == 1:
         # A text of a word or two may leave a part blank, which is no document.
         return {
@@ -136,6 +143,24 @@ def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
     return {
         "train": lambda: (text for i, text in enumerate(reader()) if i not in chosen),
         "validation": lambda: (text for i, text in enumerate(reader()) if i in chosen),
+    }
+
+
+def hold_out_of_stream(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
+    """The same for documents that cannot be counted first, or are too many for a list of those that are drawn.
+
+    Each is drawn by itself, by a hash of its number.
+
+    Of two documents or more, at least one is held out and one kept: the second and the first, whatever is drawn.
+    """
+
+    def is_held_out(index: int) -> bool:
+        digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+        return index == 1 or (index > 1 and int.from_bytes(digest, "little") < fraction * 2**64)
+
+    return {
+        "train": lambda: (text for i, text in enumerate(reader()) if not is_held_out(i)),
+        "validation": lambda: (text for i, text in enumerate(reader()) if is_held_out(i)),
     }
 
 

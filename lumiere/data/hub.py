@@ -28,12 +28,13 @@ NO_NETWORK_SECONDS = 2.0
 class Rows:
     """One column of one split, read anew at each iteration and never whole in memory."""
 
-    dataset: datasets.Dataset
+    dataset: datasets.Dataset | datasets.IterableDataset
     column: str
 
     def __iter__(self) -> Iterator[str]:
-        for batch in self.dataset.select_columns(self.column).iter(batch_size=1000):
-            for row in batch[self.column]:  # pyright: ignore[reportArgumentType, reportCallIssue]
+        batches = iter(self.dataset.select_columns(self.column).iter(batch_size=1000))
+        while (batch := next_of(batches)) is not None:
+            for row in batch[self.column]:
                 yield "" if row is None else row
 
 
@@ -43,30 +44,56 @@ def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
     Raises:
         DataError: if the dataset does not exist or cannot be reached, or lacks the subset or the text column.
     """
-    loaded = load_dataset(config)
-    fingerprints = []
-    for split, dataset in loaded.items():
-        texts = [name for name, column in dataset.features.items() if is_text(column)]
-        if config.text_column not in texts:
-            problem = "has no text in column" if config.text_column in dataset.features else "has no column"
+    loaded, fingerprint = load_dataset(config)
+    for dataset in loaded.values():
+        columns = columns_of(dataset)
+        if not columns.get(config.text_column):
+            texts = [name for name, holds_text in columns.items() if holds_text]
+            problem = "has no text in column" if config.text_column in columns else "has no column"
             guess = nearest(config.text_column, texts) or next(iter(texts), None)
             raise DataError(
-                f"dataset '{config.name}' {problem} '{config.text_column}', it has {', '.join(dataset.column_names)}",
+                f"dataset '{config.name}' {problem} '{config.text_column}', it has {', '.join(columns)}",
                 f"--set dataset.text_column={guess}" if guess else "choose a dataset with a column of text",
             )
-        fingerprints.append(f"{split} {dataset._fingerprint}")
     rows: dict[str, Iterable[str]] = {
         str(split): Rows(dataset, config.text_column) for split, dataset in loaded.items()
     }
-    return rows, " ".join(fingerprints)
+    return rows, fingerprint
 
 
-def is_text(column: object) -> bool:
-    return getattr(column, "dtype", None) in ("string", "large_string")
+def next_of(iterator: Iterator[Any]) -> Any:
+    """The next row, or batch of rows; None after the last.
+
+    Raises:
+        DataError: a stream may break off, by whatever error its source raises.
+    """
+    try:
+        return next(iterator, None)
+    except Exception as error:
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__)
+        raise DataError(
+            f"the dataset cannot be read to its end: {reason}",
+            "mend the file, or try again where it was the network: what was encoded so far is kept",
+        ) from None
 
 
-def load_dataset(config: DatasetConfig) -> datasets.DatasetDict:
-    """`datasets.load_dataset`, silent, and with its many exceptions as one kind of error."""
+def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, bool]:
+    """The columns, and whether each holds text."""
+    if dataset.features is not None:
+        types = {name: getattr(column, "dtype", None) for name, column in dataset.features.items()}
+        return {name: dtype in ("string", "large_string") for name, dtype in types.items()}
+    # Some builders do not know before the first row is read.
+    row: dict[str, Any] = next_of(iter(dataset)) or {}
+    return {name: isinstance(value, str) for name, value in row.items()}
+
+
+def load_dataset(
+    config: DatasetConfig,
+) -> tuple[datasets.DatasetDict | datasets.IterableDatasetDict, str]:
+    """The splits, and a fingerprint of where they come from.
+
+    Silent, and with the many exceptions of `datasets` as one kind of error.
+    """
     datasets.disable_progress_bars()
     # Even errors are logged before they are raised, and those are told in our words.
     datasets.logging.set_verbosity(logging.CRITICAL)
@@ -90,9 +117,27 @@ def load_dataset(config: DatasetConfig) -> datasets.DatasetDict:
     try:
         if offline:
             go_offline()
-        return datasets.load_dataset(config.name, config.subset, data_files=config.data_files, **options)  # pyright: ignore[reportReturnType]
+        if config.streaming:
+            return open_stream(config, options)
+        loaded = datasets.load_dataset(config.name, config.subset, data_files=config.data_files, **options)
+        assert isinstance(loaded, datasets.DatasetDict)
+        return loaded, " ".join(f"{split} {dataset._fingerprint}" for split, dataset in loaded.items())
     except Exception as error:
         raise data_error(config, error, offline) from None
+
+
+def open_stream(config: DatasetConfig, options: dict[str, Any]) -> tuple[datasets.IterableDatasetDict, str]:
+    """The splits as streams.
+
+    A stream has no fingerprint of its own; that of its source is made of the files' names and their versions: the time
+    of the last change, on the Hub the commit.
+    """
+    builder = datasets.load_dataset_builder(config.name, config.subset, data_files=config.data_files, **options)
+    files: Any = builder.config.data_files or {}
+    versions = [(str(split), list(paths), paths.origin_metadata) for split, paths in files.items()]
+    loaded = builder.as_streaming_dataset()
+    assert isinstance(loaded, datasets.IterableDatasetDict)
+    return loaded, f"stream {builder.hash} {builder.config_id} {versions}"
 
 
 def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataError:

@@ -108,10 +108,7 @@ class Tokenizer:
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (UnicodeError, TypeError):
-            raise LumiereError(
-                "the text holds half of a surrogate pair, which is no character",
-                "read it with errors='replace', or remove it",
-            ) from None
+            raise not_a_character() from None
         return [encoding.ids for encoding in encodings]
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
@@ -137,6 +134,12 @@ class Tokenizer:
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = (self._backend.id_to_token(i) or "" for i in range(len(SPECIAL_TOKENS), len(self)))
         return [b""] * len(SPECIAL_TOKENS) + [bytes(byte_of[c] for c in piece) for piece in pieces]
+
+
+def not_a_character() -> LumiereError:
+    return LumiereError(
+        "the text holds half of a surrogate pair, which is no character", "read it with errors='replace', or remove it"
+    )
 
 
 def pipeline(model: models.BPE) -> tokenizers.Tokenizer:

@@ -165,7 +165,8 @@ def measure_evaluation(preparation: Preparation, model: Transformer) -> float:
     split = preparation.corpus.splits["validation"]
     windows = preparation.corpus.windows("validation", config)
     # The beginning of the text, cut after so many tokens, is a text too.
-    offsets = np.unique(np.minimum(windows.offsets, EVALUATION_BATCHES * batch_size * windows.stride))
+    end = min(EVALUATION_BATCHES * batch_size * windows.stride, int(windows.offsets[-1]))
+    offsets = np.append(windows.offsets[: np.searchsorted(windows.offsets, end)], end)
     beginning = Windows(windows.ids, offsets, windows.context_size, windows.sliding_window_size)
     evaluation = evaluate(model, beginning, split.facts, batch_size)
     return evaluation.seconds / evaluation.num_windows * len(windows)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumiere.config.schema import DatasetConfig
-from lumiere.data.corpus import Corpus, cut_tail, documents_of, hold_out, load_corpus
+from lumiere.data import corpus as corpus_module
+from lumiere.data.corpus import Corpus, cut_tail, documents_of, hold_out, hold_out_of_stream, load_corpus
 from lumiere.data.stories import stories
 from lumiere.errors import DataError
 
@@ -91,6 +92,28 @@ def test_documents_are_held_out_once(count: int, fraction: float, seed: int) -> 
     assert len(splits["validation"]) == min(max(1, round(count * fraction)), count - 1)
 
 
+@given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 3))
+def test_of_a_stream_documents_are_held_out_once(count: int, fraction: float, seed: int) -> None:
+    documents = [f"document {i}" for i in range(count)]
+    splits = {
+        split: list(read()) for split, read in hold_out_of_stream(lambda: iter(documents), fraction, seed).items()
+    }
+    assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
+    assert splits["train"] == sorted(splits["train"], key=documents.index)
+    assert documents[0] in splits["train"]
+    assert documents[1] in splits["validation"]
+    # What a document is drawn for does not depend on how many follow it.
+    longer = hold_out_of_stream(lambda: iter([*documents, "one more"]), fraction, seed)
+    assert set(longer["validation"]()) - {"one more"} == set(splits["validation"])
+
+
+def test_of_a_stream_the_fraction_is_held_out() -> None:
+    held_out = [set(hold_out_of_stream(lambda: map(str, range(20_000)), 0.05, seed)["validation"]()) for seed in (0, 1)]
+    # Four standard deviations of a binomial of 20,000 draws.
+    assert all(abs(len(texts) - 1000) < 4 * (20_000 * 0.05 * 0.95) ** 0.5 for texts in held_out)
+    assert held_out[0] != held_out[1]
+
+
 def test_what_is_held_out_depends_on_the_seed() -> None:
     def held_out(seed: int) -> list[str]:
         return list(hold_out(lambda: map(str, range(100)), 0.05, seed)["validation"]())
@@ -99,6 +122,14 @@ def test_what_is_held_out_depends_on_the_seed() -> None:
     assert held_out(0) != held_out(1)
     # Drawn from the whole corpus, which may be sorted.
     assert {int(text) // 50 for seed in range(5) for text in held_out(seed)} == {0, 1}
+
+
+def test_many_documents_are_held_out_like_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "MANY_DOCUMENTS", 50)
+    for count, rule in ((50, False), (51, True)):
+        held_out = list(hold_out(lambda count=count: map(str, range(count)), 0.2, 0)["validation"]())
+        streamed = list(hold_out_of_stream(lambda count=count: map(str, range(count)), 0.2, 0)["validation"]())
+        assert (held_out == streamed) == rule
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.99])

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import datasets
 import huggingface_hub.constants
@@ -18,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import hub
-from lumiere.data.hub import hub_reachable, load_rows
+from lumiere.data.hub import Rows, hub_reachable, load_rows
 from lumiere.errors import DataError
 
 PROJECT = Path(__file__).parents[2]
@@ -127,9 +128,55 @@ def test_a_folder_of_files_needs_no_readme() -> None:
     assert rows(name="corpus") == {"train": ["a"], "test": ["b"]}
 
 
-def test_fingerprint_changes_with_the_file() -> None:
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"name": "json", "data_files": "a.jsonl"}, {"train": ["a", "", "b"]}),
+        ({"name": "csv", "data_files": {"train": "a.csv", "test": "b.csv"}}, {"train": ["a"], "test": ["b"]}),
+        ({"name": "text", "data_files": ["a.txt", "b.txt"]}, {"train": ["a\nb", "c"]}),
+        ({"name": "text", "data_files": "a.txt", "document_start": "^a"}, {"train": ["a\n", "b"]}),
+        ({"name": "corpus"}, {"train": ["a"], "test": ["b"]}),
+    ],
+)
+def test_a_stream_gives_the_same_rows(settings: dict[str, Any], expected: dict[str, list[str]]) -> None:
+    write("a.jsonl", '{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    for name in ("a.csv", "corpus/train.csv"):
+        write(name, "text\na\n")
+    for name in ("b.csv", "corpus/test.csv"):
+        write(name, "text\nb\n")
+    write("a.txt", "a\nb")
+    write("b.txt", "c")
+    assert rows(**settings) == expected
+    assert rows(**settings, streaming=True) == expected
+
+
+def test_a_stream_has_the_same_columns() -> None:
+    write("t.csv", "n,body\n1,a\n")
+    refused = [refusal(name="csv", data_files="t.csv", streaming=streaming) for streaming in (False, True)]
+    assert refused[0].message == refused[1].message == "dataset 'csv' has no column 'text', it has n, body"
+    assert refused[0].hint == refused[1].hint
+
+
+def test_a_stream_that_breaks_off_is_an_error() -> None:
+    write("broken.jsonl", '{"text": "a"}\n' * 3 + "{no JSON\n")
+    refused = refusal(name="json", data_files="broken.jsonl", streaming=True)
+    assert refused.message.startswith("the dataset cannot be read to its end: JSON parse error")
+
+    def break_off(batch_size: int) -> Iterator[dict[str, list[str]]]:
+        yield {"text": ["a"]}
+        raise ConnectionError("reset by\npeer")
+
+    dataset = SimpleNamespace(select_columns=lambda column: SimpleNamespace(iter=break_off))
+    read = iter(Rows(cast("Any", dataset), "text"))
+    assert next(read) == "a"
+    with pytest.raises(DataError, match="the dataset cannot be read to its end: reset by peer"):
+        next(read)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fingerprint_changes_with_the_file(streaming: bool) -> None:
     def fingerprint() -> str:
-        return load_rows(DatasetConfig(name="text", data_files="book.txt"))[1]
+        return load_rows(DatasetConfig(name="text", data_files="book.txt", streaming=streaming))[1]
 
     write("book.txt", "one")
     first = fingerprint()

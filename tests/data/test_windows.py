@@ -1,5 +1,6 @@
 """Windows against documents cut one by one in plain Python, and the counts on real text."""
 
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -170,3 +171,28 @@ def test_over_all_shifts_every_token_but_the_first_is_predicted(cutting: tuple[l
 def index_in(document: list[int], window: list[int]) -> int:
     """Where the window starts in the document."""
     return next(i for i in range(len(document)) if document[i : i + len(window)] == window)
+
+
+@given(cuttings())
+def test_counts_in_a_file_are_those_in_memory(cutting: tuple[list[list[int]], int, int]) -> None:
+    documents, context_size, sliding_window_size = cutting
+    expected = windows_of(documents, context_size, sliding_window_size)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr("lumiere.data.windows.DOCUMENTS_AT_ONCE", 2)
+        for _ in range(2):  # written, then found
+            windows = Windows(
+                expected.ids, expected.offsets, context_size, sliding_window_size, path=Path(folder) / "train"
+            )
+            assert len(windows) == len(expected)
+            indices = np.arange(len(windows))
+            assert windows.documents(indices).tolist() == expected.documents(indices).tolist()
+        files = [path.name for path in Path(folder).iterdir()]
+        assert files == ([f"train.windows-{context_size}-{sliding_window_size}"] if len(documents) > 2 else [])
+
+
+def test_counts_of_another_text_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumiere.data.windows.DOCUMENTS_AT_ONCE", 2)
+    (tmp_path / "train.windows-4-0").write_bytes(b"of one document")
+    documents = corpus([3, 4, 9])
+    expected = windows_of(documents, 4, 0)
+    assert len(Windows(expected.ids, expected.offsets, 4, 0, path=tmp_path / "train")) == len(expected)

@@ -31,7 +31,7 @@ def make_split(seed: int = 0) -> TokenizedSplit:
     draw = np.random.default_rng(seed)
     ids = list(chain(*([0, *draw.integers(3, VOCAB, length - 2).tolist(), 1] for length in LENGTHS)))
     facts = SplitFacts(len(LENGTHS), len(ids), int(SIZES[0].sum()), int(SIZES[1].sum()), "")
-    return TokenizedSplit(np.array(ids, dtype=np.uint16), np.cumsum([0, *LENGTHS]), facts)
+    return TokenizedSplit(np.array(ids, dtype=np.uint16), np.cumsum([0, *LENGTHS]), facts, VOCAB)
 
 
 SPLIT, TRAIN = make_split(), make_split(1)

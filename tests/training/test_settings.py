@@ -11,7 +11,7 @@ import torch
 from lumiere.components import device as device_module
 from lumiere.config.loader import dump_config
 from lumiere.config.problems import setting_paths
-from lumiere.config.schema import RunConfig
+from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data import hub
 from lumiere.errors import NonFiniteError
 from lumiere.training import trainer
@@ -45,10 +45,12 @@ EFFECTS = {
     "model.zero_output_init": Effect(True, "weights"),
     "tokenizer.vocab_size": Effect(300, "num_parameters"),
     "tokenizer.min_frequency": Effect(40, "corpus"),
+    "tokenizer.sample_bytes": Effect(1, "corpus", {"tokenizer.vocab_size": 400, "dataset.num_documents": 10}),
     "dataset.name": Effect("csv", "corpus", FILES),
     "dataset.subset": Effect("other", "corpus", FILES),
     "dataset.data_files": Effect("b.json", "corpus", FILES),
     "dataset.text_column": Effect("title", "corpus", FILES),
+    "dataset.streaming": Effect(True, "streamed", FILES),
     "dataset.document_start": Effect("^row 2$", "num_windows", FILES),
     "dataset.num_documents": Effect(2, "corpus"),
     "dataset.validation_fraction": Effect(0.5, "corpus", {"dataset.num_documents": 10}),
@@ -112,6 +114,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         devices: list[str] = []
         events: list[Event] = []
         logged: list[tuple[str, str]] = []
+        streamed: list[str] = []
 
         class Log:
             def __init__(self, name: str) -> None:
@@ -136,6 +139,10 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             compiled.append(function)
             return function
 
+        def stream(config: DatasetConfig, options: dict[str, Any]) -> tuple[datasets.DatasetDict, str]:
+            streamed.append(config.name)
+            return rows_of(config.name, config.subset, config.data_files), "a stream"
+
         summed_loss = trainer.summed_loss
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "summed_loss", objective)
@@ -145,6 +152,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             for name in opening.LOGGERS:
                 patch.setitem(opening.LOGGERS, name, lambda *arguments, name=name: Log(name))
             patch.setattr(hub.datasets, "load_dataset", rows_of)
+            patch.setattr(hub, "open_stream", stream)
             try:
                 result = launch(config, [events.append])
             except NonFiniteError:
@@ -157,6 +165,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             "num_parameters": start.num_parameters,
             "num_windows": start.num_windows,
             "corpus": result.run.record["corpus_sha256"],
+            "streamed": streamed,
             "rows": rows,
             "products": products,
             "compiled": len(compiled),

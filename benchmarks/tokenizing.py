@@ -1,0 +1,118 @@
+"""A corpus larger than one likes to hold in memory: `python benchmarks/tokenizing.py --gigabytes 2`.
+
+Makes a corpus of built-in stories in JSON Lines, streams it through `lumiere tokenize` in a process of its own, and
+prints its time and its peak memory, beside the import of the libraries; the speed of the tokenizers' `encode_batch`
+alone on documents that are in memory already; and how long a training's first batch takes, after start-up.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lumiere.data.stories import story
+
+SETTINGS = ["dataset.name=json", "dataset.streaming=true", "tokenizer.vocab_size=4096"]
+STORIES_AT_ONCE = 2000
+ALONE_BYTES = 40_000_000  # of documents that `encode_batch` gets at once, and of each call as many as Lumiere's
+CODE_OF_IMPORTS = "import torch, numpy, datasets, tokenizers, lumiere.cli.tokenize, lumiere.data.hub"
+CODE_OF_FIRST_BATCH = """
+import sys, time
+from lumiere.config.loader import load_config
+from lumiere.data import hub
+from lumiere.data.batches import batch_at
+from lumiere.data.dataset import tokenize_corpus
+config = load_config("tiny", sys.argv[1:])
+start = time.perf_counter()
+corpus = tokenize_corpus(config)
+windows = corpus.windows("train", config)
+batch_at(12345, windows, config.training.batch_size, seed=0)
+print(time.perf_counter() - start, len(windows), corpus.splits["train"].facts.num_documents)
+"""
+
+
+def tell(first: int) -> str:
+    texts = (story("train", index) for index in range(first, first + STORIES_AT_ONCE))
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def make_corpus(path: Path, num_bytes: int) -> None:
+    with open(path, "w", encoding="utf-8") as file, multiprocessing.Pool() as pool:
+        firsts = range(0, num_bytes // 100, STORIES_AT_ONCE)  # a story has some hundred bytes at least
+        for text in pool.imap(tell, firsts):
+            file.write(text)
+            if file.tell() >= num_bytes:
+                pool.terminate()
+                return
+
+
+def process(command: list[str], cache: Path) -> tuple[str, float, float]:
+    """Its output, its seconds, and its peak memory in MB."""
+    environment = os.environ | {"LUMIERE_CACHE_DIR": str(cache)}
+    start = time.perf_counter()
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert child.stdout is not None
+    output = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return output, time.perf_counter() - start, usage.ru_maxrss * unit / 1e6
+
+
+def alone(corpus: Path, cache: Path) -> float:
+    """Bytes a second of `encode_batch` on documents in memory, with the tokenizer that Lumiere trained."""
+    import tokenizers
+
+    [path] = cache.glob("corpora/*/tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    texts: list[str] = []
+    num_bytes = 0
+    with open(corpus, encoding="utf-8") as file:
+        while num_bytes < ALONE_BYTES and (line := file.readline()):
+            texts.append(json.loads(line)["text"])
+            num_bytes += len(texts[-1].encode())
+    start = time.perf_counter()
+    for first in range(0, len(texts), 1024):
+        backend.encode_batch(texts[first : first + 1024], add_special_tokens=False)
+    return num_bytes / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        corpus, cache = Path(name) / "corpus.jsonl", Path(name) / "cache"
+        make_corpus(corpus, round(options.gigabytes * 1e9))
+        size = corpus.stat().st_size
+        print(f"corpus                    {size / 1e9:.2f} GB of JSON Lines", flush=True)
+        settings = [*SETTINGS, f"dataset.data_files={corpus}"]
+        flags = [part for setting in settings for part in ("--set", setting)]
+        _, _, imports = process([sys.executable, "-c", CODE_OF_IMPORTS], cache)
+        command = [sys.executable, "-m", "lumiere", "tokenize", "tiny", "--json", *flags]
+        output, seconds, peak = process(command, cache)
+        splits = json.loads(output)["splits"].values()
+        num_bytes = sum(split["bytes"] for split in splits)
+        ours = num_bytes / seconds
+        theirs = alone(corpus, cache)
+        print(f"lumiere tokenize          {seconds:.0f} s, {ours / 1e6:.2f} MB/s of text, all of it included")
+        print(f"encode_batch alone        {theirs / 1e6:.2f} MB/s; Lumiere reaches {ours / theirs:.0%}")
+        print(f"peak memory               {peak:,.0f} MB, {peak - imports:,.0f} MB more than the imports")
+        first_batch = [sys.executable, "-c", CODE_OF_FIRST_BATCH, *settings]
+        for label in ("first batch", "first batch again"):
+            output, _, peak = process(first_batch, cache)
+            seconds, windows, documents = output.split()
+            print(
+                f"{label:24}  {float(seconds):.2f} s after start-up, of {int(windows):,} windows of "
+                f"{int(documents):,} documents"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""An encoding that is stopped goes on where it was, and the result is the same, byte for byte."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lumiere.data import encoding
+from lumiere.data.building import beginning
+from lumiere.data.encoding import EMPTY, Journal, SplitFacts, encode_split
+from lumiere.data.stories import stories
+from lumiere.data.tokenizer import Tokenizer
+
+DOCUMENTS = [f"low {'lower ' * (i % 5)}\nlowest {i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(DOCUMENTS, vocab_size=290, min_frequency=2)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(encoding, "JOURNAL_BYTES", 150)
+
+
+def encode(folder: Path, tokenizer: Tokenizer, documents: list[str], tell: Callable[[int], None]) -> SplitFacts:
+    folder.mkdir(exist_ok=True)
+    return encode_split(folder, "train", lambda: iter(documents), tokenizer, tell)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def ignore(done: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("last", range(3, 40, 3))
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, last: int) -> None:
+    expected = encode(tmp_path / "undisturbed", tokenizer, DOCUMENTS, ignore)
+
+    def stop(done: int) -> None:
+        if done >= last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path / "stopped", tokenizer, DOCUMENTS, stop)
+    told: list[int] = []
+    assert encode(tmp_path / "stopped", tokenizer, DOCUMENTS, told.append) == expected
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
+    # It did not begin again: at most the text of one entry of the journal, and a batch, comes twice.
+    assert told[0] > last - 12
+    assert told == sorted(set(told))
+
+
+def test_what_is_whole_is_not_read_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    facts = encode(tmp_path, tokenizer, DOCUMENTS, ignore)
+
+    def fail() -> Iterator[str]:
+        raise AssertionError
+
+    assert encode_split(tmp_path, "train", fail, tokenizer, ignore) == facts
+
+
+def stopped(folder: Path, tokenizer: Tokenizer) -> None:
+    def stop(done: int) -> None:
+        if done > 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(folder, tokenizer, DOCUMENTS, stop)
+
+
+def test_other_documents_are_encoded_from_the_first_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    stopped(tmp_path / "a", tokenizer)
+    changed = ["another", *DOCUMENTS[1:]]
+    assert encode(tmp_path / "a", tokenizer, changed, ignore) == encode(tmp_path / "b", tokenizer, changed, ignore)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["train.ids", "train.offsets"])
+def test_a_file_that_has_lost_something_is_written_from_its_beginning(
+    tmp_path: Path, tokenizer: Tokenizer, name: str
+) -> None:
+    stopped(tmp_path / "a", tokenizer)
+    (tmp_path / "a" / name).write_bytes(b"")
+    encode(tmp_path / "a", tokenizer, DOCUMENTS, ignore)
+    encode(tmp_path / "b", tokenizer, DOCUMENTS, ignore)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"facts": {}, "done": true}',
+        '{"facts": {"num_documents": 1, "num_tokens": -1, "num_bytes": 1, "num_words": 1, "sha256": ""}, "done": true}',
+        '{"facts": {"num_documents": 1, "num_tokens": 1, "num_bytes": 1, "num_words": 1, "sha256": 7}, "done": true}',
+    ],
+)
+def test_a_journal_that_says_nothing_is_one_of_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.journal").write_text(text)
+    assert Journal(tmp_path / "a.journal").read() == (EMPTY, False)
+
+
+def test_the_beginning_is_whole_documents() -> None:
+    assert list(beginning(["aa", "é", "b", "c"], 4)) == ["aa", "é"]
+    assert list(beginning(["aa", "é", "b", "c"], 5)) == ["aa", "é", "b"]
+    assert list(beginning(["aaaa", "b"], 1)) == ["aaaa"]
+    assert list(beginning(["a"], 100)) == ["a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_killed_process_goes_on_and_gives_the_same_bytes(tmp_path: Path, streaming: bool) -> None:
+    with open(tmp_path / "corpus.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in stories("train", 3000))
+
+    def command(cache: str) -> tuple[list[str], dict[str, str]]:
+        # Small batches, each with an entry in the journal, so that there is something to go on from.
+        code = (
+            "from lumiere.data import encoding; import sys, time; encoding.BATCH_DOCUMENTS = 20; "
+            "encoding.JOURNAL_BYTES = 1; from lumiere.cli import main; sys.argv = ['lumiere', *sys.argv[1:]]; main()"
+        )
+        settings = [
+            "dataset.name=json",
+            f"dataset.data_files={tmp_path / 'corpus.jsonl'}",
+            f"dataset.streaming={str(streaming).lower()}",
+            "tokenizer.sample_bytes=100000",
+        ]
+        arguments = ["tokenize", "tiny", *(part for setting in settings for part in ("--set", setting))]
+        environment = os.environ | {
+            "LUMIERE_CACHE_DIR": str(tmp_path / cache),
+            "HF_DATASETS_CACHE": str(tmp_path / "hf"),
+        }
+        return [sys.executable, "-c", code, *arguments], environment
+
+    line, environment = command("undisturbed")
+    subprocess.run(line, env=environment, check=True, capture_output=True)
+    [undisturbed] = (tmp_path / "undisturbed" / "corpora").iterdir()
+    size = (undisturbed / "train.ids").stat().st_size
+
+    line, environment = command("killed")
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        written = [path.stat().st_size for path in tmp_path.glob("killed/corpora/*/train.ids")]
+        if written and written[0] > 0.6 * size:
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    [unfinished] = (tmp_path / "killed" / "corpora").iterdir()
+    journal = json.loads((unfinished / "train.journal").read_text())
+    assert 0 < journal["facts"]["num_documents"] < 2850
+    assert not journal["done"]
+
+    subprocess.run(line, env=environment, check=True, capture_output=True)
+    [folder] = (tmp_path / "killed" / "corpora").iterdir()
+    assert folder.name == undisturbed.name
+    assert contents(folder) == contents(undisturbed)
