@@ -328,6 +328,24 @@ def mutate_json(data: bytes, draw: random.Random) -> bytes:
     return text.encode("utf-8", errors="surrogatepass")
 
 
+# Kept evaluations
+
+
+def read_evaluation(folder: Path) -> None:
+    """What `runs show` prints of them, in words and as JSON."""
+    from lumiere.cli.runs.show import show_run
+
+    for as_json in (False, True):
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(io.StringIO()):
+            show_run("latest", str(folder), as_json)
+        check_printable(shown.getvalue().replace("\n", ""))
+
+
+def evaluation_seeds() -> list[bytes]:
+    values = {"checkpoint": "best", "step": 9, "corpus": "stories test", "protocol": "windows", "loss": 1.5}
+    return [json.dumps(values | {"corpus_sha256": "55f2337b", "accuracy": 0.5}).encode(), b"{}"]
+
+
 # Tokenizers
 
 
@@ -355,6 +373,7 @@ TARGETS = {
     "checkpoint": Target(lambda data: "best.safetensors", read_checkpoint, checkpoint_seeds, mutate_checkpoint),
     "metrics": Target(lambda data: "metrics.jsonl", read_metrics, metrics_seeds, mutate_metrics),
     "record": Target(lambda data: f"{RUN_NAME}/run.json", read_record, record_seeds, mutate_json),
+    "evaluation": Target(lambda data: f"{RUN_NAME}/eval/best.json", read_evaluation, evaluation_seeds, mutate_json),
     "tokenizer": Target(lambda data: "tokenizer.json", read_tokenizer, tokenizer_seeds, mutate_json),
 }
 

@@ -217,3 +217,14 @@ def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The place of each wanted key in the sorted `keys`, -1 where it is not there."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, places, -1)
+
+
+def fit_baselines(ids: np.ndarray, offsets: np.ndarray, vocab_size: int) -> dict[str, Baseline]:
+    """All of them, by name, the weakest first. Arguments as for `target_counts`."""
+    bigram = BigramModel.fit(ids, offsets, vocab_size)
+    return {
+        "uniform": UniformModel(vocab_size),
+        "unigram": bigram.unigram,
+        "bigram": bigram,
+        f"kneser-ney {ORDER}-gram": KneserNey.fit(ids, offsets, vocab_size),
+    }

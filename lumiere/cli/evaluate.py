@@ -1,100 +1,180 @@
 """`lumiere eval`."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from lumiere.cli.console import escape, out, print_json
-from lumiere.cli.loading import open_corpus, open_model
-from lumiere.cli.options import CheckpointName, Device, Json, RunReference, RunsDir
-from lumiere.errors import LumiereError
+from lumiere.cli.console import print_json, show_note
+from lumiere.cli.loading import OpenedModel, open_model
+from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir
+from lumiere.cli.scored_text import ScoredText, TextChoice, opener
+from lumiere.errors import LumiereError, printable
 
 if TYPE_CHECKING:
-    from lumiere.evaluation import Evaluation
+    from lumiere.cli.scores import Evaluated
+    from lumiere.evaluation.detailed import DetailedEvaluation
 
 
 def evaluate(
-    run: RunReference,
+    runs: RunReferences,
     checkpoint: CheckpointName = "best",
-    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "validation",
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--split", help="train, validation or test. \\[default: validation]"),
+    ] = None,
     text: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split."),
+        Optional[str],  # noqa: UP045
+        typer.Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split; - is stdin."),
+    ] = None,
+    dataset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--dataset", metavar="NAME", help="Score a split of this dataset: stories, on the Hub, a folder."),
+    ] = None,
+    subset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--subset", metavar="NAME", help="Of the dataset, such as wikitext-2-raw-v1."),
+    ] = None,
+    stride: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--stride",
+            metavar="N",
+            help="Score each token once, in windows N tokens apart: a smaller N gives longer contexts and takes "
+            "longer. \\[default: the windows of training, tokens in their overlap scored twice]",
+        ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Windows of a batch; the card's two averages depend on it.")
+        int, typer.Option("--batch-size", min=1, help="Windows of a batch, for the card's two averages.")
     ] = 32,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Compare with models that count the training split.")
+    ] = True,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Draw losses by position and frequency, and reliability: .png, .svg or .html (needs lumiere\\[plot]).",
+        ),
+    ] = None,
     device: Device = "auto",
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Score a checkpoint: loss, perplexity, the card's two averages, bits per byte, word perplexity."""
-    from lumiere.data.dataset import tokenize_text
-    from lumiere.evaluation import evaluate as evaluate_windows
+    """Score checkpoints: loss, perplexity, bits per byte, accuracy, calibration, beside models that count.
+
+    Several runs are compared document by document. What is found is kept in the run's folder eval/.
+    """
+    if output is not None:
+        from lumiere.report.pictures import check_drawing, check_picture
+
+        check_picture(Path(output))
+        check_drawing()
+    open_text = opener(TextChoice(text, dataset, subset, split))
+
+    from lumiere.cli.scores import Evaluated, as_values, show
     from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()
-    opened = open_model(run, checkpoint, device, runs_dir)
-    config = opened.config
-    if text is not None:
-        scored = tokenize_text(read_text(text), opened.tokenizer)
-        windows = scored.windows(config.model.context_size, config.dataset.sliding_window_size)
-        source = str(text)
+    evaluated: list[Evaluated] = []
+    for reference in dict.fromkeys(runs):
+        opened = open_model(reference, checkpoint, device, runs_dir)
+        if any(opened.run == other.run for other in evaluated):
+            continue
+        scored = open_text(opened)
+        if evaluated:
+            check_same_text(evaluated[0], opened, scored)
+        found = evaluate_one(opened, scored, stride, batch_size, baselines)
+        evaluated.append(Evaluated(opened.run, opened.tokenizer.fingerprint, about(opened, scored, stride), found))
+    for one in evaluated:
+        keep(one)
+    if output is not None:
+        draw(evaluated, output)
+    if as_json:
+        print_json(as_values(evaluated))
     else:
-        corpus = open_corpus(opened, "restore it as it was, or score a text with --text FILE")
-        windows = corpus.windows(split, config)
-        scored = corpus.splits[split]
-        source = " ".join(filter(None, [config.dataset.name, config.dataset.subset, split]))
-    evaluation = evaluate_windows(opened.model, windows, scored.facts, batch_size)
-    about = {
+        show(evaluated)
+
+
+def evaluate_one(
+    opened: OpenedModel, scored: ScoredText, stride: int | None, batch_size: int, with_baselines: bool
+) -> "DetailedEvaluation":
+    from lumiere.baselines.ngrams import fit_baselines
+    from lumiere.evaluation.detailed import evaluate_in_detail
+    from lumiere.evaluation.scoring import strided_windows, training_windows
+
+    context_size, train = opened.config.model.context_size, scored.train
+    if stride is not None:
+        windows, protocol = strided_windows(scored.split, context_size, stride)
+    else:
+        windows, protocol = training_windows(scored.split, context_size, opened.config.dataset.sliding_window_size)
+    fitted = None
+    if with_baselines and train is not None:
+        fitted = fit_baselines(train.ids, train.offsets, opened.model.vocab_size)
+    return evaluate_in_detail(
+        opened.model, scored.split, scored.sizes, windows, protocol, batch_size, train, baselines=fitted
+    )
+
+
+def about(opened: OpenedModel, scored: ScoredText, stride: int | None) -> dict[str, Any]:
+    """What was scored, and how."""
+    config = opened.config
+    overlap = config.dataset.sliding_window_size if stride is None else config.model.context_size + 1 - stride
+    return {
         "run": opened.run.name,
         "checkpoint": opened.checkpoint,
         "step": opened.step,
-        "corpus": source,
-        "corpus_sha256": scored.facts.sha256,
-        "documents": scored.facts.num_documents,
+        "corpus": scored.corpus,
+        "corpus_sha256": scored.split.facts.sha256,
+        "documents": scored.split.facts.num_documents,
+        "num_bytes": scored.split.facts.num_bytes,
+        "num_words": scored.split.facts.num_words,
         "context_size": config.model.context_size,
-        "sliding_window_size": config.dataset.sliding_window_size,
+        "sliding_window_size": overlap,
+        "protocol": "windows" if stride is None else f"stride-{stride}",
+        "stride": config.model.context_size + 1 - overlap,
+        "tokens_scored": tokens_scored(overlap, stride is not None),
     }
-    if as_json:
-        print_json(about | asdict(evaluation))
-    else:
-        show(about, evaluation)
 
 
-def read_text(path: Path) -> str:
-    """The text in a file.
+def tokens_scored(overlap: int, once: bool) -> str:
+    """How often tokens are scored, in words. Of two windows that share a single token, none is predicted twice."""
+    if once or overlap == 1:
+        return "each token is scored once"
+    return "tokens in an overlap are scored twice" if overlap else "the first token of a window is not scored"
 
-    Raises:
-        LumiereError: if it cannot be read, or is not UTF-8.
-    """
+
+def check_same_text(first: "Evaluated", opened: OpenedModel, scored: ScoredText) -> None:
+    if scored.split.facts.sha256 != first.about["corpus_sha256"]:
+        raise LumiereError(
+            f"the {scored.corpus} of run {opened.run.id} is another text than that of run {first.run.id}",
+            "score both on the same: --text FILE or --dataset NAME",
+        )
+
+
+def draw(evaluated: list["Evaluated"], output: str) -> None:
+    from lumiere.cli.scores import heading, windowing
+    from lumiere.report.evaluation_plots import EvaluationPlot, save_evaluation_plots
+
+    first = evaluated[0]
+    text = heading(first.about, with_windows=all(windowing(one) == windowing(first) for one in evaluated))
+    plots = [EvaluationPlot(f"{one.run.id}, {one.about['checkpoint']}", one.found) for one in evaluated]
+    save_evaluation_plots(Path(output), plots, text)
+    show_note(f"wrote {printable(output)}")
+
+
+def keep(one: "Evaluated") -> None:
+    """Keeps an evaluation with its run; where that cannot be, the answer is given all the same."""
+    from lumiere.cli.scores import values_of
+    from lumiere.persistence.evaluations import evaluation_name, save_evaluation
+
+    facts = one.about
+    name = evaluation_name(facts["checkpoint"], facts["corpus"], facts["corpus_sha256"], facts["protocol"])
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LumiereError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
-    except OSError as error:
-        raise LumiereError(f"{path} cannot be read: {error.strerror}", "check the path") from None
-
-
-def show(about: dict[str, Any], evaluation: "Evaluation") -> None:
-    out().print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
-    out().print(
-        f"{escape(about['corpus'])}: {about['documents']:,} documents, windows of {about['context_size']} tokens "
-        f"that overlap by {about['sliding_window_size']}\n"
-    )
-    rows = [
-        ("loss", f"{evaluation.loss:.4f}", "nats a token"),
-        ("perplexity", f"{evaluation.perplexity:,.2f}", "exp(loss)"),
-        ("bits per byte", f"{evaluation.bits_per_byte:.4f}", "comparable between tokenizers"),
-        ("word perplexity", f"{evaluation.word_perplexity:,.1f}", "words by white space, line ends counted"),
-        ("mean batch loss", f"{evaluation.mean_batch_loss:.4f}", "the card's loss (4.4180)"),
-        ("mean batch perplexity", f"{evaluation.mean_batch_perplexity:,.2f}", "the card's perplexity (85.01)"),
-    ]
-    for name, value, meaning in rows:
-        out().print(f"[bold]{name:21}[/]  {value:>10}  [dim]{meaning}[/]")
-    out().print(
-        f"\n{evaluation.num_tokens:,} tokens in {evaluation.num_windows:,} windows, "
-        f"{evaluation.num_batches:,} batches of {evaluation.batch_size}, {evaluation.seconds:.1f} s"
-    )
+        path = save_evaluation(one.run, name, values_of(one))
+    except LumiereError as error:
+        show_note(f"not kept: {error.message}")
+    else:
+        show_note(f"kept as {path.relative_to(one.run.path.parent)}")

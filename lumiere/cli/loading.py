@@ -47,14 +47,17 @@ def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | Non
     run = RunStore(runs_dir).open(reference)
     from lumiere.components.device import resolve_device
     from lumiere.persistence.checkpoint_manager import CheckpointManager
+    from lumiere.persistence.fitting import load_weights
 
     target = resolve_device(device)
     name = run.resolve_checkpoint(checkpoint)
     if name != checkpoint:
         show_note(f"run {run.id} has no checkpoint {checkpoint} yet, {name} is taken")
-    step = CheckpointManager(run.path.parent).load(run, name, groups=()).step
-    model = run.load_model(name).to(target)
-    return OpenedModel(run, name, step, run.load_config(), run.load_tokenizer(), model)
+    config = run.load_config()
+    # Read once: a training may put another checkpoint in its place at any moment.
+    loaded = CheckpointManager(run.path.parent).load(run, name, groups=("model",))
+    model = load_weights(config, loaded, f"checkpoint {name!r} of run {run.id}").to(target)
+    return OpenedModel(run, name, loaded.step, config, run.load_tokenizer(), model)
 
 
 def open_corpus(opened: OpenedModel, hint: str) -> "TokenizedCorpus":

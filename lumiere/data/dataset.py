@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from lumiere.config.schema import RunConfig
 from lumiere.data.building import Listener, Progress, build_folder, cache_dir
 from lumiere.data.corpus import SPLITS, Corpus, load_corpus
-from lumiere.data.encoding import OFFSET_TYPE, SplitFacts, id_type, measure
+from lumiere.data.encoding import OFFSET_TYPE, SplitFacts, id_type, measure, utf_8
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.data.windows import Windows
 from lumiere.errors import DataError, shortened
@@ -21,6 +22,8 @@ from lumiere.files import open_file, parse_json, read_file
 
 CACHE_FORMAT = 2
 MAX_FACTS_BYTES = 10_000
+DOCUMENTS_AT_ONCE = 256
+"""Documents encoded in one call, so that all cores are busy."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,43 @@ def tokenize_text(text: str, tokenizer: Tokenizer) -> TokenizedSplit:
     ids = np.array(tokenizer.encode_documents([text])[0])
     facts = SplitFacts(1, len(ids), *measure(text), hashlib.sha256(text.encode()).hexdigest())
     return TokenizedSplit(ids, np.array([0, len(ids)]), facts, len(tokenizer))
+
+
+def tokenize_documents(documents: Iterable[str], tokenizer: Tokenizer) -> TokenizedSplit:
+    """A split in memory, for a corpus that no model was trained on: nothing is kept.
+
+    Raises:
+        DataError: if it holds no text.
+    """
+    ids, sizes, digest = [], [], hashlib.sha256()
+    remaining = iter(documents)
+    while batch := list(islice(remaining, DOCUMENTS_AT_ONCE)):
+        for text, encoded in zip(batch, tokenizer.encode_documents(batch), strict=True):
+            ids.append(np.array(encoded))
+            sizes.append(measure(text))
+            digest.update(utf_8(text) + b"\0")
+    if not ids:
+        raise DataError("the corpus holds no text", "choose another split or dataset")
+    offsets = np.cumsum([0, *map(len, ids)])
+    num_bytes, num_words = np.sum(sizes, axis=0).tolist()
+    return TokenizedSplit(
+        np.concatenate(ids),
+        offsets,
+        SplitFacts(len(ids), int(offsets[-1]), num_bytes, num_words, digest.hexdigest()),
+        len(tokenizer),
+    )
+
+
+def document_sizes(documents: Iterable[str], facts: SplitFacts) -> np.ndarray:
+    """Bytes and words of each document, (2, num_documents), as `SplitFacts` counts them.
+
+    Raises:
+        DataError: if the documents are not those of `facts`.
+    """
+    sizes = np.array([measure(text) for text in documents]).T
+    if sizes.shape != (2, facts.num_documents) or sizes.sum(1).tolist() != [facts.num_bytes, facts.num_words]:
+        raise DataError("the corpus has changed while it was read", "try again, or restore it as it was")
+    return sizes
 
 
 def read_folder(folder: Path, from_cache: bool) -> TokenizedCorpus:

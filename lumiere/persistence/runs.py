@@ -42,6 +42,7 @@ Each folder `run_<id>_<date>_<time>` is one training run:
 | `metrics.jsonl` | what was measured, one JSON object a line |
 | `run.json` | status, device, versions, command |
 | `notes.json` | your tags and note, where you wrote some |
+| `eval/` | what `lumiere eval` has found, where you called it |
 | `checkpoints/` | `best`, `latest`, the one before it (`previous`), and snapshots of steps, as safetensors |
 
 `lumiere runs ls` lists the runs; a folder that is deleted is simply gone. Git ignores this folder.

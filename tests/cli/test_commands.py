@@ -24,8 +24,10 @@ def run_command(*arguments: str) -> str:
 
 
 @pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
+def runs_dir(trained_run: Run, tmp_path: Path) -> str:
+    """With a copy of the trained run, since `eval` keeps what it has found with the run."""
+    shutil.copytree(trained_run.path.parent, tmp_path / "trained")
+    return str(tmp_path / "trained")
 
 
 def test_version_and_help() -> None:

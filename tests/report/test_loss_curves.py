@@ -9,7 +9,8 @@ import pytest
 
 from lumiere.errors import LumiereError
 from lumiere.persistence.history import History, Point
-from lumiere.report.loss_curves import COLOURS, LossCurves, draw, save_loss_curves
+from lumiere.report.loss_curves import LossCurves, draw, save_loss_curves
+from lumiere.report.pictures import COLOURS
 
 HISTORY = History(
     training=tuple(Point(step, 100 * step, step / 4, 8 - step) for step in range(1, 5)),

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lumiere.cli.evaluate import read_text
 from lumiere.cli.loading import OpenedModel
+from lumiere.cli.scored_text import read_text
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
     """
     from lumiere.data.tokenizer import SOT
 
-    text = read_text(file)
+    text = read_text(str(file))
     if not text.strip():
         raise LumiereError(f"{str(file)!r} holds no text", "give a file with some")
     tokens = (SOT, *opened.tokenizer.encode(text))

@@ -30,6 +30,7 @@ def describe(entry: Entry) -> dict[str, Any]:
     from dataclasses import asdict
 
     from lumiere.persistence.comparison import changed_values, config_values
+    from lumiere.persistence.evaluations import read_evaluations
     from lumiere.persistence.history import last_records
     from lumiere.persistence.inventory import checkpoint_files, disk_bytes
 
@@ -47,6 +48,7 @@ def describe(entry: Entry) -> dict[str, Any]:
         "last_training": training,
         "last_evaluation": evaluation,
         "checkpoints": [asdict(checkpoint) for checkpoint in checkpoint_files(run)],
+        "evaluations": [asdict(kept) for kept in read_evaluations(run)],
         "disk_bytes": disk_bytes(run.path),
         "repeat": shlex.join(["lumiere", "train", str(run.config_path)]),
         "original_command": original_command(entry),
@@ -87,12 +89,27 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
     heading("checkpoints")
     for line in checkpoint_lines(details["checkpoints"]):
         out().print(f"  {escape(printable(line))}")
+    if details["evaluations"]:
+        heading("evaluations")
+        for kept in details["evaluations"]:
+            out().print(f"  {escape(printable(evaluation_line(kept)))}")
     heading("repeat")
     out().print(f"  {escape(printable(details['repeat']))}")
     if details["original_command"]:
         command = shortened(printable(details["original_command"]), MAX_TEXT)
         out().print(f"  {escape(command)}  [dim]as it was started[/]")
     show_config(details)
+
+
+def evaluation_line(kept: dict[str, Any]) -> str:
+    if kept["problem"]:
+        return f"{text_cell(kept['name'], MAX_TEXT)}  damaged: {text_cell(kept['problem'])}"
+    found = kept["figures"]
+    return (
+        f"{text_cell(kept['checkpoint'])} (step {number(kept['step'], ',')}) on {text_cell(kept['corpus'])}, "
+        f"{text_cell(kept['protocol'])}: loss {number(found['loss'], '.4f')}, "
+        f"bits per byte {number(found['bits_per_byte'], '.4f')}, accuracy {number(found['accuracy'], '.2%')}"
+    )
 
 
 def show_config(details: dict[str, Any]) -> None:

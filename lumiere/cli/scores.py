@@ -1,0 +1,229 @@
+"""How evaluations are written, in words and in JSON."""
+
+import sys
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from lumiere.cli.console import escape, out
+from lumiere.cli.runs.cells import table
+from lumiere.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, PairedDifference, paired_difference
+from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
+from lumiere.persistence.runs import Run
+
+SHOWN_POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A run, and how its model did.
+
+    Attributes:
+        tokenizer: fingerprint of its tokenizer.
+        about: what was scored, and how, as it stands in the JSON.
+    """
+
+    run: Run
+    tokenizer: str
+    about: dict[str, Any]
+    found: DetailedEvaluation
+
+
+def values_of(one: Evaluated) -> dict[str, Any]:
+    """An evaluation as JSON; `word_perplexity`, `byte_perplexity` and `bits_per_byte` as lm-eval calls them."""
+    found = one.found
+    return {
+        **one.about,
+        **asdict(found.evaluation),
+        "byte_perplexity": found.byte_perplexity,
+        "accuracy": found.accuracy,
+        "accuracy_at_5": found.accuracy_at_5,
+        "standard_errors": found.standard_errors,
+        "bootstrap": {"over": "documents", "num_resamples": found.num_resamples, "seed": found.seed},
+        "baselines": None if found.baselines is None else [asdict(baseline) for baseline in found.baselines],
+        "calibration": asdict(found.calibration),
+        "by_position": asdict(found.by_position),
+        "by_frequency": None if found.by_frequency is None else asdict(found.by_frequency),
+        "by_document": asdict(found.by_document),
+    }
+
+
+def as_values(evaluated: list[Evaluated]) -> dict[str, Any]:
+    """One evaluation, or several with the differences of each from the first."""
+    if len(evaluated) == 1:
+        return values_of(evaluated[0])
+    first, *others = evaluated
+    return {
+        "runs": [values_of(one) for one in evaluated],
+        "differences": [
+            {
+                "run": one.run.name,
+                "less": first.run.name,
+                **{name: None if d is None else asdict(d) for name, d in differences(first, one).items()},
+            }
+            for one in others
+        ],
+    }
+
+
+def windowing(one: Evaluated) -> tuple[Any, ...]:
+    return tuple(one.about[key] for key in ("context_size", "stride", "protocol"))
+
+
+def differences(first: Evaluated, other: Evaluated) -> dict[str, PairedDifference | None]:
+    """Of bits per byte; of the loss too where it is over the same tokens in the same windows."""
+    is_alike = (first.tokenizer, windowing(first)) == (other.tokenizer, windowing(other))
+    figures = ("bits_per_byte", "loss") if is_alike else ("bits_per_byte",)
+    return {figure: paired_difference(first.found.totals, other.found.totals, figure) for figure in figures}
+
+
+def show(evaluated: list[Evaluated]) -> None:
+    if len(evaluated) == 1:
+        show_one(evaluated[0])
+    else:
+        show_several(evaluated)
+
+
+def show_one(one: Evaluated) -> None:
+    found, about, evaluation = one.found, one.about, one.found.evaluation
+    out().print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
+    show_corpus(about)
+    show_windows(about)
+    rows = [
+        ("loss", "loss", ".4f", "nats a token"),
+        ("perplexity", "perplexity", ",.2f", "exp(loss)"),
+        ("bits per byte", "bits_per_byte", ".4f", "comparable between tokenizers"),
+        ("word perplexity", "word_perplexity", ",.1f", "words by white space, line ends counted"),
+        ("accuracy", "accuracy", ".2%", "the likeliest token was right"),
+        ("accuracy at 5", "accuracy_at_5", ".2%", "it was among the 5 likeliest"),
+    ]
+    for name, key, form, meaning in rows:
+        value = getattr(found, key) if hasattr(found, key) else getattr(evaluation, key)
+        error = "" if found.standard_errors is None else f"± {found.standard_errors[key]:{form}}"
+        print_row(name, f"{value:{form}}", error, meaning)
+    print_row("calibration error", f"{found.calibration.ece:.2%}", "", "ECE, 15 bins")
+    if about["protocol"] == "windows":
+        print_row("mean batch loss", f"{evaluation.mean_batch_loss:.4f}", "", "the card's loss (4.4180)")
+        perplexity = f"{evaluation.mean_batch_perplexity:,.2f}"
+        print_row("mean batch perplexity", perplexity, "", "the card's perplexity (85.01)")
+    if found.standard_errors is not None:
+        out().print(f"[dim]±: standard error, {found.num_resamples:,} bootstrap resamples of the documents[/]")
+    show_baselines(one)
+    show_groups("by tokens before it in the window", sampled_positions(found.by_position))
+    if found.by_frequency is not None:
+        show_groups("by the token's count in training", found.by_frequency)
+    out().print(
+        f"\n{evaluation.num_tokens:,} tokens in {evaluation.num_windows:,} windows, "
+        f"{evaluation.num_batches:,} batches of {evaluation.batch_size}, {evaluation.seconds:.1f} s"
+    )
+
+
+def show_corpus(about: dict[str, Any]) -> None:
+    documents = f"{about['documents']:,} document{'s' * (about['documents'] != 1)}"
+    out().print(f"{escape(about['corpus'])} ({about['corpus_sha256'][:8]}): {documents}, {about['num_bytes']:,} bytes")
+
+
+def heading(about: dict[str, Any], with_windows: bool) -> str:
+    """What was scored, and how, in a line."""
+    corpus = f"{about['corpus']} ({about['corpus_sha256'][:8]})"
+    if not with_windows:
+        return corpus
+    strided = "strided, " if about["protocol"] != "windows" else ""
+    return f"{corpus}, {strided}windows of {about['context_size']} tokens, each {about['stride']} after the one before"
+
+
+def show_windows(about: dict[str, Any]) -> None:
+    size, stride = about["context_size"], about["stride"]
+    if about["protocol"] == "windows":
+        out().print(f"windows of {size} tokens that overlap by {about['sliding_window_size']}, as in training")
+        out().print(f"{about['tokens_scored']}; --stride N scores each once\n")
+    else:
+        out().print(f"strided: windows of {size} tokens, each {stride} after the one before")
+        out().print(f"{about['tokens_scored']}, with {size + 1 - stride} tokens before it or more, where there are\n")
+
+
+def print_row(name: str, value: str, error: str, meaning: str) -> None:
+    out().print(f"[bold]{name:21}[/]  {value:>10} {error:9}  [dim]{meaning}[/]")
+
+
+def show_baselines(one: Evaluated) -> None:
+    if one.found.baselines is None:
+        return
+    evaluation = one.found.evaluation
+    rows = [["beside counting", "loss", "perplexity", "bits per byte"]]
+    for name, it in (*((b.name, b) for b in one.found.baselines), ("this model", evaluation)):
+        rows.append([name, f"{it.loss:.4f}", f"{it.perplexity:,.2f}", f"{it.bits_per_byte:.4f}"])
+    sys.stdout.write("\n" + table(rows))
+
+
+def sampled_positions(groups: LossByGroup) -> LossByGroup:
+    """Ranges of positions, each twice as long as the one before, whose means can be read."""
+    edges = [edge for edge in SHOWN_POSITIONS if edge <= len(groups.names)]
+    edges.append(len(groups.names) + 1)
+    names, losses, counts = [], [], []
+    for first, end in pairwise(edges):
+        count = sum(groups.counts[first - 1 : end - 1])
+        parts = zip(groups.losses[first - 1 : end - 1], groups.counts[first - 1 : end - 1], strict=True)
+        nats = sum(loss * number for loss, number in parts if number)
+        names.append(f"{first:,}" if end == first + 1 else f"{first:,} to {end - 1:,}")
+        losses.append(nats / count if count else float("nan"))
+        counts.append(count)
+    return LossByGroup(names, losses, counts)
+
+
+def show_groups(heading: str, groups: LossByGroup) -> None:
+    rows = [[heading, "loss", "tokens"]]
+    for name, loss, count in zip(groups.names, groups.losses, groups.counts, strict=True):
+        rows.append([name, f"{loss:.4f}" if count else "-", f"{count:,}"])
+    sys.stdout.write("\n" + table(rows))
+
+
+def show_several(evaluated: list[Evaluated]) -> None:
+    first, *others = evaluated
+    show_corpus(first.about)
+    if all(windowing(one) == windowing(first) for one in others):
+        show_windows(first.about)
+    else:
+        out().print("the windows differ, so the losses are over other contexts\n")
+    names = ["", *(one.run.id for one in evaluated)]
+    rows = [names, ["checkpoint", *(f"{one.about['checkpoint']} ({one.about['step']:,})" for one in evaluated)]]
+    rows.append(["windows", *(f"{one.about['context_size']}, {one.about['stride']} apart" for one in evaluated)])
+    rows.append(["tokens scored", *(f"{one.found.evaluation.num_tokens:,}" for one in evaluated)])
+
+    def add(name: str, key: str, form: str) -> None:
+        values = [one.found if hasattr(one.found, key) else one.found.evaluation for one in evaluated]
+        rows.append([name, *(format(getattr(value, key), form) for value in values)])
+
+    add("loss", "loss", ".4f")
+    add("perplexity", "perplexity", ",.2f")
+    add("bits per byte", "bits_per_byte", ".4f")
+    if all(one.found.standard_errors for one in evaluated):
+        errors = [(one.found.standard_errors or {})["bits_per_byte"] for one in evaluated]
+        rows.append(["  standard error", *(f"{error:.4f}" for error in errors)])
+    add("word perplexity", "word_perplexity", ",.1f")
+    add("accuracy", "accuracy", ".2%")
+    add("accuracy at 5", "accuracy_at_5", ".2%")
+    rows.append(["calibration error", *(f"{one.found.calibration.ece:.2%}" for one in evaluated)])
+    for index, baseline in enumerate(first.found.baselines or []):
+        found = [one.found.baselines for one in evaluated]
+        cells = (f"{scores[index].bits_per_byte:.4f}" if scores else "-" for scores in found)
+        rows.append([f"{baseline.name}, bits per byte", *cells])
+    sys.stdout.write(table(rows))
+    for one in others:
+        show_differences(first, one)
+    if first.found.totals.num_documents > 1:
+        out().print(f"[dim]interval: {CONFIDENCE:.0%}, paired bootstrap, {NUM_RESAMPLES:,} resamples of documents[/]")
+    if any(one.tokenizer != first.tokenizer for one in others):
+        sys.stdout.write("\nthe tokenizers differ, so only bits per byte and word perplexity compare\n")
+
+
+def show_differences(first: Evaluated, other: Evaluated) -> None:
+    rows = [[f"{other.run.id} less {first.run.id}", "difference", "interval", "lower on"]]
+    for figure, found in differences(first, other).items():
+        if found is None:
+            sys.stdout.write("\none document is too few for a paired difference\n")
+            return
+        interval = f"{found.low:+.4f} to {found.high:+.4f}"
+        lower = f"{found.num_lower:,} of {found.num_documents:,} documents"
+        rows.append([figure.replace("_", " "), f"{found.difference:+.4f}", interval, lower])
+    sys.stdout.write("\n" + table(rows))

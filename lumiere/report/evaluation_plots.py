@@ -1,0 +1,118 @@
+"""An evaluation as a picture: the loss by position, the loss by frequency, and reliability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
+from lumiere.report.pictures import (
+    COLOURS,
+    INK,
+    LINE_STYLES,
+    check_picture,
+    new_figure,
+    save_figure,
+    style_axes,
+    style_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LARGEST_DOT = 200
+"""Area in square points of the dot of a bin that holds all tokens."""
+SMALLEST_DOT = 4
+CAPTION = (
+    "Losses in nats a token. Reliability: of the tokens that the model gave a probability, how often they were right; "
+    "a dot's area is its share of the tokens, and on the dotted line they are right as often as the model says."
+)
+
+
+@dataclass(frozen=True)
+class EvaluationPlot:
+    """An evaluation, and what it is called: the run and its checkpoint."""
+
+    label: str
+    found: DetailedEvaluation
+
+
+def save_evaluation_plots(path: Path, plots: Sequence[EvaluationPlot], text: str) -> None:
+    """Draws the evaluations, each in its colour, and writes the picture by the path's suffix.
+
+    Args:
+        text: what was scored: a loss says nothing without what it is over.
+
+    Raises:
+        LumiereError: the path will not do, matplotlib is not installed, or the file cannot be written.
+    """
+    check_picture(path)
+    save_figure(path, draw(plots, text), "Evaluation", CAPTION)
+
+
+def draw(plots: Sequence[EvaluationPlot], text: str) -> Figure:
+    """The figure: two panels, or three where the training split was at hand."""
+    has_frequency = any(plot.found.by_frequency is not None for plot in plots)
+    figure = new_figure(15 if has_frequency else 10, 5)
+    positions, *others = figure.subplots(1, 3 if has_frequency else 2)
+    for index, plot in enumerate(plots):
+        colour = COLOURS[index % len(COLOURS)]
+        style = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
+        draw_positions(positions, plot, colour, style)
+        if plot.found.by_frequency is not None:
+            draw_frequencies(others[0], plot.found.by_frequency, colour, style)
+        draw_reliability(others[-1], plot.found, colour, style)
+    positions.set_xscale("log", base=2)
+    positions.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+    positions.set_title("Loss by position")
+    positions.set_xlabel("tokens before it in the window")
+    positions.set_ylabel("loss (nats a token)")
+    if has_frequency:
+        longest = max((p.found.by_frequency.names for p in plots if p.found.by_frequency is not None), key=len)
+        others[0].set_xticks(range(len(longest)), [short_range(name) for name in longest])
+        others[0].set_title("Loss by frequency")
+        others[0].set_xlabel("the token's count in training")
+        others[0].set_ylabel("loss (nats a token)")
+    others[-1].plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1)
+    others[-1].set_title("Reliability")
+    others[-1].set_xlabel("probability of the likeliest token")
+    others[-1].set_ylabel("how often it was right")
+    for axes in (positions, *others):
+        style_axes(axes)
+    for axes in (positions, others[-1]):
+        style_text(*axes.legend(loc="best", frameon=False).get_texts())
+    style_text(figure.suptitle(text))
+    return figure
+
+
+def draw_positions(axes: Axes, plot: EvaluationPlot, colour: str, style: str) -> None:
+    losses = plot.found.by_position.losses
+    axes.plot(range(1, len(losses) + 1), losses, color=colour, linestyle=style, linewidth=1.8, label=plot.label)
+
+
+def draw_frequencies(axes: Axes, groups: LossByGroup, colour: str, style: str) -> None:
+    seen = [index for index, count in enumerate(groups.counts) if count]
+    losses = [groups.losses[index] for index in seen]
+    axes.plot(seen, losses, color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=5)
+
+
+def draw_reliability(axes: Axes, found: DetailedEvaluation, colour: str, style: str) -> None:
+    """A dot for each bin that is not empty."""
+    table = found.calibration
+    total = sum(table.counts)
+    bins = [i for i, count in enumerate(table.counts) if count]
+    confidences, accuracies = [table.confidences[i] for i in bins], [table.accuracies[i] for i in bins]
+    label = f"ECE {table.ece:.2%}"
+    axes.plot(confidences, accuracies, color=colour, linestyle=style, linewidth=1.2, label=label)
+    areas = [max(SMALLEST_DOT, LARGEST_DOT * table.counts[i] / total) for i in bins]
+    axes.scatter(confidences, accuracies, areas, color=colour)
+
+
+def short_range(name: str) -> str:
+    """`10,000 to 99,999` as `10K+`: eight of them stand side by side."""
+    first, *rest = name.split(" to ")
+    first = first.replace(",000", "K").replace("KK", "M")
+    return f"{first}+" if rest else first

@@ -1,0 +1,144 @@
+"""Pictures of any kind: PNG, SVG, or one HTML file that needs nothing else; readable on a light and on a dark page."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lumiere.errors import LumiereError
+from lumiere.persistence.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+SUFFIXES = (".png", ".svg", ".html")
+# Okabe and Ito 2008, "Color Universal Design", without black and yellow, which vanish on a dark and on a light page.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINE_STYLES = ("-", "--", ":", "-.")  # the next one for each round of the colours
+INK = "#010203"  # stands for the page's own text colour, and is no other's
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ color: #111; background: #fff; font: 16px/1.5 system-ui, sans-serif; }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+svg {{ width: 100%; height: auto; }}
+@media (prefers-color-scheme: dark) {{ body {{ color: #eee; background: #111; }} }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{svg}
+<p>{caption}</p>
+</body>
+</html>
+"""
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a path that no picture can be written to.
+
+    Raises:
+        LumiereError: its suffix is none of `SUFFIXES`, it is a folder, or its folder is not there.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise LumiereError(f"{str(path)!r} is no picture", f"its name has to end in {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise LumiereError(f"{str(path)!r} is a folder", "give the name of a file")
+    if not path.parent.is_dir():
+        raise LumiereError(f"there is no folder {str(path.parent)!r}", "make it first, or choose another")
+
+
+def check_drawing() -> None:
+    """Refuses to draw where that cannot be.
+
+    Raises:
+        LumiereError: matplotlib is not installed.
+    """
+    new_figure(1, 1)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, its size in inches.
+
+    Raises:
+        LumiereError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise LumiereError(
+            "a picture needs matplotlib, which is not installed", "pip install 'lumiere[plot]'"
+        ) from None
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def style_axes(axes: Axes) -> None:
+    """All that is no data in the colour of the text, over nothing."""
+    axes.set_facecolor("none")
+    axes.grid(alpha=0.2, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    for side in axes.spines.values():
+        side.set_color(INK)
+    axes.tick_params(which="both", colors=INK)
+    style_text(axes.title, axes.xaxis.label, axes.yaxis.label)
+
+
+def style_text(*texts: Text) -> None:
+    """Text as it is, in the page's colour: a corpus may have dollars in its name."""
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_color(INK)
+
+
+def save_figure(path: Path, figure: Figure, title: str, caption: str) -> None:
+    """Writes the figure atomically, in the format of the path's suffix.
+
+    Args:
+        title, caption: of a page.
+
+    Raises:
+        LumiereError: the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".html":
+        data = page(title, inline_svg(figure), caption).encode()
+    else:
+        data = rendered(figure, suffix.removeprefix("."), facecolor="white")
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise LumiereError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}", "choose another place"
+        ) from error
+
+
+def rendered(figure: Figure, form: str, facecolor: str) -> bytes:
+    """The figure as PNG or SVG. Text stays text in an SVG, and the same losses give the same bytes."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else None
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lumiere"}):
+        figure.savefig(buffer, format=form, metadata=metadata, facecolor=facecolor)
+    return buffer.getvalue()
+
+
+def inline_svg(figure: Figure) -> str:
+    """The figure as an element of a page, without a background, its text in the colour of the page's."""
+    text = rendered(figure, "svg", facecolor="none").decode()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def page(title: str, svg: str, caption: str) -> str:
+    """One self-contained HTML file."""
+    return PAGE.format(title=html.escape(title), svg=svg, caption=html.escape(caption))

@@ -1,0 +1,261 @@
+"""`lumiere eval` on trained runs: what it prints, keeps, compares, and gives to scripts."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.evaluations import MAX_FILES, evaluation_name, read_evaluations, save_evaluation
+from lumiere.persistence.inventory import disk_bytes
+from lumiere.persistence.lock import locked
+from lumiere.persistence.runs import Run
+from tests.cli.test_runs import key_paths
+
+OTHER = "run_zzzzzzzz_20990101_000000"
+
+
+def invoke(*arguments: str, text: str | bytes | None = None) -> Result:
+    result = CliRunner().invoke(app, list(arguments), input=text, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def read_json(*arguments: str, text: str | bytes | None = None) -> Any:
+    return json.loads(invoke(*arguments, "--json", text=text).stdout)
+
+
+@pytest.fixture
+def run(trained_run: Run) -> Run:
+    """A copy of the trained run in `runs`, to be changed."""
+    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
+    return Run(Path("runs") / trained_run.name)
+
+
+@pytest.fixture
+def early(run: Run) -> Run:
+    """The same with the weights of the beginning."""
+    early = Run(Path("runs") / OTHER)
+    shutil.copytree(run.path, early.path)
+    first = early.checkpoints_dir / "step-00000000.safetensors"
+    shutil.copyfile(first, early.checkpoints_dir / "best.safetensors")
+    return early
+
+
+def test_it_prints_what_it_gives_to_scripts(run: Run) -> None:
+    found, printed = read_json("eval", run.id), invoke("eval", run.id).stdout
+    assert found["accuracy"] < found["accuracy_at_5"]
+    assert found["byte_perplexity"] == pytest.approx(2 ** found["bits_per_byte"])
+    for value in ("loss", "bits_per_byte"):
+        assert f"{found[value]:.4f} ± {found['standard_errors'][value]:.4f}" in printed
+    assert f"stories validation ({found['corpus_sha256'][:8]}): {found['documents']} documents" in printed
+    assert "windows of 16 tokens that overlap by 4, as in training\ntokens in an overlap are scored twice" in printed
+    names = [baseline["name"] for baseline in found["baselines"]]
+    assert names == ["uniform", "unigram", "bigram", "kneser-ney 5-gram"]
+    assert found["baselines"][0]["perplexity"] == pytest.approx(320)
+    for baseline in found["baselines"]:
+        assert f"{baseline['loss']:.4f}" in printed
+    assert read_json("eval", run.id, "--no-baselines")["baselines"] is None
+
+
+def test_strided_counts_each_token_once_and_says_so(run: Run, tiny_corpus: TokenizedCorpus) -> None:
+    twice, once = read_json("eval", run.id), read_json("eval", run.id, "--stride", "8")
+    assert once["num_tokens"] == tiny_corpus.splits["validation"].facts.num_targets < twice["num_tokens"]
+    assert (twice["protocol"], once["protocol"], once["stride"]) == ("windows", "stride-8", 8)
+    printed = invoke("eval", run.id, "--stride", "8").stdout
+    assert "strided: windows of 16 tokens, each 8 after the one before\neach token is scored once, with 9" in printed
+    assert "the card's loss" not in printed, "which is over other tokens"
+
+
+def test_a_text_from_stdin_is_that_of_a_file(run: Run) -> None:
+    text = "Once upon a time there was a fox.\r\nIt sang: é.\n"
+    Path("text.txt").write_bytes(text.encode())
+    from_file = read_json("eval", run.id, "--text", "text.txt")
+    from_stdin = read_json("eval", run.id, "--text", "-", text=text.encode())
+    assert from_stdin["corpus"] == "stdin"
+    for key in ("loss", "corpus_sha256", "num_bytes", "baselines"):
+        assert from_stdin[key] == from_file[key]
+    assert from_file["num_bytes"] == len(text.encode())
+    assert from_file["standard_errors"] is None, "one document"
+
+
+def test_a_text_needs_no_corpus_but_for_the_baselines(run: Run) -> None:
+    run.update(corpus_sha256="another")
+    Path("text.txt").write_text("Once upon a time there was a fox.")
+    result = invoke("eval", run.id, "--text", "text.txt", "--json")
+    found = json.loads(result.stdout)
+    assert math.isfinite(found["loss"])
+    assert found["baselines"] is found["by_frequency"] is None
+    assert "no baselines, and no losses by frequency" in result.stderr
+
+
+def test_a_dataset_is_scored_in_the_tokens_of_the_model(run: Run) -> None:
+    Path("data").mkdir()
+    texts = ["The owl sang.", "Once upon a time."]
+    for split in ("train", "validation"):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (Path("data") / f"{split}.jsonl").write_text("".join(lines))
+    found = read_json("eval", run.id, "--dataset", "data", "--split", "train")
+    assert (found["corpus"], found["documents"]) == ("data train", 2)
+    assert found["num_bytes"] == sum(map(len, texts))
+    nats = 0.0
+    for number, text in enumerate(texts):
+        alone = read_json("eval", run.id, "--text", "-", text=text)
+        assert alone["loss"] == pytest.approx(found["by_document"]["losses"][number], rel=1e-6)
+        nats += alone["loss"] * alone["num_tokens"]
+    assert found["loss"] == pytest.approx(nats / found["num_tokens"], rel=1e-6)
+
+
+def test_runs_are_compared_document_by_document(run: Run, early: Run) -> None:
+    compared = read_json("eval", run.id, early.id, run.name)
+    assert [one["run"] for one in compared["runs"]] == [run.name, early.name], "each once"
+    (difference,) = compared["differences"]
+    assert (difference["run"], difference["less"]) == (early.name, run.name)
+    trained, untrained = compared["runs"]
+    for figure in ("loss", "bits_per_byte"):
+        paired = difference[figure]
+        assert paired["difference"] == pytest.approx(untrained[figure] - trained[figure])
+        assert 0 < paired["low"] <= paired["difference"] <= paired["high"], "it has learned something"
+        assert (paired["num_documents"], paired["num_lower"]) == (trained["documents"], 0)
+    printed = invoke("eval", run.id, early.id).stdout
+    paired = difference["bits_per_byte"]
+    assert f"{early.id} less {run.id}" in printed
+    assert f"{paired['difference']:+.4f}  {paired['low']:+.4f} to {paired['high']:+.4f}  0 of 2 documents" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_it_draws(run: Run, early: Run) -> None:
+    result = invoke("eval", run.id, early.id, "-o", "eval.svg", "--json")
+    assert len(json.loads(result.stdout)["runs"]) == 2
+    assert "wrote eval.svg" in result.stderr
+    drawn = Path("eval.svg").read_text(encoding="utf-8")
+    for text in (f"{run.id}, best", f"{early.id}, best", "stories validation (", "windows of 16 tokens, each 13 after"):
+        assert text in drawn
+
+
+def test_runs_with_other_windows_are_compared_by_bytes(run: Run, early: Run) -> None:
+    config = early.config_path.read_text()
+    early.config_path.write_text(config.replace("sliding_window_size: 4", "sliding_window_size: 0"))
+    compared = read_json("eval", run.id, early.id)
+    assert [one["tokens_scored"] for one in compared["runs"]] == [
+        "tokens in an overlap are scored twice",
+        "the first token of a window is not scored",
+    ]
+    assert "loss" not in compared["differences"][0]
+    printed = invoke("eval", run.id, early.id, "-o", "eval.svg").stdout
+    assert "the windows differ, so the losses are over other contexts" in printed
+    assert [*re.findall("16, [0-9]+ apart", printed)] == ["16, 13 apart", "16, 17 apart"]
+    assert "windows of" not in Path("eval.svg").read_text(encoding="utf-8")
+
+
+def test_runs_with_other_texts_are_not_compared(run: Run, early: Run, tmp_path: Path) -> None:
+    config = early.config_path.read_text().replace("num_documents: 10", "num_documents: 20")
+    early.config_path.write_text(config)
+    from lumiere.data.dataset import tokenize_corpus
+
+    early.update(corpus_sha256=tokenize_corpus(early.load_config()).fingerprint)
+    shutil.copyfile(run.tokenizer_path, early.tokenizer_path)
+    result = CliRunner().invoke(app, ["eval", run.id, early.id])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is another text than that of run" in result.stderr
+    assert not (run.path / "eval").exists(), "nothing is kept of half a comparison"
+
+
+def test_it_is_kept_with_the_run_and_shown(run: Run) -> None:
+    before = disk_bytes(run.path)
+    found = read_json("eval", run.id)
+    invoke("eval", run.id)  # the same question: the same file
+    read_json("eval", run.id, "--stride", "4")
+    paths = sorted((run.path / "eval").iterdir())
+    hashed = found["corpus_sha256"][:8]
+    names = [f"best-stories-validation-{hashed}-stride-4.json", f"best-stories-validation-{hashed}-windows.json"]
+    assert [path.name for path in paths] == names
+    kept = json.loads(paths[1].read_text())
+    assert kept | {"seconds": 0} == found | {"seconds": 0}
+    assert disk_bytes(run.path) == before + sum(path.stat().st_size for path in paths)
+    shown = read_json("runs", "show", run.id)["evaluations"]
+    assert [one["name"] + ".json" for one in shown] == names
+    assert shown[1]["figures"]["loss"] == found["loss"]
+    printed = invoke("runs", "show", run.id).stdout
+    assert f"on stories validation, windows: loss {found['loss']:.4f}, bits per byte" in printed
+    invoke("runs", "rm", run.id, "--yes")
+    assert not run.path.exists()
+
+
+def test_a_run_that_is_being_trained_can_be_evaluated(run: Run) -> None:
+    run.update(status="running")
+    with locked(run.path):
+        found = read_json("eval", run.id)
+        assert run.status == "running"
+    assert found["loss"] == pytest.approx(run.record["best_loss"], abs=1e-6)
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_scored_as_it_was(
+    run: Run, early: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = CheckpointManager.load
+
+    def load_and_replace(*arguments: Any, **options: Any) -> Any:
+        loaded = load(*arguments, **options)
+        shutil.copyfile(early.checkpoints_dir / "best.safetensors", run.checkpoints_dir / "best.safetensors")
+        return loaded
+
+    monkeypatch.setattr(CheckpointManager, "load", load_and_replace)
+    found = read_json("eval", run.id)
+    assert found["step"] == run.record["best_step"]
+    assert found["loss"] == pytest.approx(run.record["best_loss"], abs=1e-6)
+
+
+def test_an_evaluation_that_cannot_be_kept_is_given_all_the_same(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (run.path / "eval").symlink_to(tmp_path / "elsewhere")
+    result = invoke("eval", run.id, "--json")
+    assert "loss" in json.loads(result.stdout)
+    assert "not kept: " in result.stderr
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_damaged_evaluations_are_named_and_harm_nothing(run: Run) -> None:
+    save_evaluation(run, "a", {"loss": "\x1b", "step": [], "corpus": "\x1b[2J", "accuracy": 1.5})
+    (run.path / "eval" / "b.json").write_bytes(b"\xff")
+    (run.path / "eval" / "c.json").write_text("[]")
+    (run.path / "eval" / "d.json").mkdir()
+    (run.path / "eval" / "e.txt").write_text("not ours")
+    first, *others = read_evaluations(run)
+    assert first.problem is None
+    assert first.figures is not None
+    assert (first.figures["loss"], first.step, first.figures["accuracy"]) == (None, None, 1.5)
+    assert [(kept.name, kept.problem is None) for kept in others] == [("b", False), ("c", False), ("d", False)]
+    printed = invoke("runs", "show", run.id).stdout
+    assert printed.count("damaged: ") == 3
+    assert printed.replace("\n", "").isprintable()
+
+
+def test_names_never_leave_the_folder(run: Run) -> None:
+    assert evaluation_name("best", "../../x y/é\x1b", "0123456789", "windows") == "best-text-01234567-windows"
+    for name in ("../a", ".a", "", "a/b"):
+        with pytest.raises(ValueError, match="is no name for an evaluation"):
+            save_evaluation(run, name, {})
+    for number in range(MAX_FILES + 5):
+        (run.path / "eval").mkdir(exist_ok=True)
+        (run.path / "eval" / f"{number}.json").touch()
+    assert len(read_evaluations(run)) == MAX_FILES
+
+
+def test_the_keys_of_the_json_are_a_promise(run: Run, early: Run, golden: Callable[[str, str], str]) -> None:
+    one, several = read_json("eval", run.id), read_json("eval", run.id, early.id)
+    lines = [f"eval {path}" for path in sorted(key_paths(one))]
+    lines += [f"eval RUN RUN {path}" for path in sorted(key_paths(several)) if not path.startswith(".runs[]")]
+    computed = "\n".join(lines) + "\n"
+    assert {path for path in key_paths(several) if path.startswith(".runs[]")} == {
+        f".runs[]{path}" for path in key_paths(one)
+    }
+    assert computed == golden("eval_keys.txt", computed)

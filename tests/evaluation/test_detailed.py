@@ -1,0 +1,314 @@
+"""The detailed evaluation against numpy, against a stock Llama, and against the laws of averages."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from lumiere.baselines.ngrams import fit_baselines
+from lumiere.data.dataset import SplitFacts, TokenizedSplit
+from lumiere.data.windows import Windows
+from lumiere.errors import LumiereError
+from lumiere.evaluation import evaluate
+from lumiere.evaluation.bootstrap import paired_difference, standard_errors
+from lumiere.evaluation.detailed import DetailedEvaluation, calibration, evaluate_in_detail
+from lumiere.evaluation.scoring import Protocol, score, score_logits, strided_windows, training_windows
+from lumiere.evaluation.totals import DocumentTotals
+from lumiere.models.transformer import Transformer
+from tests import reference
+
+CONTEXT, OVERLAP, VOCAB = 6, 2, 40
+LENGTHS = [15, 4, 8, 2, 21]
+SIZES = np.array([[40, 11, 19, 6, 44], [8, 2, 4, 1, 8]])
+
+
+def make_split(seed: int = 0) -> TokenizedSplit:
+    draw = np.random.default_rng(seed)
+    ids = list(chain(*([0, *draw.integers(3, VOCAB, length - 2).tolist(), 1] for length in LENGTHS)))
+    facts = SplitFacts(len(LENGTHS), len(ids), int(SIZES[0].sum()), int(SIZES[1].sum()), "")
+    return TokenizedSplit(np.array(ids, dtype=np.uint16), np.cumsum([0, *LENGTHS]), facts, VOCAB)
+
+
+SPLIT, TRAIN = make_split(), make_split(1)
+
+
+def make_model(seed: int = 2, positions: str = "learned") -> Transformer:
+    """With dropout, which an evaluation must not use, and logits that are far apart."""
+    torch.manual_seed(seed)
+    model = Transformer(VOCAB, 12, CONTEXT, 2, 2, 6, 6, 9, dropout=0.5, positions=positions)  # pyright: ignore
+    model.token_embedding.weight.data *= 20
+    return model.eval()
+
+
+def run(model: Transformer, windows: tuple[Windows, Protocol] | None = None, batch_size: int = 4) -> DetailedEvaluation:
+    windows = windows or training_windows(SPLIT, CONTEXT, OVERLAP)
+    baselines = fit_baselines(TRAIN.ids, TRAIN.offsets, VOCAB)
+    return evaluate_in_detail(model, SPLIT, SIZES, *windows, batch_size, TRAIN, baselines)
+
+
+def numpy_evaluation(model: Transformer, stride: int, once: bool) -> dict[str, object]:
+    """The same in plain Python from a transformer in numpy: a window, then a token at a time."""
+    weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    counts = Counter(t for d in np.split(TRAIN.ids, TRAIN.offsets[1:-1]) for t in d[1:].tolist())
+    scored: list[dict[str, float]] = []
+    for number, ids in enumerate(np.split(SPLIT.ids, SPLIT.offsets[1:-1])):
+        document, start, done = ids.tolist(), 0, 0
+        while True:
+            window = document[start : start + CONTEXT + 1]
+            logits, _, _ = reference.transformer(weights, window[:-1], num_heads=2)
+            for place, (row, target) in enumerate(zip(logits, window[1:], strict=True), start=1):
+                if once and start + place <= done:
+                    continue
+                likely = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+                rank = int((likely > likely[target]).sum())
+                scored.append(
+                    {
+                        "loss": -math.log(likely[target]),
+                        "rank": rank,
+                        "confidence": likely.max(),
+                        "position": place,
+                        "document": number,
+                        "digits": len(str(counts[target])) if counts[target] else 0,
+                    }
+                )
+            done = start + len(window) - 1
+            if done == len(document) - 1:
+                break
+            start += stride
+    mean = {  # of a column, by a column
+        key: {
+            value: float(np.mean([s["loss"] for s in scored if s[key] == value])) for value in {s[key] for s in scored}
+        }
+        for key in ("position", "document", "digits")
+    }
+    ece = 0.0
+    for low in range(15):
+        inside = [s for s in scored if low / 15 < s["confidence"] <= (low + 1) / 15]
+        ece += abs(sum(s["confidence"] - (s["rank"] == 0) for s in inside)) / len(scored)
+    return {
+        "loss": np.mean([s["loss"] for s in scored]),
+        "accuracy": np.mean([s["rank"] == 0 for s in scored]),
+        "accuracy_at_5": np.mean([s["rank"] < 5 for s in scored]),
+        "ece": ece,
+        "num_tokens": len(scored),
+        **mean,
+    }
+
+
+@pytest.mark.parametrize("stride", [None, 1, 4, CONTEXT])
+def test_everything_by_hand(stride: int | None) -> None:
+    model = make_model()
+    if stride is None:
+        expected, windows = numpy_evaluation(model, CONTEXT + 1 - OVERLAP, False), None
+    else:
+        expected, windows = numpy_evaluation(model, stride, True), strided_windows(SPLIT, CONTEXT, stride)
+    found = run(model, windows)
+    nats = float(expected["loss"]) * (sum(LENGTHS) - len(LENGTHS))  # pyright: ignore
+
+    def close(value: object) -> object:
+        return pytest.approx(value, rel=2e-5)
+
+    assert found.evaluation.num_tokens == expected["num_tokens"]
+    assert found.evaluation.loss == close(expected["loss"])
+    assert found.evaluation.perplexity == close(math.exp(float(expected["loss"])))  # pyright: ignore
+    assert found.evaluation.bits_per_byte == close(nats / math.log(2) / 120)
+    assert found.byte_perplexity == close(math.exp(nats / 120))
+    assert found.evaluation.word_perplexity == close(math.exp(nats / 23))
+    assert found.accuracy == close(expected["accuracy"])
+    assert found.accuracy_at_5 == close(expected["accuracy_at_5"])
+    assert 0 < found.accuracy < found.accuracy_at_5 < 1
+    assert found.calibration.ece == close(expected["ece"])
+    assert found.by_document.losses == close([expected["document"][i] for i in range(5)])  # pyright: ignore
+    by_position = expected["position"]
+    assert found.by_position.losses == close([by_position[i] for i in range(1, CONTEXT + 1)])  # pyright: ignore
+    assert found.by_frequency is not None
+    assert found.by_frequency.names[:2] == ["0", "1 to 9"]
+    by_frequency = dict(enumerate(found.by_frequency.losses))
+    assert by_frequency == close(expected["digits"])
+
+
+def test_it_is_what_training_evaluates() -> None:
+    model = make_model()
+    windows, _ = training_windows(SPLIT, CONTEXT, OVERLAP)
+    light, detailed = evaluate(model, windows, SPLIT.facts, 4), run(model).evaluation
+    for name in ("loss", "perplexity", "mean_batch_loss", "mean_batch_perplexity", "bits_per_byte", "word_perplexity"):
+        assert getattr(detailed, name) == pytest.approx(getattr(light, name), rel=1e-6)
+    for name in ("num_tokens", "num_windows", "num_batches", "batch_size"):
+        assert getattr(detailed, name) == getattr(light, name)
+
+
+def test_only_the_averages_over_batches_depend_on_the_batch_size() -> None:
+    one, seven = run(make_model(), batch_size=1), run(make_model(), batch_size=7)
+    assert one.evaluation.mean_batch_loss != seven.evaluation.mean_batch_loss
+    batchwise = ("mean_batch_loss", "mean_batch_perplexity", "num_batches", "batch_size", "seconds")
+    same = dict.fromkeys(batchwise, 0)
+    assert replace(one.evaluation, **same) == replace(seven.evaluation, **same), "to the last bit"
+    assert repr(replace(one, evaluation=None)) == repr(replace(seven, evaluation=None))  # pyright: ignore
+
+
+@pytest.mark.parametrize("stride", range(1, CONTEXT + 1))
+def test_strided_scores_each_token_once_in_order_with_enough_context(stride: int) -> None:
+    windows, protocol = strided_windows(SPLIT, CONTEXT, stride)
+    scores = score(make_model(), windows, protocol.once, {})
+    expected = [t for d in np.split(SPLIT.ids, SPLIT.offsets[1:-1]) for t in d[1:].tolist()]
+    assert scores.tokens.tolist() == expected
+    places = list(chain(*(range(1, length) for length in LENGTHS)))
+    for before, place in zip(scores.positions.tolist(), places, strict=True):
+        assert before >= min(place, CONTEXT - stride + 1)
+
+
+@pytest.mark.parametrize("stride", [0, -1, CONTEXT + 1])
+def test_a_stride_that_does_not_fit_is_refused(stride: int) -> None:
+    with pytest.raises(LumiereError, match="does not fit windows of 6 tokens"):
+        strided_windows(SPLIT, CONTEXT, stride)
+
+
+def test_a_model_that_knows_nothing_is_the_uniform_baseline() -> None:
+    model = make_model()
+    torch.nn.init.zeros_(model.token_embedding.weight)
+    found = run(model)
+    assert found.evaluation.perplexity == pytest.approx(VOCAB, rel=1e-12)
+    assert found.accuracy == pytest.approx(1 / VOCAB, rel=1e-12), "all tokens share the first place"
+    assert found.accuracy_at_5 == pytest.approx(5 / VOCAB, rel=1e-12)
+    assert found.calibration.ece == pytest.approx(0, abs=1e-12)
+    assert found.baselines is not None
+    assert found.baselines[0].name == "uniform"
+    assert found.baselines[0].bits_per_byte == pytest.approx(found.evaluation.bits_per_byte, rel=1e-12)
+
+
+def test_tokens_that_are_as_likely_share_their_places() -> None:
+    logits = torch.tensor([[3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
+    weight = torch.eye(7)
+    for token, at_1, at_5 in [(0, 0.5, 1.0), (2, 0.0, 0.75), (6, 0.0, 0.0)]:
+        found = score_logits(logits, weight, torch.tensor([token]))
+        assert (found.at_1.item(), found.at_5.item()) == (at_1, at_5)
+
+
+def test_baselines_are_scored_on_the_same_tokens_in_the_same_windows() -> None:
+    found = run(make_model())
+    fitted = fit_baselines(TRAIN.ids, TRAIN.offsets, VOCAB)
+    assert found.baselines is not None
+    for scored in found.baselines:
+        losses = []
+        for document in np.split(SPLIT.ids, SPLIT.offsets[1:-1]):
+            for start in range(0, max(1, len(document) - OVERLAP), CONTEXT + 1 - OVERLAP):
+                losses += fitted[scored.name].losses(document[None, start : start + CONTEXT + 1])[0].tolist()
+        assert len(losses) == found.evaluation.num_tokens
+        assert scored.loss == pytest.approx(np.mean(losses), rel=1e-12)
+        assert scored.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-12)
+
+
+def test_a_rotary_model_scores_as_a_stock_llama() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = make_model(positions="rotary")
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=12,
+            intermediate_size=9,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            head_dim=6,
+            max_position_embeddings=CONTEXT,
+            rms_norm_eps=1e-6,
+            rope_theta=10_000.0,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    names = {
+        "token_embedding": "model.embed_tokens",
+        "final_norm": "model.norm",
+        "attention_norm": "input_layernorm",
+        "feedforward_norm": "post_attention_layernorm",
+        **{f"attention.{ours}": f"self_attn.{ours[0]}_proj" for ours in ("query", "key", "value", "output")},
+        **{f"feedforward.{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
+    }
+
+    def llama_name(name: str) -> str:
+        block, _, part = name.removesuffix(".weight").rpartition(".") if name.count(".") < 3 else ("", "", "")
+        if name.startswith("blocks."):
+            _, layer, part = name.removesuffix(".weight").split(".", 2)
+            return f"model.layers.{layer}.{names[part]}.weight"
+        return f"{names[block or part]}.weight"
+
+    problems = llama.load_state_dict({llama_name(n): v for n, v in model.state_dict().items()}, strict=False)
+    assert problems.missing_keys == ["lm_head.weight"]
+    assert not problems.unexpected_keys
+    nats, count = 0.0, 0
+    with torch.no_grad():
+        for document in np.split(SPLIT.ids, SPLIT.offsets[1:-1]):
+            for start in range(0, max(1, len(document) - OVERLAP), CONTEXT + 1 - OVERLAP):
+                ids = torch.tensor(document[None, start : start + CONTEXT + 1].astype(np.int64))
+                nats += llama(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+                count += ids.shape[1] - 1
+    found = run(model).evaluation
+    assert found.num_tokens == count
+    assert found.loss == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_calibration_by_hand() -> None:
+    # Two tokens in the bin (1/15, 2/15], two in the last; its edge belongs to the bin below.
+    found = calibration(np.array([0.1, 2 / 15, 1.0, 0.96]), np.array([0.0, 1.0, 1.0, 0.0]))
+    assert [i for i, count in enumerate(found.counts) if count] == [1, 14]
+    assert found.confidences[1] == pytest.approx((0.1 + 2 / 15) / 2)
+    assert (found.accuracies[1], found.accuracies[14]) == (0.5, 0.5)
+    assert found.ece == pytest.approx((abs(1 - 0.1 - 2 / 15) + abs(1 - 1.96)) / 4)
+
+
+def normal_totals(seed: int, documents: int = 400, shift: float = 0.0) -> DocumentTotals:
+    draw = np.random.default_rng(seed)
+    ones = np.ones(documents)
+    return DocumentTotals(100 * (3 + shift + draw.normal(0, 0.5, documents)), *[100 * ones] * 3, *[100 * ones] * 3)
+
+
+def test_the_bootstrap_finds_the_error_of_a_mean() -> None:
+    """Of documents of one length the mean loss is a mean of means: its standard error has a formula."""
+    totals = normal_totals(0)
+    errors = standard_errors(totals)
+    assert errors is not None
+    expected = np.std(totals.nats / 100, ddof=1) / math.sqrt(400)
+    assert errors["loss"] == pytest.approx(expected, rel=0.08)  # 1,000 resamples leave some 2 %
+    assert errors["accuracy"] == 0
+    assert errors == standard_errors(totals), "seeded"
+    assert standard_errors(DocumentTotals(*(column[:1] for column in totals))) is None
+
+
+def test_a_paired_difference_is_surer_than_the_figures() -> None:
+    base = normal_totals(0)
+    other = base._replace(nats=base.nats + 1 + np.random.default_rng(1).normal(0, 0.1, 400))
+    found, errors = paired_difference(base, other, "loss"), standard_errors(base)
+    assert found is not None
+    assert errors is not None
+    assert found.difference == pytest.approx((other.nats - base.nats).mean() / 100)
+    assert found.standard_error == pytest.approx(np.std((other.nats - base.nats) / 100, ddof=1) / 20, rel=0.08)
+    assert found.standard_error < errors["loss"] / 100
+    assert found.high - found.low == pytest.approx(2 * 1.96 * found.standard_error, rel=0.1)
+    assert (found.num_documents, found.num_lower) == (400, 0)
+    same = paired_difference(base, base, "bits_per_byte")
+    assert same is not None
+    assert (same.difference, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match="the same documents"):
+        paired_difference(base, base._replace(num_bytes=base.num_bytes * 2), "loss")
+
+
+def test_dropout_is_off_and_the_mode_comes_back() -> None:
+    model = make_model()
+    expected = run(model).evaluation.loss
+    model.train()
+    assert run(model).evaluation.loss == expected
+    assert model.training
+
+
+def test_a_model_that_is_surely_wrong_is_infinite_and_not_an_error() -> None:
+    model = make_model()
+    model.token_embedding.weight.data *= 1e6
+    found = run(model)
+    assert found.evaluation.perplexity == found.evaluation.mean_batch_perplexity == math.inf
+    assert math.isfinite(found.evaluation.bits_per_byte)
+    assert json.dumps(found.by_document.losses)
