@@ -42,7 +42,7 @@ class CachedDecoder:
     ) -> None:
         self._folded = fold(model, suppressed)
         self._compiled_step = compiled_step
-        self._device = self._folded.embedding_VE.device
+        self._device = self._folded.embedding.device
         self._windows: list[list[int]] = []
         self._caches: list[Tensor] = []
         self._views: dict[int, list[tuple[Tensor, ...]]] = {}
@@ -55,7 +55,7 @@ class CachedDecoder:
         self._windows = [first_window(row, folded.context_size) for row in rows]
         self._num_cached = len(rows)
         shape = (len(rows), folded.context_size, folded.joined_size)
-        self._caches = [folded.embedding_VE.new_zeros(shape) for _ in folded.layers]
+        self._caches = [folded.embedding.new_zeros(shape) for _ in folded.layers]
         self._prepare()
         with few_threads(folded.num_weights * sum(map(len, self._windows))):
             return self._encode(range(len(rows)), with_logits=True)
@@ -104,16 +104,16 @@ class CachedDecoder:
         folded = self._folded
         windows = [self._windows[row] for row in rows]
         num_positions = max(map(len, windows))
-        # What stands to the right of a shorter row is seen by nobody: attention is causal, and later steps overwrite it.
+        # Nobody sees what stands to the right of a shorter row: attention is causal, and later steps overwrite it.
         padded = [window + [0] * (num_positions - len(window)) for window in windows]
         tokens_BT = torch.tensor(padded, device=self._device)
         index = torch.tensor(list(rows), device=self._device)
-        resid_BTE = F.embedding(tokens_BT, folded.embedding_VE)
-        if folded.positions_CE is not None:
-            resid_BTE += folded.positions_CE[:num_positions]
-        rotation = None if folded.rotation_C1K2 is None else folded.rotation_C1K2[:num_positions]
+        resid_BTE = F.embedding(tokens_BT, folded.embedding)
+        if folded.positions is not None:
+            resid_BTE += folded.positions[:num_positions]
+        rotation = None if folded.rotation is None else folded.rotation[:num_positions]
         for cache, layer in zip(self._caches, folded.layers, strict=True):
-            joined_BTW = normalized(resid_BTE) @ layer.joined_EW
+            joined_BTW = normalized(resid_BTE) @ layer.joined
             joined_BTW = rotate_pairs(joined_BTW, folded, rotation)
             cache[index, :num_positions] = joined_BTW
             if layer is folded.layers[-1] and not with_logits:
@@ -123,7 +123,7 @@ class CachedDecoder:
             resid_BTE = add_parts(resid_BTE, z_BTHV.flatten(-2), layer)
         last_B = torch.tensor([len(window) - 1 for window in windows], device=self._device)
         last_BE = resid_BTE[torch.arange(len(windows), device=self._device), last_B]
-        return torch.addmm(folded.bias_V, normalized(last_BE), folded.unembedding_EV)
+        return torch.addmm(folded.bias, normalized(last_BE), folded.unembedding)
 
     def _step_one(self, token: int, position: int) -> Tensor:
         """`step_rows` for one row, in half the operations.
@@ -132,9 +132,9 @@ class CachedDecoder:
         `(s x) W`.
         """
         folded = self._folded
-        resid_1E = folded.embedding_VE[token : token + 1]
-        if folded.positions_CE is not None:
-            resid_1E = resid_1E + folded.positions_CE[position : position + 1]
+        resid_1E = folded.embedding[token : token + 1]
+        if folded.positions is not None:
+            resid_1E = resid_1E + folded.positions[position : position + 1]
         else:
             resid_1E = resid_1E.clone()
         resid_E = resid_1E[0]
@@ -145,7 +145,7 @@ class CachedDecoder:
         for row, q, k, v, pairs, turn, branches, gate, up, joined, output, gate_up, down in views:
             scale = 1 / math.sqrt(torch.dot(resid_E, resid_E).item() / size + EPSILON)
             torch.addmm(row, resid_1E, joined, beta=0, alpha=scale, out=row)
-            if folded.rotation_C1K2 is not None:
+            if folded.rotation is not None:
                 pairs.mul_(turn)
             z_1H1V = F.scaled_dot_product_attention(q, k, v)
             resid_1E.addmm_(z_1H1V.reshape(1, -1), output)
@@ -153,7 +153,7 @@ class CachedDecoder:
             torch.addmm(branches, resid_1E, gate_up, beta=0, alpha=scale, out=branches)
             resid_1E.addmm_(F.silu(gate, inplace=True).mul_(up), down)
         scale = 1 / math.sqrt(torch.dot(resid_E, resid_E).item() / size + EPSILON)
-        return torch.addmm(folded.bias_V, resid_1E, folded.unembedding_EV, alpha=scale)
+        return torch.addmm(folded.bias, resid_1E, folded.unembedding, alpha=scale)
 
     def _view(self, layer_index: int, position: int) -> tuple[Tensor, ...]:
         """All that `_step_one` needs of a layer at a position, since making a view takes as long as a small product."""
@@ -163,11 +163,11 @@ class CachedDecoder:
         q, _, _ = split_heads(row[None], folded)
         _, k, v = split_heads(cache_SW[None, : position + 1], folded)
         pairs, turn = row, row
-        if folded.rotation_C1K2 is not None:
+        if folded.rotation is not None:
             num_turned = 2 * folded.num_heads * folded.d_key
             pairs = torch.view_as_complex(row[0, :num_turned].view(2 * folded.num_heads, -1, 2))
-            turn = torch.view_as_complex(folded.rotation_C1K2[position])
-        branches = row.new_empty(1, layer.gate_up_E2F.shape[1])
+            turn = torch.view_as_complex(folded.rotation[position])
+        branches = row.new_empty(1, layer.gate_up.shape[1])
         gate, up = branches.chunk(2, dim=-1)
         return (row, q, k, v, pairs, turn, branches, gate, up, *layer)
 
@@ -182,22 +182,22 @@ def step_rows(
         lengths_B: positions that each row has already.
         num_columns: columns of the cache to look at, more than any length.
     """
-    resid_BE = F.embedding(tokens_B, folded.embedding_VE)
-    if folded.positions_CE is not None:
-        resid_BE = resid_BE + folded.positions_CE[lengths_B]
-    rotation = None if folded.rotation_C1K2 is None else folded.rotation_C1K2[lengths_B]
+    resid_BE = F.embedding(tokens_B, folded.embedding)
+    if folded.positions is not None:
+        resid_BE = resid_BE + folded.positions[lengths_B]
+    rotation = None if folded.rotation is None else folded.rotation[lengths_B]
     rows_B = torch.arange(len(tokens_B), device=tokens_B.device)
     is_hidden_BS = torch.arange(num_columns, device=tokens_B.device) > lengths_B[:, None]
     mask_B11S = resid_BE.new_zeros(is_hidden_BS.shape).masked_fill(is_hidden_BS, -torch.inf)[:, None, None]
     for cache, layer in zip(caches, folded.layers, strict=True):
-        joined_BW = normalized(resid_BE) @ layer.joined_EW
+        joined_BW = normalized(resid_BE) @ layer.joined
         joined_BW = rotate_pairs(joined_BW, folded, rotation)
         cache.index_put_((rows_B, lengths_B), joined_BW)
         q, _, _ = split_heads(joined_BW[:, None], folded)
         _, k, v = split_heads(cache[:, :num_columns], folded)
         z_BHV = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11S).squeeze(2)
         resid_BE = add_parts(resid_BE, z_BHV.flatten(-2), layer)
-    return torch.addmm(folded.bias_V, normalized(resid_BE), folded.unembedding_EV)
+    return torch.addmm(folded.bias, normalized(resid_BE), folded.unembedding)
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -208,9 +208,9 @@ def normalized(x: Tensor) -> Tensor:
 
 def add_parts(resid: Tensor, z: Tensor, layer: FoldedLayer) -> Tensor:
     """The residual stream after a block, of the heads' joined output."""
-    resid = resid + z @ layer.output_ZE
-    gate, up = (normalized(resid) @ layer.gate_up_E2F).chunk(2, dim=-1)
-    return resid + (F.silu(gate) * up) @ layer.down_FE
+    resid = resid + z @ layer.output
+    gate, up = (normalized(resid) @ layer.gate_up).chunk(2, dim=-1)
+    return resid + (F.silu(gate) * up) @ layer.down
 
 
 def split_heads(joined_BTW: Tensor, folded: Folded) -> tuple[Tensor, Tensor, Tensor]:

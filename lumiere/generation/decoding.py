@@ -3,7 +3,7 @@
 Shapes: B rows, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -156,7 +156,7 @@ def generate_pieces(
         yield from (Piece(row, "", None, "length") for row in range(len(rows)))
         return
     active = list(range(len(rows)))
-    logits_BV = _checked(decoder.start(rows))
+    logits_BV = checked(decoder.start(rows))
     repetition = None
     if sampling.repetition_penalty is not None or sampling.no_repeat_ngram_size is not None:
         repetition = Repetition(rows, sampling, logits_BV.shape[-1], logits_BV.device)
@@ -187,10 +187,15 @@ def generate_pieces(
                 repetition.keep(going)
         if repetition is not None:
             repetition.append(ids)
-        logits_BV = _checked(decoder.step(ids))
+        logits_BV = checked(decoder.step(ids))
 
 
-def _checked(logits_BV: Tensor) -> Tensor:
+def checked(logits_BV: Tensor) -> Tensor:
+    """The logits.
+
+    Raises:
+        NonFiniteError: a row has none that is a finite number, or one that is not a number.
+    """
     # NaN is the largest of all; minus infinity, if it is the largest, stands everywhere.
     if not logits_BV.amax(-1).sum().isfinite():
         raise NonFiniteError("the model's logits are not finite numbers", "its weights are broken: train it anew")

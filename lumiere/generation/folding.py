@@ -24,12 +24,14 @@ from lumiere.models.transformer import Transformer
 class FoldedLayer(NamedTuple):
     """The matrices of a block, each to be multiplied from the right."""
 
-    joined_EW: Tensor
-    """Queries, keys and values, with the gain of the norm before them."""
-    output_ZE: Tensor
-    gate_up_E2F: Tensor
-    """Gate and up, with the gain of the norm before them."""
-    down_FE: Tensor
+    joined: Tensor
+    """(E, W): queries, keys and values, with the gain of the norm before them."""
+    output: Tensor
+    """(Z, E)."""
+    gate_up: Tensor
+    """(E, 2 F), with the gain of the norm before them."""
+    down: Tensor
+    """(F, E)."""
 
 
 @dataclass(frozen=True)
@@ -37,46 +39,46 @@ class Folded:
     """A model's weights, copied.
 
     Attributes:
-        embedding_VE: a token's vector.
-        positions_CE: a position's vector, to be added to it; None where positions are rotary.
-        rotation_C1K2: cosine and sine that turn each pair of numbers of a query or key, (C, 1, K/2, 2), or None.
-        unembedding_EV: to the logits, with the gain of the final norm.
-        bias_V: minus infinity at the ids that never come.
+        embedding: each token's vector, (V, E).
+        positions: each position's vector, to be added to it, (C, E); None where positions are rotary.
+        rotation: cosine and sine that turn each pair of numbers of a query or key, (C, 1, K/2, 2), or None.
+        unembedding: to the logits, with the gain of the final norm, (E, V).
+        bias: minus infinity at the ids that never come, (V,).
     """
 
     context_size: int
     num_heads: int
     d_key: int
     d_value: int
-    embedding_VE: Tensor
-    positions_CE: Tensor | None
-    rotation_C1K2: Tensor | None
+    embedding: Tensor
+    positions: Tensor | None
+    rotation: Tensor | None
     layers: tuple[FoldedLayer, ...]
-    unembedding_EV: Tensor
-    bias_V: Tensor
+    unembedding: Tensor
+    bias: Tensor
 
     @property
     def joined_size(self) -> int:
         """W: queries, keys, values, and a number that is not used where their sum is odd."""
-        return self.layers[0].joined_EW.shape[1]
+        return self.layers[0].joined.shape[1]
 
     @property
     def num_weights(self) -> int:
         """Numbers that a step reads."""
-        return self.unembedding_EV.numel() + sum(matrix.numel() for layer in self.layers for matrix in layer)
+        return self.unembedding.numel() + sum(matrix.numel() for layer in self.layers for matrix in layer)
 
 
 @torch.no_grad()
 def fold(model: Transformer, suppressed: Collection[int] = ()) -> Folded:
     """The weights of `model`; later changes of the model do not reach them."""
-    embedding_VE = model.token_embedding.weight.detach().clone()
+    embedding = model.token_embedding.weight.detach().clone()
     attention = model.blocks[0].attention
     is_rotary = model.positions == "rotary"
     order = _neighbours(attention) if is_rotary else None
     rotation = None
     if is_rotary:
-        positions_C = torch.arange(model.context_size, device=embedding_VE.device)
-        tables = rotation_at(positions_C, model.d_key, embedding_VE.dtype)
+        positions_C = torch.arange(model.context_size, device=embedding.device)
+        tables = rotation_at(positions_C, model.d_key, embedding.dtype)
         half = model.d_key // 2
         rotation = torch.stack([tables.cos[..., :half], tables.sin[..., :half]], dim=-1)
     layers = []
@@ -96,12 +98,12 @@ def fold(model: Transformer, suppressed: Collection[int] = ()) -> Folded:
         num_heads=attention.num_heads,
         d_key=attention.d_key,
         d_value=attention.d_value,
-        embedding_VE=embedding_VE,
-        positions_CE=None if model.position_embedding is None else model.position_embedding.weight.detach().clone(),
-        rotation_C1K2=rotation,
+        embedding=embedding,
+        positions=None if model.position_embedding is None else model.position_embedding.weight.detach().clone(),
+        rotation=rotation,
         layers=tuple(layers),
-        unembedding_EV=(embedding_VE * model.final_norm.weight).T.contiguous(),
-        bias_V=suppression(len(embedding_VE), suppressed, embedding_VE),
+        unembedding=(embedding * model.final_norm.weight).T.contiguous(),
+        bias=suppression(len(embedding), suppressed, embedding),
     )
 
 

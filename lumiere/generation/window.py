@@ -72,7 +72,10 @@ class FullForward:
         context_size = self._model.context_size
         for i, token in enumerate(tokens):
             window = self._windows[i]
-            self._windows[i] = [*(kept_when_full(window, context_size) if len(window) == context_size else window), token]
+            self._windows[i] = [
+                *(kept_when_full(window, context_size) if len(window) == context_size else window),
+                token,
+            ]
         return self._logits()
 
     def keep(self, rows: Sequence[int]) -> None:
