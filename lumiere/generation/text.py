@@ -1,8 +1,10 @@
 """A model that writes: what `lumiere generate` does, from Python.
 
-from lumiere.generation.text import TextGenerator
-generator = TextGenerator.open("latest")
-print(generator.write("Once upon a time", seed=1).text)
+    from lumiere.generation.text import TextGenerator
+    generator = TextGenerator.open("latest")
+    print(generator.write("Once upon a time", seed=1).text)
+
+The class holds what is made once: the weights, arranged for decoding, and the cache.
 """
 
 import secrets

@@ -48,7 +48,7 @@ def tokenizer(tiny_corpus: TokenizedCorpus) -> Tokenizer:
 def random_model(positions: str, dtype: torch.dtype = torch.float32, d_value: int = 7, layers: int = 2) -> Transformer:
     """Large random weights, gains too, so that every part matters; queries and values are of different widths."""
     torch.manual_seed(1)
-    model = Transformer(VOCAB_SIZE, 32, CONTEXT_SIZE, layers, 3, 8, d_value, 24, positions=positions)  # type: ignore[arg-type]
+    model = Transformer(VOCAB_SIZE, 32, CONTEXT_SIZE, layers, 4, 8, d_value, 24, positions=positions)  # type: ignore[arg-type]
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         if parameter.ndim == 1:

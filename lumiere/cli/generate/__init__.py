@@ -79,7 +79,7 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     num_beams: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--num-beams", min=1, help="Search for the likeliest text with so many beams, and draw nothing."),
+        typer.Option("--num-beams", min=2, help="Search for the likeliest text with so many beams, and draw nothing."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts that are made at once.")] = 64,
     logprobs: Annotated[

@@ -158,8 +158,12 @@ class Output:
 
 
 def show_shaded(text: str, token: "Token | None") -> None:
-    """A piece of text in the shade of its last token's probability."""
+    """A piece of text in the shade of its last token's probability, where there is a terminal."""
     from rich.text import Text
+
+    if not sys.stdout.isatty():
+        write(text)
+        return
 
     style = ""
     if token is not None and token.logprob is not None:
