@@ -47,7 +47,9 @@ def test_many_prompts_become_json_lines(call: Callable[..., str]) -> None:
     assert [record["prompt"] for record in records] == ["Once upon a time"] * 2 + ["The fox"] * 2
     assert all(record["num_tokens"] <= 12 and record["seed"] == 2 for record in records)
     assert len({record["text"] for record in records}) == 4
-    again = [json.loads(line) for line in call("--prompts", "prompts.jsonl", *options, "--batch-size", "1").splitlines()]
+    again = [
+        json.loads(line) for line in call("--prompts", "prompts.jsonl", *options, "--batch-size", "1").splitlines()
+    ]
     assert again == records
     alone = call("--prompt", "Once upon a time", *options[:4])
     assert alone == f"{records[0]['prompt']}{records[0]['text']}\n"

@@ -102,9 +102,7 @@ def test_rows_together_write_what_each_writes_alone(
 def test_pieces_are_the_text_of_the_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
     """Hot enough for bytes that are no characters."""
     rows, sampling = [prompt_tokens(tokenizer, "The")], Sampling(temperature=5.0)
-    pieces = list(
-        generate_pieces(endless(model, tokenizer), tokenizer, rows, sampling, [row_random(7)], Limits(200))
-    )
+    pieces = list(generate_pieces(endless(model, tokenizer), tokenizer, rows, sampling, [row_random(7)], Limits(200)))
     tokens = [piece.token.id for piece in pieces if piece.token]
     assert len(tokens) == 200
     assert "\ufffd" in tokenizer.decode(tokens)
@@ -193,9 +191,7 @@ def test_logits_that_are_no_numbers_are_an_error_of_ours(
             logits_BV[1] = value
             return logits_BV
 
-    pieces = generate_pieces(
-        Broken([], 40), tokenizer, [[SOT]] * 2, Sampling(temperature), [Random()] * 2, Limits(5)
-    )
+    pieces = generate_pieces(Broken([], 40), tokenizer, [[SOT]] * 2, Sampling(temperature), [Random()] * 2, Limits(5))
     with pytest.raises(NonFiniteError, match="logits are not finite"):
         next(pieces)
 
