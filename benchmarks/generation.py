@@ -9,6 +9,7 @@ medians of the rounds' ratios. The peers may take one thread or all, and are sho
     pip install -e '.[benchmark]'
     python benchmarks/generation.py             # one stream and 64 prompts
     python benchmarks/generation.py --compile   # also through torch.compile
+    python benchmarks/generation.py --cpu-time  # one thread each, seconds of its CPU: for a machine that is busy
 """
 
 import argparse
@@ -114,11 +115,10 @@ def floor_flops() -> float:
     return 2 * FLOOR_ROWS * FLOOR_READ * FLOOR_WRITTEN / min(seconds)
 
 
-def contenders(with_compiled: bool) -> dict[str, tuple[Write, int, int, list[int]]]:
+def contenders(with_compiled: bool, all_threads: int) -> dict[str, tuple[Write, int, int, list[int]]]:
     """By name: what writes, tokens a row, threads (0: as it likes), at which numbers of rows."""
     torch.manual_seed(0)
     model = build_model(load_config("small")).eval()
-    all_threads = torch.get_num_threads()
     theirs, loop = hugging_face(), plain_loop(model)
     found: dict[str, tuple[Write, int, int, list[int]]] = {}
     for threads in sorted({1, all_threads}):
@@ -132,17 +132,18 @@ def contenders(with_compiled: bool) -> dict[str, tuple[Write, int, int, list[int
     return found
 
 
-def measure(rounds: int, with_compiled: bool) -> dict[int, dict[str, list[float]]]:
+def measure(rounds: int, with_compiled: bool, in_cpu_time: bool) -> dict[int, dict[str, list[float]]]:
     """Tokens a second in each round, by number of rows and contender."""
-    entrants = contenders(with_compiled)
+    clock = time.process_time if in_cpu_time else time.perf_counter
+    entrants = contenders(with_compiled, 1 if in_cpu_time else torch.get_num_threads())
     speeds: dict[int, dict[str, list[float]]] = {1: {}, 64: {}}
     for number in range(-1, rounds):
         for name, (write, num_tokens, threads, numbers) in entrants.items():
             torch.set_num_threads(threads)
             for num_rows in numbers:
-                start = time.perf_counter()
+                start = clock()
                 write(num_rows)
-                speed = num_rows * num_tokens / (time.perf_counter() - start)
+                speed = num_rows * num_tokens / (clock() - start)
                 if number >= 0:  # the first round only warms up
                     speeds[num_rows].setdefault(name, []).append(speed)
     return speeds
@@ -173,11 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also through torch.compile")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread each, measured in its CPU's time")
     parser.add_argument("--json", action="store_true", help="the figures as JSON at the end")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     flops = floor_flops()
-    figures = show(measure(arguments.rounds, arguments.compile))
+    figures = show(measure(arguments.rounds, arguments.compile, arguments.cpu_time))
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     print(f"one product of the floor: {flops / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads; load {busy:.1f}")
     if arguments.json:
