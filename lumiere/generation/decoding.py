@@ -5,6 +5,7 @@ Shapes: B rows, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from random import Random
 from typing import Literal
 
@@ -197,13 +198,13 @@ def checked(logits_BV: Tensor) -> Tensor:
         NonFiniteError: a row has none that is a finite number, or one that is not a number.
     """
     # NaN is the largest of all; minus infinity, if it is the largest, stands everywhere.
-    if not logits_BV.amax(-1).sum().isfinite():
+    if not isfinite(logits_BV.amax(-1).sum().item()):
         raise NonFiniteError("the model's logits are not finite numbers", "its weights are broken: train it anew")
     return logits_BV
 
 
 def _open_to_something(logits_BV: Tensor) -> Tensor:
-    if not logits_BV.amax(-1).sum().isfinite():
+    if not isfinite(logits_BV.amax(-1).sum().item()):
         raise LumiereError("every token would repeat an n-gram", "raise no-repeat-ngram-size, or write fewer tokens")
     return logits_BV
 

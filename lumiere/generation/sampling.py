@@ -7,7 +7,8 @@ Shapes: B rows, V vocabulary, N candidates.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import exp
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from lumiere.errors import LumiereError
 
 CHUNKS = 16  # that the vocabulary is cut into while looking for its largest logits
+CHUNKED_MIN_ROWS = 4  # below, the operations that this takes cost more than it saves
 BELOW_ONE = 1 - 2**-40  # so that rounding never takes a draw past the last token
 
 
@@ -107,17 +109,41 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> li
     top_k = sampling.top_k
     if top_k is None or top_k >= logits_BV.shape[-1]:
         return _inverse(probabilities(logits_BV, sampling), uniforms).squeeze(1).tolist()
-    # All that comes after top-k looks at what top-k has left, so it can work on k numbers instead of V.
+    # All that comes after top-k looks at what top-k has left, so it can work on k numbers instead of V; and k numbers
+    # are less work for Python than the ten operations would be for torch to dispatch.
     candidates_BN, ids_BN = largest(logits_BV, top_k + 1)
-    shares_BK = probabilities(candidates_BN[:, :top_k], replace(sampling, top_k=None))
-    drawn_B1 = ids_BN.gather(1, _inverse(shares_BK, uniforms))
-    tokens = drawn_B1.squeeze(1).tolist()
-    # Tokens that are tied with the k-th stay too.
-    is_tied_B = candidates_BN[:, top_k - 1] == candidates_BN[:, top_k]
-    for row in is_tied_B.nonzero().flatten().tolist():
-        shares_1V = probabilities(logits_BV[row : row + 1], sampling)
-        tokens[row] = int(_inverse(shares_1V, uniforms[row : row + 1]))
+    candidates, ids = candidates_BN.tolist(), ids_BN.tolist()
+    tokens = []
+    for row, uniform in enumerate(uniforms):
+        values = candidates[row]
+        # Tokens that are tied with the k-th stay too.
+        if sampling.typical_p is not None or values[top_k - 1] == values[top_k]:
+            shares_1V = probabilities(logits_BV[row : row + 1], sampling)
+            tokens.append(int(_inverse(shares_1V, [uniform])))
+        else:
+            tokens.append(ids[row][_place(values[:top_k], sampling, uniform)])
     return tokens
+
+
+def _place(values: Sequence[float], sampling: Sampling, uniform: float) -> int:
+    """Which of these logits in falling order is drawn: `probabilities` and `_inverse` for a few numbers."""
+    first, temperature = values[0], sampling.temperature
+    weights = [exp((value - first) / temperature) for value in values]
+    if sampling.top_p is not None:
+        rest = total = sum(weights)
+        for kept, weight in enumerate(weights):
+            if kept and rest <= (1 - sampling.top_p) * total:
+                del weights[kept:]
+                break
+            rest -= weight
+    if sampling.min_p is not None:
+        weights = [weight for weight in weights if weight >= sampling.min_p]
+    number = uniform * BELOW_ONE * sum(weights)
+    for place, weight in enumerate(weights):
+        number -= weight
+        if number < 0:
+            return place
+    return 0  # rounding has used up the last bit of the sum: the likeliest is never wrong
 
 
 def largest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -127,7 +153,7 @@ def largest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     num_rows, vocab_size = logits_BV.shape
     num_groups = vocab_size // CHUNKS
-    if vocab_size % CHUNKS or num_groups < 2 * count:
+    if num_rows < CHUNKED_MIN_ROWS or vocab_size % CHUNKS or num_groups < 2 * count:
         return logits_BV.topk(count, dim=-1)
     groups_BCG = logits_BV.view(num_rows, CHUNKS, num_groups)
     groups_BN = groups_BCG.amax(1).topk(count, dim=-1).indices

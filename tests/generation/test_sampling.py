@@ -181,7 +181,17 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     assert ((counts_V - expected_V)[possible] ** 2 / expected_V[possible]).sum() < 20.5
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_k": 5, "top_p": 0.7}, {"top_k": 9, "min_p": 0.1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 5},
+        {"top_k": 5, "top_p": 0.7},
+        {"top_k": 9, "min_p": 0.1},
+        {"top_k": 60, "top_p": 0.9, "min_p": 0.02},
+        {"top_k": 30, "typical_p": 0.6},
+        {"top_k": 1, "top_p": 0.1},
+    ],
+)
 @pytest.mark.parametrize("rounded", [False, True])
 def test_the_shorter_way_after_top_k_draws_the_same_distribution(settings: dict[str, Any], rounded: bool) -> None:
     """Every number of an even grid; the share of a token is its probability, also where tokens are tied."""
@@ -196,7 +206,7 @@ def test_the_shorter_way_after_top_k_draws_the_same_distribution(settings: dict[
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2**32))
 def test_the_largest_are_found(vocab_size: int, count: int, seed: int) -> None:
-    logits_BV = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(seed))
+    logits_BV = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(seed))
     count = min(count, vocab_size)
     values_BN, ids_BN = largest(logits_BV, count)
     assert torch.equal(values_BN, logits_BV.topk(count).values)
