@@ -18,7 +18,7 @@ FLOORS = [
     {"files"},
     {"config"},
     {"components"},
-    {"models", "data"},
+    {"models", "data", "baselines"},
     {"persistence"},
     {"evaluation", "generation"},
     {"training", "interpret"},

@@ -11,6 +11,7 @@ Vocab vocab_size.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -188,13 +189,21 @@ class Transformer(nn.Module):
         A loss that works in chunks takes this and the embedding, and never holds all logits at once.
         """
         self._check_tokens(tokens_BT)
-        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        rotation = self._rotation(positions_T)
         resid_BTE = self.token_embedding(tokens_BT)
         if self.position_embedding is not None:
+            positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             resid_BTE = resid_BTE + self.position_embedding(positions_T)
-        resid_BTE = self.dropout(resid_BTE)
-        for block in self.blocks:
+        return self.final_residual_from(self.dropout(resid_BTE), layer=0)
+
+    def final_residual_from(self, resid_BTE: Tensor, layer: int) -> Tensor:
+        """`final_residual`, given the stream that block `layer` reads, so that the blocks before need not run again.
+
+        Args:
+            resid_BTE: (B, T, E), from position 0 on, with padding on the right only.
+            layer: `num_layers` is allowed too: then only the norm is left.
+        """
+        rotation = self._rotation(torch.arange(resid_BTE.shape[1], device=resid_BTE.device))
+        for block in islice(self.blocks, layer, None):
             resid_BTE = block(resid_BTE, rotation)
         return self.final_norm(resid_BTE)
 

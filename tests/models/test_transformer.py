@@ -264,6 +264,16 @@ def test_the_paths_agree_on_a_long_context() -> None:
 
 
 @BOTH
+def test_the_rest_of_the_model_continues_from_any_block(positions: Positions) -> None:
+    model = make_model(positions).eval()
+    tokens_BT = torch.tensor([[3, 4, 5, 6, 3], [7, 3, 3, 9, 11]])
+    with torch.no_grad():
+        whole_BTE = model.final_residual(tokens_BT)
+        for layer, resid_BTE in enumerate(model(tokens_BT).hidden_states.unbind(1)):
+            torch.testing.assert_close(model.final_residual_from(resid_BTE, layer), whole_BTE)
+
+
+@BOTH
 def test_a_mask_and_the_padding_id_say_the_same(positions: Positions) -> None:
     model = make_model(positions, padding_id=2)
     tokens_BT = random_tokens(1, 9)

@@ -77,7 +77,12 @@ def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
 
 
 def repeated_tokens(opened: OpenedModel, length: int, seed: int) -> tuple[int, ...]:
-    """The start token and `length` different random tokens, twice.
+    """The first of `repeated_sequences`."""
+    return repeated_sequences(opened, length, 1, seed)[0]
+
+
+def repeated_sequences(opened: OpenedModel, length: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    """`count` times the start token and `length` different random tokens, twice.
 
     Raises:
         LumiereError: if that is longer than the context, or the vocabulary has fewer tokens.
@@ -90,9 +95,12 @@ def repeated_tokens(opened: OpenedModel, length: int, seed: int) -> tuple[int, .
     if length > longest:
         raise LumiereError(f"{length} random tokens twice do not fit the model", f"it has room for {longest}")
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(opened.tokenizer) - len(SPECIAL_TOKENS), generator=generator)[:length]
-    once = (drawn + len(SPECIAL_TOKENS)).tolist()
-    return (SOT, *once, *once)
+    sequences = []
+    for _ in range(count):
+        drawn = torch.randperm(len(opened.tokenizer) - len(SPECIAL_TOKENS), generator=generator)[:length]
+        once = (drawn + len(SPECIAL_TOKENS)).tolist()
+        sequences.append((SOT, *once, *once))
+    return sequences
 
 
 def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:

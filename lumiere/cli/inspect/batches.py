@@ -1,0 +1,81 @@
+"""The sequences over which an analysis takes means: windows of the validation split, random repeats, or one text."""
+
+from typing import TYPE_CHECKING
+
+from lumiere.cli.inspect.analysis import Subject
+from lumiere.errors import LumiereError
+
+if TYPE_CHECKING:
+    from lumiere.data.batches import Batch
+
+
+def choose_batches(subject: Subject, num_batches: int, batch_size: int) -> tuple[list["Batch"], str | None]:
+    """Batches of inputs and targets, and where they come from; None where it is the subject's one text.
+
+    Without any text, windows of the validation split are drawn by the seed, none twice. With `--random S`, there are as
+    many sequences of S random tokens, twice, and only the second copy is to be predicted.
+
+    Raises:
+        LumiereError: as `choose_text`, or the text has one token, with nothing to predict.
+    """
+    length = subject.text["random"]
+    given = [name for name, value in subject.text.items() if value is not None]
+    if not given:
+        return validation_batches(subject, num_batches, batch_size)
+    if given == ["random"]:
+        return random_batches(subject, length, num_batches, batch_size)
+    return [batch_of([subject.tokens])], None
+
+
+def validation_batches(subject: Subject, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
+    import numpy as np
+
+    from lumiere.cli.loading import open_corpus
+    from lumiere.data.batches import make_batch
+    from lumiere.data.permutation import permute
+
+    opened = subject.opened
+    corpus = open_corpus(opened, "restore it as it was, or give a text with --prompt, --file or --random")
+    windows = corpus.windows("validation", opened.config)
+    count = min(num_batches * batch_size, len(windows))
+    drawn = permute(np.arange(count), len(windows), key=str(subject.seed))
+    batches = [make_batch(windows, part) for part in np.array_split(drawn, min(num_batches, count))]
+    source = f"{count:,} of {len(windows):,} windows of the validation split of {opened.config.dataset.name}"
+    return batches, f"{source} (seed {subject.seed}), in {counted_batches(len(batches))}"
+
+
+def random_batches(subject: Subject, length: int, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
+    from lumiere.cli.inspect.texts import repeated_sequences
+
+    count = num_batches * batch_size
+    sequences = repeated_sequences(subject.opened, length, count, subject.seed)
+    first_target = length + 1
+    parts = [sequences[first : first + batch_size] for first in range(0, count, batch_size)]
+    source = f"{count:,} x {length} random tokens, twice (seed {subject.seed}), in {counted_batches(num_batches)}"
+    return [batch_of(part, first_target) for part in parts], f"{source}; loss of the second copy"
+
+
+def counted_batches(count: int) -> str:
+    return "1 batch" if count == 1 else f"{count:,} batches"
+
+
+def batch_of(sequences: "list[tuple[int, ...]]", first_target: int = 1) -> "Batch":
+    """Sequences of one length as a batch.
+
+    Args:
+        first_target: the first position whose prediction counts.
+
+    Raises:
+        LumiereError: they have one token.
+    """
+    import torch
+
+    from lumiere.components.linear_cross_entropy import IGNORED
+    from lumiere.data.batches import Batch
+
+    tokens = torch.tensor(sequences)
+    if tokens.shape[1] < 2:
+        raise LumiereError("the text has one token, and nothing to predict from it", "give a longer one")
+    targets = tokens[:, 1:].clone()
+    targets[:, : first_target - 1] = IGNORED
+    return Batch(tokens[:, :-1].contiguous(), targets, int((targets != IGNORED).sum()))

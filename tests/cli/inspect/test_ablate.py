@@ -1,0 +1,167 @@
+"""`lumiere inspect ablate`: the sequences that it takes, its output, and what it refuses."""
+
+import csv
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.runs import Run
+
+OWN_KEYS = {"unit", "mode", "labels", "layers", "indices", "changes", "standard_errors", "order", "loss"}
+OWN_KEYS |= {"batch_losses", "batch_changes", "num_targets", "tokens", "first_target", "receipts"}
+SMALL = ("--batches", "2", "--batch-size", "3")
+
+
+@pytest.fixture(autouse=True)
+def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(trained_run.path.parent))
+
+
+def inspect_ablate(*options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "ablate", *options])
+
+
+def shown(*options: str) -> dict[str, Any]:
+    result = inspect_ablate(*options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_windows_of_the_validation_split(trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
+    """Drawn by the seed, none twice, and all of them where so many are not there."""
+    windows = tiny_corpus.windows("validation", trained_run.load_config())
+    every_row = windows.cut(np.arange(len(windows)))[0].tolist()
+    part, same, other = (shown(*SMALL, "--seed", seed) for seed in "112")
+    assert len(part["tokens"]) == 6
+    assert all(row in every_row for row in part["tokens"])
+    assert part["tokens"] == same["tokens"] != other["tokens"]
+    assert part["source"] == f"6 of {len(windows)} windows of the validation split of stories (seed 1), in 2 batches"
+    everything = shown("--batches", "3", "--batch-size", "1000")
+    assert sorted(everything["tokens"]) == sorted(every_row)
+    assert len(everything["num_targets"]) == 3
+    few = shown("--batches", "1000", "--batch-size", "1000", "--unit", "layer")
+    assert len(few["num_targets"]) == len(windows)
+
+
+def test_json_has_all_that_is_needed_to_repeat_it(trained_run: Run) -> None:
+    result = shown(*SMALL)
+    assert result.keys() >= OWN_KEYS
+    assert "token_ids" not in result
+    assert (result["run"], result["unit"], result["mode"]) == (trained_run.name, "head", "mean")
+    assert result["labels"] == ["L0H0", "L0H1", "L1H0", "L1H1"]
+    assert [receipt["holds"] for receipt in result["receipts"]] == [True, True]
+
+
+def test_random_repeats_score_the_second_copy() -> None:
+    result = shown(*SMALL, "--random", "5", "--seed", "2")
+    rows = np.array(result["tokens"])
+    assert rows.shape == (6, 11)
+    assert (rows[:, 0] == 0).all()
+    assert np.array_equal(rows[:, 1:6], rows[:, 6:])
+    assert len({tuple(row) for row in result["tokens"]}) == 6
+    assert (result["first_target"], result["num_targets"]) == (6, [15, 15])
+    assert result["source"] == "6 x 5 random tokens, twice (seed 2), in 2 batches; loss of the second copy"
+
+
+def test_one_text(tiny_corpus: TokenizedCorpus) -> None:
+    result = shown("--prompt", "Once upon", "--unit", "feedforward")
+    ids = [0, *tiny_corpus.tokenizer.encode("Once upon")]
+    assert result["tokens"] == [ids]
+    assert result["token_ids"] == ids
+    assert result["source"] == "prompt"
+    assert result["standard_errors"] == [None, None]
+    assert result["num_targets"] == [len(ids) - 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        (("--layer", "1", "--head", "0"), ["L1H0"]),
+        (("--unit", "neuron", "--neuron", "3,0", "--layer", "0"), ["L0N3", "L0N0"]),
+        (("--unit", "position", "--pos", "-1", "--layer", "1"), ["L1P15"]),
+        (("--unit", "layer"), ["L0", "L1"]),
+        (("--unit", "feedforward", "--layer", "1"), ["L1 feed-forward"]),
+    ],
+)
+def test_units_are_chosen(options: tuple[str, ...], labels: list[str]) -> None:
+    assert shown(*SMALL, *options)["labels"] == labels
+
+
+def test_many_ablations_have_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(shown("--batches", "2", "--random", "3")["tokens"]) == 64
+    module = importlib.import_module("lumiere.cli.inspect.ablate")  # the package's own name for it is the command
+    monkeypatch.setattr(module, "MANY", 3)
+    assert len(shown("--batches", "2", "--random", "3")["tokens"]) == 8
+    assert len(shown("--batches", "2", "--random", "3", "--layer", "1")["tokens"]) == 64
+
+
+def test_the_table_is_sorted_and_says_what_it_leaves_out() -> None:
+    result, numbers = inspect_ablate(*SMALL, "--top-k", "3"), shown(*SMALL)
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if line.startswith("L")]
+    expected = [
+        f"{numbers['labels'][n]}  {numbers['changes'][n]:+8.4f} ± {numbers['standard_errors'][n]:.4f}"
+        for n in numbers["order"][:3]
+    ]
+    assert [line.split("  ", 1)[0] for line in lines] == [line.split("  ", 1)[0] for line in expected]
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
+    assert "1 more are left out" in result.stderr
+    assert f"loss {numbers['loss']:.4f} nats; change without a head (mean), ± standard error:" in result.stdout
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("receipt"))
+
+
+def test_files_hold_the_same_numbers() -> None:
+    expected = shown(*SMALL, "--mode", "resample")
+    for suffix in ("json", "csv", "npz"):
+        result = inspect_ablate(*SMALL, "--mode", "resample", "-o", f"out.{suffix}")
+        assert result.exit_code == 0, result.output
+    assert json.loads(Path("out.json").read_text()) == expected
+    with np.load("out.npz") as saved:
+        assert saved["changes"].tolist() == expected["changes"]
+        assert saved["batch_changes"].tolist() == expected["batch_changes"]
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["change"]) for row in rows] == sorted(expected["changes"], reverse=True)
+    assert [f"L{row['layer']}H{row['head']}" for row in rows] == [expected["labels"][n] for n in expected["order"]]
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean", "resample"])
+def test_verify_computes_it_again(mode: str) -> None:
+    receipts = shown(*SMALL, "--mode", mode, "--verify")["receipts"]
+    assert receipts[-1]["law"] == "the same in float64"
+    assert 0 < receipts[-1]["error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--unit", "heads"), "did you mean head?"),
+        (("--mode", "zeros"), "did you mean zero?"),
+        (("--unit", "layer", "--head", "1"), "--head chooses a head, and the unit is layer"),
+        (("--neuron", "1"), "add --unit neuron"),
+        (("--pos", "1"), "add --unit position"),
+        (("--head", "2"), "there is no head 2"),
+        (("--layer", "2"), "there is no layer 2"),
+        (("--unit", "neuron", "--neuron", "32"), "there is no neuron 32"),
+        (("--unit", "position", "--prompt", "Once", "--pos", "15"), "there is no position 15"),
+        (("--mode", "resample", "--prompt", "Once upon"), "use mean or zero"),
+        (("--mode", "resample", "--batch-size", "1", "--batches", "2"), "use mean or zero"),
+        (("--random", "9"), "9 random tokens twice do not fit"),
+        (("--prompt", "Once", "--random", "3"), "--prompt and --random are two texts"),
+        (("-o", "out.txt"), "has no ending that Lumiere writes"),
+    ],
+)
+def test_bad_input_is_refused(options: tuple[str, ...], message: str) -> None:
+    result = inspect_ablate(*options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
+    assert message in result.stderr
+    assert not list(Path().iterdir())

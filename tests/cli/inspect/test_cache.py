@@ -1,0 +1,101 @@
+"""`lumiere inspect cache`: the list, the file of values, and what it refuses."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.components.hooks import hook_points, run_with_cache
+from lumiere.persistence.runs import Run
+
+
+@pytest.fixture(autouse=True)
+def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(trained_run.path.parent))
+
+
+def inspect_cache(*options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "cache", *options])
+
+
+def shown(*options: str) -> dict[str, Any]:
+    result = inspect_cache(*options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_the_list_names_all_and_no_values(trained_run: Run) -> None:
+    result = shown("--prompt", "Once upon")
+    assert sorted(result["names"]) == sorted(hook_points(trained_run.load_model("best")))
+    length = len(result["token_ids"])
+    assert result["shapes"][result["names"].index("blocks.1.attn.hook_pattern")] == [2, length, length]
+    assert all(receipt["holds"] for receipt in result["receipts"])
+    assert not set(result) & {"values", "hook_embed"}
+
+
+def test_the_view_is_the_list(trained_run: Run) -> None:
+    result = inspect_cache("--prompt", "Once upon", "--names", "*.1.attn.hook_pattern", "--names", "hook_embed")
+    length = len(shown("--prompt", "Once upon")["token_ids"])
+    lines = [line.split() for line in result.stdout.splitlines()[3:6]]
+    pattern_size, embed_size = 4 * 2 * length**2, 4 * length * 16
+    assert lines == [
+        ["hook_embed", "T", "E", str(length), "x", "16", str(embed_size), "B"],
+        ["blocks.1.attn.hook_pattern", "H", "T", "S", "2", *f"x {length} x {length}".split(), str(pattern_size), "B"],
+        [],
+    ]
+    assert "2 activations" in result.stdout
+
+
+def test_npz_holds_the_values_by_name(trained_run: Run) -> None:
+    result = inspect_cache("--prompt", "Once upon", "--names", "blocks.0.*", "-o", "out.npz")
+    assert result.exit_code == 0, result.output
+    with np.load("out.npz") as saved:
+        about = json.loads(str(saved["about"]))
+        values = {name: saved[name] for name in saved.files if name != "about"}
+    with torch.inference_mode():
+        _, cache = run_with_cache(trained_run.load_model("best"), torch.tensor([about["token_ids"]]))
+    assert list(values) == [name for name in cache if name.startswith("blocks.0.")] == about["names"]
+    assert all(np.array_equal(value, cache[name][0].numpy()) for name, value in values.items())
+
+
+def test_json_and_csv_hold_the_list() -> None:
+    for suffix in ("json", "csv"):
+        result = inspect_cache("--prompt", "Once upon", "-o", f"out.{suffix}")
+        assert result.exit_code == 0, result.output
+    expected = shown("--prompt", "Once upon")
+    assert json.loads(Path("out.json").read_text()) == expected
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == expected["names"]
+    assert [row["shape"].split() for row in rows] == [list(map(str, shape)) for shape in expected["shapes"]]
+
+
+def test_verify_computes_it_again() -> None:
+    receipt = shown("--random", "5", "--verify")["receipts"][-1]
+    assert receipt["law"] == "the same in float64"
+    assert 0 < receipt["error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--names", "blocks.*.attn.hook_patern"), "did you mean blocks.0.attn.hook_pattern?"),
+        (("--names", "pattern", "-o", "out.npz"), "did you mean *pattern*?"),
+        (("--names", "blocks.2.*"), "no activation is called 'blocks.2.*'"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("-o", "out.np"), "did you mean .npz?"),
+    ],
+)
+def test_bad_input_is_refused(options: tuple[str, ...], message: str) -> None:
+    result = inspect_cache(*options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
+    assert message in result.stderr
+    assert not list(Path().iterdir())

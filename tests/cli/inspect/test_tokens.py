@@ -1,0 +1,122 @@
+"""`lumiere inspect tokens`: the table, the baselines, and what it refuses."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.baselines.ngrams import BigramModel
+from lumiere.cli import app
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.runs import Run
+
+OWN_KEYS = {"losses", "surprisals", "entropies", "ranks", "predictions", "probabilities", "unigram_losses"}
+OWN_KEYS |= {"bigram_losses", "baselines", "token_ids", "token_labels", "receipts"}
+
+
+@pytest.fixture(autouse=True)
+def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(trained_run.path.parent))
+
+
+def inspect_tokens(*options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "tokens", *options])
+
+
+def shown(*options: str) -> dict[str, Any]:
+    result = inspect_tokens(*options, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_baselines_are_of_the_training_split(tiny_corpus: TokenizedCorpus) -> None:
+    result = shown("--prompt", "Once upon")
+    assert result.keys() >= OWN_KEYS
+    assert result["baselines"] == "the run's training split"
+    split = tiny_corpus.splits["train"]
+    bigram = BigramModel.fit(split.ids, split.offsets, 320)
+    row = np.array([result["token_ids"]])
+    assert result["bigram_losses"] == bigram.losses(row)[0].tolist()
+    assert result["unigram_losses"] == bigram.unigram.losses(row)[0].tolist()
+    assert len(result["losses"]) == len(result["token_ids"]) - 1
+
+
+def test_without_the_corpus_there_are_no_baselines(
+    trained_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a text file that is not there any more."""
+    shutil.copytree(trained_run.path, tmp_path / "runs" / trained_run.name)
+    config = tmp_path / "runs" / trained_run.name / "config.yaml"
+    config.write_text(config.read_text().replace("num_documents: 10", "num_documents: 9"))
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(tmp_path / "runs"))
+    result = inspect_tokens("--prompt", "Once upon")
+    assert result.exit_code == 0, result.output
+    assert "no baselines: the corpus 'stories' is not the one" in result.stderr
+    assert "bigram  first" not in result.stdout
+    numbers = shown("--prompt", "Once upon")
+    assert (numbers["unigram_losses"], numbers["bigram_losses"], numbers["baselines"]) == (None, None, None)
+    assert inspect_tokens("--prompt", "Once upon", "-o", "out.csv").exit_code == 0
+    assert "bigram" not in Path("out.csv").read_text()
+
+
+def test_the_table_has_a_line_for_each_token() -> None:
+    result, numbers = inspect_tokens("--prompt", "Once [b]upon"), shown("--prompt", "Once [b]upon")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["token", "loss"])
+    assert lines[head].split() == ["token", "loss", "bits", "entropy", "rank", "unigram", "bigram", "first", "choice"]
+    for index, label in enumerate(numbers["token_labels"][1:]):
+        cells = lines[head + 1 + index].split()
+        assert cells[0] == label
+        columns = [numbers[name][index] for name in ("losses", "surprisals", "entropies")]
+        assert cells[1:4] == [f"{columns[0]:.2f}", f"{columns[1]:.1f}", f"{columns[2]:.2f}"]
+        assert cells[4] == str(numbers["ranks"][index])
+        assert cells[5:7] == [f"{numbers[name][index]:.2f}" for name in ("unigram_losses", "bigram_losses")]
+    mean = lines[head + len(numbers["token_labels"])].split()
+    assert mean[:2] == ["mean", f"{np.mean(numbers['losses']):.2f}"]
+    assert all(len(line) <= 80 for line in lines if not line.startswith("receipt"))
+
+
+def test_files_hold_the_same_numbers() -> None:
+    expected = shown("--val", "1")
+    for suffix in ("json", "csv", "npz"):
+        result = inspect_tokens("--val", "1", "-o", f"out.{suffix}")
+        assert result.exit_code == 0, result.output
+    assert json.loads(Path("out.json").read_text()) == expected
+    with np.load("out.npz") as saved:
+        assert saved["losses"].tolist() == expected["losses"]
+        assert saved["bigram_losses"].tolist() == expected["bigram_losses"]
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["surprisal"]) for row in rows] == expected["surprisals"]
+    assert [float(row["unigram_loss"]) for row in rows] == expected["unigram_losses"]
+
+
+def test_verify_computes_it_again() -> None:
+    receipt = shown("--random", "5", "--verify")["receipts"][-1]
+    assert receipt["law"] == "the same in float64"
+    assert 0 < receipt["error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", " "), "the prompt is empty"),
+        (("--prompt", "Once " * 20), "the model sees 16"),
+        (("--val", "9999"), "there is no window 9999"),
+        (("--checkpoint", "bets"), "did you mean"),
+        (("-o", "out.jsn"), "did you mean .json?"),
+    ],
+)
+def test_bad_input_is_refused(options: tuple[str, ...], message: str) -> None:
+    result = inspect_tokens(*options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 2
+    assert message in result.stderr
+    assert not list(Path().iterdir())
