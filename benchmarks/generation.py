@@ -56,12 +56,22 @@ def prompts(num_rows: int) -> list[list[int]]:
 
 
 def ours(model: Transformer, sampling: Sampling, is_compiled: bool, num_tokens: int = NEW_TOKENS) -> Write:
-    decoder = CachedDecoder(model, [SOT, EOT, PAD], compiled_step(print) if is_compiled else None)
+    # One for each number of rows, because a decoder makes its cache and the views of it anew where that changes.
+    decoders = {
+        n: CachedDecoder(model, [SOT, EOT, PAD], compiled_step(print) if is_compiled else None) for n in (1, 64)
+    }
 
     def write(num_rows: int) -> None:
         randoms = [Random(i) for i in range(num_rows)]
         limits = Limits(num_tokens)
-        for _ in generate_pieces(decoder, Text(), prompts(num_rows), sampling, randoms, limits):  # pyright: ignore
+        for _ in generate_pieces(
+            decoders[num_rows],
+            Text(),  # pyright: ignore[reportArgumentType]
+            prompts(num_rows),
+            sampling,
+            randoms,
+            limits,
+        ):
             pass
 
     return write

@@ -53,10 +53,11 @@ class CachedDecoder:
     def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
         folded = self._folded
         self._windows = [first_window(row, folded.context_size) for row in rows]
-        self._num_cached = len(rows)
-        shape = (len(rows), folded.context_size, folded.joined_size)
-        self._caches = [folded.embedding.new_zeros(shape) for _ in folded.layers]
-        self._prepare()
+        if self._num_cached != len(rows):
+            self._num_cached = len(rows)
+            shape = (len(rows), folded.context_size, folded.joined_size)
+            self._caches = [folded.embedding.new_zeros(shape) for _ in folded.layers]
+            self._prepare()
         with few_threads(folded.num_weights * sum(map(len, self._windows))):
             return self._encode(range(len(rows)), with_logits=True)
 

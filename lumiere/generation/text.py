@@ -57,7 +57,7 @@ class Generation:
 
 
 class TextGenerator:
-    """A model with its tokenizer, made ready to write.
+    """A model with its tokenizer, made ready to write one text, or one batch of texts, at a time.
 
     Args:
         model: in evaluation mode, on any device; its weights are copied.
@@ -102,6 +102,8 @@ class TextGenerator:
         seed: int | None = None,
     ) -> Iterator[Piece]:
         """Write on after `prompt` (None: begin a document), piece by piece.
+
+        The cache is the generator's: whatever it writes next ends this text.
 
         Raises:
             LumiereError: if the prompt is empty.

@@ -61,6 +61,17 @@ def test_rows_of_different_lengths_equal_the_same_rows_alone(
         assert_same(together.step(tokens), expected, tolerance)
 
 
+@pytest.mark.parametrize("rows", [[[8]], [[8], [9, 10]]])
+def test_a_new_text_sees_nothing_of_the_one_before(rows: list[list[int]]) -> None:
+    """Where the memory of the cache is taken again, and where it is not."""
+    cached, slow = CachedDecoder(random_model("rotary")), FullForward(random_model("rotary"))
+    for begun in (ROWS[1:2], ROWS[1:3], rows, rows):
+        assert_same(cached.start(begun), slow.start(begun), 1e-4)
+        for step in range(5):
+            tokens = [token(step, row) for row in range(len(begun))]
+            assert_same(cached.step(tokens), slow.step(tokens), 1e-4)
+
+
 def test_a_row_may_be_kept_twice() -> None:
     model = random_model("learned")
     cached, slow = CachedDecoder(model), FullForward(model)
