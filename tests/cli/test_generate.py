@@ -1,10 +1,8 @@
 """`lumiere generate`: what it prints, what it reads, what it refuses, and how a session behaves in a terminal."""
 
 import json
-import os
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -176,44 +174,18 @@ def test_a_session_keeps_its_texts_and_settings(call: Callable[..., str]) -> Non
     assert "the prompt is empty" not in call("--interactive", stdin="\n", stderr=True)
 
 
-@pytest.mark.skipif(not hasattr(os, "forkpty"), reason="a terminal of its own needs a POSIX system")
-def test_ctrl_c_stops_the_text_and_not_the_session(trained_run: Run) -> None:
-    """In a terminal: an endless text is interrupted, at the prompt an interrupt is a note, and the session answers."""
-    import pty
+def test_ctrl_c_stops_the_text_and_not_the_session(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt comes after a first piece; what was written stays, and the session answers."""
+    from lumiere.generation.decoding import Piece
+    from lumiere.generation.text import TextGenerator
 
-    pid, terminal = pty.fork()
-    if pid == 0:
-        arguments = ["generate", "--interactive", "-n", "100000000", "--runs-dir", str(trained_run.path.parent)]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        os.execve(sys.executable, [sys.executable, "-m", "lumiere", *arguments], environment)
-    shown = b""
+    def interrupted(*arguments: object) -> Iterator[Piece]:
+        yield Piece(0, " upon", None)
+        raise KeyboardInterrupt
 
-    def wait_for(*texts: bytes) -> None:
-        nonlocal shown
-        while not (found := [text for text in texts if text in shown]):
-            shown += os.read(terminal, 4096)
-        shown = shown.partition(found[0])[2]
-
-    try:
-        wait_for(b"> ")
-        os.write(terminal, b"/set repetition_penalty 1.1\n")
-        wait_for(b"> ")
-        os.write(terminal, b"Once\n")
-        wait_for(b"Once\r\n")
-        wait_for(b"Once")
-        wait_for(b" ")
-        # The model may have ended the document itself: then the interrupt meets the prompt, which says so. Nothing
-        # shorter than these notes is waited for, because a model as small as this one writes anything.
-        os.write(terminal, b"\x03")
-        wait_for(b" stopped", b"/quit or Ctrl-D")
-        os.write(terminal, b"/settings\n")
-        wait_for(b"repetition_penalty    1.1")
-        wait_for(b"\nseed ")
-        wait_for(b"> ")
-        os.write(terminal, b"\x03")
-        wait_for(b"/quit or Ctrl-D")
-        os.write(terminal, b"\x04")
-        _, status = os.waitpid(pid, 0)
-    finally:
-        os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0
+    monkeypatch.setattr(TextGenerator, "stream", interrupted)
+    script = "Once\n/history\n/settings\n/quit\n"
+    printed = call("--interactive", stdin=script)
+    assert "1. Once upon\n" in printed
+    assert "temperature           0.8" in printed
+    assert " stopped" in call("--interactive", stdin=script, stderr=True)
