@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lumiere.persistence.runs import Run
+
 PACKAGE = Path(__file__).parents[1] / "lumiere"
 
 # From the bottom up. A part may import parts on lower floors, and nothing else of Lumiere.
@@ -115,6 +117,22 @@ def test_light_commands_load_nothing_heavy(arguments: str, unwanted: set[str]) -
         "except SystemExit as stop:\n"
         "    assert not stop.code, stop.code\n"
         f"print('loaded:', *({unwanted!r} & sys.modules.keys()))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_generating_loads_no_compiler(trained_run: Run) -> None:
+    """The first token of a cold shell would wait a second for it."""
+    script = (
+        "import sys\n"
+        "from lumiere.cli import main\n"
+        f"sys.argv = ['lumiere', 'generate', '-n', '3', '--runs-dir', {str(trained_run.path.parent)!r}]\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code, stop.code\n"
+        "print('loaded:', *({'torch._dynamo', 'datasets', 'sympy'} & sys.modules.keys()))\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "loaded:"

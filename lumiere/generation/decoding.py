@@ -1,17 +1,85 @@
 """Text, token by token.
 
-Shapes: T position, V vocabulary.
+Shapes: B rows, V vocabulary.
 """
 
-import codecs
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from random import Random
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
 from lumiere.errors import LumiereError, NonFiniteError
-from lumiere.generation.sampling import Sampling, sample
+from lumiere.generation.cached import CachedDecoder
+from lumiere.generation.repetition import Repetition
+from lumiere.generation.sampling import Sampling, draw
+from lumiere.generation.streaming import TextStream
+from lumiere.generation.window import Decoder
 from lumiere.models.transformer import Transformer
+
+FinishReason = Literal["eos", "length", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token that was chosen.
+
+    Attributes:
+        logprob: log of the probability that the model itself gave it, in nats, before any control; None if not asked.
+        alternatives: the likeliest tokens and their logs of probability, likeliest first.
+    """
+
+    id: int
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a step adds to a row.
+
+    Attributes:
+        row: which text.
+        text: whole characters; empty while it is not certain what they are.
+        token: the token chosen; None where the text ends instead.
+        finish_reason: why the row ends here: the model ended the document, `max_new_tokens`, or a stop string; None
+            while it goes on.
+    """
+
+    row: int
+    text: str
+    token: Token | None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where texts end, and what is told of them.
+
+    Attributes:
+        max_new_tokens: tokens after which a text ends, unless the model ends it before.
+        stop: strings that end a text.
+        num_logprobs: alternatives of each token; 0 gives the token's own logprob, None nothing.
+
+    Raises:
+        LumiereError: if a number is negative or a stop string empty.
+    """
+
+    max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
+    num_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise LumiereError(f"max-new-tokens must be 0 or more, not {self.max_new_tokens}", "200 is the default")
+        if not all(self.stop):
+            raise LumiereError("a stop string is empty", "an empty string is everywhere; leave it out")
+        if self.num_logprobs is not None and self.num_logprobs < 0:
+            raise LumiereError(f"logprobs must be 0 or more, not {self.num_logprobs}", "0 shows the tokens' own")
 
 
 def generate(
@@ -21,6 +89,7 @@ def generate(
     max_new_tokens: int = 200,
     sampling: Sampling | None = None,
     seed: int | None = None,
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """Stream the text that `model` writes after `prompt`, in pieces that are whole characters.
 
@@ -31,54 +100,123 @@ def generate(
         max_new_tokens: tokens after which the text ends, unless the model ends it before.
         sampling: how each token is chosen (None: `Sampling()`).
         seed: of the draws (None: a new one each time).
+        stop: strings that end the text where they begin.
+
+    Raises:
+        LumiereError: if the prompt or a stop string is empty, or `max_new_tokens` negative.
+        NonFiniteError: if the model's logits are no finite numbers, as those of a broken model are.
+    """
+    limits = Limits(max_new_tokens, tuple(stop))
+    rows = [prompt_tokens(tokenizer, prompt)]
+    decoder = CachedDecoder(model, suppressed_ids(model.vocab_size, len(tokenizer)))
+    return (
+        piece.text
+        for piece in generate_pieces(decoder, tokenizer, rows, sampling or Sampling(), [row_random(seed)], limits)
+        if piece.text
+    )
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
+    """The tokens of the beginning of a document.
 
     Raises:
         LumiereError: if the prompt is empty.
-        NonFiniteError: if the model's logits are no finite numbers, as those of a broken model are.
     """
     if prompt is not None and not prompt.strip():
         raise LumiereError("the prompt is empty", "give it some text, or leave it out to let the model begin")
-    tokens = [SOT, *(tokenizer.encode(prompt) if prompt else [])]
-    generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in generate_tokens(model, tokens, max_new_tokens, sampling or Sampling(), generator, len(tokenizer)):
-        if piece := decoder.decode(tokenizer.token_bytes(token)):
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+    return [SOT, *(tokenizer.encode(prompt) if prompt else [])]
 
 
-def generate_tokens(
-    model: Transformer,
-    tokens: Sequence[int],
-    max_new_tokens: int,
+def suppressed_ids(vocab_size: int, num_used: int) -> list[int]:
+    """The ids that stand for no text: start and padding, and those that the corpus was too small for."""
+    return [SOT, PAD, *range(num_used, vocab_size)]
+
+
+def row_random(seed: int | None, prompt: int = 0, sequence: int = 0) -> Random:
+    """The random numbers of one row: a function of the seed and of what the row is, not of its neighbours."""
+    return Random() if seed is None else Random(f"{seed}/{prompt}/{sequence}")
+
+
+def generate_pieces(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[Sequence[int]],
     sampling: Sampling,
-    generator: torch.Generator,
-    num_used: int,
-) -> Iterator[int]:
-    """Stream tokens after `tokens`, up to the end of the document.
-
-    Past the context window the model sees the last `context_size` tokens, as it did within long documents in
-    training.
+    randoms: Sequence[Random],
+    limits: Limits,
+) -> Iterator[Piece]:
+    """Write on after each row, all at once; a piece for each token of each row that has not ended.
 
     Args:
-        generator: on the CPU, where the draws are made, so that a seed gives the same text on every device.
-        num_used: ids from here on stand for nothing, since the corpus was too small for them.
+        decoder: its logits are minus infinity at ids that may not come.
+        rows: tokens of each text so far, at least one.
+        randoms: of each row; each token takes one number of its own row's.
     """
-    device = next(model.parameters()).device
-    tokens = list(tokens)
-    for _ in range(max_new_tokens):
-        window_T = torch.tensor(tokens[-model.context_size :], device=device)
-        with torch.no_grad():
-            logits_V = model.logits(window_T[None])[0, -1].float().cpu()
-        logits_V[num_used:] = -torch.inf
-        logits_V[[SOT, PAD]] = -torch.inf
-        # NaN is the largest of all; minus infinity, if it is the largest, stands everywhere.
-        if not logits_V.max().isfinite():
-            raise NonFiniteError("the model's logits are not finite numbers", "its weights are broken: train it anew")
-        token = sample(logits_V, sampling, generator)
-        if token == EOT:
+    streams = [TextStream(tokenizer, limits.stop) for _ in rows]
+    if limits.max_new_tokens == 0:
+        yield from (Piece(row, "", None, "length") for row in range(len(rows)))
+        return
+    active = list(range(len(rows)))
+    logits_BV = checked(decoder.start(rows))
+    repetition = None
+    if sampling.repetition_penalty is not None or sampling.no_repeat_ngram_size is not None:
+        repetition = Repetition(rows, sampling, logits_BV.shape[-1], logits_BV.device)
+    for num_tokens in range(1, limits.max_new_tokens + 1):
+        chosen_from_BV = logits_BV if repetition is None else _open_to_something(repetition.applied(logits_BV))
+        ids = draw(chosen_from_BV, sampling, [randoms[row].random() for row in active])
+        tokens = _tokens(logits_BV, ids, limits.num_logprobs)
+        going = []
+        for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
+            stream = streams[row]
+            if token.id == EOT:
+                yield Piece(row, stream.finish(), None, "eos")
+                continue
+            text = stream.push(token.id)
+            if stream.is_stopped:
+                yield Piece(row, text, token, "stop")
+            elif num_tokens == limits.max_new_tokens:
+                yield Piece(row, text + stream.finish(), token, "stop" if stream.is_stopped else "length")
+            else:
+                yield Piece(row, text, token)
+                going.append(place)
+        if not going:
             return
-        tokens.append(token)
-        yield token
+        if len(going) < len(active):
+            decoder.keep(going)
+            active, ids = [active[place] for place in going], [ids[place] for place in going]
+            if repetition is not None:
+                repetition.keep(going)
+        if repetition is not None:
+            repetition.append(ids)
+        logits_BV = checked(decoder.step(ids))
+
+
+def checked(logits_BV: Tensor) -> Tensor:
+    """The logits.
+
+    Raises:
+        NonFiniteError: a row has none that is a finite number, or one that is not a number.
+    """
+    # NaN is the largest of all; minus infinity, if it is the largest, stands everywhere.
+    if not isfinite(logits_BV.amax(-1).sum().item()):
+        raise NonFiniteError("the model's logits are not finite numbers", "its weights are broken: train it anew")
+    return logits_BV
+
+
+def _open_to_something(logits_BV: Tensor) -> Tensor:
+    if not isfinite(logits_BV.amax(-1).sum().item()):
+        raise LumiereError("every token would repeat an n-gram", "raise no-repeat-ngram-size, or write fewer tokens")
+    return logits_BV
+
+
+def _tokens(logits_BV: Tensor, ids: Sequence[int], num_logprobs: int | None) -> list[Token]:
+    if num_logprobs is None:
+        return [Token(token) for token in ids]
+    logprobs_BV = logits_BV.double().log_softmax(-1)
+    values, indices = logprobs_BV.topk(min(num_logprobs, logprobs_BV.shape[-1]), dim=-1)
+    alternatives = [
+        tuple((i, value) for i, value in zip(*pair, strict=True) if value > -torch.inf)
+        for pair in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+    own = logprobs_BV[torch.arange(len(ids)), torch.tensor(ids)].tolist()
+    return [Token(*parts) for parts in zip(ids, own, alternatives, strict=True)]

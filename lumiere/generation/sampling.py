@@ -1,23 +1,39 @@
 """From the logits of the next token to the next token.
 
-Shapes: V vocabulary.
+Names, meaning and order of effect are those of `transformers`: first what changes logits (repetition penalty, n-grams;
+`lumiere.generation.repetition`), then temperature, top-k, top-p, min-p, typical-p.
+
+Shapes: B rows, V vocabulary, N candidates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp
 
 import torch
+from torch import Tensor
 
 from lumiere.errors import LumiereError
+
+CHUNKS = 16  # that the vocabulary is cut into while looking for its largest logits
+CHUNKED_MIN_ROWS = 4  # below, the operations that this takes cost more than it saves
+BELOW_ONE = 1 - 2**-40  # so that rounding never takes a draw past the last token
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Names and order of effect are those of `transformers`.
+    """How the next token is chosen. None leaves a control out.
 
     Attributes:
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: keep the k likeliest tokens (None: all). Fan et al. 2018.
-        top_p: keep the fewest tokens whose probabilities sum to at least p (None: all). Holtzman et al. 2020.
+        temperature: divides the logits; 0 is greedy: it always takes the likeliest token, and what follows is left out.
+        top_k: keep the k likeliest tokens. Fan et al. 2018.
+        top_p: keep the fewest tokens whose probabilities sum to at least p. Holtzman et al. 2020.
+        min_p: keep tokens with at least this share of the likeliest one's probability. Nguyen et al. 2024.
+        typical_p: keep the tokens whose information is nearest to the expected one, until their probabilities sum to
+            at least p. Meister et al. 2023.
+        repetition_penalty: makes tokens that the text has, prompt included, less likely: divides positive logits and
+            multiplies negative ones. Keskar et al. 2019.
+        no_repeat_ngram_size: no n tokens in a row come twice, prompt included.
 
     Raises:
         LumiereError: if a value is out of range.
@@ -26,6 +42,10 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -34,29 +54,139 @@ class Sampling:
             raise LumiereError(f"top-k must be at least 1, not {self.top_k}", "leave it out to keep all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise LumiereError(f"top-p must be more than 0 and at most 1, not {self.top_p}", "0.95 is common")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise LumiereError(f"min-p must be from 0 to 1, not {self.min_p}", "0.05 is common")
+        if self.typical_p is not None and not 0 < self.typical_p < 1:
+            raise LumiereError(f"typical-p must be more than 0 and less than 1, not {self.typical_p}", "0.9 is common")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
+            raise LumiereError(
+                f"the repetition penalty must be more than 0, not {self.repetition_penalty}", "1 is none, 1.2 is common"
+            )
+        if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
+            raise LumiereError(
+                f"the size of n-grams that may not repeat must be at least 1, not {self.no_repeat_ngram_size}",
+                "3 is common; leave it out to let them repeat",
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
 
 
-def probabilities(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The distribution that the next token is drawn from, (V,)."""
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits_V).scatter(0, logits_V.argmax(keepdim=True), 1.0)
-    # Near temperature 0 a quotient may overflow. Less the largest logit and in float64 it can do so only to minus
-    # infinity, which softmax takes; plus infinity would give NaN.
-    logits_V = ((logits_V - logits_V.max()).double() / sampling.temperature).to(logits_V.dtype)
-    if sampling.top_k is not None and sampling.top_k < len(logits_V):
-        smallest_kept = logits_V.topk(sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < smallest_kept, -torch.inf)
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """The distributions that the next tokens are drawn from, of the shape of the logits, (..., V)."""
+    if sampling.is_greedy:
+        return torch.zeros_like(logits_BV).scatter(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    if sampling.temperature != 1:
+        # Near temperature 0 a quotient may overflow. Less the largest logit and in float64 it can do so only to minus
+        # infinity, which softmax takes; plus infinity would give NaN.
+        shifted_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double()
+        logits_BV = (shifted_BV / sampling.temperature).to(logits_BV.dtype)
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        smallest_kept_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_kept_B1, -torch.inf)
     if sampling.top_p is not None:
-        ascending_V, order_V = logits_V.sort()
-        # A token goes if those up to it, from the unlikeliest on, hold no more than 1 - p; the likeliest stays.
-        goes_V = ascending_V.softmax(0).cumsum(0) <= 1 - sampling.top_p
-        goes_V[-1] = False
-        logits_V = logits_V.masked_fill(goes_V.scatter(0, order_V, goes_V), -torch.inf)
-    return logits_V.softmax(0)
+        logits_BV = _top_p(logits_BV, sampling.top_p)
+    if sampling.min_p is not None:
+        shares_BV = logits_BV.softmax(-1)
+        goes_BV = shares_BV < sampling.min_p * shares_BV.amax(-1, keepdim=True)
+        logits_BV = logits_BV.masked_fill(goes_BV, -torch.inf)
+    if sampling.typical_p is not None:
+        logits_BV = _typical_p(logits_BV, sampling.typical_p)
+    return logits_BV.softmax(-1)
 
 
-def sample(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw the next token."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    return int(torch.multinomial(probabilities(logits_V, sampling), 1, generator=generator))
+def draw(logits_BV: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> list[int]:
+    """The next token of each row.
+
+    A row's token is a function of its logits and its number alone, whatever the other rows are.
+
+    Args:
+        uniforms: a number from 0 to 1, without 1, for each row; greedy does not look at them.
+    """
+    if sampling.is_greedy:
+        return logits_BV.argmax(-1).tolist()
+    top_k = sampling.top_k
+    if top_k is None or top_k >= logits_BV.shape[-1]:
+        return _inverse(probabilities(logits_BV, sampling), uniforms).squeeze(1).tolist()
+    # All that comes after top-k looks at what top-k has left, so it can work on k numbers instead of V; and k numbers
+    # are less work for Python than the ten operations would be for torch to dispatch.
+    candidates_BN, ids_BN = largest(logits_BV, top_k + 1)
+    candidates, ids = candidates_BN.tolist(), ids_BN.tolist()
+    tokens = []
+    for row, uniform in enumerate(uniforms):
+        values = candidates[row]
+        # Tokens that are tied with the k-th stay too.
+        if sampling.typical_p is not None or values[top_k - 1] == values[top_k]:
+            shares_1V = probabilities(logits_BV[row : row + 1], sampling)
+            tokens.append(int(_inverse(shares_1V, [uniform])))
+        else:
+            tokens.append(ids[row][_place(values[:top_k], sampling, uniform)])
+    return tokens
+
+
+def _place(values: Sequence[float], sampling: Sampling, uniform: float) -> int:
+    """Which of these logits in falling order is drawn: `probabilities` and `_inverse` for a few numbers."""
+    first, temperature = values[0], sampling.temperature
+    weights = [exp((value - first) / temperature) for value in values]
+    if sampling.top_p is not None:
+        rest = total = sum(weights)
+        for kept, weight in enumerate(weights):
+            if kept and rest <= (1 - sampling.top_p) * total:
+                del weights[kept:]
+                break
+            rest -= weight
+    if sampling.min_p is not None:
+        weights = [weight for weight in weights if weight >= sampling.min_p]
+    number = uniform * BELOW_ONE * sum(weights)
+    for place, weight in enumerate(weights):
+        number -= weight
+        if number < 0:
+            return place
+    return 0  # rounding has used up the last bit of the sum: the likeliest is never wrong
+
+
+def largest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest logits of each row in falling order, and their ids; both (B, count).
+
+    `topk` looks at everything. The largest are among the groups with the largest maxima, and maxima are quick to find.
+    """
+    num_rows, vocab_size = logits_BV.shape
+    num_groups = vocab_size // CHUNKS
+    if num_rows < CHUNKED_MIN_ROWS or vocab_size % CHUNKS or num_groups < 2 * count:
+        return logits_BV.topk(count, dim=-1)
+    groups_BCG = logits_BV.view(num_rows, CHUNKS, num_groups)
+    groups_BN = groups_BCG.amax(1).topk(count, dim=-1).indices
+    members_BM = groups_BCG.gather(2, groups_BN[:, None].expand(-1, CHUNKS, -1)).flatten(1)
+    values_BN, places_BN = members_BM.topk(count, dim=-1)
+    chunks_BN = places_BN.div(count, rounding_mode="floor")
+    ids_BN = groups_BN.gather(1, places_BN - chunks_BN * count) + chunks_BN * num_groups
+    return values_BN, ids_BN
+
+
+def _inverse(shares_BN: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """Where each row's running sum of probabilities passes its number, (B, 1)."""
+    sums_BN = shares_BN.cumsum(-1, dtype=torch.float64)
+    numbers_B1 = torch.tensor([[uniform * BELOW_ONE] for uniform in uniforms], dtype=torch.float64)
+    return torch.searchsorted(sums_BN, numbers_B1.to(sums_BN.device) * sums_BN[:, -1:], right=True)
+
+
+def _top_p(logits_BV: Tensor, top_p: float) -> Tensor:
+    ascending_BV, order_BV = logits_BV.sort(dim=-1)
+    # A token goes if those up to it, from the unlikeliest on, hold no more than 1 - p; the likeliest stays.
+    goes_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - top_p
+    goes_BV[..., -1] = False
+    return logits_BV.masked_fill(goes_BV.scatter(-1, order_BV, goes_BV), -torch.inf)
+
+
+def _typical_p(logits_BV: Tensor, typical_p: float) -> Tensor:
+    log_shares_BV = logits_BV.log_softmax(-1)
+    shares_BV = log_shares_BV.exp()
+    entropy_B1 = -(log_shares_BV * shares_BV).nansum(-1, keepdim=True)
+    distance_BV = (-log_shares_BV - entropy_B1).abs()
+    ascending_BV, order_BV = distance_BV.sort(dim=-1)
+    num_before_B1 = (shares_BV.gather(-1, order_BV).cumsum(-1) < typical_p).sum(-1, keepdim=True)
+    furthest_B1 = ascending_BV.gather(-1, num_before_B1.clamp_(max=logits_BV.shape[-1] - 1))
+    # The nearest stays, even where its distance is no number.
+    goes_BV = (ascending_BV > furthest_B1).index_fill(-1, torch.zeros(1, dtype=torch.int64, device=logits_BV.device), 0)
+    return logits_BV.masked_fill(goes_BV.scatter(-1, order_BV, goes_BV), -torch.inf)

@@ -129,7 +129,8 @@ class Transformer(nn.Module):
         independent parts add up there, and so the stream's variance does not grow with depth. Or they are zero.
         """
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
+            # Drawing numbers that nobody keeps would load torch's compiler: a second before a model's first token.
+            if parameter.ndim == 1 or parameter.is_meta:
                 continue
             writes_to_stream = name.endswith(("attention.output.weight", "feedforward.down.weight"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.num_layers) if writes_to_stream else 0.02)

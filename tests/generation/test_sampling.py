@@ -1,20 +1,32 @@
 """The distribution of the next token against `transformers`, and draws against the distribution."""
 
 import math
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from lumiere.errors import LumiereError
-from lumiere.generation.sampling import Sampling, probabilities, sample
+from lumiere.generation.sampling import Sampling, draw, largest, probabilities
 
 TEMPERATURES = [1.0, 0.7, 1.9]
 TOP_KS = [None, 1, 2, 5, 50, 10**6]
 TOP_PS = [None, 1e-6, 0.3, 0.9, 1.0]
+
+
+def sample(logits_V: torch.Tensor, sampling: Sampling, random: Random) -> int:
+    """One draw of one row."""
+    return draw(logits_V[None], sampling, [random.random()])[0]
 
 
 def theirs(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -25,6 +37,10 @@ def theirs(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         scores = TopKLogitsWarper(sampling.top_k)(None, scores)  # type: ignore[arg-type]
     if sampling.top_p is not None:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)  # type: ignore[arg-type]
+    if sampling.min_p is not None:
+        scores = MinPLogitsWarper(sampling.min_p)(None, scores)  # type: ignore[arg-type]
+    if sampling.typical_p is not None:
+        scores = TypicalLogitsWarper(sampling.typical_p)(None, scores)  # type: ignore[arg-type]
     return scores.softmax(-1)[0]
 
 
@@ -44,6 +60,29 @@ def test_the_distribution_is_that_of_transformers(temperature: float, top_k: int
         # Rounded to whole numbers, many are tied.
         ties_V = logits_V.round()
         torch.testing.assert_close(probabilities(ties_V, sampling), theirs(ties_V, sampling))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.6}, {"top_k": 20}, {"top_p": 0.9}])
+@pytest.mark.parametrize("min_p", [None, 0.0, 0.02, 0.4, 1.0])
+@pytest.mark.parametrize("typical_p", [None, 0.05, 0.5, 0.95])
+def test_min_p_and_typical_p_are_those_of_transformers(
+    settings: dict[str, Any], min_p: float | None, typical_p: float | None
+) -> None:
+    sampling = Sampling(**settings, min_p=min_p, typical_p=typical_p)
+    generator = torch.Generator().manual_seed(1)
+    for scale in (0.1, 1.0, 5.0):
+        logits_V = scale * torch.randn(60, generator=generator)
+        logits_V[7] = -torch.inf
+        actual, expected = probabilities(logits_V, sampling), theirs(logits_V, sampling)
+        assert torch.equal(actual > 0, expected > 0)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_rows_are_independent() -> None:
+    logits_BV = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    sampling = Sampling(0.8, 20, 0.9, 0.01, 0.9)
+    alone = torch.stack([probabilities(logits_V, sampling) for logits_V in logits_BV])
+    assert torch.equal(probabilities(logits_BV, sampling), alone)
 
 
 def test_by_hand() -> None:
@@ -89,21 +128,17 @@ def test_laws(values: list[float], temperature: float, top_k: int | None, top_p:
 
 
 def test_greedy_takes_the_likeliest() -> None:
-    generator = torch.Generator().manual_seed(0)
-    state = generator.get_state()
     logits_V = torch.tensor([0.0, 2.0, 1.0, 2.0])
     greedy = Sampling(temperature=0, top_k=3, top_p=0.1)
-    assert sample(logits_V, greedy, generator) == 1
+    assert draw(logits_V[None], greedy, [0.99]) == [1]
     assert probabilities(logits_V, greedy).tolist() == [0, 1, 0, 0]
-    # No draw is spent on it.
-    assert torch.equal(generator.get_state(), state)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
 def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     logits_V = torch.tensor([-80.0, 40.0, 90.0, -torch.inf])
     assert probabilities(logits_V, Sampling(temperature)).tolist() == [0, 0, 1, 0]
-    assert sample(logits_V, Sampling(temperature), torch.Generator()) == 2
+    assert sample(logits_V, Sampling(temperature), Random(0)) == 2
 
 
 @pytest.mark.parametrize(
@@ -116,6 +151,14 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
         ({"top_p": 0.0}, "top-p must be more than 0 and at most 1, not 0.0"),
         ({"top_p": 1.1}, "top-p must be"),
         ({"top_p": math.nan}, "top-p must be"),
+        ({"min_p": -0.1}, "min-p must be from 0 to 1, not -0.1"),
+        ({"min_p": 1.1}, "min-p must be"),
+        ({"min_p": math.nan}, "min-p must be"),
+        ({"typical_p": 0.0}, "typical-p must be more than 0 and less than 1, not 0.0"),
+        ({"typical_p": 1.0}, "typical-p must be"),
+        ({"repetition_penalty": 0.0}, "the repetition penalty must be more than 0, not 0.0"),
+        ({"repetition_penalty": math.inf}, "the repetition penalty must be"),
+        ({"no_repeat_ngram_size": 0}, "the size of n-grams that may not repeat must be at least 1, not 0"),
     ],
 )
 def test_refused_settings(settings: dict[str, float], message: str) -> None:
@@ -129,8 +172,8 @@ def test_refused_settings(settings: dict[str, float], message: str) -> None:
 def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     """Chi-square over 2,000 draws, far beyond its 99.9 % point for up to 5 degrees of freedom (20.5)."""
     logits_V = torch.tensor([2.0, 1.0, 0.0, 1.5, -1.0, 0.5])
-    generator = torch.Generator().manual_seed(0)
-    draws = [sample(logits_V, sampling, generator) for _ in range(2000)]
+    random = Random(0)
+    draws = [sample(logits_V, sampling, random) for _ in range(2000)]
     expected_V = probabilities(logits_V, sampling).double() * len(draws)
     counts_V = torch.bincount(torch.tensor(draws), minlength=6).double()
     possible = expected_V > 0
@@ -138,10 +181,54 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     assert ((counts_V - expected_V)[possible] ** 2 / expected_V[possible]).sum() < 20.5
 
 
-def test_draws_depend_on_the_generator_only() -> None:
-    logits_V = torch.zeros(1000)
-    first, again, other = (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
-    drawn = [sample(logits_V, Sampling(), first) for _ in range(5)]
-    torch.manual_seed(5)
-    assert [sample(logits_V, Sampling(), again) for _ in range(5)] == drawn
-    assert [sample(logits_V, Sampling(), other) for _ in range(5)] != drawn
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 5},
+        {"top_k": 5, "top_p": 0.7},
+        {"top_k": 9, "min_p": 0.1},
+        {"top_k": 60, "top_p": 0.9, "min_p": 0.02},
+        {"top_k": 30, "typical_p": 0.6},
+        {"top_k": 1, "top_p": 0.1},
+    ],
+)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_shorter_way_after_top_k_draws_the_same_distribution(settings: dict[str, Any], rounded: bool) -> None:
+    """Every number of an even grid; the share of a token is its probability, also where tokens are tied."""
+    logits_V = torch.randn(400, generator=torch.Generator().manual_seed(5))
+    if rounded:
+        logits_V = logits_V.round()
+    sampling, num_draws = Sampling(0.9, **settings), 4000
+    drawn = draw(logits_V.expand(num_draws, -1), sampling, [(i + 0.5) / num_draws for i in range(num_draws)])
+    shares_V = torch.bincount(torch.tensor(drawn), minlength=400) / num_draws
+    torch.testing.assert_close(shares_V, probabilities(logits_V, sampling), atol=1.5 / num_draws, rtol=0)
+
+
+@given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2**32))
+def test_the_largest_are_found(vocab_size: int, count: int, seed: int) -> None:
+    logits_BV = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(seed))
+    count = min(count, vocab_size)
+    values_BN, ids_BN = largest(logits_BV, count)
+    assert torch.equal(values_BN, logits_BV.topk(count).values)
+    assert torch.equal(logits_BV.gather(1, ids_BN), values_BN)
+    assert all(len(set(row)) == count for row in ids_BN.tolist())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_k=3, top_p=0.9)])
+def test_the_last_number_below_one_draws_no_token_that_was_left_out(sampling: Sampling) -> None:
+    logits_V = torch.tensor([1.0, 0.0, 0.5, -40.0, -torch.inf])
+    possible = set(probabilities(logits_V, sampling).nonzero().flatten().tolist())
+    assert draw(logits_V[None], sampling, [math.nextafter(1, 0)])[0] in possible
+    assert draw(logits_V[None], sampling, [0.0])[0] in possible
+
+
+def test_a_draw_does_not_depend_on_its_neighbours() -> None:
+    """Ties in one row send that row alone the longer way."""
+    logits_BV = torch.randn(4, 128, generator=torch.Generator().manual_seed(6))
+    logits_BV[2] = logits_BV[2].round()
+    random = Random(1)
+    for sampling in (Sampling(), Sampling(top_k=10), Sampling(top_k=10, top_p=0.8), Sampling(0)):
+        for _ in range(50):
+            numbers = [random.random() for _ in range(4)]
+            alone = [draw(logits_BV[i : i + 1], sampling, numbers[i : i + 1])[0] for i in range(4)]
+            assert draw(logits_BV, sampling, numbers) == alone

@@ -1,0 +1,191 @@
+"""`lumiere generate`: what it prints, what it reads, what it refuses, and how a session behaves in a terminal."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lumiere.cli import app
+from lumiere.cli.generate.settings import Settings
+from lumiere.errors import LumiereError
+from lumiere.persistence.runs import Run
+
+PLAIN = Settings(0.8, None, None, None, None, None, None, 200, (), None)
+
+
+@pytest.fixture
+def call(trained_run: Run) -> Callable[..., str]:
+    """The stdout of `lumiere generate`, which must succeed."""
+
+    def run(*arguments: str, stdin: str | bytes | None = None, code: int = 0, stderr: bool = False) -> str:
+        options = ["generate", "--runs-dir", str(trained_run.path.parent), *arguments]
+        result = CliRunner().invoke(app, options, input=stdin)
+        assert result.exit_code == code, result.output
+        return result.stderr if stderr else result.stdout
+
+    return run
+
+
+def test_stdin_is_the_prompt(call: Callable[..., str]) -> None:
+    options = ("-n", "10", "--seed", "1")
+    assert call("--prompt", "-", *options, stdin="Once upon\n") == call("--prompt", "Once upon", *options)
+    assert "stdin is not UTF-8" in call("--prompt", "-", stdin=b"\xff\xfe\xff", code=2, stderr=True)
+    assert "the prompt is empty" in call("--prompt", "-", stdin="", code=2, stderr=True)
+
+
+def test_many_prompts_become_json_lines(call: Callable[..., str]) -> None:
+    Path("prompts.txt").write_text("Once upon a time\n\nThe fox\r\n", encoding="utf-8")
+    lines = '{"prompt": "Once upon a time"}\n{"prompt": "The fox", "id": 7}\n'
+    Path("prompts.jsonl").write_text(lines, encoding="utf-8")
+    options = ("-n", "12", "--seed", "2", "--num-return-sequences", "2")
+    records = [json.loads(line) for line in call("--prompts", "prompts.txt", *options).splitlines()]
+    assert [record["prompt"] for record in records] == ["Once upon a time"] * 2 + ["The fox"] * 2
+    assert all(record["num_tokens"] <= 12 and record["seed"] == 2 for record in records)
+    assert len({record["text"] for record in records}) == 4
+    again = [
+        json.loads(line) for line in call("--prompts", "prompts.jsonl", *options, "--batch-size", "1").splitlines()
+    ]
+    assert again == records
+    alone = call("--prompt", "Once upon a time", *options[:4])
+    assert alone == f"{records[0]['prompt']}{records[0]['text']}\n"
+
+
+def test_json(call: Callable[..., str]) -> None:
+    options = ("--prompt", "The", "-n", "5", "--seed", "3")
+    (record,) = json.loads(call(*options, "--json", "--logprobs", "2"))
+    assert call(*options) == f"The{record['text']}\n"
+    for token in record["tokens"]:
+        assert len(token["alternatives"]) == 2
+        assert token["logprob"] <= token["alternatives"][0]["logprob"] + 1e-9
+    assert len(json.loads(call(*options, "--json", "--num-return-sequences", "3"))) == 3
+
+
+def test_several_texts_have_a_line_between_them(call: Callable[..., str]) -> None:
+    printed = call("--prompt", "The", "-n", "5", "--seed", "3", "--num-return-sequences", "2")
+    assert [text.startswith("The") for text in printed.split("\n---\n\n")] == [True, True]
+
+
+def test_logprobs_are_a_line_a_token(call: Callable[..., str]) -> None:
+    lines = call("--prompt", "The", "-n", "5", "--seed", "3", "--logprobs", "2", "--stop", "zzzz").splitlines()
+    assert len(lines) <= 5
+    for line in lines:
+        assert re.fullmatch(r"\S+ +-?\d+\.\d{3} +\d+\.\d%(  \S+ \d+\.\d%){2}", line), line
+
+
+def test_color_leaves_the_text_as_it_is(call: Callable[..., str]) -> None:
+    options = ("--prompt", "The", "-n", "30", "--seed", "3")
+    assert call(*options, "--color") == call(*options)
+
+
+def test_beams(call: Callable[..., str]) -> None:
+    options = ("--prompt", "The", "-n", "5", "--num-beams", "3", "--num-return-sequences", "2", "--json")
+    records = json.loads(call(*options))
+    assert records[0]["score"] >= records[1]["score"]
+    assert "seed" not in records[0]
+
+
+def test_greedy_is_temperature_0(call: Callable[..., str]) -> None:
+    options = ("--prompt", "The", "-n", "10")
+    assert call(*options, "--greedy") == call(*options, "--temperature", "0")
+
+
+def test_the_check_says_what_it_compared(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lumiere.generation.checking import CacheCheck
+    from lumiere.generation.text import TextGenerator
+
+    options = ("--prompt", "The", "-n", "30", "--seed", "3", "--check")
+    assert re.search(r"check holds: \d+ cached steps", call(*options, stderr=True))
+    monkeypatch.setattr(TextGenerator, "check", lambda self, generation: CacheCheck(9, 0.5, 1e-4))
+    assert "check FAILED: 9 cached steps" in call(*options, code=3, stderr=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--prompt a --prompts f", "--prompt and --prompts do not go together"),
+        ("--interactive --prompt a", "--prompt and --interactive do not go together"),
+        ("--interactive --json", "--interactive and --json do not go together"),
+        ("--color --json", "--color and --json do not go together"),
+        ("--greedy --temperature 1", "greedy takes the likeliest token, so --temperature has no effect"),
+        ("--temperature 0 --top-k 5", "greedy takes the likeliest token, so --top-k has no effect"),
+        ("--num-beams 2 --top-p 0.5", "--top-p has no effect"),
+        ("--num-beams 2 --greedy", "--greedy has no effect"),
+        ("--num-beams 2 --stop a", "--stop has no effect"),
+        ("--num-beams 2 --num-return-sequences 3", "2 beams cannot give 3 texts"),
+        ("--greedy --num-return-sequences 3", "temperature 0 gives the same text 3 times"),
+        ("--min-p 2", "min-p must be from 0 to 1"),
+        ("--typical-p 0", "typical-p must be more than 0"),
+        ("--repetition-penalty 0", "the repetition penalty must be more than 0"),
+        ("--no-repeat-ngram-size 0", "n-grams that may not repeat must be at least 1"),
+        ("--prompts none.txt", "none.txt cannot be read"),
+        ("--prompts blank.txt", "blank.txt holds no prompt"),
+        ("--prompts bad.jsonl", "bad.jsonl, line 2"),
+        ("--prompts keys.jsonl", "keys.jsonl, line 1 has no text under the key prompt"),
+        ("--prompts empty.jsonl", "empty.jsonl, line 1: the prompt is empty"),
+        ("--prompts latin.txt", "latin.txt is not UTF-8 text"),
+    ],
+)
+def test_refused(call: Callable[..., str], arguments: str, message: str) -> None:
+    Path("blank.txt").write_text("\n \n")
+    Path("bad.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
+    Path("keys.jsonl").write_text('{"text": "a"}\n')
+    Path("empty.jsonl").write_text('{"prompt": ""}\n')
+    Path("latin.txt").write_bytes(b"\xe9t\xe9")
+    printed = call(*arguments.split(), code=2, stderr=True)
+    assert message in printed
+    assert "hint:" in printed
+    stop = call("--stop", "", code=2, stderr=True)
+    assert "a stop string is empty" in stop
+
+
+def test_settings_are_read_like_options() -> None:
+    assert PLAIN.changed("temperature", "0.5").temperature == 0.5
+    assert PLAIN.changed("top-k", "4").changed("top_k", "none").top_k is None
+    assert PLAIN.changed("stop", "a\\nö").stop == ("a\nö",)
+    assert PLAIN.changed("stop", "a").changed("stop", "none").stop == ()
+    for name, text, message in [
+        ("top_l", "1", "no setting 'top_l'"),
+        ("top_k", "many", "top_k must be a number, not 'many'"),
+        ("top_k", "0", "top-k must be at least 1"),
+        ("max_new_tokens", "none", "max_new_tokens must be a number"),
+    ]:
+        with pytest.raises(LumiereError, match=message) as caught:
+            PLAIN.changed(name, text)
+        assert caught.value.hint
+
+
+def test_a_session_keeps_its_texts_and_settings(call: Callable[..., str]) -> None:
+    script = "/set temperature 0\n/set max_new_tokens 4\nThe\n\n/history\n/settings\n/sett 1\n/quit\nnever\n"
+    printed = call("--interactive", stdin=script)
+    first = call("--prompt", "The", "-n", "4", "--greedy").removesuffix("\n")
+    assert first in printed
+    history = re.search(r"1\. (The.*)", printed)
+    assert history is not None
+    # The empty line went on from the first text.
+    assert history[1].startswith(first)
+    assert len(history[1]) > len(first)
+    assert "temperature           0.0" in printed
+    assert "never" not in printed
+    assert "did you mean /set?" in call("--interactive", stdin="/sett 1\n", stderr=True)
+    assert "there is no setting" in call("--interactive", stdin="/set a 1\n", stderr=True)
+    assert "the prompt is empty" not in call("--interactive", stdin="\n", stderr=True)
+
+
+def test_ctrl_c_stops_the_text_and_not_the_session(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt comes after a first piece; what was written stays, and the session answers."""
+    from lumiere.generation.decoding import Piece
+    from lumiere.generation.text import TextGenerator
+
+    def interrupted(*arguments: object) -> Iterator[Piece]:
+        yield Piece(0, " upon", None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "stream", interrupted)
+    script = "Once\n/history\n/settings\n/quit\n"
+    printed = call("--interactive", stdin=script)
+    assert "1. Once upon\n" in printed
+    assert "temperature           0.8" in printed
+    assert " stopped" in call("--interactive", stdin=script, stderr=True)
