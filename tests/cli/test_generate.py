@@ -1,7 +1,11 @@
 """`lumiere generate`: what it prints, what it reads, what it refuses, and how a session behaves in a terminal."""
 
 import json
+import os
 import re
+import select
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -172,6 +176,63 @@ def test_a_session_keeps_its_texts_and_settings(call: Callable[..., str]) -> Non
     assert "did you mean /set?" in call("--interactive", stdin="/sett 1\n", stderr=True)
     assert "there is no setting" in call("--interactive", stdin="/set a 1\n", stderr=True)
     assert "the prompt is empty" not in call("--interactive", stdin="\n", stderr=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "forkpty"), reason="a terminal of its own needs a POSIX system")
+def test_ctrl_c_in_a_terminal(trained_run: Run) -> None:
+    """An endless text is interrupted, at the prompt an interrupt is a note, and the session answers."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        # Whoever runs the tests in the background may have had interrupts ignored, and that is inherited.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        arguments = ["generate", "--interactive", "-n", "100000000", "--runs-dir", str(trained_run.path.parent)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        os.execve(sys.executable, [sys.executable, "-m", "lumiere", *arguments], environment)
+    shown = b""
+
+    def wait_for(*texts: bytes, key: bytes = b"") -> None:
+        """Read until one of `texts` comes; `key` is pressed now, and again whenever a second passes without output.
+
+        For Python's readline notices an interrupt that comes in the instant before it waits only with the next key.
+        """
+        nonlocal shown
+        os.write(terminal, key)
+        for _ in range(1000):
+            if found := [text for text in texts if text in shown]:
+                shown = shown.partition(found[0])[2]
+                return
+            if select.select([terminal], [], [], 1 if key else 120)[0]:
+                shown += os.read(terminal, 4096)
+            else:
+                os.write(terminal, key)
+        raise AssertionError(f"waiting for {texts} after {shown[-300:]}")
+
+    try:
+        wait_for(b"> ")
+        os.write(terminal, b"/set repetition_penalty 1.1\n")
+        wait_for(b"> ")
+        os.write(terminal, b"Once\n")
+        wait_for(b"Once\r\n")
+        wait_for(b"Once")
+        # The model may have ended the document itself: then the interrupt meets the prompt, which says so. Nothing
+        # shorter than these notes is waited for, because a model as small as this one writes anything.
+        wait_for(b" stopped", b"/quit or Ctrl-D", key=b"\x03")
+        os.write(terminal, b"/settings\n")
+        wait_for(b"repetition_penalty    1.1")
+        wait_for(b"\nseed ")
+        wait_for(b"> ")
+        wait_for(b"/quit or Ctrl-D", key=b"\x03")
+        wait_for(b"> ")  # only now keys are read one by one, and Ctrl-D is one
+        os.write(terminal, b"\x04")
+        _, status = os.waitpid(pid, 0)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_ctrl_c_stops_the_text_and_not_the_session(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
