@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,39 @@ def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: 
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
         assert tensor.equal(ends[1][name]), name
+    steps = [json.loads(row)["step"] for row in run.metrics_path.read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(1, 401))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.002, 0.01, 0.03])
+def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(long_config: str, seconds: float) -> None:
+    """Whether it comes before, during or after the save that the first one asked for."""
+    with subprocess.Popen(
+        [*LUMIERE, "train", long_config, "--runs-dir", "stopped"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stderr
+        line = ""
+        while "validation loss" not in line:
+            line = process.stderr.readline()
+            assert line, "it ended before it could be stopped"
+        process.send_signal(signal.SIGINT)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) in (130, -signal.SIGINT), rest
+    run = RunStore("stopped").open("latest")
+    assert run.status in ("interrupted", "crashed")
+    assert not [path for path in run.path.rglob("*") if path.name.endswith((".tmp", ".temporary"))]
+    for path in (run.path / "checkpoints").iterdir():
+        load_file(path)
+
+    resumed = run_lumiere("train", "--resume", run.id, "--runs-dir", "stopped", "--json")
+    assert resumed.returncode == 0, resumed.stderr
     steps = [json.loads(row)["step"] for row in run.metrics_path.read_text().splitlines()]
     assert steps == sorted(steps)
     assert set(steps) == set(range(1, 401))
