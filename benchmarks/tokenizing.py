@@ -17,7 +17,12 @@ from pathlib import Path
 
 from lumiere.data.stories import story
 
-SETTINGS = ["dataset.name=json", "dataset.streaming=true", "tokenizer.vocab_size=4096"]
+SETTINGS = [
+    "dataset.name=json",
+    "dataset.streaming=true",
+    "dataset.num_documents=null",
+    "tokenizer.vocab_size=4096",
+]
 STORIES_AT_ONCE = 2000
 ALONE_BYTES = 40_000_000  # of documents that `encode_batch` gets at once, and of each call as many as Lumiere's
 CODE_OF_IMPORTS = "import torch, numpy, datasets, tokenizers, lumiere.cli.tokenize, lumiere.data.hub"
