@@ -85,7 +85,8 @@ def test_the_card_of_a_fixed_run_is_the_golden_one(card_facts: CardFacts, golden
 
 def test_the_hub_reads_its_header(card_facts: CardFacts) -> None:
     data = ModelCard(model_card(card_facts)).data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "lumiere", "text-generation")
+    header = data.to_dict()
+    assert [header[key] for key in ("license", "library_name", "pipeline_tag")] == ["mit", "lumiere", "text-generation"]
     assert data.language == ["en"]
     assert data.datasets == ["Salesforce/wikitext"]
     assert data.model_name == card_facts.run_name
@@ -190,7 +191,7 @@ def test_text_from_files_breaks_nothing(card_facts: CardFacts) -> None:
     assert headings(card) == ["Lumiere hiq6ihsb", *SECTIONS]
     assert all(line.isprintable() for line in card.splitlines())
     data = ModelCard(card).data
-    assert data.library_name == "lumiere"
+    assert data.to_dict()["library_name"] == "lumiere"
     assert data.eval_results[0].dataset_config.startswith("x|y `z` ``q``\\n---")
     html = MarkdownIt("commonmark").enable("table").render(ModelCard(card).text)
     assert "<script>" not in html
