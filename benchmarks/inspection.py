@@ -194,8 +194,7 @@ def analyses(run: str, runs_dir: str, console: Console) -> dict[str, float]:
     table = Table("lumiere inspect", "seconds", "exit code", title=f"after loading, {torch.get_num_threads()} threads")
     figures: dict[str, float] = {}
     for command in inspect_app.registered_commands:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__
+        name = command.name or getattr(command.callback, "__name__", "")
         seconds = []
         for _ in range(ANALYSIS_REPEATS + 1):
             arguments = ["inspect", name, "--run", run, "--runs-dir", runs_dir, *OPTIONS.get(name, [])]

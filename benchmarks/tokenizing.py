@@ -60,10 +60,11 @@ def process(command: list[str], cache: Path) -> tuple[str, float, float]:
     """Its output, its seconds, and its peak memory in MB."""
     environment = os.environ | {"LUMIERE_CACHE_DIR": str(cache)}
     start = time.perf_counter()
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert child.stdout is not None
-    output = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
+    with tempfile.TemporaryFile("w+") as file:
+        child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        file.seek(0)
+        output = file.read()
     if status:
         raise SystemExit(f"{' '.join(command)} failed")
     unit = 1 if sys.platform == "darwin" else 1024

@@ -56,6 +56,19 @@ class Generation:
     score: float | None = None
 
 
+def generation_of(prompt: str | None, pieces: Sequence[Piece], seed: int | None) -> Generation:
+    """The text that all pieces of one row make.
+
+    Raises:
+        ValueError: if the last one does not end it.
+    """
+    reason = pieces[-1].finish_reason
+    if reason is None:
+        raise ValueError("the text has not ended")
+    tokens = tuple(piece.token for piece in pieces if piece.token is not None)
+    return Generation(prompt, "".join(piece.text for piece in pieces), tokens, reason, seed)
+
+
 class TextGenerator:
     """A model with its tokenizer, made ready to write one text, or one batch of texts, at a time.
 
@@ -171,11 +184,7 @@ class TextGenerator:
             for piece in generate_pieces(self._decoder, self.tokenizer, batch_rows, sampling, randoms, limits):
                 pieces[piece.row].append(piece)
             for (i, _), row in zip(batch, pieces, strict=True):
-                tokens = tuple(piece.token for piece in row if piece.token is not None)
-                text = "".join(piece.text for piece in row)
-                reason = row[-1].finish_reason
-                assert reason is not None
-                yield Generation(prompts[i], text, tokens, reason, None if sampling.is_greedy else seed)
+                yield generation_of(prompts[i], row, None if sampling.is_greedy else seed)
 
     def search(
         self,

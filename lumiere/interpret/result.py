@@ -1,5 +1,6 @@
 """What every analysis returns: arrays, labels, and receipts for the laws that they obey."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -32,7 +33,7 @@ class Receipt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(ABC):
     """The ground of all results. Subclasses are frozen dataclasses too.
 
     Attributes:
@@ -54,9 +55,9 @@ class Result:
         """All fields but the receipts, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "receipts"}
 
+    @abstractmethod
     def rows(self) -> Iterator[Mapping[str, Any]]:
         """The result as a table, one observation a row (Wickham 2014, "Tidy Data")."""
-        raise NotImplementedError
 
 
 def rounding(model: nn.Module) -> float:

@@ -166,11 +166,10 @@ def test_a_session_keeps_its_texts_and_settings(call: Callable[..., str]) -> Non
     printed = call("--interactive", stdin=script)
     first = call("--prompt", "The", "-n", "4", "--greedy").removesuffix("\n")
     assert first in printed
-    history = re.search(r"1\. (The.*)", printed)
-    assert history is not None
+    [history] = re.findall(r"^(?:> )?1\. (The.*)", printed, re.MULTILINE)
     # The empty line went on from the first text.
-    assert history[1].startswith(first)
-    assert len(history[1]) > len(first)
+    assert history.startswith(first)
+    assert len(history) > len(first)
     assert "temperature           0.0" in printed
     assert "never" not in printed
     assert "did you mean /set?" in call("--interactive", stdin="/sett 1\n", stderr=True)

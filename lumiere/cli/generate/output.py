@@ -35,7 +35,7 @@ class Output:
 
     def stream(self, prompt: str | None) -> "Generation":
         """Write one text and print it as it comes."""
-        from lumiere.generation.text import Generation
+        from lumiere.generation.text import generation_of
 
         limits = self._settings.limits(0 if self._color else self._num_logprobs)
         pieces: list[Piece] = []
@@ -48,11 +48,7 @@ class Output:
         if self._num_logprobs is None:
             write("\n")
         self._is_shown = True
-        tokens = tuple(piece.token for piece in pieces if piece.token is not None)
-        text = "".join(piece.text for piece in pieces)
-        reason = pieces[-1].finish_reason
-        assert reason is not None
-        return Generation(prompt, text, tokens, reason, self._settings.seed)
+        return generation_of(prompt, pieces, self._settings.seed)
 
     def write_many(
         self, prompts: Sequence[str | None], num_return_sequences: int, batch_size: int

@@ -26,8 +26,8 @@ def show(result: ModelSummary, tokenizer: Tokenizer) -> None:
         show_table(result, title, values)
     show_embeddings(result)
     show_gains(result)
-    if result.num_windows:
-        show_activity(result)
+    if result.writes is not None and result.head_writes is not None:
+        show_activity(result, result.writes, result.head_writes)
     show_checks(result.checks, tokenizer)
     out().print()
 
@@ -102,19 +102,16 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
-def show_activity(result: ModelSummary) -> None:
+def show_activity(result: ModelSummary, writes: np.ndarray, head_writes: np.ndarray) -> None:
     """How much each part writes, as a share of the stream's norm before it."""
-    assert result.writes is not None
-    assert result.head_writes is not None
-    assert result.largest_activations is not None
     out().print(
         f"what is written, as a share of the norm of the stream before it; mean over {result.num_tokens:,} tokens of "
         f"{result.num_windows:,} windows",
         soft_wrap=False,
     )
     out().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
-    for layer, (attention, feedforward) in enumerate(result.writes):
-        heads = " ".join(f"{share:.0%}" for share in result.head_writes[layer])
+    for layer, (attention, feedforward) in enumerate(writes):
+        heads = " ".join(f"{share:.0%}" for share in head_writes[layer])
         out().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
     out().print()
 
