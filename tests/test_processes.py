@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
@@ -34,12 +37,11 @@ def long_config(tiny_config: RunConfig, tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: int, code: int) -> None:
-    whole = json.loads(run_lumiere("train", long_config, "--json").stdout)
+@contextmanager
+def training_midway(config: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """A training in `stopped/`, after its first evaluation, and what it goes on to say."""
     with subprocess.Popen(
-        [*LUMIERE, "train", long_config, "--runs-dir", "stopped"],
+        [*LUMIERE, "train", config, "--runs-dir", "stopped"],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -49,8 +51,16 @@ def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: 
         while "validation loss" not in line:
             line = process.stderr.readline()
             assert line, "it ended before it could be stopped"
+        yield process, process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: int, code: int) -> None:
+    whole = json.loads(run_lumiere("train", long_config, "--json").stdout)
+    with training_midway(long_config) as (process, stderr):
         process.send_signal(number)
-        rest = process.stderr.read()
+        rest = stderr.read()
         assert process.wait(timeout=60) == code, rest
     store = RunStore("stopped")
     run = store.open("latest")
@@ -77,21 +87,11 @@ def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: 
 @pytest.mark.parametrize("seconds", [0.0, 0.002, 0.01, 0.03])
 def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(long_config: str, seconds: float) -> None:
     """Whether it comes before, during or after the save that the first one asked for."""
-    with subprocess.Popen(
-        [*LUMIERE, "train", long_config, "--runs-dir", "stopped"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stderr
-        line = ""
-        while "validation loss" not in line:
-            line = process.stderr.readline()
-            assert line, "it ended before it could be stopped"
+    with training_midway(long_config) as (process, stderr):
         process.send_signal(signal.SIGINT)
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
+        rest = stderr.read()
         assert process.wait(timeout=60) in (130, -signal.SIGINT), rest
     run = RunStore("stopped").open("latest")
     assert run.status in ("interrupted", "crashed")
