@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from lumiere.components.world import World
-from lumiere.errors import LostProcessError, LumiereError, shortened
+from lumiere.errors import LostProcessError, LumiereError
 
 PREPARING_TIMEOUT = timedelta(days=1)
 """How long the others wait for the one that is slowest: to encode a large corpus, or to evaluate."""
@@ -59,9 +59,8 @@ def noticing_losses(world: World) -> Iterator[None]:
         # Gloo has no class of its own for it; its messages name its source files.
         if world.size == 1 or not ("Dist" in type(error).__name__ or "gloo" in str(error)):
             raise
-        reason = shortened(str(error).partition("\n")[0])
         raise LostProcessError(
-            f"another of the {world.size} processes has ended: {reason}",
+            f"another of the {world.size} processes has ended, or cannot be reached",
             "torchrun says which; lumiere train --resume RUN goes on from what was saved",
         ) from error
 
