@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lumiere.config.schema import RunConfig
+from lumiere.errors import NonFiniteError
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, WarningEvent
 from lumiere.training.launch import resume
@@ -235,14 +236,17 @@ def test_what_processes_cannot_share_is_said_once_and_makes_nothing(configure) -
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_all_or_is_skipped_by_all(configure) -> None:
-    """A learning rate like this breaks the second loss in every process."""
-    config = configure(NO_DROPOUT | {"training.learning_rate": 1e10, "training.on_nonfinite": "skip"})
-    result = subprocess.run(command(2, written(config)), capture_output=True, text=True, timeout=300)
-    run = RunStore().open("latest")
-    if result.returncode == 0:
-        assert run.record["skipped_steps"] > 0
-    else:
-        assert result.stderr.count("error: ") == 1, result.stderr
-        assert run.status == "failed"
-    assert all(math.isfinite(line["loss"]) for line in metrics(run)[:1])
+def test_a_loss_that_is_not_finite_stops_all_and_is_said_once(configure, launch) -> None:
+    """A learning rate like this breaks a loss or a gradient, by one process and by two in the same step."""
+    config = configure(NO_DROPOUT | {"training.learning_rate": 1e10, "training.warmup_steps": 2})
+    with pytest.raises(NonFiniteError) as alone:
+        launch(config)
+    result = subprocess.run(
+        command(2, written(config), "--runs-dir", "by-2"), capture_output=True, text=True, env=os.environ, timeout=300
+    )
+    step = alone.value.message.partition(":")[0]
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
+        line for line in result.stderr.splitlines() if line.startswith(f"error: {step}: ")
+    ]
+    assert result.stderr.count("error: ") == 1
+    assert RunStore("by-2").open("latest").status == "failed"
