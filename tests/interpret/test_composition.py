@@ -115,6 +115,11 @@ def test_rows(model: Transformer) -> None:
     rows = list(result.rows())
     assert len(rows) == 12 * 3
     assert rows[1] == {
-        **{"layer": 0, "head": 0, "later_layer": 1, "later_head": 0},
-        **{"kind": "k", "score": float(result.scores[0, 1]), "chance": 12**-0.5},
+        "layer": 0,
+        "head": 0,
+        "later_layer": 1,
+        "later_head": 0,
+        "kind": "k",
+        "score": float(result.scores[0, 1]),
+        "chance": 12**-0.5,
     }
