@@ -17,6 +17,7 @@ from lumiere.cli.inspect import options
 from lumiere.cli.inspect.options import Output, Verify
 from lumiere.cli.loading import OpenedModel, open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
+from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
     from lumiere.interpret.result import Receipt, Result
@@ -102,13 +103,15 @@ COMMON_OPTIONS = [
 ]
 
 
-def analysis(*, text: bool) -> Callable[[Callable[..., Analysis[Any]]], Callable[..., None]]:
+def analysis(*, text: bool, whole_run: bool = False) -> Callable[[Callable[..., Analysis[Any]]], Callable[..., None]]:
     """Make a command of `describe(subject, its own options) -> Analysis`, with the options that all share.
 
     Args:
         text: whether it looks at one text, and so has `--prompt`, `--file`, `--val` and `--random`.
+        whole_run: whether it looks at all snapshots of a run, and so has no `--checkpoint`: the model is the last one.
     """
-    shared = [*(TEXT_OPTIONS if text else []), *COMMON_OPTIONS]
+    common_options = [option for option in COMMON_OPTIONS if not whole_run or option.name != "checkpoint"]
+    shared = [*(TEXT_OPTIONS if text else []), *common_options]
 
     def decorate(describe: Callable[..., Analysis[Any]]) -> Callable[..., None]:
         own = list(inspect.signature(describe).parameters.values())[1:]
@@ -138,7 +141,8 @@ def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any],
     keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a step of training does
     if common["output"] is not None:
         check_export(common["output"])
-    opened = open_model(common["run"], common["checkpoint"], common["device"], common["runs_dir"])
+    checkpoint = common.get("checkpoint") or last_snapshot(common["run"], common["runs_dir"])
+    opened = open_model(common["run"], checkpoint, common["device"], common["runs_dir"])
     text = {option.name: common[option.name] for option in TEXT_OPTIONS if option.name in common}
     subject = Subject(opened, text, common["seed"])
     described = describe(subject, **own)
@@ -159,6 +163,24 @@ def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any],
         broken = "; ".join(receipt.law for receipt in result.receipts if not receipt.holds)
         talk().print(f"[bold red]failed:[/] {escape(broken)}")
         raise typer.Exit(CHECK_FAILED)
+
+
+def last_snapshot(reference: str, runs_dir: str | None) -> str:
+    """The name of a run's last snapshot.
+
+    Raises:
+        LumiereError: there is no such run, or it has kept none.
+    """
+    from lumiere.persistence.checkpoint_names import NAMES, checkpoint_names
+    from lumiere.persistence.runs import RunStore
+
+    run = RunStore(runs_dir).open(reference)
+    snapshots = [name for name in checkpoint_names(run) if name not in NAMES]
+    if not snapshots:
+        raise LumiereError(
+            f"run {run.id} has no snapshots", "train with training.snapshots=true, and do not prune them"
+        )
+    return snapshots[-1]
 
 
 def doubled(model: "Transformer") -> "Transformer":

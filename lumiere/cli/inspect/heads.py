@@ -45,9 +45,10 @@ def heads(
     if any(value is not None for name, value in subject.text.items() if name != "random"):
         tokens_NT = torch.tensor([subject.tokens])
     else:
-        sequences = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
+        sequences, origin = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
         tokens_NT = torch.tensor(sequences)
-        source = f"{SEQUENCES} sequences of {tokens_NT.shape[1] // 2} random tokens, twice (seed {subject.seed})"
+        length = tokens_NT.shape[1] // 2
+        source = f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {subject.seed})"
     windows_NT = validation_windows(subject)
     return Analysis(
         compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT),
