@@ -1,12 +1,12 @@
 """Decoding with a key/value cache: a token costs one row of every product, not a window of them.
 
-A row of the cache is what one product gives for a position: its queries, keys and values, side by side. Queries are
-not needed again; but so the product can write straight into the cache, and nothing is copied.
+One stream on a CPU takes `_step_one`, which spends as few operations as possible: its keys and values are views of the
+rows that a product gives for each position, queries, keys and values side by side; so the product writes straight into
+the cache, and nothing is copied. All else takes `step_rows`, which `torch.compile` can take too: there keys and values
+of a head lie together, as batched products read them.
 
-One stream on a CPU takes `_step_one`, which spends as few operations as possible; all else takes `step_rows`, which
-`torch.compile` can take too.
-
-Shapes: B rows, T position, S column of the cache, E embedding_size, H head, K d_key, V vocabulary, W joined width.
+Shapes: B rows, T position, C context_size, S column of the cache, E embedding_size, H head, K d_key, V d_value or
+vocabulary, W joined width.
 """
 
 import math
@@ -25,7 +25,9 @@ from lumiere.models.transformer import Transformer
 # Products of a step, in multiplications, below which a second thread costs more than it brings.
 ONE_THREAD_MULTIPLICATIONS = 2**24
 
-StepRows = Callable[[Folded, Sequence[Tensor], Tensor, Tensor, int], Tensor]
+KeysAndValues = tuple[Tensor, Tensor]
+"""Of a layer: (B, H, C, K) and (B, H, C, V)."""
+StepRows = Callable[[Folded, Sequence[KeysAndValues], Tensor, Tensor, int], Tensor]
 
 
 class CachedDecoder:
@@ -44,7 +46,8 @@ class CachedDecoder:
         self._compiled_step = compiled_step
         self._device = self._folded.embedding.device
         self._windows: list[list[int]] = []
-        self._caches: list[Tensor] = []
+        self._caches: list[KeysAndValues] = []
+        self._joined: list[Tensor] = []
         self._views: dict[int, list[tuple[Tensor, ...]]] = {}
         self._num_cached = 0
         self._one_stream = False
@@ -55,9 +58,7 @@ class CachedDecoder:
         self._windows = [first_window(row, folded.context_size) for row in rows]
         if self._num_cached != len(rows):
             self._num_cached = len(rows)
-            shape = (len(rows), folded.context_size, folded.joined_size)
-            self._caches = [folded.embedding.new_zeros(shape) for _ in folded.layers]
-            self._prepare()
+            self._allocate()
         with few_threads(folded.num_weights * sum(map(len, self._windows))):
             return self._encode(range(len(rows)), with_logits=True)
 
@@ -93,12 +94,24 @@ class CachedDecoder:
         filled = [*rows, *[0] * (self._num_cached - len(rows))] if self._compiled_step is not None else list(rows)
         self._num_cached = len(filled)
         index = torch.tensor(filled, device=self._device, dtype=torch.int64)
-        self._caches = [cache.index_select(0, index) for cache in self._caches]
-        self._prepare()
+        kept = [(keys.index_select(0, index), values.index_select(0, index)) for keys, values in self._caches]
+        self._allocate()
+        for cache, tensors in zip(self._caches, kept, strict=True):
+            for target, tensor in zip(cache, tensors, strict=True):
+                target.copy_(tensor)
 
-    def _prepare(self) -> None:
+    def _allocate(self) -> None:
+        folded, num_rows, num_layers = self._folded, self._num_cached, len(self._folded.layers)
+        new_zeros, context_size = folded.embedding.new_zeros, folded.context_size
         self._views = {}
-        self._one_stream = self._num_cached == 1 and self._device.type == "cpu" and self._compiled_step is None
+        self._one_stream = num_rows == 1 and self._device.type == "cpu" and self._compiled_step is None
+        if self._one_stream:
+            self._joined = [new_zeros(1, context_size, folded.joined_size) for _ in range(num_layers)]
+            self._caches = [split_heads(joined_1CW, folded)[1:] for joined_1CW in self._joined]
+        else:
+            keys_shape = (num_rows, folded.num_heads, context_size, folded.d_key)
+            values_shape = (num_rows, folded.num_heads, context_size, folded.d_value)
+            self._caches = [(new_zeros(keys_shape), new_zeros(values_shape)) for _ in range(num_layers)]
 
     def _encode(self, rows: Sequence[int], with_logits: bool) -> Tensor:
         """Fill the cache with the windows of `rows`; the logits after each, or nothing."""
@@ -113,14 +126,14 @@ class CachedDecoder:
         if folded.positions is not None:
             resid_BTE += folded.positions[:num_positions]
         rotation = None if folded.rotation is None else folded.rotation[:num_positions]
-        for cache, layer in zip(self._caches, folded.layers, strict=True):
+        for (keys, values), layer in zip(self._caches, folded.layers, strict=True):
             joined_BTW = normalized(resid_BTE) @ layer.joined
-            joined_BTW = rotate_pairs(joined_BTW, folded, rotation)
-            cache[index, :num_positions] = joined_BTW
+            q, k, v = split_heads(rotate_pairs(joined_BTW, folded, rotation), folded)
+            keys[index, :, :num_positions] = k
+            values[index, :, :num_positions] = v
             if layer is folded.layers[-1] and not with_logits:
                 return resid_BTE
-            heads = split_heads(joined_BTW, folded)
-            z_BTHV = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+            z_BTHV = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
             resid_BTE = add_parts(resid_BTE, z_BTHV.flatten(-2), layer)
         last_B = torch.tensor([len(window) - 1 for window in windows], device=self._device)
         last_BE = resid_BTE[torch.arange(len(windows), device=self._device), last_B]
@@ -159,10 +172,10 @@ class CachedDecoder:
     def _view(self, layer_index: int, position: int) -> tuple[Tensor, ...]:
         """All that `_step_one` needs of a layer at a position, since making a view takes as long as a small product."""
         folded, layer = self._folded, self._folded.layers[layer_index]
-        cache_SW = self._caches[layer_index][0]
-        row = cache_SW[position : position + 1]
+        joined_CW = self._joined[layer_index][0]
+        row = joined_CW[position : position + 1]
         q, _, _ = split_heads(row[None], folded)
-        _, k, v = split_heads(cache_SW[None, : position + 1], folded)
+        _, k, v = split_heads(joined_CW[None, : position + 1], folded)
         pairs, turn = row, row
         if folded.rotation is not None:
             num_turned = 2 * folded.num_heads * folded.d_key
@@ -174,12 +187,12 @@ class CachedDecoder:
 
 
 def step_rows(
-    folded: Folded, caches: Sequence[Tensor], tokens_B: Tensor, lengths_B: Tensor, num_columns: int
+    folded: Folded, caches: Sequence[KeysAndValues], tokens_B: Tensor, lengths_B: Tensor, num_columns: int
 ) -> Tensor:
     """Append a token to each row of the caches, and compute the logits of the next, (B, V).
 
     Args:
-        caches: of each layer, (B, C, W); changed.
+        caches: of each layer; changed.
         lengths_B: positions that each row has already.
         num_columns: columns of the cache to look at, more than any length.
     """
@@ -189,14 +202,18 @@ def step_rows(
     rotation = None if folded.rotation is None else folded.rotation[lengths_B]
     rows_B = torch.arange(len(tokens_B), device=tokens_B.device)
     is_hidden_BS = torch.arange(num_columns, device=tokens_B.device) > lengths_B[:, None]
-    mask_B11S = resid_BE.new_zeros(is_hidden_BS.shape).masked_fill(is_hidden_BS, -torch.inf)[:, None, None]
-    for cache, layer in zip(caches, folded.layers, strict=True):
+    mask_BS = resid_BE.new_zeros(is_hidden_BS.shape).masked_fill(is_hidden_BS, -torch.inf)
+    mask_N1S = mask_BS.repeat_interleave(folded.num_heads, dim=0)[:, None]  # N = B H
+    scale = folded.d_key**-0.5
+    for (keys, values), layer in zip(caches, folded.layers, strict=True):
         joined_BW = normalized(resid_BE) @ layer.joined
-        joined_BW = rotate_pairs(joined_BW, folded, rotation)
-        cache.index_put_((rows_B, lengths_B), joined_BW)
-        q, _, _ = split_heads(joined_BW[:, None], folded)
-        _, k, v = split_heads(cache[:, :num_columns], folded)
-        z_BHV = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11S).squeeze(2)
+        q, k, v = split_heads(rotate_pairs(joined_BW, folded, rotation)[:, None], folded)
+        keys[rows_B, :, lengths_B] = k.squeeze(2)
+        values[rows_B, :, lengths_B] = v.squeeze(2)
+        # Written out: on a CPU `scaled_dot_product_attention` takes twice the time for a single query.
+        keys_NSK, values_NSV = keys[:, :, :num_columns].flatten(0, 1), values[:, :, :num_columns].flatten(0, 1)
+        pattern_N1S = torch.baddbmm(mask_N1S, q.flatten(0, 1), keys_NSK.mT, alpha=scale).softmax(-1)
+        z_BHV = torch.bmm(pattern_N1S, values_NSV).view(-1, folded.num_heads, folded.d_value)
         resid_BE = add_parts(resid_BE, z_BHV.flatten(-2), layer)
     return torch.addmm(folded.bias, normalized(resid_BE), folded.unembedding)
 

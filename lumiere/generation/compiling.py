@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lumiere.generation.cached import StepRows, step_rows
+from lumiere.generation.cached import KeysAndValues, StepRows, step_rows
 from lumiere.generation.folding import Folded
 
 
@@ -18,7 +18,9 @@ def compiled_step(warn: Callable[[str], None] | None = None) -> StepRows:
     fast: StepRows | None = None
     works = True
 
-    def step(folded: Folded, caches: Sequence[Tensor], tokens_B: Tensor, lengths_B: Tensor, columns: int) -> Tensor:
+    def step(
+        folded: Folded, caches: Sequence[KeysAndValues], tokens_B: Tensor, lengths_B: Tensor, columns: int
+    ) -> Tensor:
         nonlocal fast, works
         if works:
             try:

@@ -3,20 +3,19 @@
 Names, meaning and order of effect are those of `transformers`: first what changes logits (repetition penalty, n-grams;
 `lumiere.generation.repetition`), then temperature, top-k, top-p, min-p, typical-p.
 
-Shapes: B rows, V vocabulary, N candidates.
+Shapes: B rows, V vocabulary, N candidates of a row, M of all rows, G groups of ids.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lumiere.errors import LumiereError
 
 CHUNKS = 16  # that the vocabulary is cut into while looking for its largest logits
-CHUNKED_MIN_ROWS = 4  # below, the operations that this takes cost more than it saves
 BELOW_ONE = 1 - 2**-40  # so that rounding never takes a draw past the last token
 
 
@@ -107,61 +106,66 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> li
     if sampling.is_greedy:
         return logits_BV.argmax(-1).tolist()
     top_k = sampling.top_k
-    if top_k is None or top_k >= logits_BV.shape[-1]:
+    if top_k is None or top_k >= logits_BV.shape[-1] or sampling.typical_p is not None:
         return _inverse(probabilities(logits_BV, sampling), uniforms).squeeze(1).tolist()
-    # All that comes after top-k looks at what top-k has left, so it can work on k numbers instead of V; and k numbers
-    # are less work for Python than the ten operations would be for torch to dispatch.
-    candidates_BN, ids_BN = largest(logits_BV, top_k + 1)
-    candidates, ids = candidates_BN.tolist(), ids_BN.tolist()
-    tokens = []
-    for row, uniform in enumerate(uniforms):
-        values = candidates[row]
-        # Tokens that are tied with the k-th stay too.
-        if sampling.typical_p is not None or values[top_k - 1] == values[top_k]:
-            shares_1V = probabilities(logits_BV[row : row + 1], sampling)
-            tokens.append(int(_inverse(shares_1V, [uniform])))
-        else:
-            tokens.append(ids[row][_place(values[:top_k], sampling, uniform)])
-    return tokens
+    # All that comes after top-k looks at what top-k has left, so it can work on about k numbers instead of V; and numpy
+    # takes a fraction of the time that torch needs to dispatch an operation.
+    values_BN, ids_BN = largest(logits_BV.float().numpy(force=True), top_k)
+    places_B = _places(values_BN, top_k, sampling, np.array(uniforms))
+    return ids_BN[np.arange(len(places_B)), places_B].tolist()
 
 
-def _place(values: Sequence[float], sampling: Sampling, uniform: float) -> int:
-    """Which of these logits in falling order is drawn: `probabilities` and `_inverse` for a few numbers."""
-    first, temperature = values[0], sampling.temperature
-    weights = [exp((value - first) / temperature) for value in values]
+def _places(values_BN: np.ndarray, top_k: int, sampling: Sampling, uniforms_B: np.ndarray) -> np.ndarray:
+    """Which of these logits in falling order are drawn, (B,): `probabilities` and `_inverse` for a few numbers.
+
+    Sums run from left to right, and what a row does not have weighs nothing: so no row depends on its neighbours.
+    """
+    weights_BN = np.exp((values_BN - values_BN[:, :1]) / sampling.temperature)
+    # Tokens that are tied with the k-th stay too.
+    weights_BN[values_BN < values_BN[:, top_k - 1, None]] = 0
+    sums_BN = weights_BN.cumsum(1)
     if sampling.top_p is not None:
-        rest = total = sum(weights)
-        for kept, weight in enumerate(weights):
-            if kept and rest <= (1 - sampling.top_p) * total:
-                del weights[kept:]
-                break
-            rest -= weight
+        total_B1 = sums_BN[:, -1:]
+        goes_BN = total_B1 - sums_BN + weights_BN <= (1 - sampling.top_p) * total_B1
+        goes_BN[:, 0] = False
+        weights_BN[goes_BN] = 0
     if sampling.min_p is not None:
-        weights = [weight for weight in weights if weight >= sampling.min_p]
-    number = uniform * BELOW_ONE * sum(weights)
-    for place, weight in enumerate(weights):
-        number -= weight
-        if number < 0:
-            return place
-    return 0  # rounding has used up the last bit of the sum: the likeliest is never wrong
+        weights_BN[weights_BN < sampling.min_p] = 0
+    if sampling.top_p is not None or sampling.min_p is not None:
+        sums_BN = weights_BN.cumsum(1)
+    numbers_B1 = uniforms_B[:, None] * BELOW_ONE * sums_BN[:, -1:]
+    return (sums_BN <= numbers_B1).sum(1)
 
 
-def largest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest logits of each row in falling order, and their ids; both (B, count).
+def largest(logits_BV: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest logits of each row and all that are tied with them, in falling order, and their ids.
 
-    `topk` looks at everything. The largest are among the groups with the largest maxima, and maxima are quick to find.
+    The k-th largest of some groups' maxima is a bound that k logits at least reach, and few others: finding it takes
+    a look at each logit, where finding the largest would take many.
+
+    Returns:
+        (B, N) twice, float64 and int64. N is at least `count`; what else a row has is smaller than the `count`-th: a
+        few more logits, then minus infinity.
     """
     num_rows, vocab_size = logits_BV.shape
     num_groups = vocab_size // CHUNKS
-    if num_rows < CHUNKED_MIN_ROWS or vocab_size % CHUNKS or num_groups < 2 * count:
-        return logits_BV.topk(count, dim=-1)
-    groups_BCG = logits_BV.view(num_rows, CHUNKS, num_groups)
-    groups_BN = groups_BCG.amax(1).topk(count, dim=-1).indices
-    members_BM = groups_BCG.gather(2, groups_BN[:, None].expand(-1, CHUNKS, -1)).flatten(1)
-    values_BN, places_BN = members_BM.topk(count, dim=-1)
-    chunks_BN = places_BN.div(count, rounding_mode="floor")
-    ids_BN = groups_BN.gather(1, places_BN - chunks_BN * count) + chunks_BN * num_groups
-    return values_BN, ids_BN
+    maxima_BG = logits_BV
+    if vocab_size % CHUNKS == 0 and num_groups >= 2 * count:
+        maxima_BG = logits_BV.reshape(num_rows, CHUNKS, num_groups).max(1)
+    bounds_B1 = np.partition(maxima_BG, -count, axis=1)[:, -count, None]
+    found_M = np.flatnonzero(logits_BV >= bounds_B1)
+    if num_rows == 1:  # the same in few operations, which is what counts for one stream
+        ids_N = found_M[logits_BV[0, found_M].argsort(kind="stable")[::-1]]
+        return logits_BV[:, ids_N].astype(np.float64), ids_N[None]
+    rows_M, ids_M = np.divmod(found_M, vocab_size)
+    counts_B = np.bincount(rows_M, minlength=num_rows)
+    columns_M = np.arange(len(found_M)) - (counts_B.cumsum() - counts_B)[rows_M]
+    values_BN = np.full((num_rows, counts_B.max()), -np.inf)
+    values_BN[rows_M, columns_M] = logits_BV.ravel()[found_M]
+    ids_BN = np.zeros(values_BN.shape, dtype=np.int64)
+    ids_BN[rows_M, columns_M] = ids_M
+    order_BN = values_BN.argsort(axis=1, kind="stable")[:, ::-1]  # ties as in `_top_p`: it keeps the last of them
+    return np.take_along_axis(values_BN, order_BN, 1), np.take_along_axis(ids_BN, order_BN, 1)
 
 
 def _inverse(shares_BN: Tensor, uniforms: Sequence[float]) -> Tensor:
@@ -172,7 +176,7 @@ def _inverse(shares_BN: Tensor, uniforms: Sequence[float]) -> Tensor:
 
 
 def _top_p(logits_BV: Tensor, top_p: float) -> Tensor:
-    ascending_BV, order_BV = logits_BV.sort(dim=-1)
+    ascending_BV, order_BV = logits_BV.sort(dim=-1, stable=True)
     # A token goes if those up to it, from the unlikeliest on, hold no more than 1 - p; the likeliest stays.
     goes_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - top_p
     goes_BV[..., -1] = False

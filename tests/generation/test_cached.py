@@ -125,7 +125,7 @@ def test_a_compiled_step_works_at_a_fixed_number_of_rows(positions: str) -> None
     shapes = set()
 
     def counting(folded: Any, caches: Any, tokens_B: Any, lengths_B: Any, num_columns: int) -> torch.Tensor:
-        shapes.add((tuple(caches[0].shape), tuple(tokens_B.shape), tuple(lengths_B.shape), num_columns))
+        shapes.add((tuple(caches[0][0].shape), tuple(tokens_B.shape), tuple(lengths_B.shape), num_columns))
         return step_rows(folded, caches, tokens_B, lengths_B, num_columns)
 
     cached, slow = CachedDecoder(model, compiled_step=counting), FullForward(model)

@@ -236,7 +236,7 @@ def test_ten_thousand_tokens_take_no_more_memory_than_two_thousand(model: Transf
     pieces = generate_pieces(decoder, tokenizer, [[SOT]], Sampling(), [row_random(0)], Limits(10_000))
     tracemalloc.start()
     try:
-        marks = []
+        marks, number = [], 0
         for number, piece in enumerate(pieces, start=1):
             assert piece.token is not None
             if number in (2_000, 10_000):
@@ -246,9 +246,9 @@ def test_ten_thousand_tokens_take_no_more_memory_than_two_thousand(model: Transf
         tracemalloc.stop()
     # The text itself would be 80 kB of references.
     assert marks[1] - marks[0] < 20_000
-    tensors = [*decoder._caches, *(tensor for views in decoder._views.values() for view in views for tensor in view)]
-    assert sum(tensor.untyped_storage().nbytes() for tensor in decoder._caches) == sum(
-        tensor.numel() * tensor.element_size() for tensor in decoder._caches
+    tensors = [*decoder._joined, *(tensor for views in decoder._views.values() for view in views for tensor in view)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in decoder._joined) == sum(
+        tensor.numel() * tensor.element_size() for tensor in decoder._joined
     )
     assert len(decoder._views) < model.context_size
     assert len(tensors) < 20 * model.context_size * model.num_layers

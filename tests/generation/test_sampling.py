@@ -57,9 +57,11 @@ def test_the_distribution_is_that_of_transformers(temperature: float, top_k: int
         actual, expected = probabilities(logits_V, sampling), theirs(logits_V, sampling)
         assert torch.equal(actual > 0, expected > 0)
         torch.testing.assert_close(actual, expected)
-        # Rounded to whole numbers, many are tied.
+        # Rounded to whole numbers, many are tied; which of them top-p keeps is left to the sort.
         ties_V = logits_V.round()
-        torch.testing.assert_close(probabilities(ties_V, sampling), theirs(ties_V, sampling))
+        torch.testing.assert_close(
+            probabilities(ties_V, sampling).sort().values, theirs(ties_V, sampling).sort().values
+        )
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.6}, {"top_k": 20}, {"top_p": 0.9}])
@@ -205,13 +207,19 @@ def test_the_shorter_way_after_top_k_draws_the_same_distribution(settings: dict[
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2**32))
-def test_the_largest_are_found(vocab_size: int, count: int, seed: int) -> None:
+def test_the_largest_and_their_ties_are_found(vocab_size: int, count: int, seed: int) -> None:
     logits_BV = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(seed))
+    logits_BV[1:3] = logits_BV[1:3].round()
+    logits_BV[3, 1:] = -torch.inf
     count = min(count, vocab_size)
-    values_BN, ids_BN = largest(logits_BV, count)
-    assert torch.equal(values_BN, logits_BV.topk(count).values)
-    assert torch.equal(logits_BV.gather(1, ids_BN), values_BN)
-    assert all(len(set(row)) == count for row in ids_BN.tolist())
+    values_BN, ids_BN = largest(logits_BV.numpy(), count)
+    for logits_V, values_N, ids_N in zip(logits_BV, values_BN, ids_BN, strict=True):
+        in_order_V = sorted(enumerate(logits_V.tolist()), key=lambda pair: (-pair[1], -pair[0]))
+        expected = [(i, value) for i, value in in_order_V if value >= in_order_V[count - 1][1] and value > -torch.inf]
+        assert list(zip(ids_N.tolist(), values_N.tolist(), strict=True))[: len(expected)] == expected
+        assert all(value < in_order_V[count - 1][1] or value == -torch.inf for value in values_N[len(expected) :])
+        alone_values_N, alone_ids_N = (x[0] for x in largest(logits_V[None].numpy(), count))
+        assert list(zip(alone_ids_N.tolist(), alone_values_N.tolist(), strict=True))[: len(expected)] == expected
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=3), Sampling(top_k=3, top_p=0.9)])
@@ -223,7 +231,7 @@ def test_the_last_number_below_one_draws_no_token_that_was_left_out(sampling: Sa
 
 
 def test_a_draw_does_not_depend_on_its_neighbours() -> None:
-    """Ties in one row send that row alone the longer way."""
+    """Ties in one row make the others' candidates no more."""
     logits_BV = torch.randn(4, 128, generator=torch.Generator().manual_seed(6))
     logits_BV[2] = logits_BV[2].round()
     random = Random(1)
