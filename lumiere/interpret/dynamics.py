@@ -4,6 +4,7 @@ Shapes: N snapshot, M series (one for each metric and each head, pair of heads o
 point of the training's loss curve.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +161,7 @@ def untrained(subject: Subject, metrics: Sequence[Metric]) -> Iterator[Receipt]:
         # Of different tokens: an untrained model with a tied output expects each token to come again at once, and so
         # is better than chance at text in which that happens.
         model, losses = subject.model, subject.heads.losses
-        error = abs(float(losses[: len(losses) // 2].mean()) - np.log(model.vocab_size))
+        error = abs(float(losses[: len(losses) // 2].mean()) - math.log(model.vocab_size))
         # Logits of weights N(0, 0.02^2) on a stream of norm sqrt(E) have a variance of 0.02^2 E, half of which is loss.
         tolerance = NEAR_NOTHING + 0.02**2 * model.embedding_size
         yield Receipt("at step 0 different tokens have the loss of chance", error, tolerance)
