@@ -15,6 +15,7 @@ import typer
 from lumiere.cli.console import escape, guarded, out, print_json, show_note, talk
 from lumiere.cli.inspect import options
 from lumiere.cli.inspect.options import Output, Verify
+from lumiere.cli.inspect.vocabulary import token_label
 from lumiere.cli.loading import OpenedModel, open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
 from lumiere.errors import LumiereError
@@ -22,6 +23,7 @@ from lumiere.errors import LumiereError
 if TYPE_CHECKING:
     from lumiere.interpret.result import Receipt, Result
     from lumiere.models.transformer import Transformer
+    from lumiere.report.pictures import Picture
 
 CHECK_FAILED = 3
 
@@ -60,6 +62,10 @@ class Subject:
         """(T,) the tokens as they are printed."""
         return [self.opened.tokenizer.label(token) for token in self.tokens]
 
+    def label(self, token: int) -> str:
+        """Any token as it is printed."""
+        return token_label(self.opened.tokenizer, token)
+
     @property
     def has_text(self) -> bool:
         """Whether the analysis looked at one text, which is then told with the result."""
@@ -68,17 +74,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Analysis(Generic[AnyResult]):
-    """How to compute a result, and how to show it.
+    """How to compute a result, how to show it, and how to draw it.
 
     Attributes:
         compute: pure, so that `--verify` can call it again with the same model in float64.
         show: prints the result for people; what it comes from and its receipts are printed around it.
+        draw: the result as a picture, for `-o FILE.svg`; a function of lumiere/report/figures/ or beside it.
         source: what was looked at, in words, where it is not one text.
         about: more facts for the JSON.
     """
 
     compute: "Callable[[Transformer], AnyResult]"
     show: Callable[[AnyResult], None]
+    draw: "Callable[[AnyResult], Picture]"
     source: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -160,7 +168,7 @@ def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any],
         result = with_receipt(result, agreement(result, described.compute(doubled(opened.model))))
     about = facts(describe.__name__, subject, described)
     if common["output"] is not None:
-        save_result(common["output"], result, about)
+        save_result(common["output"], result, about, lambda: described.draw(result))
         show_note(f"written to {common['output']}")
     if common["as_json"]:
         print_json(payload(result, about))

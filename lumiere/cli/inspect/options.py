@@ -44,7 +44,12 @@ Positions = Annotated[
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", min=1, help="How many of each list to show.")]
 Output = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--output", "-o", metavar="FILE", help="Write the numbers to a file: .json, .csv or .npz."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the numbers to a .json, .csv or .npz file, or the picture to a .html, .svg or .png one.",
+    ),
 ]
 Verify = Annotated[bool, typer.Option("--verify", help="Compute it again in float64 and compare.")]
 
