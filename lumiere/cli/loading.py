@@ -1,6 +1,7 @@
 """From what the user names to a model, its tokenizer and its config."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lumiere.cli.console import show_note
@@ -37,6 +38,15 @@ class OpenedModel:
 
         return hash_tensors({name: weight.cpu() for name, weight in self.model.state_dict().items()})
 
+    @cached_property
+    def corpus(self) -> "TokenizedCorpus":
+        """What the run's config names now, read once; `open_corpus` sees whether it is what the run was trained on."""
+        from lumiere.cli.progress import CorpusProgress
+        from lumiere.data.dataset import tokenize_corpus
+
+        with CorpusProgress() as progress:
+            return tokenize_corpus(self.config, progress)
+
 
 def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> OpenedModel:
     """The model of a run, in evaluation mode on `device`.
@@ -69,11 +79,7 @@ def open_corpus(opened: OpenedModel, hint: str) -> "TokenizedCorpus":
     Raises:
         LumiereError: if it is not there, or is another one.
     """
-    from lumiere.cli.progress import CorpusProgress
-    from lumiere.data.dataset import tokenize_corpus
-
-    with CorpusProgress() as progress:
-        corpus = tokenize_corpus(opened.config, progress)
+    corpus = opened.corpus
     if corpus.fingerprint != opened.run.record.get("corpus_sha256"):
         raise LumiereError(
             f"the corpus '{opened.config.dataset.name}' is not the one that run {opened.run.id} was trained on", hint

@@ -6,7 +6,7 @@ import typer
 
 from lumiere.cli.completion import complete_checkpoint, complete_config, complete_run
 
-CONFIG_HELP = "A YAML or TOML file, or a shipped config's name: tiny, small, small-fast."
+CONFIG_HELP = "A YAML or TOML file, or a shipped config's name: tiny, induction, small, small-fast."
 RUN_HELP = "A run's name, its id or the start of it, or latest."
 
 Config = Annotated[str, typer.Argument(help=CONFIG_HELP, autocompletion=complete_config)]

@@ -114,6 +114,17 @@ class CorpusProgress(Display):
         self._bar.update(task, completed=progress.done, total=progress.total, figures=figures)  # pyright: ignore
 
 
+class SnapshotProgress(Display):
+    """Counts the snapshots of a run that are done."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(TextColumn("snapshots"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        self._task = self._bar.add_task("snapshots", total=total)
+
+    def __call__(self, done: int) -> None:
+        self._bar.update(self._task, completed=done)
+
+
 def show_warning(message: str) -> None:
     """A line of talk about something that did not go as asked."""
     talk().print(f"[bold yellow]warning:[/] {escape(message)}")

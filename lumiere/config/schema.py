@@ -68,7 +68,7 @@ class DatasetConfig(Section):
     """The corpus, and how documents are cut into windows."""
 
     name: Annotated[str, Field(min_length=1)] = "stories"
-    """`stories` (built in), a Hub name, a local dataset folder, or a builder: text, json, csv, parquet."""
+    """`stories` or `chains` (built in), a Hub name, a local dataset folder, or a builder: text, json, csv, parquet."""
     subset: str | None = None
     """Subset (Hugging Face calls it the configuration name), such as `wikitext-2-raw-v1`."""
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
@@ -80,11 +80,11 @@ class DatasetConfig(Section):
     document_start: str | None = None
     """Regular expression of the row that begins a document, where rows are lines and not documents."""
     num_documents: PositiveInteger | None = None
-    """Training documents: how many `stories` makes, or how many of another corpus are used. Empty: all."""
+    """Training documents: how many a built-in corpus makes, or how many of another corpus are used. Empty: all."""
     validation_fraction: Annotated[Fraction, Field(gt=0)] = 0.05
     """Share of the documents held out for validation where the corpus has no validation split."""
     seed: NonNegativeInteger = 0
-    """Seed of the `stories`, and of the choice of the documents that are held out."""
+    """Seed of a built-in corpus, and of the choice of the documents that are held out."""
     sliding_window_size: NonNegativeInteger = 8
     """Tokens that a window shares with the window before it in the same document."""
 

@@ -1,4 +1,4 @@
-"""The documents of each split, from the built-in stories or from anything that `datasets` reads."""
+"""The documents of each split, from the built-in stories and chains or from anything that `datasets` reads."""
 
 import hashlib
 import json
@@ -9,13 +9,21 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from lumiere.config.schema import DatasetConfig
+from lumiere.data.chains import CHAINS_VERSION, chains
 from lumiere.data.stories import STORIES_VERSION, stories
 from lumiere.errors import DataError
 
 SPLITS = ("train", "validation", "test")
-DEFAULT_NUM_STORIES = 20_000
+DEFAULT_NUM_DOCUMENTS = 20_000
+"""Of a built-in corpus."""
 MANY_DOCUMENTS = 1_000_000
 """Of more, no list is kept of those that are held out."""
+
+BUILT_IN: Mapping[str, tuple[Callable[[str, int, int], Iterator[str]], int]] = {
+    "stories": (stories, STORIES_VERSION),
+    "chains": (chains, CHAINS_VERSION),
+}
+"""By name: what tells the texts of a split, and the version of them."""
 
 Reader = Callable[[], Iterator[str]]
 
@@ -48,9 +56,9 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     Raises:
         DataError: if it does not exist, cannot be reached, or lacks the subset, the column or a training split.
     """
-    if config.name == "stories":
-        return story_corpus(config)
-    # `datasets` takes a second to import, which the stories need not wait for.
+    if config.name in BUILT_IN:
+        return built_in_corpus(config)
+    # `datasets` takes a second to import, which the built-in corpora need not wait for.
     from lumiere.data.hub import load_rows
 
     rows, source = load_rows(config)
@@ -74,15 +82,16 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     return Corpus(ordered, hashlib.sha256(identity.encode()).hexdigest())
 
 
-def story_corpus(config: DatasetConfig) -> Corpus:
-    """The built-in corpus, with as many stories held out for validation and for testing as the config says."""
-    num_train = config.num_documents or DEFAULT_NUM_STORIES
+def built_in_corpus(config: DatasetConfig) -> Corpus:
+    """A corpus of our own, with as many texts held out for validation and for testing as the config says."""
+    tell, version = BUILT_IN[config.name]
+    num_train = config.num_documents or DEFAULT_NUM_DOCUMENTS
     num_held_out = max(1, round(num_train * config.validation_fraction))
     counts = {"train": num_train, "validation": num_held_out, "test": num_held_out}
     readers: dict[str, Reader] = {
-        split: lambda split=split, count=count: stories(split, count, config.seed) for split, count in counts.items()
+        split: lambda split=split, count=count: tell(split, count, config.seed) for split, count in counts.items()
     }
-    identity = f"stories {STORIES_VERSION} {config.seed} {counts}"
+    identity = f"{config.name} {version} {config.seed} {counts}"
     return Corpus(readers, hashlib.sha256(identity.encode()).hexdigest(), counts)
 
 

@@ -18,5 +18,10 @@ def checkpoint_names(run: Run) -> list[str]:
     return [name for name in NAMES if name in found] + steps
 
 
+def snapshot_steps(run: Run) -> list[int]:
+    """The steps whose weights the run has kept, rising."""
+    return [_step(name) for name in checkpoint_names(run) if name not in NAMES]
+
+
 def _step(name: str) -> int:
     return int(name.removeprefix("step-"))

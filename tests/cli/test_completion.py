@@ -73,7 +73,7 @@ def test_tab_offers_shipped_configs_and_files() -> None:
     (Path("configs") / "deep").mkdir()
     (Path("configs") / "deep" / "er.yml").touch()
     (Path("folder.yaml")).mkdir()
-    assert offered("lumiere train ") == ["small-fast", "small", "tiny", "mine.yaml", "configs/m.toml"]
+    assert offered("lumiere train ") == ["induction", "small-fast", "small", "tiny", "mine.yaml", "configs/m.toml"]
     assert offered("lumiere train m") == ["mine.yaml"]
     assert offered("lumiere train configs/") == ["configs/m.toml", "configs/deep/er.yml"]
     assert offered("lumiere tokenize t") == ["tiny"]

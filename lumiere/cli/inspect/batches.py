@@ -57,10 +57,12 @@ def random_batches(subject: Subject, length: int, num_batches: int, batch_size: 
     from lumiere.cli.inspect.texts import repeated_sequences
 
     count = num_batches * batch_size
-    sequences = repeated_sequences(subject.opened, length, count, subject.seed)
+    sequences, origin = repeated_sequences(subject.opened, length, count, subject.seed)
     first_target = length + 1
     parts = [sequences[first : first + batch_size] for first in range(0, count, batch_size)]
-    source = f"{count:,} x {length} random tokens, twice (seed {subject.seed}), in {counted_batches(num_batches)}"
+    source = (
+        f"{count:,} x {length} random tokens {origin}, twice (seed {subject.seed}), in {counted_batches(num_batches)}"
+    )
     return [batch_of(part, first_target) for part in parts], f"{source}; loss of the second copy"
 
 

@@ -37,6 +37,7 @@ def heads(
     from lumiere.cli.inspect.texts import repeated_sequences
     from lumiere.interpret.heads import head_scores
     from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.report.figures.heads import draw_heads
 
     shape = subject.opened.config.model
     layers = parse_indices(layer, shape.num_layers, "layer")
@@ -45,13 +46,15 @@ def heads(
     if any(value is not None for name, value in subject.text.items() if name != "random"):
         tokens_NT = torch.tensor([subject.tokens])
     else:
-        sequences = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
+        sequences, origin = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
         tokens_NT = torch.tensor(sequences)
-        source = f"{SEQUENCES} sequences of {tokens_NT.shape[1] // 2} random tokens, twice (seed {subject.seed})"
+        length = tokens_NT.shape[1] // 2
+        source = f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {subject.seed})"
     windows_NT = validation_windows(subject)
     return Analysis(
         compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT),
         show=lambda result: show(result, 0 if windows_NT is None else len(windows_NT)),
+        draw=draw_heads,
         source=source,
     )
 

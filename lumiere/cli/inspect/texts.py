@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 32
 """Tokens of the validation split that are shown where no text is given: what fits on a screen."""
+MOST_COUNTED = 10_000_000
+"""Tokens of the training split, its first ones, in which those that random tokens are drawn from have to occur."""
 
 
 def choose_text(
@@ -36,7 +38,8 @@ def choose_text(
     if file is not None:
         return file_tokens(opened, file)
     if random is not None:
-        return repeated_tokens(opened, random, seed), f"{random} random tokens, twice (seed {seed})"
+        rows, origin = repeated_sequences(opened, random, 1, seed)
+        return rows[0], f"{random} random tokens {origin}, twice (seed {seed})"
     tokens = validation_window(opened, window or 0)
     name = opened.config.dataset.name
     if window is None:
@@ -80,30 +83,48 @@ def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
     return shown, str(file) if len(shown) == len(tokens) else f"{file}, its first {len(shown)} of {len(tokens)} tokens"
 
 
-def repeated_tokens(opened: OpenedModel, length: int, seed: int) -> tuple[int, ...]:
-    """The first of `repeated_sequences`."""
-    return repeated_sequences(opened, length, 1, seed)[0]
-
-
-def repeated_sequences(opened: OpenedModel, length: int | None, count: int, seed: int) -> list[tuple[int, ...]]:
-    """`count` times the start token and `length` different random tokens, twice.
+def repeated_sequences(
+    opened: OpenedModel, length: int | None, count: int, seed: int
+) -> tuple[list[tuple[int, ...]], str]:
+    """`count` times the start token and `length` different random tokens, twice; and of what the tokens are.
 
     Args:
         length: None takes `COPY_LENGTH`, or less where the model has less room.
 
     Raises:
-        LumiereError: if that is longer than the context, or the vocabulary has fewer tokens.
+        LumiereError: if that is longer than the context, or there are fewer tokens to draw from.
     """
-    from lumiere.data.tokenizer import SOT, SPECIAL_TOKENS
+    import torch
+
+    from lumiere.data.tokenizer import SOT
     from lumiere.interpret.repeats import COPY_LENGTH, longest_copy, repeated_tokens
 
-    first = len(SPECIAL_TOKENS)
-    num_tokens = len(opened.tokenizer) - first
-    longest = longest_copy(opened.model, num_tokens)
+    drawable, origin = drawable_tokens(opened)
+    longest = longest_copy(opened.model, len(drawable))
     length = min(COPY_LENGTH, longest) if length is None else length
     if length > longest:
         raise LumiereError(f"{length} random tokens twice do not fit the model", f"it has room for {longest}")
-    return [tuple(row) for row in repeated_tokens(num_tokens, length, count, seed, start=SOT, first=first).tolist()]
+    places = repeated_tokens(len(drawable), length, count, seed, start=len(drawable), first=0)
+    return [tuple(row) for row in torch.tensor([*drawable, SOT])[places].tolist()], origin
+
+
+def drawable_tokens(opened: OpenedModel) -> tuple[list[int], str]:
+    """The ids that random tokens are drawn from, and words that say which these are.
+
+    Those that the training split has: about others, such as most single bytes, a model has learned nothing but that
+    they never come. Without the corpus they are all but the special ones.
+    """
+    from lumiere.cli.inspect.summary import count_tokens
+    from lumiere.cli.loading import open_corpus
+    from lumiere.data.tokenizer import SPECIAL_TOKENS
+
+    first, last = len(SPECIAL_TOKENS), len(opened.tokenizer)
+    try:
+        ids = open_corpus(opened, "restore it as it was").splits["train"].ids
+    except LumiereError:
+        return list(range(first, last)), "of the vocabulary"
+    counts = count_tokens(ids[:MOST_COUNTED], opened.model.vocab_size)
+    return [token for token in range(first, last) if counts[token]], "of the training split"
 
 
 def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:

@@ -67,7 +67,10 @@ def test_random_repeats_score_the_second_copy() -> None:
     assert np.array_equal(rows[:, 1:6], rows[:, 6:])
     assert len({tuple(row) for row in result["tokens"]}) == 6
     assert (result["first_target"], result["num_targets"]) == (6, [15, 15])
-    assert result["source"] == "6 x 5 random tokens, twice (seed 2), in 2 batches; loss of the second copy"
+    assert (
+        result["source"]
+        == "6 x 5 random tokens of the training split, twice (seed 2), in 2 batches; loss of the second copy"
+    )
 
 
 def test_one_text(tiny_corpus: TokenizedCorpus) -> None:

@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
+from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SPECIAL_TOKENS
+from lumiere.interpret.heads import SCORES
 from lumiere.persistence.runs import Run
 
 KEYS = {"tokens", "layers", "heads", "score_names", "scores", "uniform", "num_destinations", "copying", "threshold"}
@@ -36,7 +38,7 @@ def shown(*options: str) -> dict[str, Any]:
 def test_without_a_text_it_takes_random_tokens_twice(runs_dir: str) -> None:
     result = shown("--runs-dir", runs_dir)
     assert set(result) >= KEYS
-    assert result["source"] == "32 sequences of 7 random tokens, twice (seed 0)"
+    assert result["source"] == "32 sequences of 7 random tokens of the training split, twice (seed 0)"
     assert len(result["tokens"]) == 32
     for row in result["tokens"]:
         assert row[1:8] == row[8:]
@@ -44,8 +46,23 @@ def test_without_a_text_it_takes_random_tokens_twice(runs_dir: str) -> None:
     assert result["in_context_positions"] == [1, 12]
     assert all(receipt["holds"] for receipt in result["receipts"])
     other = shown("--runs-dir", runs_dir, "--seed", "1", "--random", "5")
-    assert other["source"] == "32 sequences of 5 random tokens, twice (seed 1)"
+    assert other["source"] == "32 sequences of 5 random tokens of the training split, twice (seed 1)"
     assert other["tokens"][0][1:6] != result["tokens"][0][1:6]
+
+
+def test_random_tokens_are_of_the_training_split(
+    trained_run: Run, tiny_corpus: TokenizedCorpus, runs_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    occurring = set(tiny_corpus.splits["train"].ids.tolist())
+    assert len(occurring) < len(tiny_corpus.tokenizer)  # single bytes that no story has
+    options = ("--runs-dir", runs_dir)
+    drawn = {token for row in shown(*options)["tokens"] for token in row[1:]}
+    assert drawn <= occurring
+    # Without the corpus, nobody knows which they are.
+    monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+    result = shown(*options)
+    assert result["source"] == "32 sequences of 7 random tokens of the vocabulary, twice (seed 0)"
+    assert not {token for row in result["tokens"] for token in row[1:]} <= occurring
 
 
 def test_a_text_takes_their_place(runs_dir: str) -> None:
@@ -72,7 +89,11 @@ def test_the_view_fits_80_columns_and_says_the_threshold(runs_dir: str) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 80
     words = " ".join(result.stdout.split())
     assert "a role is a score of 5% or more" in words
-    assert "previous heads: " in words
+    # On a model of 12 steps it is chance which roles there are; the view has those of the numbers, and no others.
+    roles = shown("--runs-dir", runs_dir, "--threshold", "0.05")["roles"]
+    named = {role for layer in roles for head in layer for role in head}
+    assert named
+    assert {word for word in SCORES if f"{word} heads: " in words} == named
     assert "repeat gap" in words
     assert "minus" in words
     assert "at position 1 of" in words

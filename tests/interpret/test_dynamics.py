@@ -1,0 +1,215 @@
+"""Numbers along a training: those of each analysis alone, at every snapshot, each loaded once."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from lumiere.config.loader import validate
+from lumiere.data.batches import make_batch
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.evaluation import evaluate
+from lumiere.interpret.composition import composition_scores
+from lumiere.interpret.dynamics import Dynamics, follow, total_change, worse
+from lumiere.interpret.heads import SCORES, head_scores
+from lumiere.interpret.lens import logit_lens
+from lumiere.interpret.metrics import DEFAULT_METRICS, METRICS, Texts
+from lumiere.interpret.repeats import repeated_tokens
+from lumiere.interpret.result import Receipt
+from lumiere.interpret.weights import matrix_facts
+from lumiere.models.transformer import Transformer, build_model
+from lumiere.persistence.checkpoint_names import checkpoint_names, snapshot_steps
+from lumiere.persistence.runs import Run
+from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit
+
+ALL = tuple(METRICS)
+
+
+def loader(run: Run) -> Callable[[int], Transformer]:
+    return lambda step: run.load_model(str(step))
+
+
+@pytest.fixture(scope="module")
+def texts(trained_run: Run, tiny_corpus: TokenizedCorpus) -> Texts:
+    config = trained_run.load_config()
+    windows = tiny_corpus.windows("validation", config)
+    tokens, lengths = windows.cut(np.arange(len(windows)))
+    full = torch.from_numpy(tokens[lengths == tokens.shape[1]])
+    return Texts(
+        tokens=repeated_tokens(300, 7, 8, seed=0, start=0, first=3),
+        windows=full[:8],
+        batches=[make_batch(windows, part) for part in (np.arange(5), np.arange(5, len(windows)))],
+        lens_rows=full[:2, :-1].tolist(),
+    )
+
+
+@pytest.fixture(scope="module")
+def result(trained_run: Run, texts: Texts) -> Dynamics:
+    return follow(snapshot_steps(trained_run), loader(trained_run), ALL, texts)
+
+
+def value(result: Dynamics, metric: str, place: str, column: int) -> float:
+    found = [row for row in range(len(result.metrics)) if (result.metrics[row], result.places[row]) == (metric, place)]
+    assert len(found) == 1
+    return float(result.values[found[0], column])
+
+
+def test_steps_are_those_of_the_snapshots(trained_run: Run, result: Dynamics) -> None:
+    assert result.steps.tolist() == [0, 1, 2, 4, 8]
+    names = [f"step-{step:08}" for step in result.steps]
+    assert [name for name in checkpoint_names(trained_run) if name.startswith("step")] == names
+    assert result.holds
+
+
+@pytest.mark.parametrize("column", range(5))
+def test_each_number_is_that_of_the_analysis_alone(
+    column: int, trained_run: Run, tiny_corpus: TokenizedCorpus, texts: Texts, result: Dynamics
+) -> None:
+    model = trained_run.load_model(str(result.steps[column]))
+    heads = head_scores(model, texts.tokens, windows_NT=texts.windows)
+    for layer, head in np.ndindex(2, 2):
+        for number, name in enumerate(SCORES):
+            assert value(result, name, f"L{layer}H{head}", column) == heads.scores[layer, head, number]
+        assert value(result, "copying", f"L{layer}H{head}", column) == heads.copying[layer, head]
+    assert value(result, "repeat-gap", "", column) == heads.repeat_gap
+    assert value(result, "in-context-score", "", column) == heads.in_context_score
+    composition = composition_scores(model)
+    for pair, scores in zip(composition.pairs.tolist(), composition.scores, strict=True):
+        place = "L{}H{}>L{}H{}".format(*pair)
+        for kind, score in zip("qkv", scores, strict=True):
+            assert value(result, f"{kind}-composition", place, column) == pytest.approx(score * 4)  # sqrt(16)
+    facts = matrix_facts(model)
+    assert (
+        value(result, "norm", "1.attention.query", column)
+        == facts.norms[facts.matrices.index("blocks.1.attention.query.weight")]
+    )
+    assert (
+        value(result, "effective-rank", "token_embedding", column)
+        == facts.effective_ranks[facts.matrices.index("token_embedding.weight")]
+    )
+    depths = [logit_lens(model, row).decision_stages for row in texts.lens_rows]
+    assert value(result, "lens-depth", "", column) == pytest.approx(np.mean(depths))
+    windows = tiny_corpus.windows("validation", trained_run.load_config())
+    whole = evaluate(model, windows, tiny_corpus.splits["validation"].facts, batch_size=7)
+    assert value(result, "validation-loss", "", column) == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_step_0_is_near_the_baselines(result: Dynamics) -> None:
+    for row, metric in enumerate(result.metrics):
+        baseline, first = result.baselines[row], result.values[row, 0]
+        if metric in SCORES:
+            assert first == pytest.approx(baseline, abs=0.02)
+        elif metric in ("repeat-gap", "in-context-score", "validation-loss"):
+            assert first == pytest.approx(baseline, abs=0.1)
+        elif metric.endswith("composition"):
+            assert first == pytest.approx(1, abs=0.5)  # heads of width 8 in a stream of 16
+    laws = {receipt.law for receipt in result.receipts if "step 0" in receipt.law}
+    assert len(laws) == 3
+
+
+def test_a_model_that_is_not_untrained_at_step_0_is_told(texts: Texts, trained_run: Run) -> None:
+    circuit = induction_circuit()
+    tokens = repeated_tokens(21, 15, 4, seed=0, start=0, first=3)
+    found = follow([0, 1], lambda step: circuit, ["induction", "repeat-gap"], Texts(tokens))
+    assert not found.holds
+    broken = {receipt.law for receipt in found.receipts if not receipt.holds}
+    assert broken >= {"at step 0 heads look at all tokens alike", "at step 0 there is no repeat gap"}
+
+
+def test_each_snapshot_is_loaded_once_and_the_last_again(trained_run: Run, texts: Texts) -> None:
+    loaded, told = [], []
+
+    def load(step: int) -> Transformer:
+        loaded.append(step)
+        return trained_run.load_model(str(step))
+
+    follow([0, 4, 8], load, ALL, texts, tell=told.append)
+    assert loaded == [0, 4, 8, 8]
+    assert told == [1, 2, 3]
+
+
+def test_a_snapshot_that_differs_when_it_is_loaded_again_is_told(texts: Texts, trained_run: Run) -> None:
+    """The receipt of the last snapshot has teeth: here the second time another one comes."""
+    steps = iter((0, 8, 4))
+    found = follow([0, 8], lambda step: trained_run.load_model(str(next(steps))), ["induction"], texts)
+    assert [receipt.law for receipt in found.receipts if not receipt.holds] == [
+        "the last snapshot, loaded and analysed alone"
+    ]
+
+
+def test_the_birth_of_a_circuit_is_marked() -> None:
+    """An untrained model up to step 256, from 512 on the circuit built by hand."""
+    torch.manual_seed(0)
+    circuit = induction_circuit()
+    untrained = Transformer(24, circuit.embedding_size, 33, 2, 4, circuit.d_key, 24, 1).eval()
+    steps = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    tokens = repeated_tokens(21, 15, 8, seed=0, start=0, first=3)
+    metrics = ["previous", "induction", "repeat-gap"]
+    found = follow(steps, lambda step: circuit if step >= 512 else untrained, metrics, Texts(tokens))
+    assert found.holds
+    for metric, place in (("previous", PREVIOUS), ("induction", INDUCTION)):
+        best = found.series_of(metric)[0]
+        assert found.places[best] == "L{}H{}".format(*place)
+        assert (found.phase_starts[best], found.phase_ends[best]) == (256, 512)
+        assert found.phase_sizes[best] == pytest.approx(1 - found.baselines[best], abs=0.05)
+    gap = found.series_of("repeat-gap")[0]
+    assert (found.phase_starts[gap], found.phase_ends[gap]) == (256, 512)
+    constant = [row for row in range(len(found.metrics)) if found.phase_starts[row] < 0]
+    assert np.isnan(found.phase_sizes[constant]).all()
+    in_phase = {row["step"] for row in found.rows() if row["metric"] == "repeat-gap" and row["in_phase_change"]}
+    assert in_phase == {256, 512}
+
+
+def test_heads_that_write_nothing_have_no_numbers(texts: Texts) -> None:
+    settings = {"num_layers": 2, "num_heads": 2, "context_size": 16, "zero_output_init": True}
+    model = build_model(validate({"model": settings, "tokenizer": {"vocab_size": 320}})).eval()
+    found = follow([0, 1, 2, 4], lambda step: model, ["k-composition", "copying"], Texts(texts.tokens))
+    assert np.isnan(found.values).all()
+    assert (found.phase_starts == -1).all()
+    assert found.holds
+
+
+def test_a_single_layer_has_no_pairs(texts: Texts) -> None:
+    settings = {"num_layers": 1, "context_size": 16}
+    model = build_model(validate({"model": settings, "tokenizer": {"vocab_size": 320}})).eval()
+    found = follow([0], lambda step: model, ["k-composition"], Texts(texts.tokens))
+    assert found.metrics == ()
+    assert found.values.shape == (0, 1)
+
+
+def test_rows_and_curve(trained_run: Run, texts: Texts) -> None:
+    found = follow([0, 8], loader(trained_run), ["previous"], texts, curve=[(2, 5.0), (4, 4.5)])
+    rows = list(found.rows())
+    assert len(rows) == 4 * 2
+    assert rows[1] == {
+        "metric": "previous",
+        "place": "L0H0",
+        "step": 8,
+        "in_phase_change": False,
+        "value": float(found.values[0, 1]),
+    }
+    assert found.curve_steps.tolist() == [2, 4]
+    assert found.curve_losses.tolist() == [5.0, 4.5]
+
+
+def test_the_worse_receipt_of_a_law() -> None:
+    small, large, broken = (Receipt("a", error, 1.0) for error in (0.1, 0.2, float("nan")))
+    assert worse(small, None) is small
+    assert worse(small, large) is large
+    assert worse(large, small) is large
+    assert worse(broken, large) is broken
+    assert not worse(broken, large).holds
+
+
+def test_total_change() -> None:
+    assert total_change(np.array([np.nan, 1.0, 5.0, 3.0, np.nan])) == 2.0
+    assert total_change(np.array([np.nan])) == 0.0
+
+
+def test_every_metric_says_what_it_is() -> None:
+    assert set(DEFAULT_METRICS) <= set(METRICS)
+    for name, metric in METRICS.items():
+        assert metric.name == name
+        assert metric.meaning
+        assert metric.noticeable > 0

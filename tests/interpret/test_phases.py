@@ -1,0 +1,104 @@
+"""Phase changes: found where a curve jumps, and not claimed where it only grows or trembles."""
+
+import numpy as np
+import pytest
+
+from lumiere.interpret.phases import find_phase_change, stretches
+
+STEPS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 2560, 3072, 3584, 4096])
+
+
+def jump(at: int, low: float = 0.03, high: float = 0.9) -> np.ndarray:
+    return np.where(at > STEPS, low, high)
+
+
+@pytest.mark.parametrize("at", [64, 512, 1536])
+def test_a_jump_is_found_where_it_is(at: int) -> None:
+    found = find_phase_change(STEPS, jump(at), 0.1)
+    assert found is not None
+    assert STEPS[found.first] < at <= STEPS[found.last]
+    assert found.change == pytest.approx(0.87)
+    span = np.log2((1 + STEPS[found.last]) / (1 + STEPS[found.first]))
+    assert found.slope == pytest.approx(0.87 / span)
+    assert span > 0
+
+
+def test_a_fall_is_one_too() -> None:
+    found = find_phase_change(STEPS, -jump(512), 0.1)
+    assert found is not None
+    assert found.change == pytest.approx(-0.87)
+
+
+def test_among_noise_it_is_still_found() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, len(STEPS))
+    found = find_phase_change(STEPS, jump(512) + noise, 0.1)
+    assert found is not None
+    assert STEPS[found.first] < 512 <= STEPS[found.last]
+
+
+def test_slow_growth_is_none() -> None:
+    assert find_phase_change(STEPS, np.log2(1 + STEPS), 0.1) is None
+    assert find_phase_change(STEPS, np.log2(1 + STEPS) ** 1.5, 0.1) is None
+
+
+def test_noise_is_none() -> None:
+    """Of curves of nothing but noise, however large, one in forty is taken for a phase change."""
+    generator = np.random.default_rng(0)
+    claimed = [find_phase_change(STEPS, generator.normal(0, 10, len(STEPS)), 0.1) is not None for _ in range(2000)]
+    assert np.mean(claimed) == pytest.approx(1 / 40, abs=0.01)
+
+
+def test_a_late_tremble_is_none() -> None:
+    """Late snapshots are close in log steps; a slope between neighbours would be steep there."""
+    steps = np.concatenate([STEPS[:11], np.arange(1024, 32768, 512)])
+    values = 0.02 * np.log2(1 + steps)
+    values[40:42] += 0.09
+    assert find_phase_change(steps, values, 0.1) is None
+
+
+def test_what_does_not_last_is_none() -> None:
+    values = np.full(len(STEPS), 0.03)
+    values[9] = 0.9
+    assert find_phase_change(STEPS, values, 0.1) is None
+
+
+def test_too_small_a_change_is_none() -> None:
+    assert find_phase_change(STEPS, jump(512), 0.9) is None
+    assert find_phase_change(STEPS, jump(512), 0.8) is not None
+
+
+def test_what_is_missing_is_passed_over() -> None:
+    values = jump(512).astype(float)
+    values[:2] = np.nan
+    found = find_phase_change(STEPS, values, 0.1)
+    assert found is not None
+    assert (STEPS[found.first], STEPS[found.last]) == (256, 512)
+    values[3:] = np.nan
+    assert find_phase_change(STEPS, values, 0.1) is None
+
+
+def test_a_change_of_a_few_standard_errors_is_none() -> None:
+    errors = np.full(len(STEPS), 0.2)
+    assert find_phase_change(STEPS, jump(512), 0.1, errors) is None  # 0.87 is 3.1 errors of a difference
+    assert find_phase_change(STEPS, jump(512), 0.1, 0.75 * errors) is not None
+    assert find_phase_change(STEPS, jump(512), 0.1, np.nan * errors) is not None
+
+
+def test_the_ends_are_drawn_in() -> None:
+    """A stretch of half a doubling from 1,536 on ends at 2,560; what happened before 2,048 is said so."""
+    found = find_phase_change(STEPS, jump(2048), 0.1)
+    assert found is not None
+    assert (STEPS[found.first], STEPS[found.last]) == (1536, 2048)
+    slow = np.interp(STEPS, [1536, 2560], [0.0, 1.0])
+    both = find_phase_change(STEPS, slow, 0.1)
+    assert both is not None
+    assert (STEPS[both.first], STEPS[both.last]) == (1536, 2560)
+
+
+def test_stretches_span_half_a_doubling() -> None:
+    firsts, lasts = stretches(np.log2(1.0 + STEPS))
+    expected = [(first, first + 1) for first in range(11)]  # up to (512, 1,024) each is about a doubling
+    assert list(zip(firsts, lasts, strict=True))[:11] == expected
+    for first, last in zip(firsts, lasts, strict=True):
+        assert (1 + STEPS[last]) / (1 + STEPS[first]) >= 2**0.5 - 1e-6
+        assert last == first + 1 or (1 + STEPS[last - 1]) / (1 + STEPS[first]) < 2**0.5
