@@ -49,12 +49,14 @@ def joined() -> Iterator[World]:
 def meet(world: World) -> None:
     """Make torch's default group."""
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(dist.rendezvous("env://", timeout=PREPARING_TIMEOUT))
+    store, _, _ = next(rendezvous("env://", timeout=PREPARING_TIMEOUT))
     # torchrun keeps one store for all its starts (torch 2.13): without a prefix of this start, a process may read the
     # address of one that died in the start before, and be refused there.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"lumiere start {start}", store)
+    store = PrefixStore(f"lumiere start {start}", store)
     dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=PREPARING_TIMEOUT)
 
 
