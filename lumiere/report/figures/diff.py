@@ -104,6 +104,8 @@ def draw_bars(axes: Axes, names: list[str], values: np.ndarray, what: str) -> No
     axes.invert_yaxis()
     axes.set_xlabel(what, fontsize=8)
     style_axes(axes)
+    axes.set_axisbelow(True)
+    axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(names)), names, fontsize=6)
     style_text(*axes.get_yticklabels())
 
