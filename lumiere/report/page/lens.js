@@ -1,0 +1,38 @@
+// The lens: layers by words, the last layer on top.
+
+function drawLens() {
+  const { lens, tokens } = currentText();
+  const chosen = (position) => (position === state.position ? "chosen" : "");
+  const heads = tokens.map((token, position) =>
+    element(
+      "th",
+      { scope: "col", class: chosen(position) },
+      element(
+        "button",
+        { type: "button", class: "token", "data-key": position, "aria-pressed": position === state.position, tabindex: position === state.position ? 0 : -1, onclick: () => choose({ position, word: 0 }) },
+        label(token),
+      ),
+    ),
+  );
+  const head = element("tr", {}, element("th", {}, "after reading"), ...heads);
+  roving(head, () => 1, true);
+  const rows = lens.stages.map((name, stage) =>
+    element(
+      "tr",
+      {},
+      element("th", { scope: "row" }, name),
+      ...tokens.map((_, position) => {
+        const token = lens.tokens[stage][position][0];
+        const share = lens.probabilities[stage][position][0];
+        const isRight = position + 1 < tokens.length && token === tokens[position + 1];
+        const told = `${label(token)} ${percent(share)}; entropy ${lens.entropies[stage][position]} nats, KL to the end ${lens.divergences[stage][position]} nats`;
+        return element("td", { class: chosen(position) }, tokenSpan(token, share / 1000, { class: isRight ? "right" : "", title: told }));
+      }),
+    ),
+  );
+  const goal = element("tr", {}, element("th", { scope: "row" }, "the text"), ...tokens.map((_, position) =>
+    element("td", { class: chosen(position) }, position + 1 < tokens.length ? tokenSpan(tokens[position + 1]) : "")));
+  redraw(find("lens-table"), element("table", {}, element("thead", {}, head), element("tbody", {}, goal, ...rows.reverse())));
+}
+
+views.push({ on: ["text", "position"], draw: drawLens });
