@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lumiere.interpret.embeddings import TokenMap
-from lumiere.interpret.neurons import NeuronExamples
+from lumiere.interpret.neurons import NO_EXAMPLE, NeuronExamples
 from lumiere.report.inspection import Inspection, TextInspection
 
 Label = Callable[[int], str]
@@ -33,14 +33,23 @@ def page_data(inspection: Inspection, label: Label, about: Mapping[str, Any]) ->
 
     texts = [text_data(text, name) for text in inspection.texts]
     data = {
-        "about": dict(about),
+        "about": {name: value for name, value in about.items() if name != "source"},
         "layers": len(inspection.heads.layers),
         "heads": len(inspection.heads.heads),
+        "shown_head": list(shown_head(inspection)),
         "texts": texts,
         "neurons": None if inspection.neurons is None else neuron_data(inspection.neurons, name),
         "embeddings": embedding_data(inspection.embeddings, name),
     }
     return {**data, "labels": {str(token): shown for token, shown in sorted(labels.items())}}
+
+
+def shown_head(inspection: Inspection) -> tuple[int, int]:
+    """The head to show first: the one without which the loss is largest, or the first of the last layer."""
+    if inspection.ablation is None:
+        return len(inspection.heads.layers) - 1, 0
+    strongest = inspection.ablation.order[0]
+    return int(inspection.ablation.layers[strongest]), int(inspection.ablation.indices[strongest])
 
 
 def text_data(text: TextInspection, name: Callable[[Any], int]) -> dict[str, Any]:
@@ -95,6 +104,8 @@ def neuron_data(result: NeuronExamples, name: Callable[[Any], int]) -> dict[str,
         for row, neuron in enumerate(neurons):
             examples = []
             for rank, window in enumerate(result.windows[layer, row]):
+                if window == NO_EXAMPLE:
+                    continue
                 around = result.around[layer, row, rank]
                 here = np.flatnonzero(np.isfinite(around))
                 first = int(result.positions[layer, row, rank]) - result.before
