@@ -2,18 +2,20 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from lumiere import __version__
-from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.checkpoint import hash_tensors
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
+
+inspect_attention = partial(inspect, "attention")
+shown = partial(inspect_json, "attention")
 
 ABOUT = [
     "analysis",
@@ -29,21 +31,6 @@ ABOUT = [
 ABOUT += ["source", "step", "token_ids", "token_labels", "tokenizer_sha256", "weights_sha256"]
 STATISTICS = ["current", "distance", "entropy", "first", "mean_distance", "normalized_entropy", "previous"]
 JSON_KEYS = sorted([*ABOUT, *STATISTICS, "heads", "kind", "layers", "patterns", "receipts", "tokens"])
-
-
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
-
-
-def inspect_attention(*options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "attention", *options])
-
-
-def shown(*options: str) -> dict[str, Any]:
-    result = inspect_attention(*options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def refused(*options: str) -> str:
