@@ -19,11 +19,6 @@ STEPS = [0, 1, 2, 4, 8]
 PAIRS = ["L0H0>L1H0", "L0H0>L1H1", "L0H1>L1H0", "L0H1>L1H1"]
 
 
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
-
-
 def inspect(name: str, *options: str) -> Result:
     return CliRunner().invoke(app, ["inspect", name, *options])
 
