@@ -110,6 +110,16 @@ def test_files_hold_the_same_numbers(runs_dir: str) -> None:
         assert float(row["value"]) == values(expected, row["metric"], row["place"])[STEPS.index(int(row["step"]))]
 
 
+def test_pictures_and_the_page_that_answers_keys(runs_dir: str) -> None:
+    for suffix in ("svg", "png", "html"):
+        assert inspect("dynamics", "--runs-dir", runs_dir, "-m", "induction", "-o", f"out.{suffix}").exit_code == 0
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+    assert "induction (share)" in Path("out.svg").read_text()
+    page = Path("out.html").read_text()
+    assert 'addEventListener("keydown"' in page
+    assert page.count("<output data-series=") == 4
+
+
 def test_verify_computes_it_again(runs_dir: str) -> None:
     receipts = shown("--runs-dir", runs_dir, "--verify")["receipts"]
     assert receipts[-1]["law"] == "the same in float64"
