@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from lumiere.report.labels import LABEL_WIDTH, fitted
+
 if TYPE_CHECKING:
     import numpy as np
 
 SHADES = ((0.02, "·", "bright_black"), (0.10, "░", "blue"), (0.25, "▒", "cyan"), (0.50, "▓", "yellow"))
 FULL = ("█", "bright_white")
 LEGEND = " ".join(f"{shade} <{limit:.0%}" for limit, shade, _ in SHADES) + f" {FULL[0]} more"
-LABEL_WIDTH = 12
 HEADING_HEIGHT = 6
 MAX_CELL_WIDTH = 3
 THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT = 18, 9
@@ -78,7 +79,3 @@ def column_headings(labels: Sequence[str], cell_width: int) -> list[str]:
 def shade_of(weight: float) -> tuple[str, str]:
     """The character and the colour of a weight in [0, 1]."""
     return next(((shade, style) for limit, shade, style in SHADES if weight < limit), FULL)
-
-
-def fitted(label: str) -> str:
-    return label if len(label) <= LABEL_WIDTH else label[: LABEL_WIDTH - 1] + "…"

@@ -1,4 +1,4 @@
-"""Results of analyses as files and as JSON: `.json`, `.csv` and `.npz`, chosen by the suffix."""
+"""Results of analyses as files and as JSON: numbers or a picture, chosen by the suffix."""
 
 import csv
 import io
@@ -14,6 +14,7 @@ from lumiere.errors import LumiereError, nearest
 from lumiere.interpret.result import Result
 from lumiere.persistence.atomic import write_atomically
 from lumiere.persistence.metrics import to_json
+from lumiere.report.pictures import SUFFIXES, Picture, check_drawing, check_place, save_picture
 
 SCHEMA_VERSION = 1
 
@@ -78,29 +79,44 @@ def check_export(path: Path) -> None:
     """Refuses a path that no result can be written to, before anything is computed.
 
     Raises:
-        LumiereError: its suffix is none of `FORMATS`, it is a folder, or its folder is not there.
+        LumiereError: its suffix is none of `FORMATS` and of those of pictures, it is a folder, its folder is not there,
+            or it is a picture and matplotlib is not installed.
     """
-    if path.suffix.lower() not in FORMATS:
-        guess = nearest(path.suffix.lower(), FORMATS)
+    endings = (*FORMATS, *SUFFIXES)
+    if path.suffix.lower() not in endings:
+        guess = nearest(path.suffix.lower(), endings)
         raise LumiereError(
             f"{str(path)!r} has no ending that Lumiere writes",
-            f"did you mean {guess}?" if guess else f"it has to end in {', '.join(FORMATS)}",
+            f"did you mean {guess}?" if guess else f"it has to end in {', '.join(endings)}",
         )
-    if path.is_dir():
-        raise LumiereError(f"{str(path)!r} is a folder", "give the name of a file")
-    if not path.parent.is_dir():
-        raise LumiereError(f"there is no folder {str(path.parent)!r}", "make it first, or choose another")
+    check_place(path)
+    if path.suffix.lower() in SUFFIXES:
+        check_drawing()
 
 
-def save_result(path: Path, result: Result, about: Mapping[str, Any]) -> None:
+def save_result(path: Path, result: Result, about: Mapping[str, Any], draw: Callable[[], Picture]) -> None:
     """Writes a result whole, in the format of the suffix.
+
+    Args:
+        about: where it comes from, as for `payload`.
+        draw: its picture, asked for where the suffix is that of one.
 
     Raises:
         LumiereError: as `check_export`, or the file cannot be written.
     """
     check_export(path)
+    if path.suffix.lower() in SUFFIXES:
+        save_picture(path, draw(), facts_line(about))
+        return
     data = FORMATS[path.suffix.lower()](result, about)
     try:
         write_atomically(path, data)
     except OSError as error:
         raise LumiereError(f"{str(path)!r} cannot be written: {error.strerror}", "choose another place") from error
+
+
+def facts_line(about: Mapping[str, Any]) -> str:
+    """Run, checkpoint and text in a line."""
+    sides = [about, about["other"]] if "other" in about else [about]
+    line = " and ".join(f"{side['run']}, checkpoint {side['checkpoint']} (step {side['step']:,})" for side in sides)
+    return f"{line}; {about['source']}" if about["source"] else line

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import html
 import io
+import textwrap
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +23,8 @@ SUFFIXES = (".png", ".svg", ".html")
 # Okabe and Ito 2008, "Color Universal Design", without black and yellow, which vanish on a dark and on a light page.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", ":", "-.")  # the next one for each round of the colours
+FACTS_SIZE, CAPTION_SIZE = 8, 8.5
+CHARACTERS_PER_INCH = 15  # of a caption
 INK = "#010203"  # stands for the page's own text colour, and is no other's
 PAGE = """\
 <!doctype html>
@@ -38,10 +44,25 @@ svg {{ width: 100%; height: auto; }}
 <body>
 <h1>{title}</h1>
 {svg}
-<p>{caption}</p>
+{caption}
 </body>
 </html>
 """
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what has to be said with it.
+
+    Attributes:
+        caption: what is seen, and whose idea it is.
+        page: makes the whole HTML file of a title, where that is more than the figure between its words.
+    """
+
+    figure: Figure
+    title: str
+    caption: str
+    page: Callable[[str], str] | None = None
 
 
 def check_picture(path: Path) -> None:
@@ -52,6 +73,15 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise LumiereError(f"{str(path)!r} is no picture", f"its name has to end in {', '.join(SUFFIXES)}")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Refuses a path that no file can be written to.
+
+    Raises:
+        LumiereError: it is a folder, or its folder is not there.
+    """
     if path.is_dir():
         raise LumiereError(f"{str(path)!r} is a folder", "give the name of a file")
     if not path.parent.is_dir():
@@ -100,6 +130,34 @@ def style_text(*texts: Text) -> None:
         text.set_color(INK)
 
 
+def save_picture(path: Path, picture: Picture, facts: str) -> None:
+    """Writes the picture with its words atomically, in the format of the path's suffix.
+
+    Args:
+        facts: what is drawn: the model, and the text that it was given.
+
+    Raises:
+        LumiereError: the file cannot be written.
+    """
+    if path.suffix.lower() != ".html":
+        write_words(picture, facts)
+        save_figure(path, picture.figure, picture.title, picture.caption)
+    elif picture.page is not None:
+        write_picture(path, picture.page(f"{picture.title}: {facts}").encode())
+    else:
+        save_figure(path, picture.figure, picture.title, f"{picture.caption}\n{facts}")
+
+
+def write_words(picture: Picture, facts: str) -> None:
+    """Title and facts above the figure, the caption below it: a picture travels without its page."""
+    figure = picture.figure
+    width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
+    size = FACTS_SIZE + 2
+    facts = textwrap.fill(facts, int(width * CAPTION_SIZE / size))
+    title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=size)
+    style_text(title, figure.supxlabel(textwrap.fill(picture.caption, width), fontsize=CAPTION_SIZE))
+
+
 def save_figure(path: Path, figure: Figure, title: str, caption: str) -> None:
     """Writes the figure atomically, in the format of the path's suffix.
 
@@ -114,6 +172,15 @@ def save_figure(path: Path, figure: Figure, title: str, caption: str) -> None:
         data = page(title, inline_svg(figure), caption).encode()
     else:
         data = rendered(figure, suffix.removeprefix("."), facecolor="white")
+    write_picture(path, data)
+
+
+def write_picture(path: Path, data: bytes) -> None:
+    """Writes a file whole.
+
+    Raises:
+        LumiereError: it cannot be written.
+    """
     try:
         write_atomically(path, data)
     except OSError as error:
@@ -123,14 +190,31 @@ def save_figure(path: Path, figure: Figure, title: str, caption: str) -> None:
 
 
 def rendered(figure: Figure, form: str, facecolor: str) -> bytes:
-    """The figure as PNG or SVG. Text stays text in an SVG, and the same losses give the same bytes."""
+    """The figure as PNG or SVG. Text stays text in an SVG, and the same numbers give the same bytes."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else None
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lumiere"}):
+    if form == "png":
+        spell_missing_characters(figure)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lumiere"}), warnings.catch_warnings():
+        # In an SVG the reader's fonts draw the text; the one that only measures it here may lack a character.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(buffer, format=form, metadata=metadata, facecolor=facecolor)
     return buffer.getvalue()
+
+
+def spell_missing_characters(figure: Figure) -> None:
+    """Writes characters that the font does not have as `\\u4eba`, rather than all as the same box."""
+    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        known, content = get_font(findfont(text.get_fontproperties())).get_charmap(), text.get_text()
+        if any(ord(character) not in known for character in content if character != "\n"):
+            spelled = (c if ord(c) in known or c == "\n" else ascii(c)[1:-1] for c in content)
+            text.set_text("".join(spelled))
 
 
 def inline_svg(figure: Figure) -> str:
@@ -140,5 +224,6 @@ def inline_svg(figure: Figure) -> str:
 
 
 def page(title: str, svg: str, caption: str) -> str:
-    """One self-contained HTML file."""
-    return PAGE.format(title=html.escape(title), svg=svg, caption=html.escape(caption))
+    """One self-contained HTML file; each line of the caption is a paragraph."""
+    paragraphs = "\n".join(f"<p>{html.escape(line)}</p>" for line in caption.splitlines())
+    return PAGE.format(title=html.escape(title), svg=svg, caption=paragraphs)

@@ -58,6 +58,7 @@ def ablate(
     from lumiere.interpret.ablate import ablate as ablate_units
     from lumiere.interpret.ablate import check_mode
     from lumiere.interpret.units import find_unit
+    from lumiere.report.figures.heads import draw_ablations
 
     kind = find_unit(unit)
     check_mode(mode)
@@ -79,6 +80,7 @@ def ablate(
     return Analysis(
         compute=lambda model: ablate_units(model, sequences, unit, mode, layers, indices, subject.seed),
         show=lambda result: show(result, top_k),
+        draw=draw_ablations,
         source=source,
     )
 

@@ -44,15 +44,18 @@ def attention(
     heads = parse_indices(head, shape.num_heads, "head")
     tokens, labels = subject.tokens, subject.labels
     from lumiere.interpret.attention import WEIGHTED, attention_patterns, combined_attention
+    from lumiere.report.figures.attention import draw_attention
 
     if kind in WEIGHTED:
         return Analysis(
             compute=lambda model: attention_patterns(model, tokens, layers, heads, kind),
             show=lambda result: show_heads(result, labels),
+            draw=lambda result: draw_attention(result, subject.label),
         )
     return Analysis(
         compute=lambda model: combined_attention(model, tokens, layers, heads, kind),
         show=lambda result: show_layers(result, labels),
+        draw=lambda result: draw_attention(result, subject.label),
     )
 
 
@@ -141,7 +144,8 @@ def show_title(weights: "np.ndarray", name: str) -> None:
 
 def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
     """A heat map under its title; of a text that is too long, its end."""
-    from lumiere.cli.heatmap import LABEL_WIDTH, heatmap
+    from lumiere.cli.heatmap import heatmap
+    from lumiere.report.labels import LABEL_WIDTH
 
     size = len(labels)
     shown = min(size, max(1, out().width - LABEL_WIDTH - 1))

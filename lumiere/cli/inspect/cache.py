@@ -28,11 +28,16 @@ def cache(subject: Subject, names: Names = None) -> "Analysis[Activations]":
     The names are those of TransformerLens. A .json or .csv file has the list, without the numbers.
     """
     from lumiere.interpret.activations import activations, matching_names
+    from lumiere.report.figures.texts import draw_activations
 
     patterns = names or ["*"]
     matching_names(subject.opened.model, patterns)
     tokens = subject.tokens
-    return Analysis(compute=lambda model: activations(model, tokens, patterns), show=show)
+    return Analysis(
+        compute=lambda model: activations(model, tokens, patterns),
+        show=show,
+        draw=lambda result: draw_activations(result, subject.label),
+    )
 
 
 def show(result: "Activations") -> None:

@@ -37,6 +37,7 @@ def heads(
     from lumiere.cli.inspect.texts import repeated_sequences
     from lumiere.interpret.heads import head_scores
     from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.report.figures.heads import draw_heads
 
     shape = subject.opened.config.model
     layers = parse_indices(layer, shape.num_layers, "layer")
@@ -53,6 +54,7 @@ def heads(
     return Analysis(
         compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT),
         show=lambda result: show(result, 0 if windows_NT is None else len(windows_NT)),
+        draw=draw_heads,
         source=source,
     )
 

@@ -6,7 +6,7 @@ import typer
 
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import Positions, TopK, parse_indices
-from lumiere.cli.inspect.vocabulary import parse_token, token_label
+from lumiere.cli.inspect.vocabulary import parse_token
 from lumiere.errors import LumiereError, nearest
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def lens(
     """
     from lumiere.cli.inspect.lens_view import show
     from lumiere.interpret.lens import logit_lens
+    from lumiere.report.figures.lens import draw_lens
 
     if stat not in STATISTICS:
         guess = nearest(stat, STATISTICS)
@@ -51,11 +52,9 @@ def lens(
         raise LumiereError(f"there are no {top_k} tokens to list", f"the model has {vocab_size}")
     positions = parse_indices(pos, len(tokens), "position")
     wanted = None if target is None else parse_token(target, opened.tokenizer)
-
-    def label(token: int) -> str:
-        return token_label(opened.tokenizer, token)
-
+    words = None if wanted is None else subject.label(wanted)
     return Analysis(
         compute=lambda model: logit_lens(model, tokens, positions, sublayers, wanted, top_k),
-        show=lambda result: show(result, stat, label, None if wanted is None else label(wanted)),
+        show=lambda result: show(result, stat, subject.label, words),
+        draw=lambda result: draw_lens(result, stat, subject.label, words),
     )

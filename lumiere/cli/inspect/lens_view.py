@@ -6,15 +6,17 @@ import numpy as np
 from rich.text import Text
 
 from lumiere.cli.console import out, show_note
-from lumiere.cli.heatmap import LABEL_WIDTH, LEGEND, fitted, shade_of
+from lumiere.cli.heatmap import LEGEND, shade_of
 from lumiere.interpret.lens import LogitLens
+from lumiere.report.figures.lens import stage_name
+from lumiere.report.labels import LABEL_WIDTH, fitted
 
 NARROWEST_CELL, WIDEST_CELL = 7, 12
 
 
 def show(result: LogitLens, stat: str, label: Callable[[int], str], target: str | None) -> None:
     """A grid of tokens by stages, then what holds on average at each stage."""
-    names = [heading(stage) for stage in result.stages]
+    names = [stage_name(stage) for stage in result.stages]
     columns, width = choose_columns(names, out().width)
     meaning = {
         "top": "the most probable token, its probability as a shade; underlined where the text goes on so",
@@ -47,12 +49,6 @@ def choose_columns(names: Sequence[str], terminal_width: int) -> tuple[list[int]
     count = min(len(names), room // narrowest)
     columns = [round(number * (len(names) - 1) / (count - 1)) for number in range(count)]
     return columns, min(room // count, WIDEST_CELL)
-
-
-def heading(stage: str) -> str:
-    """`embed`, `L0 mid` after the attention of block 0, `L0` after the whole of it."""
-    _, layer, point = stage.split(".")
-    return {"hook_resid_pre": "embed", "hook_resid_mid": f"L{layer} mid", "hook_resid_post": f"L{layer}"}[point]
 
 
 def cell(result: LogitLens, stat: str, stage: int, row: int, width: int, label: Callable[[int], str]) -> Text:

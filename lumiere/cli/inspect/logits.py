@@ -6,7 +6,7 @@ import typer
 
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import Positions, TopK, parse_indices
-from lumiere.cli.inspect.vocabulary import parse_token, token_label
+from lumiere.cli.inspect.vocabulary import parse_token
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def logits(
     """
     from lumiere.cli.inspect.logits_view import show
     from lumiere.interpret.logits import find_level, logit_attribution
+    from lumiere.report.figures.logits import draw_logits
 
     level = find_level(by)
     if raw and vs is not None:
@@ -52,5 +53,6 @@ def logits(
         raise LumiereError(f"--target and --vs are the same token, {wanted}", "there is no difference to explain")
     return Analysis(
         compute=lambda model: logit_attribution(model, tokens, positions, wanted, other, not raw, level),
-        show=lambda result: show(result, lambda token: token_label(tokenizer, token), top_k),
+        show=lambda result: show(result, subject.label, top_k),
+        draw=lambda result: draw_logits(result, subject.label),
     )

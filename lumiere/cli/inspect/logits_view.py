@@ -1,13 +1,12 @@
 """The attribution of a logit in a terminal: signed bars that add up."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from lumiere.cli.console import escape, out
-from lumiere.cli.heatmap import fitted
 from lumiere.interpret.logits import LogitAttribution
+from lumiere.report.figures.logits import named_parts
 
 BAR_WIDTH = 36
 NAME_WIDTH = 16
@@ -28,43 +27,8 @@ def show(result: LogitAttribution, label: Callable[[int], str], top_k: int) -> N
             soft_wrap=False,
             markup=False,
         )
-        show_parts(by_source(result, column, label) if result.by == "source" else by_part(result, column), top_k)
+        show_parts(named_parts(result, column, label), top_k)
         out().print()
-
-
-def by_part(result: LogitAttribution, column: int) -> list[tuple[str, float]]:
-    """The parts by name; the finer levels have many, and so the largest come first."""
-    parts = [(part_name(part), float(added_P[column])) for part, added_P in result.parts(result.by)]
-    return parts if result.by == "layer" else sorted(parts, key=lambda part: -abs(part[1]))
-
-
-def part_name(part: Mapping[str, Any]) -> str:
-    match part:
-        case {"part": "head", "layer": layer, "head": head}:
-            return f"L{layer}H{head}"
-        case {"part": "neuron", "layer": layer, "neuron": neuron}:
-            return f"L{layer}N{neuron}"
-        case {"part": "feedforward", "layer": layer}:
-            return f"L{layer} feed-forward"
-        case {"part": "attention", "layer": layer}:
-            return f"L{layer} attention"
-        case {"part": "pos_embed"}:
-            return "position"
-        case _:
-            return "embed"
-
-
-def by_source(result: LogitAttribution, column: int, label: Callable[[int], str]) -> list[tuple[str, float]]:
-    """What all heads together take from each token of the text, and what is written at the position itself."""
-    sources_HS = result.sources[column].reshape(-1, len(result.tokens))
-    taken_S = sources_HS.sum(axis=0)[: result.positions[column] + 1]
-    parts = [
-        (f"{source:3} {fitted(label(result.tokens[source]))}", float(taken_S[source])) for source in range(len(taken_S))
-    ]
-    own = [
-        (part_name(part), float(added_P[column])) for part, added_P in result.parts("source") if part["part"] != "head"
-    ]
-    return parts + own
 
 
 def show_parts(parts: list[tuple[str, float]], top_k: int) -> None:

@@ -6,8 +6,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from lumiere.cli.completion import complete_run
 from lumiere.errors import LumiereError
 
+PAIR_HELP = "A run and, after an @, its checkpoint, such as latest@best, 3ka5@500; without one, as --checkpoint says."
+FirstModel = Annotated[str, typer.Argument(metavar="A", help=PAIR_HELP, autocompletion=complete_run)]
+SecondModel = Annotated[str, typer.Argument(metavar="B", help="The same, or another.", autocompletion=complete_run)]
 Prompt = Annotated[
     Optional[str],  # noqa: UP045 (Typer reads this form)
     typer.Option("--prompt", "-p", metavar="TEXT", help="The text to look at."),
@@ -40,7 +44,12 @@ Positions = Annotated[
 TopK = Annotated[int, typer.Option("--top-k", metavar="K", min=1, help="How many of each list to show.")]
 Output = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--output", "-o", metavar="FILE", help="Write the numbers to a file: .json, .csv or .npz."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the numbers to a .json, .csv or .npz file, or the picture to a .html, .svg or .png one.",
+    ),
 ]
 Verify = Annotated[bool, typer.Option("--verify", help="Compute it again in float64 and compare.")]
 

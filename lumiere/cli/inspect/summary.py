@@ -26,11 +26,13 @@ def summary(subject: Subject, windows: NumWindows = 256) -> "Analysis[ModelSumma
     """What is in this model? Parameters, norms, ranks, gains, what each part does, dead neurons, and warnings."""
     from lumiere.cli.inspect.summary_view import show
     from lumiere.interpret.summary import summarize
+    from lumiere.report.figures.summary import draw_summary
 
     batches, token_counts, source = choose_text(subject, windows)
     return Analysis(
         compute=lambda model: summarize(model, batches, token_counts),
         show=lambda result: show(result, subject.opened.tokenizer),
+        draw=draw_summary,
         source=source,
     )
 

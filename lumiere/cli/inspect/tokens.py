@@ -23,6 +23,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
     The unigram and the bigram model are fitted to the training split of the run.
     """
     from lumiere.interpret.tokens import token_losses
+    from lumiere.report.figures.texts import draw_tokens
 
     opened, ids = subject.opened, subject.tokens
     if len(ids) < 2:
@@ -32,6 +33,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
     return Analysis(
         compute=lambda model: token_losses(model, ids, unigram, bigram),
         show=lambda result: show(result, opened.tokenizer),
+        draw=lambda result: draw_tokens(result, subject.label),
         about={"baselines": "the run's training split" if bigram else None},
     )
 
@@ -50,7 +52,7 @@ def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
 
 def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
     """A line a token, coloured by its loss, and the means."""
-    from lumiere.cli.heatmap import LABEL_WIDTH, fitted
+    from lumiere.report.labels import LABEL_WIDTH, fitted
 
     baselines = {
         name: losses

@@ -10,9 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
-from lumiere.cli.inspect.lens_view import choose_columns, heading
+from lumiere.cli.inspect.lens_view import choose_columns
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
+from lumiere.report.figures.lens import stage_name
 
 PROMPT = ("--prompt", "One day a")
 OWN_KEYS = {
@@ -151,6 +152,6 @@ def test_many_stages_are_thinned_out_evenly() -> None:
 
 
 def test_stages_have_short_names() -> None:
-    assert heading("blocks.0.hook_resid_pre") == "embed"
-    assert heading("blocks.11.hook_resid_mid") == "L11 mid"
-    assert heading("blocks.2.hook_resid_post") == "L2"
+    assert stage_name("blocks.0.hook_resid_pre") == "embed"
+    assert stage_name("blocks.11.hook_resid_mid") == "L11 mid"
+    assert stage_name("blocks.2.hook_resid_post") == "L2"
