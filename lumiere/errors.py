@@ -47,6 +47,10 @@ class NonFiniteError(LumiereError):
     """A training whose loss, gradients or weights are no longer finite numbers."""
 
 
+class LostProcessError(LumiereError):
+    """Another process of the same training that has ended, while this one waited for it."""
+
+
 class FailedCheckError(LumiereError):
     """Numbers that do not agree with those they were checked against. The command line exits with code 3."""
 

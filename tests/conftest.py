@@ -110,6 +110,16 @@ def trained_run(
 
 
 @pytest.fixture(scope="session")
+def other_tokenizer_run(tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Run:
+    """A finished run on the same stories with a smaller vocabulary, in a runs directory of its own. Read-only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
+        store = RunStore(tmp_path_factory.mktemp("other_tokenizer") / "runs")
+        config = validate({**TINY, "tokenizer": {"vocab_size": 290}})
+        return start(prepare(config), store, command=["lumiere", "train"]).run
+
+
+@pytest.fixture(scope="session")
 def wikitext() -> Path:
     """The folder of real WikiText-2, which is never copied into the project."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext"

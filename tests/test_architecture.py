@@ -85,6 +85,7 @@ RUN = "run_aaaaaaaa_20250819_001808"
         ("inspect attention --help", HEAVY),
         ("export --help", HEAVY),
         ("inspect lens --help", HEAVY),
+        ("inspect diff --help", HEAVY),
         ("inspect logits --help", HEAVY),
         ("inspect summary --help", HEAVY),
         ("inspect heads --help", HEAVY),

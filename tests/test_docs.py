@@ -42,6 +42,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere export",
         "lumiere inspect ablate",
         "lumiere inspect attention",
+        "lumiere inspect diff",
         "lumiere inspect dynamics",
         "lumiere inspect lens",
         "lumiere inspect logits",

@@ -30,15 +30,20 @@ def check_plan_is_alone(resume: str | None, print_config: bool) -> None:
 def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
     """Measure and print what a training of `config` takes; nothing is made in `runs_dir`."""
     from lumiere.cli.progress import CorpusProgress, show_warning
+    from lumiere.components.world import World
     from lumiere.training.preparation import prepare
+    from lumiere.training.processes import share_cores
 
+    world = World.of_environment()
+    if world.size > 1:
+        share_cores(world)
     with CorpusProgress() as progress:
         preparation = prepare(config, progress)
     from lumiere.training.launch import free_room
     from lumiere.training.plan import MEASURED_SECONDS, make_plan
 
     show_note(f"measuring for {MEASURED_SECONDS:.0f} seconds, nothing is written")
-    plan = make_plan(preparation, show_warning)
+    plan = make_plan(preparation, show_warning, world)
     _, free = free_room(runs_dir)
     if as_json:
         totals = {"num_parameters": plan.parameters.total, "disk_bytes": plan.disk.total, "disk_free_bytes": free}
@@ -64,6 +69,9 @@ def show(config: "RunConfig", plan: "Plan", free: int) -> None:
     row("  norms", f"{parameters.norms:,}")
     row("FLOPs a token", f"{scaled(plan.flops_per_token)}FLOP", "matrix products, forward and backward")
 
+    if plan.num_processes > 1:
+        each = f"each has {plan.windows_per_process} of a step's {settings.batch_size} windows, and all weights"
+        row("processes", f"{plan.num_processes}", each)
     row("memory", size(held), "and what single operations need for a moment")
     row("  weights", size(memory.weights))
     row("  gradients", size(memory.gradients))
@@ -78,6 +86,8 @@ def show(config: "RunConfig", plan: "Plan", free: int) -> None:
     row("  snapshots", f"{disk.num_snapshots} x {size(disk.snapshot)}", "the weights of some steps")
 
     row("speed", f"{plan.tokens_per_second:,.0f} tok/s", f"{plan.mfu:.0%} mfu: of the peak below")
+    if plan.num_processes > 1:
+        row("  of all", "", "as one does its share alone; the exchange of gradients left out")
     row("  a step", short_time(plan.seconds_per_step), f"median of {plan.measured_steps:,}")
     row("  peak", f"{scaled(plan.peak_flops)}FLOP/s", f"{plan.precision} on {plan.device}, measured")
 

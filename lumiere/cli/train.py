@@ -57,6 +57,12 @@ def train(
 
     Examples: [bold]lumiere train tiny[/], [bold]lumiere train configs/small.yaml --set model.num_layers=6[/]
     """
+    from lumiere.components.world import World
+
+    if World.of_environment().rank:
+        if not (plan or print_config):
+            follow_first()
+        return
     from lumiere.cli.plan import check_plan_is_alone, print_plan
     from lumiere.config.loader import dump_config, load_config
     from lumiere.persistence.runs import RunStore
@@ -71,7 +77,10 @@ def train(
                 "a resumed run keeps its own config", f"give no other one: lumiere train --resume {resume}"
             )
         given = [f"{path}={value}" for path, value in flags.items() if value is not None]
-        resume_training(store.open(resume), [*(overrides or ()), *given], as_json)
+        from lumiere.training.restarts import restarted_run
+
+        run = restarted_run(store) or store.open(resume)
+        resume_training(run, [*(overrides or ()), *given], as_json)
         return
     if config is None:
         raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to go on with a run")
@@ -83,15 +92,23 @@ def train(
         print_plan(resolved, store.runs_dir, as_json)
         return
 
+    from lumiere.training.processes import joined
+    from lumiere.training.restarts import restarted_run
+
+    if run := restarted_run(store):
+        resume_training(run, [], as_json)
+        return
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.preparation import prepare
 
-    with CorpusProgress() as corpus_progress:
-        preparation = prepare(resolved, corpus_progress)
-    from lumiere.training.launch import start
+    with joined() as world:
+        with CorpusProgress() as corpus_progress:
+            preparation = prepare(resolved, corpus_progress)
+        from lumiere.training.launch import start
 
-    with TrainingProgress() as progress:
-        result = start(preparation, store, command=["lumiere", *sys.argv[1:]], listeners=[progress])
+        with TrainingProgress() as progress:
+            command = ["lumiere", *sys.argv[1:]]
+            result = start(preparation, store, command=command, listeners=[progress], world=world)
     finish(result, as_json)
 
 
@@ -100,21 +117,37 @@ def resume_training(run: "Run", overrides: list[str], as_json: bool) -> None:
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.launch import resume, stop_reason
     from lumiere.training.preparation import changed_settings, prepare_resume
+    from lumiere.training.processes import joined
+    from lumiere.training.sharing import dismiss
 
-    reason = stop_reason(run)
-    # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
-    if reason is not None and not overrides and run.status == "finished":
-        show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
-        if as_json:
-            print_json({"run": run.name} | run.record)
-        return
-    with CorpusProgress() as corpus_progress:
-        preparation = prepare_resume(run, corpus_progress, overrides)
-    for change in changed_settings(run, preparation.config):
-        show_note(f"not as it was trained so far: {change}")
-    with TrainingProgress() as progress:
-        result = resume(preparation, run, listeners=[progress])
+    with joined() as world:
+        reason = stop_reason(run)
+        # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
+        if reason is not None and not overrides and run.status == "finished":
+            dismiss(world)
+            show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
+            if as_json:
+                print_json({"run": run.name} | run.record)
+            return
+        with CorpusProgress() as corpus_progress:
+            preparation = prepare_resume(run, corpus_progress, overrides)
+        for change in changed_settings(run, preparation.config):
+            show_note(f"not as it was trained so far: {change}")
+        with TrainingProgress() as progress:
+            result = resume(preparation, run, listeners=[progress], world=world)
     finish(result, as_json)
+
+
+def follow_first() -> None:
+    """Train what the process of rank 0 hands out, which does all the talking."""
+    from lumiere.training.processes import joined
+
+    with joined() as world:
+        from lumiere.training.sharing import follow
+
+        result = follow(world)
+    if result is not None and result.signal_number is not None:
+        raise typer.Exit(exit_code(result.signal_number))
 
 
 def finish(result: "TrainingResult", as_json: bool) -> None:
@@ -122,7 +155,7 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
     run, state = result.run, result.state
     if result.signal_number is not None:
         talk().print(f"interrupted at step {state.step:,} and saved; go on with lumiere train --resume {run.id}")
-        raise typer.Exit(TERMINATED if result.signal_number == signal.SIGTERM else INTERRUPTED)
+        raise typer.Exit(exit_code(result.signal_number))
     if as_json:
         print_json({"run": run.name} | run.record)
         return
@@ -136,6 +169,11 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
     out().print(f"  lumiere generate --run {run.id}", style="bold")
     out().print(f"  lumiere inspect attention --layer 1 --run {run.id}", style="bold")
     out().print(f"  lumiere eval {run.id} --split test", style="bold")
+
+
+def exit_code(signal_number: int) -> int:
+    """What the shell is told after a signal that was obeyed."""
+    return TERMINATED if signal_number == signal.SIGTERM else INTERRUPTED
 
 
 def print_sample(run: "Run") -> None:

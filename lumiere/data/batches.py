@@ -19,7 +19,7 @@ class Batch:
     Attributes:
         tokens: (B, T) int64.
         targets: (B, T) int64, `IGNORED` where there is nothing to predict.
-        num_targets: positions that are no padding.
+        num_targets: positions that are no padding, over all shares of a step where several processes share it.
     """
 
     tokens: torch.Tensor
@@ -65,10 +65,22 @@ def documents_at(step: int, windows: Windows, batch_size: int, seed: int) -> lis
     return np.unique(windows.documents(indices_at(step, windows, batch_size, seed))).tolist()
 
 
-def batch_at(step: int, windows: Windows, batch_size: int, seed: int) -> Batch:
-    """The batch of a step, counted from 0, without a loader's state to save."""
+def batch_at(step: int, windows: Windows, batch_size: int, seed: int, rank: int = 0, num_shares: int = 1) -> Batch:
+    """The batch of a step, counted from 0, without a loader's state to save.
+
+    Args:
+        rank: which share of its windows is wanted, of `num_shares`; `num_targets` counts those of all shares. Where
+            there are fewer windows than shares, a share without one has a window without targets.
+    """
     shift = shift_at(step // steps_per_epoch(windows, batch_size), windows.stride, seed) if windows.shifts else 0
-    return make_batch(windows, indices_at(step, windows, batch_size, seed), shift)
+    indices = indices_at(step, windows, batch_size, seed)
+    if num_shares == 1:
+        return make_batch(windows, indices, shift)
+    lengths = windows.lengths(indices, shift)
+    mine = np.array_split(indices, num_shares)[rank]
+    share = make_batch(windows, mine if len(mine) else indices[:1], shift)
+    targets = share.targets if len(mine) else torch.full_like(share.targets, IGNORED)
+    return Batch(share.tokens, targets, int(lengths.sum()) - len(lengths))
 
 
 def shift_at(epoch: int, stride: int, seed: int) -> int:
@@ -80,7 +92,11 @@ def shift_at(epoch: int, stride: int, seed: int) -> int:
     return int.from_bytes(digest, "little") % stride - stride // 2
 
 
-def batches_in_order(windows: Windows, batch_size: int) -> Iterator[Batch]:
-    """Every window once, in the order of the text, as an evaluation reads them."""
-    for first in range(0, len(windows), batch_size):
+def batches_in_order(windows: Windows, batch_size: int, rank: int = 0, num_shares: int = 1) -> Iterator[Batch]:
+    """Every window once, in the order of the text, as an evaluation reads them.
+
+    Args:
+        rank: of `num_shares` processes, each of which gets every `num_shares`-th batch.
+    """
+    for first in range(rank * batch_size, len(windows), num_shares * batch_size):
         yield make_batch(windows, np.arange(first, min(first + batch_size, len(windows))))

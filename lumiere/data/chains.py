@@ -7,7 +7,7 @@ in context, as in Edelman et al. 2024, "The Evolution of Statistical Induction H
 sparse rule and the number of letters that varies.
 
 Copying a repeated text is not enough for that. There, letters come back at a distance that is the same throughout a
-text, and a head that only counts positions does well for long; here it does not.
+text, and a head that only counts positions can do well; here it cannot.
 """
 
 import string

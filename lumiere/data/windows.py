@@ -111,13 +111,7 @@ class Windows:
             tokens: (N, context_size + 1) int64, padded at the end with `PAD`.
             lengths: (N,) how many of them are real.
         """
-        document = self.documents(indices)
-        first_window = np.where(document > 0, self._ends[document - 1], 0)
-        start = self.offsets[document] + (indices - first_window) * self.stride
-        if shift:
-            last = np.maximum(self.offsets[document + 1] - (self.context_size + 1), self.offsets[document])
-            start = np.clip(start + shift, self.offsets[document], last)
-        lengths = np.minimum(self.context_size + 1, self.offsets[document + 1] - start)
+        start, lengths = self._place(indices, shift)
         column = np.arange(self.context_size + 1)
         real = column < lengths[:, None]
         # Positions beyond a document are read from its first token and then overwritten.
@@ -126,3 +120,17 @@ class Windows:
             raise self._damaged(f"the id {tokens.max()}, which is none of its tokenizer's")
         tokens[~real] = PAD
         return tokens, lengths
+
+    def lengths(self, indices: np.ndarray, shift: int = 0) -> np.ndarray:
+        """(N,) how many tokens of each window are real, without reading them; arguments as those of `cut`."""
+        return self._place(indices, shift)[1]
+
+    def _place(self, indices: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the windows at `indices` start in `ids`, and how many tokens of each are real: (N,) both."""
+        document = self.documents(indices)
+        first_window = np.where(document > 0, self._ends[document - 1], 0)
+        start = self.offsets[document] + (indices - first_window) * self.stride
+        if shift:
+            last = np.maximum(self.offsets[document + 1] - (self.context_size + 1), self.offsets[document])
+            start = np.clip(start + shift, self.offsets[document], last)
+        return start, np.minimum(self.context_size + 1, self.offsets[document + 1] - start)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lumiere.components.linear_cross_entropy import linear_cross_entropy_losses
+from lumiere.components.world import ALONE, World
 from lumiere.data.batches import batches_in_order
 from lumiere.data.dataset import SplitFacts
 from lumiere.data.windows import Windows
@@ -45,7 +46,9 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(model: Transformer, windows: Windows, facts: SplitFacts, batch_size: int) -> Evaluation:
+def evaluate(
+    model: Transformer, windows: Windows, facts: SplitFacts, batch_size: int, world: World = ALONE
+) -> Evaluation:
     """Score `windows` without dropout, in the precision of the model's weights.
 
     Args:
@@ -53,6 +56,7 @@ def evaluate(model: Transformer, windows: Windows, facts: SplitFacts, batch_size
         windows: the text.
         facts: of the same text, for the figures a byte and a word.
         batch_size: windows scored at once; only the two averages over batches depend on it.
+        world: the processes that share the batches out; the result is that of one process.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
@@ -61,18 +65,22 @@ def evaluate(model: Transformer, windows: Windows, facts: SplitFacts, batch_size
     try:
         sums, counts = [], []
         with torch.inference_mode():
-            for batch in batches_in_order(windows, batch_size):
+            for batch in batches_in_order(windows, batch_size, world.rank, world.size):
                 residual = model.final_residual(batch.tokens.to(device)).flatten(0, 1)
                 targets = batch.targets.to(device).flatten()
                 losses = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets)
                 # Summed in float64, so that the result does not depend on how the windows are batched.
                 sums.append(losses.double().sum())
                 counts.append(batch.num_targets)
-        totals = torch.stack(sums).cpu()
+        # Each batch is one process' number and nobody else's, so that the addition rounds nothing.
+        by_batch = torch.zeros(2, -(-len(windows) // batch_size), dtype=torch.float64)
+        by_batch[:, world.rank :: world.size] = torch.tensor([[total.item() for total in sums], counts])
+        totals, num_targets = world.add(by_batch)
     finally:
         model.train(was_training)
-    means = totals / torch.tensor(counts)
-    loss = totals.sum().item() / sum(counts)
+    means = totals / num_targets
+    num_tokens = int(num_targets.sum())
+    loss = totals.sum().item() / num_tokens
     # The mean loss is taken for every token of the text once, also for those that two windows share.
     nats = loss * facts.num_targets
     return Evaluation(
@@ -82,9 +90,9 @@ def evaluate(model: Transformer, windows: Windows, facts: SplitFacts, batch_size
         mean_batch_perplexity=means.exp().mean().item(),
         bits_per_byte=nats / math.log(2) / facts.num_bytes,
         word_perplexity=exponential(nats / facts.num_words),
-        num_tokens=sum(counts),
+        num_tokens=num_tokens,
         num_windows=len(windows),
-        num_batches=len(counts),
+        num_batches=len(totals),
         batch_size=batch_size,
         seconds=time.perf_counter() - start,
     )

@@ -114,7 +114,7 @@ def logit_attribution(
     model: Transformer,
     tokens: Sequence[int],
     positions: Sequence[int] | None = None,
-    target: int | None = None,
+    target: int | Sequence[int] | None = None,
     versus: int | None = None,
     centred: bool = True,
     by: Level = "layer",
@@ -133,7 +133,7 @@ def logit_attribution(
         model: in evaluation mode.
         tokens: (T,) ids, at most `context_size` of them.
         positions: whose logits to explain (None: the last).
-        target: the token (None: at each position the model's most probable one).
+        target: the token, or one for each position (None: at each position the model's most probable one).
         versus: the token whose logit is taken from it.
         centred: without `versus`, take the mean of all logits from it.
         by: the level of detail of the table; all levels are computed.
@@ -145,7 +145,8 @@ def logit_attribution(
         # In float64, and so on the CPU, since not every device has it. One sequence: the batch axis goes.
         activations = {name: values[0].cpu().double() for name, values in cache.items()}
         logits_PV = output.logits[0, positions].cpu().double()
-        targets_P = logits_PV.argmax(-1) if target is None else torch.full((len(positions),), target)
+        given = [target] * len(positions) if isinstance(target, int) else target
+        targets_P = logits_PV.argmax(-1) if given is None else torch.tensor(list(given))
         scales_P = activations["ln_final.hook_scale"][positions, 0]
         direction_PE = frozen_directions(model, targets_P, versus, centred) / scales_P.unsqueeze(1)
         explained_P = logits_PV.gather(1, targets_P.unsqueeze(1))[:, 0]

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
+from lumiere.components.world import ALONE, World
 from lumiere.config.loader import dump_config
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.atomic import write_atomically
@@ -19,28 +20,39 @@ from lumiere.persistence.lock import locked
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk, num_steps
+from lumiere.training.distributed import own_device
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
 from lumiere.training.extension import changes, check_schedule
 from lumiere.training.loggers.opening import opened_loggers
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
+from lumiere.training.processes import noticing_losses
+from lumiere.training.restarts import job
 from lumiere.training.saving import progress
+from lumiere.training.sharing import check_shares, hand_out
 from lumiere.training.state import STOP_REASONS
 from lumiere.training.trainer import TrainingResult, train
 
 
 def start(
-    preparation: Preparation, store: RunStore, command: Sequence[str] = (), listeners: Sequence[Listener] = ()
+    preparation: Preparation,
+    store: RunStore,
+    command: Sequence[str] = (),
+    listeners: Sequence[Listener] = (),
+    world: World = ALONE,
 ) -> TrainingResult:
     """Make a run and train it.
 
     Args:
         command: what the user typed, for the record.
+        world: the processes that train it together; this one has rank 0, the others call `follow`.
 
     Raises:
-        LumiereError: if the disk has no room, or the runs directory cannot be written to.
+        LumiereError: if the disk has no room, or the runs directory cannot be written to, or the processes cannot
+            share the batches.
     """
+    check_shares(preparation.config.training, preparation.device, world)
     check_room(store.runs_dir, preparation)
     run = store.create()
     with locked(run.path):
@@ -61,10 +73,12 @@ def start(
             best_loss=None,
             **environment(),
         )
-        return supervise(preparation, run, listeners, None)
+        return supervise(preparation, run, listeners, None, world)
 
 
-def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = ()) -> TrainingResult:
+def resume(
+    preparation: Preparation, run: Run, listeners: Sequence[Listener] = (), world: World = ALONE
+) -> TrainingResult:
     """Go on with a run from its newest checkpoint, or from step 0 where it was killed before the first.
 
     The config of `preparation` becomes the run's, where it is another one.
@@ -72,8 +86,10 @@ def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = (
     Raises:
         RunBusyError: another process is training it.
         CheckpointError: if the checkpoint is damaged, or belongs to another model.
-        ConfigError: if the schedule cannot be brought to another length any more.
+        ConfigError: if the schedule cannot be brought to another length any more, or the processes cannot share the
+            batches.
     """
+    check_shares(preparation.config.training, preparation.device, world)
     with locked(run.path):
         checkpoint, name = newest_checkpoint(run)
         step = checkpoint.step if checkpoint else 0
@@ -82,6 +98,9 @@ def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = (
         check_schedule(run.load_config().training, preparation.config.training, preparation.epoch_steps, step)
         if checkpoint and name != "latest":
             message = f"the latest checkpoint is damaged, training goes on from {name} (step {step:,})"
+            for listener in listeners:
+                listener(WarningEvent(step, message))
+        if checkpoint and (message := inexactness(checkpoint, preparation.config.model.dropout, world)):
             for listener in listeners:
                 listener(WarningEvent(step, message))
         remove_leftovers(run)
@@ -93,7 +112,19 @@ def resume(preparation: Preparation, run: Run, listeners: Sequence[Listener] = (
         earlier = run.record.get("resumes")
         resumes = earlier if isinstance(earlier, list) else []  # a file that was edited may hold anything
         run.update(resumes=[*resumes, {"at": now(), "step": step, "changed": list(map(str, changed))}])
-        return supervise(preparation, run, listeners, checkpoint)
+        return supervise(preparation, run, listeners, checkpoint, world)
+
+
+def inexactness(checkpoint: Checkpoint, dropout: float, world: World) -> str | None:
+    """What a training that goes on with another number of processes cannot keep as it was; None where all is kept."""
+    before = checkpoint.metadata.get("world_size", 1)
+    if before == world.size:
+        return None
+    kept = "the order of its sums" if dropout == 0.0 else "the dropout masks and the order of its sums"
+    return (
+        f"trained so far with {before} process{'es' * (before != 1)}, now with {world.size}: the data and its order "
+        f"stay, {kept} do not, so the weights will differ from those of never having stopped"
+    )
 
 
 def now() -> str:
@@ -134,7 +165,11 @@ def stop_reason(run: Run) -> str | None:
 
 
 def supervise(
-    preparation: Preparation, run: Run, listeners: Sequence[Listener], checkpoint: Checkpoint | None
+    preparation: Preparation,
+    run: Run,
+    listeners: Sequence[Listener],
+    checkpoint: Checkpoint | None,
+    world: World,
 ) -> TrainingResult:
     """Train, and keep the run's status true however it ends."""
     run.update(
@@ -143,23 +178,29 @@ def supervise(
         total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
         pid=os.getpid(),
         host=socket.gethostname(),
-        peak_flops=round(preparation.peak_flops),
+        world_size=world.size,
+        job=job(),
+        peak_flops=round(preparation.peak_flops * world.size),
     )
     try:
         with (
             MetricsWriter(run.metrics_path) as writer,
             opened_loggers(preparation.config, run, [MetricsLog(writer), *listeners]) as all_listeners,
+            noticing_losses(world),
         ):
+            hand_out(preparation, run, checkpoint, world)
             result = train(
                 preparation.config,
                 preparation.corpus,
                 run,
-                preparation.device,
+                own_device(preparation.device, world),
                 preparation.precision,
-                preparation.peak_flops,
+                preparation.peak_flops * world.size,
                 all_listeners,
                 checkpoint,
+                world,
             )
+            world.wait()
     except BaseException as error:
         # Also for KeyboardInterrupt: a second Ctrl-C leaves at once, with what was saved before.
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lumiere.components.world import ALONE, World
 from lumiere.data.batches import batch_at
 from lumiere.data.windows import Windows
 from lumiere.evaluation import evaluate
@@ -17,6 +18,7 @@ from lumiere.training import costs
 from lumiere.training.costs import Disk, Parameters
 from lumiere.training.loss import Objective, compiled, summed_loss
 from lumiere.training.preparation import Preparation
+from lumiere.training.sharing import check_shares
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import train_step
 
@@ -58,7 +60,10 @@ class Plan:
         total_steps: steps of the training where patience does not end it sooner.
         earliest_stop: the step at which patience could (None: it cannot).
         num_evaluations: in `total_steps`.
-        peak_flops: FLOP/s of the device in matrix products, as measured.
+        num_processes: that share each step's windows and each evaluation's batches. Memory is that of each; times are
+            those of one process with its share, while the others rest, so that the exchange of gradients is left out.
+        windows_per_process: of a full batch.
+        peak_flops: FLOP/s of the device in matrix products, as measured, times `num_processes`.
         measured_steps: steps that the following figures are taken from.
         seconds_per_step: their median.
         tokens_per_second: their mean number of targets, padding left out, by that median.
@@ -76,6 +81,8 @@ class Plan:
     total_steps: int
     earliest_stop: int | None
     num_evaluations: int
+    num_processes: int
+    windows_per_process: int
     device: str
     precision: str
     peak_flops: float
@@ -93,30 +100,35 @@ class Plan:
         return self.startup_seconds + self.total_steps * self.seconds_per_step + evaluating
 
 
-def make_plan(preparation: Preparation, warn: Callable[[str], None]) -> Plan:
+def make_plan(preparation: Preparation, warn: Callable[[str], None], world: World = ALONE) -> Plan:
     """Measure some steps and a part of an evaluation on the corpus itself. Nothing is written.
 
     Args:
         warn: told where something does not go as asked, such as compiling.
+        world: the processes that would train; none of the others is needed.
+
+    Raises:
+        LumiereError: if they cannot share the batches or the device.
     """
     config, epoch_steps = preparation.config, preparation.epoch_steps
     settings = config.training
+    check_shares(settings, preparation.device, world)
     total_steps = costs.num_steps(settings, epoch_steps)
     if preparation.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(preparation.device)
     objective = compiled(warn) if settings.compile else summed_loss
     state = TrainingState.create(config, preparation.device, preparation.precision)
     state.model.train()
-    seconds, targets = measure_steps(preparation, state, objective)
+    seconds, targets = measure_steps(preparation, state, objective, world.size)
     seconds_per_step = statistics.median(seconds[WARMUP_STEPS:])
     tokens_per_second = statistics.mean(targets[WARMUP_STEPS:]) / seconds_per_step
     flops_per_token = costs.flops_per_token(config)
-    seconds_per_evaluation = measure_evaluation(preparation, state.model)
+    seconds_per_evaluation = measure_evaluation(preparation, state.model) / world.size
     memory = Memory(
         weights=costs.weight_bytes(config),
         gradients=costs.weight_bytes(config),
         optimizer=costs.optimizer_bytes(config),
-        activations=measure_activations(preparation, state.model, objective),
+        activations=measure_activations(preparation, state.model, objective, world.size),
         peak=peak_memory(preparation.device),
     )
     return Plan(
@@ -129,20 +141,22 @@ def make_plan(preparation: Preparation, warn: Callable[[str], None]) -> Plan:
         total_steps=total_steps,
         earliest_stop=costs.earliest_stop(settings, epoch_steps),
         num_evaluations=costs.num_evaluations(settings, epoch_steps),
+        num_processes=world.size,
+        windows_per_process=settings.batch_size // world.size,
         device=str(preparation.device),
         precision=str(preparation.precision).removeprefix("torch."),
-        peak_flops=preparation.peak_flops,
+        peak_flops=preparation.peak_flops * world.size,
         measured_steps=len(seconds) - WARMUP_STEPS,
         seconds_per_step=seconds_per_step,
         tokens_per_second=tokens_per_second,
-        mfu=tokens_per_second * flops_per_token / preparation.peak_flops,
+        mfu=tokens_per_second * flops_per_token / (preparation.peak_flops * world.size),
         startup_seconds=max(0.0, sum(seconds[:WARMUP_STEPS]) - WARMUP_STEPS * seconds_per_step),
         seconds_per_evaluation=seconds_per_evaluation,
     )
 
 
 def measure_steps(
-    preparation: Preparation, state: TrainingState, objective: Objective
+    preparation: Preparation, state: TrainingState, objective: Objective, num_shares: int = 1
 ) -> tuple[list[float], list[int]]:
     """The seconds and the targets of the first steps, each with its batch, for `MEASURED_SECONDS` after the warm-up."""
     config, settings = preparation.config, preparation.config.training
@@ -151,7 +165,8 @@ def measure_steps(
     targets: list[int] = []
     while len(seconds) < WARMUP_STEPS + MIN_STEPS or sum(seconds[WARMUP_STEPS:]) < MEASURED_SECONDS:
         started = time.perf_counter()
-        batch = batch_at(len(seconds), windows, settings.batch_size, settings.seed).to(preparation.device)
+        share = batch_at(len(seconds), windows, settings.batch_size, settings.seed, 0, num_shares)
+        batch = share.to(preparation.device)
         # A learning rate of zero takes as long as any other, and cannot spoil the weights.
         train_step(state, batch, 0.0, settings, preparation.precision, objective)
         seconds.append(time.perf_counter() - started)
@@ -172,10 +187,11 @@ def measure_evaluation(preparation: Preparation, model: Transformer) -> float:
     return evaluation.seconds / evaluation.num_windows * len(windows)
 
 
-def measure_activations(preparation: Preparation, model: Transformer, objective: Objective) -> int:
+def measure_activations(preparation: Preparation, model: Transformer, objective: Objective, num_shares: int = 1) -> int:
     """The bytes that autograd keeps from the forward to the backward pass of a batch's first part, weights left out."""
     config, settings = preparation.config, preparation.config.training
-    batch = batch_at(0, preparation.corpus.windows("train", config), settings.batch_size, settings.seed)
+    windows = preparation.corpus.windows("train", config)
+    batch = batch_at(0, windows, settings.batch_size, settings.seed, 0, num_shares)
     part = batch.to(preparation.device).split(settings.gradient_accumulation_steps)[0]
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}

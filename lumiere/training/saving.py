@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lumiere import __version__
+from lumiere.components.world import World
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.evaluation import Evaluation
@@ -18,7 +19,10 @@ from lumiere.training.state import TrainingState
 
 
 class Saver:
-    """Writes checkpoints and snapshots of one run, and keeps its record up to date with them."""
+    """Writes checkpoints and snapshots of one run, and keeps its record up to date with them.
+
+    Every process looks whether they are sound, so that all stop where they are not; rank 0 writes them.
+    """
 
     def __init__(
         self,
@@ -29,12 +33,14 @@ class Saver:
         epoch_steps: int,
         tell: Callable[[Event], None],
         guard: Guard,
+        world: World,
     ) -> None:
         self._run = run
         self._state = state
         self._epoch_steps = epoch_steps
         self._tell = tell
         self._guard = guard
+        self._writes = world.rank == 0
         self._manager = CheckpointManager(run.path.parent)
         self._about = {
             "run": run.name,
@@ -42,6 +48,7 @@ class Saver:
             "config": config.model_dump(),
             "corpus_sha256": corpus.fingerprint,
             "tokenizer_sha256": corpus.tokenizer.fingerprint,
+            "world_size": world.size,
         }
 
     def save(self, name: str, evaluation: Evaluation | None = None) -> None:
@@ -54,6 +61,8 @@ class Saver:
             NonFiniteError: if it is broken; what was there is untouched.
         """
         self._write(name, self._state.to_checkpoint(self._about))
+        if not self._writes:
+            return
         best: dict[str, Any] = {}
         if evaluation is not None:
             best = {"best_evaluation": {"step": self._state.step} | asdict(evaluation)}
@@ -71,13 +80,16 @@ class Saver:
             return
         weights = Checkpoint(self._state.model.state_dict(), metadata=self._about | {"step": step})
         self._write(f"step-{step:08d}", weights)
+        if not self._writes:
+            return
         for name in self._manager.names(self._run):
             if name.startswith("step-") and not is_snapshot(int(name.removeprefix("step-")), reached=step):
                 self._manager.remove(self._run, name)
 
     def _write(self, name: str, checkpoint: Checkpoint) -> None:
         self._guard.check_checkpoint(checkpoint)
-        self._manager.save(self._run, name, checkpoint)
+        if self._writes:
+            self._manager.save(self._run, name, checkpoint)
 
 
 def progress(state: TrainingState, epoch_steps: int) -> dict[str, Any]:

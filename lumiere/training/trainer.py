@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from lumiere.components.world import ALONE, World
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.batches import Batch, batch_at, steps_per_epoch
 from lumiere.data.dataset import TokenizedCorpus
@@ -15,6 +16,7 @@ from lumiere.evaluation import Evaluation, evaluate
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.costs import flops_per_token, num_steps
+from lumiere.training.distributed import accumulating, distributed, seed_dropout
 from lumiere.training.events import EvaluationEvent, Event, Listener, StartEvent, StepEvent, WarningEvent
 from lumiere.training.interruption import Interruption
 from lumiere.training.loss import Objective, compiled, summed_loss
@@ -50,6 +52,7 @@ def train(
     peak_flops: float,
     listeners: Sequence[Listener] = (),
     checkpoint: Checkpoint | None = None,
+    world: World = ALONE,
 ) -> TrainingResult:
     """Train until the last step, or until patience is exhausted, or until a signal.
 
@@ -57,10 +60,11 @@ def train(
         corpus: the splits `train` and `validation` in ids.
         run: where checkpoints go.
         precision: type of the matrix products; the weights are float32.
-        peak_flops: FLOP/s of the device in that type, which `mfu` is a share of.
+        peak_flops: FLOP/s of the device in that type, of all processes' together, which `mfu` is a share of.
         listeners: called with each event, in order.
         checkpoint: the state to go on from (None: from the start). The result is, bit for bit, that of a training
-            which never stopped, on the same machine with the same number of threads.
+            which never stopped, on the same machine with the same number of threads and processes.
+        world: the processes that train together, each of which calls this; rank 0 alone writes.
 
     Raises:
         NonFiniteError: if the loss, the gradients or the weights are no longer finite.
@@ -82,10 +86,11 @@ def train(
             listener(event)
 
     guard = Guard(run, state, settings, precision, windows, tell)
-    saver = Saver(run, state, config, corpus, epoch_steps, tell, guard)
+    saver = Saver(run, state, config, corpus, epoch_steps, tell, guard, world)
     objective: Objective = summed_loss
     if settings.compile:
         objective = compiled(lambda message: tell(WarningEvent(state.step, message)))
+    objective = distributed(state.model, objective, device, world)
 
     names = (run.name, state.step, total_steps, epoch_steps, state.model.num_parameters, len(windows))
     tell(StartEvent(*names, str(device), str(precision).removeprefix("torch."), peak_flops))
@@ -98,10 +103,12 @@ def train(
     with Interruption() as interruption:
         while state.stop_reason is None:
             started = time.perf_counter()
-            batch = batch_at(state.step, windows, settings.batch_size, settings.seed).to(device)
+            share = (world.rank, world.size)
+            batch = batch_at(state.step, windows, settings.batch_size, settings.seed, *share).to(device)
+            seed_dropout(settings.seed, state.step, world)
             plan = (total_steps, settings.warmup_steps, settings.schedule, settings.decay_fraction)
             factor = learning_rate_factor(state.step + 1, *plan)
-            loss, grad_norm = train_step(state, batch, factor, settings, precision, objective)
+            loss, grad_norm = train_step(state, batch, factor, settings, precision, objective, world)
             guard.check_step(loss, grad_norm)
             state.step += 1
             state.tokens += batch.num_targets
@@ -120,7 +127,7 @@ def train(
             if evaluates:
                 facts = corpus.splits["validation"].facts
                 with state.averaged_model() as model:
-                    evaluation = evaluate(model, validation, facts, settings.batch_size)
+                    evaluation = evaluate(model, validation, facts, settings.batch_size, world)
                 guard.check_evaluation(evaluation.loss)
                 is_best = state.note_evaluation(evaluation.loss)
                 if ends_epoch:
@@ -131,12 +138,14 @@ def train(
                     saver.save("best", evaluation)
             if settings.snapshots:
                 saver.snapshot()
-            interrupted = interruption.signal_number is not None and state.stop_reason is None
+            # By one decision: the others wait for a process that stops a step earlier.
+            signal_number = world.largest(interruption.signal_number or 0)
+            interrupted = signal_number != 0 and state.stop_reason is None
             # The last of this step's files: once it is there, nothing of the step is missing after a kill.
             if evaluates or interrupted or is_due(settings.checkpoint_interval, state.step):
                 saver.save("latest")
             if interrupted:
-                return TrainingResult(run, state, evaluation, interruption.signal_number)
+                return TrainingResult(run, state, evaluation, signal_number)
     return TrainingResult(run, state, evaluation, None)
 
 
@@ -156,22 +165,27 @@ def train_step(
     settings: TrainingConfig,
     precision: torch.dtype,
     objective: Objective,
+    world: World = ALONE,
 ) -> tuple[float, float]:
     """One update of the weights; none if the loss or the gradients are not finite, which are then left to look at.
 
     Args:
+        batch: this process' share of the step's windows.
         factor: share of the peak learning rates.
+        objective: from `distributed`, where there are several processes.
 
     Returns:
         The batch's mean loss in nats, and the norm of its gradients before clipping.
     """
     autocast = torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
     total = 0.0
-    for part in batch.split(settings.gradient_accumulation_steps):
-        with autocast:
+    parts = batch.split(settings.gradient_accumulation_steps)
+    for number, part in enumerate(parts, start=1):
+        with autocast, accumulating(objective, is_last=number == len(parts)):
             loss = objective(state.model, part.tokens, part.targets) / batch.num_targets
         loss.backward()
         total += loss.item()
+    total = world.total(total)
     limit = settings.gradient_clip_norm or math.inf
     norm = get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
     grad_norm = norm.item()

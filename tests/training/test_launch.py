@@ -144,6 +144,8 @@ def test_the_record(configure, launch, store: RunStore) -> None:
         "error": None,
         "pid": os.getpid(),
         "peak_flops": 200_000_000_000,
+        "world_size": 1,
+        "job": None,
     }
     assert {key: record[key] for key in expected} == expected
     others = {"created_at", "versions", "commit", "machine", "host", "splits", "best_evaluation"}

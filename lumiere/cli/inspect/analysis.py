@@ -37,11 +37,13 @@ class Subject:
     Attributes:
         text: the values of `TEXT_OPTIONS`.
         seed: of all that is drawn at random.
+        other: the second model, where two are compared.
     """
 
     opened: OpenedModel
     text: Mapping[str, Any]
     seed: int
+    other: OpenedModel | None = None
 
     @cached_property
     def chosen(self) -> tuple[tuple[int, ...], str]:
@@ -109,17 +111,25 @@ COMMON_OPTIONS = [
     keyword("as_json", Json, False),
     keyword("runs_dir", RunsDir, None),
 ]
+PAIR = [
+    keyword("run", options.FirstModel, inspect.Parameter.empty),
+    keyword("other", options.SecondModel, inspect.Parameter.empty),
+]
 
 
-def analysis(*, text: bool, whole_run: bool = False) -> Callable[[Callable[..., Analysis[Any]]], Callable[..., None]]:
+def analysis(
+    *, text: bool, whole_run: bool = False, pair: bool = False
+) -> Callable[[Callable[..., Analysis[Any]]], Callable[..., None]]:
     """Make a command of `describe(subject, its own options) -> Analysis`, with the options that all share.
 
     Args:
         text: whether it looks at one text, and so has `--prompt`, `--file`, `--val` and `--random`.
         whole_run: whether it looks at all snapshots of a run, and so has no `--checkpoint`: the model is the last one.
+        pair: whether it compares two models, which are then arguments instead of `--run`.
     """
-    common_options = [option for option in COMMON_OPTIONS if not whole_run or option.name != "checkpoint"]
-    shared = [*(TEXT_OPTIONS if text else []), *common_options]
+    without = {name for name, is_so in (("checkpoint", whole_run), ("run", pair)) if is_so}
+    common_options = [option for option in COMMON_OPTIONS if option.name not in without]
+    shared = [*(PAIR if pair else []), *(TEXT_OPTIONS if text else []), *common_options]
 
     def decorate(describe: Callable[..., Analysis[Any]]) -> Callable[..., None]:
         own = list(inspect.signature(describe).parameters.values())[1:]
@@ -149,10 +159,9 @@ def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any],
     keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a step of training does
     if common["output"] is not None:
         check_export(common["output"])
-    checkpoint = common.get("checkpoint") or last_snapshot(common["run"], common["runs_dir"])
-    opened = open_model(common["run"], checkpoint, common["device"], common["runs_dir"])
+    opened, other = open_models(common)
     text = {option.name: common[option.name] for option in TEXT_OPTIONS if option.name in common}
-    subject = Subject(opened, text, common["seed"])
+    subject = Subject(opened, text, common["seed"], other)
     described = describe(subject, **own)
     result = described.compute(opened.model)
     if common["verify"]:
@@ -171,6 +180,29 @@ def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any],
         broken = "; ".join(receipt.law for receipt in result.receipts if not receipt.holds)
         talk().print(f"[bold red]failed:[/] {escape(broken)}")
         raise typer.Exit(CHECK_FAILED)
+
+
+def open_models(common: Mapping[str, Any]) -> tuple[OpenedModel, OpenedModel | None]:
+    """The model that is looked at, and the one that it is compared with."""
+    place = common["device"], common["runs_dir"]
+    if "other" not in common:
+        checkpoint = common.get("checkpoint") or last_snapshot(common["run"], common["runs_dir"])
+        return open_model(common["run"], checkpoint, *place), None
+    named = [split_reference(common[side], common["checkpoint"]) for side in ("run", "other")]
+    first, second = (open_model(reference, checkpoint, *place) for reference, checkpoint in named)
+    return first, second
+
+
+def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
+    """The run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` where none is named.
+
+    Raises:
+        LumiereError: one of the two is empty.
+    """
+    run, at, named = reference.partition("@")
+    if not run or (at and not named):
+        raise LumiereError(f"{reference!r} names no checkpoint of a run", "write RUN or RUN@CHECKPOINT: latest@500")
+    return run, named or checkpoint
 
 
 def last_snapshot(reference: str, runs_dir: str | None) -> str:
@@ -224,14 +256,24 @@ def facts(name: str, subject: Subject, described: Analysis[Any]) -> dict[str, An
         "seed": subject.seed,
         "source": described.source,
     }
+    if subject.other is not None:
+        about["other"] = {
+            "run": subject.other.run.name,
+            "checkpoint": subject.other.checkpoint,
+            "step": subject.other.step,
+            "weights_sha256": subject.other.weights_sha256,
+            "tokenizer_sha256": subject.other.tokenizer.fingerprint,
+            "corpus_sha256": subject.other.run.record.get("corpus_sha256"),
+        }
     if subject.has_text:
         about |= {"source": subject.chosen[1], "token_ids": list(subject.tokens), "token_labels": subject.labels}
     return {**about, **described.about}
 
 
 def show_heading(subject: Subject, described: Analysis[Any]) -> None:
-    opened = subject.opened
-    out().print(f"[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
+    marked = [("", subject.opened)] if subject.other is None else [("A  ", subject.opened), ("B  ", subject.other)]
+    for mark, opened in marked:
+        out().print(f"{mark}[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
     if subject.has_text:
         tokens, source = subject.chosen
         ids = " ".join(map(str, tokens))

@@ -6,8 +6,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from lumiere.cli.completion import complete_run
 from lumiere.errors import LumiereError
 
+PAIR_HELP = "A run and, after an @, its checkpoint, such as latest@best, 3ka5@500; without one, as --checkpoint says."
+FirstModel = Annotated[str, typer.Argument(metavar="A", help=PAIR_HELP, autocompletion=complete_run)]
+SecondModel = Annotated[str, typer.Argument(metavar="B", help="The same, or another.", autocompletion=complete_run)]
 Prompt = Annotated[
     Optional[str],  # noqa: UP045 (Typer reads this form)
     typer.Option("--prompt", "-p", metavar="TEXT", help="The text to look at."),

@@ -25,8 +25,8 @@ STATUS_STYLES = {
 RECORD_KEYS = (
     *("name", "created_at", "command", "device", "precision", "num_parameters", "total_steps", "dataset"),
     *("corpus_sha256", "step", "epoch", "tokens", "training_seconds", "best_loss", "best_step", "skipped_steps"),
-    *("splits", "best_evaluation", "resumes", "stop_reason", "error", "pid", "host", "peak_flops"),
-    *("versions", "commit", "machine"),
+    *("splits", "best_evaluation", "resumes", "stop_reason", "error", "pid", "host", "peak_flops", "world_size"),
+    *("job", "versions", "commit", "machine"),
 )
 
 

@@ -1,0 +1,167 @@
+"""What makes each neuron of the feed-forward parts fire: the tokens, in context, at which it is strongest.
+
+Shapes: L layer, N chosen neuron of a layer, K example, W window of the batches, T position, E embedding_size,
+P promoted token, F d_ff.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lumiere.components.hooks import run_with_cache
+from lumiere.data.batches import Batch
+from lumiere.data.tokenizer import PAD
+from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.models.transformer import Transformer
+
+NO_EXAMPLE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronExamples(Result):
+    """The strongest moments of neurons. At most one of a window counts, so that a text that repeats fills no list.
+
+    Attributes:
+        tokens: (W, T) the ids of the windows, `<|pad|>` after the end of one.
+        neurons: (L, N) which neurons of each layer, those that write most first.
+        activations: (L, N, K) signed, the largest absolute value first; NaN where no window is left.
+        windows: (L, N, K) the window of each; -1 where there is none.
+        positions: (L, N, K) the place in it.
+        around: (L, N, K, A) the activations at the positions from `before` tokens before to `after` tokens after, NaN
+            beyond the window.
+        before, after: tokens of context.
+        promoted: (L, N, P) the tokens whose logits rise most where the neuron is as in its first example.
+        num_tokens: that were looked at.
+    """
+
+    tokens: np.ndarray
+    neurons: np.ndarray
+    activations: np.ndarray
+    windows: np.ndarray
+    positions: np.ndarray
+    around: np.ndarray
+    before: int
+    after: int
+    promoted: np.ndarray
+    num_tokens: int
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        for layer, row, rank in np.ndindex(*self.windows.shape):
+            window, position = int(self.windows[layer, row, rank]), int(self.positions[layer, row, rank])
+            if window != NO_EXAMPLE:
+                yield {
+                    "layer": layer,
+                    "neuron": int(self.neurons[layer, row]),
+                    "rank": rank,
+                    "activation": float(self.activations[layer, row, rank]),
+                    "window": window,
+                    "position": position,
+                    "token": int(self.tokens[window, position]),
+                }
+
+
+def neuron_examples(
+    model: Transformer,
+    batches: Sequence[Batch],
+    num_neurons: int,
+    num_examples: int = 5,
+    num_promoted: int = 5,
+    before: int = 8,
+    after: int = 3,
+) -> NeuronExamples:
+    """The tokens at which each neuron's activation (`hook_post`) is largest in absolute value, one a window.
+
+    The first token of a window never counts: it has no context, and many neurons answer to that alone.
+
+    Geva et al. 2021, "Transformer Feed-Forward Layers Are Key-Value Memories", section 3: a neuron answers to patterns
+    in its input. What it writes there is the activation times its row of the second matrix, which read by the output
+    head promotes tokens: Geva et al. 2022, "Transformer Feed-Forward Layers Build Predictions by Promoting Concepts in
+    the Vocabulary Space", section 3. With SwiGLU an activation has a sign, and a negative one promotes the opposite,
+    so that the largest absolute value counts. The `num_neurons` of a layer that once write the largest vector are kept.
+
+    Args:
+        model: in evaluation mode.
+        batches: at least one; all of one width T.
+        num_neurons: how many of each layer (at most d_ff).
+        num_examples: windows of each.
+        num_promoted: tokens of each.
+        before: context of an example, in tokens.
+        after: the same, after it.
+    """
+    device = model.token_embedding.weight.device
+    names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.num_layers)]
+    norms_LF = torch.stack([block.feedforward.down.weight.detach().norm(dim=0).cpu() for block in model.blocks])
+    tokens_WT = torch.cat([batch.tokens for batch in batches]).cpu()
+    peaks, places = [], []
+    with torch.inference_mode():
+        for batch in batches:
+            posts_LWTF = watch(model, batch.tokens.to(device), names)
+            masked = posts_LWTF.abs().masked_fill((batch.tokens.cpu() == PAD)[None, :, :, None], -1)
+            masked[:, :, 0] = -1
+            peak_LWF, place_LWF = masked.max(dim=2)
+            peaks.append(peak_LWF)
+            places.append(place_LWF)
+        peak_LWF, place_LWF = torch.cat(peaks, dim=1), torch.cat(places, dim=1)
+        chosen_LN = (peak_LWF.amax(dim=1) * norms_LF).topk(num_neurons, dim=-1).indices
+        index_LWN = chosen_LN[:, None, :].expand(-1, len(tokens_WT), -1)
+        peak_LWN, place_LWN = peak_LWF.gather(-1, index_LWN), place_LWF.gather(-1, index_LWN)
+        kept = min(num_examples, len(tokens_WT))
+        top_LKN = peak_LWN.topk(kept, dim=1)
+        # A window of one token has no example; it comes last, and only where there are too few windows.
+        is_there_LNK = (top_LKN.values >= 0).transpose(1, 2)
+        windows_LNK = top_LKN.indices.transpose(1, 2).where(is_there_LNK, NO_EXAMPLE)
+        positions_LNK = place_LWN.gather(1, top_LKN.indices).transpose(1, 2)
+        around_LNKA = torch.full((*windows_LNK.shape, before + 1 + after), torch.nan)
+        first = 0
+        for batch in batches:  # again, rather than hold all activations of all windows
+            posts_LWTF = watch(model, batch.tokens.to(device), names)
+            last = first + len(batch.tokens)
+            for layer, row, rank in ((windows_LNK >= first) & (windows_LNK < last)).nonzero().tolist():
+                position = int(positions_LNK[layer, row, rank])
+                start, end = max(0, position - before), min(tokens_WT.shape[1], position + after + 1)
+                offset = start - position + before
+                window = int(windows_LNK[layer, row, rank]) - first
+                values = posts_LWTF[layer, window, start:end, int(chosen_LN[layer, row])]
+                padding = tokens_WT[window + first, start:end] == PAD
+                around_LNKA[layer, row, rank, offset : offset + end - start] = values.masked_fill(padding, torch.nan)
+            first = last
+        activations_LNK = around_LNKA[..., before].clone()
+        promoted_LNP = torch.stack(
+            [
+                promoted(model, layer, chosen_LN[layer], activations_LNK[layer, :, 0], num_promoted)
+                for layer in range(model.num_layers)
+            ]
+        )
+    differences_LNK = activations_LNK.abs() - top_LKN.values.transpose(1, 2)
+    missed = differences_LNK[is_there_LNK].abs().max() / peak_LWF.max().clamp(min=1)
+    return NeuronExamples(
+        tokens=tokens_WT.numpy(),
+        neurons=chosen_LN.numpy(),
+        activations=activations_LNK.numpy(),
+        windows=windows_LNK.numpy(),
+        positions=positions_LNK.numpy(),
+        around=around_LNKA.numpy(),
+        before=before,
+        after=after,
+        promoted=promoted_LNP.numpy(),
+        num_tokens=int((tokens_WT != PAD).sum()),
+        receipts=(Receipt("a second pass finds the same activations", float(missed), rounding(model)),),
+    )
+
+
+def watch(model: Transformer, tokens_BT: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """(L, B, T, F) the neurons' activations, on the CPU."""
+    _, cache = run_with_cache(model, tokens_BT, names)
+    return torch.stack([cache[name].cpu() for name in names])
+
+
+def promoted(
+    model: Transformer, layer: int, neurons_N: torch.Tensor, activations_N: torch.Tensor, count: int
+) -> torch.Tensor:
+    """(N, count) the tokens whose logits rise most by what each neuron writes, up to the final norm's scale."""
+    written_NE = model.blocks[layer].feedforward.down.weight.detach().T.cpu()[neurons_N] * activations_N.sign()[:, None]
+    gain_E = model.final_norm.weight.detach().cpu()
+    return ((written_NE * gain_E) @ model.token_embedding.weight.detach().cpu().T).topk(count, dim=-1).indices

@@ -1,0 +1,40 @@
+// The start: light and dark, and the first drawing.
+
+function isDark() {
+  const chosen = document.documentElement.dataset.theme;
+  return chosen ? chosen === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+function start() {
+  const theme = find("theme");
+  const name = () => {
+    theme.textContent = isDark() ? "Light" : "Dark";
+  };
+  const repaint = () => {
+    name();
+    choose({ theme: isDark() });
+  };
+  theme.hidden = false;
+  theme.addEventListener("click", () => {
+    document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+    repaint();
+  });
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+  let width = window.innerWidth;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth === width) return; // a phone's bars come and go as it scrolls
+    width = window.innerWidth;
+    choose({ size: width });
+    drawThumbnails();
+    drawLarge();
+  });
+  drawTextChoice();
+  roving(find("tokens"), () => firstLine(find("tokens")), true);
+  roving(find("thumbnails"), () => Math.min(data.heads, window.innerWidth < 500 ? 4 : 8), false);
+  state.theme = isDark();
+  state.size = width;
+  state.position = lastButOne(currentText());
+  state.head = data.shown_head;
+  name();
+  for (const view of views) view.draw();
+}

@@ -1,0 +1,51 @@
+// One neuron at a time: where it is strongest, and what it makes more likely there.
+
+function drawNeuron() {
+  const box = find("neuron");
+  if (!data.neurons) {
+    redraw(box, element("p", { class: "note" }, "The run's text is not there, so that no examples could be found."));
+    return;
+  }
+  const neurons = data.neurons.layers[state.layer];
+  const neuron = neurons[state.neuron];
+  const largest = element("span", {}, `${state.neuron + 1} of ${neurons.length}, those that write most first`);
+  const step = (change) => () => choose({ neuron: (state.neuron + change + neurons.length) % neurons.length });
+  const layers = data.neurons.layers.map((_, layer) =>
+    element(
+      "button",
+      { type: "button", "data-key": `layer${layer}`, "aria-pressed": layer === state.layer, onclick: () => choose({ layer, neuron: 0 }) },
+      `Layer ${layer}`,
+    ),
+  );
+  const group = element("span", { class: "choices", role: "group", "aria-label": "Layers" }, ...layers);
+  group.style.margin = "0";
+  roving(group, () => 1, false);
+  const controls = element(
+    "div",
+    { class: "controls" },
+    group,
+    element("button", { type: "button", "data-key": "before", "aria-label": "Previous neuron", onclick: step(-1) }, "←"),
+    element("button", { type: "button", "data-key": "after", "aria-label": "Next neuron", onclick: step(1) }, "→"),
+    largest,
+  );
+  const examples = neuron.examples.map((example) =>
+    element(
+      "div",
+      { class: "example" },
+      element("span", {}, signed(example.activation)),
+      element("div", { class: "tokens" }, ...example.tokens.map((token, index) =>
+        tokenSpan(token, example.shades[index] / 100, { class: index === example.peak ? "peak" : "" }))),
+    ),
+  );
+  const promoted = neuron.promoted.flatMap((token) => [tokenSpan(token), " "]);
+  redraw(
+    box,
+    controls,
+    element("h3", { "aria-live": "polite" }, `Neuron ${neuron.neuron} of layer ${state.layer}`),
+    ...examples,
+    element("p", { class: "spaced" }, "At its strongest it makes more likely: ", ...promoted),
+    element("p", { class: "note" }, `Of ${data.neurons.num_tokens.toLocaleString("en")} tokens of validation text. A neuron has a sign: blue is positive, orange negative.`),
+  );
+}
+
+views.push({ on: ["layer", "neuron"], draw: drawNeuron });

@@ -1,0 +1,278 @@
+"""Differences of two models: exactly nothing between a model and itself, permuted heads, and what is computed twice."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.config.loader import validate
+from lumiere.data.batches import Batch
+from lumiere.data.dataset import document_sizes, tokenize_documents
+from lumiere.data.tokenizer import PAD, Tokenizer
+from lumiere.interpret.diff import ModelDiff, diff, diff_texts
+from lumiere.interpret.result import agreement
+from lumiere.models.transformer import Transformer, build_model
+from lumiere.persistence.runs import Run
+
+SIZES = {"embedding_size": 12, "context_size": 16, "num_layers": 2, "num_heads": 3, "d_key": 4, "d_value": 5, "d_ff": 9}
+
+
+def random_model(seed: int = 1, vocab_size: int = 300, **changes: Any) -> Transformer:
+    torch.manual_seed(seed)
+    sizes = {**SIZES, **changes, "dropout": 0.5}
+    config = validate({"model": sizes, "tokenizer": {"vocab_size": vocab_size}, "dataset": {"sliding_window_size": 4}})
+    model = build_model(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 15 if parameter.ndim == 2 else 1
+    return model
+
+
+@pytest.fixture(params=["learned", "rotary", "trained"])
+def model(request: pytest.FixtureRequest, trained_run: Run) -> Transformer:
+    return trained_run.load_model("best") if request.param == "trained" else random_model(positions=request.param)
+
+
+def batch_of(lengths: Sequence[int], seed: int = 0, width: int = 10) -> Batch:
+    """Random sequences, padded on the right to `width` tokens and one target more."""
+    tokens = torch.randint(3, 300, (len(lengths), width + 1), generator=torch.Generator().manual_seed(seed))
+    targets = tokens[:, 1:].clone()
+    for row, length in enumerate(lengths):
+        tokens[row, length:] = PAD
+        targets[row, length - 1 :] = IGNORED
+    return Batch(tokens[:, :-1].contiguous(), targets, int((targets != IGNORED).sum()))
+
+
+BATCHES = [batch_of([11, 10, 7, 11]), batch_of([4, 11, 11], seed=1)]
+
+
+def permuted(model: Transformer, orders: Sequence[Sequence[int]]) -> Transformer:
+    """The same function with the heads of each layer in another order: head h is the old one's `order[h]`."""
+    other = deepcopy(model)
+    for block, order in zip(other.blocks, orders, strict=True):
+        attention = block.attention
+        for part in (attention.query, attention.key, attention.value):
+            heads = part.weight.data.unflatten(0, (model.num_heads, -1))
+            part.weight.data = heads[list(order)].flatten(0, 1)
+        heads = attention.output.weight.data.unflatten(1, (model.num_heads, -1))
+        attention.output.weight.data = heads[:, list(order)].flatten(1, 2)
+    return other
+
+
+def nudged(model: Transformer, size: float = 0.3) -> Transformer:
+    torch.manual_seed(7)
+    other = deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data += size * parameter.std().nan_to_num(0) * torch.randn_like(parameter)
+    return other
+
+
+def parts(found: ModelDiff) -> tuple[Any, Any]:
+    assert found.predictions is not None
+    assert found.heads is not None
+    return found.predictions, found.heads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("across", [False, True])
+def test_a_model_against_itself_gives_exactly_nothing(model: Transformer, dtype: torch.dtype, across: bool) -> None:
+    model = model.to(dtype)
+    found = diff(model, deepcopy(model), BATCHES, across_layers=across)
+    predictions, heads = parts(found)
+    for values in (predictions.kl_ab, predictions.kl_ba, predictions.kl_ab_by_position, heads.match_divergences):
+        assert (values == 0).all()
+    assert np.array_equal(predictions.losses_a, predictions.losses_b)
+    assert found.losses[0] == found.losses[1]
+    assert predictions.same_choice.all()
+    assert found.cka is not None
+    assert (np.diagonal(found.cka) == 1).all()
+    assert np.array_equal(heads.matches[:, 0], heads.matches[:, 1])
+    for values in (heads.ov_changes, heads.qk_changes):
+        assert (values == 0).all()
+    for values in (found.weights.relative_changes, found.weights.change_norms, found.weights.spectral_changes):
+        assert (values == 0).all()
+    assert len(found.weights.tensors) == len(model.state_dict())
+    paired = found.loss_difference
+    assert paired is not None
+    assert (paired.difference, paired.standard_error, paired.low, paired.high) == (0, 0, 0, 0)
+    assert found.holds
+
+
+def test_permuted_heads_are_matched_back(model: Transformer) -> None:
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(model.num_heads, generator=generator).tolist() for _ in model.blocks]
+    orders[0] = [*range(1, model.num_heads), 0]
+    found = diff(model.double(), permuted(model, orders), BATCHES)
+    predictions, heads = parts(found)
+    assert np.abs(predictions.kl_ab).max() < 1e-10
+    assert np.abs(predictions.losses_a - predictions.losses_b).max() < 1e-10
+    assert found.cka is not None
+    assert np.diagonal(found.cka) == pytest.approx(1, abs=1e-10)
+    partner = dict(heads.matches.tolist())
+    for layer, order in enumerate(orders):
+        for new, old in enumerate(order):
+            first = layer * model.num_heads
+            assert partner[first + old] == first + new
+    assert heads.match_divergences.max() < 1e-10
+    assert max(heads.ov_changes.max(), heads.qk_changes.max()) < 1e-10
+    assert not np.array_equal(heads.matches[:, 0], heads.matches[:, 1])
+    changed = {name for name, change in zip(found.weights.tensors, found.weights.change_norms, strict=True) if change}
+    assert changed
+    assert all(".attention." in name for name in changed)
+
+
+def test_heads_are_found_in_other_layers() -> None:
+    """Two layers that only read the embedding, since nothing is ever written: exchanged, they do the same elsewhere."""
+    model = random_model().double()
+    for block in model.blocks:
+        block.attention.output.weight.data.zero_()
+        block.feedforward.down.weight.data.zero_()
+    other = deepcopy(model)
+    other.blocks = torch.nn.ModuleList(reversed(list(model.blocks)))  # pyright: ignore[reportAttributeAccessIssue]
+    _, within = parts(diff(model, other, BATCHES))
+    _, across = parts(diff(model, other, BATCHES, across_layers=True))
+    assert across.matches.tolist() == [[0, 3], [1, 4], [2, 5], [3, 0], [4, 1], [5, 2]]
+    assert (across.match_divergences == 0).all()
+    assert within.match_divergences.min() > 0
+    assert np.isnan(within.pattern_divergences[:3, 3:]).all()
+    assert np.array_equal(within.pattern_divergences[:3, :3], across.pattern_divergences[:3, :3])
+
+
+def test_predictions_by_an_independent_computation(model: Transformer) -> None:
+    """One sequence at a time, without padding, by torch's own losses and divergences."""
+    model, other = model.double(), nudged(model).double()
+    found, _ = parts(diff(model, other, BATCHES))
+    place = 0
+    rows = [(batch, row) for batch in BATCHES for row in range(len(batch.tokens))]
+    for sequence, (batch, row) in enumerate(rows):
+        count = int((batch.targets[row] != IGNORED).sum())
+        with torch.no_grad():
+            logs = [m(batch.tokens[row : row + 1, :count]).logits[0].log_softmax(-1) for m in (model, other)]
+        own = slice(place, place + count)
+        assert (found.sequences[own] == sequence).all()
+        assert found.positions[own].tolist() == list(range(1, count + 1))
+        assert found.targets[own].tolist() == batch.targets[row, :count].tolist()
+        for name, (q, p) in (("kl_ab", (logs[1], logs[0])), ("kl_ba", logs)):
+            expected = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+            assert getattr(found, name)[own] == pytest.approx(expected.numpy(), abs=1e-10)
+        for name, log in zip(("losses_a", "losses_b"), logs, strict=True):
+            expected = F.nll_loss(log, batch.targets[row, :count], reduction="none")
+            assert getattr(found, name)[own] == pytest.approx(expected.numpy(), abs=1e-10)
+        place += count
+    assert place == len(found.targets)
+    for number, mean in zip(found.position_numbers, found.kl_ab_by_position, strict=True):
+        assert mean == pytest.approx(found.kl_ab[found.positions == number].mean())
+    assert found.kl_ab.mean() > 1e-3
+
+
+def test_patterns_and_weights_by_an_independent_computation() -> None:
+    model, other = random_model().double(), random_model(seed=2).double()
+    found = diff(model, other, BATCHES[:1])
+    _, heads = parts(found)
+    batch = BATCHES[0]
+    p, q = (m(batch.tokens).attention_weights[:, 1].detach().numpy() for m in (model, other))
+    rows = [(b, t) for b, t in np.ndindex(*batch.tokens.shape) if t and batch.tokens[b, t] != PAD]
+    total = 0.0
+    for b, t in rows:
+        x, y = p[b, 2, t, : t + 1], q[b, 0, t, : t + 1]
+        total += (x * np.log2(2 * x / (x + y)) + y * np.log2(2 * y / (x + y))).sum() / 2
+    assert heads.pattern_divergences[5, 3] == pytest.approx(total / len(rows))
+    for (a, b), ov, qk in zip(heads.matches, heads.ov_changes, heads.qk_changes, strict=True):
+        for old, new, change in zip(circuits(model, a), circuits(other, b), (ov, qk), strict=True):
+            assert change == pytest.approx(torch.linalg.norm(new - old).item() / torch.linalg.norm(old).item())
+    states = model.state_dict(), other.state_dict()
+    for number, name in enumerate(found.weights.tensors):
+        old, new = (state[name] for state in states)
+        assert found.weights.relative_changes[number] == pytest.approx(((new - old).norm() / old.norm()).item())
+        largest = torch.linalg.svdvals((new - old).reshape(len(old), -1))[0].item()
+        assert found.weights.spectral_changes[number] == pytest.approx(largest)
+
+
+def circuits(model: Transformer, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_V W_O and W_Q W_K^T of a head, as maps of row vectors, its norm's gain in what reads."""
+    layer, head = divmod(int(place), model.num_heads)
+    block = model.blocks[layer]
+    gain = torch.diag(block.attention_norm.weight.detach())
+    keys, values = (slice(head * d, (head + 1) * d) for d in (model.d_key, model.d_value))
+    attention = block.attention
+    query, key = attention.query.weight.detach()[keys], attention.key.weight.detach()[keys]
+    value, output = attention.value.weight.detach()[values], attention.output.weight.detach()[:, values]
+    return gain @ value.T @ output.T, gain @ query.T @ key @ gain
+
+
+def test_sizes_may_differ() -> None:
+    """Fewer layers, more heads, another width, a shorter context."""
+    model = random_model().double()
+    other = random_model(seed=2, num_layers=1, num_heads=4, embedding_size=8, context_size=6).double()
+    found = diff(model, other, BATCHES)
+    _, heads = parts(found)
+    assert found.cka is not None
+    assert found.cka.shape == (3, 2)
+    assert found.across_layers
+    assert len(heads.matches) == 4
+    assert np.isnan(heads.ov_changes).all()
+    assert found.weights.tensors == ()
+    assert "token_embedding.weight" in found.weights.other_tensors
+    assert max(map(len, found.tokens)) == 7
+    assert found.holds
+
+
+def test_other_tokenizers_leave_bits_per_byte(trained_run: Run) -> None:
+    texts = ["Once upon a time there was a dog.", "The dog sang.", "Then it slept, and all was well."]
+    tokenizers = [trained_run.load_tokenizer(), Tokenizer.train(texts * 3, 270, 2)]
+    models = [trained_run.load_model("best"), random_model(vocab_size=len(tokenizers[1]))]
+    splits = [tokenize_documents(texts, tokenizer) for tokenizer in tokenizers]
+    found = diff_texts(*models, [(split, document_sizes(texts, split.facts)) for split in splits])
+    for model, tokenizer, bits in zip(models, tokenizers, found.losses, strict=True):
+        nats = 0.0
+        for ids in tokenizer.encode_documents(texts):
+            for first in range(0, len(ids) - 1, model.context_size):
+                window = torch.tensor([ids[first : first + model.context_size + 1]])
+                with torch.no_grad():
+                    nats += F.cross_entropy(model(window[:, :-1]).logits[0], window[0, 1:], reduction="sum").item()
+        assert bits == pytest.approx(nats / np.log(2) / sum(len(text.encode()) for text in texts))
+    assert found.loss_difference is not None
+    assert found.loss_difference.difference == pytest.approx(found.losses[1] - found.losses[0])
+    assert "tokenizers differ" in found.not_compared[0]
+    assert "token_embedding.weight" in found.weights.other_tensors
+
+
+def test_other_vocabularies_are_refused() -> None:
+    with pytest.raises(ValueError, match="300 and 310"):
+        diff(random_model(), random_model(vocab_size=310), BATCHES)
+
+
+def test_one_position_has_no_heads_to_match() -> None:
+    model = random_model()
+    found = diff(model, nudged(model), [batch_of([2], width=1)])
+    assert found.heads is None
+    assert found.loss_difference is None
+    assert "heads" in found.not_compared[0]
+    assert "pattern_divergences" not in found.as_dict()
+
+
+def test_only_the_start_of_many_sequences_has_its_patterns_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other = random_model(), random_model(seed=2)
+    monkeypatch.setattr("lumiere.interpret.diff.PATTERN_SEQUENCES", 5)
+    _, some = parts(diff(model, other, BATCHES))
+    first = BATCHES[1]
+    one = Batch(first.tokens[:1], first.targets[:1], 3)
+    _, expected = parts(diff(model, other, [BATCHES[0], one]))
+    assert some.num_pattern_sequences == 5
+    assert some.match_divergences == pytest.approx(expected.match_divergences, abs=1e-6)
+
+
+def test_float32_agrees_with_float64(model: Transformer) -> None:
+    other = nudged(model)
+    found = diff(model, other, BATCHES)
+    exact = diff(deepcopy(model).double(), deepcopy(other).double(), BATCHES)
+    assert agreement(found, exact).holds
+    assert found.holds
+    rows = list(found.rows())
+    assert {row["quantity"] for row in rows} >= {"kl_ab", "cka", "match_divergence", "relative_change", "loss_a"}
+    assert len(found.tokens) == 7
+    assert [len(row) for row in found.tokens] == [11, 10, 7, 11, 4, 11, 11]

@@ -1,0 +1,177 @@
+"""How the processes of a training divide its work, looked at in one process."""
+
+import os
+
+import pytest
+import torch
+
+from lumiere.components.world import ALONE, World
+from lumiere.config.schema import RunConfig, TrainingConfig
+from lumiere.data.batches import batch_at, batches_in_order
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.errors import ConfigError, LostProcessError, LumiereError
+from lumiere.evaluation import evaluate
+from lumiere.models.transformer import build_model
+from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.runs import RunStore
+from lumiere.training import processes
+from lumiere.training.distributed import own_device, seed_dropout
+from lumiere.training.launch import inexactness
+from lumiere.training.processes import joined, noticing_losses, share_cores
+from lumiere.training.restarts import job, restarted_run
+from lumiere.training.sharing import check_shares
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("num_shares", [2, 3, 8])
+def test_the_shares_of_a_step_are_its_batch(tiny_config: RunConfig, tiny_corpus: TokenizedCorpus, num_shares) -> None:
+    windows = tiny_corpus.windows("train", tiny_config)
+    batch_size = len(windows) - 3  # so that the second step of the epoch has 3 windows
+    for step in range(2):
+        whole = batch_at(step, windows, batch_size, seed=1)
+        shares = [batch_at(step, windows, batch_size, 1, rank, num_shares) for rank in range(num_shares)]
+        assert {share.num_targets for share in shares} == {whole.num_targets}
+        assert sum(int((share.targets >= 0).sum()) for share in shares) == whole.num_targets
+        filled = [share for share in shares if (share.targets >= 0).any()]
+        assert torch.equal(torch.cat([share.tokens for share in filled]), whole.tokens)
+        assert torch.equal(torch.cat([share.targets for share in filled]), whole.targets)
+        assert max(len(share.tokens) for share in filled) - min(len(share.tokens) for share in filled) <= 1
+
+
+def test_an_evaluation_that_is_shared_out_is_the_same(tiny_config: RunConfig, tiny_corpus: TokenizedCorpus) -> None:
+    """To the last bit, though each process scores other batches, and one of four none at all."""
+    windows = tiny_corpus.windows("validation", tiny_config)
+    batch_size = -(-len(windows) // 3)
+    facts = tiny_corpus.splits["validation"].facts
+    model = build_model(tiny_config)
+    parts: list[torch.Tensor] = []
+
+    class Recording(World):
+        def add(self, values: torch.Tensor) -> torch.Tensor:
+            parts.append(values)
+            return values + (torch.stack(parts[:-1]).sum(0) if len(parts) > 1 else 0)
+
+    alone = evaluate(model, windows, facts, batch_size)
+    for rank in range(4):
+        assert len(list(batches_in_order(windows, batch_size, rank, 4))) == (rank < 3)
+        # Only the last one has heard of all the others.
+        shared = evaluate(model, windows, facts, batch_size, Recording(rank, 4))
+    assert shared.loss == alone.loss
+    assert shared.mean_batch_perplexity == alone.mean_batch_perplexity
+    assert shared.num_tokens == alone.num_tokens
+    assert shared.num_batches == 3
+
+
+def test_masks_depend_on_seed_step_and_rank_and_on_nothing_else() -> None:
+    def drawn(seed: int, step: int, rank: int) -> float:
+        torch.rand(rank + 1)  # whatever was drawn before
+        seed_dropout(seed, step, World(rank, 2))
+        return torch.rand(()).item()
+
+    first = drawn(0, 0, 0)
+    assert drawn(0, 0, 0) == first
+    assert len({first, drawn(1, 0, 0), drawn(0, 1, 0), drawn(0, 0, 1)}) == 4
+
+
+def test_one_process_draws_on() -> None:
+    before = torch.get_rng_state()
+    seed_dropout(0, 5, ALONE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("size", "parts", "num_processes"), [(32, 1, 3), (12, 2, 4), (8, 1, 16)])
+def test_what_is_suggested_for_an_uneven_batch_works(size: int, parts: int, num_processes: int) -> None:
+    settings = TrainingConfig(batch_size=size, gradient_accumulation_steps=parts)
+    with pytest.raises(ConfigError, match=f"batch_size {size} cannot be shared evenly by {num_processes}") as raised:
+        check_shares(settings, CPU, World(0, num_processes))
+    numbers, sizes = (part.partition(": ")[2].split(", ") for part in str(raised.value.hint).split("; "))
+    for number in map(int, numbers):
+        check_shares(settings, CPU, World(0, number))
+    for fitting in map(int, sizes):
+        changed = TrainingConfig(batch_size=fitting, gradient_accumulation_steps=parts)
+        check_shares(changed, CPU, World(0, num_processes))
+
+
+def test_a_gpu_for_each_process_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert own_device(torch.device("cuda"), World(3, 4, 1, 2)) == torch.device("cuda:1")
+    assert taken == [torch.device("cuda:1")]
+    assert own_device(torch.device("cuda:1"), ALONE) == torch.device("cuda:1")
+    with pytest.raises(LumiereError, match="3 processes on a machine with 2 GPUs"):
+        own_device(torch.device("cuda"), World(2, 3, 2, 3))
+    with pytest.raises(LumiereError, match="not on mps"):
+        own_device(torch.device("mps"), World(0, 2))
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("1", 4), ("3", None), (None, None)])
+def test_cores_are_shared_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, threads: int | None
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(processes, "num_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    share_cores(World(0, 2, 0, 2))
+    assert chosen == ([] if threads is None else [threads])
+
+
+def test_no_process_waits_where_there_is_one() -> None:
+    with joined() as world:
+        assert world == ALONE
+
+
+def test_only_an_error_about_another_process_is_called_one() -> None:
+    with pytest.raises(LostProcessError, match="another of the 2 processes"), noticing_losses(World(0, 2)):
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="shapes") as raised, noticing_losses(World(0, 2)):
+        raise RuntimeError("shapes differ")
+    assert not isinstance(raised.value, LumiereError)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "size", "dropout", "expected"),
+    [
+        ({"world_size": 2}, 2, 0.1, None),
+        ({}, 1, 0.1, None),  # what was saved before there were several
+        ({}, 2, 0.1, "the dropout masks and the order of its sums"),
+        ({"world_size": 4}, 1, 0.0, "4 processes, now with 1: the data and its order stay, the order of its sums"),
+    ],
+)
+def test_what_another_number_of_processes_cannot_keep_is_said(metadata, size, dropout, expected) -> None:
+    message = inexactness(Checkpoint({}, metadata=metadata), dropout, World(0, size))
+    assert (message is None) if expected is None else (message is not None and expected in message)
+
+
+def restart(monkeypatch: pytest.MonkeyPatch, count: int, name: str = "none") -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+
+
+def test_a_restarted_job_finds_its_run_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunStore()
+    restart(monkeypatch, 0)
+    mine, half_made, other = store.create(), store.create(), store.create()
+    for run in (mine, half_made):
+        run.update(job=job())
+    mine.config_path.write_text("{}")
+    other.config_path.write_text("{}")
+    other.update(job=job() | {"id": "another"})
+    assert restarted_run(store) is None
+    restart(monkeypatch, 1)
+    assert restarted_run(store) == mine
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun on this machine, without an id either
+    assert restarted_run(store) is None
+
+
+def test_an_id_of_the_user_names_a_job_on_whatever_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    restart(monkeypatch, 1, "night")
+    before = job()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert job() == before
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert job() is None
