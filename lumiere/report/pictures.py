@@ -152,7 +152,8 @@ def write_words(picture: Picture, facts: str) -> None:
     """Title and facts above the figure, the caption below it: a picture travels without its page."""
     figure = picture.figure
     width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
-    title = figure.suptitle(f"{picture.title}\n{textwrap.fill(facts, width)}", fontsize=FACTS_SIZE)
+    facts = textwrap.fill(facts, int(width * CAPTION_SIZE / FACTS_SIZE))
+    title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=FACTS_SIZE)
     style_text(title, figure.supxlabel(textwrap.fill(picture.caption, width), fontsize=CAPTION_SIZE))
 
 
