@@ -74,6 +74,8 @@ def neuron_examples(
 ) -> NeuronExamples:
     """The tokens at which each neuron's activation (`hook_post`) is largest in absolute value, one a window.
 
+    The first token of a window never counts: it has no context, and many neurons answer to that alone.
+
     Geva et al. 2021, "Transformer Feed-Forward Layers Are Key-Value Memories", section 3: a neuron answers to patterns
     in its input. What it writes there is the activation times its row of the second matrix, which read by the output
     head promotes tokens: Geva et al. 2022, "Transformer Feed-Forward Layers Build Predictions by Promoting Concepts in
@@ -97,7 +99,8 @@ def neuron_examples(
     with torch.inference_mode():
         for batch in batches:
             posts_LWTF = watch(model, batch.tokens.to(device), names)
-            masked = posts_LWTF.abs().masked_fill((batch.tokens == PAD)[None, :, :, None], -1)
+            masked = posts_LWTF.abs().masked_fill((batch.tokens.cpu() == PAD)[None, :, :, None], -1)
+            masked[:, :, 0] = -1
             peak_LWF, place_LWF = masked.max(dim=2)
             peaks.append(peak_LWF)
             places.append(place_LWF)

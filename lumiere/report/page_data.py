@@ -36,11 +36,20 @@ def page_data(inspection: Inspection, label: Label, about: Mapping[str, Any]) ->
         "about": dict(about),
         "layers": len(inspection.heads.layers),
         "heads": len(inspection.heads.heads),
+        "shown_head": list(shown_head(inspection)),
         "texts": texts,
         "neurons": None if inspection.neurons is None else neuron_data(inspection.neurons, name),
         "embeddings": embedding_data(inspection.embeddings, name),
     }
     return {**data, "labels": {str(token): shown for token, shown in sorted(labels.items())}}
+
+
+def shown_head(inspection: Inspection) -> tuple[int, int]:
+    """The head to show first: the one without which the loss is largest, or the first of the last layer."""
+    if inspection.ablation is None:
+        return len(inspection.heads.layers) - 1, 0
+    strongest = inspection.ablation.order[0]
+    return int(inspection.ablation.layers[strongest]), int(inspection.ablation.indices[strongest])
 
 
 def text_data(text: TextInspection, name: Callable[[Any], int]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lumiere.config.schema import RunConfig
+from lumiere.interpret.heads import HeadScores
 from lumiere.persistence.history import History, Point
+from lumiere.report.card_training import corpus_name
 from lumiere.report.inspection import Inspection
 from lumiere.training.costs import count_parameters
 
@@ -19,7 +21,7 @@ def overview(inspection: Inspection, config: RunConfig, about: Mapping[str, Any]
     model, parameters = config.model, count_parameters(config).total
     first = (
         f"This is a small language model: {parameters:,} numbers, learned from the text "
-        f"<q>{html.escape(config.dataset.name)}</q>. It reads at most {model.context_size} tokens and says how "
+        f"<q>{html.escape(corpus_name(config.dataset))}</q>. It reads at most {model.context_size} tokens and says how "
         f"likely each of its {config.tokenizer.vocab_size:,} tokens is to come next. It does so in "
         f"{counted(model.num_layers, 'layer')}, each with {counted(model.num_heads, 'attention head')} that fetch "
         f"information from earlier tokens and {counted(model.d_ff, 'neuron')} that work on each token alone."
@@ -28,7 +30,7 @@ def overview(inspection: Inspection, config: RunConfig, about: Mapping[str, Any]
     second = (
         "Nothing looked wrong in its weights."
         if not warnings
-        else "Worth a look: " + "; ".join(f"{check.count:,} {html.escape(check.what)}" for check in warnings) + "."
+        else "Worth a look: " + "; ".join(f"{html.escape(check.what)} ({check.count:,})" for check in warnings) + "."
     )
     step = f"The page shows checkpoint {html.escape(str(about['checkpoint']))}, after {about['step']:,} updates."
     return f"<p class='lead'>{first}</p>\n<p>{step} {second}</p>"
@@ -59,24 +61,40 @@ def head_table(inspection: Inspection) -> str:
             roles = heads.roles[layer][head]
             cells = [share(value) for value in heads.scores[layer, head]]
             marked = [
-                f"<strong>{cell}</strong>" if name in roles else cell
-                for name, cell in zip(heads.score_names, cells, strict=True)
+                score_cell(cell, heads.scores[layer, head, number], heads.score_names[number] in roles)
+                for number, cell in enumerate(cells)
             ]
             copying = heads.copying[layer, head]
             cost = []
             if ablation is not None:
                 number = layer * len(heads.heads) + head
-                cost = [f"{ablation.changes[number]:+.3f}"]
-            copies = "–" if math.isnan(copying) else f"{copying:+.2f}"
+                cost = [signed(ablation.changes[number], 3)]
+            copies = "–" if math.isnan(copying) else signed(copying, 2)
             rows.append((f"L{layer}H{head}", *marked, copies, *cost, ", ".join(roles) or "–"))
     rows.append(("uniform", *uniform, "0", *([] if ablation is None else ["–"]), "–"))
-    gap = ""
-    if not math.isnan(heads.repeat_gap):
-        gap = (
-            f"<p>On random tokens that come twice the model is {heads.repeat_gap:.2f} nats better the second time "
-            f"(± {heads.repeat_gap_error:.2f}): that much it gains by looking back.</p>"
-        )
-    return table(("head", *names), rows, "Scores of all heads", escaped=True) + gap
+    return table(("head", *names), rows, "Scores of all heads", escaped=True) + repeat_gap(heads)
+
+
+def repeat_gap(heads: HeadScores) -> str:
+    """What the model gains by looking back, in words."""
+    gap, error = float(heads.repeat_gap), float(heads.repeat_gap_error)
+    if math.isnan(gap):
+        return ""
+    measured = f"{signed(gap, 2)} nats ± {error:.2f}"
+    if gap > 2 * error:
+        return f"<p>Random tokens are easier for the model the second time, by {measured}: so much it copies.</p>"
+    return f"<p>Random tokens are no easier for the model the second time ({measured}): it has not learned to copy.</p>"
+
+
+def score_cell(shown: str, score: float, is_role: bool) -> str:
+    """A share with its shade, bold where it makes a role."""
+    text = f"<strong>{shown}</strong>" if is_role else shown
+    return text if math.isnan(score) else f"<span class='shade' style='--shade:{score:.3f}'>{text}</span>"
+
+
+def signed(value: float, decimals: int) -> str:
+    """With its sign, and a real minus."""
+    return f"{value:+.{decimals}f}".replace("-", "−")
 
 
 def receipt_table(inspection: Inspection) -> str:
@@ -152,5 +170,6 @@ def loss_picture(history: History) -> str:
         f"<polyline class='validation' points='{path(history.validation)}'/></svg>"
         "<figcaption>Loss in nats a token, over updates: <span class='key training'>training</span>, one batch a "
         f"point, and <span class='key validation'>validation</span>, text that it never learned from.{told} A loss of "
-        "4 means that the model is on average as unsure as between e<sup>4</sup> ≈ 55 equally likely tokens.</figcaption></figure>"
+        "4 means that the model is on average as unsure as between e<sup>4</sup> ≈ 55 equally likely tokens."
+        "</figcaption></figure>"
     )

@@ -33,6 +33,17 @@ function drawLens() {
   const goal = element("tr", {}, element("th", { scope: "row" }, "the text"), ...tokens.map((_, position) =>
     element("td", { class: chosen(position) }, position + 1 < tokens.length ? tokenSpan(tokens[position + 1]) : "")));
   redraw(find("lens-table"), element("table", {}, element("thead", {}, head), element("tbody", {}, goal, ...rows.reverse())));
+  scrollLens();
+}
+
+// Keep the chosen column in sight: after a new choice the table moves no more than it has to.
+function scrollLens() {
+  const box = find("lens-table");
+  const chosen = box.querySelector("thead .chosen");
+  const edge = box.querySelector("thead th").offsetWidth;
+  const [left, right] = [chosen.offsetLeft - edge - 40, chosen.offsetLeft + chosen.offsetWidth + 40];
+  if (left < box.scrollLeft) box.scrollLeft = left;
+  else if (right > box.scrollLeft + box.clientWidth) box.scrollLeft = right - box.clientWidth;
 }
 
 views.push({ on: ["text", "position"], draw: drawLens });

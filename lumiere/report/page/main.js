@@ -33,8 +33,8 @@ function start() {
   roving(find("thumbnails"), () => Math.min(data.heads, window.innerWidth < 500 ? 4 : 8), false);
   state.theme = isDark();
   state.size = width;
-  state.position = currentText().tokens.length - 1;
-  state.head = [data.layers - 1, 0];
+  state.position = lastButOne(currentText());
+  state.head = data.shown_head;
   name();
   for (const view of views) view.draw();
 }

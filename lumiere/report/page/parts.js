@@ -59,7 +59,7 @@ function drawWaterfall() {
     rows,
     element("h3", { class: "spaced" }, "From which words the heads took it"),
     element("div", { class: "tokens", id: "sources" }, ...words),
-    element("p", { class: "note" }, "Blue is for the word, orange against it; the darkest is ", signed(sources[bySize(sources)[0]]), "."),
+    element("p", { class: "note" }, "Blue is for the word, orange against it; the strongest is ", signed(sources[bySize(sources)[0]]), "."),
   );
 }
 

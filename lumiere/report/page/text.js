@@ -9,9 +9,13 @@ function drawTextChoice() {
   find("text").addEventListener("change", (event) => showText(Number(event.target.value)));
 }
 
-// A new text starts at its last word, where the model has read most.
+// A new text starts at its last word but one: the model has read much, and how the text goes on is known.
 function showText(index) {
-  choose({ text: index, position: data.texts[index].tokens.length - 1, word: 0 });
+  choose({ text: index, position: lastButOne(data.texts[index]), word: 0 });
+}
+
+function lastButOne(text) {
+  return Math.max(0, text.tokens.length - 2);
 }
 
 function drawTokens() {
