@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-slow peer check schema clean
+.PHONY: help train test test-all test-slow peer browser check schema clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -26,6 +26,11 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,transformer-lens]'
 	@touch $@
 
+# What opens the report in a browser; the tests that need it are skipped without it.
+.venv/.installed-browser: pyproject.toml | .venv/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,browser]'
+	@touch $@
+
 train: .venv/.installed  ## trains configs/tiny.yaml (about two minutes on 2 cores), then shows what it can write
 	$(BIN)/lumiere train configs/tiny.yaml
 
@@ -41,6 +46,10 @@ test-all: check  ## the same, with the slow tests
 	$(BIN)/pytest -q -n 2
 
 peer: .venv/.installed-transformer-lens  ## installs TransformerLens, which slow tests and a benchmark compare with
+
+browser: .venv/.installed-browser  ## installs Playwright, which slow tests open the report with, in Debian's Chromium
+	@command -v chromium chromium-browser >/dev/null || { \
+	  echo "error: there is no Chromium"; echo "hint: apt-get install chromium"; exit 2; }
 
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 -m slow
