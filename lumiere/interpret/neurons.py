@@ -27,7 +27,7 @@ class NeuronExamples(Result):
     Attributes:
         tokens: (W, T) the ids of the windows, `<|pad|>` after the end of one.
         neurons: (L, N) which neurons of each layer, those that write most first.
-        activations: (L, N, K) signed, the largest absolute value first; NaN where there are fewer windows.
+        activations: (L, N, K) signed, the largest absolute value first; NaN where no window is left.
         windows: (L, N, K) the window of each; -1 where there is none.
         positions: (L, N, K) the place in it.
         around: (L, N, K, A) the activations at the positions from `before` tokens before to `after` tokens after, NaN
@@ -110,7 +110,9 @@ def neuron_examples(
         peak_LWN, place_LWN = peak_LWF.gather(-1, index_LWN), place_LWF.gather(-1, index_LWN)
         kept = min(num_examples, len(tokens_WT))
         top_LKN = peak_LWN.topk(kept, dim=1)
-        windows_LNK = top_LKN.indices.transpose(1, 2)
+        # A window of one token has no example; it comes last, and only where there are too few windows.
+        is_there_LNK = (top_LKN.values >= 0).transpose(1, 2)
+        windows_LNK = top_LKN.indices.transpose(1, 2).where(is_there_LNK, NO_EXAMPLE)
         positions_LNK = place_LWN.gather(1, top_LKN.indices).transpose(1, 2)
         around_LNKA = torch.full((*windows_LNK.shape, before + 1 + after), torch.nan)
         first = 0
@@ -133,7 +135,8 @@ def neuron_examples(
                 for layer in range(model.num_layers)
             ]
         )
-    missed = (activations_LNK.abs() - top_LKN.values.transpose(1, 2)).abs().max() / peak_LWF.max().clamp(min=1)
+    differences_LNK = activations_LNK.abs() - top_LKN.values.transpose(1, 2)
+    missed = differences_LNK[is_there_LNK].abs().max() / peak_LWF.max().clamp(min=1)
     return NeuronExamples(
         tokens=tokens_WT.numpy(),
         neurons=chosen_LN.numpy(),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lumiere.interpret.embeddings import TokenMap
-from lumiere.interpret.neurons import NeuronExamples
+from lumiere.interpret.neurons import NO_EXAMPLE, NeuronExamples
 from lumiere.report.inspection import Inspection, TextInspection
 
 Label = Callable[[int], str]
@@ -33,7 +33,7 @@ def page_data(inspection: Inspection, label: Label, about: Mapping[str, Any]) ->
 
     texts = [text_data(text, name) for text in inspection.texts]
     data = {
-        "about": dict(about),
+        "about": {name: value for name, value in about.items() if name != "source"},
         "layers": len(inspection.heads.layers),
         "heads": len(inspection.heads.heads),
         "shown_head": list(shown_head(inspection)),
@@ -104,6 +104,8 @@ def neuron_data(result: NeuronExamples, name: Callable[[Any], int]) -> dict[str,
         for row, neuron in enumerate(neurons):
             examples = []
             for rank, window in enumerate(result.windows[layer, row]):
+                if window == NO_EXAMPLE:
+                    continue
                 around = result.around[layer, row, rank]
                 here = np.flatnonzero(np.isfinite(around))
                 first = int(result.positions[layer, row, rank]) - result.before

@@ -12,8 +12,8 @@ from lumiere.report.card_training import corpus_name
 from lumiere.report.inspection import Inspection
 from lumiere.training.costs import count_parameters
 
-WIDTH, HEIGHT = 720, 260
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 34
+WIDTH, HEIGHT = 720, 300
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 20, 36
 
 
 def overview(inspection: Inspection, config: RunConfig, about: Mapping[str, Any]) -> str:
@@ -46,7 +46,8 @@ def facts_table(inspection: Inspection, config: RunConfig, about: Mapping[str, A
     total = sum(parts.values())
     rows = [(name.replace("_", " "), f"{count:,}", f"{count / total:.1%}") for name, count in parts.items()]
     rows.append(("all together", f"{total:,}", "100.0%"))
-    measured = f"Measured on {html.escape(str(about['source']))}."
+    source = str(about["source"]).replace(config.dataset.name, corpus_name(config.dataset))
+    measured = f"Measured on {html.escape(source)}."
     return table(("part", "parameters", "share"), rows, "Where the parameters are") + f"<p class='note'>{measured}</p>"
 
 
