@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lumiere.cli import app
 from lumiere.persistence.runs import Run
 
-PROMPTS = ("One day a little fox went out", "One day a little fox went out. One day a <b>fox</b>")
+PROMPTS = ("One day a little", "a <b> fox")
 
 
 @pytest.fixture(scope="session")

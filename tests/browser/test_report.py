@@ -15,7 +15,7 @@ from lumiere.report.report_page import asset
 
 pytestmark = pytest.mark.slow
 
-PROMPT = "One day a little fox went out"
+PROMPT = "One day a little"
 SECTIONS = ("overview", "reading", "explorer", "attention", "heads", "lens", "attribution", "neurons", "map", "receipts")
 
 
