@@ -18,12 +18,11 @@ from lumiere.report.inspection import Inspection, TextInspection
 Label = Callable[[int], str]
 
 
-def page_data(inspection: Inspection, label: Label, about: Mapping[str, Any]) -> dict[str, Any]:
+def page_data(inspection: Inspection, label: Label) -> dict[str, Any]:
     """All that the page's scripts read.
 
     Args:
         label: a token as it is printed.
-        about: the run, the checkpoint, and the like.
     """
     labels: dict[int, str] = {}
 
@@ -33,7 +32,6 @@ def page_data(inspection: Inspection, label: Label, about: Mapping[str, Any]) ->
 
     texts = [text_data(text, name) for text in inspection.texts]
     data = {
-        "about": {name: value for name, value in about.items() if name != "source"},
         "layers": len(inspection.heads.layers),
         "heads": len(inspection.heads.heads),
         "shown_head": list(shown_head(inspection)),

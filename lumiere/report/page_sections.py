@@ -47,7 +47,8 @@ def facts_table(inspection: Inspection, config: RunConfig, about: Mapping[str, A
     rows = [(name.replace("_", " "), f"{count:,}", f"{count / total:.1%}") for name, count in parts.items()]
     rows.append(("all together", f"{total:,}", "100.0%"))
     source = str(about["source"]).replace(config.dataset.name, corpus_name(config.dataset))
-    measured = f"Measured on {html.escape(source)}."
+    weights = f"The weights have the SHA-256 {html.escape(str(about['weights_sha256']))[:16]}…"
+    measured = f"Measured on {html.escape(source)}. {weights}"
     return table(("part", "parameters", "share"), rows, "Where the parameters are") + f"<p class='note'>{measured}</p>"
 
 

@@ -40,7 +40,7 @@ def build_page(
             "loss": loss_picture(history),
             "heads": head_table(inspection),
             "receipts": receipt_table(inspection),
-            "data": script_json(page_data(inspection, label, about)),
+            "data": script_json(page_data(inspection, label)),
             "script": f'(() => {{\n"use strict";\n{"".join(asset(name) for name in SCRIPTS)}start();\n}})();',
         },
     )
