@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -31,6 +31,17 @@ def talk() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def colours() -> Literal["many", "few", "none"]:
+    """What stdout can show: squares of any colour; 16 colours or none, where characters have to tell; or only text.
+
+    A pipe or a file gets text, numbers in place of pictures. `NO_COLOR` and `FORCE_COLOR` are respected.
+    """
+    console = out()
+    if not console.is_terminal:
+        return "none"
+    return "many" if not console.no_color and console.color_system in ("256", "truecolor") else "few"
 
 
 def escape(text: str) -> str:

@@ -1,10 +1,11 @@
 """`lumiere inspect attention`."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import out, show_note
+from lumiere.cli.console import colours, out, show_note
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import Heads, Layers, parse_indices
 from lumiere.errors import LumiereError, nearest
@@ -61,7 +62,7 @@ def attention(
 
 def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
     """A table of all heads, and as much of their maps as fits a screen."""
-    from lumiere.cli.heatmap import LEGEND
+    from lumiere.cli.colour_map import show_legend
 
     places = [(row, column) for row in range(len(result.layers)) for column in range(len(result.heads))]
     show_table(result)
@@ -69,11 +70,11 @@ def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
         for row, column in places:
             title = head_name(result, row, column) + ("" if result.kind == "pattern" else f", {result.kind}")
             show_map(result.patterns[row, column], labels, title)
-        out().print(f"share of a row: {LEGEND}")
+        show_legend("share of a row")
         return
-    if len(places) <= THUMBNAILS and len(labels) > 1:
+    if len(places) <= THUMBNAILS and len(labels) > 1 and colours() != "none":
         show_thumbnails(result, places)
-        out().print(f"largest share in a cell: {LEGEND}")
+        show_legend("largest share in a cell")
     out().print("[dim]--layer L --head H draws the whole map of a head[/]")
 
 
@@ -107,14 +108,16 @@ def show_table(result: "AttentionPatterns") -> None:
 
 def show_thumbnails(result: "AttentionPatterns", places: list[tuple[int, int]]) -> None:
     """Small maps side by side, as many as the terminal is wide."""
+    from lumiere.cli.colour_map import colour_thumbnail
     from lumiere.cli.heatmap import THUMBNAIL_WIDTH, thumbnail
 
+    draw = colour_thumbnail if colours() == "many" else thumbnail
     room = max(1, (out().width + 2) // (THUMBNAIL_WIDTH + 2))
     for first in range(0, len(places), room):
         group = places[first : first + room]
         names = (head_name(result, *place).ljust(THUMBNAIL_WIDTH + 2) for place in group)
         out().print(f"[bold]{''.join(names).rstrip()}[/]")
-        for parts in zip(*(thumbnail(result.patterns[place]) for place in group), strict=True):
+        for parts in zip(*(draw(result.patterns[place]) for place in group), strict=True):
             for number, part in enumerate(parts):
                 out().print("  " * (number > 0), part, sep="", end="")
             out().print()
@@ -123,7 +126,7 @@ def show_thumbnails(result: "AttentionPatterns", places: list[tuple[int, int]]) 
 
 def show_layers(result: "CombinedAttention", labels: list[str]) -> None:
     """A line a layer, and the map of the last one."""
-    from lumiere.cli.heatmap import LEGEND
+    from lumiere.cli.colour_map import show_legend
 
     for row, layer in enumerate(result.layers):
         title = f"L{layer}, {result.kind}"
@@ -131,7 +134,7 @@ def show_layers(result: "CombinedAttention", labels: list[str]) -> None:
             show_map(result.weights[row], labels, title)
         else:
             show_title(result.weights[row], title)
-    out().print(f"{'largest share' if result.kind == 'max' else 'share'} of a row: {LEGEND}")
+    show_legend(f"{'largest share' if result.kind == 'max' else 'share'} of a row")
 
 
 def show_title(weights: "np.ndarray", name: str) -> None:
@@ -143,13 +146,27 @@ def show_title(weights: "np.ndarray", name: str) -> None:
 
 
 def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
-    """A heat map under its title; of a text that is too long, its end."""
+    """A heat map under its title; of a text that is too long for the terminal, its end; in a pipe, its numbers."""
+    from lumiere.cli.colour_map import colour_map, room
     from lumiere.cli.heatmap import heatmap
     from lumiere.report.labels import LABEL_WIDTH
 
-    size = len(labels)
-    shown = min(size, max(1, out().width - LABEL_WIDTH - 1))
+    size, width = len(labels), out().width
     show_title(weights, name)
+    if colours() == "none":
+        show_numbers(weights, labels)
+        return
+    draw, most = (colour_map, room(width)) if colours() == "many" else (heatmap, max(1, width - LABEL_WIDTH - 1))
+    shown = min(size, most)
     if shown < size:
         show_note(f"the terminal has room for the last {shown} of {size} tokens")
-    out().print(heatmap(weights[size - shown :, size - shown :], labels[size - shown :], out().width))
+    out().print(draw(weights[size - shown :, size - shown :], labels[size - shown :], width))
+
+
+def show_numbers(weights: "np.ndarray", labels: list[str]) -> None:
+    """The map as a table with tabs, without what lies above the diagonal."""
+    lines = [["", *labels]]
+    for row, label in enumerate(labels):
+        lines.append([label, *(f"{weight:.3f}" for weight in weights[row, : row + 1])])
+    # Not through Rich, which makes spaces of tabs.
+    sys.stdout.write("".join("\t".join(line) + "\n" for line in lines))

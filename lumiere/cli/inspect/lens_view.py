@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rich.text import Text
 
-from lumiere.cli.console import out, show_note
-from lumiere.cli.heatmap import LEGEND, shade_of
+from lumiere.cli.colour_map import colour_of, show_legend
+from lumiere.cli.console import colours, out, show_note
+from lumiere.cli.heatmap import shade_of
 from lumiere.interpret.lens import LogitLens
 from lumiere.report.figures.lens import stage_name
 from lumiere.report.labels import LABEL_WIDTH, fitted
@@ -19,7 +20,7 @@ def show(result: LogitLens, stat: str, label: Callable[[int], str], target: str 
     names = [stage_name(stage) for stage in result.stages]
     columns, width = choose_columns(names, out().width)
     meaning = {
-        "top": "the most probable token, its probability as a shade; underlined where the text goes on so",
+        "top": "the most probable token, its probability before it; underlined where the text goes on so",
         "probability": f"probability of {target or 'the next token'}",
         "rank": f"how many tokens are more probable than {target or 'the next token'}",
         "entropy": "entropy in nats",
@@ -39,7 +40,7 @@ def show(result: LogitLens, stat: str, label: Callable[[int], str], target: str 
     out().print()
     show_means(result, names, target)
     if stat == "top":
-        out().print(f"probability: {LEGEND}")
+        show_legend("probability")
 
 
 def choose_columns(names: Sequence[str], terminal_width: int) -> tuple[list[int], int]:
@@ -55,11 +56,9 @@ def cell(result: LogitLens, stat: str, stage: int, row: int, width: int, label: 
     """One statistic of one token at one stage, padded to `width`."""
     if stat == "top":
         token = int(result.top_tokens[stage, row, 0])
-        shade, style = shade_of(float(result.top_probabilities[stage, row, 0]))
-        word = label(token)
-        room = width - 2
+        text, style = probability_mark(float(result.top_probabilities[stage, row, 0]))
+        word, room = label(token), width - 1 - len(text.plain)
         word = word if len(word) <= room else word[: room - 1] + "…"
-        text = Text(shade, style=style)
         text.append(word, style=f"{style} underline" if token == result.targets[row] else style)
     elif stat in ("probability", "rank") and result.targets[row] < 0:
         text = Text("-", style="dim")
@@ -74,6 +73,16 @@ def cell(result: LogitLens, stat: str, stage: int, row: int, width: int, label: 
         )
     text.pad_right(max(0, width - len(text.plain)))
     return text
+
+
+def probability_mark(probability: float) -> tuple[Text, str]:
+    """What stands before a token, and the style of the token: a square, a shade, or the number in a pipe."""
+    if colours() == "many":
+        return Text().append("█", style=colour_of(probability)), ""
+    if colours() == "none":
+        return Text(f"{probability:.0%} "), ""
+    shade, style = shade_of(probability)
+    return Text().append(shade, style=style), style
 
 
 def show_means(result: LogitLens, names: Sequence[str], target: str | None) -> None:

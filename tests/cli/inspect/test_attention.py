@@ -3,6 +3,7 @@
 import csv
 import json
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +24,41 @@ def test_the_kinds_are_those_of_the_library() -> None:
     assert (*WEIGHTED, *COMBINED) == KINDS
 
 
-def test_the_default_is_a_line_a_head_and_thumbnails(runs_dir: str) -> None:
+@pytest.fixture(params=["many", "few"])
+def shown_colours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A terminal that shows so many colours."""
+    # The package's attribute of that name is the command, not the module.
+    for name in ("lumiere.cli.inspect.attention", "lumiere.cli.colour_map"):
+        monkeypatch.setattr(import_module(name), "colours", lambda: request.param)
+    return request.param
+
+
+def test_the_default_is_a_line_a_head_and_thumbnails(runs_dir: str, shown_colours: str) -> None:
     lines = inspect_attention("--runs-dir", runs_dir).stdout.splitlines()
     assert max(map(len, lines)) <= 80
     for name in ("L0H0", "L0H1", "L1H0", "L1H1"):
         assert len([line for line in lines if line.startswith(name)]) >= 1
     assert any(line.startswith("uniform") for line in lines)
     assert any(line.split() == ["L0H0", "L0H1", "L1H0", "L1H1"] for line in lines)
+    assert any(line.startswith("largest share in a cell: ") for line in lines)
     assert len(lines) < 40
 
 
-def test_one_head_is_drawn_whole(runs_dir: str) -> None:
+def test_one_head_is_drawn_whole(runs_dir: str, shown_colours: str) -> None:
     printed = inspect_attention("--runs-dir", runs_dir, "--layer", "1", "--head", "0", *PROMPT).stdout
-    assert "<|sot|> ███" in printed
+    assert f"<|sot|> {'██' if shown_colours == 'many' else '███'}\n" in printed
     assert "L1H1" not in printed
+
+
+def test_a_pipe_gets_the_numbers(runs_dir: str) -> None:
+    expected = shown("--runs-dir", runs_dir, "--layer", "1", "--head", "0", *PROMPT)
+    lines = inspect_attention("--runs-dir", runs_dir, "--layer", "1", "--head", "0", *PROMPT).stdout.splitlines()
+    table = [line.split("\t") for line in lines if "\t" in line]
+    assert table[0] == ["", *expected["token_labels"]]
+    assert [row[0] for row in table[1:]] == expected["token_labels"]
+    for number, row in enumerate(table[1:]):
+        weights = expected["patterns"][0][0][number][: number + 1]
+        assert row[1:] == [f"{weight:.3f}" for weight in weights]
 
 
 @pytest.mark.parametrize("kind", KINDS)
