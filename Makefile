@@ -26,7 +26,7 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,transformer-lens]'
 	@touch $@
 
-# What opens the report in a browser; the tests that need it are skipped without it.
+# Playwright; the browser itself is the system's.
 .venv/.installed-browser: pyproject.toml | .venv/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,browser]'
 	@touch $@
@@ -47,9 +47,8 @@ test-all: check  ## the same, with the slow tests
 
 peer: .venv/.installed-transformer-lens  ## installs TransformerLens, which slow tests and a benchmark compare with
 
-browser: .venv/.installed-browser  ## installs Playwright, which slow tests open the report with, in Debian's Chromium
-	@command -v chromium chromium-browser >/dev/null || { \
-	  echo "error: there is no Chromium"; echo "hint: apt-get install chromium"; exit 2; }
+browser: .venv/.installed-browser  ## installs what opens the report in chromium (apt-get install chromium)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { echo "error: there is no chromium"; exit 2; }
 
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 -m slow

@@ -89,6 +89,7 @@ RUN = "run_aaaaaaaa_20250819_001808"
         ("inspect logits --help", HEAVY),
         ("inspect summary --help", HEAVY),
         ("inspect heads --help", HEAVY),
+        ("inspect report --help", HEAVY),
         ("train tiny --print-config", HEAVY),
         ("runs ls", SLOW),
         ("runs ls --status finished --sort loss --json", SLOW),

@@ -46,6 +46,7 @@ def test_the_commands_of_the_mission_are_there() -> None:
         "lumiere inspect dynamics",
         "lumiere inspect lens",
         "lumiere inspect logits",
+        "lumiere inspect report",
         "lumiere inspect summary",
         "lumiere inspect cache",
         "lumiere inspect heads",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lumiere.components.attention import visible_keys
 from lumiere.components.block import Block, WatchedBlock
@@ -72,6 +73,8 @@ class Transformer(nn.Module):
         padding_id: the id of padding, which the watching path then hides by itself; None: no id is padding.
         positions: `learned` embeddings, or `rotary`, which makes the model a Llama (Touvron et al. 2023).
         zero_output_init: start the matrices that write to the residual stream at zero.
+        activation_checkpointing: on the fast path, keep only what each block reads, and compute the block again in the
+            backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"), with the same dropout.
 
     Raises:
         ValueError: `positions` is neither, or is rotary with an odd `d_key`.
@@ -91,6 +94,7 @@ class Transformer(nn.Module):
         padding_id: int | None = None,
         positions: Literal["learned", "rotary"] = "learned",
         zero_output_init: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if positions not in ("learned", "rotary"):
@@ -107,6 +111,7 @@ class Transformer(nn.Module):
         self.d_ff = d_ff
         self.padding_id = padding_id
         self.positions = positions
+        self.activation_checkpointing = activation_checkpointing
 
         self.token_embedding = TokenEmbedding(vocab_size, embedding_size)
         self.hook_embed = HookPoint()
@@ -215,8 +220,12 @@ class Transformer(nn.Module):
             layer: `num_layers` is allowed too: then only the norm is left.
         """
         rotation = self._rotation(torch.arange(resid_BTE.shape[1], device=resid_BTE.device))
+        recomputes = self.activation_checkpointing and torch.is_grad_enabled()
         for block in islice(self.blocks, layer, None):
-            resid_BTE = block(resid_BTE, rotation)
+            if recomputes:
+                resid_BTE = cast("Tensor", checkpoint(block, resid_BTE, rotation, use_reentrant=False))
+            else:
+                resid_BTE = block(resid_BTE, rotation)
         return self.final_norm(resid_BTE)
 
     def _rotation(self, positions_T: Tensor) -> Rotation | None:
@@ -257,4 +266,5 @@ def build_model(config: "RunConfig") -> Transformer:
         padding_id=PADDING_ID,
         positions=model.positions,
         zero_output_init=model.zero_output_init,
+        activation_checkpointing=config.training.activation_checkpointing,
     )

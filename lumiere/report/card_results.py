@@ -47,6 +47,8 @@ def limitations(facts: CardFacts) -> str:
         items.append("English only.")
     if config.dataset.name == "stories":
         items.append("The stories come from a grammar: its losses say nothing about text that people wrote.")
+    if config.dataset.name == "chains":
+        items.append("The rows of letters are no language: the model is made to look inside, and not to write.")
     subset = config.dataset.subset or ""
     if subset.startswith("wikitext-") and subset.endswith("-raw-v1"):
         items.append(

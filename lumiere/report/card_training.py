@@ -72,11 +72,18 @@ def corpus_name(settings: DatasetConfig) -> str:
     return last if is_path and last.strip(".~") else settings.name
 
 
+BUILT_IN = {
+    "stories": "`stories`: short English stories that a grammar of Lumiere makes",
+    "chains": "`chains`: rows of letters that Lumiere draws, each by a rule of its own",
+}
+"""Lumiere's own corpora, in words."""
+
+
 def corpus_source(facts: CardFacts) -> str:
     """The corpus, and what kind of one it is."""
     settings = facts.config.dataset
-    if settings.name == "stories":
-        return "`stories`: short English stories that a grammar of Lumiere makes"
+    if settings.name in BUILT_IN:
+        return BUILT_IN[settings.name]
     kind = "of the Hugging Face Hub" if facts.on_hub else "on the trainer's machine"
     return f"{code(corpus_name(settings))}, {kind}"
 

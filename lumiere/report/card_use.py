@@ -2,6 +2,7 @@
 
 from lumiere import __version__
 from lumiere.report.card_facts import CardFacts, known_language
+from lumiere.report.card_training import BUILT_IN
 from lumiere.report.markdown import fenced
 
 PROMPT = "Once upon a time"
@@ -58,8 +59,8 @@ def licence(facts: CardFacts) -> str:
         "Lumiere is under the MIT licence, and this card names it for the weights too. Whoever publishes them may "
         "choose another one in the first lines of this file.",
         "The corpus has a licence of its own."
-        if facts.config.dataset.name != "stories"
-        else "The stories are made by Lumiere and have no other licence.",
+        if facts.config.dataset.name not in BUILT_IN
+        else "The corpus is made by Lumiere and has no other licence.",
     ]
     if known_language(facts.config.dataset) and facts.config.dataset.name != "stories":
         lines[-1] = "The corpus has a licence of its own: WikiText is under CC BY-SA 3.0 and the GFDL."

@@ -117,5 +117,6 @@ def save_result(path: Path, result: Result, about: Mapping[str, Any], draw: Call
 
 def facts_line(about: Mapping[str, Any]) -> str:
     """Run, checkpoint and text in a line."""
-    line = f"{about['run']}, checkpoint {about['checkpoint']} (step {about['step']:,})"
+    sides = [about, about["other"]] if "other" in about else [about]
+    line = " and ".join(f"{side['run']}, checkpoint {side['checkpoint']} (step {side['step']:,})" for side in sides)
     return f"{line}; {about['source']}" if about["source"] else line

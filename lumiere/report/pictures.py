@@ -152,7 +152,9 @@ def write_words(picture: Picture, facts: str) -> None:
     """Title and facts above the figure, the caption below it: a picture travels without its page."""
     figure = picture.figure
     width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
-    title = figure.suptitle(f"{picture.title}\n{textwrap.fill(facts, width)}", fontsize=FACTS_SIZE + 2)
+    size = FACTS_SIZE + 2
+    facts = textwrap.fill(facts, int(width * CAPTION_SIZE / size))
+    title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=size)
     style_text(title, figure.supxlabel(textwrap.fill(picture.caption, width), fontsize=CAPTION_SIZE))
 
 

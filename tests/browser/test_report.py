@@ -16,7 +16,10 @@ from lumiere.report.report_page import asset
 pytestmark = pytest.mark.slow
 
 PROMPT = "One day a little"
-SECTIONS = ("overview", "reading", "explorer", "attention", "heads", "lens", "attribution", "neurons", "map", "receipts")
+SECTIONS = (
+    *("overview", "reading", "explorer", "attention", "heads", "lens"),
+    *("attribution", "neurons", "map", "receipts"),
+)
 
 
 def percent(share: float) -> str:

@@ -17,11 +17,13 @@ from markdown_it import MarkdownIt
 
 from lumiere.config.loader import load_config, validate
 from lumiere.config.schema import RunConfig
+from lumiere.data.corpus import BUILT_IN
 from lumiere.evaluation import Evaluation
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 from lumiere.report.card import SECTIONS, model_card
 from lumiere.report.card_facts import CardFacts, card_checkpoint, gather, kept_evaluation
+from lumiere.report.card_training import BUILT_IN as BUILT_IN_CARDS
 from lumiere.report.card_training import corpus_name
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +165,21 @@ def test_limitations_tell_the_two_wikitexts_apart(card_facts: CardFacts, subset:
     assert others not in limits
     # 64 tokens of 10,940,000 bytes in 3,080,000 tokens are 227.3 bytes.
     assert "64 tokens at once, about 227 bytes" in limits
+
+
+@pytest.mark.parametrize(("name", "words"), [("stories", "from a grammar"), ("chains", "are no language")])
+def test_a_built_in_corpus_is_nobody_elses(card_facts: CardFacts, name: str, words: str) -> None:
+    dataset = {"name": name, "subset": None, "document_start": None}
+    config = changed(card_facts.config, dataset=dataset)
+    card = model_card(dataclasses.replace(card_facts, config=config, on_hub=False))
+    assert words in section(card, "Limitations")
+    assert "is made by Lumiere and has no other licence" in card
+    assert "a licence of its own" not in card
+    assert "on the trainer's machine" not in card
+
+
+def test_every_built_in_corpus_has_words_for_a_card() -> None:
+    assert set(BUILT_IN_CARDS) == set(BUILT_IN)
 
 
 def test_limitations_tell_of_a_training_without_an_end(card_facts: CardFacts) -> None:

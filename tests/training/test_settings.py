@@ -14,6 +14,7 @@ from lumiere.config.problems import setting_paths
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data import hub
 from lumiere.errors import NonFiniteError
+from lumiere.models import transformer
 from lumiere.training import trainer
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 from lumiere.training.loggers import opening
@@ -59,6 +60,7 @@ EFFECTS = {
     "training.batch_size": Effect(6, "rows"),
     "training.random_window_offset": Effect(True, "weights"),
     "training.gradient_accumulation_steps": Effect(3, "rows"),
+    "training.activation_checkpointing": Effect(True, "recomputed"),
     "training.max_epochs": Effect(2, "end", THREE_EPOCHS),
     "training.max_steps": Effect(3, "end"),
     "training.optimizer": Effect("muon", "weights"),
@@ -111,6 +113,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         rows: list[int] = []
         products: set[torch.dtype] = set()
         compiled: list[Any] = []
+        recomputed: list[Any] = []
         devices: list[str] = []
         events: list[Event] = []
         logged: list[tuple[str, str]] = []
@@ -139,6 +142,10 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             compiled.append(function)
             return function
 
+        def checkpoint(function: Any, *arguments: Any, **options: Any) -> Any:
+            recomputed.append(function)
+            return function(*arguments)
+
         def stream(config: DatasetConfig, options: dict[str, Any]) -> tuple[datasets.DatasetDict, str]:
             streamed.append(config.name)
             return rows_of(config.name, config.subset, config.data_files), "a stream"
@@ -148,6 +155,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             patch.setattr(trainer, "summed_loss", objective)
             patch.setattr(device_module, "resolve_device", resolve)
             patch.setattr(torch, "compile", compile_function)
+            patch.setattr(transformer, "checkpoint", checkpoint)
             patch.setattr(opening, "distribution", lambda name: None)
             for name in opening.LOGGERS:
                 patch.setitem(opening.LOGGERS, name, lambda *arguments, name=name: Log(name))
@@ -169,6 +177,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             "rows": rows,
             "products": products,
             "compiled": len(compiled),
+            "recomputed": len(recomputed),
             "logged": logged,
             "device": devices,
             "end": (result.state.step, result.state.stop_reason),

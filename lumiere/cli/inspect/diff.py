@@ -37,6 +37,7 @@ def diff(
     from lumiere.cli.inspect.batches import choose_batches
     from lumiere.cli.inspect.diff_view import show
     from lumiere.interpret.diff import diff as diff_models
+    from lumiere.report.figures.diff import draw_diff
 
     opened, other = subject.opened, subject.other
     assert other is not None  # the decorator has opened both
@@ -46,6 +47,7 @@ def diff(
     return Analysis(
         compute=lambda model: diff_models(model, like(other.model, model), sequences, across_layers=across_layers),
         show=lambda result: show(result, opened, other, top_k),
+        draw=draw_diff,
         source=source,
     )
 
@@ -78,6 +80,7 @@ def diff_by_bytes(
     from lumiere.cli.inspect.diff_view import show
     from lumiere.data.dataset import document_sizes, tokenize_documents
     from lumiere.interpret.diff import diff_texts
+    from lumiere.report.figures.diff import draw_diff
 
     if across_layers:
         raise LumiereError("the tokenizers differ, so no heads are matched", "leave --across-layers away")
@@ -87,6 +90,7 @@ def diff_by_bytes(
     return Analysis(
         compute=lambda model: diff_texts(model, like(other.model, model), texts),
         show=lambda result: show(result, subject.opened, other, top_k),
+        draw=draw_diff,
         source=source,
     )
 

@@ -177,10 +177,9 @@ def show_heads(heads: HeadMatches, top_k: int) -> None:
         out().print(f"{'':15}{line}")
     left = max(0, len(order) - top_k)
     more = f"; {left} differ less" if left else ""
-    count = heads.num_pattern_sequences
+    sequences = "1 sequence" if heads.num_pattern_sequences == 1 else f"{heads.num_pattern_sequences} sequences"
     out().print(
-        f"[dim]pattern: divergence, 0 to 1, over {count} {'sequence' if count == 1 else 'sequences'}; OV, QK: relative change"
-        f"{more}[/]\n",
+        f"[dim]pattern: divergence, 0 to 1, over {sequences}; OV, QK: relative change{more}[/]\n",
         soft_wrap=False,
     )
 

@@ -115,7 +115,7 @@ def given_texts(opened: OpenedModel, prompts: list[str]) -> "list[Text]":
 
 
 def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
-    """Starts of validation windows, spread over the split, and random tokens twice; the latter alone without a corpus."""
+    """Starts of validation windows, spread over the split, and random tokens twice; without a corpus these alone."""
     from lumiere.cli.inspect.texts import DEFAULT_TOKENS, repeated_sequences, validation_window
     from lumiere.cli.loading import open_corpus
     from lumiere.interpret.repeats import longest_copy

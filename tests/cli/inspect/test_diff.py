@@ -116,6 +116,13 @@ def test_files_hold_the_same_numbers(run: Run) -> None:
     assert cka == np.array(expected["cka"]).flatten().tolist()
 
 
+def test_the_picture_names_both(run: Run) -> None:
+    result = inspect_diff(*checkpoint_pair(run), *SMALL, "-o", "out.html")
+    assert result.exit_code == 0, result.output
+    text = Path("out.html").read_text(encoding="utf-8")
+    assert f"{run.name}, checkpoint best (step 12) and {run.name}, checkpoint previous" in text
+
+
 def test_verify_computes_it_again(run: Run) -> None:
     receipts = shown(*checkpoint_pair(run), *SMALL, "--verify")["receipts"]
     assert receipts[-1]["law"] == "the same in float64"

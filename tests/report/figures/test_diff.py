@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lumiere.interpret.diff import ModelDiff, diff
-from lumiere.report.diff_plot import CAPTION, MOST_BARS, draw_diff
-from lumiere.report.pictures import save_figure
+from lumiere.report.figures.diff import MOST_BARS, draw_diff
+from lumiere.report.pictures import save_picture
 from tests.interpret.test_diff import BATCHES, nudged, random_model
 
 
@@ -20,7 +20,7 @@ def result() -> ModelDiff:
 
 
 def test_each_panel_has_the_numbers_of_the_result(result: ModelDiff) -> None:
-    predictions, cka, heads, weights = draw_diff(result).axes
+    predictions, cka, heads, weights = draw_diff(result).figure.axes
     assert result.predictions is not None
     assert result.heads is not None
     assert result.cka is not None
@@ -42,14 +42,14 @@ def test_each_panel_has_the_numbers_of_the_result(result: ModelDiff) -> None:
 
 
 def test_what_was_not_compared_has_no_panel(result: ModelDiff) -> None:
-    (axes,) = draw_diff(replace(result, predictions=None, cka=None, heads=None)).axes
+    (axes,) = draw_diff(replace(result, predictions=None, cka=None, heads=None)).figure.axes
     assert axes.get_xlabel() == "relative change"
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "html"])
 def test_it_is_written_in_every_form(result: ModelDiff, suffix: str) -> None:
     path = Path(f"out.{suffix}")
-    save_figure(path, draw_diff(result), "Difference", CAPTION)
+    save_picture(path, draw_diff(result), "two runs")
     assert path.stat().st_size > 1000
     model = random_model()
-    save_figure(path, draw_diff(diff(model, deepcopy(model), BATCHES)), "Difference", CAPTION)
+    save_picture(path, draw_diff(diff(model, deepcopy(model), BATCHES)), "one run twice")

@@ -1,0 +1,66 @@
+"""`lumiere inspect report`: what it writes, and refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.runs import Run
+
+
+def inspect_report(run: Run, *options: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", "report", "--runs-dir", str(run.path.parent), *options])
+
+
+def data_of(file: Path) -> dict:
+    found = re.search(r'id="data">(.*?)</script>', file.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_default_texts(trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
+    result = inspect_report(trained_run)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("written to report.html, ")
+    data = data_of(Path("report.html"))
+    sources = [text["source"] for text in data["texts"]]
+    assert sources[0] == "window 0 of the validation split"
+    assert sources[1].endswith(" of the validation split")
+    assert sources[2] == "7 random tokens of the training split, twice"
+    repeated = data["texts"][2]["tokens"]
+    assert repeated[1:8] == repeated[8:]
+
+
+def test_prompts(trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
+    result = inspect_report(trained_run, "-p", "One day", "-p", "a cat", "-o", "page.HTML")
+    assert result.exit_code == 0, result.output
+    data = data_of(Path("page.HTML"))
+    expected = [[0, *tiny_corpus.tokenizer.encode(prompt)] for prompt in ("One day", "a cat")]
+    assert [text["tokens"] for text in data["texts"]] == expected
+
+
+def test_the_same_page_twice(trained_run: Run) -> None:
+    for name in ("a.html", "b.html"):
+        inspect_report(trained_run, "-p", "One day", "-o", name)
+    assert Path("a.html").read_bytes() == Path("b.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        (("-o", "page.pdf"), "'page.pdf' is no page", "its name has to end in .html"),
+        (("-o", "no/page.html"), "there is no folder 'no'", "make it first"),
+        (("-p", " "), "the prompt is empty", "give it some text"),
+        (("-p", "One day " * 20), "the model sees 16", "shorten it"),
+    ],
+)
+def test_bad_input(trained_run: Run, options: tuple[str, ...], message: str, hint: str) -> None:
+    result = inspect_report(trained_run, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert hint in result.stderr
+    assert not list(Path().glob("*.html"))
