@@ -26,7 +26,7 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,transformer-lens]'
 	@touch $@
 
-# Playwright; the browser itself is the system's.
+# What opens the report in a browser; the tests that need it are skipped without it.
 .venv/.installed-browser: pyproject.toml | .venv/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,browser]'
 	@touch $@
@@ -47,8 +47,9 @@ test-all: check  ## the same, with the slow tests
 
 peer: .venv/.installed-transformer-lens  ## installs TransformerLens, which slow tests and a benchmark compare with
 
-browser: .venv/.installed-browser  ## installs what opens the report in chromium (apt-get install chromium)
-	@command -v chromium || command -v chromium-browser || command -v google-chrome || { echo "error: there is no chromium"; exit 2; }
+browser: .venv/.installed-browser  ## installs Playwright, with which slow tests open the report in the system's Chromium
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	  echo "error: there is no Chromium"; echo "hint: apt-get install chromium"; exit 2; }
 
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 -m slow

@@ -23,8 +23,8 @@ SUFFIXES = (".png", ".svg", ".html")
 # Okabe and Ito 2008, "Color Universal Design", without black and yellow, which vanish on a dark and on a light page.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", ":", "-.")  # the next one for each round of the colours
-FACTS_SIZE, CAPTION_SIZE = 8, 8.5
-CHARACTERS_PER_INCH = 15  # of a caption
+FACTS_SIZE, CAPTION_SIZE = 9.5, 8.5
+CHARACTERS_PER_INCH = 12  # of facts and captions
 INK = "#010203"  # stands for the page's own text colour, and is no other's
 PAGE = """\
 <!doctype html>
@@ -152,9 +152,8 @@ def write_words(picture: Picture, facts: str) -> None:
     """Title and facts above the figure, the caption below it: a picture travels without its page."""
     figure = picture.figure
     width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
-    size = FACTS_SIZE + 2
-    facts = textwrap.fill(facts, int(width * CAPTION_SIZE / size))
-    title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=size)
+    facts = textwrap.fill(facts, int(width * CAPTION_SIZE / FACTS_SIZE))
+    title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=FACTS_SIZE)
     style_text(title, figure.supxlabel(textwrap.fill(picture.caption, width), fontsize=CAPTION_SIZE))
 
 
@@ -206,15 +205,24 @@ def rendered(figure: Figure, form: str, facecolor: str) -> bytes:
 
 def spell_missing_characters(figure: Figure) -> None:
     """Writes characters that the font does not have as `\\u4eba`, rather than all as the same box."""
-    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.axis import Axis
+    from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.text import Text
 
+    known = get_font(findfont(FontProperties())).get_charmap()
+
+    def spelled(content: str) -> str:
+        return "".join(c if ord(c) in known or c == "\n" else ascii(c)[1:-1] for c in content)
+
+    for axis in figure.findobj(Axis):
+        assert isinstance(axis, Axis)
+        # The labels of ticks are written anew whenever they are drawn.
+        labels = [text.get_text() for text in axis.get_ticklabels()]
+        if any(spelled(label) != label for label in labels):
+            axis.set_ticks(axis.get_ticklocs(), [spelled(label) for label in labels])
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
-        known, content = get_font(findfont(text.get_fontproperties())).get_charmap(), text.get_text()
-        if any(ord(character) not in known for character in content if character != "\n"):
-            spelled = (c if ord(c) in known or c == "\n" else ascii(c)[1:-1] for c in content)
-            text.set_text("".join(spelled))
+        text.set_text(spelled(text.get_text()))
 
 
 def inline_svg(figure: Figure) -> str:

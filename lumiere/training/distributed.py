@@ -17,6 +17,7 @@ from lumiere.models.transformer import Transformer
 from lumiere.training.loss import Objective
 
 GRADIENTS_TIMEOUT = timedelta(minutes=30)
+"""How long a GPU waits for the gradients of the others."""
 
 
 def own_device(device: torch.device, world: World) -> torch.device:
@@ -73,8 +74,8 @@ class SharedObjective:
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        group = dist.new_group(backend=backend, timeout=GRADIENTS_TIMEOUT)
+        # On CPUs the default group will do: each further one is another round of connections, which can fail.
+        group = dist.new_group(backend="nccl", timeout=GRADIENTS_TIMEOUT) if device.type == "cuda" else None
         self._module = DistributedDataParallel(BatchLoss(model, objective), process_group=group)
         self._size = world.size
 

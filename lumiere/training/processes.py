@@ -31,7 +31,7 @@ def joined() -> Iterator[World]:
     share_cores(world)
     try:
         with noticing_losses(world):
-            dist.init_process_group("gloo", timeout=PREPARING_TIMEOUT)
+            meet(world)
             yield world
     except Exception as error:
         # What rank 0 says suffices where all have the same error, and torchrun names the process that ended first:
@@ -44,6 +44,20 @@ def joined() -> Iterator[World]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def meet(world: World) -> None:
+    """Make torch's default group."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=PREPARING_TIMEOUT))
+    # torchrun keeps one store for all its starts (torch 2.13): without a prefix of this start, a process may read the
+    # address of one that died in the start before, and be refused there.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"lumiere start {start}", store)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=PREPARING_TIMEOUT)
 
 
 @contextmanager

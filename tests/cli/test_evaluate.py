@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
@@ -154,6 +155,34 @@ def test_runs_with_other_windows_are_compared_by_bytes(run: Run, early: Run) -> 
     assert "the windows differ, so the losses are over other contexts" in printed
     assert [*re.findall("16, [0-9]+ apart", printed)] == ["16, 13 apart", "16, 17 apart"]
     assert "windows of" not in Path("eval.svg").read_text(encoding="utf-8")
+
+
+def test_other_tokenizers_compare_by_bits_per_byte(run: Run, other_tokenizer_run: Run) -> None:
+    """Losses in bits over all windows of a text, each token once, over its bytes: by hand, for both."""
+    shutil.copytree(other_tokenizer_run.path, Path("runs") / other_tokenizer_run.name)
+    text = "Once upon a time there was a small dog. The dog sang, and é was glad.\n"
+    compared = read_json("eval", run.id, other_tokenizer_run.id, "--text", "-", "--stride", "16", text=text)
+    for one, each in zip(compared["runs"], (run, other_tokenizer_run), strict=True):
+        model, tokenizer = each.load_model("best"), each.load_tokenizer()
+        ids = torch.tensor(tokenizer.encode_documents([text])[0])
+        nats = 0.0
+        for first in range(0, len(ids) - 1, model.context_size):
+            window = ids[first : first + model.context_size + 1]
+            with torch.no_grad():
+                logits = model(window[None, :-1]).logits[0]
+            nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        assert one["num_tokens"] == len(ids) - 1
+        assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    first, second = compared["runs"]
+    assert first["num_tokens"] < second["num_tokens"], "the smaller vocabulary needs more tokens"
+    (difference,) = read_json("eval", run.id, other_tokenizer_run.id)["differences"]
+    assert "loss" not in difference, "over other tokens"
+    both = read_json("eval", run.id, other_tokenizer_run.id)["runs"]
+    assert difference["bits_per_byte"]["difference"] == pytest.approx(
+        both[1]["bits_per_byte"] - both[0]["bits_per_byte"]
+    )
+    printed = invoke("eval", run.id, other_tokenizer_run.id).stdout
+    assert "the tokenizers differ, so only bits per byte and word perplexity compare" in printed
 
 
 def test_runs_with_other_texts_are_not_compared(run: Run, early: Run, tmp_path: Path) -> None:

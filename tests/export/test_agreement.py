@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from lumiere.cli import app
 from lumiere.components.hooks import run_with_cache
 from lumiere.export.exporting import export_model, find_target
+from lumiere.interpret.logits import logit_attribution
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 
@@ -102,40 +103,26 @@ def test_logits_and_every_activation(
 def test_direct_logit_attribution(
     kind: str, dtype: torch.dtype, pair: Callable[[str, torch.dtype], tuple[Transformer, Any]]
 ) -> None:
-    """What each part adds to the difference of two logits, by their tool and from our cache."""
+    """What each part adds to the difference of two logits, by their tool and by `lumiere inspect logits`."""
     from transformer_lens.tools.analysis import direct_logit_attribution
 
     model, bridge = pair(kind, dtype)
     tokens_BT = tokens_for(model)[:1]
     bridge.enable_compatibility_mode()
-    output, cache = run_with_cache(model, tokens_BT)
-    target, other = output.logits[0, -1].topk(2).indices.tolist()
-    embedding = model.token_embedding.weight
-    direction_E = model.final_norm.weight * (embedding[target] - embedding[other]) / cache["ln_final.hook_scale"][0, -1]
-
-    def attribution(name: str) -> float:
-        return (cache[name][0, -1] @ direction_E).item()
-
-    def of_head(layer: int, head: int) -> float:
-        z_V = cache[f"blocks.{layer}.attn.hook_z"][0, -1, head]
-        output_EHV = model.blocks[layer].attention.output.weight.unflatten(1, (model.num_heads, model.d_value))
-        return (output_EHV[:, head] @ z_V @ direction_E).item()
-
-    layers = range(model.num_layers)
-    ours = {"embed": attribution("hook_embed")}
-    if model.positions == "learned":
-        ours["pos_embed"] = attribution("hook_pos_embed")
-    for layer in layers:
-        ours[f"{layer}_attn_out"] = attribution(f"blocks.{layer}.hook_attn_out")
-        ours[f"{layer}_mlp_out"] = attribution(f"blocks.{layer}.hook_mlp_out")
-    difference = (output.logits[0, -1, target] - output.logits[0, -1, other]).item()
-    assert sum(ours.values()) == pytest.approx(difference, abs=TOLERANCES[dtype])
-    ours |= {f"L{layer}H{head}": of_head(layer, head) for layer in layers for head in range(model.num_heads)}
+    target, other = model(tokens_BT).logits[0, -1].topk(2).indices.tolist()
+    found = logit_attribution(model, tokens_BT[0].tolist(), target=target, versus=other)
+    ours = {"embed": found.embed[0]}
+    if found.pos_embed is not None:
+        ours["pos_embed"] = found.pos_embed[0]
+    for layer in range(model.num_layers):
+        ours |= {f"{layer}_attn_out": found.attention[0, layer], f"{layer}_mlp_out": found.feedforward[0, layer]}
+        ours |= {f"L{layer}H{head}": value for head, value in enumerate(found.heads[0, layer])}
+    assert found.holds
 
     theirs: dict[str, float] = {}
     for unit in ("component", "head"):
-        found = direct_logit_attribution(bridge, tokens_BT, target, other, unit=unit)
-        theirs |= dict(zip(found.labels, found.attribution.flatten().tolist(), strict=True))
+        parts = direct_logit_attribution(bridge, tokens_BT, target, other, unit=unit)
+        theirs |= dict(zip(parts.labels, parts.attribution.flatten().tolist(), strict=True))
     missing = ours.keys() - theirs.keys()
     assert not missing, f"{missing} in {list(theirs)}"
     for label, value in ours.items():

@@ -46,7 +46,7 @@ def draw_heads(result: HeadScores) -> Picture:
     label_rows(score_axes, names)
     label_columns(
         score_axes,
-        [f"{name}" for name in result.score_names],
+        result.score_names,
     )
     write_cells(score_axes, image, [["" if np.isnan(value) else f"{value:.0%}" for value in row] for row in scores])
     set_title(score_axes, "share of the attention")
@@ -139,6 +139,7 @@ def draw_bars(axes: Axes, result: Ablations, chosen: np.ndarray) -> None:
     label_rows(axes, [result.labels[number] for number in chosen])
     axes.set_xlabel("change of the loss (nats)", fontsize=8)
     style_axes(axes)
+    axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
     set_title(axes, "largest first")
 

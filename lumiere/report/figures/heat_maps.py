@@ -58,12 +58,12 @@ def heat_map(
 
 
 def label_rows(axes: Axes, labels: Sequence[str], fontsize: float = LARGEST_FONT) -> None:
-    axes.set_yticks(range(len(labels)), [fitted(label) for label in labels], fontsize=fontsize)
+    axes.set_yticks(range(len(labels)), list(labels), fontsize=fontsize)
     style_text(*axes.get_yticklabels())
 
 
 def label_columns(axes: Axes, labels: Sequence[str], fontsize: float = LARGEST_FONT, rotation: float = 0) -> None:
-    axes.set_xticks(range(len(labels)), [fitted(label) for label in labels], fontsize=fontsize, rotation=rotation)
+    axes.set_xticks(range(len(labels)), list(labels), fontsize=fontsize, rotation=rotation)
     style_text(*axes.get_xticklabels())
 
 
@@ -84,8 +84,9 @@ def label_tokens(axes: Axes, labels: Sequence[str], inches: float, *, on_rows: b
             axes.set_xlabel("position", fontsize=LARGEST_FONT)
         style_text(axes.xaxis.label, axes.yaxis.label)
         return
-    label_rows(axes, labels if on_rows else [], size)
-    label_columns(axes, labels if on_columns else [], size, rotation=90)
+    shown = [fitted(label) for label in labels]
+    label_rows(axes, shown if on_rows else [], size)
+    label_columns(axes, shown if on_columns else [], size, rotation=90)
 
 
 def write_cells(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], fontsize: float = LARGEST_FONT) -> None:

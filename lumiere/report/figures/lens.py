@@ -52,14 +52,14 @@ def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None) ->
     label_columns(axes, [stage_name(stage) for stage in result.stages])
     axes.xaxis.tick_top()
     if num_rows <= MOST_WRITTEN:
-        label_rows(axes, [label(result.tokens[position]) for position in result.positions])
+        label_rows(axes, [fitted(label(result.tokens[position])) for position in result.positions])
         write_cells(axes, image, cells(result, stat, label), LARGEST_FONT)
     else:
         axes.set_ylabel("position")
         style_text(axes.yaxis.label)
     set_title(axes, "", 4)
     add_scale(figure, image, axes, name)
-    words = ", with the token that it holds most likely" if stat == "top" else ""
+    words = ", and in words that token" if stat == "top" else ""
     caption = (
         f"The logit lens (nostalgebraist 2020): each column reads the residual stream after a part of the model as if "
         f"it were the last one. Colour: {name}{words}; the last column is the model's own answer."

@@ -78,6 +78,7 @@ def draw_waterfall(axes: Axes, parts: list[tuple[str, float]]) -> None:
         number = axes.text(right + 0.01 * span, row, f"{value:+.2f}", va="center", fontsize=7)
         style_text(number)
     style_axes(axes)
+    axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("logit", fontsize=8)
 

@@ -15,6 +15,7 @@ from lumiere.report.figures.heat_maps import (
     label_tokens,
     set_title,
 )
+from lumiere.report.labels import fitted
 from lumiere.report.pictures import COLOURS, INK, Picture, new_figure, style_axes, style_text
 
 TOKEN, ROW = 0.25, 0.19
@@ -30,7 +31,7 @@ def draw_tokens(result: TokenLosses, label: Label) -> Picture:
     """
     count = len(result.losses)
     width = float(np.clip(count * TOKEN, 5.0, WIDEST))
-    figure = new_figure(width + 1.0, 5.2)
+    figure = new_figure(width + 3.0, 5.0)
     axes = figure.add_subplot()
     places = np.arange(count)
     axes.bar(places, result.losses, color=COLOURS[0], width=0.8, alpha=0.8, label="loss")
@@ -45,12 +46,14 @@ def draw_tokens(result: TokenLosses, label: Label) -> Picture:
     if size is None:
         axes.set_xlabel("position less 1", fontsize=8)
     else:
-        label_columns(axes, [label(token) for token in result.tokens[1:]], size, rotation=90)
+        label_columns(axes, [fitted(label(token)) for token in result.tokens[1:]], size, rotation=90)
     axes.set_xlim(-0.7, count - 0.3)
     axes.set_ylabel("nats", fontsize=8)
     style_axes(axes)
+    axes.set_axisbelow(True)
     axes.grid(visible=False, axis="x")
-    style_text(*figure.legend(loc="outside right upper", fontsize=8, frameon=False).get_texts())
+    axes.tick_params(axis="y", labelsize=8)
+    style_text(*axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False).get_texts())
     baselines = "" if result.bigram_losses is None else " Marks: models that count single tokens, or pairs of them."
     caption = (
         "The surprisal of each token given those before it (Shannon 1948). A bar far above the line is a surprise; "
@@ -80,17 +83,16 @@ def draw_activations(result: Activations, label: Label) -> Picture:
     set_title(axes, "")
     add_scale(figure, image, axes, "log10 of the root mean square")
     caption = (
-        "The root mean square of each activation at each token; names as in TransformerLens. Columns that are bright "
-        "in many rows are tokens with massive activations (Sun et al. 2024)."
+        "The root mean square of each activation at each token; names as in TransformerLens. A token that is "
+        "bright in the stream (hook_resid) beside the others has massive activations (Sun et al. 2024)."
     )
     return Picture(figure, "Activations", caption)
 
 
 def size_by_token(values: np.ndarray, axes: str) -> np.ndarray:
     """(T,) the root mean square over all axes but that of the tokens; what a mask made infinite is left out."""
-    moved = np.moveaxis(values.astype(np.float64), axes.split().index("T"), 0).reshape(
-        values.shape[axes.split().index("T")], -1
-    )
+    place = axes.split().index("T")
+    moved = np.moveaxis(values.astype(np.float64), place, 0).reshape(values.shape[place], -1)
     finite = np.isfinite(moved)
     squares = np.where(finite, moved, 0.0) ** 2
     return np.sqrt(squares.sum(1) / np.maximum(finite.sum(1), 1))

@@ -3,35 +3,23 @@
 import csv
 import importlib
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
+
+pytestmark = pytest.mark.usefixtures("runs_dir")
+inspect_ablate = partial(inspect, "ablate")
+shown = partial(inspect_json, "ablate")
 
 OWN_KEYS = {"unit", "mode", "labels", "layers", "indices", "changes", "standard_errors", "order", "loss"}
 OWN_KEYS |= {"batch_losses", "batch_changes", "num_targets", "tokens", "first_target", "receipts"}
 SMALL = ("--batches", "2", "--batch-size", "3")
-
-
-@pytest.fixture(autouse=True)
-def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(trained_run.path.parent))
-
-
-def inspect_ablate(*options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "ablate", *options])
-
-
-def shown(*options: str) -> dict[str, Any]:
-    result = inspect_ablate(*options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def test_windows_of_the_validation_split(trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:

@@ -2,18 +2,24 @@
 
 import csv
 import json
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from lumiere import __version__
 from lumiere.cli import app
+from lumiere.cli.inspect import app as inspect_app
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.checkpoint import hash_tensors
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
+
+inspect_attention = partial(inspect, "attention")
+shown = partial(inspect_json, "attention")
 
 ABOUT = [
     "analysis",
@@ -28,22 +34,14 @@ ABOUT = [
 ]
 ABOUT += ["source", "step", "token_ids", "token_labels", "tokenizer_sha256", "weights_sha256"]
 STATISTICS = ["current", "distance", "entropy", "first", "mean_distance", "normalized_entropy", "previous"]
+COMMANDS = [getattr(command.callback, "__name__", "") for command in inspect_app.registered_commands]
+ANALYSES = [name for name in COMMANDS if name != "report"]  # which is a page of all of them, and no picture
+QUICK = {
+    "ablate": ["--batches", "1", "--batch-size", "2"],
+    "diff": ["latest", "latest@previous", "--batches", "1"],
+    "summary": ["--windows", "2"],
+}
 JSON_KEYS = sorted([*ABOUT, *STATISTICS, "heads", "kind", "layers", "patterns", "receipts", "tokens"])
-
-
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
-
-
-def inspect_attention(*options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "attention", *options])
-
-
-def shown(*options: str) -> dict[str, Any]:
-    result = inspect_attention(*options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def refused(*options: str) -> str:
@@ -117,6 +115,7 @@ def test_random_tokens_come_twice(runs_dir: str) -> None:
         (["--file", "empty.txt"], "'empty.txt' holds no text"),
         (["--prompt", " "], "the prompt is empty"),
         (["--output", "patterns.npy"], "did you mean .npz?"),
+        (["--output", "patterns.pgn"], "did you mean .png?"),
         (["--output", "no/such/folder.npz"], "there is no folder 'no/such'"),
         (["--output", "folder.npz"], "'folder.npz' is a folder"),
         (["--layer", "0-7"], "there is no layer 7"),
@@ -163,3 +162,23 @@ def test_a_broken_law_exits_with_3_and_is_named(runs_dir: str, monkeypatch: pyte
     assert result.exit_code == 3
     assert "rows sum to 1" in result.stderr
     assert "FAILED" in result.stdout
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_every_analysis_draws_itself(runs_dir: str, name: str) -> None:
+    result = CliRunner().invoke(app, ["inspect", name, "--runs-dir", runs_dir, *QUICK.get(name, ()), "-o", "out.svg"])
+    assert result.exit_code == 0, result.output
+    assert "written to out.svg" in result.stderr
+    text = Path("out.svg").read_text(encoding="utf-8")
+    assert text.startswith("<?xml")
+    assert "checkpoint best" in text or name == "dynamics"
+
+
+@pytest.mark.parametrize("suffix", [".html", ".svg", ".png"])
+def test_without_matplotlib_a_picture_is_refused_at_once(
+    runs_dir: str, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("lumiere.cli.inspect.analysis.open_model", None)
+    assert "lumiere[plot]" in refused("--runs-dir", runs_dir, "-o", f"out{suffix}")
+    assert not list(Path().iterdir())

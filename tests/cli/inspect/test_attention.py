@@ -2,34 +2,20 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from lumiere.cli import app
 from lumiere.cli.inspect.attention import KINDS
 from lumiere.interpret.attention import COMBINED, WEIGHTED
-from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
+
+inspect_attention = partial(inspect, "attention")
+shown = partial(inspect_json, "attention")
 
 PROMPT = ("--prompt", "One day a fox")
-
-
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
-
-
-def inspect_attention(*options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "attention", *options])
-
-
-def shown(*options: str) -> dict[str, Any]:
-    result = inspect_attention(*options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def test_the_kinds_are_those_of_the_library() -> None:

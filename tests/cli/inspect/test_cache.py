@@ -2,32 +2,20 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from lumiere.cli import app
 from lumiere.components.hooks import hook_points, run_with_cache
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
 
-
-@pytest.fixture(autouse=True)
-def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(trained_run.path.parent))
-
-
-def inspect_cache(*options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "cache", *options])
-
-
-def shown(*options: str) -> dict[str, Any]:
-    result = inspect_cache(*options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+pytestmark = pytest.mark.usefixtures("runs_dir")
+inspect_cache = partial(inspect, "cache")
+shown = partial(inspect_json, "cache")
 
 
 def test_the_list_names_all_and_no_values(trained_run: Run) -> None:

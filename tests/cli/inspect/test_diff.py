@@ -3,16 +3,20 @@
 import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
+
+inspect_diff = partial(inspect, "diff")
+shown = partial(inspect_json, "diff")
 
 SMALL = ("--batches", "2", "--batch-size", "3")
 KEYS = {"run", "checkpoint", "other", "tokens", "losses", "loss_difference", "kl_ab", "kl_ba", "cka", "matches"}
@@ -25,16 +29,6 @@ def run(trained_run: Run, other_tokenizer_run: Run) -> Run:
     for each in (trained_run, other_tokenizer_run):
         shutil.copytree(each.path, Path("runs") / each.name)
     return Run(Path("runs") / trained_run.name)
-
-
-def inspect_diff(*options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "diff", *options])
-
-
-def shown(*options: str) -> dict[str, Any]:
-    result = inspect_diff(*options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def checkpoint_pair(run: Run) -> tuple[str, str]:

@@ -19,11 +19,6 @@ STEPS = [0, 1, 2, 4, 8]
 PAIRS = ["L0H0>L1H0", "L0H0>L1H1", "L0H1>L1H0", "L0H1>L1H1"]
 
 
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
-
-
 def inspect(name: str, *options: str) -> Result:
     return CliRunner().invoke(app, ["inspect", name, *options])
 
@@ -113,6 +108,16 @@ def test_files_hold_the_same_numbers(runs_dir: str) -> None:
     assert len(rows) == len(expected["metrics"]) * len(STEPS)
     for row in rows:
         assert float(row["value"]) == values(expected, row["metric"], row["place"])[STEPS.index(int(row["step"]))]
+
+
+def test_pictures_and_the_page_that_answers_keys(runs_dir: str) -> None:
+    for suffix in ("svg", "png", "html"):
+        assert inspect("dynamics", "--runs-dir", runs_dir, "-m", "induction", "-o", f"out.{suffix}").exit_code == 0
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+    assert "induction (share)" in Path("out.svg").read_text()
+    page = Path("out.html").read_text()
+    assert 'addEventListener("keydown"' in page
+    assert page.count("<output data-series=") == 4
 
 
 def test_verify_computes_it_again(runs_dir: str) -> None:

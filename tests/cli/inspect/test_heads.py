@@ -2,37 +2,24 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SPECIAL_TOKENS
 from lumiere.interpret.heads import SCORES
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
+
+inspect_heads = partial(inspect, "heads")
+shown = partial(inspect_json, "heads")
 
 KEYS = {"tokens", "layers", "heads", "score_names", "scores", "uniform", "num_destinations", "copying", "threshold"}
 KEYS |= {"roles", "losses", "repeat_gap", "repeat_gap_error", "in_context_positions", "in_context_losses"}
 KEYS |= {"in_context_score", "in_context_error", "receipts", "schema_version", "analysis", "run", "source", "seed"}
-
-
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
-
-
-def inspect_heads(*options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "heads", *options])
-
-
-def shown(*options: str) -> dict[str, Any]:
-    result = inspect_heads(*options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def test_without_a_text_it_takes_random_tokens_twice(runs_dir: str) -> None:

@@ -12,7 +12,6 @@ from typer.testing import CliRunner, Result
 from lumiere.cli import app
 from lumiere.cli.inspect.lens_view import choose_columns
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.persistence.runs import Run
 from lumiere.report.figures.lens import stage_name
 
 PROMPT = ("--prompt", "One day a")
@@ -20,11 +19,6 @@ OWN_KEYS = {
     *("tokens", "positions", "stages", "top_tokens", "top_probabilities", "targets", "target_probabilities"),
     *("target_ranks", "entropies", "divergences", "decision_stages", "receipts"),
 }
-
-
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
 
 
 def inspect_lens(runs_dir: str, *options: str) -> Result:

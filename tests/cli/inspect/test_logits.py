@@ -11,18 +11,12 @@ from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.persistence.runs import Run
 
 PROMPT = ("--prompt", "One day a")
 OWN_KEYS = {
     *("tokens", "positions", "by", "targets", "reference", "versus", "probabilities", "logits", "scales"),
     *("embed", "pos_embed", "attention", "heads", "sources", "feedforward", "neurons", "receipts"),
 }
-
-
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
 
 
 def inspect_logits(runs_dir: str, *options: str) -> Result:

@@ -23,11 +23,6 @@ OWN_KEYS = {
 }
 
 
-@pytest.fixture
-def runs_dir(trained_run: Run) -> str:
-    return str(trained_run.path.parent)
-
-
 def inspect_summary(runs_dir: str, *options: str) -> Result:
     return CliRunner().invoke(app, ["inspect", "summary", "--runs-dir", runs_dir, *options])
 

@@ -3,35 +3,23 @@
 import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from lumiere.baselines.ngrams import BigramModel
-from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
+
+pytestmark = pytest.mark.usefixtures("runs_dir")
+inspect_tokens = partial(inspect, "tokens")
+shown = partial(inspect_json, "tokens")
 
 OWN_KEYS = {"losses", "surprisals", "entropies", "ranks", "predictions", "probabilities", "unigram_losses"}
 OWN_KEYS |= {"bigram_losses", "baselines", "token_ids", "token_labels", "receipts"}
-
-
-@pytest.fixture(autouse=True)
-def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(trained_run.path.parent))
-
-
-def inspect_tokens(*options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "tokens", *options])
-
-
-def shown(*options: str) -> dict[str, Any]:
-    result = inspect_tokens(*options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def test_baselines_are_of_the_training_split(tiny_corpus: TokenizedCorpus) -> None:
