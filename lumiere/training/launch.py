@@ -97,7 +97,10 @@ def resume(
             check_fit(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
         check_schedule(run.load_config().training, preparation.config.training, preparation.epoch_steps, step)
         if checkpoint and name != "latest":
-            message = f"the latest checkpoint is damaged, training goes on from {name} (step {step:,})"
+            # A process may be killed after it has saved `best`, and before `latest` of the same step.
+            there = "latest" in CheckpointManager(run.path.parent).names(run)
+            problem = "the latest checkpoint is damaged" if there else "there is no latest checkpoint"
+            message = f"{problem}, training goes on from {name} (step {step:,})"
             for listener in listeners:
                 listener(WarningEvent(step, message))
         if checkpoint and (message := inexactness(checkpoint, preparation.config.model.dropout, world)):

@@ -353,6 +353,16 @@ def test_where_latest_and_the_one_before_are_damaged_best_is_gone_on_from(config
     assert outcome(run) == straight[0]
 
 
+def test_where_latest_was_not_saved_yet_it_is_not_called_damaged(configure, launch) -> None:
+    run = launch(configure({})).run
+    for name in ("latest", "previous"):
+        (run.checkpoints_dir / f"{name}.safetensors").unlink(missing_ok=True)
+    events: list[Event] = []
+    go_on(run, events.append)
+    assert isinstance(events[0], WarningEvent)
+    assert events[0].message.startswith("there is no latest checkpoint, training goes on from best")
+
+
 def test_what_a_killed_process_left_behind_goes(configure, launch) -> None:
     run = launch(configure({}), [stop_at(3)]).run
     leftovers = [run.path / ".run.json.0a1b2c3d.tmp", run.checkpoints_dir / ".latest.safetensors.0a1b2c3d.tmp"]

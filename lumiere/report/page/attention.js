@@ -130,5 +130,5 @@ function paintLarge(canvas, width, rows, tokens, [chosenRow, chosenColumn]) {
   return { left, top, cell };
 }
 
-views.push({ on: ["text", "head", "theme"], draw: drawThumbnails });
-views.push({ on: ["text", "position", "head", "theme"], draw: drawLarge });
+views.push({ on: ["text", "head"], draw: drawThumbnails });
+views.push({ on: ["text", "position", "head"], draw: drawLarge });

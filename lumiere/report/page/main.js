@@ -10,9 +10,11 @@ function start() {
   const name = () => {
     theme.textContent = isDark() ? "Light" : "Dark";
   };
+  // Colours of the canvases, which no style reaches.
   const repaint = () => {
     name();
-    choose({ theme: isDark() });
+    drawThumbnails();
+    drawLarge();
   };
   theme.hidden = false;
   theme.addEventListener("click", () => {
@@ -20,18 +22,17 @@ function start() {
     repaint();
   });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+  window.matchMedia("print").addEventListener("change", repaint);
   let width = window.innerWidth;
   window.addEventListener("resize", () => {
     if (window.innerWidth === width) return; // a phone's bars come and go as it scrolls
     width = window.innerWidth;
     choose({ size: width });
-    drawThumbnails();
-    drawLarge();
+    repaint();
   });
   drawTextChoice();
   roving(find("tokens"), () => firstLine(find("tokens")), true);
   roving(find("thumbnails"), () => Math.min(data.heads, window.innerWidth < 500 ? 4 : 8), false);
-  state.theme = isDark();
   state.size = width;
   state.position = lastButOne(currentText());
   state.head = data.shown_head;

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,17 @@ def test_bad_input(trained_run: Run, options: tuple[str, ...], message: str, hin
     assert message in result.stderr
     assert hint in result.stderr
     assert not list(Path().glob("*.html"))
+
+
+def test_without_the_corpus(trained_run: Run, tmp_path: Path) -> None:
+    """Another corpus than that of the training is none: what it would tell is left out, and it is said."""
+    copy = tmp_path / "other" / trained_run.name
+    shutil.copytree(trained_run.path, copy)
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(record | {"corpus_sha256": "0" * 64}))
+    result = CliRunner().invoke(app, ["inspect", "report", "--runs-dir", str(copy.parent)])
+    assert result.exit_code == 0, result.output
+    assert "only random tokens are shown" in result.stderr
+    data = data_of(Path("report.html"))
+    assert [text["source"] for text in data["texts"]] == ["7 random tokens of the vocabulary, twice"]
+    assert data["neurons"] is None
