@@ -122,7 +122,7 @@ def test_a_head_opens_and_is_read_out(opened: Any, tokens: tuple[int, ...], trai
     page.keyboard.press("ArrowUp")
     assert f"(position {last - 1}) takes {percent(pattern[last - 1, 0])}" in page.locator("#large").text_content()
     box = canvas.bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 8, box["y"] + box["height"] - 8)
+    canvas.hover(position={"x": box["width"] - 8, "y": box["height"] - 8})
     assert f"(position {last + 1}) takes" in page.locator("#large figcaption").text_content()
     painted = page.evaluate(
         "[...document.querySelectorAll('#thumbnails canvas')].map((canvas) => new Set(canvas.getContext('2d')"
