@@ -47,8 +47,8 @@ test-all: check  ## the same, with the slow tests
 
 peer: .venv/.installed-transformer-lens  ## installs TransformerLens, which slow tests and a benchmark compare with
 
-browser: .venv/.installed-browser  ## installs Playwright, which slow tests open the report with, in Debian's Chromium
-	@command -v chromium chromium-browser >/dev/null || { \
+browser: .venv/.installed-browser  ## installs Playwright, with which slow tests open the report in the system's Chromium
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
 	  echo "error: there is no Chromium"; echo "hint: apt-get install chromium"; exit 2; }
 
 test-slow: .venv/.installed-test

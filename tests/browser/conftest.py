@@ -47,7 +47,11 @@ class Watched:
     def __init__(self, browser: Any, file: Path, width: int, scheme: str = "light", scripts: bool = True) -> None:
         self.complaints: list[str] = []
         self.context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, java_script_enabled=scripts
+            viewport={"width": width, "height": 900},
+            color_scheme=scheme,
+            reduced_motion="reduce",  # else the page still glides where the pointer is to go
+            offline=True,
+            java_script_enabled=scripts,
         )
         self.page = self.context.new_page()
         self.page.on("console", lambda message: self.complaints.append(message.text))
