@@ -43,6 +43,7 @@ def choose_text(subject: Subject, num_windows: int) -> "tuple[list[Batch], np.nd
     Without the corpus there is neither: then the weights have to do, and a line says so.
     """
     from lumiere.cli.inspect.batches import drawn_batches
+    from lumiere.cli.inspect.vocabulary import count_tokens
     from lumiere.cli.loading import open_corpus
 
     try:
@@ -56,14 +57,3 @@ def choose_text(subject: Subject, num_windows: int) -> "tuple[list[Batch], np.nd
     batch_size = min(BATCH_SIZE, num_windows)
     batches, source = drawn_batches(subject, corpus, -(-num_windows // batch_size), batch_size)
     return batches, token_counts, source
-
-
-def count_tokens(ids: "np.ndarray", vocab_size: int) -> "np.ndarray":
-    """(vocab_size,) how often each id stands in `ids`, a part of them at a time: they may be larger than memory."""
-    import numpy as np
-
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    part = 1_000_000
-    for first in range(0, len(ids), part):
-        counts += np.bincount(ids[first : first + part], minlength=vocab_size)
-    return counts

@@ -114,7 +114,7 @@ def drawable_tokens(opened: OpenedModel) -> tuple[list[int], str]:
     Those that the training split has: about others, such as most single bytes, a model has learned nothing but that
     they never come. Without the corpus they are all but the special ones.
     """
-    from lumiere.cli.inspect.summary import count_tokens
+    from lumiere.cli.inspect.vocabulary import count_tokens
     from lumiere.cli.loading import open_corpus
     from lumiere.data.tokenizer import SPECIAL_TOKENS
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from lumiere.errors import LumiereError, nearest
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lumiere.data.tokenizer import Tokenizer
 
 LONGEST_LIST = 8
@@ -39,3 +41,14 @@ def parse_token(text: str, tokenizer: "Tokenizer") -> int:
 def token_label(tokenizer: "Tokenizer", token: int) -> str:
     """The token as it is printed; an id that the tokenizer does not use, which a model may still predict, as #id."""
     return tokenizer.label(token) or f"#{token}"
+
+
+def count_tokens(ids: "np.ndarray", vocab_size: int) -> "np.ndarray":
+    """(vocab_size,) how often each id stands in `ids`, a part of them at a time: they may be larger than memory."""
+    import numpy as np
+
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    part = 1_000_000
+    for first in range(0, len(ids), part):
+        counts += np.bincount(ids[first : first + part], minlength=vocab_size)
+    return counts

@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
-from lumiere.cli.inspect.summary import count_tokens
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import LumiereError
 from lumiere.interpret.activity import measure_activity
@@ -125,11 +124,6 @@ def test_bad_input_is_refused(runs_dir: str, options: list[str], message: str) -
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 2
     assert message in result.stderr
-
-
-def test_tokens_are_counted_in_parts() -> None:
-    ids = np.random.default_rng(0).integers(0, 50, 2_300_000).astype(np.uint16)
-    assert count_tokens(ids, 60).tolist() == [int((ids == token).sum()) for token in range(60)]
 
 
 def test_more_windows_than_there_are_are_all_of_them(

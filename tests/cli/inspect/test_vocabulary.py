@@ -1,10 +1,11 @@
 """Tokens by id, by text, and as they are printed."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.cli.inspect.vocabulary import parse_token, token_label
+from lumiere.cli.inspect.vocabulary import count_tokens, parse_token, token_label
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
@@ -65,3 +66,8 @@ def test_a_text_is_a_token_or_an_error(tokenizer: Tokenizer, text: str) -> None:
 def test_an_id_that_is_not_used_has_a_label_too(tokenizer: Tokenizer) -> None:
     assert token_label(tokenizer, len(tokenizer) + 5) == f"#{len(tokenizer) + 5}"
     assert token_label(tokenizer, 1) == "<|eot|>"
+
+
+def test_tokens_are_counted_in_parts() -> None:
+    ids = np.random.default_rng(0).integers(0, 50, 2_300_000).astype(np.uint16)
+    assert count_tokens(ids, 60).tolist() == [int((ids == token).sum()) for token in range(60)]
