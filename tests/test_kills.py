@@ -45,9 +45,9 @@ torch.set_rng_state = lambda state: None
 from lumiere.training import trainer
 drawn = trainer.batch_at
 begun = []
-def batch_at(step, windows, size, seed):
+def batch_at(step, *rest):
     begun.append(step)
-    return drawn(step - begun[0], windows, size, seed)
+    return drawn(step - begun[0], *rest)
 trainer.batch_at = batch_at
 """,
 }
