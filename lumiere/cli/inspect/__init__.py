@@ -24,11 +24,11 @@ ENTRIES = (
     Entry(ablate, "a cause: the loss without a part, unless others make up for it", "7 s"),
     Entry(tokens, "how good the model is here, beside models that only count", "0.3 s"),
     Entry(cache, "nothing yet: the numbers themselves, for an analysis of your own", "0.1 s"),
-    Entry(dynamics, "when something came about, and what came with it; not why", "minutes"),
-    Entry(diff, "how two models differ on this text and in their weights", "seconds"),
-    Entry(report, "all of these at a glance, with the limits that each has", "seconds"),
+    Entry(dynamics, "when something came about, and what came with it; not why", "seconds"),
+    Entry(diff, "how two models differ on this text and in their weights", "2 s"),
+    Entry(report, "all of these at a glance, with the limits that each has", "10 s"),
 )
-"""The commands as they are listed; costs are those of docs/inspect.md, or a class where it depends."""
+"""The commands as they are listed; costs are those of docs/inspect.md, or a class where it depends on the run."""
 
 app = typer.Typer(invoke_without_command=True, help="Look inside a model: one command an analysis.")
 for entry in ENTRIES:
