@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from lumiere.config.schema import RunConfig
 from lumiere.persistence.runs import RunStore
+from tests.midway import midway
 
 LUMIERE = [sys.executable, "-m", "lumiere"]
 
@@ -37,21 +37,9 @@ def long_config(tiny_config: RunConfig, tmp_path: Path) -> str:
     return str(path)
 
 
-@contextmanager
-def training_midway(config: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+def training_midway(config: str) -> AbstractContextManager[tuple[subprocess.Popen[str], IO[str]]]:
     """A training in `stopped/`, after its first evaluation, and what it goes on to say."""
-    with subprocess.Popen(
-        [*LUMIERE, "train", config, "--runs-dir", "stopped"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stderr
-        line = ""
-        while "validation loss" not in line:
-            line = process.stderr.readline()
-            assert line, "it ended before it could be stopped"
-        yield process, process.stderr
+    return midway([*LUMIERE, "train", config, "--runs-dir", "stopped"])
 
 
 @pytest.mark.slow

@@ -173,8 +173,7 @@ def test_unknown_name_gives_the_nearest() -> None:
     model = make_model()
     with pytest.raises(LumiereError, match=r"no hook point 'blocks.0.attn.hook_patern'") as caught:
         run_with_cache(model, TOKENS_BT, ["hook_embed", "blocks.0.attn.hook_patern"])
-    assert caught.value.hint is not None
-    assert "blocks.0.attn.hook_pattern" in caught.value.hint
+    assert "blocks.0.attn.hook_pattern" in str(caught.value.hint)
     with pytest.raises(LumiereError, match="hook_points"), hooked(model, {"zzz": torch.neg}):
         pass
 

@@ -1,7 +1,7 @@
 """Ablations: many at once against hooks one by one, and the laws that they obey."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, get_args
 
 import numpy as np
@@ -22,6 +22,7 @@ from lumiere.interpret.units import UNITS
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit, repeated_tokens
+from tests.interpret.padded import batch_of
 
 SIZES = {"embedding_size": 12, "context_size": 16, "num_layers": 3, "num_heads": 2, "d_key": 5, "d_value": 7, "d_ff": 9}
 MODES = get_args(Mode)
@@ -42,17 +43,6 @@ def random_model(**changes: Any) -> Transformer:
     for parameter in model.parameters():
         parameter.data *= 15 if parameter.ndim == 2 else 1
     return model
-
-
-def batch_of(lengths: Sequence[int], seed: int = 0, width: int = 10) -> Batch:
-    """Random sequences, padded on the right to `width` tokens and one target more."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, 300, (len(lengths), width + 1), generator=generator)
-    targets = tokens[:, 1:].clone()
-    for row, length in enumerate(lengths):
-        tokens[row, length:] = PAD
-        targets[row, length - 1 :] = IGNORED
-    return Batch(tokens[:, :-1].contiguous(), targets, int((targets != IGNORED).sum()))
 
 
 BATCHES = [batch_of([11, 10, 7, 11]), batch_of([4, 11, 11], seed=1)]

@@ -18,6 +18,7 @@ from lumiere.interpret.diff import ModelDiff, diff, diff_texts
 from lumiere.interpret.result import agreement
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
+from tests.interpret.padded import batch_of
 
 SIZES = {"embedding_size": 12, "context_size": 16, "num_layers": 2, "num_heads": 3, "d_key": 4, "d_value": 5, "d_ff": 9}
 
@@ -35,16 +36,6 @@ def random_model(seed: int = 1, vocab_size: int = 300, **changes: Any) -> Transf
 @pytest.fixture(params=["learned", "rotary", "trained"])
 def model(request: pytest.FixtureRequest, trained_run: Run) -> Transformer:
     return trained_run.load_model("best") if request.param == "trained" else random_model(positions=request.param)
-
-
-def batch_of(lengths: Sequence[int], seed: int = 0, width: int = 10) -> Batch:
-    """Random sequences, padded on the right to `width` tokens and one target more."""
-    tokens = torch.randint(3, 300, (len(lengths), width + 1), generator=torch.Generator().manual_seed(seed))
-    targets = tokens[:, 1:].clone()
-    for row, length in enumerate(lengths):
-        tokens[row, length:] = PAD
-        targets[row, length - 1 :] = IGNORED
-    return Batch(tokens[:, :-1].contiguous(), targets, int((targets != IGNORED).sum()))
 
 
 BATCHES = [batch_of([11, 10, 7, 11]), batch_of([4, 11, 11], seed=1)]

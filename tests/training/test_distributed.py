@@ -6,8 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +21,7 @@ from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, WarningEvent
 from lumiere.training.launch import resume
 from lumiere.training.preparation import prepare_resume
+from tests.midway import midway
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TOLERANCE = 2e-6
@@ -139,21 +139,11 @@ def test_each_process_drops_something_else(configure, launch) -> None:
     assert metrics(trained(2, config))[0]["loss"] != pytest.approx(metrics(alone)[0]["loss"], rel=TOLERANCE)
 
 
-@contextmanager
-def training_midway(config: RunConfig, max_restarts: int = 0) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+def training_midway(
+    config: RunConfig, max_restarts: int = 0
+) -> AbstractContextManager[tuple[subprocess.Popen[str], IO[str]]]:
     """A training by two processes in `stopped/`, after its first evaluation, and what it goes on to say."""
-    with subprocess.Popen(
-        command(2, written(config), "--runs-dir", "stopped", max_restarts=max_restarts),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:
-        assert process.stderr
-        line = ""
-        while "validation loss" not in line:
-            line = process.stderr.readline()
-            assert line, "it ended before it could be stopped"
-        yield process, process.stderr
+    return midway(command(2, written(config), "--runs-dir", "stopped", max_restarts=max_restarts))
 
 
 def worker(torchrun: int, rank: int) -> int:

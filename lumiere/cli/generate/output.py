@@ -120,8 +120,8 @@ class Output:
     def _line(self, token: "Token") -> str:
         """A token, its probability, and the alternatives'."""
         label = self._generator.tokenizer.label
-        assert token.logprob is not None
-        parts = [f"{label(token.id):16} {token.logprob:8.3f} {math.exp(token.logprob):6.1%}"]
+        own = float("nan") if token.logprob is None else token.logprob
+        parts = [f"{label(token.id):16} {own:8.3f} {math.exp(own):6.1%}"]
         parts += [f"{label(other)} {math.exp(logprob):.1%}" for other, logprob in token.alternatives]
         return "  ".join(parts)
 

@@ -45,17 +45,16 @@ def draw_attention(result: AttentionPatterns | CombinedAttention, label: Label) 
     figure = new_figure(columns * side + 1.8, rows * (side + 0.25) + 1.6)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     labels = [label(token) for token in result.tokens]
-    image = None
+    images = []
     for number, (name, weights) in enumerate(zip(names, maps, strict=True)):
-        image = heat_map(panels[number], only_earlier(weights), low=0.0, high=1.0)
+        images.append(heat_map(panels[number], only_earlier(weights), low=0.0, high=1.0))
         panels[number].set_aspect("equal")
         set_title(panels[number], name)
         is_lowest = number + columns >= len(names)
         label_tokens(panels[number], labels, side, on_rows=number % columns == 0, on_columns=is_lowest)
     for axes in panels[len(names) :]:
         axes.remove()
-    assert image is not None
-    add_scale(figure, image, list(panels[: len(names)]), "share of the row")
+    add_scale(figure, images[-1], list(panels[: len(names)]), "share of the row")
     title, kind = KINDS[result.kind]
     caption = (
         f"Each row is a token, and its cells are the shares that it takes from the tokens before it and from itself, "

@@ -91,8 +91,7 @@ def label_tokens(axes: Axes, labels: Sequence[str], inches: float, *, on_rows: b
 
 def write_cells(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], fontsize: float = LARGEST_FONT) -> None:
     """A text in each cell, in black or white, whichever is easier to read on the cell's colour."""
-    values = image.get_array()
-    assert values is not None
+    values = np.ma.asarray(image.get_array())
     colours = np.asarray(image.cmap(image.norm(values)))
     empty = np.ma.getmaskarray(values)
     for row, line in enumerate(texts):

@@ -18,9 +18,8 @@ def inspect_report(run: Run, *options: str) -> Result:
 
 
 def data_of(file: Path) -> dict:
-    found = re.search(r'id="data">(.*?)</script>', file.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    (data,) = re.findall(r'id="data">(.*?)</script>', file.read_text(encoding="utf-8"), re.DOTALL)
+    return json.loads(data)
 
 
 def test_the_default_texts(trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
