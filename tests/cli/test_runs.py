@@ -5,7 +5,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ DAMAGE: list[Callable[[Run], object]] = [
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("command", ["ls", "show latest", "compare latest {}", "plot latest", "watch latest"])
 def test_damaged_files_crash_nothing_and_steer_no_terminal(
-    run: Run, other: Run, command: str, damage: Callable[[Run], object]
+    run: Run, other: Run, command: str, damage: Callable[[Run], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(import_module("lumiere.cli.runs.watch"), "SECONDS_BETWEEN_LOOKS", 0.01)
     damage(other)
     arguments = command.format(run.id).split()
     for result in (invoke(*arguments), invoke(*arguments, "--json")):
@@ -204,10 +206,9 @@ def test_tags_and_notes(run: Run) -> None:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody is there to answer."""
     monkeypatch.setattr(confirm, "is_interactive", lambda: True)
-    return
 
 
 def test_rm_asks_and_says_what_goes(run: Run, other: Run, terminal: None) -> None:
