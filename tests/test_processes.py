@@ -114,3 +114,20 @@ def test_a_closed_pipe_is_no_error(trained_run: object) -> None:
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True)
     assert b"Traceback" not in result.stderr
     assert b"BrokenPipe" not in result.stderr
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["runs", "show", "nothing"], 2)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_of_several_processes_leaves_without_the_interpreters_ending(
+    arguments: list[str], code: int, size: int
+) -> None:
+    """Where threads of gloo might ask for it; what was written comes out all the same."""
+    script = "import atexit, sys; atexit.register(print, 'ended'); from lumiere.cli import main; main()"
+    world = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "a"}
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=os.environ | world
+    )
+    assert result.returncode == code
+    assert ("ended" in result.stdout) == (size == 1)
+    assert ("lumiere" in result.stdout) == (code == 0)
+    assert ("error: " in result.stderr) == (code == 2)

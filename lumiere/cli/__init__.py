@@ -1,6 +1,7 @@
 """The `lumiere` command. It only assembles: each command is a file, and nothing heavy loads before one runs."""
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -64,4 +65,23 @@ def sleep_while_waiting() -> None:
 def main() -> None:
     """The entry point of the installed command."""
     sleep_while_waiting()
-    app(prog_name="lumiere")
+    try:
+        app(prog_name="lumiere")
+    except SystemExit as ending:
+        from lumiere.components.world import World
+
+        if World.of_environment().size > 1:
+            leave_at_once(ending.code)
+        raise
+
+
+def leave_at_once(code: str | int | None) -> None:
+    """End this process without the interpreter's own ending.
+
+    Threads of torch live on after a training by several processes. Now and then a process was aborted while it ended
+    ("terminate called without an active exception"), which torchrun takes for the failure of a training that succeeded.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
