@@ -36,7 +36,7 @@ def command(num_processes: int, *arguments: str, max_restarts: int = 0) -> list[
 
 
 def torchrun(num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     result = subprocess.run(
         command(num_processes, *arguments), capture_output=True, text=True, env=variables, timeout=300
     )
