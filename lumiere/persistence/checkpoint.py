@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class _Header:
+class Header:
     """What stands before the tensors' data: the file's metadata, and where each tensor is."""
 
     texts: dict[str, str]
@@ -117,16 +117,22 @@ def unwritable(path: str | Path, error: OSError) -> CheckpointError:
 def load_checkpoint(path: str | Path, groups: Collection[str] = GROUPS) -> Checkpoint:
     """Reads and verifies the named groups of tensors, on the CPU; the others stay empty and unread.
 
+    Args:
+        path: of the file, or of the folder that `save_shards` has written.
+
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is none of ours.
         ValueError: `groups` names a group that does not exist.
     """
-    if unknown := set(groups) - set(GROUPS):
-        raise ValueError(f"no group {', '.join(sorted(unknown))} in a checkpoint, it has {', '.join(GROUPS)}")
+    check_groups(groups)
     path = Path(path)
+    if path.is_dir():
+        from lumiere.persistence.sharded import load_shards
+
+        return load_shards(path, groups)
     # One handle for all reads: a training run may replace the file at any moment.
     with _open_for_reading(path) as file:
-        header = _read_header(path, file)
+        header = read_header(path, file)
         metadata = _parse_metadata(path, header)
         _check_room(path, header, groups)
         tensors = {group: _read_group(path, file, header, group) for group in groups}
@@ -138,15 +144,25 @@ def load_checkpoint(path: str | Path, groups: Collection[str] = GROUPS) -> Check
     )
 
 
+def check_groups(groups: Collection[str]) -> None:
+    """Refuses the name of a group that does not exist, with a ValueError."""
+    if unknown := set(groups) - set(GROUPS):
+        raise ValueError(f"no group {', '.join(sorted(unknown))} in a checkpoint, it has {', '.join(GROUPS)}")
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of a checkpoint, read from the header alone.
+    """The metadata of a checkpoint, read from the header alone, or from a folder's manifest.
 
     Raises:
         CheckpointError: there is no such file, its header is damaged, its length is wrong, or it is none of ours.
     """
     path = Path(path)
+    if path.is_dir():
+        from lumiere.persistence.manifest import read_manifest
+
+        return read_manifest(path).metadata
     with _open_for_reading(path) as file:
-        return _parse_metadata(path, _read_header(path, file))
+        return _parse_metadata(path, read_header(path, file))
 
 
 @contextmanager
@@ -157,31 +173,36 @@ def _open_for_reading(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {str(path)!r}", "lumiere runs ls lists the runs") from None
     except OSError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}", "check the path") from None
+        raise unreadable(path, error) from None
 
 
-def _read_header(path: Path, file: BinaryIO) -> _Header:
+def read_header(path: Path, file: BinaryIO) -> Header:
+    """The header of a safetensors file, from whose start `file` reads.
+
+    Raises:
+        CheckpointError: it is none, or announces other bytes than there are.
+    """
     size = os.fstat(file.fileno()).st_size
     if size < 8:
-        raise _damaged(path, f"a file of {size} bytes is too short")
+        raise damaged(path, f"a file of {size} bytes is too short")
     length = int.from_bytes(file.read(8), "little")
     data_start = 8 + length
     if length > MAX_HEADER_BYTES or data_start > size:
-        raise _damaged(path, f"it announces a header of {length:,} bytes, which cannot be")
+        raise damaged(path, f"it announces a header of {length:,} bytes, which cannot be")
     try:
         entries = parse_json(file.read(length))
         texts = dict(entries.pop("__metadata__", {}))
         sound = all(isinstance(text, str) for text in texts.values())
         spans = sorted(map(_span, entries.values()))
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise _damaged(path, "its header is not that of a safetensors file") from None
+        raise damaged(path, "its header is not that of a safetensors file") from None
     # Each tensor begins where the one before it ends: otherwise a small file could make large ones, of the same bytes.
     if not sound or any(begin != end for (begin, _), (_, end) in zip(spans, [(0, 0), *spans], strict=False)):
-        raise _damaged(path, "its metadata is no text, or its tensors overlap or leave gaps")
+        raise damaged(path, "its metadata is no text, or its tensors overlap or leave gaps")
     announced = data_start + (spans[-1][1] if spans else 0)
     if announced != size:
-        raise _damaged(path, f"it has {size:,} bytes, its header announces {announced:,}")
-    return _Header(texts, entries, data_start)
+        raise damaged(path, f"it has {size:,} bytes, its header announces {announced:,}")
+    return Header(texts, entries, data_start)
 
 
 def _span(entry: Any) -> tuple[int, int]:
@@ -192,10 +213,17 @@ def _span(entry: Any) -> tuple[int, int]:
     raise ValueError("no span")
 
 
-def _check_room(path: Path, header: _Header, groups: Collection[str]) -> None:
-    """A file with holes says of itself that it is terabytes, and takes no room on the disk."""
+def _check_room(path: Path, header: Header, groups: Collection[str]) -> None:
     wanted = [_span(entry) for name, entry in header.entries.items() if name.partition(".")[0] in groups]
-    needed = sum(end - begin for begin, end in wanted)
+    check_memory(path, sum(end - begin for begin, end in wanted))
+
+
+def check_memory(path: Path, needed: int) -> None:
+    """Refuses more bytes than there can be: a file with holes may say terabytes, and take no room on the disk.
+
+    Raises:
+        CheckpointError: this machine has less memory.
+    """
     if hasattr(os, "sysconf") and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise CheckpointError(
             f"{str(path)!r} holds {needed / 1e9:,.0f} GB of tensors, this machine has {memory / 1e9:,.0f} GB of memory",
@@ -203,9 +231,27 @@ def _check_room(path: Path, header: _Header, groups: Collection[str]) -> None:
         )
 
 
-def _parse_metadata(path: Path, header: _Header) -> dict[str, Any]:
-    number = header.texts.get("lumiere_format")
-    if number is None:
+def _parse_metadata(path: Path, header: Header) -> dict[str, Any]:
+    check_format(path, header.texts.get("lumiere_format"))
+    text = header.texts.get("metadata", "")
+    if header.texts.get("format") != "pt" or _hash_text(text) != header.texts.get("sha256.metadata"):
+        raise damaged(path, "its metadata does not match its hash")
+    try:
+        metadata = parse_json(text)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise damaged(path, "its metadata is no JSON object")
+    return metadata
+
+
+def check_format(path: Path, number: Any) -> None:
+    """Refuses what is not in the format of this Lumiere.
+
+    Raises:
+        CheckpointError: it is no checkpoint of Lumiere, or one of another format.
+    """
+    if not isinstance(number, str):
         raise CheckpointError(
             f"{str(path)!r} is a safetensors file, but no checkpoint of Lumiere",
             "Lumiere's own are in the checkpoints folder of a run",
@@ -216,19 +262,9 @@ def _parse_metadata(path: Path, header: _Header) -> dict[str, Any]:
             f"{str(path)!r} has format {shortened(number, 20)!r}, this Lumiere reads format {FORMAT_NUMBER}",
             "a newer Lumiere wrote it: pip install --upgrade lumiere" if is_newer else DAMAGE_HINT,
         )
-    text = header.texts.get("metadata", "")
-    if header.texts.get("format") != "pt" or _hash_text(text) != header.texts.get("sha256.metadata"):
-        raise _damaged(path, "its metadata does not match its hash")
-    try:
-        metadata = parse_json(text)
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise _damaged(path, "its metadata is no JSON object")
-    return metadata
 
 
-def _read_group(path: Path, file: BinaryIO, header: _Header, group: str) -> dict[str, Tensor]:
+def _read_group(path: Path, file: BinaryIO, header: Header, group: str) -> dict[str, Tensor]:
     prefix = f"{group}."
     tensors = {
         name.removeprefix(prefix): _read_tensor(path, file, header.data_start, entry)
@@ -236,22 +272,29 @@ def _read_group(path: Path, file: BinaryIO, header: _Header, group: str) -> dict
         if name.startswith(prefix)
     }
     if hash_tensors(tensors) != header.texts.get(f"sha256.{group}"):
-        raise _damaged(path, f"the {group}'s tensors do not match their hash")
+        raise damaged(path, f"the {group}'s tensors do not match their hash")
     return tensors
 
 
 def _read_tensor(path: Path, file: BinaryIO, data_start: int, entry: Mapping[str, Any]) -> Tensor:
-    """One tensor, decoded by safetensors itself, as a file that holds nothing else."""
-    import safetensors.torch
-
     begin, end = entry["data_offsets"]
     file.seek(data_start + begin)
-    data = file.read(end - begin)
+    return decode(path, entry, file.read(end - begin))
+
+
+def decode(path: Path, entry: Mapping[str, Any], data: bytes) -> Tensor:
+    """The tensor of a type and shape whose bytes are `data`, by safetensors itself, as a file with nothing else.
+
+    Raises:
+        CheckpointError: there is no such type, or it has another number of bytes.
+    """
+    import safetensors.torch
+
     header = json.dumps({"tensor": {**entry, "data_offsets": [0, len(data)]}}).encode()
     try:
         return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)["tensor"]
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-        raise _damaged(path, "a tensor's type and shape do not match its bytes") from None
+        raise damaged(path, "a tensor's type and shape do not match its bytes") from None
 
 
 def _hash_text(text: str) -> str:
@@ -269,5 +312,11 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What to raise where a checkpoint is there and cannot be read."""
+    return CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}", "check the path")
+
+
+def damaged(path: Path, reason: str) -> CheckpointError:
+    """What to raise where a checkpoint is not as it was written."""
     return CheckpointError(f"{str(path)!r} is damaged: {reason}", DAMAGE_HINT)

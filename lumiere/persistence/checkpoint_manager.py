@@ -9,11 +9,17 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lumiere.components.world import World
 from lumiere.errors import CheckpointError, nearest
+from lumiere.persistence import placing
 from lumiere.persistence.atomic import sync_folder
 from lumiere.persistence.checkpoint import GROUPS, Checkpoint, load_checkpoint, save_checkpoint, unwritable
-from lumiere.persistence.checkpoint_names import NAME_PATTERN, SUFFIX, checkpoint_names
+from lumiere.persistence.checkpoint_names import checkpoint_names
+from lumiere.persistence.placing import NAME_PATTERN, SUFFIX
 from lumiere.persistence.runs import Run, RunStore
+
+OLD_NAMES = {"latest": "previous"}
+"""What a checkpoint is called when another one has taken its name."""
 
 
 class CheckpointManager:
@@ -36,19 +42,35 @@ class CheckpointManager:
             CheckpointError: it cannot be written; what was there is untouched.
             ValueError: `name` is not `best`, `latest` or `step-` and at least 8 digits.
         """
-        if not NAME_PATTERN.fullmatch(name) or name == "previous":
-            raise ValueError(f"{name!r} is no name for a checkpoint: best, latest, or step- and 8 digits")
-        path = _path(run, name)
+        _check_name(name)
+        path = run.checkpoints_dir / f"{name}{SUFFIX}"
         try:
-            for leftover in run.checkpoints_dir.glob(".*.tmp"):  # of a process that was killed while it saved
-                if not leftover.is_dir():
-                    leftover.unlink(missing_ok=True)
-            if name == "latest" and path.is_file():
+            placing.clear(run.checkpoints_dir)
+            involved = {name, OLD_NAMES.get(name, name)}
+            if any(form.is_dir() for one in involved for form in placing.present(run.checkpoints_dir, one)):
+                temporary = placing.temporary_path(path)
+                save_checkpoint(temporary, checkpoint)
+                _place(temporary, run.checkpoints_dir, name)
+            elif name == "latest" and path.is_file():
                 _replace_latest(run, checkpoint)
             else:
                 save_checkpoint(path, checkpoint)
         except OSError as error:
             raise unwritable(path, error) from error
+
+    def save_shards(self, run: Run, name: str, checkpoint: Checkpoint, world: World) -> None:
+        """Writes `checkpoint` under `name` as a folder, its rows by the processes that have them; else as `save`.
+
+        Every process of `world` calls it, with the DTensors and plain tensors that `sharded.save_shards` takes.
+
+        Raises:
+            CheckpointError: a process cannot write; what was there is untouched.
+            ValueError: as `save`, or a tensor is shared out otherwise than by rows.
+        """
+        from lumiere.persistence.sharded import save_shards
+
+        _check_name(name)
+        save_shards(run.checkpoints_dir / name, checkpoint, world, _place)
 
     def load(self, run: Run | str, name: str, groups: Collection[str] = GROUPS) -> Checkpoint:
         """The checkpoint `name`, or the snapshot of a step given as a bare number.
@@ -58,7 +80,15 @@ class CheckpointManager:
             CheckpointError: the run has no such checkpoint, or it is damaged.
         """
         run = self._open(run)
-        return load_checkpoint(_path(run, self._find(run, name)), groups)
+        while True:
+            path = placing.find(run.checkpoints_dir, self._find(run, name))
+            before = _identity(path)
+            try:
+                return load_checkpoint(path, groups)
+            except CheckpointError:
+                # A training may have put another one in its place, which takes several steps with folders.
+                if _identity(path) == before:
+                    raise
 
     def load_latest(self, run: Run | str) -> tuple[Checkpoint, str]:
         """The newest checkpoint to resume from, and its name: `previous`, or else `best`, where `latest` is damaged.
@@ -106,7 +136,7 @@ class CheckpointManager:
             CheckpointError: the run has no such checkpoint.
         """
         run = self._open(run)
-        _path(run, self._find(run, name)).unlink()
+        placing.remove(run.checkpoints_dir, self._find(run, name))
 
     def _open(self, run: Run | str) -> Run:
         return run if isinstance(run, Run) else self._store.open(run)
@@ -126,24 +156,37 @@ class CheckpointManager:
         raise CheckpointError(f"run {run.id} has no checkpoint {name!r}", hint)
 
 
+def _check_name(name: str) -> None:
+    if not NAME_PATTERN.fullmatch(name) or name == "previous":
+        raise ValueError(f"{name!r} is no name for a checkpoint: best, latest, or step- and 8 digits")
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _place(finished: Path, folder: Path, name: str) -> None:
+    placing.place(finished, folder, name, OLD_NAMES.get(name))
+
+
 def _replace_latest(run: Run, checkpoint: Checkpoint) -> None:
     """Writes a new `latest` and makes the old one `previous`.
 
     In this order there is a loadable checkpoint at every instant, also where the old `latest` is damaged and only
     `previous` is whole: that one goes when the new `latest` is there.
     """
-    latest, aside = _path(run, "latest"), run.checkpoints_dir / ".previous.tmp"
+    latest, aside = run.checkpoints_dir / f"latest{SUFFIX}", run.checkpoints_dir / ".previous.tmp"
     try:
         try:
             os.link(latest, aside)
         except OSError:  # a file system without hard links
             shutil.copyfile(latest, aside)
         save_checkpoint(latest, checkpoint)
-        os.replace(aside, _path(run, "previous"))
+        os.replace(aside, run.checkpoints_dir / f"previous{SUFFIX}")
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(run.checkpoints_dir)
-
-
-def _path(run: Run, name: str) -> Path:
-    return run.checkpoints_dir / f"{name}{SUFFIX}"

@@ -9,18 +9,19 @@ from pathlib import Path
 
 from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import read_metadata
-from lumiere.persistence.checkpoint_manager import SUFFIX, CheckpointManager
+from lumiere.persistence.checkpoint_names import checkpoint_names
+from lumiere.persistence.placing import find
 from lumiere.persistence.runs import Run
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A checkpoint by its header.
+    """A checkpoint, a file or a folder, by its header or its manifest.
 
     Attributes:
         step: updates that it has seen; None where the header does not say.
-        num_bytes: of the file.
-        problem: what is wrong with the file, as far as the header shows it.
+        num_bytes: of the file, or of all files in the folder.
+        problem: what is wrong with it, as far as the header or the manifest shows it.
     """
 
     name: str
@@ -30,16 +31,17 @@ class CheckpointFile:
 
 
 def checkpoint_path(run: Run, name: str) -> Path:
-    return run.checkpoints_dir / f"{name}{SUFFIX}"
+    """The file or folder that the checkpoint is; where it is not there, the file that it would be."""
+    return find(run.checkpoints_dir, name)
 
 
 def checkpoint_files(run: Run) -> list[CheckpointFile]:
     """The checkpoints of a run, in the order of `CheckpointManager.names`; no tensor is read."""
-    return [_checkpoint_file(run, name) for name in CheckpointManager(run.path.parent).names(run)]
+    return [_checkpoint_file(run, name) for name in checkpoint_names(run)]
 
 
 def disk_bytes(folder: Path, without: Collection[Path] = ()) -> int:
-    """Bytes of the files in a folder, those `without` left out; links are not followed.
+    """Bytes of the files in a folder, without those files and folders in it; links are not followed.
 
     A file with several names counts once, and as long as one of them is left: only then its room is taken.
     """
@@ -49,7 +51,7 @@ def disk_bytes(folder: Path, without: Collection[Path] = ()) -> int:
 def _checkpoint_file(run: Run, name: str) -> CheckpointFile:
     path = checkpoint_path(run, name)
     try:
-        num_bytes = path.stat().st_size
+        num_bytes = disk_bytes(path) if path.is_dir() else path.stat().st_size
     except OSError:  # a training has just replaced or dropped it
         num_bytes = 0
     try:
@@ -62,7 +64,8 @@ def _checkpoint_file(run: Run, name: str) -> CheckpointFile:
 def _file_stats(folder: Path, without: Collection[Path]) -> Iterator[os.stat_result]:
     if folder.is_symlink():
         return
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if Path(parent, name) not in without]
         for name in names:
             path = Path(parent, name)
             if path in without:

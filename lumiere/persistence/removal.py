@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lumiere.errors import LumiereError, nearest
 from lumiere.persistence.atomic import sync_folder
-from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.checkpoint_names import NAMES
-from lumiere.persistence.inventory import checkpoint_path, disk_bytes
+from lumiere.persistence.checkpoint_names import NAMES, checkpoint_names
+from lumiere.persistence.inventory import disk_bytes
 from lumiere.persistence.lock import locked
+from lumiere.persistence.placing import delete, present, remove
 from lumiere.persistence.runs import NAME_PATTERN, Run, RunStore
 
 ASIDE_PATTERN = re.compile(rf"\.removed\.{NAME_PATTERN.pattern}\.[0-9a-f]{{8}}")
@@ -66,7 +64,7 @@ def remove_run(run: Run) -> None:
         with locked(run.path):  # so that no training begins in between
             os.rename(run.path, aside)
         sync_folder(run.path.parent)
-        _delete(aside)
+        delete(aside)
     except OSError as error:
         raise LumiereError(
             f"run {run.id} cannot be removed: {error.strerror or error}", f"check the permissions of {run.path.parent}/"
@@ -82,7 +80,7 @@ def remove_leftovers(store: RunStore) -> None:
     for name in names:
         if ASIDE_PATTERN.fullmatch(name):
             try:
-                _delete(store.runs_dir / name)
+                delete(store.runs_dir / name)
             except OSError:
                 continue
 
@@ -113,7 +111,7 @@ def plan_pruning(run: Run, keep: Collection[str]) -> Pruning:
     A run is left alone that is not finished, that would have no checkpoint left, or whose checkpoints lie elsewhere,
     behind a link.
     """
-    names = CheckpointManager(run.path.parent).names(run)
+    names = checkpoint_names(run)
     kept = [name for name in names if name in keep or (SNAPSHOTS in keep and name.startswith("step-"))]
     gone = tuple(name for name in names if name not in kept)
     if run.status != "finished":
@@ -122,7 +120,7 @@ def plan_pruning(run: Run, keep: Collection[str]) -> Pruning:
         return Pruning(run, reason="its checkpoints are behind a link")
     if gone and not kept:
         return Pruning(run, reason="it has none of those to keep")
-    paths = [checkpoint_path(run, name) for name in gone]
+    paths = [path for name in gone for path in present(run.checkpoints_dir, name)]
     return Pruning(run, gone, disk_bytes(run.path) - disk_bytes(run.path, without=paths))
 
 
@@ -137,7 +135,7 @@ def prune(pruning: Pruning) -> None:
     with locked(run.path):  # so that no training begins in between
         for name in pruning.names:
             try:
-                checkpoint_path(run, name).unlink(missing_ok=True)
+                remove(run.checkpoints_dir, name)
             except OSError as error:
                 raise LumiereError(
                     f"checkpoint {name} of run {run.id} cannot be deleted: {error.strerror}",
@@ -148,11 +146,3 @@ def prune(pruning: Pruning) -> None:
 def distinct(runs: Sequence[Run]) -> list[Run]:
     """The runs in their order, each once, however often and by whatever name it was given."""
     return list(dict.fromkeys(runs))
-
-
-def _delete(path: Path) -> None:
-    # A link is taken away, and never what it leads to; rmtree does not follow those inside either.
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)

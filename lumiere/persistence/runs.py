@@ -144,9 +144,10 @@ class Run:
 
         Any other name is given back as it is, whether or not there is such a checkpoint.
         """
-        has_best = (self.checkpoints_dir / "best.safetensors").is_file()
-        has_latest = (self.checkpoints_dir / "latest.safetensors").is_file()
-        return "latest" if name == "best" and not has_best and has_latest else name
+        from lumiere.persistence.placing import found
+
+        names = found(self.checkpoints_dir)
+        return "latest" if name == "best" and "best" not in names and "latest" in names else name
 
     def load_model(self, checkpoint: str = "best") -> Transformer:
         """The model with the weights of `checkpoint`, on the CPU, in evaluation mode.

@@ -54,7 +54,7 @@ def test_a_kill_while_deleting_leaves_no_half_run(store: RunStore, monkeypatch: 
         (path / "run.json").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(removal, "_delete", killed)
+    monkeypatch.setattr(removal, "delete", killed)
     with pytest.raises(KeyboardInterrupt):
         remove_run(run)
     assert store.all() == [kept]

@@ -1,0 +1,204 @@
+"""What is in a folder of shards is never trusted: it is as it was written, or refused with a reason."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumiere.errors import CheckpointError
+from lumiere.persistence.checkpoint import load_checkpoint
+from lumiere.persistence.manifest import read_manifest
+from tests.persistence.shards import flip, make_folder, read, seal, shared_out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Made by hand, as three processes would have written it."""
+    return make_folder(tmp_path / "latest")
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """A change of the manifest by somebody who makes its hash right again."""
+
+    def changed(folder: Path) -> None:
+        manifest = read(folder)
+        change(manifest)
+        seal(folder, manifest)
+
+    return changed
+
+
+def entry(manifest: dict[str, Any], name: str = "model.weight") -> dict[str, Any]:
+    return manifest["tensors"][name]
+
+
+def replace_by_link(folder: Path) -> None:
+    shutil.move(folder / "shard-1.safetensors", folder.parent / "elsewhere")
+    os.symlink(folder.parent / "elsewhere", folder / "shard-1.safetensors")
+
+
+def link_manifest(folder: Path) -> None:
+    shutil.move(folder / "checkpoint.json", folder.parent / "elsewhere")
+    os.symlink(folder.parent / "elsewhere", folder / "checkpoint.json")
+
+
+def announce_terabytes(folder: Path) -> None:
+    """Files with holes, which take no room, as long as the tensor that they announce."""
+    rows = 2**38
+    header = json.dumps({"model.weight": {"dtype": "F32", "shape": [rows, 2], "data_offsets": [0, rows * 8]}}).encode()
+    with open(folder / "shard-1.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + rows * 8)
+    manifest = read(folder)
+    manifest["tensors"] = {"model.weight": {"dtype": "F32", "shape": [rows, 2], "shards": [[0, 0, rows]]}}
+    manifest["files"][0]["bytes"] = 8 + len(header) + rows * 8
+    seal(folder, manifest)
+
+
+def lengthen(folder: Path) -> None:
+    """A file with a hole behind the tensors, which would have to be read to its end."""
+    length = (folder / "shard-1.safetensors").stat().st_size + 2**40
+    os.truncate(folder / "shard-1.safetensors", length)
+    edit(lambda manifest: manifest["files"][0].update(bytes=length))(folder)
+
+
+def exchange(folder: Path) -> None:
+    """Two files, each in the place of the other; the rows are as many, and those of other places."""
+    manifest = read(folder)
+    manifest["files"][0], manifest["files"][1] = manifest["files"][1], manifest["files"][0]
+    seal(folder, manifest)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda folder: (folder / "checkpoint.json").unlink(), "it has no checkpoint.json"),
+    "a manifest that is a link": (link_manifest, "checkpoint.json is a link"),
+    "a manifest that is a folder": (
+        lambda folder: ((folder / "checkpoint.json").unlink(), (folder / "checkpoint.json").mkdir()),
+        "cannot be read",
+    ),
+    "a manifest cut short": (
+        lambda folder: os.truncate(folder / "checkpoint.json", 300),
+        "checkpoint.json is no JSON object",
+    ),
+    "an empty manifest": (lambda folder: os.truncate(folder / "checkpoint.json", 0), "is no JSON object"),
+    "a manifest with a hole": (lambda folder: os.truncate(folder / "checkpoint.json", 2**40), "More than 100,000,000"),
+    "a list": (lambda folder: (folder / "checkpoint.json").write_text("[1]"), "is no JSON object"),
+    "nested": (lambda folder: (folder / "checkpoint.json").write_text("[" * 10**6), "is no JSON object"),
+    "nested objects": (
+        lambda folder: (folder / "checkpoint.json").write_text('{"a":' * 50 + "1" + "}" * 50),
+        "is no JSON object",
+    ),
+    "somebody else's": (lambda folder: (folder / "checkpoint.json").write_text("{}"), "is no checkpoint of Lumiere"),
+    "a newer format": (
+        edit(lambda manifest: manifest.update(lumiere_format="2")),
+        "has format '2', this",
+    ),
+    "a format that is no text": (
+        edit(lambda manifest: manifest.update(lumiere_format=[1])),
+        "no checkpoint of Lumiere",
+    ),
+    "a changed manifest": (
+        lambda folder: (folder / "checkpoint.json").write_text(
+            (folder / "checkpoint.json").read_text().replace("4.418", "4.419")
+        ),
+        "checkpoint.json does not match its hash",
+    ),
+    "a file missing": (lambda folder: (folder / "shard-2.safetensors").unlink(), "shard-2.safetensors is missing"),
+    "a file left over": (
+        lambda folder: shutil.copyfile(folder / "shard-2.safetensors", folder / "shard-9.safetensors"),
+        "shard-9.safetensors does not belong there",
+    ),
+    "a file that is a link": (replace_by_link, "shard-1.safetensors is no file"),
+    "a file that is a pipe": (
+        lambda folder: ((folder / "rng.safetensors").unlink(), os.mkfifo(folder / "rng.safetensors")),
+        "rng.safetensors is no file",
+    ),
+    "a file cut short": (
+        lambda folder: os.truncate(folder / "shard-1.safetensors", 100),
+        "shard-1.safetensors has 100 bytes instead of",
+    ),
+    "a bit of a tensor": (flip("shard-3.safetensors"), "it does not match its hash"),
+    "a bit of the random numbers": (flip("rng.safetensors"), "it does not match its hash"),
+    "terabytes": (announce_terabytes, "holds 2,199 GB of tensors"),
+    "a hole behind the tensors": (lengthen, "has 1,099,511"),
+    "files exchanged": (exchange, "it does not hold the rows of model"),
+    "a gap between shards": (edit(lambda manifest: entry(manifest)["shards"].pop(1)), "overlap or leave gaps"),
+    "a gap at the end": (edit(lambda manifest: entry(manifest)["shards"].pop()), "overlap or leave gaps"),
+    "a gap at the start": (edit(lambda manifest: entry(manifest)["shards"].pop(0)), "overlap or leave gaps"),
+    "rows twice": (edit(lambda manifest: entry(manifest)["shards"].insert(1, [1, 0, 2])), "overlap or leave gaps"),
+    "rows backwards": (edit(lambda manifest: entry(manifest).update(shards=[[0, 0, 9], [1, 9, 5]])), "leave gaps"),
+    "more rows than the file has": (edit(lambda manifest: entry(manifest)["shards"].__setitem__(0, [0, 0, 1])), "gaps"),
+    "more rows than there are": (
+        edit(lambda manifest: entry(manifest).update(shape=[6, 2], shards=[[0, 0, 2], [1, 2, 4], [2, 4, 6]])),
+        "it does not hold the rows of model.weight",
+    ),
+    "a type that is none": (edit(lambda manifest: entry(manifest).update(dtype="F33")), "type and shape do not match"),
+    "another type": (edit(lambda manifest: entry(manifest).update(dtype="I32")), "it does not hold the rows"),
+    "another shape": (edit(lambda manifest: entry(manifest).update(shape=[5, 1])), "it does not hold the rows"),
+    "a long shape": (edit(lambda manifest: entry(manifest).update(shape=[5, 2**62])), "its tensors"),
+    "a long shape of nothing": (
+        edit(lambda manifest: entry(manifest, "model.none").update(shape=[0, 2**62, 2**62])),
+        "of tensors, this machine has",
+    ),
+    "many dimensions": (edit(lambda manifest: entry(manifest).update(shape=[5, 2, *[1] * 100])), "does not say what"),
+    "a length below nothing": (edit(lambda manifest: entry(manifest).update(shape=[5, -2])), "does not say what"),
+    "a length that is a truth": (edit(lambda manifest: entry(manifest).update(shape=[5, True])), "does not say what"),
+    "a shard of no file": (edit(lambda manifest: entry(manifest)["shards"][0].__setitem__(0, 99)), "does not say what"),
+    "a shard of four": (edit(lambda manifest: entry(manifest)["shards"][0].append(1)), "does not say what"),
+    "a path": (
+        edit(lambda manifest: manifest["files"][0].update(name="../a/shard-1.safetensors")),
+        "not say what",
+    ),
+    "an absolute path": (edit(lambda manifest: manifest["files"][0].update(name="/etc/passwd")), "does not say what"),
+    "a hidden file": (edit(lambda manifest: manifest["files"][0].update(name=".a.safetensors")), "does not say what"),
+    "a name that is none": (edit(lambda manifest: manifest["files"][0].update(name=7)), "does not say what"),
+    "a file twice": (edit(lambda manifest: manifest["files"].append(manifest["files"][0])), "does not say what"),
+    "a length in words": (edit(lambda manifest: manifest["files"][0].update(bytes="some")), "does not say what"),
+    "no files": (edit(lambda manifest: manifest.pop("files")), "does not say what"),
+    "files by name": (edit(lambda manifest: manifest.update(files={"a": 1})), "does not say what"),
+    "tensors in a list": (edit(lambda manifest: manifest.update(tensors=[])), "does not say what"),
+    "metadata in a list": (edit(lambda manifest: manifest.update(metadata=[])), "does not say what"),
+    "a group that is none": (
+        edit(lambda manifest: manifest["tensors"].update({"weights.a": entry(manifest)})),
+        "does not say what",
+    ),
+    "groups in one file": (
+        edit(lambda manifest: manifest["tensors"].update({"rng.a": entry(manifest)})),
+        "does not say what",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_folder_that_is_not_as_it_was_written_is_refused(folder: Path, name: str) -> None:
+    change, message = HOSTILE[name]
+    change(folder)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folder)
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_an_error_names_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint '.*gone' \(lumiere runs ls lists the runs\)"):
+        read_manifest(tmp_path / "gone")
+
+
+def test_a_header_that_lies_is_refused_though_its_hash_is_right(tmp_path: Path) -> None:
+    files = shared_out()
+    start, rows = files["shard-2.safetensors"]["model.weight"]
+    for wrong in (rows[:, :1], rows[:1], rows.double(), rows.reshape(4)):
+        folder = make_folder(tmp_path / str(list(wrong.shape)) / str(wrong.dtype), files)
+        right = read(folder)
+        files["shard-2.safetensors"]["model.weight"] = (start, wrong)
+        lying = read(make_folder(folder.with_name("lying"), files))
+        shutil.copy(folder.with_name("lying") / "shard-2.safetensors", folder / "shard-2.safetensors")
+        right["files"][1] = lying["files"][1]
+        seal(folder, right)
+        files["shard-2.safetensors"]["model.weight"] = (start, rows)
+        with pytest.raises(CheckpointError, match=r"it does not hold the rows|, its tensors"):
+            load_checkpoint(folder)
