@@ -8,6 +8,7 @@ code behind them is reached. Each input must give a value or a `LumiereError` of
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -175,6 +176,10 @@ def mutate_config(data: bytes, draw: random.Random) -> bytes:
 
 
 def read_checkpoint(folder: Path) -> None:
+    go_on_from(folder / "best.safetensors")
+
+
+def go_on_from(path: Path) -> None:
     """All that a checkpoint goes through until a training goes on."""
     import torch
 
@@ -183,7 +188,6 @@ def read_checkpoint(folder: Path) -> None:
     from lumiere.persistence.fitting import load_weights
     from lumiere.training.state import TrainingState
 
-    path = folder / "best.safetensors"
     metadata = read_metadata(path)
     checkpoint = load_checkpoint(path)
     assert checkpoint.metadata == metadata
@@ -197,11 +201,11 @@ def read_checkpoint(folder: Path) -> None:
     state.update(1.0)
 
 
-def checkpoint_seeds() -> list[bytes]:
+def trained_state() -> Any:
+    """The checkpoint of a model that has made one step."""
     import torch
 
     from lumiere.config.loader import validate
-    from lumiere.persistence.checkpoint import Checkpoint, save_checkpoint
     from lumiere.training.state import TrainingState
 
     config = validate(SETTINGS)
@@ -209,14 +213,51 @@ def checkpoint_seeds() -> list[bytes]:
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.update(1.0)
+    return state.to_checkpoint({"config": config.model_dump()})
+
+
+def checkpoint_seeds() -> list[bytes]:
+    import torch
+
+    from lumiere.persistence.checkpoint import Checkpoint, save_checkpoint
+
     small = Checkpoint({"a": torch.ones(2, 1)}, metadata={"step": 1})
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "seed"
         seeds = []
-        for checkpoint in (small, state.to_checkpoint({"config": config.model_dump()})):
+        for checkpoint in (small, trained_state()):
             save_checkpoint(path, checkpoint)
             seeds.append(path.read_bytes())
     return seeds
+
+
+@functools.cache
+def shards() -> dict[str, bytes]:
+    """The files of a checkpoint that is a folder, its manifest among them."""
+    from lumiere.components.world import ALONE
+    from lumiere.persistence.sharded import save_shards
+
+    with tempfile.TemporaryDirectory() as name:
+        save_shards(Path(name) / "best", trained_state(), ALONE)
+        return {path.name: path.read_bytes() for path in (Path(name) / "best").iterdir()}
+
+
+def read_shards(folder: Path) -> None:
+    for name, data in shards().items():
+        if name != "checkpoint.json":
+            (folder / "best" / name).write_bytes(data)
+    go_on_from(folder / "best")
+
+
+def mutate_manifest(data: bytes, draw: random.Random) -> bytes:
+    """A change of a value, with the hash made right again."""
+    manifest = json.loads(data)
+    del manifest["sha256"]
+    manifest = changed(manifest, draw)
+    with contextlib.suppress(Exception):  # of a manifest that is none any more
+        text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+        manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(manifest).encode()
 
 
 def mutate_checkpoint(data: bytes, draw: random.Random) -> bytes:
@@ -371,6 +412,9 @@ def tokenizer_seeds() -> list[bytes]:
 TARGETS = {
     "config": Target(config_file, read_config, config_seeds, mutate_config),
     "checkpoint": Target(lambda data: "best.safetensors", read_checkpoint, checkpoint_seeds, mutate_checkpoint),
+    "shards": Target(
+        lambda data: "best/checkpoint.json", read_shards, lambda: [shards()["checkpoint.json"]], mutate_manifest
+    ),
     "metrics": Target(lambda data: "metrics.jsonl", read_metrics, metrics_seeds, mutate_metrics),
     "record": Target(lambda data: f"{RUN_NAME}/run.json", read_record, record_seeds, mutate_json),
     "evaluation": Target(lambda data: f"{RUN_NAME}/eval/best.json", read_evaluation, evaluation_seeds, mutate_json),

@@ -60,9 +60,16 @@ def announce_terabytes(folder: Path) -> None:
 
 
 def lengthen(folder: Path) -> None:
-    """A file with a hole behind the tensors, which would have to be read to its end."""
-    length = (folder / "shard-1.safetensors").stat().st_size + 2**40
-    os.truncate(folder / "shard-1.safetensors", length)
+    """One more tensor, a hole of a terabyte that nobody asks for, and yet would have to be read for the hash."""
+    path = folder / "shard-1.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, tensors = json.loads(data[8:start]), data[start:]
+    header["model.more"] = {"dtype": "U8", "shape": [2**40], "data_offsets": [len(tensors), len(tensors) + 2**40]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+    length = 8 + len(text) + len(tensors) + 2**40
+    os.truncate(path, length)
     edit(lambda manifest: manifest["files"][0].update(bytes=length))(folder)
 
 
@@ -124,7 +131,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit of a tensor": (flip("shard-3.safetensors"), "it does not match its hash"),
     "a bit of the random numbers": (flip("rng.safetensors"), "it does not match its hash"),
     "terabytes": (announce_terabytes, "holds 2,199 GB of tensors"),
-    "a hole behind the tensors": (lengthen, "has 1,099,511"),
+    "a hole behind the tensors": (lengthen, "bytes, its tensors "),
     "files exchanged": (exchange, "it does not hold the rows of model"),
     "a gap between shards": (edit(lambda manifest: entry(manifest)["shards"].pop(1)), "overlap or leave gaps"),
     "a gap at the end": (edit(lambda manifest: entry(manifest)["shards"].pop()), "overlap or leave gaps"),

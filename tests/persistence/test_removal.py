@@ -19,6 +19,7 @@ from lumiere.persistence.removal import (
     remove_run,
 )
 from lumiere.persistence.runs import Run, RunStore
+from tests.persistence.shards import make_folder
 
 CHECKPOINTS = {"best": 100, "latest": 200, "previous": 300, "step-00000000": 1, "step-00000512": 2}
 
@@ -146,6 +147,41 @@ def test_pruning_keeps_what_is_named_and_counts_the_bytes(store: RunStore, keep:
     assert names(run) == left
     assert plan.num_bytes == sum(size for name, size in CHECKPOINTS.items() if name not in left)
     assert before - disk_bytes(run.path) == plan.num_bytes
+
+
+@pytest.mark.parametrize("keep", ["best", "latest,previous"])
+def test_folders_of_shards_are_pruned_and_counted_like_files(store: RunStore, tmp_path: Path, keep: str) -> None:
+    run = make(store)
+    for name in ("best", "previous", "step-00000512"):
+        checkpoint_path(run, name).unlink()
+        make_folder(run.checkpoints_dir / name)
+    shutil.move(run.checkpoints_dir / "best", tmp_path / "best")
+    os.symlink(tmp_path / "best", run.checkpoints_dir / "best")
+    in_folder = sum(path.stat().st_size for path in (run.checkpoints_dir / "previous").iterdir())
+    sizes = {checkpoint.name: checkpoint.num_bytes for checkpoint in checkpoint_files(run)}
+    assert sizes == {"best": 0, "latest": 200, "previous": in_folder, "step-00000000": 1, "step-00000512": in_folder}
+    before = disk_bytes(run.path)
+    plan = plan_pruning(run, parse_keep(keep))
+    prune(plan)
+    assert names(run) == keep.split(",")
+    assert plan.num_bytes == before - disk_bytes(run.path)
+    assert sorted(path.name for path in run.checkpoints_dir.iterdir()) == sorted(
+        "latest.safetensors" if name == "latest" else name for name in keep.split(",")
+    )
+    assert (tmp_path / "best" / "checkpoint.json").is_file()
+
+
+def test_a_folder_of_shards_is_described_by_its_manifest(store: RunStore) -> None:
+    run = make(store)
+    folder = make_folder(run.checkpoints_dir / "latest")
+    checkpoint_path(run, "latest").unlink()
+    latest = checkpoint_files(run)[1]
+    assert (latest.name, latest.step, latest.problem) == ("latest", 512, None)
+    (folder / "shard-2.safetensors").unlink()
+    damaged = checkpoint_files(run)[1]
+    assert damaged.step is None
+    assert damaged.num_bytes == sum(path.stat().st_size for path in folder.iterdir())
+    assert "shard-2.safetensors is missing" in (damaged.problem or "")
 
 
 def test_a_file_with_two_names_is_freed_with_the_second(store: RunStore) -> None:

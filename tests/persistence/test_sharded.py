@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,6 +110,7 @@ def odd_tensors() -> dict[str, Tensor]:
             tensors[f"model.{dtype}.{number}"] = bits.view(dtype).reshape(shape)
     base = torch.arange(12.0).reshape(3, 4).requires_grad_()
     views = {"all": base, "again": base, "transposed": base.T, "column": base[:, 1], "wide": base[:1].expand(5, 4)}
+    views["alone"] = torch.arange(6.0).reshape(2, 3).T
     return tensors | {f"optimizer.{name}": view for name, view in views.items()}
 
 
@@ -144,6 +146,21 @@ def test_what_json_does_not_have_is_refused_before_anything_is_made(tmp_path: Pa
 def test_a_key_that_json_turns_into_text_does_not_break_the_hash(tmp_path: Path) -> None:
     save_shards(tmp_path / "best", Checkpoint({}, metadata={"steps": {10: (1, 2), 9: 1.5}, "step": 1}), ALONE)
     assert read_metadata(tmp_path / "best") == {"steps": {"10": [1, 2], "9": 1.5}, "step": 1}
+
+
+def test_a_disk_without_room_is_noticed_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = as_checkpoint(whole_tensors())
+    # By hand: 10 float32, 3 bfloat16, 10 float64, 1 float32, 3 bytes.
+    needed = 40 + 6 + 80 + 4 + 3
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=needed - 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", None)
+        with pytest.raises(CheckpointError, match=r"best' cannot be written: it takes 0\.0 MB"):
+            save_shards(tmp_path / "best", checkpoint, ALONE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=needed))
+    save_shards(tmp_path / "best", checkpoint, ALONE)
+    assert names(tmp_path) == {"best"}
 
 
 # One process with a group, and several
