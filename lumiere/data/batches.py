@@ -78,9 +78,16 @@ def batch_at(step: int, windows: Windows, batch_size: int, seed: int, rank: int 
         return make_batch(windows, indices, shift)
     lengths = windows.lengths(indices, shift)
     mine = np.array_split(indices, num_shares)[rank]
-    share = make_batch(windows, mine if len(mine) else indices[:1], shift)
-    targets = share.targets if len(mine) else torch.full_like(share.targets, IGNORED)
-    return Batch(share.tokens, targets, int(lengths.sum()) - len(lengths))
+    if len(mine):
+        share = make_batch(windows, mine, shift)
+    else:
+        share = without_targets(make_batch(windows, indices[:1], shift))
+    return Batch(share.tokens, share.targets, int(lengths.sum()) - len(lengths))
+
+
+def without_targets(batch: Batch) -> Batch:
+    """The batch with nothing to predict, for a process that only keeps the others company."""
+    return Batch(batch.tokens, torch.full_like(batch.targets, IGNORED), 0)
 
 
 def shift_at(epoch: int, stride: int, seed: int) -> int:
@@ -96,7 +103,14 @@ def batches_in_order(windows: Windows, batch_size: int, rank: int = 0, num_share
     """Every window once, in the order of the text, as an evaluation reads them.
 
     Args:
-        rank: of `num_shares` processes, each of which gets every `num_shares`-th batch.
+        rank: of `num_shares` processes, each of which gets every `num_shares`-th batch. All get as many, because a model
+            whose weights are shared out needs all of them in each forward pass: where there is no batch left for one,
+            it gets a window without targets.
     """
-    for first in range(rank * batch_size, len(windows), num_shares * batch_size):
-        yield make_batch(windows, np.arange(first, min(first + batch_size, len(windows))))
+    num_batches = steps_per_epoch(windows, batch_size)
+    for number in range(rank, -(-num_batches // num_shares) * num_shares, num_shares):
+        first = number * batch_size
+        if number < num_batches:
+            yield make_batch(windows, np.arange(first, min(first + batch_size, len(windows))))
+        else:
+            yield without_targets(make_batch(windows, np.zeros(1, dtype=np.int64)))

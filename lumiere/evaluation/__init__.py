@@ -74,7 +74,9 @@ def evaluate(
                 counts.append(batch.num_targets)
         # Each batch is one process' number and nobody else's, so that the addition rounds nothing.
         by_batch = torch.zeros(2, -(-len(windows) // batch_size), dtype=torch.float64)
-        by_batch[:, world.rank :: world.size] = torch.tensor([[total.item() for total in sums], counts])
+        mine = by_batch[:, world.rank :: world.size]
+        columns = torch.tensor([[total.item() for total in sums], counts], dtype=torch.float64)
+        mine.copy_(columns[:, : mine.shape[1]])  # one more where this process only kept the others company
         totals, num_targets = world.add(by_batch)
     finally:
         model.train(was_training)

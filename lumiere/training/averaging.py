@@ -32,15 +32,21 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside of it, the model's weights are the average."""
-        weights = {name: parameter.data for name, parameter in self._parameters.items()}
+        """Inside of it, the model's weights are the average, and the average holds the weights."""
+        self._swap()
         try:
-            for name, parameter in self._parameters.items():
-                parameter.data = self._averages[name]
             yield
         finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = weights[name]
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Numbers for numbers: whoever else knows the memory of the weights, such as FSDP, must find the average there."""
+        for name, average in self._averages.items():
+            parameter = self._parameters[name]
+            weight = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """The average of each parameter, by its name in the model."""
