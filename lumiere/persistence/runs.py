@@ -43,7 +43,7 @@ Each folder `run_<id>_<date>_<time>` is one training run:
 | `run.json` | status, device, versions, command |
 | `notes.json` | your tags and note, where you wrote some |
 | `eval/` | what `lumiere eval` has found, where you called it |
-| `checkpoints/` | `best`, `latest`, the one before it (`previous`), and snapshots of steps, as safetensors |
+| `checkpoints/` | `best`, `latest`, the one before it (`previous`), snapshots of steps: safetensors files, or folders |
 
 `lumiere runs ls` lists the runs; a folder that is deleted is simply gone. Git ignores this folder.
 """

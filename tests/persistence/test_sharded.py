@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lumiere.components.world import ALONE, World
 from lumiere.errors import CheckpointError
-from lumiere.persistence import sharded
+from lumiere.persistence import shard_writer, sharded
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, read_metadata, save_checkpoint
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.runs import RunStore
 from lumiere.persistence.sharded import load_shards, save_shards
 from tests.persistence.shards import METADATA, assert_same, flip, make_folder, whole_tensors
 
@@ -244,7 +247,7 @@ def save_by_three(world: World, tmp_path: Path) -> None:
     checkpoint, folder = spread_out(3), tmp_path / "latest"
     for owner, function, failing_rank in [
         (os, "fsync", 1),  # inside torch's writer
-        (sharded, "hash_file", 2),
+        (shard_writer, "hash_file", 2),
         (sharded, "sync_folder", 0),
         (sharded.shutil, "disk_usage", 0),
         (sharded, "place", 0),
@@ -259,6 +262,12 @@ def save_by_three(world: World, tmp_path: Path) -> None:
                 save_shards(folder, checkpoint, world, place)
         world.wait()
         assert not list(tmp_path.glob("*latest*")), function
+    run = RunStore(tmp_path / "runs").all()[0]
+    manager = CheckpointManager(tmp_path / "runs")
+    for step in (1, 2):
+        manager.save_shards(run, "latest", replace(checkpoint, metadata={"step": step}), world)
+    assert [manager.load(run, name).step for name in ("latest", "previous")] == [2, 1]
+    world.wait()
     save_shards(folder, checkpoint, world)
 
 
@@ -294,7 +303,10 @@ def load_by_two(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_three_processes_save_what_one_and_two_load(tmp_path: Path) -> None:
+    run = RunStore(tmp_path / "runs").create()
+    (run.checkpoints_dir / ".latest.0a1b2c3d.tmp").mkdir()  # of a save that was killed
     run_in(3, save_by_three, tmp_path)
+    assert {path.name for path in run.checkpoints_dir.iterdir()} == {"latest", "previous"}
     save_checkpoint(tmp_path / "single.safetensors", as_checkpoint(whole_tensors()))
     single = load_checkpoint(tmp_path / "single.safetensors")
     for size in (3, 2):
