@@ -70,7 +70,8 @@ def show(config: "RunConfig", plan: "Plan", free: int) -> None:
     row("FLOPs a token", f"{scaled(plan.flops_per_token)}FLOP", "matrix products, forward and backward")
 
     if plan.num_processes > 1:
-        each = f"each has {plan.windows_per_process} of a step's {settings.batch_size} windows, and all weights"
+        weights = "its share of the" if settings.parallel == "fsdp" else "all"
+        each = f"each has {plan.windows_per_process} of a step's {settings.batch_size} windows, and {weights} weights"
         row("processes", f"{plan.num_processes}", each)
     row("memory", size(held), "and what single operations need for a moment")
     row("  weights", size(memory.weights))

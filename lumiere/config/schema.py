@@ -111,6 +111,8 @@ class TrainingConfig(Section):
     """Cut the training windows at other places in each epoch, so that a token is seen at many positions."""
     gradient_accumulation_steps: PositiveInteger = 1
     """Parts in which a batch is computed, to save memory. The result stays the same."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes of torchrun train: each with all weights (`ddp`), or with its share of them (`fsdp`)."""
     activation_checkpointing: Boolean = False
     """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
     max_epochs: PositiveInteger = 250

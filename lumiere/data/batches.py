@@ -29,10 +29,17 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return Batch(self.tokens.to(device), self.targets.to(device), self.num_targets)
 
-    def split(self, num_parts: int) -> list["Batch"]:
-        """The same windows in at most `num_parts` smaller batches, for gradient accumulation."""
-        parts = zip(self.tokens.tensor_split(num_parts), self.targets.tensor_split(num_parts), strict=True)
-        return [Batch(tokens, targets, int((targets != IGNORED).sum())) for tokens, targets in parts if len(tokens)]
+    def split(self, num_parts: int, fills: bool = False) -> list["Batch"]:
+        """The same windows in at most `num_parts` smaller batches, for gradient accumulation.
+
+        Args:
+            fills: give that many in any case, where windows are lacking ones without targets: processes that compute
+                together need as many forward passes each.
+        """
+        split = zip(self.tokens.tensor_split(num_parts), self.targets.tensor_split(num_parts), strict=True)
+        parts = [Batch(tokens, targets, int((targets != IGNORED).sum())) for tokens, targets in split if len(tokens)]
+        filler = without_targets(Batch(self.tokens[:1], self.targets[:1], 0))
+        return parts + [filler] * (num_parts - len(parts)) * fills
 
 
 def make_batch(windows: Windows, indices: np.ndarray, shift: int = 0) -> Batch:
@@ -78,10 +85,7 @@ def batch_at(step: int, windows: Windows, batch_size: int, seed: int, rank: int 
         return make_batch(windows, indices, shift)
     lengths = windows.lengths(indices, shift)
     mine = np.array_split(indices, num_shares)[rank]
-    if len(mine):
-        share = make_batch(windows, mine, shift)
-    else:
-        share = without_targets(make_batch(windows, indices[:1], shift))
+    share = make_batch(windows, mine, shift) if len(mine) else without_targets(make_batch(windows, indices[:1], shift))
     return Batch(share.tokens, share.targets, int(lengths.sum()) - len(lengths))
 
 
@@ -103,9 +107,9 @@ def batches_in_order(windows: Windows, batch_size: int, rank: int = 0, num_share
     """Every window once, in the order of the text, as an evaluation reads them.
 
     Args:
-        rank: of `num_shares` processes, each of which gets every `num_shares`-th batch. All get as many, because a model
-            whose weights are shared out needs all of them in each forward pass: where there is no batch left for one,
-            it gets a window without targets.
+        rank: of `num_shares` processes, each of which gets every `num_shares`-th batch. All get as many, because a
+            model whose weights are shared out needs all processes in each forward pass: where there is no batch left
+            for one, it gets a window without targets.
     """
     num_batches = steps_per_epoch(windows, batch_size)
     for number in range(rank, -(-num_batches // num_shares) * num_shares, num_shares):

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lumiere.training.shards import like
+
 
 class WeightAverage:
     """`average = decay * average + (1 - decay) * weights` after each step (Polyak & Juditsky 1992).
@@ -41,7 +43,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Numbers for numbers: whoever else knows the memory of the weights, such as FSDP, must find the average there."""
+        """In place: whoever else knows the memory of the weights, such as FSDP, must find the average there."""
         for name, average in self._averages.items():
             parameter = self._parameters[name]
             weight = parameter.clone()
@@ -56,4 +58,4 @@ class WeightAverage:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` gave."""
         for name, average in self._averages.items():
-            average.copy_(tensors[name])
+            average.copy_(like(tensors[name], average))

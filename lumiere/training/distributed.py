@@ -2,11 +2,17 @@
 
 Data parallel (Li et al. 2020, "PyTorch Distributed"): each process has all weights and computes the gradients of its
 share of a batch; torch's DDP sums them while the backward pass still runs. So every process makes the same update.
+
+Fully sharded (Rajbhandari et al. 2020, "ZeRO", stage 3; Zhao et al. 2023, "PyTorch FSDP"): each process keeps its rows
+of every weight, and of what the optimizer keeps of it. Torch's FSDP2 puts a block's weights together when the block is
+computed, forward and backward, and gives each process the sum of the gradients of its rows.
 """
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +20,11 @@ from torch import Tensor, nn
 from lumiere.components.world import World
 from lumiere.errors import LumiereError
 from lumiere.models.transformer import Transformer
-from lumiere.training.loss import Objective
+from lumiere.training.loss import BatchLoss, Objective
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.fsdp import FSDPModule
 
 GRADIENTS_TIMEOUT = timedelta(minutes=30)
 """How long a GPU waits for the gradients of the others."""
@@ -52,18 +62,6 @@ def seed_dropout(seed: int, step: int, world: World) -> None:
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-class BatchLoss(nn.Module):
-    """The loss as a module's forward pass, which is the only thing that DDP watches."""
-
-    def __init__(self, model: Transformer, objective: Objective) -> None:
-        super().__init__()
-        self.model = model
-        self._objective = objective
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self._objective(self.model, tokens, targets)
-
-
 class SharedObjective:
     """An objective whose gradients, after the backward pass, are the sum of those of all processes.
 
@@ -71,12 +69,9 @@ class SharedObjective:
     """
 
     def __init__(self, model: Transformer, objective: Objective, device: torch.device, world: World) -> None:
-        import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
-        # On CPUs the default group will do: each further one is another round of connections, which can fail.
-        group = dist.new_group(backend="nccl", timeout=GRADIENTS_TIMEOUT) if device.type == "cuda" else None
-        self._module = DistributedDataParallel(BatchLoss(model, objective), process_group=group)
+        self._module = DistributedDataParallel(BatchLoss(model, objective), process_group=gradient_group(device))
         self._size = world.size
 
     def __call__(self, model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -90,11 +85,67 @@ class SharedObjective:
         return nullcontext() if is_last else self._module.no_sync()
 
 
-def distributed(model: Transformer, objective: Objective, device: torch.device, world: World) -> Objective:
-    """The objective whose gradients are those of all processes' shares; itself where there is one process."""
+class ShardedObjective:
+    """An objective of a model whose weights it shares out, and whose gradients are this process' rows of the sums.
+
+    Every part of a batch has its gradients summed: otherwise each process would keep gradients of all weights.
+    """
+
+    def __init__(self, model: Transformer, objective: Objective, device: torch.device) -> None:
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = DeviceMesh.from_group(gradient_group(device), device.type)
+        module = BatchLoss(model, objective)
+        # The embedding and the last norm belong to the module itself: they are needed from the beginning to the end.
+        for part in (*model.blocks, module):
+            sharded = fully_shard(part, mesh=mesh)
+            # A sum, and not FSDP's mean. Gloo cannot do the multiplication on the way that a factor asks for.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+        self._module = cast("FSDPModule", module)
+
+    def __call__(self, model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+        return cast("nn.Module", self._module)(tokens, targets)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside of it, methods of the model may be called that are not the objective."""
+        self._module.unshard()
+        try:
+            yield
+        finally:
+            self._module.reshard()
+
+
+def distributed(
+    model: Transformer, objective: Objective, parallel: Literal["ddp", "fsdp"], device: torch.device, world: World
+) -> Objective:
+    """The objective whose gradients are those of all processes' shares; itself where there is one process.
+
+    The model comes from the CPU, and goes to this process' device: all of it, or this process' share.
+    """
+    if world.size > 1 and parallel == "fsdp":
+        return ShardedObjective(model, objective, device)
+    model.to(device)
     return objective if world.size == 1 else SharedObjective(model, objective, device, world)
+
+
+def gradient_group(device: torch.device) -> "ProcessGroup":
+    """The processes, by what the device can send gradients with."""
+    import torch.distributed as dist
+
+    # On CPUs the default group will do: each further one is another round of connections, which can fail.
+    is_cuda = device.type == "cuda"
+    group = dist.new_group(backend="nccl", timeout=GRADIENTS_TIMEOUT) if is_cuda else dist.group.WORLD
+    return cast("ProcessGroup", group)
 
 
 def accumulating(objective: Objective, is_last: bool) -> AbstractContextManager[None]:
     """Around the forward pass of a part of a batch, for any objective."""
     return objective.accumulating(is_last) if isinstance(objective, SharedObjective) else nullcontext()
+
+
+def evaluating(objective: Objective) -> AbstractContextManager[None]:
+    """Around what a training does with its model besides the objective."""
+    return objective.evaluating() if isinstance(objective, ShardedObjective) else nullcontext()

@@ -21,8 +21,9 @@ CHANGEABLE = (
     "checkpoint_interval",
     "snapshots",
     "loggers",
+    "parallel",
 )
-"""Settings of `training` that say how long it goes on and what is watched of it, and not what a step computes."""
+"""Settings of `training` that say how long it goes on, what is watched and who computes, and not what a step does."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lumiere.components.world import ALONE, World
 from lumiere.config.loader import dump_config
+from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.atomic import write_atomically
 from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
@@ -103,7 +104,7 @@ def resume(
             message = f"{problem}, training goes on from {name} (step {step:,})"
             for listener in listeners:
                 listener(WarningEvent(step, message))
-        if checkpoint and (message := inexactness(checkpoint, preparation.config.model.dropout, world)):
+        if checkpoint and (message := inexactness(checkpoint, run.load_config(), preparation.config, world)):
             for listener in listeners:
                 listener(WarningEvent(step, message))
         remove_leftovers(run)
@@ -118,16 +119,29 @@ def resume(
         return supervise(preparation, run, listeners, checkpoint, world)
 
 
-def inexactness(checkpoint: Checkpoint, dropout: float, world: World) -> str | None:
-    """What a training that goes on with another number of processes cannot keep as it was; None where all is kept."""
-    before = checkpoint.metadata.get("world_size", 1)
-    if before == world.size:
+def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, world: World) -> str | None:
+    """What a training that other processes go on with cannot keep as it was; None where all is kept.
+
+    Args:
+        before: the config that the checkpoint was trained with.
+        after: the config to go on with.
+    """
+    size = checkpoint.metadata.get("world_size", 1)
+    old, new = processes(size, before), processes(world.size, after)
+    if old == new:
         return None
-    kept = "the order of its sums" if dropout == 0.0 else "the dropout masks and the order of its sums"
+    # The masks depend on the seed, the step and the rank.
+    masks = after.model.dropout > 0.0 and size != world.size
+    lost = "the dropout masks and the order of its sums" if masks else "the order of its sums"
     return (
-        f"trained so far with {before} process{'es' * (before != 1)}, now with {world.size}: the data and its order "
-        f"stay, {kept} do not, so the weights will differ from those of never having stopped"
+        f"trained so far with {old}, now with {new}: the data and its order stay, {lost} do not, so the weights will "
+        f"differ from those of never having stopped"
     )
+
+
+def processes(size: int, config: RunConfig) -> str:
+    """`2 processes (fsdp)`."""
+    return "1 process" if size == 1 else f"{size} processes ({config.training.parallel})"
 
 
 def now() -> str:

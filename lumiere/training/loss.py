@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from lumiere.components.linear_cross_entropy import linear_cross_entropy
 from lumiere.models.transformer import Transformer
@@ -26,6 +27,18 @@ def summed_loss(
     """
     final_BTE = residual(model, tokens)
     return linear_cross_entropy(final_BTE.flatten(0, 1), model.token_embedding.weight, targets.flatten())
+
+
+class BatchLoss(nn.Module):
+    """The loss as a module's forward pass, which is the only thing that DDP and FSDP watch."""
+
+    def __init__(self, model: Transformer, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self._objective(self.model, tokens, targets)
 
 
 def compiled(warn: Callable[[str], None]) -> Objective:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn, optim
 
+from lumiere.training.shards import apply_to_whole
+
 # The quintic a x + b x^3 + c x^5 of the original, steepest at zero: five rounds take every singular value between
 # about 0.01 and 1 to between 0.7 and 1.2, which is near enough to 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -17,7 +19,8 @@ class Muon(optim.Optimizer):
     """Nesterov momentum, orthogonalised; for matrices inside a network, not for embeddings.
 
     The same rule as `torch.optim.Muon`, which takes the matrices one by one and always in bfloat16: here matrices of
-    one shape go together, and in the type that the device is fast in.
+    one shape go together, and in the type that the device is fast in. Where they are shared out among processes, each
+    process orthogonalises some of them.
 
     Args:
         parameters: matrices.
@@ -48,7 +51,8 @@ class Muon(optim.Optimizer):
                 buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 momenta.append(parameter.grad.lerp(buffer, group["momentum"]))
-            for parameter, update in zip(parameters, orthogonalize_each(momenta, self._dtype), strict=True):
+            orthogonalized = apply_to_whole(lambda whole: orthogonalize_each(whole, self._dtype), momenta)
+            for parameter, update in zip(parameters, orthogonalized, strict=True):
                 rows, columns = parameter.shape
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))

@@ -5,6 +5,7 @@ from torch import Tensor, nn, optim
 
 from lumiere.config.schema import TrainingConfig
 from lumiere.training.muon import Muon
+from lumiere.training.shards import like
 
 STATE = {optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 """What each keeps of a parameter: numbers of its shape, and the count of steps."""
@@ -92,11 +93,11 @@ class Optimizers:
 
 
 def restored(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of a state tensor on the parameter's device.
+    """A copy of a state tensor on the parameter's device, and shared out as the parameter is.
 
     Raises:
         ValueError: it is of another type than the parameter.
     """
     if value.dtype != parameter.dtype:
         raise ValueError(f"a state of type {value.dtype} for a parameter of type {parameter.dtype}")
-    return value.to(parameter.device, copy=True)
+    return like(value, parameter) if value.ndim else value.to(parameter.device, copy=True)

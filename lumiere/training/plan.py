@@ -34,13 +34,15 @@ class Memory:
     """Bytes that a step holds at once, by what they are for.
 
     Attributes:
-        weights: float32 in any precision.
+        weights: float32 in any precision. Of this and the next two, a process has its share with `parallel: fsdp`; the
+            weights of a block and of the embedding that it needs for a moment come on top.
         gradients: one for each weight.
         optimizer: its averages.
         activations: what the forward pass of one accumulation step keeps for the backward pass, as measured. What an
             operation needs for itself while it runs comes on top.
         peak: the most that was in use during the measurement: on a CUDA device by tensors, elsewhere by the whole
             process since it began, with Python, torch and the reading of the corpus (None: the system does not say).
+            The process that measures has all weights.
     """
 
     weights: int
@@ -124,10 +126,11 @@ def make_plan(preparation: Preparation, warn: Callable[[str], None], world: Worl
     tokens_per_second = statistics.mean(targets[WARMUP_STEPS:]) / seconds_per_step
     flops_per_token = costs.flops_per_token(config)
     seconds_per_evaluation = measure_evaluation(preparation, state.model) / world.size
+    num_shares = world.size if settings.parallel == "fsdp" else 1
     memory = Memory(
-        weights=costs.weight_bytes(config),
-        gradients=costs.weight_bytes(config),
-        optimizer=costs.optimizer_bytes(config),
+        weights=costs.weight_bytes(config) // num_shares,
+        gradients=costs.weight_bytes(config) // num_shares,
+        optimizer=costs.optimizer_bytes(config) // num_shares,
         activations=measure_activations(preparation, state.model, objective, world.size),
         peak=peak_memory(preparation.device),
     )

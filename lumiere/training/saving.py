@@ -14,6 +14,7 @@ from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.events import CheckpointEvent, Event
 from lumiere.training.nonfinite import Guard
+from lumiere.training.shards import gathered
 from lumiere.training.snapshots import is_snapshot
 from lumiere.training.state import TrainingState
 
@@ -40,6 +41,7 @@ class Saver:
         self._epoch_steps = epoch_steps
         self._tell = tell
         self._guard = guard
+        self._world = world
         self._writes = world.rank == 0
         self._manager = CheckpointManager(run.path.parent)
         self._about = {
@@ -88,6 +90,7 @@ class Saver:
 
     def _write(self, name: str, checkpoint: Checkpoint) -> None:
         self._guard.check_checkpoint(checkpoint)
+        checkpoint = gathered(checkpoint, self._world)
         if self._writes:
             self._manager.save(self._run, name, checkpoint)
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from lumiere.config.schema import RunConfig
+from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.training.averaging import WeightAverage
 from lumiere.training.optimizers import Optimizers
+from lumiere.training.shards import load_weights
 
 COUNTERS = (
     "step",
@@ -71,12 +72,16 @@ class TrainingState:
 
     @classmethod
     def create(cls, config: RunConfig, device: torch.device, precision: torch.dtype = torch.float32) -> "TrainingState":
-        """A fresh state. The seed decides the weights, on the CPU, so that they do not depend on the device."""
-        torch.manual_seed(config.training.seed)
-        model = build_model(config).to(device)
-        decay = config.training.ema_decay
-        average = None if decay is None else WeightAverage(model, decay)
-        return cls(model, Optimizers(model, config.training, precision), average)
+        """A fresh state of a fresh model in one process."""
+        return cls.around(new_model(config).to(device), config.training, precision)
+
+    @classmethod
+    def around(
+        cls, model: Transformer, settings: TrainingConfig, precision: torch.dtype = torch.float32
+    ) -> "TrainingState":
+        """A fresh state of a model whose weights are where, and shared out as, they are to be trained."""
+        average = None if settings.ema_decay is None else WeightAverage(model, settings.ema_decay)
+        return cls(model, Optimizers(model, settings, precision), average)
 
     def update(self, factor: float) -> None:
         """Move the weights, and their average, by the gradients.
@@ -141,12 +146,12 @@ class TrainingState:
         if bool(trained) != (self.average is not None):
             raise misfit()
         try:
-            self.model.load_state_dict(checkpoint.model)
+            load_weights(self.model, checkpoint.model)
             self.optimizers.load_state_tensors(checkpoint.optimizer)
             torch.set_rng_state(checkpoint.rng["cpu"])
             if self.average is not None:
                 self.average.load(checkpoint.model)
-                self.model.load_state_dict(trained)
+                load_weights(self.model, trained)
             metadata = NEWER_COUNTERS | checkpoint.metadata
             counters = {name: metadata[name] for name in COUNTERS}
             device = next(self.model.parameters()).device
@@ -159,6 +164,12 @@ class TrainingState:
             raise misfit()
         for name, value in counters.items():
             setattr(self, name, value)
+
+
+def new_model(config: RunConfig) -> Transformer:
+    """The model at step 0, on the CPU, so that the weights depend on the seed and not on the device."""
+    torch.manual_seed(config.training.seed)
+    return build_model(config)
 
 
 def is_counter(name: str, value: object) -> bool:

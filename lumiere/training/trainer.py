@@ -16,14 +16,15 @@ from lumiere.evaluation import Evaluation, evaluate
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.costs import flops_per_token, num_steps
-from lumiere.training.distributed import accumulating, distributed, seed_dropout
+from lumiere.training.distributed import accumulating, distributed, evaluating, seed_dropout
 from lumiere.training.events import EvaluationEvent, Event, Listener, StartEvent, StepEvent, WarningEvent
 from lumiere.training.interruption import Interruption
 from lumiere.training.loss import Objective, compiled, summed_loss
 from lumiere.training.nonfinite import Guard, is_finite
 from lumiere.training.saving import Saver
 from lumiere.training.schedule import learning_rate_factor
-from lumiere.training.state import TrainingState
+from lumiere.training.shards import whole
+from lumiere.training.state import TrainingState, new_model
 
 
 @dataclass(frozen=True)
@@ -75,22 +76,23 @@ def train(
     epoch_steps = steps_per_epoch(windows, settings.batch_size)
     total_steps = num_steps(settings, epoch_steps)
 
-    state = TrainingState.create(config, device, precision)
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    objective: Objective = summed_loss
+    if settings.compile:
+        objective = compiled(lambda message: tell(WarningEvent(state.step, message)))
+    model = new_model(config)
+    objective = distributed(model, objective, settings.parallel, device, world)
+    state = TrainingState.around(model, settings, precision)
     if checkpoint is not None:
         state.restore(checkpoint)
         # Afresh, because the settings may allow more, or less, than those it was saved with.
         state.stop_reason = reason_to_stop(state, settings, total_steps)
 
-    def tell(event: Event) -> None:
-        for listener in listeners:
-            listener(event)
-
     guard = Guard(run, state, settings, precision, windows, tell)
     saver = Saver(run, state, config, corpus, epoch_steps, tell, guard, world)
-    objective: Objective = summed_loss
-    if settings.compile:
-        objective = compiled(lambda message: tell(WarningEvent(state.step, message)))
-    objective = distributed(state.model, objective, device, world)
 
     names = (run.name, state.step, total_steps, epoch_steps, state.model.num_parameters, len(windows))
     tell(StartEvent(*names, str(device), str(precision).removeprefix("torch."), peak_flops))
@@ -126,7 +128,7 @@ def train(
             evaluates = is_last or ends_epoch or is_due(settings.eval_interval, state.step)
             if evaluates:
                 facts = corpus.splits["validation"].facts
-                with state.averaged_model() as model:
+                with state.averaged_model() as model, evaluating(objective):
                     evaluation = evaluate(model, validation, facts, settings.batch_size, world)
                 guard.check_evaluation(evaluation.loss)
                 is_best = state.note_evaluation(evaluation.loss)
@@ -177,9 +179,11 @@ def train_step(
     Returns:
         The batch's mean loss in nats, and the norm of its gradients before clipping.
     """
-    autocast = torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+    device, bfloat16 = batch.tokens.device.type, precision == torch.bfloat16
+    # A cache would keep every weight in bfloat16 until the end of the forward pass, whose use of each is its only one.
+    autocast = torch.autocast(device, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
     total = 0.0
-    parts = batch.split(settings.gradient_accumulation_steps)
+    parts = batch.split(settings.gradient_accumulation_steps, fills=world.size > 1)
     for number, part in enumerate(parts, start=1):
         with autocast, accumulating(objective, is_last=number == len(parts)):
             loss = objective(state.model, part.tokens, part.targets) / batch.num_targets
@@ -187,7 +191,7 @@ def train_step(
         total += loss.item()
     total = world.total(total)
     limit = settings.gradient_clip_norm or math.inf
-    norm = get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+    norm = whole(get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None]))
     grad_norm = norm.item()
     # In two halves, because clipping by a norm that is not finite would make every gradient NaN.
     if is_finite(total, grad_norm):

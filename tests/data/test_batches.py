@@ -122,6 +122,12 @@ def test_parts_of_a_batch_are_the_whole(num_windows: int, num_parts: int) -> Non
     sizes = {len(part.tokens) for part in parts}
     assert max(sizes) - min(sizes) <= 1
 
+    filled = batch.split(num_parts, fills=True)
+    assert len(filled) == num_parts
+    for part in filled[len(parts) :]:
+        assert len(part.tokens) == 1
+        assert part.num_targets == int((part.targets != IGNORED).sum()) == 0
+
 
 def test_a_batch_moves_whole(windows: Windows) -> None:
     batch = make_batch(windows, np.arange(2)).to(torch.device("meta"))

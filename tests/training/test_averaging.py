@@ -13,7 +13,7 @@ from lumiere.training.averaging import WeightAverage
 from lumiere.training.events import EvaluationEvent, Event, StepEvent
 from lumiere.training.launch import newest_checkpoint
 from lumiere.training.preparation import prepare
-from lumiere.training.state import TrainingState
+from lumiere.training.state import TrainingState, new_model
 
 DECAY = 0.25
 AVERAGED = {"training.ema_decay": DECAY, "training.learning_rate": 1e-2, "training.warmup_steps": 0}
@@ -73,15 +73,13 @@ def test_the_average_is_what_is_evaluated_and_saved(configure, launch) -> None:
             trained.append({name: weight.clone() for name, weight in states[0].model.state_dict().items()})
 
     states: list[TrainingState] = []
-    create = TrainingState.create
+    around = TrainingState.around
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingState, "create", lambda *given: states.append(create(*given)) or states[0])
+        patch.setattr(TrainingState, "around", lambda *given: states.append(around(*given)) or states[0])
         run = launch(config, [listen]).run
 
     with torch.random.fork_rng():
-        expected = {
-            name: weight.double() for name, weight in create(config, torch.device("cpu")).model.state_dict().items()
-        }
+        expected = {name: weight.double() for name, weight in new_model(config).state_dict().items()}
     for step, weights in enumerate(trained, start=1):
         decay = min(DECAY, (1 + step) / (10 + step))
         expected = {name: decay * average + (1 - decay) * weights[name] for name, average in expected.items()}

@@ -1,19 +1,14 @@
 """Trainings by several processes of torchrun, beside the same training by one."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import load_file
 
 from lumiere.config.schema import RunConfig
 from lumiere.errors import NonFiniteError
@@ -22,70 +17,24 @@ from lumiere.training.events import Event, WarningEvent
 from lumiere.training.launch import resume
 from lumiere.training.preparation import prepare_resume
 from tests.midway import midway
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-TOLERANCE = 2e-6
-"""Of weights about 1 and of losses: sums of float32 in another order."""
-NO_DROPOUT = {"model.dropout": 0.0}
-CONSTANT = {"training.schedule": "constant", "training.max_steps": 8}
-
-
-def command(num_processes: int, *arguments: str, max_restarts: int = 0) -> list[str]:
-    options = ["--nproc-per-node", str(num_processes), "--max-restarts", str(max_restarts)]
-    return [*TORCHRUN, *options, "-m", "lumiere", "train", *arguments]
-
-
-def torchrun(num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    result = subprocess.run(
-        command(num_processes, *arguments), capture_output=True, text=True, env=variables, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+from tests.torchrun import (
+    CONSTANT,
+    MUON_TOLERANCE,
+    NO_DROPOUT,
+    TOLERANCE,
+    assert_same_training,
+    command,
+    metrics,
+    torchrun,
+    trained,
+    written,
+)
 
 
-def written(config: RunConfig) -> str:
-    path = Path("config.yaml")
-    path.write_text(yaml.safe_dump(config.model_dump()))
-    return str(path)
-
-
-def trained(num_processes: int, config: RunConfig) -> Run:
-    """The run of a config that is trained in a runs directory of its own."""
-    runs_dir = f"by-{num_processes}"
-    torchrun(num_processes, written(config), "--runs-dir", runs_dir)
-    return RunStore(runs_dir).open("latest")
-
-
-def tensors(run: Run, name: str = "latest") -> dict[str, torch.Tensor]:
-    """Those of a checkpoint that do not depend on the number of processes in more than rounding."""
-    found = load_file(run.checkpoints_dir / f"{name}.safetensors")
-    return {key: tensor for key, tensor in found.items() if not key.startswith("rng.")}
-
-
-def metrics(run: Run) -> list[dict[str, float]]:
-    """The lines without what depends on the time."""
-    timed = {"time", "tokens_per_second", "mfu"}
-    lines = map(json.loads, run.metrics_path.read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
-
-
-def assert_same_training(run: Run, alone: Run) -> None:
-    found, expected = tensors(run), tensors(alone)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=TOLERANCE, msg=lambda text, name=name: name + text)
-    lines, expected_lines = metrics(run), metrics(alone)
-    assert [line.keys() for line in lines] == [line.keys() for line in expected_lines]
-    for line, expected_line in zip(lines, expected_lines, strict=True):
-        # The perplexity is some hundred times the loss.
-        assert line == pytest.approx(expected_line, rel=TOLERANCE, abs=TOLERANCE)
-    assert (run.path / "tokenizer.json").read_bytes() == (alone.path / "tokenizer.json").read_bytes()
-
-
-def test_two_processes_train_what_one_does(configure, launch) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(configure, launch, parallel: str) -> None:
     """Over the end of an epoch, whose last batch is a smaller one."""
-    config = configure(NO_DROPOUT)
+    config = configure(NO_DROPOUT | {"training.parallel": parallel})
     run = trained(2, config)
     assert_same_training(run, launch(config).run)
     assert run.status == "finished"
@@ -105,7 +54,7 @@ def test_four_processes_train_what_one_does(configure, launch) -> None:
     }
     config = configure(NO_DROPOUT | changes)
     run = trained(4, config)
-    assert_same_training(run, launch(config).run)
+    assert_same_training(run, launch(config).run, MUON_TOLERANCE)
 
 
 @pytest.mark.slow
@@ -117,7 +66,7 @@ def test_going_on_with_as_many_processes_is_exact_and_with_another_number_says_w
     by_one = Run(Path("by-one") / half.name)
     shutil.copytree(half.path, by_one.path)
 
-    torchrun(2, "--resume", half.id, "--runs-dir", "by-2", "--set", "training.max_steps=8")
+    torchrun(2, "--resume", half.id, "--runs-dir", "by-2-ddp", "--set", "training.max_steps=8")
     assert half.record["step"] == 8
     assert tensor_hashes(half, "latest") == tensor_hashes(whole, "latest")
 
@@ -125,7 +74,7 @@ def test_going_on_with_as_many_processes_is_exact_and_with_another_number_says_w
     result = resume(prepare_resume(by_one, overrides=["training.max_steps=8"]), by_one, [events.append])
     assert result.state.step == 8
     [warning] = [event.message for event in events if isinstance(event, WarningEvent)]
-    assert warning.startswith("trained so far with 2 processes, now with 1")
+    assert warning.startswith("trained so far with 2 processes (ddp), now with 1 process:")
     assert "dropout masks" in warning
     assert tensor_hashes(by_one, "latest") != tensor_hashes(whole, "latest")
     assert by_one.record["world_size"] == 1
@@ -154,10 +103,13 @@ def worker(torchrun: int, rank: int) -> int:
     raise AssertionError(f"torchrun has no process of rank {rank}")
 
 
+LONG = CONSTANT | {"dataset.num_documents": 10, "training.max_steps": 150, "training.snapshots": False}
+"""Some hundred steps in epochs of 55: caught in the middle after the first."""
+
+
 @pytest.fixture
 def long_config(configure) -> RunConfig:
-    """Some hundred steps in epochs of 55: caught in the middle after the first."""
-    return configure(CONSTANT | {"dataset.num_documents": 10, "training.max_steps": 150, "training.snapshots": False})
+    return configure(LONG)
 
 
 @pytest.mark.slow
@@ -184,8 +136,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="fi
 
 @needs_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_killed_ends_the_job_which_names_it(long_config: RunConfig, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "parallel"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
+def test_a_process_that_is_killed_ends_the_job_which_names_it(configure, rank: int, parallel: str) -> None:
+    long_config = configure(LONG | {"training.parallel": parallel})
     with training_midway(long_config) as (process, stderr):
         victim = worker(process.pid, rank)
         other = worker(process.pid, 1 - rank)
@@ -226,9 +179,11 @@ def test_what_processes_cannot_share_is_said_once_and_makes_nothing(configure) -
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_all_and_is_said_once(configure, launch) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_stops_all_and_is_said_once(configure, launch, parallel: str) -> None:
     """A learning rate like this breaks a loss or a gradient, by one process and by two in the same step."""
-    config = configure(NO_DROPOUT | {"training.learning_rate": 1e10, "training.warmup_steps": 2})
+    changes = {"training.learning_rate": 1e10, "training.warmup_steps": 2, "training.parallel": parallel}
+    config = configure(NO_DROPOUT | changes)
     with pytest.raises(NonFiniteError) as alone:
         launch(config)
     result = subprocess.run(

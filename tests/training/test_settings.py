@@ -60,6 +60,7 @@ EFFECTS = {
     "training.batch_size": Effect(6, "rows"),
     "training.random_window_offset": Effect(True, "weights"),
     "training.gradient_accumulation_steps": Effect(3, "rows"),
+    "training.parallel": Effect("fsdp", "shared"),
     "training.activation_checkpointing": Effect(True, "recomputed"),
     "training.max_epochs": Effect(2, "end", THREE_EPOCHS),
     "training.max_steps": Effect(3, "end"),
@@ -118,6 +119,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         events: list[Event] = []
         logged: list[tuple[str, str]] = []
         streamed: list[str] = []
+        shared: list[str] = []
 
         class Log:
             def __init__(self, name: str) -> None:
@@ -150,9 +152,14 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             streamed.append(config.name)
             return rows_of(config.name, config.subset, config.data_files), "a stream"
 
-        summed_loss = trainer.summed_loss
+        def share(model: Any, objective: Any, parallel: str, *others: Any) -> Any:
+            shared.append(parallel)
+            return distributed(model, objective, parallel, *others)
+
+        summed_loss, distributed = trainer.summed_loss, trainer.distributed
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "summed_loss", objective)
+            patch.setattr(trainer, "distributed", share)
             patch.setattr(device_module, "resolve_device", resolve)
             patch.setattr(torch, "compile", compile_function)
             patch.setattr(transformer, "checkpoint", checkpoint)
@@ -178,6 +185,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             "products": products,
             "compiled": len(compiled),
             "recomputed": len(recomputed),
+            "shared": shared,
             "logged": logged,
             "device": devices,
             "end": (result.state.step, result.state.stop_reason),

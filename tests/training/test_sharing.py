@@ -136,16 +136,26 @@ def test_only_an_error_about_another_process_is_called_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "size", "dropout", "expected"),
+    ("metadata", "before", "size", "after", "dropout", "expected"),
     [
-        ({"world_size": 2}, 2, 0.1, None),
-        ({}, 1, 0.1, None),  # what was saved before there were several
-        ({}, 2, 0.1, "the dropout masks and the order of its sums"),
-        ({"world_size": 4}, 1, 0.0, "4 processes, now with 1: the data and its order stay, the order of its sums"),
+        ({"world_size": 2}, "ddp", 2, "ddp", 0.1, None),
+        ({"world_size": 1}, "ddp", 1, "fsdp", 0.1, None),  # one process shares with nobody
+        ({}, "ddp", 1, "ddp", 0.1, None),  # what was saved before there were several
+        ({}, "ddp", 2, "ddp", 0.1, "the dropout masks and the order of its sums"),
+        ({"world_size": 4}, "fsdp", 1, "fsdp", 0.0, "4 processes (fsdp), now with 1 process: the data and its order"),
+        (
+            {"world_size": 2},
+            "fsdp",
+            2,
+            "ddp",
+            0.1,
+            "(fsdp), now with 2 processes (ddp): the data and its order stay, the",
+        ),
     ],
 )
-def test_what_another_number_of_processes_cannot_keep_is_said(metadata, size, dropout, expected) -> None:
-    message = inexactness(Checkpoint({}, metadata=metadata), dropout, World(0, size))
+def test_what_other_processes_cannot_keep_is_said(configure, metadata, before, size, after, dropout, expected) -> None:
+    old, new = (configure({"training.parallel": way, "model.dropout": dropout}) for way in (before, after))
+    message = inexactness(Checkpoint({}, metadata=metadata), old, new, World(0, size))
     assert (message is None) if expected is None else (message is not None and expected in message)
 
 

@@ -1,0 +1,80 @@
+"""Trainings by several processes of torchrun, and the comparison with others."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lumiere.config.schema import RunConfig
+from lumiere.persistence.runs import Run, RunStore
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TOLERANCE = 1e-6
+"""Of weights about 1 and of losses: sums of float32 in another order."""
+MUON_TOLERANCE = 2e-6
+"""The same through the orthogonalisation, which raises differences of small singular values."""
+NO_DROPOUT = {"model.dropout": 0.0}
+CONSTANT = {"training.schedule": "constant", "training.max_steps": 8}
+
+
+def command(num_processes: int, *arguments: str, max_restarts: int = 0) -> list[str]:
+    options = ["--nproc-per-node", str(num_processes), "--max-restarts", str(max_restarts)]
+    return [*TORCHRUN, *options, "-m", "lumiere", "train", *arguments]
+
+
+def torchrun(num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    result = subprocess.run(
+        command(num_processes, *arguments), capture_output=True, text=True, env=variables, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def written(config: RunConfig) -> str:
+    path = Path("config.yaml")
+    path.write_text(yaml.safe_dump(config.model_dump()))
+    return str(path)
+
+
+def trained(num_processes: int, config: RunConfig) -> Run:
+    """The run of a config that is trained in a runs directory of its own."""
+    runs_dir = f"by-{num_processes}-{config.training.parallel}"
+    torchrun(num_processes, written(config), "--runs-dir", runs_dir)
+    return RunStore(runs_dir).open("latest")
+
+
+def tensors(run: Run, name: str = "latest") -> dict[str, torch.Tensor]:
+    """Those of a checkpoint that do not depend on the number of processes in more than rounding."""
+    found = load_file(run.checkpoints_dir / f"{name}.safetensors")
+    return {key: tensor for key, tensor in found.items() if not key.startswith("rng.")}
+
+
+def metrics(run: Run) -> list[dict[str, float]]:
+    """The lines without what depends on the time."""
+    timed = {"time", "tokens_per_second", "mfu"}
+    lines = map(json.loads, run.metrics_path.read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def assert_same_state(run: Run, alone: Run, tolerance: float = TOLERANCE) -> None:
+    found, expected = tensors(run), tensors(alone)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=lambda text, name=name: name + text)
+
+
+def assert_same_training(run: Run, alone: Run, tolerance: float = TOLERANCE) -> None:
+    assert_same_state(run, alone, tolerance)
+    lines, expected_lines = metrics(run), metrics(alone)
+    assert [line.keys() for line in lines] == [line.keys() for line in expected_lines]
+    for line, expected_line in zip(lines, expected_lines, strict=True):
+        # The perplexity is some hundred times the loss.
+        assert line == pytest.approx(expected_line, rel=tolerance, abs=tolerance)
+    assert (run.path / "tokenizer.json").read_bytes() == (alone.path / "tokenizer.json").read_bytes()

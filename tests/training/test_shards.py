@@ -1,0 +1,135 @@
+"""What is shared out among processes, looked at in a group of one: the same functions, with nobody to send to."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lumiere.components.world import ALONE, World
+from lumiere.config.schema import RunConfig
+from lumiere.data.batches import batch_at, batches_in_order
+from lumiere.data.dataset import TokenizedCorpus
+from lumiere.errors import CheckpointError
+from lumiere.evaluation import evaluate
+from lumiere.training.distributed import distributed, evaluating
+from lumiere.training.loss import Objective, summed_loss
+from lumiere.training.shards import apply_to_whole, gathered, is_shared_out, like, rows_of, shard_shape, whole
+from lumiere.training.state import TrainingState, new_model
+from lumiere.training.trainer import train_step
+
+CPU = torch.device("cpu")
+
+
+@given(length=st.integers(0, 40), size=st.integers(1, 9))
+def test_rows_are_those_of_torch_chunk(length: int, size: int) -> None:
+    rows = torch.arange(length)
+    chunks = list(rows.chunk(size)) if length else []
+    for rank in range(size):
+        expected = chunks[rank] if rank < len(chunks) else rows[:0]
+        assert torch.equal(rows[rows_of(length, rank, size)], expected)
+        assert shard_shape(torch.Size((length, 3)), rank, size) == (len(expected), 3)
+
+
+def test_alone_everything_is_whole() -> None:
+    tensor = torch.arange(6.0).view(3, 2)
+    assert whole(tensor) is tensor
+    assert torch.equal(like(tensor, torch.zeros(3, 2)), tensor)
+    [doubled] = apply_to_whole(lambda tensors: [2 * t for t in tensors], [tensor])
+    assert torch.equal(doubled, 2 * tensor)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def config(configure) -> RunConfig:
+    return configure({"training.optimizer": "muon", "training.ema_decay": 0.5, "training.parallel": "fsdp"})
+
+
+def sharded(config: RunConfig) -> tuple[TrainingState, Objective]:
+    """A training whose weights are shared out, though to one process."""
+    model = new_model(config)
+    # Two, so that they are; the group has one, and nothing else asks the world.
+    objective = distributed(model, summed_loss, config.training.parallel, CPU, World(0, 2))
+    return TrainingState.around(model, config.training), objective
+
+
+def trained(state: TrainingState, objective: Objective, config: RunConfig, corpus: TokenizedCorpus, steps: int) -> None:
+    state.model.train()
+    for step in range(state.step, state.step + steps):
+        torch.manual_seed(step)
+        batch = batch_at(step, corpus.windows("train", config), config.training.batch_size, config.training.seed)
+        train_step(state, batch, 1.0, config.training, torch.float32, objective)
+        state.step += 1
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_sharded_state_trains_saves_and_goes_on_as_a_whole_one(config: RunConfig, tiny_corpus) -> None:
+    alone, (state, objective) = TrainingState.create(config, CPU), sharded(config)
+    assert all(map(is_shared_out, state.model.parameters()))
+    trained(alone, summed_loss, config, tiny_corpus, 3)
+    trained(state, objective, config, tiny_corpus, 3)
+    saved = gathered(state.to_checkpoint({}), ALONE)
+    expected = alone.to_checkpoint({})
+    assert not any(map(is_shared_out, saved.model.values()))
+    assert_equal(saved.model, expected.model)
+    assert_equal(saved.optimizer, expected.optimizer)
+
+    other, its_objective = sharded(config)
+    other.restore(expected)
+    trained(other, its_objective, config, tiny_corpus, 2)
+    trained(alone, summed_loss, config, tiny_corpus, 2)
+    assert_equal(gathered(other.to_checkpoint({}), ALONE).model, alone.to_checkpoint({}).model)
+
+
+@pytest.mark.usefixtures("group")
+def test_another_models_checkpoint_is_refused(config: RunConfig) -> None:
+    state, _ = sharded(config)
+    model = config.model.model_copy(update={"d_ff": 48})
+    other = TrainingState.create(config.model_copy(update={"model": model}), CPU)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        state.restore(other.to_checkpoint({}))
+
+
+@pytest.mark.usefixtures("group")
+def test_a_process_that_does_not_write_keeps_nothing_that_is_whole(config: RunConfig) -> None:
+    state, _ = sharded(config)
+    kept = gathered(state.to_checkpoint({"run": "run_a"}), World(1, 2))
+    assert not kept.model
+    assert not kept.optimizer
+    assert not kept.rng
+    assert kept.metadata["run"] == "run_a"
+
+
+@pytest.mark.usefixtures("group")
+def test_the_average_is_evaluated_and_training_goes_on_with_the_weights(config: RunConfig, tiny_corpus) -> None:
+    """An evaluation in between changes no step, and is that of the average in a model of its own."""
+    windows, facts = tiny_corpus.windows("validation", config), tiny_corpus.splits["validation"].facts
+    (state, objective), (undisturbed, its_objective) = sharded(config), sharded(config)
+    trained(state, objective, config, tiny_corpus, 2)
+    with state.averaged_model() as model, evaluating(objective):
+        evaluation = evaluate(model, windows, facts, batch_size=8)
+    average = new_model(config)
+    average.load_state_dict(gathered(state.to_checkpoint({}), ALONE).model)
+    assert evaluation.loss == evaluate(average, windows, facts, batch_size=8).loss
+    assert len(list(batches_in_order(windows, 8))) > 1
+
+    trained(state, objective, config, tiny_corpus, 1)
+    trained(undisturbed, its_objective, config, tiny_corpus, 3)
+    assert_equal(
+        gathered(state.to_checkpoint({}), ALONE).optimizer, gathered(undisturbed.to_checkpoint({}), ALONE).optimizer
+    )
