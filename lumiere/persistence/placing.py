@@ -51,6 +51,12 @@ def present(folder: Path, name: str) -> list[Path]:
     ]
 
 
+def is_there(folder: Path, name: str) -> bool:
+    """Whether there is a checkpoint `name` that is a file or a folder, as it should be, and no pipe or broken link."""
+    path = find(folder, name)
+    return path.is_file() if path.suffix == SUFFIX else path.is_dir()
+
+
 def temporary_path(path: Path) -> Path:
     """Where to make what shall be at `path`; `clear` finds it."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -144,10 +144,10 @@ class Run:
 
         Any other name is given back as it is, whether or not there is such a checkpoint.
         """
-        from lumiere.persistence.placing import found
+        from lumiere.persistence.placing import is_there
 
-        names = found(self.checkpoints_dir)
-        return "latest" if name == "best" and "best" not in names and "latest" in names else name
+        has_best, has_latest = (is_there(self.checkpoints_dir, known) for known in ("best", "latest"))
+        return "latest" if name == "best" and not has_best and has_latest else name
 
     def load_model(self, checkpoint: str = "best") -> Transformer:
         """The model with the weights of `checkpoint`, on the CPU, in evaluation mode.
