@@ -43,9 +43,9 @@ def written(config: RunConfig) -> str:
     return str(path)
 
 
-def trained(num_processes: int, config: RunConfig) -> Run:
+def trained(num_processes: int, config: RunConfig, runs_dir: str | None = None) -> Run:
     """The run of a config that is trained in a runs directory of its own."""
-    runs_dir = f"by-{num_processes}-{config.training.parallel}"
+    runs_dir = runs_dir or f"by-{num_processes}-{config.training.parallel}"
     torchrun(num_processes, written(config), "--runs-dir", runs_dir)
     return RunStore(runs_dir).open("latest")
 

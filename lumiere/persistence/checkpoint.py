@@ -41,12 +41,14 @@ class Checkpoint:
         optimizer: the optimizers' tensors, by names of the trainer's choice.
         rng: the states of the random number generators.
         metadata: JSON values: config, step, best loss, state of early stopping, hashes of corpus and tokenizer.
+        folder: where the numbers are, if the tensors have only names, types and shapes (torch's meta device).
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     rng: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def step(self) -> int:

@@ -72,8 +72,11 @@ class CheckpointManager:
         _check_name(name)
         save_shards(run.checkpoints_dir / name, checkpoint, world, _place)
 
-    def load(self, run: Run | str, name: str, groups: Collection[str] = GROUPS) -> Checkpoint:
+    def load(self, run: Run | str, name: str, groups: Collection[str] = GROUPS, outlined: bool = False) -> Checkpoint:
         """The checkpoint `name`, or the snapshot of a step given as a bare number.
+
+        Args:
+            outlined: of one that is a folder, all groups without their numbers, as `outline_shards` gives them.
 
         Raises:
             RunNotFoundError: there is no such run.
@@ -84,14 +87,21 @@ class CheckpointManager:
             path = placing.find(run.checkpoints_dir, self._find(run, name))
             before = _identity(path)
             try:
+                if outlined and path.is_dir():
+                    from lumiere.persistence.sharded import outline_shards
+
+                    return outline_shards(path)
                 return load_checkpoint(path, groups)
             except CheckpointError:
                 # A training may have put another one in its place, which takes several steps with folders.
                 if _identity(path) == before:
                     raise
 
-    def load_latest(self, run: Run | str) -> tuple[Checkpoint, str]:
+    def load_latest(self, run: Run | str, outlined: bool = False) -> tuple[Checkpoint, str]:
         """The newest checkpoint to resume from, and its name: `previous`, or else `best`, where `latest` is damaged.
+
+        Args:
+            outlined: as in `load`.
 
         Raises:
             RunNotFoundError: there is no such run.
@@ -102,7 +112,7 @@ class CheckpointManager:
         errors = []
         for name in present or ["latest"]:
             try:
-                return self.load(run, name), name
+                return self.load(run, name, outlined=outlined), name
             except CheckpointError as error:
                 errors.append(error)
         raise errors[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,20 +88,35 @@ class ShardReader(StorageReader):
         done.set_result(None)
         return done
 
+    def verify(self) -> None:
+        """Read every file, a piece at a time, to see whether it is what was written.
+
+        Raises:
+            CheckpointError: one is not.
+        """
+        for file in self._files:
+            with self._verified(self._folder / file.name, file.sha256):
+                pass
+
     def _read_file(self, number: int, items: list[tuple[ReadItem, Shard]], planner: LoadPlanner) -> None:
         path = self._folder / self._files[number].name
+        with self._verified(path, self._files[number].sha256) as (file, header):
+            for item, shard in items:
+                tensor = self._read_rows(path, file, header, item, shard)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(tensor)
+                planner.commit_tensor(item, target)
+
+    @contextmanager
+    def _verified(self, path: Path, sha256: str) -> Iterator[tuple[BinaryIO, Header]]:
+        """A file that is what it was; one handle for all, as a training may replace the folder at any moment."""
         try:
-            # One handle for all: a training may replace the folder at any moment.
             with open_file(path) as file:
                 header = read_header(path, file)
                 file.seek(0)
-                if hash_file(file) != self._files[number].sha256:
+                if hash_file(file) != sha256:
                     raise damaged(path, "it does not match its hash")
-                for item, shard in items:
-                    tensor = self._read_rows(path, file, header, item, shard)
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(tensor)
-                    planner.commit_tensor(item, target)
+                yield file, header
         except OSError as error:
             raise unreadable(path, error) from None
 

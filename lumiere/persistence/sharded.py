@@ -113,6 +113,28 @@ def load_shards(folder: Path, groups: Collection[str] = GROUPS, like: Memory | N
     return checkpoint
 
 
+def outline_shards(folder: Path) -> Checkpoint:
+    """What `load_shards` would give, without the numbers: tensors on torch's meta device, `folder` set.
+
+    Every file is read once and verified, a piece at a time.
+
+    Raises:
+        CheckpointError: as `load_shards`.
+    """
+    import torch
+
+    from lumiere.persistence.shard_reader import ShardReader
+
+    manifest = read_manifest(folder)
+    reader = ShardReader(folder, manifest, GROUPS, whole=False)
+    reader.verify()
+    checkpoint = Checkpoint({}, metadata=manifest.metadata, folder=folder)
+    for name, (shape, dtype) in reader.layouts.items():
+        group, _, rest = name.partition(".")
+        getattr(checkpoint, group)[rest] = torch.empty(shape, dtype=dtype, device="meta")
+    return checkpoint
+
+
 def _make_folder(temporary: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     from lumiere.persistence.shard_writer import own_bytes
 

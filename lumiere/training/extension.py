@@ -22,6 +22,7 @@ CHANGEABLE = (
     "snapshots",
     "loggers",
     "parallel",
+    "gather_limit_gb",
 )
 """Settings of `training` that say how long it goes on, what is watched and who computes, and not what a step does."""
 

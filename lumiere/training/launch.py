@@ -92,7 +92,7 @@ def resume(
     """
     check_shares(preparation.config.training, preparation.device, world)
     with locked(run.path):
-        checkpoint, name = newest_checkpoint(run)
+        checkpoint, name = newest_checkpoint(run, outlined=preparation.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0
         if checkpoint is not None:
             check_fit(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
@@ -156,12 +156,16 @@ def remove_leftovers(run: Run) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def newest_checkpoint(run: Run) -> tuple[Checkpoint, str] | tuple[None, None]:
-    """The state to go on from and its name; None where the run was killed before it saved one."""
+def newest_checkpoint(run: Run, outlined: bool = False) -> tuple[Checkpoint, str] | tuple[None, None]:
+    """The state to go on from and its name; None where the run was killed before it saved one.
+
+    Args:
+        outlined: as in `CheckpointManager.load`.
+    """
     manager = CheckpointManager(run.path.parent)
     if not {"latest", "previous", "best"} & set(manager.names(run)):
         return None, None
-    return manager.load_latest(run)
+    return manager.load_latest(run, outlined)
 
 
 def stop_reason(run: Run) -> str | None:
@@ -174,7 +178,7 @@ def stop_reason(run: Run) -> str | None:
     reason = run.record.get("stop_reason")
     if run.status == "finished" and reason in STOP_REASONS:
         return reason
-    checkpoint, _ = newest_checkpoint(run)
+    checkpoint, _ = newest_checkpoint(run, outlined=True)
     reason = checkpoint.metadata.get("stop_reason") if checkpoint else None
     if reason is not None and reason not in STOP_REASONS:
         raise CheckpointError(f"the newest checkpoint of run {run.id} gives no reason why it ended", DAMAGE_HINT)

@@ -1,5 +1,6 @@
 """What a training writes into its run, besides the metrics."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,7 @@ from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.events import CheckpointEvent, Event
 from lumiere.training.nonfinite import Guard
-from lumiere.training.shards import gathered
+from lumiere.training.shards import gathered, held_bytes
 from lumiere.training.snapshots import is_snapshot
 from lumiere.training.state import TrainingState
 
@@ -22,7 +23,8 @@ from lumiere.training.state import TrainingState
 class Saver:
     """Writes checkpoints and snapshots of one run, and keeps its record up to date with them.
 
-    Every process looks whether they are sound, so that all stop where they are not; rank 0 writes them.
+    Every process looks whether they are sound, so that all stop where they are not. Rank 0 writes them, or, where they
+    are too large for one process, each its share.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Saver:
         self._guard = guard
         self._world = world
         self._writes = world.rank == 0
+        fsdp = config.training.parallel == "fsdp"
+        self._gather_limit = config.training.gather_limit_gb * 1e9 if fsdp else math.inf
         self._manager = CheckpointManager(run.path.parent)
         self._about = {
             "run": run.name,
@@ -90,6 +94,9 @@ class Saver:
 
     def _write(self, name: str, checkpoint: Checkpoint) -> None:
         self._guard.check_checkpoint(checkpoint)
+        if held_bytes(checkpoint) > self._gather_limit:
+            self._manager.save_shards(self._run, name, checkpoint, self._world)
+            return
         checkpoint = gathered(checkpoint, self._world)
         if self._writes:
             self._manager.save(self._run, name, checkpoint)

@@ -12,7 +12,8 @@ import torch
 from torch import Size, Tensor, nn
 
 from lumiere.components.world import World
-from lumiere.persistence.checkpoint import GROUPS, Checkpoint
+from lumiere.errors import CheckpointError
+from lumiere.persistence.checkpoint import DAMAGE_HINT, GROUPS, Checkpoint
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,6 +73,44 @@ def gathered(checkpoint: Checkpoint, world: World) -> Checkpoint:
         return found
 
     return Checkpoint(*(gather(getattr(checkpoint, group)) for group in GROUPS), metadata=checkpoint.metadata)
+
+
+def own_rows(checkpoint: Checkpoint, model: nn.Module, world: World) -> Checkpoint:
+    """The checkpoint itself; of one whose numbers are still in its folder, this process' rows of them.
+
+    Every process must call it.
+
+    Raises:
+        CheckpointError: this or another process cannot read its part.
+    """
+    if checkpoint.folder is None:
+        return checkpoint
+    from lumiere.persistence.sharded import load_shards
+
+    weights = model.state_dict()
+
+    def memory(name: str, shape: Size, dtype: torch.dtype) -> Tensor:
+        """As the weight that a tensor is about: `optimizer.<weight>.exp_avg`, or `optimizer.trained.<weight>`."""
+        for weight, tensor in weights.items():
+            if f".{weight}." in f"{name}." and tensor.shape == shape:
+                return torch.empty_like(tensor, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
+
+    found, problem = None, None
+    try:
+        found = load_shards(checkpoint.folder, like=memory)
+    except CheckpointError as error:
+        problem = error
+    failed = world.largest(0 if found else world.rank + 1)
+    if found is None or failed:
+        raise problem or CheckpointError(f"process {failed - 1} cannot read its part of the checkpoint", DAMAGE_HINT)
+    return found
+
+
+def held_bytes(checkpoint: Checkpoint) -> int:
+    """Of all tensors, whole."""
+    tensors = [tensor for group in GROUPS for tensor in getattr(checkpoint, group).values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def apply_to_whole(function: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor]) -> list[Tensor]:

@@ -62,7 +62,7 @@ def hand_out(preparation: Preparation, run: Run, checkpoint: Checkpoint | None, 
         "checkpoint": None if checkpoint is None else outline(checkpoint),
     }
     world.announce(json.dumps(task))
-    if checkpoint is not None:
+    if checkpoint is not None and checkpoint.folder is None:
         for group in GROUPS:
             for tensor in getattr(checkpoint, group).values():
                 world.copy_from_first(tensor.contiguous())
@@ -108,7 +108,9 @@ def follow(world: World) -> TrainingResult | None:
 
 
 def outline(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint without its numbers: metadata, and names, types and shapes."""
+    """A checkpoint without its numbers: metadata, and names, types and shapes; or the folder that each reads itself."""
+    if checkpoint.folder is not None:
+        return {"metadata": checkpoint.metadata, "folder": str(checkpoint.folder.absolute())}
     tensors = {
         group: {
             name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
@@ -123,6 +125,8 @@ def received(outlined: Mapping[str, Any], world: World) -> Checkpoint:
     """The checkpoint of an outline, with the numbers that rank 0 sends."""
     import torch
 
+    if "folder" in outlined:
+        return Checkpoint({}, metadata=outlined["metadata"], folder=Path(outlined["folder"]))
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for group in GROUPS:
         groups[group] = {}

@@ -23,7 +23,7 @@ from lumiere.training.loss import Objective, compiled, summed_loss
 from lumiere.training.nonfinite import Guard, is_finite
 from lumiere.training.saving import Saver
 from lumiere.training.schedule import learning_rate_factor
-from lumiere.training.shards import whole
+from lumiere.training.shards import own_rows, whole
 from lumiere.training.state import TrainingState, new_model
 
 
@@ -87,7 +87,7 @@ def train(
     objective = distributed(model, objective, settings.parallel, device, world)
     state = TrainingState.around(model, settings, precision)
     if checkpoint is not None:
-        state.restore(checkpoint)
+        state.restore(own_rows(checkpoint, model, world))
         # Afresh, because the settings may allow more, or less, than those it was saved with.
         state.stop_reason = reason_to_stop(state, settings, total_steps)
 

@@ -94,7 +94,10 @@ def tensor_hashes() -> TensorHashes:
     """Gives the SHA-256 of every tensor in a checkpoint, read without any code of ours."""
 
     def read(run: Run, name: str) -> dict[str, str]:
-        tensors = load_file(run.checkpoints_dir / f"{name}.safetensors")
+        # Of a folder, which one process has written: each of its files has whole tensors.
+        files = [run.checkpoints_dir / f"{name}.safetensors"]
+        files = files if files[0].exists() else list((run.checkpoints_dir / name).glob("*.safetensors"))
+        tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
         return {
             key: hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode() + tensor.tobytes()).hexdigest()
             for key, tensor in sorted(tensors.items())

@@ -1,11 +1,13 @@
 """Trainings by processes that share the weights out, beside those by one process and by processes that do not."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.events import Event, WarningEvent
 from lumiere.training.launch import resume
@@ -75,3 +77,44 @@ def test_a_run_goes_on_exactly_and_in_either_way_from_the_same_checkpoint(config
     assert result.state.step == 8
     [warning] = [event.message for event in events if isinstance(event, WarningEvent)]
     assert warning.startswith("trained so far with 2 processes (fsdp), now with 1 process:")
+
+
+def loaded(run: Run) -> dict[str, torch.Tensor]:
+    """All tensors of the latest checkpoint in either form, read by this process alone."""
+    checkpoint = CheckpointManager(run.path.parent).load(run, "latest")
+    groups = {"model": checkpoint.model, "optimizer": checkpoint.optimizer}
+    return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def test_a_checkpoint_that_is_too_large_for_one_process_is_a_folder_to_go_on_from(configure) -> None:
+    """With as many processes to the bit, also where the newest one is damaged; with another number and one as ever."""
+    settings = configure(NO_DROPOUT | CONSTANT | FSDP | {"training.optimizer": "muon", "training.ema_decay": 0.9})
+    gathered = trained(2, settings)
+    expected = loaded(gathered)
+    short = settings.training.model_copy(update={"gather_limit_gb": 0.0, "max_steps": 4, "checkpoint_interval": 2})
+    run = trained(2, settings.model_copy(update={"training": short}), runs_dir="folders")
+    assert {path.name for path in run.checkpoints_dir.iterdir()} >= {"best", "latest", "previous", "step-00000004"}
+    assert all(path.is_dir() for path in run.checkpoints_dir.iterdir())
+    others = [Run(Path(folder) / run.name) for folder in ("damaged", "by-four", "by-one")]
+    for other in others:
+        shutil.copytree(run.path, other.path)
+    damaged, by_four, by_one = others
+    with next((damaged.checkpoints_dir / "latest").glob("*.safetensors")).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+
+    longer = ["--set", "training.max_steps=8"]
+    for resumed, num_processes in ((run, 2), (damaged, 2), (by_four, 4)):
+        torchrun(num_processes, "--resume", run.id, "--runs-dir", str(resumed.path.parent), *longer)
+        found = loaded(resumed)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            tolerance = 0.0 if num_processes == 2 else MUON_TOLERANCE
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+    assert damaged.record["resumes"][0]["step"] == 2
+
+    resume(prepare_resume(by_one, overrides=["training.max_steps=8"]), by_one)
+    for name, tensor in loaded(by_one).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=MUON_TOLERANCE)
+    assert (by_one.checkpoints_dir / "latest.safetensors").is_file()
+    assert not (by_one.checkpoints_dir / "latest").exists()

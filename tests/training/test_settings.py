@@ -61,6 +61,7 @@ EFFECTS = {
     "training.random_window_offset": Effect(True, "weights"),
     "training.gradient_accumulation_steps": Effect(3, "rows"),
     "training.parallel": Effect("fsdp", "shared"),
+    "training.gather_limit_gb": Effect(0.0, "snapshots", {"training.parallel": "fsdp"}),
     "training.activation_checkpointing": Effect(True, "recomputed"),
     "training.max_epochs": Effect(2, "end", THREE_EPOCHS),
     "training.max_steps": Effect(3, "end"),

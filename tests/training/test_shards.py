@@ -1,5 +1,6 @@
 """What is shared out among processes, looked at in a group of one: the same functions, with nobody to send to."""
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -15,9 +16,12 @@ from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import CheckpointError
 from lumiere.evaluation import evaluate
+from lumiere.persistence.checkpoint import GROUPS
+from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.runs import RunStore
 from lumiere.training.distributed import distributed, evaluating
 from lumiere.training.loss import Objective, summed_loss
-from lumiere.training.shards import apply_to_whole, gathered, is_shared_out, like, rows_of, shard_shape, whole
+from lumiere.training.shards import apply_to_whole, gathered, is_shared_out, like, own_rows, rows_of, shard_shape, whole
 from lumiere.training.state import TrainingState, new_model
 from lumiere.training.trainer import train_step
 
@@ -133,3 +137,58 @@ def test_the_average_is_evaluated_and_training_goes_on_with_the_weights(config: 
     assert_equal(
         gathered(state.to_checkpoint({}), ALONE).optimizer, gathered(undisturbed.to_checkpoint({}), ALONE).optimizer
     )
+
+
+@pytest.mark.usefixtures("group")
+def test_a_folder_is_outlined_first_and_then_each_process_reads_its_rows(config: RunConfig, tiny_corpus) -> None:
+    state, objective = sharded(config)
+    trained(state, objective, config, tiny_corpus, 2)
+    run, manager = RunStore().create(), CheckpointManager()
+    saved = state.to_checkpoint({"run": "run_a"})
+    manager.save_shards(run, "latest", saved, ALONE)
+    outlined, name = manager.load_latest(run, outlined=True)
+    assert name == "latest"
+    assert outlined.metadata == saved.metadata
+    assert {group: {name: tensor.shape for name, tensor in getattr(outlined, group).items()} for group in GROUPS} == {
+        group: {name: tensor.shape for name, tensor in getattr(saved, group).items()} for group in GROUPS
+    }
+    assert all(tensor.is_meta for tensor in (outlined.model | outlined.optimizer | outlined.rng).values())
+
+    other, its_objective = sharded(config)
+    rows = own_rows(outlined, other.model, ALONE)
+    shared_out = {name for name, tensor in (rows.model | rows.optimizer).items() if is_shared_out(tensor)}
+    # All but the counts of AdamW's steps.
+    assert shared_out == {name for name, tensor in (saved.model | saved.optimizer).items() if tensor.ndim}
+    other.restore(rows)
+    trained(other, its_objective, config, tiny_corpus, 1)
+    trained(state, objective, config, tiny_corpus, 1)
+    assert_equal(gathered(other.to_checkpoint({}), ALONE).model, gathered(state.to_checkpoint({}), ALONE).model)
+
+
+@pytest.mark.usefixtures("group")
+def test_damage_that_one_process_finds_is_an_error_in_all(config: RunConfig) -> None:
+    state, _ = sharded(config)
+    run, manager = RunStore().create(), CheckpointManager()
+    manager.save_shards(run, "latest", state.to_checkpoint({}), ALONE)
+    outlined = manager.load(run, "latest", outlined=True)
+
+    class Failing(World):
+        def largest(self, value: int) -> int:
+            return max(value, 3)
+
+    with pytest.raises(CheckpointError, match="process 2 cannot read its part"):
+        own_rows(outlined, state.model, Failing())
+    shutil.rmtree(run.checkpoints_dir / "latest")
+    with pytest.raises(CheckpointError, match="latest"):
+        own_rows(outlined, state.model, ALONE)
+
+
+def test_a_folder_that_is_damaged_is_not_outlined(config: RunConfig) -> None:
+    run, manager = RunStore().create(), CheckpointManager()
+    for _ in range(2):
+        manager.save_shards(run, "latest", TrainingState.create(config, CPU).to_checkpoint({}), ALONE)
+    for file in (run.checkpoints_dir / "latest").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="damaged"):
+        manager.load(run, "latest", outlined=True)
+    assert manager.load_latest(run, outlined=True)[1] == "previous"
