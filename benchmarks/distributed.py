@@ -1,7 +1,9 @@
 """One process with all cores beside one process a core: `python benchmarks/distributed.py [CONFIG]`.
 
-Trains CONFIG (tiny) for some steps each way, in turns, and prints the tokens per second after the first third, as
-`metrics.jsonl` has them: medians over the rounds, and their ratio. Both ways see the same batches.
+Trains CONFIG (tiny) for some steps each way, in turns: by one process, and by several with all weights in each (ddp)
+and with a share of them in each (fsdp). Prints the tokens per second after the first third, as `metrics.jsonl` has
+them, medians over the rounds; their ratio; and the most memory that a process took, torch included. All see the same
+batches.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -19,24 +22,48 @@ from lumiere.persistence.runs import RunStore
 from lumiere.training.processes import num_cores
 
 
-def tokens_per_second(config: str, num_processes: int, steps: int, overrides: list[str]) -> float:
-    """Of one training, its first third left out."""
+class Way(NamedTuple):
+    """How a config is trained."""
+
+    num_processes: int
+    parallel: str
+
+    def __str__(self) -> str:
+        return "1" if self.num_processes == 1 else f"{self.num_processes}, {self.parallel}"
+
+
+class Measured(NamedTuple):
+    """What one training took."""
+
+    tokens_per_second: float
+    peak_bytes: float
+    """Resident, of the largest of its processes."""
+
+
+def measure(config: str, way: Way, steps: int, overrides: list[str]) -> Measured:
+    """Of one training; its first third is left out of the speed."""
     start = [sys.executable, "-m"]
-    if num_processes > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
+    if way.num_processes > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(way.num_processes), "-m"]
     settings = [
         f"training.max_steps={steps}",
         f"training.log_interval={max(1, steps // 12)}",
+        f"training.parallel={way.parallel}",
         "training.snapshots=false",
     ]
     options = [word for setting in [*settings, *overrides] for word in ("--set", setting)]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory() as runs_dir:
         command = [*start, "lumiere", "train", config, "--runs-dir", runs_dir, *options]
-        subprocess.run(command, check=True, env=environment, capture_output=True)
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(command, env=environment, stdout=null, stderr=null)
+        _, status, usage = os.wait4(process.pid, 0)  # of it and of all that it has waited for
+        if status:
+            raise SystemExit(f"failed: {' '.join(command)}")
         written = map(json.loads, RunStore(runs_dir).open("latest").metrics_path.read_text().splitlines())
         speeds = [line["tokens_per_second"] for line in written if "loss" in line]
-    return statistics.median(speeds[len(speeds) // 3 :])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Measured(statistics.median(speeds[len(speeds) // 3 :]), usage.ru_maxrss * unit)
 
 
 def main() -> None:
@@ -47,18 +74,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
-    speeds: dict[int, list[float]] = {1: [], options.processes: []}
+    ways = [Way(1, "ddp"), Way(options.processes, "ddp"), Way(options.processes, "fsdp")]
+    found: dict[Way, list[Measured]] = {way: [] for way in ways}
     for _ in range(options.rounds):
-        for num_processes, measured in speeds.items():
-            measured.append(tokens_per_second(options.config, num_processes, options.steps, options.overrides))
-    table = Table("processes", "tokens/s, median", "lowest", "highest")
-    for num_processes, measured in speeds.items():
-        figures = (statistics.median(measured), min(measured), max(measured))
-        table.add_row(str(num_processes), *(f"{figure:,.0f}" for figure in figures))
-    console = Console()
-    console.print(table)
-    ratio = statistics.median(speeds[options.processes]) / statistics.median(speeds[1])
-    console.print(f"{options.processes} processes: {ratio:.2f} times the tokens of one with {num_cores()} threads")
+        for way, measured in found.items():
+            measured.append(measure(options.config, way, options.steps, options.overrides))
+    alone = statistics.median(one.tokens_per_second for one in found[ways[0]])
+    table = Table("processes", "tokens/s, median", "lowest", "highest", f"of one with {num_cores()} threads", "memory")
+    for way, measured in found.items():
+        speeds = [one.tokens_per_second for one in measured]
+        median = statistics.median(speeds)
+        memory = max(one.peak_bytes for one in measured)
+        figures = (f"{figure:,.0f}" for figure in (median, min(speeds), max(speeds)))
+        table.add_row(str(way), *figures, f"{median / alone:.2f}", f"{memory / 1e6:,.0f} MB")
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.fitting import check_fit
 from lumiere.persistence.lock import locked
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
+from lumiere.persistence.placing import clear
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk, num_steps
 from lumiere.training.distributed import own_device
@@ -151,6 +152,7 @@ def now() -> str:
 
 def remove_leftovers(run: Run) -> None:
     """Remove the unfinished files of a process that was killed while it wrote into the run."""
+    clear(run.checkpoints_dir)
     for leftover in run.path.rglob(".*.tmp"):
         if not leftover.is_dir():
             leftover.unlink(missing_ok=True)

@@ -368,5 +368,9 @@ def test_what_a_killed_process_left_behind_goes(configure, launch) -> None:
     leftovers = [run.path / ".run.json.0a1b2c3d.tmp", run.checkpoints_dir / ".latest.safetensors.0a1b2c3d.tmp"]
     for leftover in leftovers:
         leftover.write_bytes(b"half a file")
+    half = run.checkpoints_dir / ".latest.0a1b2c3d.tmp"
+    half.mkdir()
+    (half / "a.safetensors").write_bytes(b"half a shard")
     go_on(run)
+    assert not half.exists()
     assert not any(leftover.exists() for leftover in leftovers)
