@@ -113,7 +113,7 @@ class TrainingConfig(Section):
     """Parts in which a batch is computed, to save memory. The result stays the same."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes of torchrun train: each with all weights (`ddp`), or with its share of them (`fsdp`)."""
-    gather_limit_gb: NonNegativeNumber = 4.0
+    gather_limit_gb: NonNegativeNumber = 1.0
     """With `fsdp`, a checkpoint of more gigabytes is saved as a folder, a file a process, and is never whole in one."""
     activation_checkpointing: Boolean = False
     """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""

@@ -80,7 +80,6 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         ValueError: the metadata holds NaN or infinity, which JSON does not have.
     """
     import safetensors.torch
-    import torch
 
     metadata = json.dumps(checkpoint.metadata, allow_nan=False)
     texts = {
@@ -89,15 +88,17 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "metadata": metadata,
         "sha256.metadata": _hash_text(metadata),
     }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    memories: set[int] = set()
     for group in GROUPS:
-        # Copies, because safetensors refuses tensors that share memory.
-        copies = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in getattr(checkpoint, group).items()
-        }
-        texts[f"sha256.{group}"] = hash_tensors(copies)
-        tensors |= {f"{group}.{name}": tensor for name, tensor in copies.items()}
+        found = {name: tensor.detach().cpu().contiguous() for name, tensor in getattr(checkpoint, group).items()}
+        for name, tensor in found.items():
+            memory = tensor.untyped_storage().data_ptr()
+            # Safetensors refuses tensors that share memory; to copy all would take as much again.
+            found[name] = tensor.clone() if memory in memories else tensor
+            memories.add(memory)
+        texts[f"sha256.{group}"] = hash_tensors(found)
+        tensors |= {f"{group}.{name}": tensor for name, tensor in found.items()}
     data = safetensors.torch.save(tensors, texts)
     try:
         # Before the first byte: a disk that is filled to its end troubles others too.
