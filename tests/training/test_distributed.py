@@ -113,12 +113,15 @@ def long_config(configure) -> RunConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "parallel"), [(signal.SIGINT, "ddp"), (signal.SIGTERM, "ddp"), (signal.SIGTERM, "fsdp")]
+)
 def test_a_signal_to_torchrun_saves_once_and_the_run_goes_on(
-    long_config: RunConfig, number: int, tensor_hashes
+    configure, number: int, parallel: str, tensor_hashes
 ) -> None:
-    whole = trained(2, long_config)
-    with training_midway(long_config) as (process, stderr):
+    config = configure(LONG | {"training.parallel": parallel})
+    whole = trained(2, config)
+    with training_midway(config) as (process, stderr):
         process.send_signal(number)
         said = stderr.read()
         process.wait(timeout=60)

@@ -54,6 +54,11 @@ def test_bfloat16_has_the_same_masters_as_with_all_weights_in_each_process(confi
         assert torch.equal(found[name], tensor), name
 
 
+def test_blocks_may_be_compiled(configure, launch) -> None:
+    config = configure(NO_DROPOUT | FSDP | {"training.compile": True})
+    assert_same_training(trained(2, config), launch(config).run, MUON_TOLERANCE)
+
+
 def test_a_run_goes_on_exactly_and_in_either_way_from_the_same_checkpoint(configure, tensor_hashes) -> None:
     """With dropout and an average of the weights."""
     settings = CONSTANT | {"training.optimizer": "muon", "training.ema_decay": 0.9}

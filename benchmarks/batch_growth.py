@@ -1,0 +1,73 @@
+"""Whether batches that grow while training goes on pay: `python benchmarks/batch_growth.py DATASET`.
+
+DATASET is a local folder of WikiText-2. Trains one epoch of `wikitext-2-v1` by the recipe of small-fast, with batches
+that change at even distances of the text (Smith et al. 2018, "Don't Decay the Learning Rate, Increase the Batch Size",
+but with the recipe's falling rate), and prints the last validation losses. Every window is seen once, in the same
+order, and the learning rate is that of the same place in the text. Growing batches are no setting of Lumiere's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lumiere.config.loader import load_config
+from lumiere.data.batches import batch_at
+from lumiere.evaluation import evaluate
+from lumiere.training.loss import summed_loss
+from lumiere.training.preparation import Preparation, prepare
+from lumiere.training.schedule import learning_rate_factor
+from lumiere.training.state import TrainingState
+from lumiere.training.trainer import train_step
+
+PLANS = ("32", "16-32", "16-32-64", "32-64", "64")
+
+
+def trained(preparation: Preparation, sizes: list[int]) -> tuple[int, float]:
+    """The steps of an epoch with batches of these sizes one after the other, and the validation loss at its end."""
+    config, settings = preparation.config, preparation.config.training
+    windows = preparation.corpus.windows("train", config)
+    state = TrainingState.create(config, preparation.device, preparation.precision)
+    state.model.train()
+    total_steps = preparation.epoch_steps
+    # Each change where a batch of any size may begin.
+    unit = max(sizes)
+    ends = [len(windows) * number // len(sizes) // unit * unit for number in range(1, len(sizes))] + [len(windows)]
+    seen = 0
+    for size, end in zip(sizes, ends, strict=True):
+        while seen < end:
+            batch = batch_at(seen // size, windows, size, settings.seed)
+            place = min(total_steps, -(-(seen + size) // settings.batch_size))
+            factor = learning_rate_factor(
+                place, total_steps, settings.warmup_steps, settings.schedule, settings.decay_fraction
+            )
+            train_step(state, batch, factor, settings, preparation.precision, summed_loss)
+            state.step += 1
+            seen += size
+    split = preparation.corpus.splits["validation"]
+    with state.averaged_model() as model:
+        loss = evaluate(model, preparation.corpus.windows("validation", config), split.facts, settings.batch_size).loss
+    return state.step, loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("--batches", nargs="+", default=PLANS, help="sizes in their order, such as 16-32-64")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options = parser.parse_args()
+    table = Table("batches", "seed", "steps", "validation loss")
+    for seed in options.seeds:
+        dataset = [f"dataset.name={Path(options.dataset).absolute()}", "dataset.subset=wikitext-2-v1"]
+        preparation = prepare(load_config("small-fast", [*dataset, f"training.seed={seed}"]))
+        for plan in options.batches:
+            steps, loss = trained(preparation, list(map(int, plan.split("-"))))
+            print(f"{plan}, seed {seed}: {loss:.4f} after {steps:,} steps", file=sys.stderr)
+            table.add_row(plan, str(seed), f"{steps:,}", f"{loss:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
