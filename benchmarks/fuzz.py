@@ -219,7 +219,8 @@ def trained_state() -> Any:
 def checkpoint_seeds() -> list[bytes]:
     import torch
 
-    from lumiere.persistence.checkpoint import Checkpoint, save_checkpoint
+    from lumiere.persistence.checkpoint import save_checkpoint
+    from lumiere.persistence.checkpoint_format import Checkpoint
 
     small = Checkpoint({"a": torch.ones(2, 1)}, metadata={"step": 1})
     with tempfile.TemporaryDirectory() as name:

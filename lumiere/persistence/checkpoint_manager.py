@@ -13,7 +13,8 @@ from lumiere.components.world import World
 from lumiere.errors import CheckpointError, nearest
 from lumiere.persistence import placing
 from lumiere.persistence.atomic import sync_folder
-from lumiere.persistence.checkpoint import GROUPS, Checkpoint, load_checkpoint, save_checkpoint, unwritable
+from lumiere.persistence.checkpoint import load_checkpoint, save_checkpoint
+from lumiere.persistence.checkpoint_format import GROUPS, Checkpoint, unwritable
 from lumiere.persistence.checkpoint_names import checkpoint_names
 from lumiere.persistence.placing import NAME_PATTERN, SUFFIX
 from lumiere.persistence.runs import Run, RunStore

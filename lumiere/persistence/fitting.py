@@ -3,7 +3,7 @@
 from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import Transformer, build_model, empty_model
-from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
+from lumiere.persistence.checkpoint_format import DAMAGE_HINT, Checkpoint
 
 WITHOUT_EFFECT = {"dropout", "zero_output_init"}
 """Settings of the model that make no difference to what trained weights compute."""

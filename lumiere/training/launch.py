@@ -14,7 +14,7 @@ from lumiere.config.loader import dump_config
 from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.atomic import write_atomically
-from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
+from lumiere.persistence.checkpoint_format import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.fitting import check_fit
 from lumiere.persistence.lock import locked

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lumiere.errors import CheckpointError
-from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, read_metadata, save_checkpoint
+from lumiere.persistence.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from lumiere.persistence.checkpoint_format import Checkpoint
 
 GROUPS = ("model", "optimizer", "rng")
 

@@ -12,7 +12,7 @@ from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import build_model, empty_model
-from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.fitting import check_fit, load_weights
 
 MODEL = {

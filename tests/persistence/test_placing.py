@@ -15,7 +15,7 @@ import torch
 from lumiere.components.world import ALONE
 from lumiere.errors import CheckpointError
 from lumiere.persistence import placing
-from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
 

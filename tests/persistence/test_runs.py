@@ -21,7 +21,7 @@ from lumiere.config.loader import dump_config, validate
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import CheckpointError, DataError, LumiereError, RunNotFoundError
 from lumiere.models.transformer import build_model
-from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
 
