@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lumiere.components.world import World
 from lumiere.data.batches import batch_at
 from lumiere.training import costs, plan
 from lumiere.training.plan import make_plan, measure_activations, measure_evaluation, peak_memory
@@ -83,6 +84,19 @@ def test_it_measures_five_seconds_and_at_least_three_steps(
     steps_take(forever(seconds))
     made = make_plan(prepare(configure({})), no_warning)
     assert (made.measured_steps, made.startup_seconds) == (measured, 0.0)
+
+
+@pytest.mark.parametrize(("parallel", "shares"), [("ddp", 1), ("fsdp", 3)])
+def test_each_of_several_processes_has_its_share_of_the_windows_and_with_fsdp_of_the_weights(
+    configure, steps_take, parallel: str, shares: int
+) -> None:
+    steps_take(forever(1.0))
+    config = configure({"training.parallel": parallel, "training.batch_size": 12})
+    made = make_plan(prepare(config), no_warning, World(0, 3))
+    weights = costs.weight_bytes(config)
+    assert made.windows_per_process == 4
+    assert (made.memory.weights, made.memory.gradients) == (weights // shares, weights // shares)
+    assert made.memory.optimizer == 2 * weights // shares
 
 
 def test_first_steps_that_are_faster_save_no_time(configure, steps_take) -> None:
