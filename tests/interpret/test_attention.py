@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumiere.components.hooks import run_with_cache
-from lumiere.config.loader import validate
 from lumiere.interpret.attention import (
     COMBINED,
     WEIGHTED,
@@ -21,22 +20,17 @@ from lumiere.interpret.attention import (
     rollout,
     statistics,
 )
-from lumiere.models.transformer import Transformer, build_model
+from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import CURRENT, FIRST, PREVIOUS, UNIFORM, induction_circuit, repeated_tokens
+from tests.interpret.looking import looking_model
 
 TOKENS = [0, 70, 71, 72, 70, 71, 9, 300, 4, 1]
 
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    """Three layers of two heads, with weights large enough that heads look somewhere."""
-    sizes = {"embedding_size": 12, "context_size": 16, "num_layers": 3, "num_heads": 2, "d_key": 5, "d_value": 7}
-    torch.manual_seed(1)
-    model = build_model(validate({"model": {**sizes, "d_ff": 9, "dropout": 0.5}})).eval()
-    for parameter in model.parameters():
-        parameter.data *= 20 if parameter.ndim == 2 else 1
-    return model
+    return looking_model()
 
 
 def test_patterns_are_the_softmax_of_queries_and_keys(model: Transformer) -> None:

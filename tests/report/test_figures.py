@@ -32,6 +32,7 @@ from lumiere.report.figures.logits import MOST_BARS, draw_logits
 from lumiere.report.figures.summary import draw_summary
 from lumiere.report.figures.texts import draw_activations, draw_tokens
 from lumiere.report.pictures import SUFFIXES, Picture
+from tests.interpret.looking import looking_model
 
 TOKENS = [0, 5, 6, 7, 8, 9, 10, 11, 12]
 AWKWARD = {
@@ -54,12 +55,7 @@ def label(token: int) -> str:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    sizes = {"embedding_size": 12, "context_size": 16, "num_layers": 3, "num_heads": 2, "d_key": 5, "d_value": 7}
-    torch.manual_seed(1)
-    model = build_model(validate({"model": {**sizes, "d_ff": 9, "dropout": 0.5}})).eval()
-    for parameter in model.parameters():
-        parameter.data *= 20 if parameter.ndim == 2 else 1
-    return model
+    return looking_model()
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from lumiere.cli import app
 from lumiere.cli.inspect.dynamics_view import MOST_COLUMNS, ruler, shown_columns
 from lumiere.interpret.metrics import DEFAULT_METRICS
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
 
 STEPS = [0, 1, 2, 4, 8]
 PAIRS = ["L0H0>L1H0", "L0H0>L1H1", "L0H1>L1H0", "L0H1>L1H1"]
 
 
-def inspect(name: str, *options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", name, *options])
-
-
 def shown(*options: str, name: str = "dynamics") -> dict[str, Any]:
-    result = inspect(name, *options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return inspect_json(name, *options)
 
 
 def values(result: dict[str, Any], metric: str, place: str = "") -> list[float | None]:

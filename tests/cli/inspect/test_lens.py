@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from lumiere.cli import app
 from lumiere.cli.inspect.lens_view import choose_columns
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.report.figures.lens import stage_name
+from tests.cli.inspect.commands import inspect, inspect_json
 
 PROMPT = ("--prompt", "One day a")
 OWN_KEYS = {
@@ -22,13 +22,11 @@ OWN_KEYS = {
 
 
 def inspect_lens(runs_dir: str, *options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "lens", "--runs-dir", runs_dir, *options])
+    return inspect("lens", "--runs-dir", runs_dir, *options)
 
 
 def shown(runs_dir: str, *options: str) -> dict[str, Any]:
-    result = inspect_lens(runs_dir, *options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return inspect_json("lens", "--runs-dir", runs_dir, *options)
 
 
 def test_json(runs_dir: str, tiny_corpus: TokenizedCorpus) -> None:

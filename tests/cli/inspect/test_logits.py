@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
+from tests.cli.inspect.commands import inspect, inspect_json
 
 PROMPT = ("--prompt", "One day a")
 OWN_KEYS = {
@@ -20,13 +20,11 @@ OWN_KEYS = {
 
 
 def inspect_logits(runs_dir: str, *options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "logits", "--runs-dir", runs_dir, *options])
+    return inspect("logits", "--runs-dir", runs_dir, *options)
 
 
 def shown(runs_dir: str, *options: str) -> dict[str, Any]:
-    result = inspect_logits(runs_dir, *options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return inspect_json("logits", "--runs-dir", runs_dir, *options)
 
 
 def test_json(runs_dir: str, tiny_corpus: TokenizedCorpus) -> None:

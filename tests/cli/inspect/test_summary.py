@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import LumiereError
 from lumiere.interpret.activity import measure_activity
 from lumiere.persistence.runs import Run
+from tests.cli.inspect.commands import inspect, inspect_json
 
 OWN_KEYS = {
     *("parameters", "matrices", "shapes", "norms", "rms", "spectral_norms", "stable_ranks", "effective_ranks"),
@@ -23,13 +23,11 @@ OWN_KEYS = {
 
 
 def inspect_summary(runs_dir: str, *options: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", "summary", "--runs-dir", runs_dir, *options])
+    return inspect("summary", "--runs-dir", runs_dir, *options)
 
 
 def shown(runs_dir: str, *options: str) -> dict[str, Any]:
-    result = inspect_summary(runs_dir, *options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return inspect_json("summary", "--runs-dir", runs_dir, *options)
 
 
 def test_json(runs_dir: str, trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
