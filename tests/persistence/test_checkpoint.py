@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from lumiere.persistence.checkpoint_format import Checkpoint
+from tests.persistence.shards import assert_same
 
 GROUPS = ("model", "optimizer", "rng")
 
@@ -44,21 +44,10 @@ def saved(path: Path) -> Path:
     return path
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
-
-
-def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (actual[name].dtype, actual[name].shape) == (tensor.dtype, tensor.shape)
-        assert raw_bytes(actual[name]) == raw_bytes(tensor)
-
-
 def test_every_group_and_the_metadata_come_back_unchanged(saved: Path) -> None:
     loaded, expected = load_checkpoint(saved), tiny_checkpoint()
     for group in GROUPS:
-        assert_same_tensors(getattr(loaded, group), getattr(expected, group))
+        assert_same(getattr(loaded, group), getattr(expected, group))
     assert loaded.metadata == expected.metadata == read_metadata(saved)
 
 
@@ -90,7 +79,7 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(path: Path, dtype: torch.d
     bits = torch.randint(0, 2 if dtype == torch.bool else 256, (count,), dtype=torch.uint8, generator=generator)
     tensor = bits.view(dtype).reshape(shape)
     save_checkpoint(path, Checkpoint(model={"tensor": tensor}))
-    assert_same_tensors(load_checkpoint(path).model, {"tensor": tensor})
+    assert_same(load_checkpoint(path).model, {"tensor": tensor})
 
 
 def test_strided_and_shared_tensors_are_saved_by_value(path: Path) -> None:
@@ -98,7 +87,7 @@ def test_strided_and_shared_tensors_are_saved_by_value(path: Path) -> None:
     state = {"all": base, "transposed": base.T, "column": base[:, 1], "again": base, "wide": base[:1].expand(5, 4)}
     save_checkpoint(path, Checkpoint(model=state))
     loaded = load_checkpoint(path).model
-    assert_same_tensors(loaded, {name: tensor.detach() for name, tensor in state.items()})
+    assert_same(loaded, {name: tensor.detach() for name, tensor in state.items()})
     loaded["all"].zero_()
     assert loaded["again"].sum() == 66
     assert not any(tensor.requires_grad for tensor in loaded.values())
@@ -116,7 +105,7 @@ def test_a_generator_goes_on_where_its_saved_state_was(path: Path) -> None:
 
 def test_only_the_named_groups_are_read(saved: Path) -> None:
     loaded = load_checkpoint(saved, groups=("model",))
-    assert_same_tensors(loaded.model, tiny_checkpoint().model)
+    assert_same(loaded.model, tiny_checkpoint().model)
     assert loaded.optimizer == loaded.rng == {}
     assert loaded.metadata == tiny_checkpoint().metadata
 
@@ -125,14 +114,14 @@ def test_damage_in_a_group_that_is_not_read_does_no_harm(saved: Path) -> None:
     data = bytearray(saved.read_bytes())
     data[data.index(bytes([0, 7, 255]))] ^= 1  # the state of the generator
     saved.write_bytes(data)
-    assert_same_tensors(load_checkpoint(saved, groups=("model", "optimizer")).model, tiny_checkpoint().model)
+    assert_same(load_checkpoint(saved, groups=("model", "optimizer")).model, tiny_checkpoint().model)
     with pytest.raises(CheckpointError, match="is damaged: the rng's tensors do not match their hash"):
         load_checkpoint(saved)
 
 
 def test_any_safetensors_reader_can_read_the_file(saved: Path) -> None:
     tensors = safetensors.torch.load_file(saved)
-    assert_same_tensors({"scale": tensors["model.scale"]}, {"scale": torch.tensor(3.0)})
+    assert_same({"scale": tensors["model.scale"]}, {"scale": torch.tensor(3.0)})
     with safetensors.safe_open(saved, framework="pt") as file:
         texts = file.metadata()
     assert texts["format"] == "pt"
@@ -147,7 +136,7 @@ def test_loaded_tensors_do_not_change_with_the_file(saved: Path) -> None:
     loaded = load_checkpoint(saved)
     with open(saved, "r+b") as file:
         file.write(bytes(saved.stat().st_size))
-    assert_same_tensors(loaded.model, tiny_checkpoint().model)
+    assert_same(loaded.model, tiny_checkpoint().model)
 
 
 def test_a_file_cut_short_at_any_length_is_damaged(saved: Path) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lumiere.errors import CheckpointError, RunNotFoundError
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
+from tests.persistence.watching import watch
 
 
 @pytest.fixture
@@ -169,22 +169,6 @@ def test_resuming_falls_back_to_the_one_before_and_says_so(manager: CheckpointMa
 SYSTEM_CALLS = ["link", "replace", "fsync", "unlink"]
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, check: Callable[[], None]) -> list[str]:
-    """Calls `check` before and after each system call that changes the folder; the list names the calls."""
-    calls: list[str] = []
-    for function in SYSTEM_CALLS:
-        real = getattr(os, function)
-
-        def watched(*arguments: Any, real: Any = real, function: str = function, **options: Any) -> None:
-            check()
-            calls.append(function)
-            real(*arguments, **options)
-            check()
-
-        monkeypatch.setattr(os, function, watched)
-    return calls
-
-
 @pytest.mark.parametrize("damaged", [(), ("latest",), ("previous",)], ids=str)
 def test_a_checkpoint_can_be_loaded_at_every_instant_of_a_save(
     manager: CheckpointManager, run: Run, monkeypatch: pytest.MonkeyPatch, damaged: tuple[str, ...]
@@ -194,7 +178,7 @@ def test_a_checkpoint_can_be_loaded_at_every_instant_of_a_save(
     for name in damaged:
         damage(run, name)
     seen: list[int] = []
-    calls = watch(monkeypatch, lambda: seen.append(manager.load_latest(run)[0].metadata["step"]))
+    calls = watch(monkeypatch, SYSTEM_CALLS, lambda: seen.append(manager.load_latest(run)[0].metadata["step"]))
     manager.save(run, "latest", checkpoint(3))
     assert calls == ["link", "fsync", "replace", "fsync", "replace", "unlink", "fsync"]
     assert seen == sorted(seen)

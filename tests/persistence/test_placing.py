@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ from lumiere.persistence import placing
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
+from tests.persistence.watching import watch
 
 
 @pytest.fixture
@@ -77,22 +77,6 @@ def damage(run: Run, name: str) -> None:
 CALLS = ["link", "rename", "replace", "fsync", "mkdir", "unlink", "rmdir"]
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) -> list[str]:
-    """Calls `look` before and after each system call that changes the folder; the list names the calls."""
-    calls: list[str] = []
-    for function in CALLS:
-        real = getattr(os, function)
-
-        def call(*arguments: Any, real: Any = real, function: str = function, **options: Any) -> None:
-            look()
-            calls.append(function)
-            real(*arguments, **options)
-            look()
-
-        monkeypatch.setattr(os, function, call)
-    return calls
-
-
 FORMS = ("file", "folder")
 
 
@@ -117,7 +101,7 @@ def test_a_kill_at_any_instant_of_a_save_loses_no_checkpoint(
 
     reals = {name: getattr(os, name) for name in CALLS}
     with pytest.MonkeyPatch.context() as patch:
-        watched(patch, look)
+        watch(patch, CALLS, look)
         save(run, "latest", 3, forms[2])
     assert steps(run) == ({"latest": 3} if damaged == "latest" else {"latest": 3, "previous": 2})
     seen = []
@@ -155,7 +139,7 @@ def test_a_checkpoint_without_a_previous_one_can_be_loaded_throughout(
     save(run, name, 1, forms[0])
     seen = []
     with monkeypatch.context() as patch:
-        calls = watched(patch, lambda: seen.append(step_of(run, name)))
+        calls = watch(patch, CALLS, lambda: seen.append(step_of(run, name)))
         save(run, name, 2, forms[1])
     assert calls.count("rename") >= 2
     assert seen == sorted(seen)
