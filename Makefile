@@ -1,11 +1,12 @@
 # `make train` and `make test` are all that a new user needs; each installs what it needs, once.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-slow peer browser check schema clean
+.PHONY: help train test test-all test-slow test-lowest peer browser check schema lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -13,22 +14,22 @@ help:  ## this list
 	  echo "hint: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/.installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python $(INSTALL) constraints.txt --editable .
 	@touch $@
 
-.venv/.installed-test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+.venv/.installed-test: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test]'
 	@touch $@ .venv/.installed
 
 # What the slow tests compare with; heavy, and they are skipped without it.
-.venv/.installed-transformer-lens: pyproject.toml | .venv/.installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,transformer-lens]'
+.venv/.installed-transformer-lens: pyproject.toml constraints.txt | .venv/.installed-test
+	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test,transformer-lens]'
 	@touch $@
 
 # What opens the report in a browser; the tests that need it are skipped without it.
-.venv/.installed-browser: pyproject.toml | .venv/.installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,browser]'
+.venv/.installed-browser: pyproject.toml constraints.txt | .venv/.installed-test
+	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test,browser]'
 	@touch $@
 
 train: .venv/.installed  ## trains configs/tiny.yaml (about two minutes on 2 cores), then shows what it can write
@@ -54,8 +55,26 @@ browser: .venv/.installed-browser  ## installs Playwright, with which slow tests
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 -m slow
 
+# The oldest versions that pyproject.toml admits, in an environment of their own.
+.venv-lowest/.installed-test: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python $(INSTALL) constraints-lowest.txt --editable '.[test]'
+	@touch $@
+
+test-lowest: .venv-lowest/.installed-test  ## runs the fast tests with every dependency at its lower bound
+	.venv-lowest/bin/pytest -q -n 2 -m "not slow"
+
+# torch stays out of both files, and with it what only a CUDA build of it needs: its build depends on the machine.
+LOCK := uv pip compile --quiet --no-header --no-annotate pyproject.toml
+WITHOUT_TORCH := grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=='
+
+lock: .venv/.installed  ## updates constraints.txt and constraints-lowest.txt (Python 3.11 to 3.14)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/$(LOCK) --universal --python-version 3.11 --all-extras | $(WITHOUT_TORCH) > constraints.txt
+	$(BIN)/$(LOCK) --resolution lowest-direct --python-version 3.11 --extra test | $(WITHOUT_TORCH) > constraints-lowest.txt
+
 schema: .venv/.installed  ## rewrites configs/schema.json, which editors complete from
 	$(BIN)/python -m lumiere.config.json_schema configs/schema.json
 
 clean:  ## removes the environment and the caches of the tools (never runs/)
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis
