@@ -35,6 +35,7 @@ class HeadScores(Result):
         uniform: (M,) what a head that looks at all tokens alike scores.
         num_destinations: (M,) tokens, of all sequences together, over which a score is a mean.
         copying: (L, H) from -1 (suppresses what it sees) to 1 (copies it); NaN for a head that writes nothing.
+        num_averaged: the number of tokens that `copying` is computed over.
         threshold: the score above which a head has a role.
         roles: (L, H) the names of the scores above the threshold and above the uniform baseline.
         losses: (T - 1,) mean loss, in nats, of predicting token 1, 2, ... of the sequences.
@@ -55,6 +56,7 @@ class HeadScores(Result):
     uniform: np.ndarray
     num_destinations: np.ndarray
     copying: np.ndarray
+    num_averaged: int
     threshold: float
     roles: tuple[tuple[tuple[str, ...], ...], ...]
     losses: np.ndarray
@@ -82,6 +84,7 @@ def head_scores(
     heads: Sequence[int] | None = None,
     threshold: float = THRESHOLD,
     windows_NT: torch.Tensor | None = None,
+    averaged: Sequence[int] | None = None,
 ) -> HeadScores:
     """Each head's scores: the mean, over the tokens that have such a source, of the attention that goes there.
 
@@ -99,6 +102,7 @@ def head_scores(
         heads: which heads of each (None: all).
         threshold: the score above which a head has a role, if it is above the uniform baseline too.
         windows_NT: (N, context_size + 1) ids of real text, for the in-context-learning score; None: leave it out.
+        averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
     """
     layers = range(model.num_layers) if layers is None else layers
     heads = range(model.num_heads) if heads is None else heads
@@ -120,7 +124,8 @@ def head_scores(
     with np.errstate(invalid="ignore"):
         scores, uniform = totals / counts, uniform / counts
     loss_NT = np.concatenate(losses)
-    copying, trace_error = copying_scores(model)
+    averaged = range(model.vocab_size) if averaged is None else averaged
+    copying, trace_error = copying_scores(model, averaged)
     return HeadScores(
         tokens=tokens_NT.cpu().numpy(),
         layers=tuple(layers),
@@ -130,6 +135,7 @@ def head_scores(
         uniform=uniform,
         num_destinations=counts.astype(int),
         copying=copying[np.ix_(layers, heads)],
+        num_averaged=len(averaged),
         threshold=threshold,
         roles=roles_of(scores, uniform, threshold),
         losses=loss_NT.mean(0),
@@ -162,15 +168,16 @@ def source_masks(tokens_NT: torch.Tensor) -> torch.Tensor:
     return torch.stack([*masks, same_NTS & earlier_TS, follows_NTS & earlier_TS], dim=1)
 
 
-def copying_scores(model: Transformer) -> tuple[np.ndarray, float]:
+def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndarray, float]:
     """sum Re(lambda) / sum |lambda| over the eigenvalues of each head's OV circuit, (L, H), and a receipt's error.
 
     The circuit W_E W_V W_O W_U, with the norms' gains in W_V and W_U, says how much more likely each token becomes by
     being looked at (Elhage et al. 2021, "Copying / primitive in-context learning"); (Vocab, Vocab) and of rank V at
-    most. AB and BA have the same eigenvalues but for zeros, so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its
-    trace, summed over the vocabulary, is the independent check: relative to sum |lambda|, the largest of all heads.
+    most, with the rows and columns of the tokens in `averaged` only. AB and BA have the same eigenvalues but for zeros,
+    so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its trace, summed over these tokens, is the independent check:
+    relative to sum |lambda|, the largest of all heads.
     """
-    embedding = model.token_embedding.weight.detach().double().cpu().numpy()
+    embedding = model.token_embedding.weight.detach().double().cpu().numpy()[list(averaged)]
     unembedding = embedding * model.final_norm.weight.detach().double().cpu().numpy()
     scores, errors = np.full((model.num_layers, model.num_heads), np.nan), [0.0]
     for layer, block in enumerate(model.blocks):

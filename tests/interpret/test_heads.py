@@ -184,25 +184,31 @@ def test_parts_of_a_large_batch_add_up(model: Transformer, monkeypatch: pytest.M
         np.testing.assert_allclose(parts.arrays()[name], values, atol=1e-5, equal_nan=True)
 
 
-def dense_copying(model: Transformer, layer: int, head: int) -> float:
-    """From the whole (Vocab, Vocab) circuit."""
+def dense_copying(model: Transformer, layer: int, head: int, averaged: list[int]) -> float:
+    """From the whole circuit of these tokens."""
     block = model.blocks[layer]
     width = model.d_value
     value = block.attention.value.weight[head * width : (head + 1) * width] * block.attention_norm.weight
     output = block.attention.output.weight[:, head * width : (head + 1) * width]
-    embedding = model.token_embedding.weight.double()
+    embedding = model.token_embedding.weight[averaged].double()
     circuit = embedding @ (output @ value).T.double() @ (embedding * model.final_norm.weight).T
     eigenvalues = torch.linalg.eigvals(circuit.detach()).numpy()
     return float(eigenvalues.real.sum() / np.abs(eigenvalues).sum())
 
 
+@pytest.mark.parametrize("averaged", [None, [3, 5, 8, 13, 21, 34, 55, 89, 144, 233]])
 @pytest.mark.parametrize("name", ["model", "trained"])
-def test_copying_is_that_of_the_whole_matrix(name: str, request: pytest.FixtureRequest) -> None:
+def test_copying_is_that_of_the_whole_matrix(
+    name: str, averaged: list[int] | None, request: pytest.FixtureRequest
+) -> None:
     model: Transformer = request.getfixturevalue(name)
-    copying = head_scores(model, torch.tensor([[0, 5, 6]])).copying
-    for layer, head in np.ndindex(*copying.shape):
-        assert copying[layer, head] == pytest.approx(dense_copying(model, layer, head), abs=1e-6)
-    assert np.ptp(copying) > 1e-3
+    result = head_scores(model, torch.tensor([[0, 5, 6]]), averaged=averaged)
+    ids = list(range(model.vocab_size)) if averaged is None else averaged
+    for layer, head in np.ndindex(*result.copying.shape):
+        assert result.copying[layer, head] == pytest.approx(dense_copying(model, layer, head, ids), abs=1e-6)
+    assert np.ptp(result.copying) > 1e-3
+    assert result.num_averaged == len(ids)
+    assert result.holds
 
 
 def test_copying_knows_no_basis_of_the_values(model: Transformer) -> None:

@@ -34,7 +34,7 @@ def heads(
     """
     import torch
 
-    from lumiere.cli.inspect.texts import repeated_sequences
+    from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
     from lumiere.interpret.heads import head_scores
     from lumiere.interpret.repeats import SEQUENCES
     from lumiere.report.figures.heads import draw_heads
@@ -51,11 +51,13 @@ def heads(
         length = tokens_NT.shape[1] // 2
         source = f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {subject.seed})"
     windows_NT = validation_windows(subject)
+    averaged, about = averaged_tokens(subject.opened)
     return Analysis(
-        compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT),
-        show=lambda result: show(result, 0 if windows_NT is None else len(windows_NT)),
+        compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT, averaged),
+        show=lambda result: show(result, 0 if windows_NT is None else len(windows_NT), about),
         draw=draw_heads,
         source=source,
+        about={"averaged_over": about},
     )
 
 
@@ -70,7 +72,7 @@ def validation_windows(subject: Subject) -> "Tensor | None":
         return None
 
 
-def show(result: "HeadScores", num_windows: int) -> None:
+def show(result: "HeadScores", num_windows: int, averaged_over: str) -> None:
     import numpy as np
 
     names = result.score_names
@@ -84,6 +86,7 @@ def show(result: "HeadScores", num_windows: int) -> None:
         out().print(f"{label:8} {'  '.join(shown)}  {copies:>7}")
     out().print(f"[dim]{'uniform':8} {'  '.join(share(value) for value in result.uniform)}  {0:>7}[/]\n")
     show_roles(result)
+    out().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
     show_losses(result, num_windows)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SPECIAL_TOKENS
-from lumiere.interpret.heads import SCORES
+from lumiere.interpret.heads import SCORES, head_scores
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 
@@ -50,6 +51,20 @@ def test_random_tokens_are_of_the_training_split(
     result = shown(*options)
     assert result["source"] == "32 sequences of 7 random tokens of the vocabulary, twice (seed 0)"
     assert not {token for row in result["tokens"] for token in row[1:]} <= occurring
+
+
+def test_copying_is_over_the_tokens_of_the_training_split(
+    trained_run: Run, tiny_corpus: TokenizedCorpus, runs_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    occurring = np.unique(tiny_corpus.splits["train"].ids).tolist()
+    model, tokens = trained_run.load_model("best"), torch.tensor([[0, 5, 6]])
+    for over, words in ((occurring, f"{len(occurring)} tokens"), (None, f"all {model.vocab_size} tokens")):
+        if over is None:
+            monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+        result = shown("--runs-dir", runs_dir)
+        np.testing.assert_allclose(result["copying"], head_scores(model, tokens, averaged=over).copying, atol=1e-9)
+        assert words in result["averaged_over"]
+        assert words in " ".join(inspect_heads("--runs-dir", runs_dir).stdout.split())
 
 
 def test_a_text_takes_their_place(runs_dir: str) -> None:
