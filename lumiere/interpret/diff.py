@@ -69,6 +69,8 @@ class ModelDiff(Result):
         across_layers: whether heads were matched across layers.
     """
 
+    DISCRETE = frozenset({"same_choice"})
+
     tokens: tuple[tuple[int, ...], ...]
     not_compared: tuple[str, ...]
     losses: np.ndarray

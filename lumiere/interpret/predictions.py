@@ -30,7 +30,7 @@ class PredictionDiff:
         targets: its id.
         losses_a, losses_b: -ln p(token) by A and by B.
         kl_ab, kl_ba: of the whole predictions there, KL(A || B) and KL(B || A).
-        same_choice: whether both hold the same token likeliest.
+        same_choice: the probability that both choose the same token, if each chooses among its most probable ones.
         position_numbers: (K,) the positions that have predictions.
         kl_ab_by_position, kl_ba_by_position: (K,) the means there.
     """
@@ -94,11 +94,17 @@ def compare_predictions(batch: Batch, first_BTVocab: Tensor, second_BTVocab: Ten
                 -log_q.gather(1, targets[:, None])[:, 0],
                 (log_p.exp() * ratio).sum(-1),
                 (log_q.exp() * -ratio).sum(-1),
-                log_p.argmax(-1) == log_q.argmax(-1),
+                same_choices(log_p, log_q),
             )
         )
     values = [torch.cat(column).numpy() for column in zip(*found, strict=True)]
     return PredictedTokens(len(is_real_BT), rows, columns + 1, targets_P.numpy(), *values)
+
+
+def same_choices(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(P,) 0 or 1 but where several tokens are tied for the first place: these share it."""
+    tops_p, tops_q = (values == values.amax(-1, keepdim=True) for values in (log_p, log_q))
+    return (tops_p & tops_q).sum(-1) / (tops_p.sum(-1) * tops_q.sum(-1))
 
 
 def paired_losses(found: PredictionDiff) -> PairedDifference | None:
