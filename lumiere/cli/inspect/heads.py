@@ -96,21 +96,36 @@ def share(value: float) -> str:
 
 
 def show_roles(result: "HeadScores") -> None:
-    """The heads of each role, the best first."""
+    """The heads of each role, the best first, with the score's standard error."""
     import numpy as np
+
+    from lumiere.interpret.heads import FEWEST, NUM_ERRORS
 
     for number, name in enumerate(result.score_names):
         places = [
-            (float(result.scores[row, column, number]), f"L{result.layers[row]}H{result.heads[column]}")
+            (float(result.scores[row, column, number]), row, column)
             for row, column in np.ndindex(len(result.layers), len(result.heads))
             if name in result.roles[row][column]
         ]
-        if places:
-            found = ", ".join(label for _, label in sorted(places, key=lambda place: (-place[0], place[1])))
-            out().print(f"{escape(name)} heads: {found}")
+        found = [
+            f"L{result.layers[row]}H{result.heads[column]} ({score:.0%} ± {result.errors[row, column, number]:.0%})"
+            for score, row, column in sorted(places, key=lambda place: (-place[0], *place[1:]))
+        ]
+        if found:
+            out().print(f"{escape(name)} heads: {', '.join(found)}", soft_wrap=False)
     if not any(roles for layer in result.roles for roles in layer):
         out().print("no head has a role")
-    out().print(f"[dim]a role is a score of {result.threshold:.0%} or more, and above uniform[/]\n")
+    out().print(
+        f"[dim]a role is a score of {result.threshold:.0%} or more over {FEWEST} tokens or more, above uniform by "
+        f"{result.margin * 100:.0f} points and by {NUM_ERRORS} standard errors[/]",
+        soft_wrap=False,
+    )
+    for name, count in zip(result.score_names, result.num_overlaps.tolist(), strict=True):
+        if count:
+            tokens = "1 token has" if count == 1 else f"{count:,} tokens have"
+            note = f"{tokens} a source of {name} at t - 1, where previous-token heads look too; it is left out"
+            out().print(f"[dim]{note}[/]", soft_wrap=False)
+    out().print()
 
 
 def show_losses(result: "HeadScores", num_windows: int) -> None:
