@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lumiere.baselines.ngrams import Baseline
 from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import make_batch
 from lumiere.data.dataset import TokenizedSplit
 from lumiere.data.windows import Windows
@@ -69,7 +70,7 @@ def strided_windows(split: TokenizedSplit, context_size: int, stride: int) -> tu
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(ShortRepr):
     """What is kept of each scored token, in the order of the windows: arrays (S,).
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy_losses
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
 from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
 from lumiere.evaluation.totals import DocumentTotals
@@ -21,7 +22,7 @@ LOGITS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
-class PredictionDiff:
+class PredictionDiff(ShortRepr):
     """Of each predicted token, (P,), in float64 nats.
 
     Attributes:
@@ -63,7 +64,7 @@ class PredictionDiff:
 
 
 @dataclass(frozen=True)
-class PredictedTokens:
+class PredictedTokens(ShortRepr):
     """The predicted tokens of one batch, as in `PredictionDiff`."""
 
     num_sequences: int

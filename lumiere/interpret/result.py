@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
+from lumiere.components.short_repr import ShortRepr
+
 FLOAT32_TOLERANCE = 1e-5
 FLOAT64_TOLERANCE = 1e-10
 VERIFIED_TOLERANCE = 1e-4
@@ -33,7 +35,7 @@ class Receipt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result(ABC):
+class Result(ShortRepr, ABC):
     """The ground of all results. Subclasses are frozen dataclasses too.
 
     Attributes:
