@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.permutation import permute
 from lumiere.data.windows import Windows
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(ShortRepr):
     """Inputs, and the same shifted by one.
 
     Attributes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lumiere.components.short_repr import ShortRepr
 from lumiere.config.schema import RunConfig
 from lumiere.data.building import Listener, Progress, build_folder, cache_dir
 from lumiere.data.corpus import SPLITS, Corpus, load_corpus
@@ -27,7 +28,7 @@ DOCUMENTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class TokenizedSplit:
+class TokenizedSplit(ShortRepr):
     """The ids of one split, mapped from the disk where it comes from the cache.
 
     Attributes:

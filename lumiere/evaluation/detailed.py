@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lumiere.baselines.ngrams import Baseline, target_counts
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.dataset import TokenizedSplit
 from lumiere.data.windows import Windows
 from lumiere.evaluation import Evaluation
@@ -20,7 +21,7 @@ NUM_BINS = 15
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(ShortRepr):
     """How far the probability of the likeliest token is how often it is right (Guo et al. 2017, arXiv:1706.04599).
 
     Attributes:
@@ -38,7 +39,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class LossByGroup:
+class LossByGroup(ShortRepr):
     """The mean loss of groups of tokens, in nats; NaN where a group has none.
 
     Attributes:
@@ -53,7 +54,7 @@ class LossByGroup:
 
 
 @dataclass(frozen=True)
-class LossByDocument:
+class LossByDocument(ShortRepr):
     """Of each document, in the order of the split."""
 
     losses: list[float]
@@ -73,7 +74,7 @@ class BaselineScore:
 
 
 @dataclass(frozen=True)
-class DetailedEvaluation:
+class DetailedEvaluation(ShortRepr):
     """The losses of one pass over a text, and what else it shows.
 
     Attributes:

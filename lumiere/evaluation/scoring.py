@@ -8,7 +8,7 @@ Shapes: S scored tokens, M rows of a chunk, N rows, T tokens of a row, E embeddi
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lumiere.baselines.ngrams import Baseline
 from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import make_batch
 from lumiere.data.dataset import TokenizedSplit
 from lumiere.data.windows import Windows
@@ -69,7 +70,7 @@ def strided_windows(split: TokenizedSplit, context_size: int, stride: int) -> tu
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(ShortRepr):
     """What is kept of each scored token, in the order of the windows: arrays (S,).
 
     Attributes:
@@ -171,6 +172,24 @@ def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -
         num_above = torch.gt(logits, own_M1, out=marks).sum(1)
         num_equal = torch.eq(logits, own_M1, out=marks).sum(1)
         sums_M = logits.exp_().sum(1, dtype=wide)
-        at_1_M, at_5_M = (((k - num_above).to(wide) / num_equal).clamp(0, 1) for k in (1, 5))
+        at_1_M, at_5_M = (share_of_top(num_above.to(wide), num_equal, k) for k in (1, 5))
         parts.append(ModelScores(sums_M.log() - own_M1.squeeze(1), at_1_M, at_5_M, 1 / sums_M))
     return ModelScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+Counts = TypeVar("Counts", Tensor, np.ndarray)
+
+
+def share_of_top(num_above: Counts, num_equal: Counts, k: int) -> Counts:
+    """The probability that a token is among the k most probable, if tied tokens share their places.
+
+    Args:
+        num_above: how many tokens are more probable.
+        num_equal: how many are exactly as probable, the token itself included.
+    """
+    return ((k - num_above) / num_equal).clip(0, 1)
+
+
+def shared_place(num_above: Counts, num_equal: Counts) -> Counts:
+    """The mean of the places that tied tokens have together, counted from 0."""
+    return num_above + (num_equal - 1) / 2

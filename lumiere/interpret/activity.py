@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lumiere.components.hooks import run_with_cache
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.models.transformer import Transformer
@@ -19,7 +20,7 @@ LEAVES = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "m
 
 
 @dataclass(frozen=True)
-class Activity:
+class Activity(ShortRepr):
     """Means over all tokens, padding left out.
 
     Attributes:

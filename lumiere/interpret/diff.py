@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
 from lumiere.data.dataset import TokenizedSplit
 from lumiere.data.tokenizer import PAD
@@ -31,7 +32,7 @@ SAME_TOKENS, OTHER_TOKENS = "nats a token", "bits a byte"
 
 
 @dataclass(frozen=True)
-class HeadMatches:
+class HeadMatches(ShortRepr):
     """Heads of A and their partners in B.
 
     Attributes:
@@ -68,6 +69,8 @@ class ModelDiff(Result):
         num_cka_tokens: over how many tokens.
         across_layers: whether heads were matched across layers.
     """
+
+    DISCRETE = frozenset({"same_choice"})
 
     tokens: tuple[tuple[int, ...], ...]
     not_compared: tuple[str, ...]

@@ -1,7 +1,7 @@
 """What each head is for: scores by exact masks, copying from the weights, and what the model gains by looking back.
 
 Shapes: N sequence, T position (destination), S position (source), L layer, H head, M score, E embedding_size,
-V d_value, Vocab vocab_size.
+V d_value, C cluster (a sequence, or a token of a single one), Vocab vocab_size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +18,12 @@ from lumiere.models.transformer import Transformer
 SCORES = ("previous", "current", "first", "duplicate", "induction")
 THRESHOLD = 0.4
 """The share above which a head has a role, that of the ARENA course; any such line is a convention."""
+MARGIN = 0.1
+"""How far above the uniform baseline the score of a role has to be."""
+NUM_ERRORS = 2
+"""By how many standard errors it has to be above it."""
+FEWEST = 5
+"""Tokens over which the score of a role has to be a mean: fewer agree by chance."""
 TOKENS_AT_ONCE = 4096
 """Tokens of a forward pass, so that long contexts do not take all memory."""
 
@@ -33,10 +39,16 @@ class HeadScores(Result):
         score_names: (M,) `SCORES`.
         scores: (L, H, M) mean share of a head's attention; NaN where no token has such a source.
         uniform: (M,) what a head that looks at all tokens alike scores.
+        errors: (L, H, M) standard errors of the scores less the uniform baseline: clustered by sequence, or of a single
+            sequence over its tokens; NaN where there are fewer than two of them.
         num_destinations: (M,) tokens, of all sequences together, over which a score is a mean.
+        num_overlaps: (M,) tokens whose source t - 1 is left out, since a previous-token head looks there too.
         copying: (L, H) from -1 (suppresses what it sees) to 1 (copies it); NaN for a head that writes nothing.
+        num_averaged: the number of tokens that `copying` is computed over.
         threshold: the score above which a head has a role.
-        roles: (L, H) the names of the scores above the threshold and above the uniform baseline.
+        margin: how far above the uniform baseline the score of a role has to be.
+        roles: (L, H) the names of the scores of at least `threshold`, over at least `FEWEST` tokens, and above the
+            uniform baseline by at least `margin` and by more than `NUM_ERRORS` standard errors.
         losses: (T - 1,) mean loss, in nats, of predicting token 1, 2, ... of the sequences.
         repeat_gap: () mean loss of tokens 2 to S of the first copy minus that of the same in the second, in nats; NaN
             where the tokens are not two copies. Token 1 is left out: nothing tells that the second copy begins.
@@ -53,9 +65,13 @@ class HeadScores(Result):
     score_names: tuple[str, ...]
     scores: np.ndarray
     uniform: np.ndarray
+    errors: np.ndarray
     num_destinations: np.ndarray
+    num_overlaps: np.ndarray
     copying: np.ndarray
+    num_averaged: int
     threshold: float
+    margin: float
     roles: tuple[tuple[tuple[str, ...], ...], ...]
     losses: np.ndarray
     repeat_gap: np.ndarray
@@ -70,9 +86,10 @@ class HeadScores(Result):
             place = {"layer": self.layers[row], "head": self.heads[column]}
             for number, name in enumerate(self.score_names):
                 score, uniform = float(self.scores[row, column, number]), float(self.uniform[number])
-                role = name in self.roles[row][column]
-                yield {**place, "score": name, "value": score, "uniform": uniform, "role": role}
-            yield {**place, "score": "copying", "value": float(self.copying[row, column]), "uniform": "", "role": ""}
+                error, role = float(self.errors[row, column, number]), name in self.roles[row][column]
+                yield {**place, "score": name, "value": score, "uniform": uniform, "error": error, "role": role}
+            copying = float(self.copying[row, column])
+            yield {**place, "score": "copying", "value": copying, "uniform": "", "error": "", "role": ""}
 
 
 def head_scores(
@@ -82,12 +99,14 @@ def head_scores(
     heads: Sequence[int] | None = None,
     threshold: float = THRESHOLD,
     windows_NT: torch.Tensor | None = None,
+    averaged: Sequence[int] | None = None,
 ) -> HeadScores:
     """Each head's scores: the mean, over the tokens that have such a source, of the attention that goes there.
 
     `previous` t - 1, `current` t, `first` 0, `duplicate` all earlier places of token t, `induction` all places just
     after those (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; the prefix matching score of
-    Olsson et al. 2022, "In-context Learning and Induction Heads"). Position 0 has only itself and never counts. On
+    Olsson et al. 2022, "In-context Learning and Induction Heads"). The last two leave out t - 1, since a previous-token
+    head looks there too: all of induction in a b a b. Position 0 has only itself and never counts. On
     `repeated_tokens` of length S these are t - S and t - S + 1, for the second copy alone. Others take a diagonal of
     the whole pattern, which has two entries too many: a perfect induction head then has 0.96, and one that looks at
     the start token 0.04 (S = 25).
@@ -97,30 +116,39 @@ def head_scores(
         tokens_NT: (N, T) ids, at most `context_size` in a row.
         layers: which layers (None: all).
         heads: which heads of each (None: all).
-        threshold: the score above which a head has a role, if it is above the uniform baseline too.
+        threshold: the score above which a head has a role, if it is clearly above the uniform baseline too.
         windows_NT: (N, context_size + 1) ids of real text, for the in-context-learning score; None: leave it out.
+        averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
     """
     layers = range(model.num_layers) if layers is None else layers
     heads = range(model.num_heads) if heads is None else heads
-    device = next(model.parameters()).device
-    totals, uniform, counts, losses, row_error = 0.0, np.zeros(len(SCORES)), np.zeros(len(SCORES)), [], 0.0
+    device, is_many = next(model.parameters()).device, len(tokens_NT) > 1
+    shares, expected, counts, losses, num_overlaps, row_error = [], [], [], [], 0, 0.0
     for part_NT in tokens_NT.split(max(1, TOKENS_AT_ONCE // tokens_NT.shape[1])):
-        sources = source_masks(part_NT).to(device)
+        sources, overlaps = source_masks(part_NT)
+        sources, num_overlaps = sources.to(device), num_overlaps + overlaps.sum((0, 2)).numpy()
         with torch.inference_mode():
             output = model(part_NT.to(device))
             patterns = output.attention_weights[:, list(layers)][:, :, list(heads)]
-            totals += torch.einsum("nlhts,nmts->lhm", patterns, sources.to(patterns.dtype)).double().cpu().numpy()
+            shares_NTLHM = torch.einsum("nlhts,nmts->ntlhm", patterns, sources.to(patterns.dtype)).double()
+            # A sequence is one observation, a single text as many as it has tokens.
+            shares.append(shares_NTLHM.sum(1).cpu().numpy() if is_many else shares_NTLHM[0].cpu().numpy())
             # Not log_softmax, which would write all logits again for the few that are wanted.
             chosen = output.logits[:, :-1].gather(-1, part_NT[:, 1:, None].to(device))[..., 0]
             losses.append((output.logits[:, :-1].logsumexp(-1) - chosen).double().cpu().numpy())
             row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
-        num_sources_NMT = sources.sum(-1).cpu().numpy()
-        uniform += (num_sources_NMT / np.arange(1, part_NT.shape[1] + 1)).sum((0, 2))
-        counts += (num_sources_NMT > 0).sum((0, 2))
+        num_sources_NTM = sources.sum(-1).transpose(1, 2).cpu().numpy()
+        expected_NTM = num_sources_NTM / np.arange(1, part_NT.shape[1] + 1)[:, None]
+        expected.append(expected_NTM.sum(1) if is_many else expected_NTM[0])
+        counts.append((num_sources_NTM > 0).sum(1) if is_many else num_sources_NTM[0] > 0)
+    shares_CLHM, expected_CM, counts_CM = map(np.concatenate, (shares, expected, counts))
+    num_destinations = counts_CM.sum(0)
     with np.errstate(invalid="ignore"):
-        scores, uniform = totals / counts, uniform / counts
+        scores, uniform = shares_CLHM.sum(0) / num_destinations, expected_CM.sum(0) / num_destinations
+    errors = clustered_errors(shares_CLHM - expected_CM[:, None, None], counts_CM)
     loss_NT = np.concatenate(losses)
-    copying, trace_error = copying_scores(model)
+    averaged = range(model.vocab_size) if averaged is None else averaged
+    copying, trace_error = copying_scores(model, averaged)
     return HeadScores(
         tokens=tokens_NT.cpu().numpy(),
         layers=tuple(layers),
@@ -128,10 +156,14 @@ def head_scores(
         score_names=SCORES,
         scores=scores,
         uniform=uniform,
-        num_destinations=counts.astype(int),
+        errors=errors,
+        num_destinations=num_destinations,
+        num_overlaps=num_overlaps,
         copying=copying[np.ix_(layers, heads)],
+        num_averaged=len(averaged),
         threshold=threshold,
-        roles=roles_of(scores, uniform, threshold),
+        margin=MARGIN,
+        roles=roles_of(scores, uniform, errors, num_destinations, threshold),
         losses=loss_NT.mean(0),
         **repeat_gap(tokens_NT, loss_NT),
         **in_context_learning(model, windows_NT),
@@ -143,34 +175,52 @@ def head_scores(
     )
 
 
-def roles_of(scores: np.ndarray, uniform: np.ndarray, threshold: float) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """For each head the names of its scores above both the threshold and the uniform baseline."""
-    above = (scores >= threshold) & (scores > uniform)
+def clustered_errors(excess_CLHM: np.ndarray, counts_CM: np.ndarray) -> np.ndarray:
+    """(L, H, M) the standard error of the ratio of sums and counts over clusters; NaN of fewer than two."""
+    num_clusters, totals = (counts_CM > 0).sum(0), counts_CM.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        residuals_CLHM = excess_CLHM - excess_CLHM.sum(0) / totals * counts_CM[:, None, None]
+        variance = np.square(residuals_CLHM).sum(0) * num_clusters / (num_clusters - 1)
+        return np.where(num_clusters > 1, np.sqrt(variance) / totals, np.nan)
+
+
+def roles_of(
+    scores: np.ndarray, uniform: np.ndarray, errors: np.ndarray, num_destinations: np.ndarray, threshold: float
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """For each head the names of its scores that are high and clearly above the uniform baseline."""
+    is_clear = (scores - uniform >= MARGIN) & (scores - uniform > NUM_ERRORS * errors)
+    above = (scores >= threshold) & is_clear & (num_destinations >= FEWEST)
     return tuple(tuple(tuple(np.array(SCORES)[head].tolist()) for head in layer) for layer in above)
 
 
-def source_masks(tokens_NT: torch.Tensor) -> torch.Tensor:
-    """(N, M, T, S), true where source s is what score m looks for from position t."""
+def source_masks(tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, M, T, S), true where source s is what score m looks for from position t.
+
+    And (N, M, T), true where t - 1 would have been such a source too, and is left out.
+    """
     num_positions = tokens_NT.shape[1]
     t_T1, s_S = torch.arange(num_positions)[:, None], torch.arange(num_positions)
     same_NTS = tokens_NT[:, :, None] == tokens_NT[:, None, :]
     # Source s follows a token that is equal to token t: the column before, moved by one.
     follows_NTS = torch.cat([torch.zeros_like(same_NTS[..., :1]), same_NTS[..., :-1]], dim=-1)
-    earlier_TS = (s_S < t_T1) & (t_T1 > 0)
     fixed = [(s_S == t_T1 - 1), (s_S == t_T1) & (t_T1 > 0), (s_S == 0) & (t_T1 > 0)]
     masks = [mask_TS.expand_as(same_NTS) for mask_TS in fixed]
-    return torch.stack([*masks, same_NTS & earlier_TS, follows_NTS & earlier_TS], dim=1)
+    looked_for = torch.stack([*masks, same_NTS & (s_S < t_T1), follows_NTS & (s_S < t_T1)], dim=1)
+    is_copy_M11 = torch.tensor([name in ("duplicate", "induction") for name in SCORES])[:, None, None]
+    left_out = looked_for & is_copy_M11 & (s_S == t_T1 - 1)
+    return looked_for & ~left_out, left_out.any(-1)
 
 
-def copying_scores(model: Transformer) -> tuple[np.ndarray, float]:
+def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndarray, float]:
     """sum Re(lambda) / sum |lambda| over the eigenvalues of each head's OV circuit, (L, H), and a receipt's error.
 
     The circuit W_E W_V W_O W_U, with the norms' gains in W_V and W_U, says how much more likely each token becomes by
     being looked at (Elhage et al. 2021, "Copying / primitive in-context learning"); (Vocab, Vocab) and of rank V at
-    most. AB and BA have the same eigenvalues but for zeros, so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its
-    trace, summed over the vocabulary, is the independent check: relative to sum |lambda|, the largest of all heads.
+    most, with the rows and columns of the tokens in `averaged` only. AB and BA have the same eigenvalues but for zeros,
+    so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its trace, summed over these tokens, is the independent check:
+    relative to sum |lambda|, the largest of all heads.
     """
-    embedding = model.token_embedding.weight.detach().double().cpu().numpy()
+    embedding = model.token_embedding.weight.detach().double().cpu().numpy()[list(averaged)]
     unembedding = embedding * model.final_norm.weight.detach().double().cpu().numpy()
     scores, errors = np.full((model.num_layers, model.num_heads), np.nan), [0.0]
     for layer, block in enumerate(model.blocks):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lumiere.components.hooks import run_with_cache
+from lumiere.evaluation.scoring import share_of_top, shared_place
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
 
@@ -32,6 +33,7 @@ class LogitLens(Result):
         targets: (P,) the token that is asked for, by default the next of the text; -1 where the text ends.
         target_probabilities: (R, P), NaN where there is no target.
         target_ranks: (R, P) how many tokens are more probable than the target; -1 where there is none.
+        target_ties: (R, P) how many are exactly as probable, the target included; 0 where there is none.
         entropies: (R, P) of the stage's distribution.
         divergences: (R, P) KL(final || stage), what is lost by stopping there.
         decision_stages: (P,) the decision depth as an index into `stages`: the first from which on the top token is
@@ -46,9 +48,21 @@ class LogitLens(Result):
     targets: np.ndarray
     target_probabilities: np.ndarray
     target_ranks: np.ndarray
+    target_ties: np.ndarray
     entropies: np.ndarray
     divergences: np.ndarray
     decision_stages: np.ndarray
+
+    @property
+    def target_places(self) -> np.ndarray:
+        """(R, P) the target's rank, of tied tokens the mean of their ranks; NaN where there is no target."""
+        return np.where(self.targets == NO_TARGET, np.nan, shared_place(self.target_ranks, self.target_ties))
+
+    @property
+    def target_on_top(self) -> np.ndarray:
+        """(R, P) the probability that the target is the top token, if tied tokens share the first place; or NaN."""
+        num_equal = np.where(self.targets == NO_TARGET, np.nan, self.target_ties)
+        return share_of_top(self.target_ranks, num_equal, 1)
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         for stage, column in np.ndindex(*self.entropies.shape):
@@ -62,6 +76,7 @@ class LogitLens(Result):
                 "target": int(self.targets[column]) if has_target else None,
                 "target_probability": float(self.target_probabilities[stage, column]) if has_target else None,
                 "target_rank": int(self.target_ranks[stage, column]) if has_target else None,
+                "target_ties": int(self.target_ties[stage, column]) if has_target else None,
                 "entropy": float(self.entropies[stage, column]),
                 "divergence": float(self.divergences[stage, column]),
                 "is_decided": bool(self.decision_stages[column] <= stage),
@@ -126,6 +141,7 @@ def logit_lens(
                 "top_probabilities": top.values.exp(),
                 "target_probabilities": target_P1[:, 0].exp().where(has_target, math.nan),
                 "target_ranks": (stage_PV > target_P1).sum(-1).where(has_target, NO_TARGET),
+                "target_ties": (stage_PV == target_P1).sum(-1).where(has_target, 0),
                 "entropies": entropy_P,
                 "divergences": cross_entropy_P - final_entropy_P,
             }

@@ -18,7 +18,7 @@ from lumiere.models.transformer import Transformer
 
 Level = Literal["layer", "head", "neuron", "source"]
 LEVELS: tuple[Level, ...] = ("layer", "head", "neuron", "source")
-Reference = Literal["token", "mean", "none"]
+Reference = Literal["token", "mean", "prediction", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,14 @@ class LogitAttribution(Result):
         positions: (P,) the positions whose logits are explained.
         by: the level of detail of `rows`.
         targets: (P,) the tokens whose logits are explained.
-        reference: what is taken from each logit: that of the `token` in `versus`, the `mean` of all, or `none`.
+        reference: what is subtracted from each logit: that of the `token` in `versus`, the `mean` of many, the mean
+            under the model's own `prediction`, or `none`.
         versus: that token, or None.
+        num_averaged: the number of tokens in that mean; 0 where the reference is `token` or `none`.
         probabilities: (P,) of the targets.
-        logits: (P,) what is explained, from the model's own logits.
+        entropies: (P,) of the model's predictions, in nats.
+        logits: (P,) what is explained, from the model's own logits. With the reference `prediction` it is
+            ln p(target) plus the entropy.
         scales: (P,) of the final norm, at which it is frozen.
         embed: (P,) the position's own token embedding.
         pos_embed: (P,) its position embedding; None where positions are rotary.
@@ -50,7 +54,9 @@ class LogitAttribution(Result):
     targets: tuple[int, ...]
     reference: Reference
     versus: int | None
+    num_averaged: int
     probabilities: np.ndarray
+    entropies: np.ndarray
     logits: np.ndarray
     scales: np.ndarray
     embed: np.ndarray
@@ -118,6 +124,8 @@ def logit_attribution(
     versus: int | None = None,
     centred: bool = True,
     by: Level = "layer",
+    averaged: Sequence[int] | None = None,
+    log_probability: bool = False,
 ) -> LogitAttribution:
     """`(c / s * gain) . d` for each part c of the final residual stream: their sum is the logit along d.
 
@@ -128,6 +136,9 @@ def logit_attribution(
 
     The direction d is `W_U[target] - W_U[versus]`, or without `versus` the centred `W_U[target] - mean(W_U)`. A plain
     logit can be moved by any vector added to all of W_U, which changes no probability, and so its parts say little.
+    With `log_probability` it is `W_U[target] - sum_v p_v W_U[v]`, with the model's own prediction p held fixed: the
+    gradient of ln p(target). Since ln sum exp(logits) is `sum_v p_v logits_v` plus the entropy of p, the parts sum to
+    ln p(target) plus that entropy.
 
     Args:
         model: in evaluation mode.
@@ -135,8 +146,10 @@ def logit_attribution(
         positions: whose logits to explain (None: the last).
         target: the token, or one for each position (None: at each position the model's most probable one).
         versus: the token whose logit is taken from it.
-        centred: without `versus`, take the mean of all logits from it.
+        centred: without `versus`, subtract the mean of the logits of `averaged`.
         by: the level of detail of the table; all levels are computed.
+        averaged: the tokens whose logits are averaged, such as those that occur in training (None: all).
+        log_probability: without `versus`, explain ln p(target) instead of the centred logit.
     """
     positions = [len(tokens) - 1] if positions is None else list(positions)
     device = model.token_embedding.weight.device
@@ -148,21 +161,34 @@ def logit_attribution(
         given = [target] * len(positions) if isinstance(target, int) else target
         targets_P = logits_PV.argmax(-1) if given is None else torch.tensor(list(given))
         scales_P = activations["ln_final.hook_scale"][positions, 0]
-        direction_PE = frozen_directions(model, targets_P, versus, centred) / scales_P.unsqueeze(1)
-        explained_P = logits_PV.gather(1, targets_P.unsqueeze(1))[:, 0]
+        log_probabilities_PV = logits_PV.log_softmax(-1)
+        probabilities_PV = log_probabilities_PV.exp()
+        entropies_P = torch.special.entr(probabilities_PV).sum(-1)
+        own_P = logits_PV.gather(1, targets_P.unsqueeze(1))[:, 0]
+        reference, num_averaged, weights_PV = "none", 0, torch.zeros_like(logits_PV[:1])
+        explained_P = own_P
         if versus is not None:
-            explained_P = explained_P - logits_PV[:, versus]
+            reference, weights_PV[:, versus] = "token", 1.0
+            explained_P = own_P - logits_PV[:, versus]
+        elif log_probability:
+            reference, num_averaged, weights_PV = "prediction", model.vocab_size, probabilities_PV
+            explained_P = log_probabilities_PV.gather(1, targets_P.unsqueeze(1))[:, 0] + entropies_P
         elif centred:
-            explained_P = explained_P - logits_PV.mean(-1)
+            ids = torch.arange(model.vocab_size) if averaged is None else torch.tensor(list(averaged))
+            reference, num_averaged, weights_PV[:, ids] = "mean", len(ids), 1 / len(ids)
+            explained_P = own_P - logits_PV[:, ids].mean(-1)
+        direction_PE = frozen_directions(model, targets_P, weights_PV) / scales_P.unsqueeze(1)
         added = attribute(model, activations, positions, direction_PE)
     result = LogitAttribution(
         tokens=tuple(tokens),
         positions=tuple(positions),
         by=by,
         targets=tuple(targets_P.tolist()),
-        reference="token" if versus is not None else "mean" if centred else "none",
+        reference=reference,
         versus=versus,
-        probabilities=logits_PV.softmax(-1).gather(1, targets_P.unsqueeze(1))[:, 0].numpy(),
+        num_averaged=num_averaged,
+        probabilities=probabilities_PV.gather(1, targets_P.unsqueeze(1))[:, 0].numpy(),
+        entropies=entropies_P.numpy(),
         logits=explained_P.numpy(),
         scales=scales_P.numpy(),
         pos_embed=added.pop("pos_embed", None),
@@ -181,15 +207,14 @@ def hook_names(model: Transformer) -> list[str]:
     return [*names, "ln_final.hook_scale"]
 
 
-def frozen_directions(model: Transformer, targets_P: Tensor, versus: int | None, centred: bool) -> Tensor:
-    """(P, E) the direction whose product with a part of the stream, over the scale, is what it adds to the logit."""
+def frozen_directions(model: Transformer, targets_P: Tensor, weights_PV: Tensor) -> Tensor:
+    """(P, E) the direction whose product with a part of the stream, over the scale, is what it adds to the logit.
+
+    Args:
+        weights_PV: of the logits that are subtracted, (P, Vocab), or (1, Vocab) where they are the same everywhere.
+    """
     unembed_VE = model.token_embedding.weight.cpu().double()
-    direction_PE = unembed_VE[targets_P]
-    if versus is not None:
-        direction_PE = direction_PE - unembed_VE[versus]
-    elif centred:
-        direction_PE = direction_PE - unembed_VE.mean(0)
-    return direction_PE * model.final_norm.weight.cpu().double()
+    return (unembed_VE[targets_P] - weights_PV @ unembed_VE) * model.final_norm.weight.cpu().double()
 
 
 def attribute(
@@ -221,8 +246,9 @@ def attribute(
 
 
 def sum_receipt(result: LogitAttribution, level: Level, tolerance: float) -> Receipt:
-    """That the parts of a level sum to the model's own logit, relative to the larger of 1 and the largest part."""
+    """That the parts of a level sum to what is explained, relative to the larger of 1 and the largest part."""
     parts = np.stack([added_P for _, added_P in result.parts(level)])
     scale = np.maximum(1.0, np.abs(parts).max(axis=0))
     error = float((np.abs(parts.sum(axis=0) - result.logits) / scale).max())
-    return Receipt(f"by {level}, the parts sum to the model's logit", error, tolerance)
+    total = "ln p + entropy" if result.reference == "prediction" else "the model's logit"
+    return Receipt(f"by {level}, the parts sum to {total}", error, tolerance)

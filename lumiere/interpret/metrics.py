@@ -31,12 +31,14 @@ class Texts:
         windows: (N, context_size + 1) whole windows, for the in-context-learning score; None: there are none.
         batches: for the validation loss; none: there is no corpus.
         lens_rows: texts whose decision depths are averaged.
+        averaged: the tokens that copying is computed over; None: all.
     """
 
     tokens: torch.Tensor
     windows: torch.Tensor | None = None
     batches: Sequence[Batch] = ()
     lens_rows: Sequence[Sequence[int]] = ()
+    averaged: Sequence[int] | None = None
 
     @property
     def has_corpus(self) -> bool:
@@ -57,7 +59,7 @@ class Subject:
 
     @cached_property
     def heads(self) -> HeadScores:
-        result = head_scores(self.model, self.texts.tokens, windows_NT=self.texts.windows)
+        result = head_scores(self.model, self.texts.tokens, windows_NT=self.texts.windows, averaged=self.texts.averaged)
         self.found["heads"] = result
         return result
 

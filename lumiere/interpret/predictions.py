@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy_losses
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
 from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
 from lumiere.evaluation.totals import DocumentTotals
@@ -21,7 +22,7 @@ LOGITS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
-class PredictionDiff:
+class PredictionDiff(ShortRepr):
     """Of each predicted token, (P,), in float64 nats.
 
     Attributes:
@@ -30,7 +31,7 @@ class PredictionDiff:
         targets: its id.
         losses_a, losses_b: -ln p(token) by A and by B.
         kl_ab, kl_ba: of the whole predictions there, KL(A || B) and KL(B || A).
-        same_choice: whether both hold the same token likeliest.
+        same_choice: the probability that both choose the same token, if each chooses among its most probable ones.
         position_numbers: (K,) the positions that have predictions.
         kl_ab_by_position, kl_ba_by_position: (K,) the means there.
     """
@@ -63,7 +64,7 @@ class PredictionDiff:
 
 
 @dataclass(frozen=True)
-class PredictedTokens:
+class PredictedTokens(ShortRepr):
     """The predicted tokens of one batch, as in `PredictionDiff`."""
 
     num_sequences: int
@@ -94,11 +95,17 @@ def compare_predictions(batch: Batch, first_BTVocab: Tensor, second_BTVocab: Ten
                 -log_q.gather(1, targets[:, None])[:, 0],
                 (log_p.exp() * ratio).sum(-1),
                 (log_q.exp() * -ratio).sum(-1),
-                log_p.argmax(-1) == log_q.argmax(-1),
+                same_choices(log_p, log_q),
             )
         )
     values = [torch.cat(column).numpy() for column in zip(*found, strict=True)]
     return PredictedTokens(len(is_real_BT), rows, columns + 1, targets_P.numpy(), *values)
+
+
+def same_choices(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(P,) 0 or 1 but where several tokens are tied for the first place: these share it."""
+    tops_p, tops_q = (values == values.amax(-1, keepdim=True) for values in (log_p, log_q))
+    return (tops_p & tops_q).sum(-1) / (tops_p.sum(-1) * tops_q.sum(-1))
 
 
 def paired_losses(found: PredictionDiff) -> PairedDifference | None:

@@ -13,6 +13,7 @@ import torch
 
 from lumiere.baselines.ngrams import Baseline
 from lumiere.components.linear_cross_entropy import linear_cross_entropy_losses
+from lumiere.evaluation.scoring import share_of_top, shared_place
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
 
@@ -27,6 +28,7 @@ class TokenLosses(Result):
         surprisals: (T-1,) the same in bits.
         entropies: (T-1,) in nats: the loss that the model expects.
         ranks: (T-1,) how many tokens it holds more likely; 0 is the first choice.
+        ties: (T-1,) how many it holds exactly as likely, the token included.
         predictions: (T-1,) the token that it holds most likely.
         probabilities: (T-1,) of that token.
         unigram_losses: (T-1,) of the token's frequency in training; None where that is not known.
@@ -38,13 +40,25 @@ class TokenLosses(Result):
     surprisals: np.ndarray
     entropies: np.ndarray
     ranks: np.ndarray
+    ties: np.ndarray
     predictions: np.ndarray
     probabilities: np.ndarray
     unigram_losses: np.ndarray | None
     bigram_losses: np.ndarray | None
 
+    @property
+    def places(self) -> np.ndarray:
+        """(T-1,) the rank, of tied tokens the mean of their ranks."""
+        return shared_place(self.ranks, self.ties)
+
+    @property
+    def on_top(self) -> np.ndarray:
+        """(T-1,) the probability that the token is the first choice, if tied tokens share the first place."""
+        return share_of_top(self.ranks, self.ties, 1)
+
     def rows(self) -> Iterator[Mapping[str, Any]]:
         columns = {"loss": self.losses, "surprisal": self.surprisals, "entropy": self.entropies, "rank": self.ranks}
+        columns["ties"] = self.ties
         columns |= {"prediction": self.predictions, "probability": self.probabilities}
         for name, losses in (("unigram_loss", self.unigram_losses), ("bigram_loss", self.bigram_losses)):
             if losses is not None:
@@ -95,6 +109,7 @@ def token_losses(
         surprisals=values / math.log(2),
         entropies=entropies.cpu().numpy(),
         ranks=(logits_TVocab > target_logits).sum(-1).cpu().numpy(),
+        ties=(logits_TVocab == target_logits).sum(-1).cpu().numpy(),
         predictions=logits_TVocab.argmax(-1).cpu().numpy(),
         probabilities=probabilities.amax(-1).cpu().numpy(),
         unigram_losses=None if unigram is None else unigram.losses(row_1T)[0],

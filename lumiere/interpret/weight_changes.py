@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lumiere.components.short_repr import ShortRepr
 from lumiere.interpret.composition import head_matrices
 from lumiere.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class WeightChanges:
+class WeightChanges(ShortRepr):
     """The tensors that both models have in the same shape, (M,) each, computed in float64.
 
     Attributes:

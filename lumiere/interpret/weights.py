@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumiere.components.short_repr import ShortRepr
 from lumiere.models.transformer import Transformer
 
 PARTS: tuple[str, ...] = ("token_embedding", "positions", "attention", "feedforward", "norms")
@@ -17,7 +18,7 @@ ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
-class MatrixFacts:
+class MatrixFacts(ShortRepr):
     """The sizes of a model's matrices, all (M,), computed in float64; NaN for a matrix that is not finite.
 
     Attributes:

@@ -26,6 +26,7 @@ from lumiere.components.embedding import TokenEmbedding
 from lumiere.components.hooks import HookPoint
 from lumiere.components.norm import WatchedRMSNorm
 from lumiere.components.positions import LearnedPositions, Rotation, rotation_at
+from lumiere.components.short_repr import ShortRepr
 
 if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig
@@ -35,7 +36,7 @@ PADDING_ID = 2
 
 
 @dataclass(frozen=True)
-class TransformerOutput:
+class TransformerOutput(ShortRepr):
     """What the watching path returns."""
 
     logits: Tensor

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lumiere.components.short_repr import ShortRepr
 from lumiere.errors import CheckpointError, shortened
 from lumiere.files import parse_json
 
@@ -27,7 +28,7 @@ DAMAGE_HINT = "use another checkpoint of the run: best, latest, previous, or a s
 
 
 @dataclass(frozen=True, eq=False)
-class Checkpoint:
+class Checkpoint(ShortRepr):
     """All that a run needs to go on, or, with nothing but `model`, the weights of one step.
 
     Attributes:

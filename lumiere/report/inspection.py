@@ -100,6 +100,7 @@ def inspect_model(
     windows_NT: torch.Tensor | None = None,
     token_counts: np.ndarray | None = None,
     num_used: int | None = None,
+    averaged: Sequence[int] | None = None,
 ) -> Inspection:
     """Every analysis that the page shows.
 
@@ -111,19 +112,20 @@ def inspect_model(
         windows_NT: whole windows, for the in-context-learning score.
         token_counts: how often each token stands in the training split, for the map; None: the first tokens.
         num_used: ids that the tokenizer gives out; None: all.
+        averaged: the tokens over which centered logits and copying average; None: all.
     """
     num_neurons = min(model.d_ff, MOST_NEURONS // model.num_layers)
     return Inspection(
         summary=summarize(model, batches, token_counts),
-        texts=tuple(inspect_text(model, text) for text in texts),
-        heads=head_scores(model, repeated_NT, windows_NT=windows_NT),
+        texts=tuple(inspect_text(model, text, averaged) for text in texts),
+        heads=head_scores(model, repeated_NT, windows_NT=windows_NT, averaged=averaged),
         ablation=ablate(model, batches) if batches else None,
         neurons=neuron_examples(model, batches, num_neurons) if batches else None,
         embeddings=token_map(model, frequent_tokens(model, token_counts, num_used)),
     )
 
 
-def inspect_text(model: Transformer, text: Text) -> TextInspection:
+def inspect_text(model: Transformer, text: Text, averaged: Sequence[int] | None = None) -> TextInspection:
     """One forward pass for each analysis, and one for each of the words to explain."""
     tokens, positions = text.tokens, range(len(text.tokens))
     lens = logit_lens(model, tokens, top_k=LENS_TOKENS)
@@ -134,7 +136,9 @@ def inspect_text(model: Transformer, text: Text) -> TextInspection:
         attention=attention_patterns(model, tokens),
         lens=lens,
         losses=token_losses(model, tokens),
-        candidates=tuple(logit_attribution(model, tokens, positions, word.tolist(), by="head") for word in words),
+        candidates=tuple(
+            logit_attribution(model, tokens, positions, word.tolist(), by="head", averaged=averaged) for word in words
+        ),
     )
 
 

@@ -67,7 +67,7 @@ def text_data(text: TextInspection, name: Callable[[Any], int]) -> dict[str, Any
             "divergences": rounded(np.maximum(lens.divergences, 0), 2),
             "decisions": lens.decision_stages.tolist(),
             "targets": [thousandths(stage) for stage in lens.target_probabilities],
-            "ranks": lens.target_ranks.tolist(),
+            "ranks": rounded(lens.target_places, 1),
         },
         "parts": [part_label(part) for part, _ in text.candidates[0].parts("head")],
         "words": [

@@ -27,7 +27,7 @@ def build_page(
     Args:
         history: the run's losses; without any the page says so.
         label: a token as it is printed.
-        about: `run`, `checkpoint`, `step`, `source`, `seed`, `weights_sha256`.
+        about: `run`, `checkpoint`, `step`, `source`, `averaged_over`, `seed`, `weights_sha256`.
     """
     return fill(
         asset("template.html"),
@@ -39,6 +39,7 @@ def build_page(
             "facts": facts_table(inspection, config, about),
             "loss": loss_picture(history),
             "heads": head_table(inspection),
+            "averaged_over": html.escape(str(about["averaged_over"])),
             "receipts": receipt_table(inspection),
             "data": script_json(page_data(inspection, label)),
             "script": f'(() => {{\n"use strict";\n{"".join(asset(name) for name in SCRIPTS)}start();\n}})();',

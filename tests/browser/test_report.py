@@ -221,3 +221,31 @@ def test_printed(opened: Any) -> None:
 def test_the_pure_functions(opened: Any) -> None:
     unit_tests = (Path(__file__).parents[1] / "report" / "page" / "core_test.js").read_text(encoding="utf-8")
     assert opened().evaluate(f"(() => {{{asset('core.js')}{unit_tests} return run(); }})()") == []
+
+
+REACHES = """() => [...document.querySelectorAll("table")].flatMap((table) => [...table.rows].flatMap((row) =>
+  [...row.cells].flatMap((cell) => {
+    const box = cell.getBoundingClientRect();
+    const content = document.createRange();
+    const parts = [...cell.querySelectorAll("*")];
+    // Text that stands in the cell itself; what is longer than its own element is cut there.
+    for (const node of cell.childNodes) {
+      content.selectNode(node);
+      if (node.nodeType === Node.TEXT_NODE && node.textContent) parts.push(content.cloneRange());
+    }
+    return parts.map((part) => {
+      const own = part.getBoundingClientRect();
+      const reach = Math.max(box.left - own.left, own.right - box.right, box.top - own.top, own.bottom - box.bottom);
+      return { where: `${table.closest("section").id}: ${cell.textContent}`, reach };
+    });
+  })))"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_cell_of_a_table_reaches_into_the_next(opened: Any, width: int) -> None:
+    page = opened(width)
+    for details in page.locator("details").all():
+        details.evaluate("(details) => { details.open = true }")
+    reaches = page.evaluate(REACHES)
+    assert {reach["where"].split(":")[0] for reach in reaches} >= {"overview", "heads", "lens", "receipts"}
+    assert [reach for reach in reaches if reach["reach"] > 0.5] == []

@@ -93,6 +93,24 @@ def test_a_model_against_itself_gives_exactly_nothing(model: Transformer, dtype:
     assert found.holds
 
 
+def test_tied_first_choices_are_shared(model: Transformer) -> None:
+    """By each pair of choices: two of A's tokens are tied for the first place, and all of a uniform model's."""
+    uniform, tied = deepcopy(model), deepcopy(model)
+    uniform.token_embedding.weight.data.zero_()
+    predictions, _ = parts(diff(uniform, deepcopy(uniform), BATCHES))
+    np.testing.assert_allclose(predictions.same_choice, 1 / model.vocab_size)
+    rows_VE = tied.token_embedding.weight.data
+    rows_VE[5] = rows_VE[6] = 100 * rows_VE[6]
+    batch = BATCHES[0]
+    with torch.no_grad():
+        logits = [each(batch.tokens).logits[batch.targets != IGNORED] for each in (model, tied)]
+    predictions, _ = parts(diff(model, tied, [batch]))
+    tops = [[set(torch.where(row == row.max())[0].tolist()) for row in rows] for rows in logits]
+    expected = [len(a & b) / (len(a) * len(b)) for a, b in zip(*tops, strict=True)]
+    assert max(len(top) for top in tops[1]) == 2
+    np.testing.assert_allclose(predictions.same_choice, expected)
+
+
 def test_permuted_heads_are_matched_back(model: Transformer) -> None:
     generator = torch.Generator().manual_seed(3)
     orders = [torch.randperm(model.num_heads, generator=generator).tolist() for _ in model.blocks]

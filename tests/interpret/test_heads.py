@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lumiere.components.hooks import hooked
 from lumiere.config.loader import validate
-from lumiere.interpret.heads import SCORES, HeadScores, head_scores, source_masks
+from lumiere.interpret.heads import SCORES, HeadScores, head_scores, roles_of, source_masks
 from lumiere.interpret.repeats import longest_copy, repeated_tokens
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
@@ -106,25 +106,84 @@ def sources_by_hand(tokens: list[int], name: str, t: int) -> set[int]:
     if t == 0:
         return set()
     equal = {s for s in range(t) if tokens[s] == tokens[t]}
-    after = {s + 1 for s in equal} - {t}
-    return {"previous": {t - 1}, "current": {t}, "first": {0}, "duplicate": equal, "induction": after}[name]
+    after = {s + 1 for s in equal} - {t, t - 1}
+    duplicates = equal - {t - 1}
+    return {"previous": {t - 1}, "current": {t}, "first": {0}, "duplicate": duplicates, "induction": after}[name]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
 def test_masks_by_hand(tokens: list[int]) -> None:
-    masks = source_masks(torch.tensor([tokens]))[0]
+    (masks,), (left_out,) = source_masks(torch.tensor([tokens]))
     for number, name in enumerate(SCORES):
         for t in range(len(tokens)):
+            shares_source = {"duplicate": tokens[t - 1 : t], "induction": tokens[max(t - 2, 0) : max(t - 1, 0)]}
+            assert left_out[number, t] == (shares_source.get(name) == [tokens[t]])
             assert set(masks[number, t].nonzero().flatten().tolist()) == sources_by_hand(tokens, name, t)
 
 
-@given(st.integers(2, 9), st.integers(0, 100))
+@given(st.integers(3, 9), st.integers(0, 100))
 def test_masks_of_two_copies(length: int, seed: int) -> None:
     tokens = repeated_tokens(30, length, 1, seed, start=0, first=3)
-    masks = source_masks(tokens)[0]
+    (masks,), left_out = source_masks(tokens)
+    assert not left_out.any()
     for name, back in (("duplicate", length), ("induction", length - 1)):
         expected = [[t, t - back] for t in range(length + 1, 2 * length + 1)]
         assert masks[SCORES.index(name)].nonzero().tolist() == expected
+
+
+def test_a_previous_token_head_on_a_period_of_two_is_no_induction_head(circuit: Transformer) -> None:
+    """In s a b a b ... all of induction is at t - 1, but for the tokens that come a third time, at t - 3 and so on."""
+    result = head_scores(circuit, torch.tensor([[0, *[3, 4] * 8]]))
+    assert score(result, PREVIOUS, "previous") == pytest.approx(1, abs=1e-6)
+    assert result.roles[PREVIOUS[0]][PREVIOUS[1]] == ("previous",)
+    assert score(result, PREVIOUS, "induction") == pytest.approx(0, abs=1e-6)
+    assert result.num_overlaps.tolist() == [0, 0, 0, 0, 14]
+    assert result.num_destinations.tolist() == [16, 16, 16, 14, 12]
+    # Of one token, duplicates are at t - 1 too.
+    result = head_scores(circuit, torch.tensor([[0, *[3] * 12]]))
+    assert result.roles[PREVIOUS[0]][PREVIOUS[1]] == ("previous",)
+    assert result.num_overlaps.tolist() == [0, 0, 0, 11, 10]
+
+
+@pytest.mark.parametrize("tokens", [[0, 3, 4], [0, 3, 4, 5], [0, 3, 4, 3, 4]])
+def test_short_texts_give_no_roles(circuit: Transformer, tokens: list[int]) -> None:
+    """The heads of the circuit do nothing else, and yet a mean of four tokens or fewer shows nothing."""
+    result = head_scores(circuit, torch.tensor([tokens]))
+    assert not any(roles for layer in result.roles for roles in layer)
+
+
+def test_a_role_is_clearly_above_the_uniform_baseline() -> None:
+    """By hand, at a threshold of 40 % and a baseline of 35 %: 10 points, two standard errors, five tokens."""
+    uniform, enough = np.full(5, 0.35), np.full(5, 5)
+    scores = np.array([[[0.46, 0.44, 0.39, 0.46, 0.46]]])
+    errors = np.array([[[0.05, 0.01, 0.01, 0.06, np.nan]]])
+    assert roles_of(scores, uniform, errors, enough, 0.4) == ((("previous",),),)
+    assert roles_of(scores, uniform, errors, enough - 1, 0.4) == (((),),)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_standard_errors_by_hand(model: Transformer, num_sequences: int) -> None:
+    """Of one text over its tokens; of several over the sequences, of which some have more such tokens than others."""
+    tokens = torch.randint(3, 7, (num_sequences, 12), generator=torch.Generator().manual_seed(0))
+    result = head_scores(model, tokens)
+    with torch.no_grad():
+        patterns = model(tokens).attention_weights
+    for number, name in enumerate(SCORES):
+        clusters: list[list[float]] = []
+        for row, pattern_TS in zip(tokens.tolist(), patterns[:, 1, 2], strict=True):
+            sources = [sources_by_hand(row, name, t) for t in range(len(row))]
+            excesses = [
+                sum(float(pattern_TS[t, s]) for s in found) - len(found) / (t + 1)
+                for t, found in enumerate(sources)
+                if found
+            ]
+            clusters += [excesses] if num_sequences > 1 else [[excess] for excess in excesses]
+        count = sum(map(len, clusters))
+        mean = sum(map(sum, clusters)) / count
+        residuals = [sum(cluster) - mean * len(cluster) for cluster in clusters]
+        variance = len(clusters) / (len(clusters) - 1) * sum(residual**2 for residual in residuals)
+        assert result.errors[1, 2, number] == pytest.approx(np.sqrt(variance) / count, rel=1e-4)
+        assert result.scores[1, 2, number] - result.uniform[number] == pytest.approx(mean, abs=1e-6)
 
 
 def test_repeated_tokens() -> None:
@@ -184,25 +243,31 @@ def test_parts_of_a_large_batch_add_up(model: Transformer, monkeypatch: pytest.M
         np.testing.assert_allclose(parts.arrays()[name], values, atol=1e-5, equal_nan=True)
 
 
-def dense_copying(model: Transformer, layer: int, head: int) -> float:
-    """From the whole (Vocab, Vocab) circuit."""
+def dense_copying(model: Transformer, layer: int, head: int, averaged: list[int]) -> float:
+    """From the whole circuit of these tokens."""
     block = model.blocks[layer]
     width = model.d_value
     value = block.attention.value.weight[head * width : (head + 1) * width] * block.attention_norm.weight
     output = block.attention.output.weight[:, head * width : (head + 1) * width]
-    embedding = model.token_embedding.weight.double()
+    embedding = model.token_embedding.weight[averaged].double()
     circuit = embedding @ (output @ value).T.double() @ (embedding * model.final_norm.weight).T
     eigenvalues = torch.linalg.eigvals(circuit.detach()).numpy()
     return float(eigenvalues.real.sum() / np.abs(eigenvalues).sum())
 
 
+@pytest.mark.parametrize("averaged", [None, [3, 5, 8, 13, 21, 34, 55, 89, 144, 233]])
 @pytest.mark.parametrize("name", ["model", "trained"])
-def test_copying_is_that_of_the_whole_matrix(name: str, request: pytest.FixtureRequest) -> None:
+def test_copying_is_that_of_the_whole_matrix(
+    name: str, averaged: list[int] | None, request: pytest.FixtureRequest
+) -> None:
     model: Transformer = request.getfixturevalue(name)
-    copying = head_scores(model, torch.tensor([[0, 5, 6]])).copying
-    for layer, head in np.ndindex(*copying.shape):
-        assert copying[layer, head] == pytest.approx(dense_copying(model, layer, head), abs=1e-6)
-    assert np.ptp(copying) > 1e-3
+    result = head_scores(model, torch.tensor([[0, 5, 6]]), averaged=averaged)
+    ids = list(range(model.vocab_size)) if averaged is None else averaged
+    for layer, head in np.ndindex(*result.copying.shape):
+        assert result.copying[layer, head] == pytest.approx(dense_copying(model, layer, head, ids), abs=1e-6)
+    assert np.ptp(result.copying) > 1e-3
+    assert result.num_averaged == len(ids)
+    assert result.holds
 
 
 def test_copying_knows_no_basis_of_the_values(model: Transformer) -> None:

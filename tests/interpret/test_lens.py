@@ -88,6 +88,26 @@ def test_rank_of_the_final_top_token_ends_at_0(model: Transformer) -> None:
     assert result.target_probabilities[-1, 0] == result.top_probabilities[-1, 0, 0]
 
 
+def test_tied_tokens_share_their_places() -> None:
+    """Two pairs of tokens with equal rows, and a model whose tokens are all tied."""
+    model = random_model()
+    rows_VE = model.token_embedding.weight.data
+    rows_VE[TOKENS[3]] = rows_VE[200]
+    final = logit_lens(model, TOKENS[:3]).top_tokens[-1, 2, 0]
+    twin = 201 if final != 201 else 202
+    rows_VE[twin] = rows_VE[final]
+    for target in (int(final), twin):
+        result = logit_lens(model, TOKENS[:3], [2], target=target)
+        assert (result.target_ranks[-1, 0], result.target_ties[-1, 0]) == (0, 2)
+        assert (result.target_places[-1, 0], result.target_on_top[-1, 0]) == (0.5, 0.5)
+    rows_VE.zero_()
+    uniform = logit_lens(model, TOKENS)
+    np.testing.assert_allclose(uniform.target_on_top[:, :-1], 1 / 320)
+    np.testing.assert_allclose(uniform.target_places[:, :-1], sum(range(320)) / 320)
+    assert np.isnan(uniform.target_on_top[:, -1]).all()
+    assert np.isnan(uniform.target_places[:, -1]).all()
+
+
 def test_many_positions_are_what_each_is_alone(model: Transformer) -> None:
     """Of a causal model the last position of a beginning says what that position says within the whole."""
     everything = logit_lens(model, TOKENS, sublayers=True, top_k=2).arrays()

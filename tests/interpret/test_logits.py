@@ -132,6 +132,47 @@ def test_attribution_is_linear_in_the_direction(model: Transformer) -> None:
     assert references == ["none", "token", "mean"]
 
 
+PARTS = ("logits", "embed", "attention", "heads", "sources", "feedforward", "neurons")
+
+
+def test_the_centered_logit_is_the_mean_difference_from_the_averaged_tokens(model: Transformer) -> None:
+    averaged = [3, 4, 9, 70, 71, 300]
+    result = logit_attribution(model, TOKENS, target=TARGET, averaged=averaged)
+    differences = [logit_attribution(model, TOKENS, target=TARGET, versus=token) for token in averaged]
+    for name in PARTS:
+        expected = np.mean([getattr(difference, name) for difference in differences], axis=0)
+        np.testing.assert_allclose(getattr(result, name), expected, atol=1e-10)
+    assert (result.num_averaged, result.holds) == (len(averaged), True)
+
+
+def test_log_probability_by_its_gradient(model: Transformer) -> None:
+    """The parts are the products of what was written with the gradient of ln p in the normalized stream."""
+    result = logit_attribution(model, TOKENS, [6], TARGET, log_probability=True)
+    with torch.no_grad():
+        _, cache = run_with_cache(model, torch.tensor([TOKENS]))
+    gain_E = model.final_norm.weight.detach().double()
+    normalized_E = cache["ln_final.hook_normalized"][0, 6].double().requires_grad_()
+    log_p_V = (normalized_E * gain_E @ model.token_embedding.weight.detach().double().T).log_softmax(-1)
+    (gradient_E,) = torch.autograd.grad(log_p_V[TARGET], normalized_E)
+    log_p_V = log_p_V.detach()
+    weight_E = gradient_E / cache["ln_final.hook_scale"][0, 6]
+    for layer in range(model.num_layers):
+        for name, values in (("attn", result.attention), ("mlp", result.feedforward)):
+            written_E = cache[f"blocks.{layer}.hook_{name}_out"][0, 6].double()
+            assert values[0, layer] == pytest.approx(float(written_E @ weight_E), abs=1e-4)
+    entropy = -float((log_p_V.exp() * log_p_V).sum())
+    assert result.entropies[0] == pytest.approx(entropy, abs=1e-4)
+    assert result.logits[0] == pytest.approx(float(log_p_V[TARGET]) + entropy, abs=1e-4)
+    assert result.holds
+
+
+def test_log_probabilities_of_all_tokens_weighted_by_the_prediction_sum_to_zero(model: Transformer) -> None:
+    results = [logit_attribution(model, TOKENS, target=token, log_probability=True) for token in range(320)]
+    for name in PARTS:
+        total = sum(result.probabilities[0] * getattr(result, name) for result in results)
+        np.testing.assert_allclose(total, 0, atol=1e-9)
+
+
 def test_centred_logits_of_all_tokens_sum_to_nothing(model: Transformer) -> None:
     results = [logit_attribution(model, TOKENS, target=token) for token in range(model.vocab_size)]
     np.testing.assert_allclose(sum(result.heads for result in results), 0, atol=1e-10)

@@ -89,12 +89,15 @@ def test_a_later_token_changes_no_earlier_prediction(model: Transformer) -> None
     assert before.losses[-1] != after.losses[-1]
 
 
-def test_equal_logits_share_a_rank(model: Transformer) -> None:
-    """A model that knows nothing: all tokens are first, and the loss is that of a uniform guess."""
+def test_tied_tokens_share_their_places() -> None:
+    """A model that knows nothing: each of 320 tokens is first 1 time in 320, and the loss is ln 320."""
     blank = build_model(validate({"model": {"context_size": 16}, "tokenizer": {"vocab_size": 320}})).eval()
     blank.token_embedding.weight.data.zero_()
     result = token_losses(blank, TOKENS)
     assert (result.ranks == 0).all()
+    assert (result.ties == 320).all()
+    np.testing.assert_allclose(result.on_top, 1 / 320)
+    np.testing.assert_allclose(result.places, sum(range(320)) / 320)
     np.testing.assert_allclose([result.losses, result.entropies], np.log(320), rtol=1e-6)
 
 
@@ -115,7 +118,8 @@ def test_baselines_are_counts(model: Transformer) -> None:
 def test_rows_are_a_table(model: Transformer) -> None:
     bigram = BigramModel.fit(np.array([0, 5, 6]), np.array([0, 3]), vocab_size=320)
     without, with_baselines = token_losses(model, TOKENS), token_losses(model, TOKENS, bigram.unigram, bigram)
-    columns = ["position", "token", "loss", "surprisal", "entropy", "rank", "prediction", "probability"]
+    columns = ["position", "token", "loss", "surprisal", "entropy", "rank", "ties"]
+    columns += ["prediction", "probability"]
     rows = list(without.rows())
     assert [list(row) for row in rows] == [columns] * 9
     assert [(row["position"], row["token"]) for row in rows] == list(enumerate(TOKENS))[1:]

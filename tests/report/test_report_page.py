@@ -24,6 +24,7 @@ ABOUT = {
     "checkpoint": "best",
     "step": 12,
     "source": "two <b>windows</b>",
+    "averaged_over": "the 5 tokens of <i>",
     "seed": 0,
     "weights_sha256": "ab" * 32,
 }

@@ -1,6 +1,7 @@
 """`lumiere inspect dynamics`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -39,6 +40,7 @@ def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: 
     or --val. Of heads, pairs of heads and matrices the terminal shows those that changed most; -o FILE has all.
     """
     from lumiere.cli.inspect.dynamics_view import show
+    from lumiere.cli.inspect.texts import averaged_tokens
     from lumiere.cli.progress import SnapshotProgress
     from lumiere.interpret.dynamics import follow
     from lumiere.persistence.checkpoint_names import snapshot_steps
@@ -51,6 +53,9 @@ def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: 
     run = subject.opened.run
     steps = thinned(snapshot_steps(run), every)
     texts, names, source = choose_texts(subject, names, is_asked=metric is not None)
+    if "copying" in names:
+        averaged, averaged_over = averaged_tokens(subject.opened)
+        texts, source = replace(texts, averaged=averaged), f"{source}; copying over {averaged_over}"
     curve = [(point.step, point.loss) for point in read_history(run.metrics_path).training]
 
     def compute(model: "Transformer") -> "Dynamics":

@@ -34,7 +34,7 @@ def heads(
     """
     import torch
 
-    from lumiere.cli.inspect.texts import repeated_sequences
+    from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
     from lumiere.interpret.heads import head_scores
     from lumiere.interpret.repeats import SEQUENCES
     from lumiere.report.figures.heads import draw_heads
@@ -51,11 +51,13 @@ def heads(
         length = tokens_NT.shape[1] // 2
         source = f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {subject.seed})"
     windows_NT = validation_windows(subject)
+    averaged, about = averaged_tokens(subject.opened)
     return Analysis(
-        compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT),
-        show=lambda result: show(result, 0 if windows_NT is None else len(windows_NT)),
+        compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT, averaged),
+        show=lambda result: show(result, 0 if windows_NT is None else len(windows_NT), about),
         draw=draw_heads,
         source=source,
+        about={"averaged_over": about},
     )
 
 
@@ -70,7 +72,7 @@ def validation_windows(subject: Subject) -> "Tensor | None":
         return None
 
 
-def show(result: "HeadScores", num_windows: int) -> None:
+def show(result: "HeadScores", num_windows: int, averaged_over: str) -> None:
     import numpy as np
 
     names = result.score_names
@@ -84,6 +86,7 @@ def show(result: "HeadScores", num_windows: int) -> None:
         out().print(f"{label:8} {'  '.join(shown)}  {copies:>7}")
     out().print(f"[dim]{'uniform':8} {'  '.join(share(value) for value in result.uniform)}  {0:>7}[/]\n")
     show_roles(result)
+    out().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
     show_losses(result, num_windows)
 
 
@@ -93,21 +96,36 @@ def share(value: float) -> str:
 
 
 def show_roles(result: "HeadScores") -> None:
-    """The heads of each role, the best first."""
+    """The heads of each role, the best first, with the score's standard error."""
     import numpy as np
+
+    from lumiere.interpret.heads import FEWEST, NUM_ERRORS
 
     for number, name in enumerate(result.score_names):
         places = [
-            (float(result.scores[row, column, number]), f"L{result.layers[row]}H{result.heads[column]}")
+            (float(result.scores[row, column, number]), row, column)
             for row, column in np.ndindex(len(result.layers), len(result.heads))
             if name in result.roles[row][column]
         ]
-        if places:
-            found = ", ".join(label for _, label in sorted(places, key=lambda place: (-place[0], place[1])))
-            out().print(f"{escape(name)} heads: {found}")
+        found = [
+            f"L{result.layers[row]}H{result.heads[column]} ({score:.0%} ± {result.errors[row, column, number]:.0%})"
+            for score, row, column in sorted(places, key=lambda place: (-place[0], *place[1:]))
+        ]
+        if found:
+            out().print(f"{escape(name)} heads: {', '.join(found)}", soft_wrap=False)
     if not any(roles for layer in result.roles for roles in layer):
         out().print("no head has a role")
-    out().print(f"[dim]a role is a score of {result.threshold:.0%} or more, and above uniform[/]\n")
+    out().print(
+        f"[dim]a role is a score of {result.threshold:.0%} or more over {FEWEST} tokens or more, above uniform by "
+        f"{result.margin * 100:.0f} points and by {NUM_ERRORS} standard errors[/]",
+        soft_wrap=False,
+    )
+    for name, count in zip(result.score_names, result.num_overlaps.tolist(), strict=True):
+        if count:
+            tokens = "1 token has" if count == 1 else f"{count:,} tokens have"
+            note = f"{tokens} a source of {name} at t - 1, where previous-token heads look too; it is left out"
+            out().print(f"[dim]{note}[/]", soft_wrap=False)
+    out().print()
 
 
 def show_losses(result: "HeadScores", num_windows: int) -> None:

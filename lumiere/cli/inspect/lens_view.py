@@ -10,7 +10,7 @@ from lumiere.cli.console import colours, out, show_note
 from lumiere.cli.heatmap import shade_of
 from lumiere.interpret.lens import LogitLens
 from lumiere.report.figures.lens import stage_name
-from lumiere.report.labels import LABEL_WIDTH, fitted
+from lumiere.report.labels import LABEL_WIDTH, fitted, rank_label
 
 NARROWEST_CELL, WIDEST_CELL = 7, 12
 
@@ -66,7 +66,7 @@ def cell(result: LogitLens, stat: str, stage: int, row: int, width: int, label: 
         text = Text(
             {
                 "probability": lambda: f"{result.target_probabilities[stage, row]:.1%}",
-                "rank": lambda: f"{result.target_ranks[stage, row]}",
+                "rank": lambda: rank_label(result.target_places[stage, row]),
                 "entropy": lambda: f"{result.entropies[stage, row]:.2f}",
                 "kl": lambda: f"{result.divergences[stage, row]:.2f}",
             }[stat]()
@@ -97,8 +97,8 @@ def show_means(result: LogitLens, names: Sequence[str], target: str | None) -> N
             # A probability that float64 rounds to 0 has no logarithm.
             smallest = np.finfo(float).tiny
             losses = -np.log(np.maximum(result.target_probabilities[stage][has_target], smallest))
-            ranks = result.target_ranks[stage][has_target]
-            line += f"{losses.mean():9.2f} {np.median(ranks):12.0f} {(ranks == 0).mean():7.0%}"
+            median = rank_label(float(np.median(result.target_places[stage][has_target])))
+            line += f"{losses.mean():9.2f} {median:>12} {result.target_on_top[stage][has_target].mean():7.0%}"
         out().print(line)
     depths = spelled_depths(result.decision_stages.tolist(), names)
     out().print(

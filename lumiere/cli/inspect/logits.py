@@ -21,7 +21,11 @@ Versus = Annotated[
     typer.Option("--vs", metavar="TOKEN", help="Explain by how much the target's logit exceeds this token's."),
 ]
 By = Annotated[str, typer.Option("--by", metavar="LEVEL", help="layer, head, neuron or source.")]
-Raw = Annotated[bool, typer.Option("--raw", help="The plain logit, not less the mean of all.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Explain the plain logit; subtract nothing.")]
+LogProb = Annotated[
+    bool,
+    typer.Option("--log-prob", help="Explain the log-probability: subtract the mean logit under the own prediction."),
+]
 
 
 @analysis(text=True)
@@ -31,28 +35,38 @@ def logits(
     vs: Versus = None,
     by: By = "layer",
     raw: Raw = False,
+    log_prob: LogProb = False,
     pos: Positions = "-1",
     top_k: TopK = 16,
 ) -> "Analysis[LogitAttribution]":
     """Which part of the model writes a logit? Direct attribution by layer, head, neuron or source token.
 
-    A token is an id, a text that is one token (mind the space: ' London'), or a token as it is printed (·London).
+    By default the mean logit of the tokens that occur in the training split is subtracted; of all tokens, where the
+    corpus is missing. A token is an id, a text that is one token (mind the space: ' London'), or a token as it is
+    printed (·London).
     """
     from lumiere.cli.inspect.logits_view import show
+    from lumiere.cli.inspect.texts import averaged_tokens
     from lumiere.interpret.logits import find_level, logit_attribution
     from lumiere.report.figures.logits import draw_logits
 
     level = find_level(by)
-    if raw and vs is not None:
-        raise LumiereError("--raw and --vs are two references", "choose one: a difference needs no centring")
+    references = {"--raw": raw, "--log-prob": log_prob, "--vs": vs is not None}
+    given = [name for name, is_given in references.items() if is_given]
+    if len(given) > 1:
+        raise LumiereError(f"{given[0]} and {given[1]} are two references", "choose one")
     tokenizer, tokens = subject.opened.tokenizer, subject.tokens
     positions = parse_indices(pos, len(tokens), "position")
     wanted = None if target is None else parse_token(target, tokenizer)
     other = None if vs is None else parse_token(vs, tokenizer)
     if wanted is not None and wanted == other:
         raise LumiereError(f"--target and --vs are the same token, {wanted}", "there is no difference to explain")
+    averaged, about = (None, "") if given else averaged_tokens(subject.opened)
     return Analysis(
-        compute=lambda model: logit_attribution(model, tokens, positions, wanted, other, not raw, level),
-        show=lambda result: show(result, subject.label, top_k),
+        compute=lambda model: logit_attribution(
+            model, tokens, positions, wanted, other, not raw, level, averaged, log_prob
+        ),
+        show=lambda result: show(result, subject.label, top_k, about),
         draw=lambda result: draw_logits(result, subject.label),
+        about={"averaged_over": about or None},
     )

@@ -12,16 +12,18 @@ BAR_WIDTH = 36
 NAME_WIDTH = 16
 
 
-def show(result: LogitAttribution, label: Callable[[int], str], top_k: int) -> None:
+def show(result: LogitAttribution, label: Callable[[int], str], top_k: int, averaged_over: str) -> None:
     """For each position what is explained, the largest parts, the rest, and the sum."""
     for column, position in enumerate(result.positions):
-        target, reference = label(result.targets[column]), ""
+        what, reference = "logit", ""
         if result.versus is not None:
             reference = f" less that of {label(result.versus)} ({result.versus})"
         elif result.reference == "mean":
-            reference = " less the mean of all"
+            reference = f" less the mean of {averaged_over}"
+        elif result.reference == "prediction":
+            what, reference = "log-probability", f" plus the entropy {result.entropies[column]:.3f}"
         out().print(
-            f"at position {position}, {label(result.tokens[position])}: the logit of {target} "
+            f"at position {position}, {label(result.tokens[position])}: the {what} of {label(result.targets[column])} "
             f"({result.targets[column]}){reference} is {result.logits[column]:+.3f}; its probability "
             f"{result.probabilities[column]:.1%}\n",
             soft_wrap=False,

@@ -57,13 +57,14 @@ def report(
 
     from lumiere.cli.inspect.heads import validation_windows
     from lumiere.cli.inspect.summary import choose_text
-    from lumiere.cli.inspect.texts import repeated_sequences
+    from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
 
     opened = open_model(run, checkpoint, device, runs_dir)
     subject = Subject(opened, {}, seed)
     texts = given_texts(opened, prompt) if prompt else chosen_texts(opened, seed)
     batches, token_counts, source = choose_text(subject, WINDOWS)
     sequences, _ = repeated_sequences(opened, None, SEQUENCES, seed)
+    averaged, averaged_over = averaged_tokens(opened)
     inspection = inspect_model(
         opened.model,
         texts,
@@ -72,12 +73,14 @@ def report(
         validation_windows(subject) if batches else None,
         token_counts,
         len(opened.tokenizer),
+        averaged,
     )
     about = {
         "run": opened.run.name,
         "checkpoint": opened.checkpoint,
         "step": opened.step,
         "source": source,
+        "averaged_over": averaged_over,
         "seed": seed,
         "weights_sha256": opened.weights_sha256,
     }

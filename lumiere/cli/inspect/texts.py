@@ -109,22 +109,39 @@ def repeated_sequences(
 
 
 def drawable_tokens(opened: OpenedModel) -> tuple[list[int], str]:
-    """The ids that random tokens are drawn from, and words that say which these are.
+    """The ids that random tokens are drawn from, special ones left out, and words that say which these are."""
+    from lumiere.data.tokenizer import SPECIAL_TOKENS
 
-    Those that the training split has: about others, such as most single bytes, a model has learned nothing but that
-    they never come. Without the corpus they are all but the special ones.
+    found, ordinary = occurring_tokens(opened), range(len(SPECIAL_TOKENS), len(opened.tokenizer))
+    if found is None:
+        return list(ordinary), "of the vocabulary"
+    return [token for token in found if token in ordinary], "of the training split"
+
+
+def averaged_tokens(opened: OpenedModel) -> tuple[list[int] | None, str]:
+    """The ids over which centered logits and copying average, and words that say which these are.
+
+    Without the corpus they are all ids: None.
+    """
+    found = occurring_tokens(opened)
+    if found is None:
+        return None, f"all {opened.model.vocab_size:,} tokens, since the training split is not there"
+    return found, f"the {len(found):,} tokens that occur in the training split"
+
+
+def occurring_tokens(opened: OpenedModel) -> list[int] | None:
+    """The ids that occur in the training split; None without the corpus.
+
+    A model has learned of the others, such as most single bytes, only that they never occur.
     """
     from lumiere.cli.inspect.vocabulary import count_tokens
     from lumiere.cli.loading import open_corpus
-    from lumiere.data.tokenizer import SPECIAL_TOKENS
 
-    first, last = len(SPECIAL_TOKENS), len(opened.tokenizer)
     try:
         ids = open_corpus(opened, "restore it as it was").splits["train"].ids
     except LumiereError:
-        return list(range(first, last)), "of the vocabulary"
-    counts = count_tokens(ids[:MOST_COUNTED], opened.model.vocab_size)
-    return [token for token in range(first, last) if counts[token]], "of the training split"
+        return None
+    return count_tokens(ids[:MOST_COUNTED], opened.model.vocab_size).nonzero()[0].tolist()
 
 
 def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:

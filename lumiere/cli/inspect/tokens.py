@@ -52,7 +52,7 @@ def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
 
 def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
     """A line a token, coloured by its loss, and the means."""
-    from lumiere.report.labels import LABEL_WIDTH, fitted
+    from lumiere.report.labels import LABEL_WIDTH, fitted, rank_label
 
     baselines = {
         name: losses
@@ -70,11 +70,11 @@ def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
         choice = fitted(tokenizer.label(int(result.predictions[index])))
         out().print(
             f"[{style}]{escape(fitted(tokenizer.label(token)).rjust(LABEL_WIDTH))}{loss:>8.2f}[/]"
-            f"{result.surprisals[index]:>7.1f}{result.entropies[index]:>9.2f}{result.ranks[index]:>6,}{counted}"
+            f"{result.surprisals[index]:>7.1f}{result.entropies[index]:>9.2f}{rank_label(result.places[index]):>6}{counted}"
             f"  {escape(choice)} {result.probabilities[index]:.0%}"
         )
     means = "".join(f"{losses.mean():>9.2f}" for losses in baselines.values())
-    firsts = f"{(result.ranks == 0).mean():.0%} first"
+    firsts = f"{result.on_top.mean():.0%} first"
     out().print(
         f"[bold]{'mean':>{LABEL_WIDTH}}{result.losses.mean():>8.2f}{result.surprisals.mean():>7.1f}"
         f"{result.entropies.mean():>9.2f}{'':6}{means}  {firsts}[/]\n"

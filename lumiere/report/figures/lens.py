@@ -17,7 +17,7 @@ from lumiere.report.figures.heat_maps import (
     set_title,
     write_cells,
 )
-from lumiere.report.labels import fitted
+from lumiere.report.labels import fitted, rank_label
 from lumiere.report.pictures import Picture, new_figure, style_text
 
 ROW, COLUMN, MARGIN = 0.21, 1.05, 2.2
@@ -40,7 +40,7 @@ def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None) ->
     values, name, low, high = {
         "top": (result.top_probabilities[..., 0], "probability of the top token", 0.0, 1.0),
         "probability": (result.target_probabilities, f"probability {asked}", 0.0, 1.0),
-        "rank": (np.log10(1.0 + ranks(result)), f"log10(1 + rank) {asked}", 0.0, None),
+        "rank": (np.log10(1.0 + result.target_places), f"log10(1 + rank) {asked}", 0.0, None),
         "entropy": (result.entropies, "entropy (nats)", 0.0, None),
         "kl": (result.divergences, "KL(final || stage) (nats)", 0.0, None),
     }[stat]
@@ -67,11 +67,6 @@ def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None) ->
     return Picture(figure, "Logit lens", caption)
 
 
-def ranks(result: LogitLens) -> np.ndarray:
-    """(R, P) ranks of the target, NaN where there is none."""
-    return np.where(result.target_ranks >= 0, result.target_ranks, np.nan)
-
-
 def stage_name(stage: str) -> str:
     """`embed`, `L0 mid` after the attention of block 0, `L0` after the whole of it."""
     _, layer, point = stage.split(".")
@@ -90,7 +85,7 @@ def cells(result: LogitLens, stat: str, label: Label) -> Sequence[Sequence[str]]
             case "probability":
                 return f"{result.target_probabilities[stage, row]:.1%}"
             case "rank":
-                return f"{result.target_ranks[stage, row]:,}"
+                return rank_label(result.target_places[stage, row])
             case "entropy":
                 return f"{result.entropies[stage, row]:.2f}"
             case _:

@@ -111,7 +111,9 @@ def reference(result: LogitAttribution, label: Label) -> str:
     """What was taken from the logit."""
     if result.versus is not None:
         return f" less that of {fitted(label(result.versus))}"
-    return " less the mean of all" if result.reference == "mean" else ""
+    if result.reference == "prediction":
+        return " less the mean under p"
+    return f" less the mean of {result.num_averaged:,}" if result.reference == "mean" else ""
 
 
 def largest(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:

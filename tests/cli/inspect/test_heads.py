@@ -7,18 +7,33 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from lumiere.cli.inspect.heads import show
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SPECIAL_TOKENS
-from lumiere.interpret.heads import SCORES
+from lumiere.interpret.heads import SCORES, head_scores
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
+from tests.interpret.circuits import induction_circuit
 
 inspect_heads = partial(inspect, "heads")
 shown = partial(inspect_json, "heads")
 
 KEYS = {"tokens", "layers", "heads", "score_names", "scores", "uniform", "num_destinations", "copying", "threshold"}
-KEYS |= {"roles", "losses", "repeat_gap", "repeat_gap_error", "in_context_positions", "in_context_losses"}
+KEYS |= {
+    "errors",
+    "num_overlaps",
+    "margin",
+    "num_averaged",
+    "averaged_over",
+    "roles",
+    "losses",
+    "repeat_gap",
+    "repeat_gap_error",
+    "in_context_positions",
+    "in_context_losses",
+}
 KEYS |= {"in_context_score", "in_context_error", "receipts", "schema_version", "analysis", "run", "source", "seed"}
 
 
@@ -52,6 +67,20 @@ def test_random_tokens_are_of_the_training_split(
     assert not {token for row in result["tokens"] for token in row[1:]} <= occurring
 
 
+def test_copying_is_over_the_tokens_of_the_training_split(
+    trained_run: Run, tiny_corpus: TokenizedCorpus, runs_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    occurring = np.unique(tiny_corpus.splits["train"].ids).tolist()
+    model, tokens = trained_run.load_model("best"), torch.tensor([[0, 5, 6]])
+    for over, words in ((occurring, f"{len(occurring)} tokens"), (None, f"all {model.vocab_size} tokens")):
+        if over is None:
+            monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+        result = shown("--runs-dir", runs_dir)
+        np.testing.assert_allclose(result["copying"], head_scores(model, tokens, averaged=over).copying, atol=1e-9)
+        assert words in result["averaged_over"]
+        assert words in " ".join(inspect_heads("--runs-dir", runs_dir).stdout.split())
+
+
 def test_a_text_takes_their_place(runs_dir: str) -> None:
     result = shown("--runs-dir", runs_dir, "--prompt", "aa aa")
     assert result["source"] == "prompt"
@@ -66,8 +95,18 @@ def test_layers_heads_and_threshold(runs_dir: str) -> None:
     part = shown("--runs-dir", runs_dir, "--layer", "1", "--head", "1,0", "--threshold", "0")
     assert part["scores"] == [[everything["scores"][1][1], everything["scores"][1][0]]]
     assert part["copying"] == [[everything["copying"][1][1], everything["copying"][1][0]]]
-    above = np.array(part["scores"][0]) > part["uniform"]
+    excess = np.array(part["scores"][0]) - part["uniform"]
+    above = (excess >= part["margin"]) & (excess > 2 * np.array(part["errors"][0]))
     assert [len(roles) for roles in part["roles"][0]] == above.sum(1).tolist()
+
+
+def test_the_view_names_the_heads_of_each_role_and_what_overlaps(capsys: pytest.CaptureFixture[str]) -> None:
+    show(head_scores(induction_circuit(), torch.tensor([[0, *[3, 4, 5] * 4, 5, 5, 5]])), 0, "all tokens")
+    words = " ".join(capsys.readouterr().out.split())
+    assert "previous heads: L0H0 (100% ± 3%)" in words
+    assert "induction heads: L1H2 (" in words
+    assert "2 tokens have a source of induction at t - 1" in words
+    assert "3 tokens have a source of duplicate at t - 1" in words
 
 
 def test_the_view_fits_80_columns_and_says_the_threshold(runs_dir: str) -> None:
@@ -79,7 +118,6 @@ def test_the_view_fits_80_columns_and_says_the_threshold(runs_dir: str) -> None:
     # On a model of 12 steps it is chance which roles there are; the view has those of the numbers, and no others.
     roles = shown("--runs-dir", runs_dir, "--threshold", "0.05")["roles"]
     named = {role for layer in roles for head in layer for role in head}
-    assert named
     assert {word for word in SCORES if f"{word} heads: " in words} == named
     assert "repeat gap" in words
     assert "minus" in words

@@ -17,7 +17,7 @@ from tests.cli.inspect.commands import inspect, inspect_json
 PROMPT = ("--prompt", "One day a")
 OWN_KEYS = {
     *("tokens", "positions", "stages", "top_tokens", "top_probabilities", "targets", "target_probabilities"),
-    *("target_ranks", "entropies", "divergences", "decision_stages", "receipts"),
+    *("target_ranks", "target_ties", "entropies", "divergences", "decision_stages", "receipts"),
 }
 
 
@@ -45,6 +45,14 @@ def test_the_default_text_and_all_stages(runs_dir: str) -> None:
     result = shown(runs_dir, "--sublayers")
     assert len(result["stages"]) == 5
     assert result["source"] == "start of the validation split of stories"
+
+
+@pytest.mark.usefixtures("uniform_model")
+def test_a_uniform_model_is_on_top_by_chance(runs_dir: str) -> None:
+    lines = inspect_lens(runs_dir, *PROMPT).stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.endswith("on top")) + 1
+    for line in lines[first : first + 3]:
+        assert line.split()[-2:] == ["159.5", "0%"]
 
 
 @pytest.mark.parametrize("stat", ["top", "probability", "rank", "entropy", "kl"])

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import Result
 
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 
 PROMPT = ("--prompt", "One day a")
@@ -46,6 +48,40 @@ def test_the_default_is_the_centred_logit_of_the_top_token_at_the_end(runs_dir: 
     assert result["reference"] == "mean"
     assert result["positions"] == [len(result["token_ids"]) - 1]
     assert shown(runs_dir, "--raw")["reference"] == "none"
+
+
+def test_centered_logits_average_over_the_tokens_of_the_training_split(
+    runs_dir: str, tiny_corpus: TokenizedCorpus, trained_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = shown(runs_dir, *PROMPT)
+    with torch.no_grad():
+        logits_V = trained_run.load_model("best").logits(torch.tensor([result["token_ids"]]))[0, -1].double().numpy()
+    occurring = np.unique(tiny_corpus.splits["train"].ids)
+    largest = logits_V.max()
+    assert 0 < len(occurring) < len(logits_V)
+    assert result["logits"][0] == pytest.approx(largest - logits_V[occurring].mean(), abs=1e-5)
+    assert result["num_averaged"] == len(occurring)
+    assert f"{len(occurring)} tokens" in result["averaged_over"]
+    assert f"{len(occurring)} tokens" in " ".join(inspect_logits(runs_dir, *PROMPT).stdout.split())
+    # Without the corpus, nobody knows which they are.
+    monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+    result = shown(runs_dir, *PROMPT)
+    assert result["logits"][0] == pytest.approx(largest - logits_V.mean(), abs=1e-5)
+    assert f"all {len(logits_V)} tokens" in result["averaged_over"]
+
+
+def test_log_probability(runs_dir: str, trained_run: Run) -> None:
+    result = shown(runs_dir, *PROMPT, "--log-prob", "--target", "e")
+    with torch.no_grad():
+        logits_V = trained_run.load_model("best").logits(torch.tensor([result["token_ids"]]))[0, -1].double()
+    log_p_V = logits_V.log_softmax(-1)
+    entropy = -float((log_p_V.exp() * log_p_V).sum())
+    assert (result["reference"], result["averaged_over"]) == ("prediction", None)
+    assert result["logits"][0] == pytest.approx(float(log_p_V[result["targets"][0]]) + entropy, abs=1e-5)
+    assert np.sum(result["embed"]) + np.sum(result["pos_embed"]) + np.sum(result["attention"]) + np.sum(
+        result["feedforward"]
+    ) == pytest.approx(result["logits"][0], abs=1e-5)
+    assert inspect_logits(runs_dir, *PROMPT, "--log-prob").exit_code == 0
 
 
 @pytest.mark.parametrize("by", ["layer", "head", "neuron", "source"])
@@ -115,6 +151,8 @@ def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatc
         (["--vs", "zqx"], "'zqx' is 3 tokens: z q x", ""),
         (["--target", "e", "--vs", "e"], "--target and --vs are the same token", "no difference"),
         (["--vs", "e", "--raw"], "--raw and --vs are two references", "choose one"),
+        (["--vs", "e", "--log-prob"], "--log-prob and --vs are two references", "choose one"),
+        (["--raw", "--log-prob"], "--raw and --log-prob are two references", "choose one"),
         (["--pos", "99"], "there is no position 99", "the positions are 0 to"),
         (["--output", "x.npy"], "'x.npy' has no ending", "did you mean .npz?"),
     ],

@@ -34,6 +34,16 @@ def test_baselines_are_of_the_training_split(tiny_corpus: TokenizedCorpus) -> No
     assert len(result["losses"]) == len(result["token_ids"]) - 1
 
 
+@pytest.mark.usefixtures("uniform_model")
+def test_a_uniform_model_is_right_by_chance() -> None:
+    """The places 0 to 319 are shared: their mean is 159.5, and 1 in 320 is 0.3 %."""
+    lines = inspect_tokens("--prompt", "Once upon").stdout.splitlines()
+    means = next(line for line in lines if line.lstrip().startswith("mean"))
+    assert means.endswith("0% first")
+    first = lines[lines.index(means) - 1]
+    assert "159.5" in first.split()
+
+
 def test_without_the_corpus_there_are_no_baselines(
     trained_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
