@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Self
 
 from lumiere.errors import LumiereError
 from lumiere.files import open_file, parse_json
-from lumiere.persistence.atomic import write_atomically
+from lumiere.persistence.atomic import unwritable, write_atomically
 
 MAX_LINE_BYTES = 100_000
 MAX_BYTES = 2**30  # some millions of lines, which a training never writes
@@ -61,14 +61,6 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def unwritable(path: Path, error: OSError) -> LumiereError:
-    """What to raise where a line could not be written."""
-    return LumiereError(
-        f"{str(path)!r} cannot be written: {error.strerror or error}",
-        "make room or check the folder; lumiere train --resume goes on from what was saved before",
-    )
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

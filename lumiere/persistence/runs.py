@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumiere.errors import DataError, LumiereError, RunNotFoundError, nearest
 from lumiere.files import parse_json, read_file
-from lumiere.persistence.atomic import write_atomically
+from lumiere.persistence.atomic import write_atomically, writing
 from lumiere.persistence.metrics import to_json
 
 if TYPE_CHECKING:
@@ -106,16 +106,14 @@ class Run:
         """Sets `fields` in `run.json`, atomically, and keeps the others; only one process may do so at a time.
 
         Raises:
-            LumiereError: the file cannot be written; it is as it was.
+            LumiereError: the file cannot be read or written; it is as it was.
         """
-        record = self._read_record() | fields
-        try:
+        with writing(self.record_path):
+            try:
+                record = self._parse_record() | fields
+            except FileNotFoundError:
+                record = fields
             write_atomically(self.record_path, (to_json(record, indent=2) + "\n").encode())
-        except OSError as error:
-            raise LumiereError(
-                f"{str(self.record_path)!r} cannot be written: {error.strerror or error}",
-                "make room or check the folder; lumiere train --resume goes on from what was saved before",
-            ) from error
 
     def load_config(self) -> RunConfig:
         """The complete config that the run was started with."""
@@ -166,8 +164,15 @@ class Run:
 
     def _read_record(self) -> dict[str, Any]:
         try:
-            record = parse_json(read_file(self.record_path, MAX_RECORD_BYTES))
-        except (OSError, ValueError):
+            return self._parse_record()
+        except OSError:
+            return {}
+
+    def _parse_record(self) -> dict[str, Any]:
+        data = read_file(self.record_path, MAX_RECORD_BYTES)
+        try:
+            record = parse_json(data)
+        except ValueError:
             return {}
         return record if isinstance(record, dict) else {}
 
@@ -205,7 +210,11 @@ class RunStore:
                     os.mkdir(run.path)
                 except FileExistsError:  # another process was faster
                     continue
-                os.mkdir(run.checkpoints_dir)
+                try:
+                    os.mkdir(run.checkpoints_dir)
+                except OSError:
+                    os.rmdir(run.path)
+                    raise
                 return run
         except OSError as error:
             raise LumiereError(
@@ -268,9 +277,16 @@ class RunStore:
     def _make_folder(self) -> None:
         self.runs_dir.mkdir(parents=True, exist_ok=True)
         # Only into an empty folder: a .gitignore of ours must not hide what else a user keeps there.
-        if not any(self.runs_dir.iterdir()):
-            write_atomically(self.runs_dir / ".gitignore", b"*\n")
-            write_atomically(self.runs_dir / "README.md", FOLDER_README.encode())
+        if any(self.runs_dir.iterdir()):
+            return
+        files = {self.runs_dir / ".gitignore": b"*\n", self.runs_dir / "README.md": FOLDER_README.encode()}
+        try:
+            for path, text in files.items():
+                write_atomically(path, text)
+        except OSError:
+            for path in files:  # half of them would look like a folder of the user's
+                path.unlink(missing_ok=True)
+            raise
 
 
 def _written_at(entry: os.DirEntry[str]) -> int | None:
