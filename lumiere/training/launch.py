@@ -3,11 +3,10 @@
 import contextlib
 import os
 import shutil
-import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from lumiere.components.world import ALONE, World
@@ -18,6 +17,7 @@ from lumiere.persistence.atomic import write_atomically, writing
 from lumiere.persistence.checkpoint_format import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.fitting import check_fit
+from lumiere.persistence.liveness import beating, check_not_elsewhere, this_process
 from lumiere.persistence.lock import locked
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.placing import clear, delete
@@ -101,8 +101,7 @@ def record_start(preparation: Preparation, run: Run, world: World) -> None:
         device=str(preparation.device),
         precision=str(preparation.precision).removeprefix("torch."),
         total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
-        pid=os.getpid(),
-        host=socket.gethostname(),
+        **this_process(),
         world_size=world.size,
         job=job(),
         peak_flops=round(preparation.peak_flops * world.size),
@@ -124,6 +123,9 @@ def resume(
     """
     check_shares(preparation.config.training, preparation.device, world)
     with locked(run.path):
+        # A restart by torchrun may be on another host, and the processes before it have ended.
+        if job() is None or run.record.get("job") != job():
+            check_not_elsewhere(run)
         checkpoint, name = newest_checkpoint(run, outlined=preparation.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0
         if checkpoint is not None:
@@ -180,8 +182,8 @@ def processes(size: int, config: RunConfig) -> str:
 
 
 def now() -> str:
-    """The local time with its zone, to the second."""
-    return datetime.now().astimezone().isoformat(timespec="seconds")
+    """The time in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def remove_leftovers(run: Run) -> None:
@@ -231,6 +233,7 @@ def supervise(
     """Train, and keep the run's status true however it ends."""
     try:
         with (
+            beating(run.path),
             MetricsWriter(run.metrics_path) as writer,
             opened_loggers(preparation.config, run, [MetricsLog(writer), *listeners]) as all_listeners,
             noticing_losses(world),
