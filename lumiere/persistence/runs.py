@@ -157,17 +157,21 @@ class Run:
     def load_model(self, checkpoint: str = "best") -> Transformer:
         """The model with the weights of `checkpoint`, on the CPU, in evaluation mode.
 
-        Reads nothing but the weights. Where there is no `best` yet, `latest` is taken.
+        Of the checkpoint, reads nothing but the weights. Where there is no `best` yet, `latest` is taken.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it is damaged, or `config.yaml` describes another model.
+            CheckpointError: there is no such checkpoint, it is damaged, `config.yaml` describes another model, or
+                `tokenizer.json`, if it is there, is another tokenizer than it was trained with.
         """
         from lumiere.persistence.checkpoint_manager import CheckpointManager
-        from lumiere.persistence.fitting import load_weights
+        from lumiere.persistence.fitting import check_tokenizer, load_weights
 
         name, config = self.resolve_checkpoint(checkpoint), self.load_config()
         loaded = CheckpointManager(self.path.parent).load(self, name, groups=("model",))
-        return load_weights(config, loaded, f"checkpoint {name!r} of run {self.id}")
+        described = f"checkpoint {name!r} of run {self.id}"
+        if self.tokenizer_path.exists():
+            check_tokenizer(self, self.load_tokenizer(), loaded, described)
+        return load_weights(config, loaded, described)
 
     def _recorded_time(self) -> datetime | None:
         try:
