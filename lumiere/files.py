@@ -38,7 +38,9 @@ def read_file(path: str | Path, limit: int) -> bytes:
         OSError: as `open_file`, or the file is larger.
     """
     with open_file(path) as file:
-        data = file.read(limit + 1)
+        # Python allocates all that it is asked for. Files of the system give more than their size, which is 0.
+        size = max(os.fstat(file.fileno()).st_size, 1 << 16)
+        data = file.read(min(size, limit) + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"More than {limit:,} bytes", str(path))
     return data

@@ -52,12 +52,13 @@ def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | Non
     """The model of a run, in evaluation mode on `device`.
 
     Raises:
-        LumiereError: if the run, the checkpoint or the device is not there, or the checkpoint is damaged.
+        LumiereError: if the run, the checkpoint or the device is not there, the checkpoint is damaged, or the run's
+            tokenizer is not the one that it was trained with.
     """
     run = RunStore(runs_dir).open(reference)
     from lumiere.components.device import resolve_device
     from lumiere.persistence.checkpoint_manager import CheckpointManager
-    from lumiere.persistence.fitting import load_weights
+    from lumiere.persistence.fitting import check_tokenizer, load_weights
 
     target = resolve_device(device)
     name = run.resolve_checkpoint(checkpoint)
@@ -66,8 +67,11 @@ def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | Non
     config = run.load_config()
     # Read once: a training may put another checkpoint in its place at any moment.
     loaded = CheckpointManager(run.path.parent).load(run, name, groups=("model",))
-    model = load_weights(config, loaded, f"checkpoint {name!r} of run {run.id}").to(target)
-    return OpenedModel(run, name, loaded.step, config, run.load_tokenizer(), model)
+    described = f"checkpoint {name!r} of run {run.id}"
+    model = load_weights(config, loaded, described).to(target)
+    tokenizer = run.load_tokenizer()
+    check_tokenizer(run, tokenizer, loaded, described)
+    return OpenedModel(run, name, loaded.step, config, tokenizer, model)
 
 
 def open_corpus(opened: OpenedModel, hint: str) -> "TokenizedCorpus":

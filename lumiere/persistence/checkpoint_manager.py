@@ -144,10 +144,17 @@ class CheckpointManager:
 
         Raises:
             RunNotFoundError: there is no such run.
-            CheckpointError: the run has no such checkpoint.
+            CheckpointError: the run has no such checkpoint, or it cannot be deleted.
         """
         run = self._open(run)
-        placing.remove(run.checkpoints_dir, self._find(run, name))
+        name = self._find(run, name)
+        try:
+            placing.remove(run.checkpoints_dir, name)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {name} of run {run.id} cannot be deleted: {error.strerror or error}",
+                f"check the permissions of {run.checkpoints_dir}/",
+            ) from error
 
     def _open(self, run: Run | str) -> Run:
         return run if isinstance(run, Run) else self._store.open(run)

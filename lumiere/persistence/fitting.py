@@ -1,9 +1,15 @@
 """Whether a checkpoint and a config belong together: before a model is made of them."""
 
+import hashlib
+import json
+
 from lumiere.config.schema import RunConfig
+from lumiere.data.tokenizer import MAX_BYTES, Tokenizer
 from lumiere.errors import CheckpointError
+from lumiere.files import parse_json, read_file
 from lumiere.models.transformer import Transformer, build_model, empty_model
 from lumiere.persistence.checkpoint_format import DAMAGE_HINT, Checkpoint
+from lumiere.persistence.runs import Run
 
 WITHOUT_EFFECT = {"dropout", "zero_output_init"}
 """Settings of the model that make no difference to what trained weights compute."""
@@ -46,6 +52,29 @@ def check_fit(config: RunConfig, checkpoint: Checkpoint, name: str) -> None:
         raise CheckpointError(
             f"{name} does not fit the model in its config.yaml",
             "undo the changes to config.yaml; it describes the run as it was trained",
+        )
+
+
+def check_tokenizer(run: Run, tokenizer: Tokenizer, checkpoint: Checkpoint, name: str) -> None:
+    """Compare the tokenizer of a run with the hash of the one that a checkpoint was trained with.
+
+    Args:
+        tokenizer: read from the run's `tokenizer.json`.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: it is another tokenizer. A checkpoint without a hash fits any.
+    """
+    saved = checkpoint.metadata.get("tokenizer_sha256")
+    if saved in (None, tokenizer.fingerprint):
+        return
+    # Another version of `tokenizers` may write the same tokenizer differently: compare what the file itself says.
+    contents = parse_json(read_file(run.tokenizer_path, MAX_BYTES))
+    text = json.dumps(contents, ensure_ascii=False, separators=(",", ":"))
+    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != saved:
+        raise CheckpointError(
+            f"{str(run.tokenizer_path)!r} is not the tokenizer that {name} was trained with",
+            "restore the file; with other ids, the model's output means nothing",
         )
 
 

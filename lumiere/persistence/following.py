@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lumiere.persistence.metrics import MAX_LINE_BYTES, open_metrics, parse_line
+from lumiere.files import open_file
+from lumiere.persistence.metrics import MAX_LINE_BYTES, parse_line
 
 
 class MetricsFollower:
@@ -26,7 +27,7 @@ class MetricsFollower:
         A last line that has no end yet waits for the next call, a damaged one is passed over.
         """
         try:
-            with open_metrics(self._path) as file:
+            with open_file(self._path) as file:
                 # The line before tells whether this is still the same text: a resume may have cut the file, and
                 # training may have written past the old place since.
                 file.seek(self._offset - len(self._last_line))

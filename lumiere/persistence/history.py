@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from lumiere.persistence.metrics import MAX_LINE_BYTES, as_number, open_metrics, parse_line
+from lumiere.files import open_file
+from lumiere.persistence.metrics import MAX_LINE_BYTES, as_number, parse_line
 
 BLOCK_BYTES = 1024  # holds a whole training line, wherever it begins
 MAX_POINTS = 1000  # of a curve; twice as many are still fewer than a picture has columns of pixels
@@ -82,6 +83,8 @@ def last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
     for line in _lines_from_the_end(path):
+        if training and b'"val_loss"' not in line:
+            continue  # to parse a million lines takes ten seconds
         record = parse_line(line) or {}
         if not training and "loss" in record:
             training = record
@@ -100,7 +103,7 @@ def sample_losses(path: Path, count: int) -> list[float]:
     """
     try:
         # Unbuffered, because a buffer would read more than the blocks that are asked for.
-        with open_metrics(path, buffering=0) as file:
+        with open_file(path, buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size <= count * BLOCK_BYTES:
                 texts = LOSS.findall(file.read(size))
@@ -153,28 +156,31 @@ def _points(lines: Iterable[bytes], key: str) -> Iterator[Point]:
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file; a torn last one is left out."""
+    """The lines of a file up to one that is too long to be ours; a torn last one is left out.
+
+    So a file with holes, which may be terabytes long and take no room on the disk, is not read to its end.
+    """
     try:
-        with open_metrics(path) as file:
-            while line := file.readline(MAX_LINE_BYTES):
-                if line.endswith(b"\n"):
-                    yield line
+        with open_file(path) as file:
+            while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+                yield line
     except OSError:
         return
 
 
 def _lines_from_the_end(path: Path, block_bytes: int = 1 << 16) -> Iterator[bytes]:
-    """The lines of a file, last one first, with what a torn last one has."""
+    """The lines of a file, last one first, with what a torn last one has, down to one that is too long to be ours."""
     try:
-        with open_metrics(path) as file:
+        with open_file(path) as file:
             end = file.seek(0, os.SEEK_END)
             rest = b""
-            while end:
+            while end and len(rest) <= MAX_LINE_BYTES:
                 begin = max(0, end - block_bytes)
                 file.seek(begin)
-                rest, *lines = (file.read(end - begin) + rest[:MAX_LINE_BYTES]).split(b"\n")
+                rest, *lines = (file.read(end - begin) + rest).split(b"\n")
                 yield from reversed(lines)
                 end = begin
-            yield rest
+            if not end:
+                yield rest
     except OSError:
         return

@@ -40,19 +40,23 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process that is alive holds the lock of the run in `folder`."""
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process of this machine holds the lock of the run in `folder`.
+
+    None stands for unknown: there is no lock file, or it cannot be locked. A process of another machine may hold the
+    lock without being seen.
+    """
     from filelock import FileLock, Timeout
 
     path = folder / LOCK_NAME
     if not path.is_file():  # and a look leaves no file behind
-        return False
+        return None
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         return True
-    except OSError:  # a folder that cannot be written to: nobody trains in it
-        return False
+    except OSError:
+        return None
     lock.release()
     return False

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from lumiere.errors import LumiereError
 from lumiere.files import open_file, parse_json
-from lumiere.persistence.atomic import write_atomically
+from lumiere.persistence.atomic import replacing, unwritable, writing
 
 MAX_LINE_BYTES = 100_000
-MAX_BYTES = 2**30  # some millions of lines, which a training never writes
+BLOCK_BYTES = 1 << 20  # written at once
 MAX_NUMBER = 1e18  # no count or loss is larger; NaN and infinity are not below it either
 
 
@@ -63,14 +63,6 @@ class MetricsWriter:
         self.close()
 
 
-def unwritable(path: Path, error: OSError) -> LumiereError:
-    """What to raise where a line could not be written."""
-    return LumiereError(
-        f"{str(path)!r} cannot be written: {error.strerror or error}",
-        "make room or check the folder; lumiere train --resume goes on from what was saved before",
-    )
-
-
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics file in the order of writing; none where there is no file yet.
 
@@ -89,12 +81,18 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
         LumiereError: as `read_metrics`; the file stays as it is.
     """
     path = Path(path)
-    kept = [line + b"\n" for line, record in _read_lines(path) if record["step"] <= last_step]
-    if path.exists():
-        try:
-            write_atomically(path, b"".join(kept))
-        except OSError as error:
-            raise unwritable(path, error) from error
+    if not path.exists():
+        return
+    # In blocks: a long training writes gigabytes.
+    block = bytearray()
+    with writing(path), replacing(path) as file:
+        for line, record in _read_lines(path):
+            if record["step"] <= last_step:
+                block += line + b"\n"
+            if len(block) >= BLOCK_BYTES:
+                file.write(block)
+                block.clear()
+        file.write(block)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -138,7 +136,7 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each whole line of the file as it stands, and the record in it."""
     damaged = None
     try:
-        with open_metrics(path) as file:
+        with open_file(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
                 if damaged is not None:
                     raise LumiereError(
@@ -156,19 +154,6 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         raise LumiereError(
             f"{str(path)!r} cannot be read: {error.strerror}", "move it away: nothing needs it"
         ) from None
-
-
-def open_metrics(path: Path, buffering: int = -1) -> BinaryIO:
-    """A metrics file, to be read.
-
-    Raises:
-        OSError: there is none, it is no regular file, or beyond all measure.
-    """
-    file = open_file(path, buffering)
-    if os.fstat(file.fileno()).st_size > MAX_BYTES:
-        file.close()
-        raise OSError(errno.EFBIG, f"More than {MAX_BYTES:,} bytes", str(path))
-    return file
 
 
 def _open_no_link(path: str, flags: int) -> int:

@@ -11,6 +11,7 @@ from lumiere.errors import LumiereError, nearest
 from lumiere.persistence.atomic import sync_folder
 from lumiere.persistence.checkpoint_names import NAMES, checkpoint_names
 from lumiere.persistence.inventory import disk_bytes
+from lumiere.persistence.liveness import check_not_elsewhere, running
 from lumiere.persistence.lock import locked
 from lumiere.persistence.placing import delete, present, remove
 from lumiere.persistence.runs import NAME_PATTERN, Run, RunStore
@@ -39,12 +40,10 @@ def check_removable(run: Run) -> None:
     """Refuses a run that is being trained.
 
     Raises:
-        LumiereError: its status is running.
+        RunBusyError: its status is running.
     """
     if run.status == "running":
-        raise LumiereError(
-            f"run {run.id} is running", "stop it first, with Ctrl-C where it trains; lumiere runs ls shows the others"
-        )
+        raise running(run, run.record)
 
 
 def remove_run(run: Run) -> None:
@@ -62,6 +61,7 @@ def remove_run(run: Run) -> None:
     aside = run.path.with_name(f".removed.{run.name}.{secrets.token_hex(4)}")
     try:
         with locked(run.path):  # so that no training begins in between
+            check_not_elsewhere(run)
             os.rename(run.path, aside)
         sync_folder(run.path.parent)
         delete(aside)
@@ -133,6 +133,7 @@ def prune(pruning: Pruning) -> None:
     run = pruning.run
     check_removable(run)
     with locked(run.path):  # so that no training begins in between
+        check_not_elsewhere(run)
         for name in pruning.names:
             try:
                 remove(run.checkpoints_dir, name)

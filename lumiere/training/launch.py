@@ -3,23 +3,24 @@
 import contextlib
 import os
 import shutil
-import socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from lumiere.components.world import ALONE, World
 from lumiere.config.loader import dump_config
 from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError, LumiereError
-from lumiere.persistence.atomic import write_atomically
+from lumiere.persistence.atomic import write_atomically, writing
 from lumiere.persistence.checkpoint_format import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.fitting import check_fit
+from lumiere.persistence.liveness import beating, check_not_elsewhere, this_process
 from lumiere.persistence.lock import locked
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
-from lumiere.persistence.placing import clear
+from lumiere.persistence.placing import clear, delete
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk, num_steps
 from lumiere.training.distributed import own_device
@@ -57,25 +58,54 @@ def start(
     check_shares(preparation.config.training, preparation.device, world)
     check_room(store.runs_dir, preparation)
     run = store.create()
-    with locked(run.path):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run.path))
+            write_files(preparation, run, command)
+            record_start(preparation, run, world)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                delete(run.path)
+            if isinstance(error, LumiereError):
+                hint = "make room, or choose another folder with --runs-dir; no run was made"
+                raise LumiereError(error.message, hint) from error
+            raise
+        return supervise(preparation, run, listeners, None, world)
+
+
+def write_files(preparation: Preparation, run: Run, command: Sequence[str]) -> None:
+    """Write the tokenizer, the config and the record of a new run."""
+    with writing(run.path):
         write_atomically(run.tokenizer_path, preparation.corpus.tokenizer.to_json().encode())
         # The config last: a run that has one can be resumed, wherever its process was killed.
         write_atomically(run.config_path, dump_config(preparation.config).encode())
-        run.update(
-            name=run.name,
-            created_at=now(),
-            command=list(command),
-            device=str(preparation.device),
-            precision=str(preparation.precision).removeprefix("torch."),
-            num_parameters=preparation.num_parameters,
-            dataset=preparation.config.dataset.name,
-            corpus_sha256=preparation.corpus.fingerprint,
-            splits={name: asdict(split.facts) for name, split in preparation.corpus.splits.items()},
-            step=0,
-            best_loss=None,
-            **environment(),
-        )
-        return supervise(preparation, run, listeners, None, world)
+    run.update(
+        name=run.name,
+        created_at=now(),
+        command=list(command),
+        num_parameters=preparation.num_parameters,
+        dataset=preparation.config.dataset.name,
+        corpus_sha256=preparation.corpus.fingerprint,
+        splits={name: asdict(split.facts) for name, split in preparation.corpus.splits.items()},
+        step=0,
+        best_loss=None,
+        **environment(),
+    )
+
+
+def record_start(preparation: Preparation, run: Run, world: World) -> None:
+    """Record that the run is running, and where."""
+    run.update(
+        status="running",
+        error=None,
+        device=str(preparation.device),
+        precision=str(preparation.precision).removeprefix("torch."),
+        total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
+        **this_process(),
+        world_size=world.size,
+        job=job(),
+        peak_flops=round(preparation.peak_flops * world.size),
+    )
 
 
 def resume(
@@ -93,6 +123,9 @@ def resume(
     """
     check_shares(preparation.config.training, preparation.device, world)
     with locked(run.path):
+        # A restart by torchrun may be on another host, and the processes before it have ended.
+        if job() is None or run.record.get("job") != job():
+            check_not_elsewhere(run)
         checkpoint, name = newest_checkpoint(run, outlined=preparation.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0
         if checkpoint is not None:
@@ -108,15 +141,18 @@ def resume(
         if checkpoint and (message := inexactness(checkpoint, run.load_config(), preparation.config, world)):
             for listener in listeners:
                 listener(WarningEvent(step, message))
-        remove_leftovers(run)
+        with writing(run.path):
+            remove_leftovers(run)
         # Where nothing was saved, every line goes.
         truncate_metrics(run.metrics_path, step if checkpoint else -1)
         changed = changes(run.load_config(), preparation.config)
-        if changed:
-            write_atomically(run.config_path, dump_config(preparation.config).encode())
         earlier = run.record.get("resumes")
         resumes = earlier if isinstance(earlier, list) else []  # a file that was edited may hold anything
         run.update(resumes=[*resumes, {"at": now(), "step": step, "changed": list(map(str, changed))}])
+        if changed:
+            with writing(run.config_path):
+                write_atomically(run.config_path, dump_config(preparation.config).encode())
+        record_start(preparation, run, world)
         return supervise(preparation, run, listeners, checkpoint, world)
 
 
@@ -146,8 +182,8 @@ def processes(size: int, config: RunConfig) -> str:
 
 
 def now() -> str:
-    """The local time with its zone, to the second."""
-    return datetime.now().astimezone().isoformat(timespec="seconds")
+    """The time in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def remove_leftovers(run: Run) -> None:
@@ -195,18 +231,9 @@ def supervise(
     world: World,
 ) -> TrainingResult:
     """Train, and keep the run's status true however it ends."""
-    run.update(
-        status="running",
-        error=None,
-        total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
-        pid=os.getpid(),
-        host=socket.gethostname(),
-        world_size=world.size,
-        job=job(),
-        peak_flops=round(preparation.peak_flops * world.size),
-    )
     try:
         with (
+            beating(run.path),
             MetricsWriter(run.metrics_path) as writer,
             opened_loggers(preparation.config, run, [MetricsLog(writer), *listeners]) as all_listeners,
             noticing_losses(world),

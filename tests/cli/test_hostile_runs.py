@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.cli.generate.output import write
+from lumiere.data.tokenizer import Tokenizer
+from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import load_checkpoint, save_checkpoint
 from lumiere.persistence.runs import Run, RunStore
 
@@ -229,3 +231,44 @@ def test_what_a_model_writes_steers_no_terminal_and_stays_whole_in_a_file(
     text = "a\n\tb\x1b[31m\r\x9b 👩\u200d👧 é"
     write(text)
     assert stdout.getvalue() == ("a\n\tb\\x1b[31m\\r\\x9b 👩\u200d👧 é" if terminal else text)
+
+
+def swap_tokens(path: Path, *ids: int) -> None:
+    """Give two tokens of a tokenizer each other's id."""
+    saved = json.loads(path.read_text())
+    names = {number: name for name, number in saved["model"]["vocab"].items()}
+    first, second = (names[number] for number in ids)
+    vocabulary = saved["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = ids[1], ids[0]
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize("command", [*USES, ["inspect", "summary"]])
+def test_a_tokenizer_with_permuted_ids(run: Run, command: list[str]) -> None:
+    swap_tokens(run.tokenizer_path, 300, 310)
+    assert "tokenizer" in refuse(command)
+
+
+def test_a_tokenizer_with_permuted_ids_from_python(run: Run) -> None:
+    # The same tokenizer in another layout, as another tool or another version writes it.
+    run.tokenizer_path.write_text(json.dumps(json.loads(run.tokenizer_path.read_text()), indent=7))
+    run.load_model()
+    swap_tokens(run.tokenizer_path, 300, 310)
+    with pytest.raises(CheckpointError):
+        run.load_model()
+    # Without its tokenizer, a model is still one for those who have ids.
+    run.tokenizer_path.unlink()
+    run.load_model()
+
+
+def test_another_version_of_the_library_may_write_the_same_tokenizer_otherwise(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "fingerprint", "of the other version")
+    run.load_model()
+
+
+def test_a_checkpoint_that_does_not_name_its_tokenizer_fits_any(run: Run) -> None:
+    recorded(run, tokenizer_sha256=None)
+    swap_tokens(run.tokenizer_path, 300, 310)
+    run.load_model()

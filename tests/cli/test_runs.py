@@ -54,7 +54,7 @@ def other(run: Run) -> Run:
     shutil.copytree(run.path, other.path)
     lines = [line for line in read_metrics(run.metrics_path) if line["step"] <= 8]
     other.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    other.update(best_loss=run.record["best_loss"] + 1, step=8)
+    other.update(best_loss=run.record["best_loss"] + 1, step=8, created_at="2099-01-01T00:00:00+00:00")
     other.config_path.write_text(run.config_path.read_text().replace("max_steps: 12", "max_steps: 8"))
     return other
 

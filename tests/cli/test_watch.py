@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 from lumiere.cli import app
 from lumiere.cli.runs import watch
 from lumiere.cli.runs.watch import Watched
-from lumiere.persistence import lock
+from lumiere.persistence import liveness
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.runs import Run, RunStore
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(lock, "is_locked", lambda folder: True)  # the process of the play is alive
+    monkeypatch.setattr(liveness, "is_alive", lambda folder, record: True)  # the process of the play is alive
     run = RunStore().create()
     run.update(status="running", total_steps=40)
     return run
@@ -85,7 +85,7 @@ def test_json_lines_are_those_of_the_metrics(run: Run) -> None:
 
 
 def test_a_run_that_was_just_made_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "is_locked", lambda folder: True)
+    monkeypatch.setattr(liveness, "is_alive", lambda folder, record: True)
     run = RunStore().create()
     play(
         monkeypatch,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lumiere.persistence.history import (
     read_history,
     sample_losses,
 )
-from lumiere.persistence.metrics import MAX_BYTES, read_metrics
+from lumiere.persistence.metrics import read_metrics
 
 
 @pytest.fixture
@@ -141,10 +142,36 @@ def test_many_losses_are_sampled_evenly_from_the_first_to_the_last(path: Path) -
 
 
 def test_sampling_reads_a_bounded_part_of_any_file(path: Path) -> None:
-    """A file as large as one may be, which takes no room: to read it whole would take long."""
+    """A file of a terabyte, which takes no room: to read it whole would take hours."""
     write(path, *(training(1000 + step) for step in range(100)))
     with open(path, "r+b") as file:
-        file.truncate(MAX_BYTES)
-        file.seek(MAX_BYTES - BLOCK_BYTES)
+        file.truncate(2**40)
+        file.seek(2**40 - BLOCK_BYTES)
         file.write((json.dumps(training(8)) + "\n").encode())
     assert sample_losses(path, 8) == [125.0, 1.0]
+
+
+def test_a_file_with_holes_is_read_up_to_the_first(path: Path) -> None:
+    write(path, training(1), evaluation(1, 9.0))
+    with open(path, "r+b") as file:
+        file.truncate(2**40)
+        file.seek(2**40)
+        file.write(b"\n" + json.dumps(training(8)).encode() + b"\n")
+    found = read_history(path)
+    assert ([point.step for point in found.training], [point.step for point in found.validation]) == ([1], [1])
+    assert points_at(path, 1000) == (found.training[0], found.validation[0])
+    assert last_records(path) == (training(8), {})
+
+
+def test_looking_at_a_long_file_takes_little_memory(path: Path) -> None:
+    block = b"".join(json.dumps(training(step)).encode() + b"\n" for step in range(100))
+    with open(path, "wb") as file:
+        for _ in range(200):
+            file.write(block)
+    size = path.stat().st_size
+    for look in (lambda: read_history(path, max_points=50), lambda: last_records(path), lambda: points_at(path, 700)):
+        tracemalloc.start()
+        look()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < size / 4

@@ -3,12 +3,15 @@
 import json
 import math
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lumiere.errors import LumiereError
+from lumiere.persistence import metrics
+from lumiere.persistence.history import last_records, read_history
 from lumiere.persistence.metrics import MetricsWriter, as_number, read_metrics, to_json, truncate_metrics
 
 
@@ -144,11 +147,43 @@ def test_nothing_is_written_through_a_link(path: Path, tmp_path: Path) -> None:
     assert not path.is_symlink()
 
 
-def test_a_file_beyond_all_measure_is_not_read(path: Path) -> None:
+def test_a_file_with_holes_is_not_read_to_its_end(path: Path) -> None:
     path.write_bytes(b'{"step": 1}\n')
     os.truncate(path, 2**40)
-    with pytest.raises(LumiereError, match="cannot be read: More than 1,073,741,824 bytes"):
-        read_metrics(path)
+    for use in (read_metrics, lambda path: truncate_metrics(path, 1)):
+        with pytest.raises(LumiereError, match=r"line 2 of .* is damaged"):
+            use(path)
+    assert path.stat().st_size == 2**40
+
+
+def fill(path: Path, size: int, width: int) -> int:
+    """Write lines of `width` bytes, about `size` bytes of them; return how many."""
+    line = b'{"step": %d, "loss": 1.5, "pad": "'
+    with open(path, "wb") as file:
+        for step in range(size // width):
+            start = line % step
+            file.write(start + b" " * (width - len(start) - 3) + b'"}\n')
+    return size // width
+
+
+def test_a_long_file_is_cut_in_little_memory(path: Path) -> None:
+    count = fill(path, 20 * metrics.BLOCK_BYTES, 10_000)
+    before = path.read_bytes()
+    tracemalloc.start()
+    truncate_metrics(path, count - 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.read_bytes() == before[:-20_000]
+    assert peak < 4 * metrics.BLOCK_BYTES
+
+
+@pytest.mark.slow
+def test_a_file_above_a_gigabyte_is_cut_and_looked_at(path: Path) -> None:
+    count = fill(path, 2**30 + 2**20, 90_000)
+    truncate_metrics(path, count - 2)
+    assert path.stat().st_size == 90_000 * (count - 1)
+    assert read_history(path).training == ()  # the lines have no tokens
+    assert last_records(path)[0]["step"] == count - 2
 
 
 def test_json_that_is_written_steers_no_terminal(path: Path) -> None:

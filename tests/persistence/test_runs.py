@@ -8,7 +8,8 @@ import re
 import secrets
 import subprocess
 import sys
-from datetime import datetime, timedelta
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ CARD_NAME = "run_hiq6ihsb_20250819_001808"
 HEAVY = "{'torch', 'numpy', 'datasets', 'tokenizers', 'pydantic', 'safetensors', 'yaml'}"
 CREATE_TEN = """
 import sys
+import time
 from datetime import datetime
 from lumiere.persistence.runs import RunStore
 for _ in range(10):
@@ -57,7 +59,7 @@ def test_a_new_run_is_a_folder_named_by_id_and_time(store: RunStore) -> None:
     run = store.create(CARD_TIME)
     assert re.fullmatch(r"run_[a-z0-9]{8}_20250819_001808", run.name)
     assert run.name == f"run_{run.id}_20250819_001808"
-    assert run.created_at == CARD_TIME
+    assert run.created_at == CARD_TIME.astimezone(UTC)
     assert run.path == store.runs_dir / run.name
     assert [entry.name for entry in run.path.iterdir()] == ["checkpoints"]
     assert run.checkpoints_dir.is_dir()
@@ -65,8 +67,8 @@ def test_a_new_run_is_a_folder_named_by_id_and_time(store: RunStore) -> None:
 
 
 def test_the_time_is_now_where_none_is_given(store: RunStore) -> None:
-    before = datetime.now().replace(microsecond=0)
-    assert before <= store.create().created_at <= datetime.now()
+    before = datetime.now(UTC).replace(microsecond=0)
+    assert before <= store.create().created_at <= datetime.now(UTC)
 
 
 def test_the_folder_of_a_run_holds_the_named_files() -> None:
@@ -150,6 +152,41 @@ def test_of_two_runs_of_one_second_the_one_written_last_is_newer(store: RunStore
         os.utime(older.path, (1000, 1000))
         os.utime(newer.path, (1000, 1001))
         assert store.open("latest") == newer
+
+
+RECORDED = {
+    "run_aaaaaaaa_20261025_025500": "2026-10-25T02:55:00+02:00",  # summer time ends at 03:00, which is 02:00
+    "run_bbbbbbbb_20261025_020500": "2026-10-25T01:05:00.000+00:00",  # ten minutes later
+    "run_cccccccc_20261024_202000": "2026-10-24T20:20:00-05:00",  # another quarter of an hour later, in New York
+}
+
+
+def test_the_latest_run_is_the_one_made_last_in_whatever_time_zone(store: RunStore) -> None:
+    make(store, *RECORDED)
+    for name, created_at in RECORDED.items():
+        Run(store.runs_dir / name).update(created_at=created_at)
+    assert [run.id[0] for run in store.all()] == ["c", "b", "a"]
+    assert store.open("latest").id == "cccccccc"
+    assert str(store.open("aaaa").created_at) == "2026-10-25 00:55:00+00:00"
+
+
+@pytest.mark.parametrize(
+    "created_at", [None, 17, "yesterday", "2026-01-01T00:00:00", "0001-01-01T00:00:00+10:00", ["2026"], {}]
+)
+def test_without_a_time_in_the_record_the_name_counts(
+    store: RunStore, created_at: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "XYZ-3")  # three hours ahead of UTC
+    time.tzset()
+    try:
+        make(store, "run_aaaaaaaa_20260101_020000", "run_bbbbbbbb_00010101_000000")
+        run = store.open("aaaa")
+        run.update(created_at=created_at)
+        assert run.created_at == datetime(2025, 12, 31, 23, tzinfo=UTC)
+        assert store.open("latest") == run
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_run_is_found_by_name_id_and_every_unique_prefix(store: RunStore) -> None:

@@ -1,7 +1,9 @@
 """A disk that is full, cannot be written to, or is gone: an error with a hint, and nothing good is lost."""
 
+import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +15,13 @@ from lumiere.config.loader import dump_config
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
+from lumiere.training import launch as launch_module
 from lumiere.training.events import Event, Listener, StepEvent
 from lumiere.training.launch import resume, start
-from lumiere.training.preparation import prepare, prepare_resume
+from lumiere.training.preparation import Preparation, prepare, prepare_resume
+from tests.failing import Failing
 
+SUPERVISE = launch_module.supervise
 LONGER = {"training.max_steps": 9, "training.checkpoint_interval": 3, "training.snapshots": False}
 
 
@@ -101,6 +106,107 @@ def test_a_folder_that_is_removed_is_not_made_again(configure, launch, tmp_path:
     with pytest.raises(CheckpointError, match="cannot be written: No such file or directory"):
         launch(configure(LONGER), [at_step(5, lambda run: shutil.rmtree(run.path), tmp_path / "runs")])
     assert RunStore().all() == []
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting and resuming do all but train."""
+    monkeypatch.setattr(launch_module, "supervise", lambda *arguments: None)
+
+
+def attempts(act: Callable[[], object], code: int = errno.ENOSPC) -> Iterator[LumiereError | None]:
+    """Does it again and again, each time with another call that fails, until none is left.
+
+    Yields after each failure what was raised, which must be the user's to fix; None where a library did without.
+    """
+    number = 1
+    while True:
+        error = None
+        with pytest.MonkeyPatch.context() as patch:
+            failing = Failing(number, code)
+            failing.install(patch)
+            try:
+                act()
+            except LumiereError as caught:
+                error = caught
+        if failing.count < number:
+            return
+        assert error is None or error.hint
+        yield error
+        number += 1
+
+
+def check_nothing_is_left(store: RunStore) -> None:
+    assert store.all() == []
+    # The two files of a runs directory come together, so that the next start does not take one of them for the user's.
+    left = {path.name for path in store.runs_dir.iterdir()} if store.runs_dir.exists() else set()
+    assert left in (set(), {"README.md", ".gitignore"})
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
+@pytest.mark.usefixtures("no_training")
+def test_a_run_that_cannot_be_started_leaves_nothing(configure, tmp_path: Path, code: int) -> None:
+    preparation: Preparation = prepare(configure(LONGER))
+    stores = [RunStore(tmp_path / str(number)) for number in range(100)]
+    unused = iter(stores)
+    failures = 0
+    for store, error in zip(stores, attempts(lambda: start(preparation, next(unused)), code), strict=False):
+        if error is None:
+            assert len(store.all()) == 1
+        else:
+            failures += 1
+            check_nothing_is_left(store)
+    # Six files, each created, written, synced, renamed and its folder synced twice; three folders and the lock.
+    assert failures >= 6 * 6 + 4
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_run_whose_config_cannot_be_changed_stays_whole(configure, launch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_module, "supervise", SUPERVISE)
+        run = launch(configure({"training.max_steps": 2, "training.schedule": "constant"})).run
+    longer = prepare_resume(run, overrides=["training.max_steps=3"])
+    before = run.config_path.read_bytes()
+    failures = 0
+    for error in attempts(lambda: resume(longer, run)):
+        failures += error is not None
+        assert run.load_config().training.max_steps in ((3,) if error is None else (2, 3))
+        assert CheckpointManager(run.path.parent).load_latest(run)[0].step == 2
+        assert not list(run.path.rglob(".*.tmp"))
+        assert run.record["name"] == run.name, "what could not be read was not replaced either"
+        run.config_path.write_bytes(before)
+    # Metrics, config and record.
+    assert failures >= 4 * 6
+
+
+@pytest.mark.slow
+def test_a_training_in_which_any_write_fails_goes_on_to_the_same_bits(
+    configure, launch, tensor_hashes, tmp_path: Path
+) -> None:
+    config = configure({"training.max_steps": 3, "training.checkpoint_interval": 2})
+    whole = tensor_hashes(launch(config).run, "latest")
+    folders = iter(tmp_path / str(number) for number in range(1000))
+    stores: list[RunStore] = []
+
+    def act() -> None:
+        stores.append(RunStore(next(folders)))
+        start(prepare(config), stores[-1])
+
+    for _ in attempts(act):
+        for run in stores[-1].all():
+            assert run.status in ("failed", "crashed", "finished")
+            assert resume(prepare_resume(run), run).state.step == 3
+            assert tensor_hashes(run, "latest") == whole
+    assert len(stores) > 80
+
+
+def test_a_file_system_without_fsync_of_folders(configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert start(prepare(configure(LONGER)), RunStore(tmp_path / "runs")).run.status == "finished"
 
 
 @pytest.mark.slow

@@ -148,14 +148,14 @@ def test_the_record(configure, launch, store: RunStore) -> None:
         "job": None,
     }
     assert {key: record[key] for key in expected} == expected
-    others = {"created_at", "versions", "commit", "machine", "host", "splits", "best_evaluation"}
+    others = {"created_at", "versions", "commit", "machine", "host", "boot_id", "splits", "best_evaluation"}
     assert record.keys() - expected.keys() == others
     assert record["versions"].keys() == {
         "lumiere", "python", "torch", "numpy", "tokenizers", "datasets", "safetensors"
     }  # fmt: skip
     assert record["versions"]["lumiere"] == lumiere.__version__
     assert record["machine"]["threads"] == torch.get_num_threads()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", record["created_at"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", record["created_at"])
 
 
 def test_the_command_is_recorded(trained_run: Run) -> None:

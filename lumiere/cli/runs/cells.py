@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import typer
@@ -25,7 +25,18 @@ STATUS_STYLES = {
 RECORD_KEYS = (
     *("name", "created_at", "command", "device", "precision", "num_parameters", "total_steps", "dataset"),
     *("corpus_sha256", "step", "epoch", "tokens", "training_seconds", "best_loss", "best_step", "skipped_steps"),
-    *("splits", "best_evaluation", "resumes", "stop_reason", "error", "pid", "host", "peak_flops", "world_size"),
+    *(
+        "splits",
+        "best_evaluation",
+        "resumes",
+        "stop_reason",
+        "error",
+        "pid",
+        "host",
+        "boot_id",
+        "peak_flops",
+        "world_size",
+    ),
     *("job", "versions", "commit", "machine"),
 )
 
@@ -83,7 +94,7 @@ def short_count(value: Any) -> str:
 
 def age(created_at: datetime) -> str:
     """`3 min`, `5 h`, `12 d`."""
-    minutes = max(0.0, (datetime.now() - created_at).total_seconds() / 60)
+    minutes = max(0.0, (datetime.now(UTC) - created_at).total_seconds() / 60)
     if minutes < 120:
         return f"{minutes:.0f} min"
     return f"{minutes / 60:.0f} h" if minutes < 48 * 60 else f"{minutes / 60 / 24:.0f} d"
