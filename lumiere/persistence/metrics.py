@@ -67,7 +67,7 @@ def unwritable(path: Path, error: OSError) -> LumiereError:
     """What to raise where a line could not be written."""
     return LumiereError(
         f"{str(path)!r} cannot be written: {error.strerror or error}",
-        "make room or check the folder; lumiere train --resume goes on from what was saved before",
+        "make room or check the folder; lumiere train --resume RUN goes on from what was saved before",
     )
 
 
@@ -113,9 +113,9 @@ def as_number(value: Any) -> int | float | None:
     return value if is_number and -MAX_NUMBER < value < MAX_NUMBER else None
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None, *, ensure_ascii: bool = False) -> str:
     """`value` as standard JSON text, with null for every NaN and infinity in it; nothing in it steers a terminal."""
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
     if text.replace("\n", "").isprintable():
         return text
     # Beyond those that JSON refuses, some characters steer a terminal, and no file can hold half of a surrogate pair.

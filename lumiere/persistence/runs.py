@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import string
 from dataclasses import dataclass
 from datetime import datetime
@@ -68,6 +69,11 @@ class Run:
         """When the run was made, by the name: local time, to the second, without a time zone."""
         return _parse_timestamp(self.name.split("_", 2)[2])
 
+    def command(self, *arguments: str) -> str:
+        """`lumiere` with `arguments` that name this run, and `--runs-dir` unless it is in the default folder."""
+        is_default = RunStore().runs_dir.resolve() == self.path.parent.resolve()
+        return shlex.join(["lumiere", *arguments, *([] if is_default else ["--runs-dir", str(self.path.parent)])])
+
     @property
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
@@ -114,7 +120,7 @@ class Run:
         except OSError as error:
             raise LumiereError(
                 f"{str(self.record_path)!r} cannot be written: {error.strerror or error}",
-                "make room or check the folder; lumiere train --resume goes on from what was saved before",
+                "make room or check the folder; lumiere train --resume RUN goes on from what was saved before",
             ) from error
 
     def load_config(self) -> RunConfig:
