@@ -16,11 +16,13 @@ from lumiere.cli.runs import app as runs_app
 from lumiere.cli.streams import OutputError, open_streams
 from lumiere.cli.tokenize import tokenize
 from lumiere.cli.train import train
+from lumiere.cli.usage import Commands
 
 SPIN_COUNT = 3000
 """Rounds that a thread of OpenMP spins while it waits for the others, before it sleeps."""
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -80,7 +82,7 @@ def run_app() -> int:
     code = 0
     try:
         try:
-            app(prog_name="lumiere")
+            app()
         except SystemExit as ending:
             code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         sys.stdout.flush()
