@@ -3,7 +3,7 @@
 Atheris (libFuzzer) keeps every input that reaches new code and mutates it further. It starts from valid files; half of
 the mutations are of their structure: a value in the JSON is exchanged and the hashes are made right again, so that the
 code behind them is reached. Each input must give a value or a `LumiereError` of printable lines, within 10 seconds and
-2 GB; what does not is kept in a temporary folder. Needs Linux and `pip install 'lumiere[fuzz]'`.
+2 GB; what does not is kept in a temporary folder. Needs Linux and `pip install -e '.[fuzz]'`.
 """
 
 import argparse
@@ -556,7 +556,7 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
-        sys.exit("atheris is not installed: pip install 'lumiere[fuzz]' (Linux only)")
+        sys.exit("atheris is not installed: pip install -e '.[fuzz]' (Linux only)")
     if options.worker:
         work(options.target, options.runs, options.seed, options.worker)
         return

@@ -66,8 +66,26 @@ def shortened(text: str, length: int = 200) -> str:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `name` is most likely a misspelling of, or None."""
-    from difflib import get_close_matches
+    """The candidate that `name` misspells, or None.
 
-    matches = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    At most one edit apart, or two if `name` has more than five characters; case is ignored. Names that merely have much
+    in common (`transformers` and `transformer-lens`, `n_kv_head` and `num_heads`) mean other things.
+    """
+    limit = 1 if len(name) <= 5 else 2
+    close = [candidate for candidate in candidates if abs(len(candidate) - len(name)) <= limit]
+    best = min(((edits(name.lower(), candidate.lower()), candidate) for candidate in close), default=(limit + 1, None))
+    return best[1] if best[0] <= limit else None
+
+
+def edits(a: str, b: str) -> int:
+    """The fewest insertions, deletions, substitutions and swaps of neighbors that turn `a` into `b`."""
+    before: list[int] = []
+    last = list(range(len(b) + 1))
+    for i, character in enumerate(a, start=1):
+        row = [i]
+        for j, other in enumerate(b, start=1):
+            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (character != other)))
+            if i > 1 and j > 1 and character == b[j - 2] and a[i - 2] == other:
+                row[j] = min(row[j], before[j - 2] + 1)
+        before, last = last, row
+    return last[-1]

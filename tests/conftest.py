@@ -1,5 +1,7 @@
 """Fixtures of all tests. No test touches the user's files, the network, or another test's files."""
 
+import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,6 +72,8 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus_cache: Pat
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging-face"))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
+    # As in an active environment, so that commands are printed by their names.
+    monkeypatch.setenv("PATH", os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"])))
     torch.manual_seed(0)
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "lumiere"
 
 # From the bottom up. A part may import parts on lower floors, and nothing else of Lumiere.
 FLOORS = [
-    {"errors", "__init__"},
+    {"errors", "programs", "__init__"},
     {"files"},
     {"config"},
     {"components"},

@@ -138,4 +138,4 @@ def test_without_atheris_the_fuzzer_says_what_to_install() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "atheris is not installed: pip install 'lumiere[fuzz]' (Linux only)\n"
+    assert result.stderr == "atheris is not installed: pip install -e '.[fuzz]' (Linux only)\n"

@@ -7,19 +7,22 @@ from typing import Annotated
 import typer
 
 from lumiere import __version__
-from lumiere.cli.console import guarded
+from lumiere.cli.console import guarded, print_error
 from lumiere.cli.evaluate import evaluate
 from lumiere.cli.export import export
 from lumiere.cli.generate import generate
 from lumiere.cli.inspect import app as inspect_app
 from lumiere.cli.runs import app as runs_app
+from lumiere.cli.streams import OutputError, open_streams
 from lumiere.cli.tokenize import tokenize
 from lumiere.cli.train import train
+from lumiere.cli.usage import Commands
 
 SPIN_COUNT = 3000
 """Rounds that a thread of OpenMP spins while it waits for the others, before it sleeps."""
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,7 +39,7 @@ app.add_typer(runs_app, name="runs")
 
 def print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lumiere {__version__}")
+        sys.stdout.write(f"lumiere {__version__}\n")
         raise typer.Exit
 
 
@@ -65,23 +68,37 @@ def sleep_while_waiting() -> None:
 def main() -> None:
     """The entry point of the installed command."""
     sleep_while_waiting()
+    open_streams()
+    code = run_app()
+    from lumiere.components.world import World
+
+    if World.of_environment().size > 1:
+        leave_at_once(code)
+    sys.exit(code)
+
+
+def run_app() -> int:
+    """Run the command that the arguments name; return its exit code once all output is written."""
+    code = 0
     try:
-        app(prog_name="lumiere")
-    except SystemExit as ending:
-        from lumiere.components.world import World
+        try:
+            app()
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        sys.stdout.flush()
+    except OutputError as error:
+        if error.problem is not None:
+            print_error(error.problem)
+        code = code or error.exit_code
+    return code
 
-        if World.of_environment().size > 1:
-            leave_at_once(ending.code)
-        raise
 
-
-def leave_at_once(code: str | int | None) -> None:
+def leave_at_once(code: int) -> None:
     """End this process without the interpreter's own ending.
 
     Threads of torch live on after a training by several processes. Now and then a process was aborted while it ended
     ("terminate called without an active exception"), which torchrun takes for the failure of a training that succeeded.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,18 +1,22 @@
 """The terminal: stdout is the answer, stderr is the talk, and one boundary turns errors into two lines."""
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
+from lumiere.programs import program
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
+COMMAND = re.compile(r"\blumiere(?= (?:tokenize|train|eval|generate|export|inspect|runs)\b)")
 
 # Rich is imported only where something is drawn with it: `runs ls` and `--version` are to answer at once.
 
@@ -36,10 +40,11 @@ def talk() -> "Console":
 def colours() -> Literal["many", "few", "none"]:
     """What stdout can show: squares of any colour; 16 colours or none, where characters have to tell; or only text.
 
-    A pipe or a file gets text, numbers in place of pictures. `NO_COLOR` and `FORCE_COLOR` are respected.
+    A pipe, a file or a terminal without Unicode gets text, numbers in place of pictures. `NO_COLOR` and `FORCE_COLOR`
+    are respected.
     """
     console = out()
-    if not console.is_terminal:
+    if not (console.is_terminal and console.encoding.startswith("utf")):
         return "none"
     return "many" if not console.no_color and console.color_system in ("256", "truecolor") else "few"
 
@@ -63,10 +68,6 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # `lumiere generate | head`: the reader has what it wanted. Python would complain again while closing.
-            sys.stdout = None
-            raise typer.Exit(0) from None
 
     return run
 
@@ -74,19 +75,24 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 def print_error(error: LumiereError) -> None:
     talk().print(f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
-        talk().print(f"[bold]hint:[/] {escape(error.hint)}")
+        talk().print(f"[bold]hint:[/] {escape(as_typed(error.hint))}")
 
 
-def print_json(value: Any) -> None:
-    """`value` as standard JSON on stdout; NaN and infinity become null."""
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """Print `value` as standard JSON; NaN and infinity become null. Escape what stdout's encoding may lack."""
     from lumiere.persistence.metrics import to_json
 
-    sys.stdout.write(to_json(value, indent=2) + "\n")
+    sys.stdout.write(to_json(value, indent, ensure_ascii=not is_unicode()) + "\n")
 
 
 def show_note(text: str) -> None:
     """A line of talk."""
-    talk().print(f"[dim]{escape(text)}[/]")
+    talk().print(f"[dim]{escape(as_typed(text))}[/]")
+
+
+def as_typed(text: str) -> str:
+    """`text` with each of our commands in it as a shell finds it: by its path, if the environment is not active."""
+    return COMMAND.sub(lambda _: program("lumiere"), text)
 
 
 def duration(seconds: float) -> str:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lumiere.cli.completion import complete_run
-from lumiere.cli.console import INTERRUPTED, escape, out, print_json, show_note, talk
+from lumiere.cli.console import INTERRUPTED, as_typed, escape, out, print_json, show_note, talk
 from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir
-from lumiere.errors import LumiereError
+from lumiere.cli.streams import is_unicode
+from lumiere.errors import LumiereError, printable
 
 if TYPE_CHECKING:
     from lumiere.persistence.runs import Run
@@ -86,7 +87,7 @@ def train(
         raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to go on with a run")
     resolved = load_config(config, overrides or (), flags)
     if print_config:
-        out().print(escape(dump_config(resolved)), end="")
+        sys.stdout.write(printable(dump_config(resolved, allow_unicode=is_unicode()), keep="\n"))
         return
     if plan:
         print_plan(resolved, store.runs_dir, as_json)
@@ -154,7 +155,8 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
     """Print how the training ended, and leave with the exit code of the signal that stopped it."""
     run, state = result.run, result.state
     if result.signal_number is not None:
-        talk().print(f"interrupted at step {state.step:,} and saved; go on with lumiere train --resume {run.id}")
+        command = escape(as_typed(run.command("train", "--resume", run.id)))
+        talk().print(f"interrupted at step {state.step:,} and saved; go on with {command}")
         raise typer.Exit(exit_code(result.signal_number))
     if as_json:
         print_json({"run": run.name} | run.record)
@@ -166,9 +168,19 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
     out().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
     print_sample(run)
     out().print("\nTry next:")
-    out().print(f"  lumiere generate --run {run.id}", style="bold")
-    out().print(f"  lumiere inspect attention --layer 1 --run {run.id}", style="bold")
-    out().print(f"  lumiere eval {run.id} --split test", style="bold")
+    for command in next_commands(run):
+        out().print(f"  {escape(as_typed(command))}", style="bold")
+
+
+def next_commands(run: "Run") -> list[str]:
+    """What to do with a trained model."""
+    last_layer = run.load_config().model.num_layers - 1
+    split = "test" if "test" in run.record["splits"] else "validation"
+    return [
+        run.command("generate", "--run", run.id),
+        run.command("inspect", "attention", "--layer", str(last_layer), "--run", run.id),
+        run.command("eval", run.id, "--split", split),
+    ]
 
 
 def exit_code(signal_number: int) -> int:

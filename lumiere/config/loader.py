@@ -48,9 +48,9 @@ def load_config_file(path: Path) -> RunConfig:
     return validate(read_config(path))
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: RunConfig, *, allow_unicode: bool = True) -> str:
     """The complete config as YAML; `validate(yaml.safe_load(dump_config(c))) == c`."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=allow_unicode)
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lumiere.config.schema import RunConfig
-from lumiere.config.synonyms import SYNONYMS
+from lumiere.config.synonyms import SYNONYMS, UNAVAILABLE
 from lumiere.errors import ConfigError, nearest, printable, shortened
 
 LIMITS = {
@@ -80,12 +80,14 @@ def hint_for_key(path: str) -> str:
     """Where the value of an unknown key belongs."""
     section, _, leaf = path.rpartition(".")
     leaf = leaf.lower()
+    if instead := UNAVAILABLE.get(path.lower()) or UNAVAILABLE.get(leaf):
+        return instead
     if leaf in SYNONYMS:
         trainer, ours = SYNONYMS[leaf]
         return f"{trainer}'s {leaf} is {ours} here"
     keys = [key for key in setting_paths() if key.rpartition(".")[2] == leaf]
-    if keys:
-        return f"it belongs to another section: {keys[0]}"
+    if keys and leaf != "name":  # which says too little to be moved to another section
+        return f"it belongs to another section: {' or '.join(keys)}"
     in_section = {key.rpartition(".")[2]: key for key in setting_paths() if key.startswith(f"{section}.")}
     anywhere = {key.rpartition(".")[2]: key for key in setting_paths()}
     for candidates in (in_section, anywhere):

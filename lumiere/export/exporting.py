@@ -61,7 +61,7 @@ def find_target(name: str) -> Target:
     """
     if name not in TARGETS:
         guess = nearest(name, TARGETS)
-        hint = f"did you mean {guess}?" if guess else f"it exports to {', '.join(TARGETS)}"
+        hint = f"did you mean {guess}?" if guess else f"it exports to {', '.join(TARGETS)} only"
         raise LumiereError(f"Lumiere does not export to {name!r}", hint)
     return TARGETS[name]
 

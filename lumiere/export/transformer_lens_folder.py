@@ -17,6 +17,7 @@ from lumiere.export.expected import logits_of, logits_receipt
 from lumiere.export.transformer_lens import bridge_config, bridge_logits, bridge_weights
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt
 from lumiere.models.transformer import Transformer
+from lumiere.programs import install_command
 
 FLOAT32_TOLERANCE = 1e-4
 """Of logits that two libraries compute in float32, relative to the largest."""
@@ -153,7 +154,7 @@ def check_folder_by_loading(folder: Path) -> Receipt | None:
         reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise FailedCheckError(
             f"TransformerLens {version} cannot boot the model: {shortened(reason.strip())}; nothing was written",
-            "Lumiere is tested with 4.3: pip install 'transformer-lens>=4.3,<5'",
+            f"Lumiere is tested with 4.3: {install_command('transformer-lens>=4.3,<5')}",
         )
     error = float(done.stdout.split()[-1])  # what TransformerLens itself prints comes before
     return Receipt(f"the same logits in TransformerLens {version} (float32)", error, FLOAT32_TOLERANCE)

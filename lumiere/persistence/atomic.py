@@ -65,7 +65,7 @@ def unwritable(path: str | Path, error: OSError) -> LumiereError:
     """Return the error to raise when a file of a run cannot be written."""
     return LumiereError(
         f"{str(path)!r} cannot be written: {error.strerror or error}",
-        "make room or check the folder; lumiere train --resume goes on from what was saved before",
+        "make room or check the folder; lumiere train --resume RUN goes on from what was saved before",
     )
 
 

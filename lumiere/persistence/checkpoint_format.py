@@ -146,7 +146,7 @@ def check_format(path: Path, number: Any) -> None:
         is_newer = re.fullmatch("[1-9][0-9]*", number)
         raise CheckpointError(
             f"{str(path)!r} has format {shortened(number, 20)!r}, this Lumiere reads format {FORMAT_NUMBER}",
-            "a newer Lumiere wrote it: pip install --upgrade lumiere" if is_newer else DAMAGE_HINT,
+            "a newer Lumiere wrote it: update this one, with git pull in its checkout" if is_newer else DAMAGE_HINT,
         )
 
 

@@ -167,7 +167,7 @@ class CheckpointManager:
         if full_name in names:
             return full_name
         if not names:
-            hint = f"it was stopped before its first save: lumiere train --resume {run.id}"
+            hint = f"it was stopped before its first save: {run.command('train', '--resume', run.id)}"
         else:
             guess = nearest(name, names)
             hint = f"it has {', '.join(names)}" + (f"; did you mean {guess}?" if guess else "")

@@ -111,9 +111,9 @@ def as_number(value: Any) -> int | float | None:
     return value if is_number and -MAX_NUMBER < value < MAX_NUMBER else None
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None, *, ensure_ascii: bool = False) -> str:
     """`value` as standard JSON text, with null for every NaN and infinity in it; nothing in it steers a terminal."""
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
     if text.replace("\n", "").isprintable():
         return text
     # Beyond those that JSON refuses, some characters steer a terminal, and no file can hold half of a surrogate pair.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import string
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,6 +71,11 @@ class Run:
     def created_at(self) -> datetime:
         """When the run was made, in UTC: by `run.json`, or else by the name, whose local time may occur twice."""
         return self._recorded_time() or _named_time(self.name)
+
+    def command(self, *arguments: str) -> str:
+        """`lumiere` with `arguments` that name this run, and `--runs-dir` unless it is in the default folder."""
+        is_default = RunStore().runs_dir.resolve() == self.path.parent.resolve()
+        return shlex.join(["lumiere", *arguments, *([] if is_default else ["--runs-dir", str(self.path.parent)])])
 
     @property
     def checkpoints_dir(self) -> Path:

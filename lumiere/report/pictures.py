@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lumiere.errors import LumiereError
 from lumiere.persistence.atomic import write_atomically
+from lumiere.programs import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +108,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise LumiereError(
-            "a picture needs matplotlib, which is not installed", "pip install 'lumiere[plot]'"
+            "a picture needs matplotlib, which is not installed", install_command("matplotlib")
         ) from None
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 

@@ -76,7 +76,7 @@ class Guard:
             # By the record, which each save brings up to date.
             step = self._run.record.get("step", 0)
             start = f"from the last good checkpoint, step {step}" if step else "from the start: nothing was saved yet"
-            command = f"lumiere train --resume {self._run.id} --set training.on_nonfinite=skip"
+            command = self._run.command("train", "--resume", self._run.id, "--set", "training.on_nonfinite=skip")
             raise self._error(problem, f"; {command} leaves out such steps and goes on {start}")
         if state.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise self._error(f"{problem}; the {MAX_SKIPPED_IN_A_ROW} steps before were skipped already")

@@ -30,7 +30,7 @@ def report_file(trained_run: Run, tmp_path_factory: pytest.TempPathFactory, corp
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'lumiere[browser]' drives the browser")
+    playwright = pytest.importorskip("playwright.sync_api", reason="make browser installs what drives the browser")
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("there is no chromium; apt-get install chromium brings it")

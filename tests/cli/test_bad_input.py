@@ -90,7 +90,7 @@ def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: py
     monkeypatch.setattr(opening, "distribution", nothing_is_installed)
     error, hint = refuse(["train", "tiny", "--set", f"training.loggers={name}"])
     assert error == f"error: training.loggers={name} needs the package {name}, which is not installed"
-    assert hint == f"hint: pip install 'lumiere[{name}]'"
+    assert hint == f"hint: pip install {name}"
     assert not Path("runs").exists()
 
 

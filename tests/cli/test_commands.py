@@ -1,7 +1,9 @@
 """The commands on a trained run: what they print, in words and in JSON."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,24 @@ def test_train_records_a_run_and_says_how_it_ended(tiny_yaml: Path) -> None:
         assert f"lumiere {command} {run.id}" in printed
     config = run.load_config()
     assert (config.training.max_steps, config.training.seed) == (3, 5)
+
+
+@pytest.mark.parametrize("is_active", [True, False])
+def test_what_to_try_next_works_as_printed(is_active: bool, tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer, no test split, another folder of runs, and an environment that may not be on the PATH."""
+    Path("book.txt").write_text("Once upon a time there was a fox.\n" * 40)
+    if not is_active:
+        monkeypatch.setenv("PATH", os.defpath)
+    options = ["model.num_layers=1", "dataset={name: text, data_files: book.txt, sliding_window_size: 0}"]
+    sets = [word for option in options for word in ("--set", option)]
+    printed = run_command("train", str(tiny_yaml), "--max-steps", "2", "--runs-dir", "else where", *sets)
+    commands = printed.partition("Try next:\n")[2].splitlines()
+    assert len(commands) == 3
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert (program == "lumiere") == is_active
+        assert shutil.which(program), program
+        run_command(*arguments)
 
 
 def test_train_as_json_and_resume_of_a_finished_run(tiny_yaml: Path) -> None:

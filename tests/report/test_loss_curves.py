@@ -97,5 +97,5 @@ def test_without_matplotlib_the_way_to_get_it_is_named(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(LumiereError) as caught:
         save_loss_curves(Path("loss.png"), CURVES)
-    assert caught.value.hint == "pip install 'lumiere[plot]'"
+    assert caught.value.hint == "pip install matplotlib"
     assert not Path("loss.png").exists()

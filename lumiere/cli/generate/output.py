@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lumiere.cli.console import out, show_note
+from lumiere.cli.console import out, print_json, show_note
 from lumiere.errors import printable
 
 if TYPE_CHECKING:
@@ -68,14 +68,11 @@ class Output:
 
     def show(self, generations: "Iterable[Generation]", as_lines: bool, as_json: bool) -> "list[Generation]":
         """Print what is not printed yet: as JSON Lines, as one JSON list, or as texts with a line between them."""
-        from lumiere.cli.console import print_json
-        from lumiere.persistence.metrics import to_json
-
         shown: list[Generation] = []
         for generation in generations:
             shown.append(generation)
             if as_lines:
-                sys.stdout.write(to_json(self._record(generation)) + "\n")
+                print_json(self._record(generation), indent=None)
                 sys.stdout.flush()
             elif not as_json and not self._is_shown:
                 if len(shown) > 1:

@@ -14,6 +14,7 @@ from lumiere.cli.inspect.overview import Entry, show_overview
 from lumiere.cli.inspect.report import report
 from lumiere.cli.inspect.summary import summary
 from lumiere.cli.inspect.tokens import tokens
+from lumiere.cli.usage import Commands
 
 ENTRIES = (
     Entry(summary, "what is stored, and what looks broken; no use of it", "1.3 s"),
@@ -30,7 +31,7 @@ ENTRIES = (
 )
 """The commands as they are listed; costs are those of docs/inspect.md, or a class where it depends on the run."""
 
-app = typer.Typer(invoke_without_command=True, help="Look inside a model: one command an analysis.")
+app = typer.Typer(cls=Commands, invoke_without_command=True, help="Look inside a model: one command an analysis.")
 for entry in ENTRIES:
     app.command()(entry.command)
 

@@ -12,8 +12,11 @@ from lumiere.cli.runs.prune import prune_runs
 from lumiere.cli.runs.rm import remove_runs
 from lumiere.cli.runs.show import show_run
 from lumiere.cli.runs.watch import watch_run
+from lumiere.cli.usage import Commands
 
-app = typer.Typer(no_args_is_help=True, help="List, describe, compare, plot, watch, label and delete runs.")
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, help="List, describe, compare, plot, watch, label and delete runs."
+)
 app.command("ls")(guarded(list_all))
 app.command("show")(guarded(show_run))
 app.command("card")(guarded(show_card))

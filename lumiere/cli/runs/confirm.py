@@ -24,10 +24,11 @@ def confirm(question: str) -> None:
         typer.Exit: if the answer is no.
     """
     # Not `typer.confirm`, which writes to stdout, where the answer of the command belongs.
-    typer.echo(f"{question} [y/N] ", nl=False, err=True)
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
     answer = sys.stdin.readline()
     if answer.strip().lower() not in ("y", "yes"):
-        typer.echo("nothing was deleted", err=True)
+        sys.stderr.write("nothing was deleted\n")
         raise typer.Exit(1)
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 import string
-import sys
 from collections.abc import Callable, Sequence
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from lumiere.cli.chart import Curve, chart
 from lumiere.cli.console import duration
 from lumiere.cli.runs.cells import is_coloured
+from lumiere.cli.streams import is_unicode
 from lumiere.persistence.history import History
 
 # The colours of `report.loss_curves.COLOURS`, as near as the 256 of a terminal come.
@@ -45,11 +45,7 @@ def legend(labels: Sequence[str]) -> list[str]:
 
 def has_dots() -> bool:
     """Whether stdout shows colours and braille."""
-    try:
-        "⠉●│".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return is_coloured()
+    return is_unicode() and is_coloured()
 
 
 def paint(text: str, colour: int) -> str:

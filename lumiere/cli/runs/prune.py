@@ -43,7 +43,7 @@ def prune_runs(
     plans = [plan_pruning(run, names) for run in chosen]
     for plan in plans:
         if line := describe(plan):
-            typer.echo(line, err=True)
+            sys.stderr.write(f"{line}\n")
     plans = [plan for plan in plans if plan.names]
     count, total = sum(len(plan.names) for plan in plans), sum(plan.num_bytes for plan in plans)
     what = f"{count:,} checkpoint{'s' * (count != 1)} of {len(plans):,} run{'s' * (len(plans) != 1)}, {size(total)}"

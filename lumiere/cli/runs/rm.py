@@ -2,8 +2,6 @@
 
 import sys
 
-import typer
-
 from lumiere.cli.console import print_json
 from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.plan import size
@@ -32,7 +30,7 @@ def remove_runs(
     sizes = {run: disk_bytes(run.path) for run in chosen}
     total = sum(sizes.values())
     for run in chosen:
-        typer.echo(describe(read_entry(run), sizes[run]), err=True)
+        sys.stderr.write(f"{describe(read_entry(run), sizes[run])}\n")
     what = f"{len(chosen)} run{'s' * (len(chosen) > 1)}, {size(total)}"
     if not dry_run:
         if not yes:

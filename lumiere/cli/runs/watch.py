@@ -4,13 +4,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from lumiere.cli.console import duration
+from lumiere.cli.console import duration, print_json
 from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.cli.runs.cells import STATUS_STYLES, number
 from lumiere.errors import LumiereError, printable
 from lumiere.persistence.following import MetricsFollower
 from lumiere.persistence.history import History, Point, Thinned, point_of
-from lumiere.persistence.metrics import as_number, to_json
+from lumiere.persistence.metrics import as_number
 from lumiere.persistence.runs import Run, RunStore
 
 if TYPE_CHECKING:
@@ -114,13 +114,16 @@ class Watched:
 def watch_as_lines(watched: Watched, as_json: bool) -> None:
     while True:
         for record in watched.look():
-            sys.stdout.write((to_json(record) if as_json else describe(record, watched)) + "\n")
+            if as_json:
+                print_json(record, indent=None)
+            else:
+                sys.stdout.write(describe(record, watched) + "\n")
         if watched.is_over:
             break
         sys.stdout.flush()
         time.sleep(SECONDS_BETWEEN_LOOKS)
     if as_json:
-        sys.stdout.write(to_json({"run": watched.run.name, "status": watched.status}) + "\n")
+        print_json({"run": watched.run.name, "status": watched.status}, indent=None)
     else:
         sys.stdout.write(f"{watched.run.name} is {printable(watched.status)}\n")
 

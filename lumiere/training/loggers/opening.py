@@ -8,6 +8,7 @@ from typing import Protocol
 from lumiere.config.schema import RunConfig
 from lumiere.errors import LumiereError
 from lumiere.persistence.runs import Run
+from lumiere.programs import install_command
 from lumiere.training.events import Event, Listener, WarningEvent
 from lumiere.training.loggers.tensorboard import TensorBoardLog
 from lumiere.training.loggers.wandb import WandbLog
@@ -70,7 +71,7 @@ def check_packages(names: Iterable[str]) -> None:
         except PackageNotFoundError:
             raise LumiereError(
                 f"training.loggers={name} needs the package {name}, which is not installed",
-                f"pip install 'lumiere[{name}]'",
+                install_command(name),
             ) from None
 
 

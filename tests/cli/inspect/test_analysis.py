@@ -180,5 +180,5 @@ def test_without_matplotlib_a_picture_is_refused_at_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr("lumiere.cli.inspect.analysis.open_model", None)
-    assert "lumiere[plot]" in refused("--runs-dir", runs_dir, "-o", f"out{suffix}")
+    assert "pip install matplotlib" in refused("--runs-dir", runs_dir, "-o", f"out{suffix}")
     assert not list(Path().iterdir())

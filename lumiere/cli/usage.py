@@ -1,0 +1,135 @@
+"""Command lines that cannot be parsed: two lines that name what exists, exit code 2."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from lumiere.cli.console import print_error
+from lumiere.errors import LumiereError, nearest
+
+PROGRAM = "lumiere"
+NO_PATCHING = "activation patching is not available; lumiere inspect ablate measures the loss without each part"
+NO_FEATURES = "not available; lumiere inspect cache -o FILE.npz saves activations for an analysis of your own"
+NO_PRETRAINED = "training starts from random weights; --resume RUN continues a run"
+
+COMMANDS_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    PROGRAM: {
+        **dict.fromkeys(("evaluate", "score", "test", "perplexity"), "lumiere eval RUN"),
+        **dict.fromkeys(("sample", "complete", "chat", "predict", "infer"), "lumiere generate"),
+        **dict.fromkeys(("prepare", "tokenizer"), "lumiere tokenize CONFIG"),
+        **dict.fromkeys(("resume", "continue"), "lumiere train --resume RUN"),
+        **dict.fromkeys(("finetune", "fine-tune"), NO_PRETRAINED),
+        **dict.fromkeys(("convert", "save"), "lumiere export RUN DIR"),
+        **dict.fromkeys(("list",), "lumiere runs ls"),
+    },
+    f"{PROGRAM} inspect": {
+        **dict.fromkeys(("patch", "patching", "activation-patching", "path-patching", "causal-tracing"), NO_PATCHING),
+        **dict.fromkeys(("sae", "features", "probe", "probes", "steer"), NO_FEATURES),
+        **dict.fromkeys(("attn", "patterns", "rollout"), "lumiere inspect attention"),
+        **dict.fromkeys(("logit-lens", "tuned-lens"), "lumiere inspect lens is the logit lens"),
+        **dict.fromkeys(("dla", "attribution", "direct-logit-attribution"), "lumiere inspect logits"),
+        **dict.fromkeys(("induction", "circuits", "ov", "qk", "copying"), "lumiere inspect heads"),
+        **dict.fromkeys(("ablation", "knockout", "zero-ablation", "mean-ablation"), "lumiere inspect ablate"),
+        **dict.fromkeys(("activations", "hooks"), "lumiere inspect cache"),
+        **dict.fromkeys(("surprisal", "loss"), "lumiere inspect tokens"),
+        **dict.fromkeys(("compare", "cka"), "lumiere inspect diff A B"),
+        **dict.fromkeys(("phases", "emergence"), "lumiere inspect dynamics"),
+        **dict.fromkeys(("neurons", "neuron", "embeddings"), "lumiere inspect report -o FILE.html shows them"),
+        **dict.fromkeys(("weights", "parameters"), "lumiere inspect summary"),
+    },
+    f"{PROGRAM} runs": {
+        **dict.fromkeys(("list",), "lumiere runs ls"),
+        **dict.fromkeys(("delete", "remove", "del"), "lumiere runs rm RUN"),
+        **dict.fromkeys(("info", "describe", "status"), "lumiere runs show RUN"),
+        **dict.fromkeys(("diff",), "lumiere runs compare RUN RUN"),
+        **dict.fromkeys(("tail", "follow", "logs"), "lumiere runs watch RUN"),
+    },
+}
+"""What other tools and the literature call a command, by the group that it was looked for in: what exists instead."""
+
+OPTIONS_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("--init-from", "--from", "--from-pretrained", "--pretrained", "--finetune"), NO_PRETRAINED),
+    **dict.fromkeys(("--model", "--model-path", "--ckpt", "--run-id"), "name the run: RUN, or --run RUN"),
+    **dict.fromkeys(("--checkpoint-name",), "--checkpoint NAME"),
+    **dict.fromkeys(("--out-dir", "--output-dir"), "--runs-dir DIR is where runs are"),
+    **dict.fromkeys(("--config",), "give the config without an option: lumiere train FILE"),
+    **dict.fromkeys(("--num-samples",), "--num-return-sequences N"),
+    **dict.fromkeys(("--max-tokens", "--max-length", "--length"), "--max-new-tokens N"),
+    **dict.fromkeys(("--do-sample",), "sampling is the default; --greedy turns it off"),
+}
+"""What other tools call an option: what exists instead."""
+
+
+class Commands(TyperGroup):
+    """A group of commands whose usage errors are two lines, as all other errors are."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
+        extra |= {"prog_name": PROGRAM, "standalone_mode": False}
+        try:
+            code = super().main(args, **extra)
+        except typer.TyperException as error:
+            if error.format_message():  # empty if the help was printed instead
+                print_error(usage_error(error))
+            sys.exit(error.exit_code)
+        except LumiereError as error:
+            print_error(error)
+            sys.exit(2)
+        sys.exit(code or 0)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if name in self.commands or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        raise LumiereError(f"there is no command {ctx.command_path} {name}", self._hint(ctx.command_path, name))
+
+    def _hint(self, path: str, name: str) -> str:
+        """What exists instead of the command `name`."""
+        if instead := COMMANDS_ELSEWHERE.get(path, {}).get(name.lower()):
+            return instead
+        for command, group in self.commands.items():
+            if isinstance(group, Commands) and name in group.commands:
+                return f"it is {path} {command} {name}"
+        guess = nearest(name, self.commands)
+        return f"did you mean {guess}?" if guess else f"there are {', '.join(self.commands)}"
+
+
+def usage_error(error: typer.TyperException) -> LumiereError:
+    """One of Typer's errors as message and hint."""
+    ctx: typer.Context | None = getattr(error, "ctx", None)
+    if ctx is None:
+        return LumiereError(error.format_message().rstrip("."), "--help lists the options and what they take")
+    if hasattr(error, "possibilities"):  # only of an option that does not exist
+        name: str = getattr(error, "option_name")  # noqa: B009
+        return LumiereError(f"{ctx.command_path} has no option {name}", option_hint(ctx, name))
+    message = error.format_message()
+    return LumiereError(
+        f"{ctx.command_path}: {message[0].lower()}{message[1:].rstrip('.')}",
+        f"{ctx.get_usage()[0].lower()}{ctx.get_usage()[1:]}; --help explains it",
+    )
+
+
+def option_hint(ctx: typer.Context, name: str) -> str:
+    """What exists instead of the option `name`."""
+    name = name.replace("_", "-")
+    options = {option: parameter for parameter in ctx.command.params for option in parameter.opts}
+    if name in options:
+        return f"did you mean {name}?"
+    if instead := OPTIONS_ELSEWHERE.get(name.lower()):
+        return instead
+    if "--set" in options and (path := setting(name.removeprefix("--").replace("-", "_"))):
+        return f"--set {path}=VALUE"
+    guess = nearest(name, options)
+    return f"did you mean {guess}?" if guess else f"{ctx.command_path} --help lists its options"
+
+
+def setting(name: str) -> str | None:
+    """The dotted path of the setting that is called `name` here or in another trainer."""
+    from lumiere.config.problems import setting_paths
+    from lumiere.config.synonyms import SYNONYMS
+
+    if name in SYNONYMS:
+        return SYNONYMS[name][1]
+    return next((path for path in setting_paths() if path.rpartition(".")[2] == name), None)

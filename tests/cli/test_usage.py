@@ -1,0 +1,127 @@
+"""Command lines that cannot be parsed: two lines, exit code 2, and never a hint at something else."""
+
+import pytest
+from typer.testing import CliRunner
+
+from lumiere.cli import app
+from lumiere.config.problems import setting_paths
+from lumiere.config.synonyms import SYNONYMS, UNAVAILABLE
+from lumiere.errors import edits, nearest
+
+
+def refused(command: str) -> tuple[str, str]:
+    """The error and the hint of a command that must be refused."""
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    error, hint = result.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
+    return error, hint
+
+
+@pytest.mark.parametrize(
+    ("command", "named", "instead"),
+    [
+        ("evaluate latest", "evaluate", "lumiere eval"),
+        ("sample", "sample", "lumiere generate"),
+        ("tokenise", "tokenise", "tokenize"),
+        ("ls", "ls", "lumiere runs ls"),
+        ("attention", "attention", "lumiere inspect attention"),
+        ("frobnicate", "frobnicate", "inspect, runs"),
+        ("inspect patch", "patch", "lumiere inspect ablate"),
+        ("inspect attn", "attn", "lumiere inspect attention"),
+        ("inspect atention", "atention", "attention"),
+        ("inspect logit-lens", "logit-lens", "lumiere inspect lens"),
+        ("inspect sae", "sae", "lumiere inspect cache"),
+        ("inspect frobnicate", "frobnicate", "summary, attention"),
+        ("runs list", "list", "lumiere runs ls"),
+        ("runs delete x", "delete", "lumiere runs rm"),
+        ("train tiny --init-from gpt2", "--init-from", "--resume RUN"),
+        ("train tiny --lr 1", "--lr", "--set training.learning_rate=VALUE"),
+        ("train tiny --batch-size 1", "--batch-size", "--set training.batch_size=VALUE"),
+        ("train --config tiny", "--config", "lumiere train FILE"),
+        ("generate --promt x", "--promt", "--prompt"),
+        ("generate --max_new_tokens 3", "--max_new_tokens", "--max-new-tokens"),
+        ("generate --max-length 3", "--max-length", "--max-new-tokens"),
+        ("generate -n x", "--max-new-tokens", "lumiere generate"),
+        ("generate -n", "-n", "--help"),
+        ("generate --frobnicate", "--frobnicate", "lumiere generate --help"),
+        ("inspect --frobnicate", "--frobnicate", "lumiere inspect --help"),
+        ("inspect lens --promt x", "--promt", "--prompt"),
+        ("eval", "RUN", "lumiere eval"),
+        ("train tiny small", "small", "lumiere train"),
+    ],
+)
+def test_a_command_line_that_is_wrong_names_what_exists(command: str, named: str, instead: str) -> None:
+    error, hint = refused(command)
+    assert named in error
+    assert instead in hint
+
+
+@pytest.mark.parametrize(
+    ("key", "instead", "not_named"),
+    [
+        ("tokenizer.name=gpt2", "tokenizer.vocab_size", "dataset"),
+        ("model.name=gpt2", "one architecture", "dataset"),
+        ("model.n_kv_head=2", "model.num_heads", "did you mean"),
+        ("model.num_key_value_heads=2", "model.num_heads", "did you mean"),
+        ("model.init_from=gpt2", "--resume", "did you mean"),
+        ("model.n_layr=2", "num_layers", "dataset"),
+        ("model.seed=1", "training.seed", "did you mean"),
+        ("training.min_lr=0", "training.schedule", "training.learning_rate"),
+        ("model.num_layer=2", "model.num_layers", "num_heads"),
+    ],
+)
+def test_an_unknown_setting_names_what_exists_and_no_neighbor(key: str, instead: str, not_named: str) -> None:
+    _, hint = refused(f"train tiny --set {key}")
+    assert instead in hint
+    assert not_named not in hint
+
+
+def test_what_synonyms_name_exists_and_what_is_unavailable_does_not() -> None:
+    assert {ours for _, ours in SYNONYMS.values()} <= set(setting_paths())
+    assert not SYNONYMS.keys() & UNAVAILABLE.keys()
+    leaves = {path.rpartition(".")[2] for path in setting_paths()}
+    assert not leaves & (SYNONYMS.keys() | UNAVAILABLE.keys())
+    assert not set(setting_paths()) & UNAVAILABLE.keys()
+
+
+@pytest.mark.parametrize("library", ["transformers", "huggingface", "gguf"])
+def test_an_export_that_does_not_exist_gets_no_neighbor(library: str) -> None:
+    error, hint = refused(f"export latest folder --to {library}")
+    assert library in error
+    assert "did you mean" not in hint
+    assert "transformer-lens" in hint
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [
+        ("", "", 0),
+        ("", "ab", 2),
+        ("trian", "train", 1),
+        ("kitten", "sitting", 3),
+        ("patch", "cache", 3),
+        ("ca", "abc", 3),
+    ],
+)
+def test_edits(a: str, b: str, distance: int) -> None:
+    """The optimal string alignment distance; the numbers are of the literature (kitten, ca) and counted by hand."""
+    assert edits(a, b) == edits(b, a) == distance
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("promt", "prompt"),
+        ("PROMPT", "prompt"),
+        ("hed", "head"),
+        ("transformers", None),
+        ("patch", None),
+        ("num_kv_heads", None),
+        ("min_learning_rate", None),
+    ],
+)
+def test_nearest_finds_misspellings_and_nothing_else(name: str, found: str | None) -> None:
+    assert nearest(name, ["prompt", "head", "transformer-lens", "cache", "num_heads", "learning_rate"]) == found
