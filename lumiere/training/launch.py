@@ -202,7 +202,7 @@ def supervise(
         pid=os.getpid(),
         host=socket.gethostname(),
         world_size=world.size,
-        job=job(),
+        job=job(world),
         peak_flops=round(preparation.peak_flops * world.size),
     )
     try:
