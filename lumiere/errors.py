@@ -51,6 +51,10 @@ class LostProcessError(LumiereError):
     """Another process of the same training that has ended, while this one waited for it."""
 
 
+class RankTimeoutError(LostProcessError):
+    """Other processes of the same training that hang: the message names their ranks."""
+
+
 class FailedCheckError(LumiereError):
     """Numbers that do not agree with those they were checked against. The command line exits with code 3."""
 

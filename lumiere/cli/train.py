@@ -13,7 +13,9 @@ from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
 
 if TYPE_CHECKING:
-    from lumiere.persistence.runs import Run
+    from lumiere.components.world import World
+    from lumiere.config.schema import RunConfig
+    from lumiere.persistence.runs import Run, RunStore
     from lumiere.training.trainer import TrainingResult
 
 TERMINATED = 143
@@ -78,10 +80,14 @@ def train(
                 "a resumed run keeps its own config", f"give no other one: lumiere train --resume {resume}"
             )
         given = [f"{path}={value}" for path, value in flags.items() if value is not None]
+        from lumiere.training.processes import joined
         from lumiere.training.restarts import restarted_run
 
-        run = restarted_run(store) or store.open(resume)
-        resume_training(run, [*(overrides or ()), *given], as_json)
+        changes = [*(overrides or ()), *given]
+        with joined(f"{resume} {changes}") as world:
+            result = resume_training(restarted_run(store, world) or store.open(resume), changes, as_json, world)
+        if result:
+            finish(result, as_json)
         return
     if config is None:
         raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to go on with a run")
@@ -96,57 +102,59 @@ def train(
     from lumiere.training.processes import joined
     from lumiere.training.restarts import restarted_run
 
-    if run := restarted_run(store):
-        resume_training(run, [], as_json)
-        return
+    with joined(dump_config(resolved)) as world:
+        if run := restarted_run(store, world):
+            result = resume_training(run, [], as_json, world)
+        else:
+            result = start_training(resolved, store, world)
+    if result:
+        finish(result, as_json)
+
+
+def start_training(config: "RunConfig", store: "RunStore", world: "World") -> "TrainingResult":
+    """Make a run and train it."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.preparation import prepare
 
-    with joined() as world:
-        with CorpusProgress() as corpus_progress:
-            preparation = prepare(resolved, corpus_progress)
-        from lumiere.training.launch import start
+    with CorpusProgress() as corpus_progress:
+        preparation = prepare(config, corpus_progress)
+    from lumiere.training.launch import start
 
-        with TrainingProgress() as progress:
-            command = ["lumiere", *sys.argv[1:]]
-            result = start(preparation, store, command=command, listeners=[progress], world=world)
-    finish(result, as_json)
+    with TrainingProgress() as progress:
+        return start(preparation, store, command=["lumiere", *sys.argv[1:]], listeners=[progress], world=world)
 
 
-def resume_training(run: "Run", overrides: list[str], as_json: bool) -> None:
-    """Go on with `run`, or say that it is over."""
+def resume_training(run: "Run", overrides: list[str], as_json: bool, world: "World") -> "TrainingResult | None":
+    """Go on with `run`, or say that it is over and return None."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.launch import resume, stop_reason
     from lumiere.training.preparation import changed_settings, prepare_resume
-    from lumiere.training.processes import joined
     from lumiere.training.sharing import dismiss
 
-    with joined() as world:
-        reason = stop_reason(run)
-        # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
-        if reason is not None and not overrides and run.status == "finished":
-            dismiss(world)
-            show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
-            if as_json:
-                print_json({"run": run.name} | run.record)
-            return
-        with CorpusProgress() as corpus_progress:
-            preparation = prepare_resume(run, corpus_progress, overrides)
-        for change in changed_settings(run, preparation.config):
-            show_note(f"not as it was trained so far: {change}")
-        with TrainingProgress() as progress:
-            result = resume(preparation, run, listeners=[progress], world=world)
-    finish(result, as_json)
+    reason = stop_reason(run)
+    # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
+    if reason is not None and not overrides and run.status == "finished":
+        dismiss(world)
+        show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
+        if as_json:
+            print_json({"run": run.name} | run.record)
+        return None
+    with CorpusProgress() as corpus_progress:
+        preparation = prepare_resume(run, corpus_progress, overrides)
+    for change in changed_settings(run, preparation.config):
+        show_note(f"not as it was trained so far: {change}")
+    with TrainingProgress() as progress:
+        return resume(preparation, run, listeners=[progress], world=world)
 
 
 def follow_first() -> None:
     """Train what the process of rank 0 hands out, which does all the talking."""
-    from lumiere.training.processes import joined
+    from lumiere.training.processes import JoinedWorld, joined
 
     with joined() as world:
         from lumiere.training.sharing import follow
 
-        result = follow(world)
+        result = follow(world) if isinstance(world, JoinedWorld) else None
     if result is not None and result.signal_number is not None:
         raise typer.Exit(exit_code(result.signal_number))
 

@@ -25,12 +25,14 @@ class World:
         size: processes in all.
         local_rank: of this process among those of its machine.
         local_size: processes of its machine.
+        job: names this launch of torchrun and what it trains, through all its restarts; None without torchrun.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    job: str | None = None
 
     @classmethod
     def of_environment(cls) -> World:
@@ -38,7 +40,8 @@ class World:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         if not all(os.environ.get(name, "").isdecimal() for name in names) or "MASTER_ADDR" not in os.environ:
             return cls()
-        return cls(*(int(os.environ[name]) for name in names))
+        rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+        return cls(rank, size, local_rank, local_size)
 
     def add(self, values: Tensor) -> Tensor:
         """The sum of a tensor on the CPU over all processes, the same bits in each."""

@@ -14,6 +14,7 @@ from lumiere.config.values import (
     Integer,
     NonNegativeInteger,
     NonNegativeNumber,
+    Number,
     PositiveInteger,
     PositiveNumber,
     Width,
@@ -117,6 +118,8 @@ class TrainingConfig(Section):
     """With `fsdp`, a checkpoint of more gigabytes is saved as a folder, a file a process, and is never whole in one."""
     activation_checkpointing: Boolean = False
     """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
+    rank_timeout: Annotated[Number, Field(ge=1, le=1e6)] = 600.0
+    """With several processes: seconds that each one waits for the others, saving included, before the training ends."""
     max_epochs: PositiveInteger = 250
     """Longest training, in passes over the training windows."""
     max_steps: PositiveInteger | None = None

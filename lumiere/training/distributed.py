@@ -21,13 +21,14 @@ from lumiere.components.world import World
 from lumiere.errors import LumiereError
 from lumiere.models.transformer import Transformer
 from lumiere.training.loss import BatchLoss, Objective
+from lumiere.training.processes import JoinedWorld
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.fsdp import FSDPModule
 
-GRADIENTS_TIMEOUT = timedelta(minutes=30)
-"""How long a GPU waits for the gradients of the others."""
+WATCHDOG_MARGIN = 60.0
+"""How many seconds later than the processes themselves torch's watchdog gives up a GPU's wait for the others."""
 
 
 def own_device(device: torch.device, world: World) -> torch.device:
@@ -71,7 +72,7 @@ class SharedObjective:
     def __init__(self, model: Transformer, objective: Objective, device: torch.device, world: World) -> None:
         from torch.nn.parallel import DistributedDataParallel
 
-        self._module = DistributedDataParallel(BatchLoss(model, objective), process_group=gradient_group(device))
+        self._module = DistributedDataParallel(BatchLoss(model, objective), process_group=gradient_group(device, world))
         self._size = world.size
 
     def __call__(self, model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -91,11 +92,11 @@ class ShardedObjective:
     Every part of a batch has its gradients summed: otherwise each process would keep gradients of all weights.
     """
 
-    def __init__(self, model: Transformer, objective: Objective, device: torch.device) -> None:
+    def __init__(self, model: Transformer, objective: Objective, device: torch.device, world: World) -> None:
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = DeviceMesh.from_group(gradient_group(device), device.type)
+        mesh = DeviceMesh.from_group(gradient_group(device, world), device.type)
         module = BatchLoss(model, objective)
         # The embedding and the last norm belong to the module itself: they are needed from the beginning to the end.
         for part in (*model.blocks, module):
@@ -126,19 +127,22 @@ def distributed(
     The model comes from the CPU, and goes to this process' device: all of it, or this process' share.
     """
     if world.size > 1 and parallel == "fsdp":
-        return ShardedObjective(model, objective, device)
+        return ShardedObjective(model, objective, device, world)
     model.to(device)
     return objective if world.size == 1 else SharedObjective(model, objective, device, world)
 
 
-def gradient_group(device: torch.device) -> "ProcessGroup":
+def gradient_group(device: torch.device, world: World) -> "ProcessGroup":
     """The processes, by what the device can send gradients with."""
     import torch.distributed as dist
 
     # On CPUs the default group will do: each further one is another round of connections, which can fail.
-    is_cuda = device.type == "cuda"
-    group = dist.new_group(backend="nccl", timeout=GRADIENTS_TIMEOUT) if is_cuda else dist.group.WORLD
-    return cast("ProcessGroup", group)
+    if device.type != "cuda":
+        return cast("ProcessGroup", dist.group.WORLD)
+    # Later than the default group, whose time-out names the ranks that hang; torch's watchdog for nccl only aborts.
+    limit = world.rank_timeout if isinstance(world, JoinedWorld) else None
+    timeout = None if limit is None else timedelta(seconds=limit + WATCHDOG_MARGIN)
+    return cast("ProcessGroup", dist.new_group(backend="nccl", timeout=timeout))
 
 
 def accumulating(objective: Objective, is_last: bool) -> AbstractContextManager[None]:

@@ -23,6 +23,7 @@ CHANGEABLE = (
     "loggers",
     "parallel",
     "gather_limit_gb",
+    "rank_timeout",
 )
 """Settings of `training` that say how long it goes on, what is watched and who computes, and not what a step does."""
 

@@ -31,7 +31,7 @@ from lumiere.training.loggers.opening import opened_loggers
 from lumiere.training.metrics_log import MetricsLog
 from lumiere.training.preparation import Preparation
 from lumiere.training.processes import noticing_losses
-from lumiere.training.restarts import job
+from lumiere.training.restarts import job, token
 from lumiere.training.saving import progress
 from lumiere.training.sharing import check_shares, hand_out
 from lumiere.training.state import STOP_REASONS
@@ -103,7 +103,7 @@ def record_start(preparation: Preparation, run: Run, world: World) -> None:
         total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
         **this_process(),
         world_size=world.size,
-        job=job(),
+        job=job(world),
         peak_flops=round(preparation.peak_flops * world.size),
     )
 
@@ -124,7 +124,7 @@ def resume(
     check_shares(preparation.config.training, preparation.device, world)
     with locked(run.path):
         # A restart by torchrun may be on another host, and the processes before it have ended.
-        if job() is None or run.record.get("job") != job():
+        if world.job is None or token(run) != world.job:
             check_not_elsewhere(run)
         checkpoint, name = newest_checkpoint(run, outlined=preparation.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0

@@ -1,42 +1,176 @@
 """How the processes of a training meet and part. Importing this module does not load torch."""
 
+from __future__ import annotations
+
+import hashlib
 import os
+import secrets
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from lumiere.components.world import World
-from lumiere.errors import LostProcessError, LumiereError
+from lumiere.errors import LostProcessError, LumiereError, RankTimeoutError
 
-PREPARING_TIMEOUT = timedelta(days=1)
-"""How long the others wait for the one that is slowest: to encode a large corpus, or to evaluate."""
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+HEARTBEAT_SECONDS = 5.0
+"""Time between two heartbeats of a process that prepares."""
+HEARTBEAT_TIMEOUT = 120.0
+"""Age in seconds of the last heartbeat after which a process that prepares counts as hung."""
+STORE_TIMEOUT = timedelta(minutes=5)
+"""Limit of one request to the store, none of which waits for another process."""
+POLL_SECONDS = 0.1
+"""Time between two looks at the store."""
+ROLL_CALL_SECONDS = 5.0
+"""How long the processes that timed out wait for each other, to find out which ones are missing."""
 SECONDS_TO_BE_ENDED = 10.0
 """How long a process that has lost another one waits for torchrun to end it, which then names the one that was lost."""
 
 
+class JoinedWorld(World):
+    """The processes that torchrun started, and the key-value store that they share.
+
+    Until all are prepared, a process waits for another one as long as that one sends heartbeats: encoding a large
+    corpus may take hours. Then `connect` makes torch's default group, whose operations have a time-out.
+
+    Attributes:
+        rank_timeout: that time-out in seconds; None before `connect`.
+    """
+
+    def __init__(self, world: World, store: Store) -> None:
+        super().__init__(world.rank, world.size, world.local_rank, world.local_size, world.job)
+        self.rank_timeout: float | None = None
+        self._store = store
+        self._num_beats = 0
+        self._connected = threading.Event()
+
+    def send_task(self, text: str) -> None:
+        """Send a text to all other processes, which receive it by `receive_task`; rank 0 calls it once."""
+        self._store.set("task 0", text)
+
+    def receive_task(self) -> str:
+        """Wait for the text of rank 0.
+
+        Raises:
+            LostProcessError: rank 0 sends no heartbeats any more.
+        """
+        self._wait_for("task", [0])
+        return self._store.get("task 0").decode()
+
+    def connect(self, rank_timeout: float) -> None:
+        """Wait until all processes are prepared, then make torch's default group.
+
+        Args:
+            rank_timeout: how long any of its operations waits for all processes, in seconds.
+
+        Raises:
+            LostProcessError: a process sends no heartbeats any more.
+        """
+        import torch.distributed as dist
+
+        self._store.set(f"prepared {self.rank}", "")
+        self._wait_for("prepared", range(self.size))
+        self._connected.set()
+        self.rank_timeout = rank_timeout
+        timeout = timedelta(seconds=rank_timeout)
+        dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=timeout)
+
+    def beat(self) -> None:
+        """Send one heartbeat."""
+        self._num_beats += 1
+        self._store.set(f"heartbeat {self.rank}", str(self._num_beats))
+
+    def send_heartbeats(self) -> None:
+        """Send heartbeats from a thread, until `connect` or the end of torchrun's store."""
+
+        def send() -> None:
+            with suppress(RuntimeError):
+                while not self._connected.is_set():
+                    self.beat()
+                    self._connected.wait(HEARTBEAT_SECONDS)
+
+        threading.Thread(target=send, daemon=True).start()
+
+    def check_arrivals(self, timed_out: bool) -> None:
+        """After an operation of the group failed, find the ranks that hang: those that do not call this as well.
+
+        Args:
+            timed_out: this process waited too long. Otherwise another one has ended, or closed the connection when it
+                timed out itself.
+
+        Raises:
+            RankTimeoutError: ranks did not call this within `ROLL_CALL_SECONDS`; in the first process that timed out.
+        """
+        keys = [f"failed {rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], str(timed_out))
+        if not timed_out or self.rank_timeout is None:
+            return
+        deadline = time.monotonic() + ROLL_CALL_SECONDS
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        failed = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
+        is_first = self.rank == min(rank for rank, value in failed.items() if value == b"True")
+        if is_first and (late := [rank for rank in range(self.size) if rank not in failed]):
+            raise RankTimeoutError(
+                f"{named(late, self.size)} did not arrive within training.rank_timeout ({self.rank_timeout:g} s)",
+                "lumiere train --resume RUN continues from the last save; if these ranks are only slow, raise "
+                "training.rank_timeout",
+            )
+
+    def _wait_for(self, event: str, ranks: Collection[int]) -> None:
+        """Wait until each of `ranks` has set its key of `event`, as long as those that have not send heartbeats."""
+        # By our own clock: those of several machines differ.
+        beats: dict[int, tuple[bytes, float]] = {}
+        while not self._store.check([f"{event} {rank}" for rank in ranks]):
+            now = time.monotonic()
+            missing = [rank for rank in ranks if not self._store.check([f"{event} {rank}"])]
+            for rank in missing:
+                key = f"heartbeat {rank}"
+                beat = self._store.get(key) if self._store.check([key]) else b""
+                if rank not in beats or beats[rank][0] != beat:
+                    beats[rank] = beat, now
+            if silent := [rank for rank in missing if now - beats[rank][1] > HEARTBEAT_TIMEOUT]:
+                raise RankTimeoutError(
+                    f"{named(silent, self.size)} sent no heartbeat for {HEARTBEAT_TIMEOUT:g} s while the processes "
+                    "prepared",
+                    "look for a stopped process or a file system that does not answer on its machine",
+                )
+            time.sleep(POLL_SECONDS)
+
+
 @contextmanager
-def joined() -> Iterator[World]:
+def joined(purpose: str = "") -> Iterator[World]:
     """Inside of it, this process is one of those that torchrun started; alone, nothing is done.
 
+    Args:
+        purpose: what this process is to train. The world's `job` is another one for another purpose.
+
     Raises:
-        LostProcessError: another one has ended while this one waited for it.
+        LostProcessError: another one has ended, or hangs, while this one waited for it.
     """
     world = World.of_environment()
-    if world.size == 1:
+    if world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         yield world
         return
     import torch.distributed as dist
 
-    share_cores(world)
+    if world.size > 1:
+        share_cores(world)
     try:
         with noticing_losses(world):
-            meet(world)
+            world = meet(world, purpose)
+        with noticing_losses(world):  # by what the processes share now
             yield world
     except Exception as error:
         # What rank 0 says suffices where all have the same error, and torchrun names the process that ended first:
-        # it soon ends this one, as nothing handles its signal here.
-        if world.rank or isinstance(error, LostProcessError):
+        # it soon ends this one, as nothing handles its signal here. It knows nothing of a process that hangs.
+        if not isinstance(error, RankTimeoutError) and (world.rank or isinstance(error, LostProcessError)):
             time.sleep(SECONDS_TO_BE_ENDED)
         if world.rank and isinstance(error, LumiereError):
             raise type(error)(f"process {world.rank} of {world.size}: {error.message}", error.hint) from error
@@ -46,18 +180,25 @@ def joined() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def meet(world: World) -> None:
-    """Make torch's default group."""
-    import torch.distributed as dist
+def meet(world: World, purpose: str) -> World:
+    """Connect to torchrun's store, and begin to send heartbeats."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://", timeout=PREPARING_TIMEOUT))
-    # torchrun keeps one store for all its starts (torch 2.13): without a prefix of this start, a process may read the
-    # address of one that died in the start before, and be refused there.
+    shared, _, _ = next(rendezvous("env://", timeout=STORE_TIMEOUT))
+    job = None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun keeps one store for all its starts (torch 2.9 to 2.13), so the token of the first start stays.
+        token = shared.compare_set("lumiere job", "", secrets.token_hex(16))
+        job = hashlib.blake2b(token + purpose.encode(), digest_size=16).hexdigest()
+    # A prefix of this start: else a process may read the address of one that died in the start before.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"lumiere start {start}", store)
-    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=PREPARING_TIMEOUT)
+    world = replace(world, job=job)
+    if world.size == 1:
+        return world
+    joined_world = JoinedWorld(world, PrefixStore(f"lumiere start {start}", shared))
+    joined_world.send_heartbeats()
+    return joined_world
 
 
 @contextmanager
@@ -65,6 +206,7 @@ def noticing_losses(world: World) -> Iterator[None]:
     """Inside of it, an error of torch which means that another process is gone is one that says so.
 
     Raises:
+        RankTimeoutError: other processes did not arrive in time; only the first of those that did raises it.
         LostProcessError: another process has ended while this one waited for it.
     """
     try:
@@ -73,10 +215,20 @@ def noticing_losses(world: World) -> Iterator[None]:
         # Gloo has no class of its own for it; its messages name its source files.
         if world.size == 1 or not ("Dist" in type(error).__name__ or "gloo" in str(error)):
             raise
+        if isinstance(world, JoinedWorld):
+            with suppress(RuntimeError):  # the store is gone too
+                world.check_arrivals(timed_out=any(word in str(error).lower() for word in ("timed out", "timeout")))
         raise LostProcessError(
             f"another of the {world.size} processes has ended, or cannot be reached",
             "torchrun says which; lumiere train --resume RUN goes on from what was saved",
         ) from error
+
+
+def named(ranks: Sequence[int], size: int) -> str:
+    """`rank 1 of 2`, or `ranks 1 and 3 of 4`."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} of {size}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} of {size}"
 
 
 def share_cores(world: World) -> None:

@@ -5,24 +5,30 @@ import socket
 import sys
 from typing import Any
 
+from lumiere.components.world import World
 from lumiere.persistence.runs import Run, RunStore
 
-NO_ID = "none"
-"""What torchrun calls a job on one machine that was given no id."""
 
-
-def job() -> dict[str, Any] | None:
-    """What all starts of one torchrun have in common, as `run.json` keeps it; None without torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name is None:
+def job(world: World) -> dict[str, Any] | None:
+    """Describe this launch of torchrun for `run.json`; None without torchrun. `token` alone identifies it."""
+    if world.job is None:
         return None
-    # Where the id says nothing, the job is known by the process that starts and watches this one.
-    agent = f"{socket.gethostname()} {os.getppid()}" if name == NO_ID else None
-    return {"id": name, "agent": agent, "arguments": sys.argv[1:]}
+    return {
+        "id": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "agent": f"{socket.gethostname()} {os.getppid()}",
+        "arguments": sys.argv[1:],
+        "token": world.job,
+    }
 
 
-def restarted_run(store: RunStore) -> Run | None:
-    """The run that an earlier start of this job has made or gone on with; None where this is the first start."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+def restarted_run(store: RunStore, world: World) -> Run | None:
+    """Return the run that an earlier start of this very launch has made or resumed; None if there is none."""
+    if world.job is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    return next((run for run in store.all() if run.config_path.exists() and run.record.get("job") == job()), None)
+    return next((run for run in store.all() if run.config_path.exists() and token(run) == world.job), None)
+
+
+def token(run: Run) -> str | None:
+    """The token of the launch that trained the run last, by its record."""
+    recorded = run.record.get("job")
+    return recorded.get("token") if isinstance(recorded, dict) else None

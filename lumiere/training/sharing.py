@@ -14,6 +14,7 @@ from lumiere.persistence.checkpoint_format import GROUPS, Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.distributed import own_device
 from lumiere.training.preparation import Preparation, prepare
+from lumiere.training.processes import JoinedWorld
 from lumiere.training.trainer import TrainingResult, train
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def check_shares(settings: TrainingConfig, device: "torch.device", world: World)
 
 def hand_out(preparation: Preparation, run: Run, checkpoint: Checkpoint | None, world: World) -> None:
     """Tell the others what to train, and wait until all have read the corpus."""
-    if world.size == 1:
+    if not isinstance(world, JoinedWorld):
         return
     values = preparation.config.model_dump()
     # As they came out here: what `auto` finds on another machine may be something else.
@@ -61,38 +62,39 @@ def hand_out(preparation: Preparation, run: Run, checkpoint: Checkpoint | None, 
         "run": str(run.path),
         "checkpoint": None if checkpoint is None else outline(checkpoint),
     }
-    world.announce(json.dumps(task))
+    world.send_task(json.dumps(task))
+    world.connect(preparation.config.training.rank_timeout)
     if checkpoint is not None and checkpoint.folder is None:
         for group in GROUPS:
             for tensor in getattr(checkpoint, group).values():
                 world.copy_from_first(tensor.contiguous())
-    world.wait()
 
 
 def dismiss(world: World) -> None:
     """Tell the others that there is nothing to train."""
-    world.announce("")
+    if isinstance(world, JoinedWorld):
+        world.send_task("")
 
 
-def follow(world: World) -> TrainingResult | None:
+def follow(world: JoinedWorld) -> TrainingResult | None:
     """Train what rank 0 hands out; None where there is nothing to train.
 
     Raises:
         LumiereError: as `prepare` and `train`, or the corpus that this process reads is another one.
     """
-    text = world.announce()
+    text = world.receive_task()
     if not text:
         return None
     task = json.loads(text)
     config = validate(task["config"])
-    checkpoint = None if task["checkpoint"] is None else received(task["checkpoint"], world)
     preparation = prepare(config)
     if preparation.corpus.fingerprint != task["corpus_sha256"]:
         raise LumiereError(
             f"the corpus '{config.dataset.name}' is not the one that rank 0 reads", "give all machines the same files"
         )
     preparation = replace(preparation, device=own_device(preparation.device, world))
-    world.wait()
+    world.connect(config.training.rank_timeout)
+    checkpoint = None if task["checkpoint"] is None else received(task["checkpoint"], world)
     result = train(
         config,
         preparation.corpus,

@@ -188,6 +188,9 @@ def train_step(
         with autocast, accumulating(objective, is_last=number == len(parts)):
             loss = objective(state.model, part.tokens, part.targets) / batch.num_targets
         loss.backward()
+        if device == "cuda":
+            # The GPU waits for the gradients of all ranks without a word; meet first, where a rank that hangs is named.
+            world.wait()
         total += loss.item()
     total = world.total(total)
     limit = settings.gradient_clip_norm or math.inf

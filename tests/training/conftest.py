@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lumiere.components import device as device_module
+from lumiere.components.world import ALONE, World
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.persistence.runs import Run, RunStore
@@ -69,8 +70,8 @@ def configure(tiny_config: RunConfig) -> Configure:
 def launch(tmp_path: Path) -> Launch:
     """Trains a config in a runs directory of this test, which is the current folder's."""
 
-    def trained(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResult:
-        return start(prepare(config), RunStore(tmp_path / "runs"), listeners=listeners)
+    def trained(config: RunConfig, listeners: Sequence[Listener] = (), world: World = ALONE) -> TrainingResult:
+        return start(prepare(config), RunStore(tmp_path / "runs"), listeners=listeners, world=world)
 
     return trained
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
@@ -198,3 +199,48 @@ def test_a_loss_that_is_not_finite_stops_all_and_is_said_once(configure, launch,
     ]
     assert result.stderr.count("error: ") == 1
     assert RunStore("by-2").open("latest").status == "failed"
+
+
+def last_words(process: subprocess.Popen[str], stderr: IO[str], stopped: int) -> str:
+    """What is said until the error about a process that was stopped, which is then killed: torchrun waits for that."""
+    said = ""
+    for line in stderr:
+        said += line
+        if line.startswith("hint: "):
+            break
+    os.kill(stopped, signal.SIGKILL)
+    return said + stderr.read()
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "parallel"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
+def test_a_process_that_hangs_ends_the_job_which_names_it(configure, rank: int, parallel: str) -> None:
+    config = configure(LONG | {"training.parallel": parallel, "training.rank_timeout": 2})
+    with training_midway(config) as (process, stderr):
+        victim = worker(process.pid, rank)
+        os.kill(victim, signal.SIGSTOP)
+        said = last_words(process, stderr, victim)
+        assert process.wait(timeout=60) != 0
+    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"rank {rank} of 2 " in error
+    run = RunStore("stopped").open("latest")
+    assert run.status == "failed" if rank else "crashed"
+    torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
+    assert run.record["step"] == 150
+
+
+@pytest.mark.slow
+def test_a_job_that_dies_before_it_has_a_run_adopts_none_of_another_job(configure) -> None:
+    """With the id of a job that is finished, and the same config."""
+    config = written(configure({"training.max_steps": 2}))
+    train = f"exec {sys.executable} -m lumiere train {config}"
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "night"]
+    options = [*meeting, "--nproc-per-node", "1", "--max-restarts", "1", "--no-python"]
+    for script in (train, f"test $TORCHELASTIC_RESTART_COUNT = 1 || exit 1; {train}"):
+        launched = [sys.executable, "-m", "torch.distributed.run", *options, "sh", "-c", script]
+        result = subprocess.run(launched, capture_output=True, text=True, env=os.environ, timeout=300)
+        assert result.returncode == 0, result.stderr
+    runs = RunStore("runs").all()
+    assert [run.status for run in runs] == ["finished", "finished"]
+    assert [run.record["job"]["id"] for run in runs] == ["night", "night"]

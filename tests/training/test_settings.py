@@ -7,8 +7,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from lumiere.components import device as device_module
+from lumiere.components.world import ALONE
 from lumiere.config.loader import dump_config
 from lumiere.config.problems import setting_paths
 from lumiere.config.schema import DatasetConfig, RunConfig
@@ -18,6 +20,7 @@ from lumiere.models import transformer
 from lumiere.training import trainer
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 from lumiere.training.loggers import opening
+from lumiere.training.processes import JoinedWorld
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
@@ -63,6 +66,7 @@ EFFECTS = {
     "training.parallel": Effect("fsdp", "shared"),
     "training.gather_limit_gb": Effect(0.0, "snapshots", {"training.parallel": "fsdp"}),
     "training.activation_checkpointing": Effect(True, "recomputed"),
+    "training.rank_timeout": Effect(60, "rank_timeouts"),
     "training.max_epochs": Effect(2, "end", THREE_EPOCHS),
     "training.max_steps": Effect(3, "end"),
     "training.optimizer": Effect("muon", "weights"),
@@ -121,6 +125,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         logged: list[tuple[str, str]] = []
         streamed: list[str] = []
         shared: list[str] = []
+        rank_timeouts: list[float] = []
 
         class Log:
             def __init__(self, name: str) -> None:
@@ -161,6 +166,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "summed_loss", objective)
             patch.setattr(trainer, "distributed", share)
+            patch.setattr(JoinedWorld, "connect", lambda world, rank_timeout: rank_timeouts.append(rank_timeout))
             patch.setattr(device_module, "resolve_device", resolve)
             patch.setattr(torch, "compile", compile_function)
             patch.setattr(transformer, "checkpoint", checkpoint)
@@ -170,7 +176,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             patch.setattr(hub.datasets, "load_dataset", rows_of)
             patch.setattr(hub, "open_stream", stream)
             try:
-                result = launch(config, [events.append])
+                result = launch(config, [events.append], JoinedWorld(ALONE, HashStore()))
             except NonFiniteError:
                 # With or without the steps that broke, such weights cannot be evaluated.
                 return {"skipped": [event.step for event in events if isinstance(event, WarningEvent)]}
@@ -187,6 +193,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             "compiled": len(compiled),
             "recomputed": len(recomputed),
             "shared": shared,
+            "rank_timeouts": rank_timeouts,
             "logged": logged,
             "device": devices,
             "end": (result.state.step, result.state.stop_reason),

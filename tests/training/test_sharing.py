@@ -1,7 +1,5 @@
 """How the processes of a training divide its work, looked at in one process."""
 
-import os
-
 import pytest
 import torch
 
@@ -13,12 +11,10 @@ from lumiere.errors import ConfigError, LostProcessError, LumiereError
 from lumiere.evaluation import evaluate
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint_format import Checkpoint
-from lumiere.persistence.runs import RunStore
 from lumiere.training import processes
 from lumiere.training.distributed import own_device, seed_dropout
 from lumiere.training.launch import inexactness
 from lumiere.training.processes import joined, noticing_losses, share_cores
-from lumiere.training.restarts import job, restarted_run
 from lumiere.training.sharing import check_shares
 
 CPU = torch.device("cpu")
@@ -157,33 +153,3 @@ def test_what_other_processes_cannot_keep_is_said(configure, metadata, before, s
     old, new = (configure({"training.parallel": way, "model.dropout": dropout}) for way in (before, after))
     message = inexactness(Checkpoint({}, metadata=metadata), old, new, World(0, size))
     assert (message is None) if expected is None else (message is not None and expected in message)
-
-
-def restart(monkeypatch: pytest.MonkeyPatch, count: int, name: str = "none") -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-
-
-def test_a_restarted_job_finds_its_run_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = RunStore()
-    restart(monkeypatch, 0)
-    mine, half_made, other = store.create(), store.create(), store.create()
-    for run in (mine, half_made):
-        run.update(job=job())
-    mine.config_path.write_text("{}")
-    other.config_path.write_text("{}")
-    other.update(job=job() | {"id": "another"})
-    assert restarted_run(store) is None
-    restart(monkeypatch, 1)
-    assert restarted_run(store) == mine
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun on this machine, without an id either
-    assert restarted_run(store) is None
-
-
-def test_an_id_of_the_user_names_a_job_on_whatever_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    restart(monkeypatch, 1, "night")
-    before = job()
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert job() == before
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert job() is None
