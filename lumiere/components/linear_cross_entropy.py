@@ -25,6 +25,14 @@ IGNORED = -100
 CHUNK_LOGITS = {"cpu": 2**21}
 CHUNK_LOGITS_ELSEWHERE = 2**26
 
+MAX_SUM = 2.0**64
+"""Where the sum of a row's powers is outside 1 / MAX_SUM to MAX_SUM, they are computed again less the row's maximum.
+
+Float32 keeps 24 bits from 2^-126 to 2^128. The sums must stay far inside that range, because the powers and the inverse
+of their sum multiply other numbers: below 2^-126 digits are lost, and bfloat16 products on AMX flush to zero. With this
+limit, what is lost is at most 2^-62 of a row's sum.
+"""
+
 # Powers of 2 are three times as fast to compute as powers of e, so the logits are made in bits.
 BITS_A_NAT = math.log2(math.e)
 
@@ -82,24 +90,32 @@ def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, rows_N1: Tensor, is_re
     Args:
         x_NE: times `BITS_A_NAT`.
     """
-    sum_dtype = torch.promote_types(x_NE.dtype, torch.float32)
+    is_cpu = x_NE.device.type == "cpu"
     limit = CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE)
     size = max(1, limit // len(weight_VocabE))
     memory = x_NE.new_empty(min(size, len(x_NE)), len(weight_VocabE))
     for x_ME, rows_M1, is_real_M1 in zip(*(tensor.split(size) for tensor in (x_NE, rows_N1, is_real_N1)), strict=True):
         logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
-        shift_M1, sums_M1 = torch.zeros_like(x_ME[:, :1]), None
-        target_bits_M1 = logits.gather(1, rows_M1)
-        if x_NE.device.type == "cpu":
-            sums_M1 = logits.exp2_().sum(1, keepdim=True, dtype=sum_dtype)
-        # Logits of more than 128 bits overflow. They are so rare that a look afterwards is cheaper than two more passes
-        # over all of them; but on an accelerator a look would make the host wait.
-        if sums_M1 is None or not (sums_M1.isfinite() & (sums_M1 > 0)).all():
-            logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
-            shift_M1 = logits.amax(1, keepdim=True)
-            sums_M1 = logits.sub_(shift_M1).exp2_().sum(1, keepdim=True, dtype=sum_dtype)
-        losses_M1 = (sums_M1.log2() + shift_M1 - target_bits_M1) / BITS_A_NAT
+        sums_M1, losses_M1 = exponentiate_(logits, rows_M1, subtracts_max=not is_cpu)
+        # Logits that need their maximum subtracted are so rare that checking the sums is cheaper than two more passes
+        # over all logits; on an accelerator a check would make the host wait.
+        if is_cpu and not ((sums_M1 > 1 / MAX_SUM) & (sums_M1 < MAX_SUM)).all():  # NaN fails as well
+            highest_M1 = torch.mm(x_ME, weight_VocabE.T, out=logits).amax(1, keepdim=True)
+            # Subtract inside the product, before it is rounded: at 130 bits, bfloat16 has steps of 1. That maximum is
+            # rounded too, so `exponentiate_` subtracts what is left of it.
+            torch.addmm(-highest_M1, x_ME, weight_VocabE.T, out=logits)
+            sums_M1, losses_M1 = exponentiate_(logits, rows_M1, subtracts_max=True)
         yield Chunk(x_ME, rows_M1, is_real_M1, losses_M1, logits, sums_M1)
+
+
+def exponentiate_(logits_MV: Tensor, rows_M1: Tensor, subtracts_max: bool) -> tuple[Tensor, Tensor]:
+    """Replace logits in bits by powers of 2; return each row's sum of them, and its loss in nats: (M, 1) each."""
+    target_bits_M1 = logits_MV.gather(1, rows_M1)
+    shift_M1 = logits_MV.amax(1, keepdim=True) if subtracts_max else 0.0
+    if subtracts_max:
+        logits_MV.sub_(shift_M1)
+    sums_M1 = logits_MV.exp2_().sum(1, keepdim=True, dtype=torch.promote_types(logits_MV.dtype, torch.float32))
+    return sums_M1, (sums_M1.log2() + shift_M1 - target_bits_M1) / BITS_A_NAT
 
 
 class _LinearCrossEntropy(Function):

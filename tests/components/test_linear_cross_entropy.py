@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from lumiere.components import linear_cross_entropy as module
 from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy, linear_cross_entropy_losses
@@ -102,3 +103,41 @@ def test_in_bfloat16_the_gradients_of_what_is_nearly_certain_keep_their_digits()
     mine, plain = (torch.autograd.grad(value, [x, weight]) for value in (loss, expected))
     for gradient, other in zip(mine, plain, strict=True):
         assert torch.dist(gradient, other) < 0.03 * other.norm()
+
+
+LEVELS = [-1000.0, -200.0, -100.0, -95.0, -90.0, -60.0, 60.0, 90.0, 95.0, 100.0, 200.0, 1000.0]
+"""What all logits of a row are near, in nats. Powers of e below -87.3 and above 88.7 are not normal float32 numbers."""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("precision", "loss_tolerance", "tolerance"), [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 4e-3, 0.01)]
+)
+def test_a_level_that_all_logits_share_changes_neither_loss_nor_gradients(
+    level: float, precision: torch.dtype, loss_tolerance: float, tolerance: float
+) -> None:
+    x, weight = torch.randn(64, 17), 0.4 * torch.randn(200, 17)
+    x[:, -1], weight[:, -1] = 1.0, level  # so every logit is raised by the level
+    x, weight = (tensor.to(precision).float().requires_grad_() for tensor in (x, weight))
+    targets = torch.randint(0, 200, (64,))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    expected_rows = -(wide[0] @ wide[1].T).log_softmax(-1)[torch.arange(64), targets]
+    expected = expected_rows.sum()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, targets)
+    assert loss.item() / 64 == pytest.approx(expected.item() / 64, abs=loss_tolerance)
+    mine, plain = torch.autograd.grad(loss, [x, weight]), torch.autograd.grad(expected, wide)
+    # Without the last column of x's gradient: it is the level times the sum of the probabilities' rounding errors.
+    for gradient, other in zip((mine[0][:, :-1], mine[1]), (plain[0][:, :-1], plain[1]), strict=True):
+        assert torch.dist(gradient.double(), other) < tolerance * other.norm()
+    rows = linear_cross_entropy_losses(x.detach(), weight.detach(), targets)
+    torch.testing.assert_close(rows.double(), expected_rows.detach(), rtol=0, atol=max(1e-5, 1e-6 * abs(level)))
+
+
+def test_off_the_cpu_logits_are_computed_once_and_nothing_waits_for_the_device() -> None:
+    x, weight = (torch.empty(size, WIDTH, device="meta") for size in (ROWS, VOCAB))
+    targets = torch.empty(ROWS, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        losses = linear_cross_entropy_losses(x, weight, targets)  # reading a value of the meta device raises
+    assert losses.shape == (ROWS,)
+    assert counter.get_total_flops() == 2 * ROWS * WIDTH * VOCAB

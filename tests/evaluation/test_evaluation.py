@@ -114,6 +114,20 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model: 
     assert result.word_perplexity == pytest.approx(VOCAB ** (45 / 23), rel=1e-5)
 
 
+@pytest.mark.parametrize("level", [-200.0, -100.0, -95.0, -90.0, 90.0, 100.0, 200.0])
+def test_logits_that_are_all_far_from_zero(
+    model: Transformer, documents: list[list[int]], windows: Windows, level: float
+) -> None:
+    with torch.no_grad():
+        # By far the largest component of every residual, which the last norm makes sqrt(12).
+        model.token_embedding.weight[:, 0] = 100.0
+        model.final_norm.weight[0] = level / 100.0 / math.sqrt(12)
+    logits = model.logits(torch.arange(CONTEXT)[None])
+    assert ((logits / level - 1).abs() < 0.1).all()
+    losses = list(chain(*window_losses(model, documents)))
+    assert evaluate(model, windows, FACTS, batch_size=4).loss == pytest.approx(sum(losses) / len(losses), abs=2e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_off_and_the_mode_comes_back(model: Transformer, windows: Windows, training: bool) -> None:
     expected = evaluate(model.eval(), windows, FACTS, 4).loss

@@ -1,5 +1,7 @@
 """The objective by hand, and what happens where `torch.compile` does not work."""
 
+import copy
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lumiere.config.schema import RunConfig
 from lumiere.data.batches import IGNORED
@@ -51,6 +54,34 @@ def test_sum_over_targets_that_are_no_padding(model: Transformer, tokens: torch.
     assert len(losses) == 16 + 3 + 16 + 1
     assert np.ptp(losses) > 1
     assert summed_loss(model, tokens, targets).item() == pytest.approx(sum(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("level", [-200.0, -110.0, -105.0, -100.0, -95.0, -90.0, 90.0, 100.0, 200.0])
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 0.02)])
+def test_loss_and_gradients_where_all_logits_are_far_from_zero(
+    tiny_config: RunConfig,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    level: float,
+    precision: torch.dtype,
+    tolerance: float,
+) -> None:
+    model = build_model(tiny_config).eval()
+    size = model.final_norm.weight.numel()
+    with torch.no_grad():
+        # By far the largest component of every residual, which the last norm makes sqrt(size).
+        model.token_embedding.weight[:, 0] = 100.0
+        model.final_norm.weight[0] = level / 100.0 / math.sqrt(size)
+    assert ((model.logits(tokens) / level - 1).abs() < 0.1).all()
+    wide = copy.deepcopy(model).double()
+    expected = F.cross_entropy(wide.logits(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        loss = summed_loss(model, tokens, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    # Of the components that differ: in the first one, rounding errors of the probabilities are multiplied by 100.
+    (mine,) = torch.autograd.grad(loss, [model.token_embedding.weight])
+    (plain,) = torch.autograd.grad(expected, [wide.token_embedding.weight])
+    assert torch.dist(mine[:, 1:].double(), plain[:, 1:]) < tolerance * plain[:, 1:].norm()
 
 
 def test_padding_has_no_gradient(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor) -> None:
