@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lumiere.interpret.metrics import METRICS, Metric, Subject, Texts
-from lumiere.interpret.phases import find_phase_change
+from lumiere.interpret.phases import LEAST_VALUES, find_phase_change
 from lumiere.interpret.result import Receipt, Result
 from lumiere.models.transformer import Transformer
 
@@ -36,6 +36,7 @@ class Dynamics(Result):
         baselines: (M,) what chance gives; NaN where nothing can be said.
         phase_starts, phase_ends: (M,) the steps between which its phase change lies, or -1 where none is claimed.
         phase_sizes: (M,) change of the value between them; NaN where none is claimed.
+        num_tried: series that were searched for a phase change; the others have too few values.
         curve_steps, curve_losses: (P,) the training loss, as it was measured while training, to stand beside.
     """
 
@@ -49,6 +50,7 @@ class Dynamics(Result):
     phase_starts: np.ndarray
     phase_ends: np.ndarray
     phase_sizes: np.ndarray
+    num_tried: int
     curve_steps: np.ndarray
     curve_losses: np.ndarray
 
@@ -108,8 +110,9 @@ def follow(
     errors_MN = np.array([[found[name] for found in errors] for name, _ in labels]).reshape(values_MN.shape)
     again_M = np.array(list(measure(last, chosen).values()))
     steps_N = np.array(steps)
+    curves = [searched(METRICS[name], values_MN[row]) for row, (name, _) in enumerate(labels)]
     phases = [
-        find_phase_change(steps_N, values_MN[row], METRICS[name].noticeable, errors_MN[row])
+        find_phase_change(steps_N, curves[row], METRICS[name].noticeable, errors_MN[row])
         for row, (name, _) in enumerate(labels)
     ]
     baselines = {metric.name: metric.baseline(last) for metric in chosen}
@@ -124,6 +127,7 @@ def follow(
         phase_starts=np.array([-1 if phase is None else steps[phase.first] for phase in phases], dtype=int),
         phase_ends=np.array([-1 if phase is None else steps[phase.last] for phase in phases], dtype=int),
         phase_sizes=np.array([np.nan if phase is None else phase.change for phase in phases]),
+        num_tried=sum(int(np.isfinite(curve).sum()) >= LEAST_VALUES for curve in curves),
         curve_steps=np.array([step for step, _ in curve], dtype=int),
         curve_losses=np.array([loss for _, loss in curve], dtype=float),
         receipts=(
@@ -136,6 +140,11 @@ def follow(
 def measure(subject: Subject, metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
     """By metric and place."""
     return {(metric.name, place): value for metric in metrics for place, value in metric.measure(subject).items()}
+
+
+def searched(metric: Metric, values_N: np.ndarray) -> np.ndarray:
+    """The values that are searched for a phase change: without those of matrices that are still zero."""
+    return np.where(values_N == 0, np.nan, values_N) if metric.zero_is_missing else values_N
 
 
 def worse(receipt: Receipt, other: Receipt | None) -> Receipt:

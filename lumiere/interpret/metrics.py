@@ -97,6 +97,7 @@ class Metric:
         baseline: what chance gives; NaN where nothing can be said.
         error: the standard error of a number of the whole model; NaN where it is not known.
         needs_corpus: whether it is a number of the validation split.
+        zero_is_missing: whether a value of 0 is that of a matrix of zeros, which has no level to rise from.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Metric:
     baseline: Callable[[Subject], float] = lambda subject: float("nan")
     error: Callable[[Subject], float] = lambda subject: float("nan")
     needs_corpus: bool = False
+    zero_is_missing: bool = False
 
 
 def score_metric(number: int, name: str, source: str) -> Metric:
@@ -139,7 +141,7 @@ def matrix_metric(name: str, field_name: str, meaning: str, unit: str, noticeabl
         labels = [label.removesuffix(".weight").removeprefix("blocks.") for label in facts.matrices]
         return dict(zip(labels, getattr(facts, field_name).tolist(), strict=True))
 
-    return Metric(name, meaning, unit, noticeable, measure)
+    return Metric(name, meaning, unit, noticeable, measure, zero_is_missing=True)
 
 
 def mean_loss(subject: Subject) -> Values:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lumiere.interpret.dynamics import Dynamics
 from lumiere.interpret.metrics import METRICS
-from lumiere.report.dynamics_plot import CAPTION, TICKS, positions
+from lumiere.report.dynamics_plot import CAPTION, TICKS, claims, positions
 from lumiere.report.pictures import COLOURS
 
 NAMED = 6
@@ -113,7 +113,7 @@ def dynamics_page(result: Dynamics, title: str) -> str:
     panels += [metric_panel(result, metric) for metric in metrics]
     return PAGE.format(
         title=html.escape(title),
-        caption=html.escape(CAPTION),
+        caption=html.escape(f"{CAPTION} {claims(result)}"),
         panels="\n".join(panels),
         # No text in it ends the element early.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),

@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Each panel is a number along the snapshots of one training, over log steps. Coloured: those that changed most; "
-    "grey: all others; dotted: what chance gives. A band is the phase change of the first curve, where one is claimed: "
-    "between these steps it is six times as steep as it mostly is, and the change lasts."
+    "grey: all others; dotted: what chance gives. A band is the phase change of the first curve, if one is claimed: "
+    "a fast change between two levels, steeper than the rest of the curve over log steps and over steps."
 )
 NAMED = 3
 """Curves of a panel with a colour and a name."""
 TICKS = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+
+
+def claims(result: Dynamics) -> str:
+    """How many phase changes are claimed, and in how many series."""
+    found = int((result.phase_starts >= 0).sum())
+    return (
+        f"Phase changes: {found:,} found in {result.num_tried:,} series tried. In a phase change, a curve moves fast "
+        "from one level to another; up to 5% of random walks seem to."
+    )
 
 
 def draw_dynamics(result: Dynamics) -> Figure:

@@ -161,11 +161,30 @@ def test_the_birth_of_a_circuit_is_marked() -> None:
     assert in_phase == {256, 512}
 
 
+def test_matrices_of_zeros_have_no_level_to_rise_from() -> None:
+    """With `zero_output_init` four matrices are zero at step 0 and not from step 1 on: that is no phase change."""
+    settings = {"num_layers": 2, "num_heads": 2, "context_size": 16}
+    config = {"model": settings, "tokenizer": {"vocab_size": 320}}
+    zero, trained = (
+        build_model(validate({**config, "model": {**settings, "zero_output_init": is_zero}})).eval()
+        for is_zero in (True, False)
+    )
+    metrics = ["norm", "spectral-norm", "effective-rank", "stable-rank"]
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    found = follow([0, 1, 2, 4, 8], lambda step: trained if step else zero, metrics, Texts(tokens))
+    assert (found.values[:, 0] == 0).sum() == 4 * 4
+    assert (found.phase_starts == -1).all()
+    assert found.num_tried == len(found.metrics)
+    short = follow([0, 1, 2, 4], lambda step: trained if step else zero, metrics, Texts(tokens))
+    assert short.num_tried == len(short.metrics) - 16, "three values are too few"
+
+
 def test_heads_that_write_nothing_have_no_numbers(texts: Texts) -> None:
     settings = {"num_layers": 2, "num_heads": 2, "context_size": 16, "zero_output_init": True}
     model = build_model(validate({"model": settings, "tokenizer": {"vocab_size": 320}})).eval()
     found = follow([0, 1, 2, 4], lambda step: model, ["k-composition", "copying"], Texts(texts.tokens))
     assert np.isnan(found.values).all()
+    assert found.num_tried == 0
     assert (found.phase_starts == -1).all()
     assert found.holds
 

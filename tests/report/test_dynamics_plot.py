@@ -37,6 +37,7 @@ def result() -> Dynamics:
         phase_starts=starts,
         phase_ends=np.where(starts > 0, 8, -1),
         phase_sizes=np.where(starts > 0, 0.8, np.nan),
+        num_tried=9,
         curve_steps=np.array([2, 10, 20]),
         curve_losses=np.array([4.6, 1.9, 1.2]),
         receipts=(),
@@ -115,6 +116,7 @@ def test_the_page_needs_nothing_else_and_is_whole(result: Dynamics) -> None:
     phases = [attributes for tag, attributes in found if attributes.get("class") == "phase"]
     assert len(phases) == 1
     assert "phase change: steps 4 to 8" in page
+    assert "1 found in 9 series tried" in page
 
 
 def test_the_page_has_the_numbers(result: Dynamics) -> None:

@@ -8,6 +8,7 @@ from lumiere.cli.console import escape, out
 from lumiere.cli.sparkline import sparkline
 from lumiere.interpret.dynamics import Dynamics
 from lumiere.interpret.metrics import METRICS
+from lumiere.report.dynamics_plot import claims
 
 PLACE_WIDTH = 18
 MOST_COLUMNS = 24
@@ -21,13 +22,7 @@ def show(result: Dynamics, top_k: int) -> None:
     for metric in dict.fromkeys(result.metrics):
         found = result.series_of(metric)
         show_metric(result, metric, found[:top_k], len(found), columns)
-    if (result.phase_starts >= 0).any():
-        out().print(
-            "[dim]phase change: between these steps a curve is six times as steep (over log steps)\nas it mostly is, "
-            "and the change lasts; for the others none is claimed[/]\n"
-        )
-    else:
-        out().print("[dim]no phase change: no stretch is six times as steep as the others, and lasts[/]\n")
+    out().print(f"[dim]{claims(result)}[/]\n", soft_wrap=False)
 
 
 def shown_columns(result: Dynamics) -> np.ndarray:
