@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lumiere.config.schema import RunConfig
-from lumiere.data.building import Listener, Progress, build_folder, cache_dir
+from lumiere.data.building import Listener, Progress, build_folder
+from lumiere.data.checksums import cache_dir
 from lumiere.data.corpus import SPLITS, Corpus, load_corpus
 from lumiere.data.encoding import OFFSET_TYPE, SplitFacts, id_type, measure, utf_8
 from lumiere.data.tokenizer import Tokenizer
