@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lumiere.config.schema import RunConfig
-from lumiere.data.checksums import cache_dir
+from lumiere.data.checksums import cache_dir, write_checksums
 from lumiere.data.corpus import Corpus
 from lumiere.data.encoding import encode_split, write_durably
 from lumiere.data.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener
             remove_forgotten(folder.parent)
             unfinished.mkdir(exist_ok=True)
             fill_folder(unfinished, corpus, config, tell)
+            write_checksums(unfinished)
             unfinished.rename(folder)
             return True
     except OSError as error:
