@@ -6,14 +6,16 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
+from lumiere.data.data_files import SPLIT_NAMES, SPLITS, split_of
+from lumiere.data.rows import load_rows
 from lumiere.data.stories import STORIES_VERSION, stories
 from lumiere.errors import DataError
 
-SPLITS = ("train", "validation", "test")
 DEFAULT_NUM_DOCUMENTS = 20_000
 """Of a built-in corpus."""
 MANY_DOCUMENTS = 1_000_000
@@ -36,11 +38,13 @@ class Corpus:
         readers: for each split, a function that starts to read its documents.
         fingerprint: changes whenever the documents may have changed; cheap, so taken from the source.
         counts: documents of each split, where that is known without reading them.
+        unused: splits of the dataset that are none of ours.
     """
 
     readers: Mapping[str, Reader]
     fingerprint: str
     counts: Mapping[str, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -58,13 +62,22 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     """
     if config.name in BUILT_IN:
         return built_in_corpus(config)
-    # `datasets` takes a second to import, which the built-in corpora need not wait for.
-    from lumiere.data.hub import load_rows
-
-    rows, source = load_rows(config)
+    try:
+        rows, source = load_rows(config)
+        if config.data_sha256 not in (None, source):
+            raise DataError(
+                f"the files of dataset '{config.name}' are not those that dataset.data_sha256 was recorded for",
+                "restore them, or take them as they are now with --set dataset.data_sha256=null",
+            )
+    except DataError as error:
+        if config.data_sha256 is None:
+            raise
+        # What they were is known, so the corpus may still be in the cache; only reading them is an error.
+        return Corpus(dict.fromkeys(SPLITS, failing(error)), fingerprint_of(config.data_sha256, config))
+    chosen, unused = named_splits(rows)
     pattern = config.document_start
     readers: dict[str, Reader] = {
-        split: lambda rows=rows[split]: documents_of(rows, pattern) for split in SPLITS if split in rows
+        split: lambda rows=rows[name]: documents_of(rows, pattern) for split, name in chosen.items()
     }
     if "train" not in readers:
         found = ", ".join(rows)
@@ -74,12 +87,39 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     if "validation" not in readers:
         hold = hold_out_of_stream if config.streaming else hold_out
         readers |= hold(readers["train"], config.validation_fraction, config.seed)
+    ordered = {split: readers[split] for split in SPLITS if split in readers}
+    return Corpus(ordered, fingerprint_of(source, config), unused=unused)
+
+
+def fingerprint_of(source: str, config: DatasetConfig) -> str:
+    """Return the fingerprint of the documents that `config` makes of the rows of a source."""
     settings = config.model_dump(
         include={"text_column", "document_start", "num_documents", "validation_fraction", "seed"}
     )
-    identity = json.dumps([source, settings], sort_keys=True)
-    ordered = {split: readers[split] for split in SPLITS if split in readers}
-    return Corpus(ordered, hashlib.sha256(identity.encode()).hexdigest())
+    return hashlib.sha256(json.dumps([source, settings], sort_keys=True).encode()).hexdigest()
+
+
+def failing(error: DataError) -> Reader:
+    """Return a reader that raises `error`."""
+
+    def read() -> Iterator[str]:
+        raise error
+
+    return read
+
+
+def named_splits(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return which of a dataset's splits is our train, validation and test split, and which are not used.
+
+    The exact name comes before the other usual ones (`SPLIT_NAMES`), in their order.
+    """
+    names = list(names)
+    ranks = {name: rank for rank, name in enumerate(SPLIT_NAMES)}
+    chosen: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (name not in SPLITS, ranks.get(name.strip().lower(), len(ranks)))):
+        if (split := split_of(name)) is not None:
+            chosen.setdefault(split, name)
+    return chosen, tuple(name for name in names if name not in chosen.values())
 
 
 def built_in_corpus(config: DatasetConfig) -> Corpus:
@@ -136,23 +176,29 @@ def limited(reader: Reader, count: int) -> Reader:
 def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
     """Split one reader into training and validation.
 
-    Documents are drawn at random, since a corpus is often sorted; of a single document the tail is held out.
+    Documents are drawn at random, since a corpus is often sorted; of a single document the tail is held out. They are
+    counted when one of the two is first read.
     """
-    count = sum(1 for _ in reader())
-    if count > MANY_DOCUMENTS:
-        return hold_out_of_stream(reader, fraction, seed)
-    if count == 1:
-        # A text of a word or two may leave a part blank, which is no document.
+
+    @cache
+    def parts() -> dict[str, Reader]:
+        count = sum(1 for _ in reader())
+        if count > MANY_DOCUMENTS:
+            return hold_out_of_stream(reader, fraction, seed)
+        if count == 1:
+            # A text of a word or two may leave a part blank, which is no document.
+            return {
+                "train": lambda: filter(str.strip, [cut_tail(next(reader()), fraction)[0]]),
+                "validation": lambda: filter(str.strip, [cut_tail(next(reader()), fraction)[1]]),
+            }
+        num_chosen = max(0, min(count - 1, max(1, round(count * fraction))))
+        chosen = frozenset(random.Random(seed).sample(range(count), num_chosen))
         return {
-            "train": lambda: filter(str.strip, [cut_tail(next(reader()), fraction)[0]]),
-            "validation": lambda: filter(str.strip, [cut_tail(next(reader()), fraction)[1]]),
+            "train": lambda: (text for i, text in enumerate(reader()) if i not in chosen),
+            "validation": lambda: (text for i, text in enumerate(reader()) if i in chosen),
         }
-    num_chosen = max(0, min(count - 1, max(1, round(count * fraction))))
-    chosen = frozenset(random.Random(seed).sample(range(count), num_chosen))
-    return {
-        "train": lambda: (text for i, text in enumerate(reader()) if i not in chosen),
-        "validation": lambda: (text for i, text in enumerate(reader()) if i in chosen),
-    }
+
+    return {"train": lambda: parts()["train"](), "validation": lambda: parts()["validation"]()}
 
 
 def hold_out_of_stream(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:

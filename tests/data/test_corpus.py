@@ -22,7 +22,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`load_corpus` on rows that a test gives, in the place of those that `datasets` reads."""
 
     def load(rows: dict[str, list[str]], source: str = "source", **settings: Any) -> Corpus:
-        monkeypatch.setattr("lumiere.data.hub.load_rows", lambda config: (rows, source))
+        monkeypatch.setattr("lumiere.data.corpus.load_rows", lambda config: (rows, source))
         return load_corpus(DatasetConfig(name="given", **settings))
 
     return load
@@ -168,6 +168,27 @@ def test_a_validation_split_is_left_as_it_is(load: Any) -> None:
     assert contents(corpus) == {"train": ["a", "b", "c"], "validation": ["v"], "test": ["t"]}
     # Any number of times.
     assert contents(corpus) == contents(corpus)
+
+
+@pytest.mark.parametrize(
+    ("names", "used", "unused"),
+    [
+        (["train", "valid"], {"train": "train", "validation": "valid"}, ()),
+        (["train", "dev", "test"], {"train": "train", "validation": "dev", "test": "test"}, ()),
+        (["eval", "Train"], {"train": "Train", "validation": "eval"}, ()),
+        (["eval", "validation", "train"], {"train": "train", "validation": "validation"}, ("eval",)),
+        (["train", "vaild", "unsupervised"], {"train": "train"}, ("vaild", "unsupervised")),
+    ],
+)
+def test_usual_names_of_splits(load: Any, names: list[str], used: dict[str, str], unused: tuple[str, ...]) -> None:
+    corpus = load({name: [f"{name} 1", f"{name} 2"] for name in names})
+    assert corpus.unused == unused
+    found = contents(corpus)
+    if "validation" not in used:
+        held_out = found.pop("validation")
+        assert sorted(held_out + found.pop("train")) == ["train 1", "train 2"]
+        used = {}
+    assert found == {split: [f"{name} 1", f"{name} 2"] for split, name in used.items()}
 
 
 def test_num_documents_limits_training_before_anything_is_held_out(load: Any) -> None:

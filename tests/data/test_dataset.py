@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import unicodedata
 from collections.abc import Callable
 from itertools import chain, pairwise
@@ -16,7 +17,7 @@ import pytest
 
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
-from lumiere.data import dataset, encoding
+from lumiere.data import checksums, dataset, encoding
 from lumiere.data.building import UNFINISHED
 from lumiere.data.corpus import Corpus
 from lumiere.data.dataset import Progress, SplitFacts, cache_dir, measure, tokenize_corpus, tokenize_text
@@ -281,6 +282,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
 def test_a_crafted_cache_is_an_error(built: Path, cache: Path, name: str, damage: Callable[[Path], Any]) -> None:
     shutil.copytree(built, cache)
+    (folders(cache)[0] / "checksums.json").unlink()  # they would say it first
     damage(folders(cache)[0] / name)
     with pytest.raises(DataError, match=r"the cached corpus in '.*' is damaged: ") as caught:
         tokenize_corpus(config_of())
@@ -302,11 +304,83 @@ def test_what_is_only_seen_when_it_is_read_is_an_error_then(
     built: Path, cache: Path, name: str, damage: Callable[[Path], Any], problem: str
 ) -> None:
     shutil.copytree(built, cache)
+    (folders(cache)[0] / "checksums.json").unlink()
     damage(folders(cache)[0] / name)
     windows = tokenize_corpus(config_of()).windows("train", config_of())
     with pytest.raises(DataError, match=f"the cached corpus in '.*' is damaged: it has {problem}") as caught:
         windows.cut(np.arange(len(windows)))
     assert caught.value.hint == "delete that folder"
+
+
+@pytest.mark.parametrize("name", ["train.ids", "validation.ids", "train.offsets"])
+def test_ids_that_were_changed_to_other_valid_ones_are_an_error(built: Path, cache: Path, name: str) -> None:
+    shutil.copytree(built, cache)
+    path = folders(cache)[0] / name
+    status = path.stat()
+    if name.endswith("ids"):
+        change(path, np.uint16, lambda ids: np.where(ids > 3, ids - 1, ids))
+    else:
+        change(path, np.int64, lambda offsets: offsets + (np.arange(len(offsets)) == 1))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DataError, match=name):
+        tokenize_corpus(config_of())
+
+
+def test_files_are_read_again_only_where_they_may_have_changed(
+    built: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built, cache)
+    [folder] = folders(cache)
+    read: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
+    tokenize_corpus(config_of())
+    tokenize_corpus(config_of())
+    assert len(read) == 12  # files that have just changed may change again within one tick of their times
+    monkeypatch.setattr(checksums, "SETTLED_SECONDS", -1e9)
+    tokenize_corpus(config_of())
+    read.clear()
+    tokenize_corpus(config_of())
+    assert not read
+    tokenize_corpus(config_of(), verify=True)
+    assert len(read) == 6
+    time.sleep(0.02)
+    (folder / "train.ids").touch()
+    read.clear()
+    tokenize_corpus(config_of())
+    assert read == [str(folder / "train.ids")]
+
+
+def test_verifying_finds_what_the_times_do_not_tell(built: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(built, cache)
+    monkeypatch.setattr(checksums, "SETTLED_SECONDS", -1e9)
+    tokenize_corpus(config_of())
+    path = folders(cache)[0] / "train.ids"
+    change(path, np.uint16, lambda ids: ids[::-1])
+    now = path.stat()
+    stamp = [now.st_size, now.st_ino, now.st_dev, now.st_mtime_ns, now.st_ctime_ns]
+    for record in (cache / "checksums").iterdir():
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"stamp": stamp}))
+    assert tokenize_corpus(config_of()).from_cache
+    with pytest.raises(DataError, match=r"train\.ids"):
+        tokenize_corpus(config_of(), verify=True)
+
+
+def test_a_cache_of_an_older_version_gets_checksums(built: Path, cache: Path) -> None:
+    shutil.copytree(built, cache)
+    [folder] = folders(cache)
+    whole = (folder / "checksums.json").read_text()
+    (folder / "checksums.json").unlink()
+    assert tokenize_corpus(config_of()).from_cache
+    assert json.loads((folder / "checksums.json").read_text()) == json.loads(whole)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "7", " " * 20_000])
+def test_damaged_checksums_are_an_error(built: Path, cache: Path, text: str) -> None:
+    shutil.copytree(built, cache)
+    (folders(cache)[0] / "checksums.json").write_text(text)
+    with pytest.raises(DataError, match="is damaged"):
+        tokenize_corpus(config_of())
 
 
 def test_no_file_outside_of_the_cache_is_read(built: Path, cache: Path) -> None:
@@ -359,7 +433,7 @@ def test_a_build_that_fails_is_gone_on_with(cache: Path, monkeypatch: pytest.Mon
     ]
     [folder] = folders(cache)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["tokenizer.json", "splits.json"]
+        ["tokenizer.json", "splits.json", "checksums.json"]
         + [f"{split}.{kind}" for split in ("train", "validation", "test") for kind in ("ids", "offsets")]
     )
 

@@ -1,0 +1,191 @@
+"""Local files of each split, from `dataset.data_files` or from a dataset folder."""
+
+import glob
+import os
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from lumiere.errors import DataError, nearest, shortened
+
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "validate": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""The usual names of splits, and ours."""
+
+METADATA_FILES = (
+    "readme.md",
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+)
+
+DataFiles = str | list[str] | dict[str, str | list[str]]
+
+
+def resolve_data_files(data_files: DataFiles, endings: Collection[str] | None = None) -> dict[str, list[str]]:
+    """Return the absolute paths of the files of each split, in the order given; a pattern's or a folder's sorted.
+
+    An entry is a file, a folder, or a glob pattern (`**` descends into folders). A text that names none of them may be
+    several entries with commas between. `~` is the home folder. Entries without a split are the training split; a
+    single folder is divided as by `folder_files`.
+
+    Args:
+        endings: Of the files to take from folders, such as `.txt`. Default: all.
+
+    Raises:
+        DataError: An entry is not local or matches no file, or a split has an unknown name or two names.
+    """
+    match data_files:
+        case dict():
+            splits: dict[str, list[str]] = {}
+            for name, entries in data_files.items():
+                split = split_of(name)
+                if split is None:
+                    guess = nearest(name.lower(), SPLIT_NAMES)
+                    raise DataError(
+                        f"dataset.data_files has an unknown split '{shortened(name, 60)}'",
+                        f"did you mean {SPLIT_NAMES[guess]}?" if guess else f"splits are {', '.join(SPLITS)}",
+                    )
+                if split in splits:
+                    raise DataError(
+                        f"dataset.data_files names the {split} split twice",
+                        f"'{name}' means {split}: list all its files under one name",
+                    )
+                splits[split] = expand([entries] if isinstance(entries, str) else entries, endings)
+            return splits
+        case str() if os.path.isdir(local(data_files)):
+            return folder_files(data_files, endings)
+        case str():
+            return {"train": expand([data_files], endings)}
+        case _:
+            return {"train": expand(data_files, endings)}
+
+
+def folder_files(folder: str, endings: Collection[str] | None = None) -> dict[str, list[str]]:
+    """Return the files in a folder by split.
+
+    The names of subfolders decide, then those of files: `valid/a.txt`, `news-test.txt`. Without any split's name, all
+    files are training files.
+
+    Raises:
+        DataError: The folder has no such files, or only some of them belong to a split.
+    """
+    root = local(folder)
+    paths = files_in(root, endings)
+    if not paths:
+        raise no_files(folder, endings)
+    relative = [Path(os.path.relpath(path, root)) for path in paths]
+    for names in ([path.parent.as_posix() for path in relative], [path.name for path in relative]):
+        found = [split_within(name) for name in names]
+        if not any(found):
+            continue
+        if None in found:
+            odd = relative[found.index(None)]
+            raise DataError(
+                f"the file '{odd}' in folder '{shortened(folder)}' belongs to no split, but others do",
+                "name its split (train, validation or test) in its file name, or list files in dataset.data_files",
+            )
+        return {
+            split: [path for path, own in zip(paths, found, strict=True) if own == split]
+            for split in SPLITS
+            if split in found
+        }
+    return {"train": paths}
+
+
+def split_of(name: str) -> str | None:
+    """Return our name of a split (`val` is `validation`), or None if it is unknown."""
+    return SPLIT_NAMES.get(name.strip().lower())
+
+
+def split_within(name: str) -> str | None:
+    """Return the split that a word of a file's or folder's name stands for, or None."""
+    words = (SPLIT_NAMES.get(word) for word in re.split(r"[^a-z]+", name.lower()))
+    return next(filter(None, words), None)
+
+
+def local(path: str) -> str:
+    """Return the absolute path.
+
+    Raises:
+        DataError: It is a URL, or a path that `fsspec` reads as a chain of file systems.
+    """
+    if "://" in path or "::" in path:
+        raise DataError(
+            f"dataset.data_files must be local files, not '{shortened(path)}'", "download it and name the copy"
+        )
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def expand(entries: Iterable[str], endings: Collection[str] | None) -> list[str]:
+    """Return the files that the entries name, each once."""
+    paths = []
+    for entry in entries:
+        found = matches(entry, endings)
+        if not found and "," in entry:
+            parts = [part.strip() for part in entry.split(",") if part.strip()]
+            found = [path for part in parts for path in matches(part, endings) or missing(part, endings)]
+        paths += found or missing(entry, endings)
+    if not paths:
+        raise DataError("dataset.data_files names no file", "name them: --set dataset.data_files=book.txt")
+    return list(dict.fromkeys(paths))
+
+
+def matches(entry: str, endings: Collection[str] | None) -> list[str]:
+    """Return the files that one entry names. A name that exists is no pattern."""
+    path = local(entry)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        return files_in(path, endings)
+    if "\0" in path or not glob.has_magic(path):
+        return []
+    return sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+
+
+def files_in(folder: str, endings: Collection[str] | None) -> list[str]:
+    """Return the files below a folder, sorted, without hidden ones and those about a dataset."""
+    found = glob.glob("**", root_dir=folder, recursive=True)
+    return [
+        path
+        for path in sorted(os.path.join(folder, name) for name in found)
+        if os.path.isfile(path)
+        and os.path.basename(path).lower() not in METADATA_FILES
+        and (endings is None or ending(path) in endings)
+    ]
+
+
+def ending(path: str) -> str:
+    """Return the ending of a file's name in lower case, without that of its compression."""
+    root, last = os.path.splitext(path.lower())
+    return os.path.splitext(root)[1] if last in (".gz", ".bz2", ".xz", ".zst") else last
+
+
+def missing(entry: str, endings: Collection[str] | None) -> list[str]:
+    """Raise the error for an entry that names no file."""
+    if os.path.isdir(local(entry)):
+        raise no_files(entry, endings)
+    kind = "file matches" if glob.has_magic(entry) else "file"
+    raise DataError(
+        f"dataset.data_files: there is no {kind} '{shortened(entry)}'",
+        f"relative paths start at {os.getcwd()}; check --set dataset.data_files=...",
+    )
+
+
+def no_files(folder: str, endings: Collection[str] | None) -> DataError:
+    kinds = f" ending in {', '.join(endings)}" if endings else ""
+    return DataError(f"the folder '{shortened(folder)}' has no files{kinds}", "check the path, or name the files")

@@ -1,0 +1,123 @@
+"""Files of each split: names, lists, mappings, patterns and folders, and what is refused."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumiere.data.data_files import folder_files, resolve_data_files
+from lumiere.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder with files, which is the working directory too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.txt", "b.txt", "[1].txt", "1.txt", "x, y.txt", "books/2.txt", "books/1.txt", "books/more/3.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "books" / ".hidden.txt").touch()
+    (tmp_path / "books" / "README.md").touch()
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a.txt", {"train": ["a.txt"]}),
+        (["b.txt", "a.txt", "b.txt"], {"train": ["b.txt", "a.txt"]}),
+        ({"train": "a.txt", "val": ["b.txt"]}, {"train": ["a.txt"], "validation": ["b.txt"]}),
+        ("~/a.txt", {"train": ["a.txt"]}),
+        ("[1].txt", {"train": ["[1].txt"]}),
+        ("[ab].txt", {"train": ["a.txt", "b.txt"]}),
+        ("x, y.txt", {"train": ["x, y.txt"]}),
+        ("b.txt,a.txt", {"train": ["b.txt", "a.txt"]}),
+        ("b.txt, [1].txt, ", {"train": ["b.txt", "[1].txt"]}),
+        ("books/*.txt", {"train": ["books/1.txt", "books/2.txt"]}),
+        ("books/**", {"train": ["books/1.txt", "books/2.txt", "books/README.md", "books/more/3.md"]}),
+        ("books", {"train": ["books/1.txt", "books/2.txt", "books/more/3.md"]}),
+        (["books/", "a.txt"], {"train": ["books/1.txt", "books/2.txt", "books/more/3.md", "a.txt"]}),
+        ({"train": "books"}, {"train": ["books/1.txt", "books/2.txt", "books/more/3.md"]}),
+    ],
+)
+def test_files_by_split(files: Path, given: Any, expected: dict[str, list[str]]) -> None:
+    absolute = {split: [str(files / name) for name in names] for split, names in expected.items()}
+    assert resolve_data_files(given) == absolute
+
+
+def test_endings_choose_among_the_files_of_a_folder(files: Path) -> None:
+    assert resolve_data_files(["books", "a.txt"], (".md",)) == {
+        "train": [str(files / "books/more/3.md"), str(files / "a.txt")]
+    }
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev", "eval", "validate", "Valid", " VAL "])
+def test_the_usual_names_of_the_validation_split(files: Path, name: str) -> None:
+    assert resolve_data_files({"train": "a.txt", name: "b.txt"})["validation"] == [str(files / "b.txt")]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train.txt", "valid.txt"], {"train": ["train.txt"], "validation": ["valid.txt"]}),
+        (["train/1.txt", "dev/test.txt"], {"train": ["train/1.txt"], "validation": ["dev/test.txt"]}),
+        (["news-Train-1.txt", "news_eval2.txt", "test.txt"],
+         {"train": ["news-Train-1.txt"], "validation": ["news_eval2.txt"], "test": ["test.txt"]}),
+        (["latest.txt", "trainer.txt"], {"train": ["latest.txt", "trainer.txt"]}),
+    ],
+)  # fmt: skip
+def test_a_folder_is_divided_by_names(tmp_path: Path, names: list[str], expected: dict[str, list[str]]) -> None:
+    folder = tmp_path / "corpus"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    absolute = {split: [str(folder / name) for name in own] for split, own in expected.items()}
+    assert folder_files("~/corpus") == absolute
+    assert resolve_data_files("corpus") == absolute
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("no.txt", "no.txt"),
+        (["a.txt", "no.txt"], "no.txt"),
+        ("a.txt,no.txt", "no.txt"),
+        ("no*.txt", "no*.txt"),
+        ("a\0b", "a\\x00b"),
+        ("a\0*", "a\\x00*"),
+        ("empty", "empty"),
+        ({"train": []}, "no file"),
+        ({"train": "empty"}, "empty"),
+        ({"train": "a.txt", "vaildation": "b.txt"}, "vaildation"),
+        ({"train": "a.txt", "other": "b.txt"}, "other"),
+        ({"val": "a.txt", "dev": "b.txt"}, "validation"),
+        ("https://host/a.txt", "https://host/a.txt"),
+        ("hf://datasets/a/b.txt", "hf://datasets/a/b.txt"),
+        (["a.txt", "s3://bucket/a.txt"], "s3://bucket/a.txt"),
+        ("file:///etc/hostname", "file:///etc/hostname"),
+        ("zip://a.txt::b.zip", "zip://a.txt::b.zip"),
+    ],
+)
+def test_refused(given: Any, named: str) -> None:
+    with pytest.raises(DataError) as caught:
+        resolve_data_files(given)
+    assert named in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_pipe_is_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe"):
+        resolve_data_files("pipe")
+
+
+def test_a_file_without_a_split_beside_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for name in ("train.txt", "vaild.txt"):
+        (tmp_path / "corpus" / name).touch()
+    with pytest.raises(DataError, match=r"vaild\.txt"):
+        folder_files("corpus")
