@@ -26,14 +26,13 @@ class FileRows:
         return json_rows(paths, self.column)
 
 
-def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
+def load_rows(config: DatasetConfig, source: Source) -> tuple[dict[str, Iterable[str]], str]:
     """Return the rows of each split, and a fingerprint of where they come from.
 
     Raises:
         DataError: The dataset does not exist or cannot be reached, would be read by a builder that may run code, or
             lacks the subset or the text column.
     """
-    source = find_source(config)
     if source.builder not in ("csv", "json"):
         from lumiere.data.hub import dataset_rows
 

@@ -200,7 +200,9 @@ def no_column(name: str, column: str, columns: Sequence[str], texts: Sequence[st
         texts: Those that hold text. Default: all.
     """
     texts = columns if texts is None else texts
-    guess = nearest(column, texts) or (texts[0] if len(texts) == 1 and len(columns) > 1 else None)
+    nested = [name for name in texts if name.rpartition(".")[2] == column]
+    close = nested[0] if len(nested) == 1 else nearest(column, texts)
+    guess = close or (texts[0] if len(texts) == 1 and len(columns) > 1 else None)
     if guess:
         hint = f"--set dataset.text_column={guess}"
     else:

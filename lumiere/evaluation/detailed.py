@@ -8,7 +8,7 @@ import numpy as np
 
 from lumiere.baselines.ngrams import Baseline, target_counts
 from lumiere.components.short_repr import ShortRepr
-from lumiere.data.dataset import TokenizedSplit
+from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.data.windows import Windows
 from lumiere.evaluation import Evaluation
 from lumiere.evaluation.bootstrap import NUM_RESAMPLES, SEED, standard_errors
@@ -80,6 +80,7 @@ class DetailedEvaluation(ShortRepr):
     Attributes:
         evaluation: the averages, as `evaluate` gives them.
         byte_perplexity: 2 to the power of the bits per byte.
+        normalized_share: share of the text's bytes that the tokenizer's normalizer changed.
         accuracy: share of the tokens that were the likeliest one.
         accuracy_at_5: share of the tokens that were among the 5 likeliest.
         by_position: by the number of tokens of the window that came before.
@@ -92,6 +93,7 @@ class DetailedEvaluation(ShortRepr):
 
     evaluation: Evaluation
     byte_perplexity: float
+    normalized_share: float
     accuracy: float
     accuracy_at_5: float
     calibration: Calibration
@@ -108,7 +110,7 @@ class DetailedEvaluation(ShortRepr):
 def evaluate_in_detail(
     model: Transformer,
     split: TokenizedSplit,
-    sizes: np.ndarray,
+    sizes: Sizes,
     windows: Windows,
     protocol: Protocol,
     batch_size: int,
@@ -120,7 +122,7 @@ def evaluate_in_detail(
     Args:
         model: on any device; it is left in the mode in which it came.
         split: the text.
-        sizes: (2, D) bytes and words of each of its documents, from `document_sizes`.
+        sizes: of its documents, from `document_sizes`.
         windows, protocol: from `training_windows` or `strided_windows`.
         batch_size: of the two averages over batches; nothing else depends on it.
         train: where the model's training counted tokens.
@@ -150,6 +152,7 @@ def evaluate_in_detail(
     return DetailedEvaluation(
         evaluation=evaluation,
         byte_perplexity=float(found.byte_perplexity),
+        normalized_share=float(sizes.num_changed_bytes.sum() / sizes.num_bytes.sum()),
         accuracy=float(found.accuracy),
         accuracy_at_5=float(found.accuracy_at_5),
         calibration=calibration(scores.confidences, scores.at_1),
@@ -217,7 +220,7 @@ def by_group(scores: Scores, groups: np.ndarray, names: list[str]) -> LossByGrou
     return LossByGroup(names, losses.tolist(), counts.tolist())
 
 
-def baseline_scores(scores: Scores, split: TokenizedSplit, sizes: np.ndarray) -> list[BaselineScore]:
+def baseline_scores(scores: Scores, split: TokenizedSplit, sizes: Sizes) -> list[BaselineScore]:
     found = []
     for name, losses in scores.baselines.items():
         total = figures(document_totals(scores, losses, split, sizes).total)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lumiere.data.dataset import TokenizedSplit
+from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.evaluation.scoring import Scores
 
 
@@ -17,8 +17,7 @@ class DocumentTotals(NamedTuple):
         num_scored: tokens that were scored; those that were scored twice count twice.
         at_1, at_5: as in `Scores`.
         num_targets: tokens that there are to predict, each once: all but the first.
-        num_bytes: UTF-8 bytes, before normalization.
-        num_words: words by white space, line ends counted.
+        num_bytes, num_words, num_normalized_bytes: as in `Sizes`.
     """
 
     nats: np.ndarray
@@ -28,6 +27,7 @@ class DocumentTotals(NamedTuple):
     num_targets: np.ndarray
     num_bytes: np.ndarray
     num_words: np.ndarray
+    num_normalized_bytes: np.ndarray
 
     @property
     def num_documents(self) -> int:
@@ -51,19 +51,26 @@ class Figures(NamedTuple):
     accuracy_at_5: np.ndarray
 
 
-def document_totals(scores: Scores, losses: np.ndarray, split: TokenizedSplit, sizes: np.ndarray) -> DocumentTotals:
+def document_totals(scores: Scores, losses: np.ndarray, split: TokenizedSplit, sizes: Sizes) -> DocumentTotals:
     """The sums of a split's documents.
 
     Args:
         losses: (S,) those of the model, or of a baseline.
-        sizes: (2, D) bytes and words of each document.
+        sizes: of each document, from `document_sizes`.
     """
 
     def total(values: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(scores.documents, values, minlength=split.facts.num_documents)
 
     return DocumentTotals(
-        total(losses), total(), total(scores.at_1), total(scores.at_5), np.diff(split.offsets) - 1, *sizes
+        nats=total(losses),
+        num_scored=total(),
+        at_1=total(scores.at_1),
+        at_5=total(scores.at_5),
+        num_targets=np.diff(split.offsets) - 1,
+        num_bytes=sizes.num_bytes,
+        num_words=sizes.num_words,
+        num_normalized_bytes=sizes.num_normalized_bytes,
     )
 
 
@@ -73,7 +80,7 @@ def figures(totals: DocumentTotals) -> Figures:
         loss = totals.nats / totals.num_scored
         # The mean loss is taken for every token of the text once, also for those that two windows share.
         nats = loss * totals.num_targets
-        bits_per_byte = nats / math.log(2) / totals.num_bytes
+        bits_per_byte = nats / math.log(2) / totals.num_normalized_bytes
         return Figures(
             loss=loss,
             perplexity=np.exp(loss),

@@ -14,7 +14,7 @@ import torch
 from lumiere.components.linear_cross_entropy import IGNORED
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
-from lumiere.data.dataset import TokenizedSplit
+from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.data.tokenizer import PAD
 from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
 from lumiere.evaluation.scoring import score, strided_windows
@@ -188,16 +188,14 @@ def diff(
     )
 
 
-def diff_texts(
-    first: Transformer, second: Transformer, texts: Sequence[tuple[TokenizedSplit, np.ndarray]]
-) -> ModelDiff:
+def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[TokenizedSplit, Sizes]]) -> ModelDiff:
     """Compares two models whose tokenizers differ on the same documents: bits per byte, and weights of equal shape.
 
     Each token is scored once, in windows that share one token.
 
     Args:
         first, second: A and B, in evaluation mode.
-        texts: the documents in the tokens of A and of B, and their sizes (2, D), from `document_sizes`.
+        texts: the documents in the tokens of A and of B, and their sizes, from `document_sizes`.
     """
     totals = []
     for model, (split, sizes) in zip((first, second), texts, strict=True):

@@ -19,7 +19,7 @@ from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.data import checksums, dataset, encoding
 from lumiere.data.building import UNFINISHED
-from lumiere.data.corpus import Corpus
+from lumiere.data.corpus import Corpus, row_reader
 from lumiere.data.dataset import Progress, SplitFacts, cache_dir, measure, tokenize_corpus, tokenize_text
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer
 from lumiere.errors import DataError, LumiereError
@@ -43,7 +43,7 @@ def give(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[str]]], No
     """Puts documents in the place of the corpus that the config names."""
 
     def give(documents: dict[str, list[str]]) -> None:
-        readers = {split: lambda texts=texts: iter(texts) for split, texts in documents.items()}
+        readers = {split: row_reader(texts, None) for split, texts in documents.items()}
         fingerprint = hashlib.sha256(repr(documents).encode()).hexdigest()
         counts = {split: len(texts) for split, texts in documents.items()}
         monkeypatch.setattr(dataset, "load_corpus", lambda config: Corpus(readers, fingerprint, counts))
@@ -123,7 +123,7 @@ def test_large_vocabularies_take_four_bytes(monkeypatch: pytest.MonkeyPatch, num
 def test_more_documents_than_are_encoded_at_once(
     give: Callable[[dict[str, list[str]]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(encoding, "BATCH_PARTS", 3)
     documents = {"train": [f"low {i}" for i in range(7)], "validation": ["low"]}
     give(documents)
     told: list[Progress] = []
@@ -132,9 +132,9 @@ def test_more_documents_than_are_encoded_at_once(
     assert corpus.splits["train"].ids.tolist() == list(chain(*corpus.tokenizer.encode_documents(documents["train"])))
     assert told == [
         Progress("reading the corpus"),
-        Progress("training the tokenizer"),
-        *(Progress("encoding the train split", done, 7) for done in (3, 6, 7)),
-        Progress("encoding the validation split", 1, 1),
+        Progress("training the tokenizer", num_bytes=35),
+        *(Progress("encoding the train split", done, 7, 5 * done) for done in (3, 6, 7)),
+        Progress("encoding the validation split", 1, 1, 3),
     ]
 
 
@@ -524,7 +524,7 @@ def test_a_single_text() -> None:
     ids = [SOT, *tokenizer.encode("low fi\n"), EOT]
     assert split.ids.tolist() == ids
     assert split.offsets.tolist() == [0, len(ids)]
-    assert split.facts == SplitFacts(1, len(ids), 8, 3, hashlib.sha256("low ﬁ\n".encode()).hexdigest())
+    assert split.facts == SplitFacts(1, len(ids), 8, 3, hashlib.sha256("low ﬁ\n\0".encode()).hexdigest(), 7)
     assert len(split.windows(64, 8)) == 1
     with pytest.raises(DataError, match="the text is empty"):
         tokenize_text(" \n", tokenizer)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lumiere.config.loader import load_config
 from lumiere.data.batches import steps_per_epoch
 from lumiere.data.dataset import tokenize_corpus
-from lumiere.data.rows import load_rows
+from lumiere.data.rows import find_source, load_rows
 from lumiere.data.tokenizer import EOT, PAD, SOT
 from lumiere.data.windows import Windows
 
@@ -114,7 +114,7 @@ def test_counts_on_wikitext(wikitext: Path, tmp_path: Path, monkeypatch: pytest.
     facts = {split: tokenized.splits[split].facts for split in tokenized.splits}
     assert {split: fact.num_documents for split, fact in facts.items()} == {"train": 600, "validation": 60, "test": 60}
     # Merity et al. 2016, table 1, count the line ends of blank rows too.
-    rows, _ = load_rows(config.dataset)
+    rows, _ = load_rows(config.dataset, find_source(config.dataset))
     blank = {split: sum(not row.strip() for row in rows[split]) for split in rows}
     assert {split: fact.num_words + blank[split] for split, fact in facts.items()} == {
         "train": 2_088_628,

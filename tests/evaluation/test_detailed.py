@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lumiere.baselines.ngrams import fit_baselines
-from lumiere.data.dataset import SplitFacts, TokenizedSplit
+from lumiere.data.dataset import Sizes, SplitFacts, TokenizedSplit
 from lumiere.data.windows import Windows
 from lumiere.errors import LumiereError
 from lumiere.evaluation import evaluate
@@ -25,13 +25,18 @@ from tests import reference
 
 CONTEXT, OVERLAP, VOCAB = 6, 2, 40
 LENGTHS = [15, 4, 8, 2, 21]
-SIZES = np.array([[40, 11, 19, 6, 44], [8, 2, 4, 1, 8]])
+SIZES = Sizes(
+    num_bytes=np.array([40, 13, 19, 6, 45]),
+    num_words=np.array([8, 2, 4, 1, 8]),
+    num_normalized_bytes=np.array([40, 11, 19, 6, 44]),
+    num_changed_bytes=np.array([0, 4, 0, 0, 2]),
+)
 
 
 def make_split(seed: int = 0) -> TokenizedSplit:
     draw = np.random.default_rng(seed)
     ids = list(chain(*([0, *draw.integers(3, VOCAB, length - 2).tolist(), 1] for length in LENGTHS)))
-    facts = SplitFacts(len(LENGTHS), len(ids), int(SIZES[0].sum()), int(SIZES[1].sum()), "")
+    facts = SplitFacts(len(LENGTHS), len(ids), 123, 23, "", 120)
     return TokenizedSplit(np.array(ids, dtype=np.uint16), np.cumsum([0, *LENGTHS]), facts, VOCAB)
 
 
@@ -265,7 +270,7 @@ def test_calibration_by_hand() -> None:
 def normal_totals(seed: int, documents: int = 400, shift: float = 0.0) -> DocumentTotals:
     draw = np.random.default_rng(seed)
     ones = np.ones(documents)
-    return DocumentTotals(100 * (3 + shift + draw.normal(0, 0.5, documents)), *[100 * ones] * 3, *[100 * ones] * 3)
+    return DocumentTotals(100 * (3 + shift + draw.normal(0, 0.5, documents)), *[100 * ones] * 7)
 
 
 def test_the_bootstrap_finds_the_error_of_a_mean() -> None:
