@@ -1,14 +1,22 @@
 """What the texts say is true: every command is in the README, and every command explains itself."""
 
 import re
+import shutil
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from lumiere import __version__
 from lumiere.cli import app
+from lumiere.config.loader import load_config
+from lumiere.persistence.runs import Run, RunStore
+from lumiere.training.launch import start
+from lumiere.training.preparation import prepare
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +94,46 @@ def test_readme_shows_only_options_that_exist() -> None:
 def test_the_changelog_has_this_version() -> None:
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def run_of_the_card() -> None:
+    """A run of the card's model under the card's name, before its first step."""
+    config = load_config("small", ["dataset={name: stories, num_documents: 5}"], {"training.max_steps": 1})
+    run = start(prepare(config), RunStore()).run
+    run.path.rename(run.path.with_name("run_hiq6ihsb_20250819_001808"))
+
+
+@pytest.mark.usefixtures("run_of_the_card")
+def test_python_snippets_run_in_their_order(trained_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
+    names: dict[str, Any] = {}
+    for path, num_snippets in (("docs/generation.md", 1), ("README.md", 4)):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        snippets = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        assert len(snippets) == num_snippets
+        names.clear()
+        for snippet in snippets:
+            exec(snippet, names)
+        assert len(capsys.readouterr().out) > 10, "a generated text is printed"
+    vocab_size = trained_run.load_config().tokenizer.vocab_size
+    assert names["without_first_mlp"].shape == (*names["tokens"].shape, vocab_size)
+    assert not torch.equal(names["without_first_mlp"], names["output"].logits)
+    assert names["tokens"][0, 0] == 0
+    assert names["model"].num_parameters == 1_188_992, "the last one is the card's"
+
+
+def test_no_text_installs_the_package_of_another_project() -> None:
+    """`lumiere` on PyPI is not this project."""
+    texts = [
+        *ROOT.glob("*.*"),
+        *(path for folder in ("docs", "lumiere", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.*")),
+    ]
+    for path in texts:
+        if path.suffix in (".md", ".py", ".toml", ".cff"):
+            found = re.search(r"pip install[^\n]*[ '\"=]lumiere(?!-)\b", path.read_text(encoding="utf-8"))
+            assert found is None, f"{path}: {found}"
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] == "lumiere-lm"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)

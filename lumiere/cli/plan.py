@@ -92,7 +92,15 @@ def show(config: "RunConfig", plan: "Plan", free: int) -> None:
     row("  a step", short_time(plan.seconds_per_step), f"median of {plan.measured_steps:,}")
     row("  peak", f"{scaled(plan.peak_flops)}FLOP/s", f"{plan.precision} on {plan.device}, measured")
 
+    row("  padding", f"{plan.padding_share:.1%}", "of all positions: computed, but not scored")
+
     row("steps", f"{plan.total_steps:,}", f"{plan.total_steps / plan.epoch_steps:,.1f} epochs of {plan.epoch_steps:,}")
+    if plan.warmup_steps:
+        row(
+            "  warm-up",
+            f"{plan.warmup_steps:,}",
+            "longer than training" if plan.warmup_steps > plan.total_steps else "",
+        )
     if plan.earliest_stop is not None:
         row("  at least", f"{plan.earliest_stop:,}", f"where patience ({settings.patience}) ends it early")
     row("time", duration(plan.total_seconds), "of all steps; saving left out")

@@ -90,7 +90,7 @@ def open_streams() -> None:
     """
     codecs.register_error("lookalike", replace_unencodable)
     if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY), encoding="utf-8")
     sys.stdout = wrapped(sys.stdout, Stdout)
     sys.stderr = wrapped(sys.stderr, Stderr)
 

@@ -79,6 +79,7 @@ def summary(corpus: "TokenizedCorpus", config: "RunConfig") -> dict[str, Any]:
                 "bytes": split.facts.num_bytes,
                 "bytes_per_token": split.facts.num_bytes / split.facts.num_tokens,
                 "windows": len(corpus.windows(name, config)),
+                "padding_share": corpus.windows(name, config).padding_share,
             }
             for name, split in corpus.splits.items()
         },
@@ -89,11 +90,13 @@ def show_summary(corpus: "TokenizedCorpus", config: "RunConfig") -> None:
     facts = summary(corpus, config)
     title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
     out().print(f"[bold]{escape(title)}[/]")
-    out().print(f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes a token':>13}  {'windows':>9}")
+    out().print(
+        f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes a token':>13}  {'windows':>9}  {'padding':>7}"
+    )
     for name, split in facts["splits"].items():
         out().print(
             f"{name:11}  {split['documents']:>9,}  {split['tokens']:>12,}  "
-            f"{split['bytes_per_token']:>13.2f}  {split['windows']:>9,}"
+            f"{split['bytes_per_token']:>13.2f}  {split['windows']:>9,}  {split['padding_share']:>7.1%}"
         )
     used, rows = facts["num_tokens_used"], facts["vocab_size"]
     out().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))

@@ -66,10 +66,18 @@ OPTIONS_ELSEWHERE: Mapping[str, str] = {
 class Commands(TyperGroup):
     """A group of commands whose usage errors are two lines, as all other errors are."""
 
-    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
-        extra |= {"prog_name": PROGRAM, "standalone_mode": False}
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = PROGRAM,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command and exit; `prog_name` and `standalone_mode` are always ours."""
         try:
-            code = super().main(args, **extra)
+            code = super().main(args, PROGRAM, complete_var, False, windows_expand_args, **extra)
         except typer.TyperException as error:
             if error.format_message():  # empty if the help was printed instead
                 print_error(usage_error(error))
@@ -101,8 +109,8 @@ def usage_error(error: typer.TyperException) -> LumiereError:
     ctx: typer.Context | None = getattr(error, "ctx", None)
     if ctx is None:
         return LumiereError(error.format_message().rstrip("."), "--help lists the options and what they take")
-    if hasattr(error, "possibilities"):  # only of an option that does not exist
-        name: str = getattr(error, "option_name")  # noqa: B009
+    name: str | None = getattr(error, "option_name", None)
+    if name is not None and hasattr(error, "possibilities"):  # which only an unknown option has
         return LumiereError(f"{ctx.command_path} has no option {name}", option_hint(ctx, name))
     message = error.format_message()
     return LumiereError(

@@ -96,6 +96,23 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @cached_property
+    def padding_share(self) -> float:
+        """Share of the positions of an epoch that are padding. Shifted windows are padded in short documents only."""
+        num_targets, before = 0, 0
+        for first in range(0, len(self.offsets) - 1, DOCUMENTS_AT_ONCE):
+            documents = slice(first, first + DOCUMENTS_AT_ONCE)
+            lengths = np.diff(self.offsets[first : first + DOCUMENTS_AT_ONCE + 1])
+            ends = self._ends[documents]
+            counts = np.diff(ends, prepend=before)
+            before = int(ends[-1])
+            # All windows of a document but the last are full.
+            last = np.minimum(lengths - (counts - 1) * self.stride, self.context_size + 1)
+            if self.shifts:
+                last = np.where(counts > 1, self.context_size + 1, last)
+            num_targets += int(((counts - 1) * self.context_size + last - 1).sum())
+        return 1 - num_targets / (len(self) * self.context_size)
+
     def documents(self, indices: np.ndarray) -> np.ndarray:
         """(N,) the document that each window is cut from."""
         return np.searchsorted(self._ends, indices, side="right")

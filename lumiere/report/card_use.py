@@ -10,7 +10,8 @@ PROMPT = "Once upon a time"
 
 def loading(facts: CardFacts) -> str:
     return (
-        "With Lumiere installed and the run's folder in `runs/`:\n\n"
+        "With Lumiere installed from its source (`lumiere` on PyPI is another project) and the run's folder in "
+        "`runs/`:\n\n"
         f"{fenced(our_example(facts), 'python')}\n\n"
         "Or by hand, in the way of the Lumiére model card:\n\n"
         f"{fenced(cards_example(facts), 'python')}\n\n"

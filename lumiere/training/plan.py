@@ -18,6 +18,7 @@ from lumiere.training import costs
 from lumiere.training.costs import Disk, Parameters
 from lumiere.training.loss import Objective, compiled, summed_loss
 from lumiere.training.preparation import Preparation
+from lumiere.training.schedule import unfinished_warmup
 from lumiere.training.sharing import check_shares
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import train_step
@@ -58,9 +59,11 @@ class Plan:
 
     Attributes:
         flops_per_token: of a trained position, forward and backward.
+        padding_share: share of the positions of all training windows that are padding.
         epoch_steps: steps of an epoch.
         total_steps: steps of the training where patience does not end it sooner.
         earliest_stop: the step at which patience could (None: it cannot).
+        warmup_steps: steps in which the learning rate rises.
         num_evaluations: in `total_steps`.
         num_processes: that share each step's windows and each evaluation's batches. Memory is that of each; times are
             those of one process with its share, while the others rest, so that the exchange of gradients is left out.
@@ -79,9 +82,11 @@ class Plan:
     memory: Memory
     disk: Disk
     num_windows: int
+    padding_share: float
     epoch_steps: int
     total_steps: int
     earliest_stop: int | None
+    warmup_steps: int
     num_evaluations: int
     num_processes: int
     windows_per_process: int
@@ -134,15 +139,20 @@ def make_plan(preparation: Preparation, warn: Callable[[str], None], world: Worl
         activations=measure_activations(preparation, state.model, objective, world.size),
         peak=peak_memory(preparation.device),
     )
+    windows = preparation.corpus.windows("train", config)
+    if message := unfinished_warmup(settings.warmup_steps, total_steps):
+        warn(message)
     return Plan(
         parameters=costs.count_parameters(config),
         flops_per_token=flops_per_token,
         memory=memory,
         disk=costs.disk(config, total_steps),
-        num_windows=len(preparation.corpus.windows("train", config)),
+        num_windows=len(windows),
+        padding_share=windows.padding_share,
         epoch_steps=epoch_steps,
         total_steps=total_steps,
         earliest_stop=costs.earliest_stop(settings, epoch_steps),
+        warmup_steps=settings.warmup_steps,
         num_evaluations=costs.num_evaluations(settings, epoch_steps),
         num_processes=world.size,
         windows_per_process=settings.batch_size // world.size,

@@ -38,3 +38,13 @@ def learning_rate_factor(
             return 1.0 - progress
         case "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def unfinished_warmup(warmup_steps: int, total_steps: int) -> str | None:
+    """What to warn of if the warm-up is longer than training; None if it is not."""
+    if warmup_steps <= total_steps:
+        return None
+    return (
+        f"training.warmup_steps={warmup_steps} exceeds the {total_steps:,} steps of training: the learning rate rises "
+        f"to {total_steps / warmup_steps:.0%} of its peak and never decays"
+    )

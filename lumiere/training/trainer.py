@@ -22,7 +22,7 @@ from lumiere.training.interruption import Interruption
 from lumiere.training.loss import Objective, compiled, summed_loss
 from lumiere.training.nonfinite import Guard, is_finite
 from lumiere.training.saving import Saver
-from lumiere.training.schedule import learning_rate_factor
+from lumiere.training.schedule import learning_rate_factor, unfinished_warmup
 from lumiere.training.shards import own_rows, whole
 from lumiere.training.state import TrainingState, new_model
 
@@ -96,6 +96,8 @@ def train(
 
     names = (run.name, state.step, total_steps, epoch_steps, state.model.num_parameters, len(windows))
     tell(StartEvent(*names, str(device), str(precision).removeprefix("torch."), peak_flops))
+    if message := unfinished_warmup(settings.warmup_steps, total_steps):
+        tell(WarningEvent(state.step, message))
     if state.step == 0 and settings.snapshots:
         saver.snapshot()
     evaluation = None

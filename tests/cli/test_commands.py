@@ -87,6 +87,13 @@ def test_what_to_try_next_works_as_printed(is_active: bool, tiny_yaml: Path, mon
         run_command(*arguments)
 
 
+def test_train_warns_of_a_warm_up_that_never_ends(tiny_yaml: Path) -> None:
+    for steps, is_said in (("3", True), ("4", False)):
+        result = CliRunner().invoke(app, ["train", str(tiny_yaml), "--max-steps", steps, "--json"])
+        assert result.exit_code == 0
+        assert ("training.warmup_steps=4" in result.stderr) == is_said
+
+
 def test_train_as_json_and_resume_of_a_finished_run(tiny_yaml: Path) -> None:
     record = json.loads(run_command("train", str(tiny_yaml), "--max-steps", "2", "--json"))
     assert (record["step"], record["status"]) == (2, "finished")
@@ -103,7 +110,10 @@ def test_tokenize_counts_and_takes_the_cache(tiny_yaml: Path, tiny_corpus: Token
     train = summary["splits"]["train"]
     assert train["documents"] == 10
     assert train["tokens"] == len(tiny_corpus.splits["train"].ids)
+    padding = tiny_corpus.windows("train", load_config(str(tiny_yaml))).padding_share
+    assert 0 < train["padding_share"] == padding
     printed = run_command("tokenize", str(tiny_yaml))
+    assert f"{padding:.1%}" in printed
     assert f"{train['tokens']:,}" in printed
     assert "(from the cache)" in printed
 

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.cli.plan import scaled, short_time
+from lumiere.config.schema import RunConfig
+from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
 from lumiere.training import plan
 
@@ -53,6 +56,25 @@ def test_in_words(trained_run: Run) -> None:
     (early,) = (line for line in lines if "where patience (2) ends it early" in line)
     steps_per_epoch = json.loads(planned(trained_run, "--json"))["epoch_steps"]
     assert early.split()[2] == str(3 * steps_per_epoch)
+
+
+def test_a_warm_up_that_training_never_ends_is_said(trained_run: Run) -> None:
+    command = ["train", str(trained_run.config_path), "--plan", "--json", "--max-steps", "10"]
+    for warmup, is_said in (("10", False), ("11", True)):
+        options = ["--set", f"training.warmup_steps={warmup}"]
+        result = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+        assert json.loads(result.stdout)["warmup_steps"] == int(warmup)
+        assert ("training.warmup_steps" in result.stderr) == is_said
+        assert ("91%" in result.stderr) == is_said
+
+
+def test_padding_is_said(trained_run: Run, tiny_corpus: TokenizedCorpus, tiny_config: RunConfig) -> None:
+    windows = tiny_corpus.windows("train", tiny_config)
+    lengths = windows.lengths(np.arange(len(windows)))
+    share = 1 - (lengths - 1).sum() / (len(windows) * tiny_config.model.context_size)
+    assert json.loads(planned(trained_run, "--json"))["padding_share"] == pytest.approx(share)
+    (line,) = (line for line in planned(trained_run).splitlines() if line.startswith("  padding"))
+    assert line.split()[1] == f"{share:.1%}"
 
 
 def test_numbers_with_their_units() -> None:
