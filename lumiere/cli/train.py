@@ -43,7 +43,8 @@ def train(
         typer.Option(
             "--resume",
             metavar="RUN",
-            help="Go on with a run, exactly as if it had never stopped. --set may lengthen it (training.max_epochs).",
+            help="Resume a run from its latest checkpoint. On a CPU, the result is bit-identical to an uninterrupted "
+            "run. --set may lengthen it (training.max_epochs), --device may move it.",
             autocompletion=complete_run,
         ),
     ] = None,

@@ -1,14 +1,17 @@
 """Which settings of a run may change when it goes on, and why the others may not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lumiere.config.loader import assign, flat_settings, parse_override, validate
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import ConfigError
 from lumiere.training.costs import num_steps
 from lumiere.training.schedule import learning_rate_factor
+
+if TYPE_CHECKING:
+    from lumiere.training.preparation import Preparation
 
 CHANGEABLE = (
     "max_epochs",
@@ -24,8 +27,16 @@ CHANGEABLE = (
     "parallel",
     "gather_limit_gb",
     "rank_timeout",
+    "device",
+    "precision",
+    "gradient_accumulation_steps",
+    "activation_checkpointing",
+    "compile",
 )
-"""Settings of `training` that say how long it goes on, what is watched and who computes, and not what a step does."""
+"""Settings of `training` that say how long it goes on, what is watched, and who computes a step and how."""
+
+INEXACT = ("training.gradient_accumulation_steps", "training.compile")
+"""Changeable settings on which the rounding of a step depends; of device and precision, what was taken counts."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,18 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
     """The settings that differ."""
     old, new = flat_settings(before), flat_settings(after)
     return [Change(path, old[path], value) for path, value in new.items() if value != old[path]]
+
+
+def inexact_changes(before: RunConfig, preparation: "Preparation", record: Mapping[str, Any]) -> list[Change]:
+    """Return the changes after which the weights are no longer bit-identical to those of an uninterrupted run.
+
+    Args:
+        before: the config of the checkpoint to resume from.
+        record: contents of `run.json`, with the device and the precision so far.
+    """
+    taken = {"device": str(preparation.device), "precision": str(preparation.precision).removeprefix("torch.")}
+    moved = [Change(key, record[key], value) for key, value in taken.items() if record.get(key, value) != value]
+    return moved + [change for change in changes(before, preparation.config) if change.path in INEXACT]
 
 
 def check_changes(changed: Sequence[Change], run_id: str) -> None:

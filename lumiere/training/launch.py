@@ -3,11 +3,12 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lumiere.components.world import ALONE, World
 from lumiere.config.loader import dump_config
@@ -26,10 +27,10 @@ from lumiere.training.costs import disk, num_steps
 from lumiere.training.distributed import own_device
 from lumiere.training.environment import environment
 from lumiere.training.events import Listener, WarningEvent
-from lumiere.training.extension import changes, check_schedule
+from lumiere.training.extension import changes, check_schedule, inexact_changes
 from lumiere.training.loggers.opening import opened_loggers
 from lumiere.training.metrics_log import MetricsLog
-from lumiere.training.preparation import Preparation
+from lumiere.training.preparation import Preparation, trained_config
 from lumiere.training.processes import noticing_losses
 from lumiere.training.restarts import job, token
 from lumiere.training.saving import progress
@@ -138,7 +139,8 @@ def resume(
             message = f"{problem}, training goes on from {name} (step {step:,})"
             for listener in listeners:
                 listener(WarningEvent(step, message))
-        if checkpoint and (message := inexactness(checkpoint, run.load_config(), preparation.config, world)):
+        warnings = resume_warnings(checkpoint, name, preparation, run.record, world) if checkpoint and name else []
+        for message in warnings:
             for listener in listeners:
                 listener(WarningEvent(step, message))
         with writing(run.path):
@@ -148,7 +150,8 @@ def resume(
         changed = changes(run.load_config(), preparation.config)
         earlier = run.record.get("resumes")
         resumes = earlier if isinstance(earlier, list) else []  # a file that was edited may hold anything
-        run.update(resumes=[*resumes, {"at": now(), "step": step, "changed": list(map(str, changed))}])
+        entry = {"at": now(), "step": step, "changed": list(map(str, changed)), "warnings": warnings}
+        run.update(resumes=[*resumes, entry])
         if changed:
             with writing(run.config_path):
                 write_atomically(run.config_path, dump_config(preparation.config).encode())
@@ -174,6 +177,25 @@ def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, wor
         f"trained so far with {old}, now with {new}: the data and its order stay, {lost} do not, so the weights will "
         f"differ from those of never having stopped"
     )
+
+
+def resume_warnings(
+    checkpoint: Checkpoint, name: str, preparation: Preparation, record: Mapping[str, Any], world: World
+) -> list[str]:
+    """Return the reasons why a resumed run will not be bit-identical to an uninterrupted one.
+
+    Args:
+        name: of the checkpoint to resume from.
+        record: contents of `run.json`, with the device and the precision so far.
+    """
+    before = trained_config(checkpoint.metadata.get("config"), name)
+    warnings = [inexactness(checkpoint, before, preparation.config, world)]
+    if changed := inexact_changes(before, preparation, record):
+        warnings.append(
+            f"{', '.join(map(str, changed))}: the data and its order stay the same, but the weights will not be "
+            f"bit-identical to those of an uninterrupted run"
+        )
+    return [warning for warning in warnings if warning]
 
 
 def processes(size: int, config: RunConfig) -> str:

@@ -1,11 +1,11 @@
 """What a training needs before it can start: everything that can fail on the user's input is found out here."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lumiere.config.loader import validate
+from lumiere.config.loader import parse_override, validate
 from lumiere.config.schema import RunConfig
 from lumiere.data.corpus import load_corpus
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
@@ -71,20 +71,18 @@ def prepare_resume(
     """`prepare` for a run that exists: with its own config, on the device and in the precision that it took.
 
     Args:
-        overrides: `section.key=value` texts for settings that may change on the way.
+        overrides: `section.key=value` texts for settings that may change on the way. A device or a precision among
+            them replaces the recorded one, and so does `auto` a recorded device that is not there.
 
     Raises:
         ConfigError: if one of them may not, or config.yaml is no longer what the run was trained with.
-        LumiereError: if the device is not there, or the corpus or the tokenizer is another one.
+        LumiereError: if the device that is asked for is not there, or the corpus or the tokenizer is another one.
     """
     config = with_overrides(run.load_config(), overrides)
     check_changes(changed_settings(run, config), run.id)
     record = run.record
-    taken = {key: record[key] for key in ("device", "precision") if key in record}
-    values = config.model_dump()
-    # Read as strictly as a config: the record is a file too.
-    there = validate(values | {"training": values["training"] | taken})
-    preparation = prepare(there, progress)
+    given = {parse_override(override)[0] for override in overrides}
+    preparation = prepare(with_recorded_device(config, record, given), progress)
     # A run that was killed while it was made may have no tokenizer yet, and then nothing was trained with another one.
     made = run.tokenizer_path.exists() or CheckpointManager(run.path.parent).names(run)
     if made and preparation.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
@@ -99,6 +97,38 @@ def prepare_resume(
             "restore it as it was, or start a new run",
         )
     return replace(preparation, config=config)
+
+
+def with_recorded_device(config: RunConfig, record: Mapping[str, Any], given: Collection[str]) -> RunConfig:
+    """Return `config` with the device and the precision to resume a run with.
+
+    A recorded device is kept if it is there, and the recorded precision if the device is of the same kind.
+
+    Args:
+        record: contents of `run.json`.
+        given: keys that the user set, whose values in `config` are kept.
+    """
+    from lumiere.components.device import resolve_device
+
+    def having(**taken: Any) -> RunConfig:
+        # Read as strictly as a config: the record is a file too.
+        values = config.model_dump()
+        return validate(values | {"training": values["training"] | taken})
+
+    taken = {key: record[key] for key in ("device", "precision") if key in record}
+    wanted = having(**{key: value for key, value in taken.items() if f"training.{key}" not in given})
+    if "device" not in taken:
+        return wanted
+    try:
+        device = resolve_device(wanted.training.device)
+    except LumiereError:
+        if "training.device" in given:
+            raise
+        wanted = having(**wanted.training.model_dump(include={"precision"}), device="auto")
+        device = resolve_device("auto")
+    if device.type == taken["device"].partition(":")[0] or "training.precision" in given:
+        return wanted
+    return having(device=wanted.training.device)
 
 
 def changed_settings(run: Run, config: RunConfig) -> list[Change]:

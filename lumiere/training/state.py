@@ -155,7 +155,8 @@ class TrainingState:
             metadata = NEWER_COUNTERS | checkpoint.metadata
             counters = {name: metadata[name] for name in COUNTERS}
             device = next(self.model.parameters()).device
-            if device.type == "cuda":
+            # A run that was trained on a CPU so far draws on from its seed.
+            if device.type == "cuda" and "cuda" in checkpoint.rng:
                 torch.cuda.set_rng_state(checkpoint.rng["cuda"], device)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             # Torch's own message is a page of parameter names.

@@ -63,8 +63,8 @@ def train(
         precision: type of the matrix products; the weights are float32.
         peak_flops: FLOP/s of the device in that type, of all processes' together, which `mfu` is a share of.
         listeners: called with each event, in order.
-        checkpoint: the state to go on from (None: from the start). The result is, bit for bit, that of a training
-            which never stopped, on the same machine with the same number of threads and processes.
+        checkpoint: the state to go on from (None: from the start). The result on a CPU is, bit for bit, that of a
+            training which never stopped, on the same machine with the same number of threads and processes.
         world: the processes that train together, each of which calls this; rank 0 alone writes.
 
     Raises:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,7 +111,6 @@ OTHER = {
     "training.seed": 5,
     "training.ema_decay": 0.9,
     "training.schedule": "linear",
-    "training.gradient_accumulation_steps": 2,
 }
 
 
@@ -127,6 +127,44 @@ def test_what_a_step_computes_does_not_change_on_the_way(configure, launch, stop
     run.config_path.write_text(dump_config(validate(values)))
     with pytest.raises(ConfigError, match=f"was trained with {path} .* which cannot become"):
         prepare_resume(run)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("override", "change"),
+    [
+        ("training.precision=bfloat16", "precision: float32 -> bfloat16"),
+        ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps: 1 -> 2"),
+        ("training.compile=true", "training.compile: False -> True"),
+    ],
+)
+def test_how_a_step_is_computed_may_change_and_the_bits_with_it(
+    configure, launch, stop_at, monkeypatch: pytest.MonkeyPatch, optimizer: str, override: str, change: str
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    config = configure({"model.dropout": 0.0, "training.optimizer": optimizer})
+    straight = launch(config).state
+    run = launch(config, [stop_at(3)]).run
+    result = go_on(run, override)
+    assert (result.state.step, run.record["status"]) == (6, "finished")
+    (entry,) = run.record["resumes"]
+    (warning,) = entry["warnings"]
+    assert warning.startswith(change)
+    assert run.load_config() != config
+    weights, expected = result.state.model.state_dict(), straight.model.state_dict()
+    assert compiled or any((weights[name] != expected[name]).any() for name in expected), "it took effect"
+    assert all(torch.allclose(weights[name], expected[name], atol=0.02) for name in expected)
+
+
+def test_activation_checkpointing_may_change_and_no_bit_with_it(configure, launch, stop_at, tensor_hashes) -> None:
+    config = configure({})
+    straight = launch(config).run
+    run = launch(config, [stop_at(3)]).run
+    go_on(run, "training.activation_checkpointing=true")
+    assert run.record["resumes"][0]["warnings"] == []
+    assert run.load_config().training.activation_checkpointing
+    assert tensor_hashes(run, "latest") == tensor_hashes(straight, "latest")
 
 
 def test_a_setting_that_is_misspelt_is_refused_as_ever(configure, launch, stop_at) -> None:

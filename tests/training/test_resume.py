@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -307,12 +308,42 @@ def test_device_and_precision_are_those_it_was_trained_with(configure, launch, m
     assert resumed.config == config, "the checkpoints keep the config that was given"
 
 
-def test_a_device_that_is_gone_is_refused(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = launch(configure({}), [stop_at(3)]).run
-    run.update(device="cuda")
+def test_a_device_that_is_gone_is_no_dead_end(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LumiereError, match="there is no device 'cuda'"):
-        prepare_resume(run)
+    run = launch(configure({"training.device": "auto", "training.precision": "auto"}), [stop_at(3)]).run
+    # As if it had been trained on a GPU so far, whose random numbers the checkpoint has too.
+    run.update(device="cuda:1", precision="bfloat16")
+    checkpoint = CheckpointManager().load(run, "latest")
+    on_gpu = replace(checkpoint, rng=checkpoint.rng | {"cuda": torch.zeros(16, dtype=torch.uint8)})
+    CheckpointManager().save(run, "latest", on_gpu)
+    warnings: list[str] = []
+    preparation = prepare_resume(run)
+    assert (str(preparation.device), preparation.precision) == ("cpu", torch.float32)
+    result = resume(
+        preparation, run, [lambda event: warnings.append(event.message) if isinstance(event, WarningEvent) else None]
+    )
+    assert (result.state.step, run.record["device"], run.record["precision"]) == (6, "cpu", "float32")
+    assert warnings == run.record["resumes"][0]["warnings"]
+    (warning,) = warnings
+    assert "device: cuda:1 -> cpu" in warning
+    assert "precision: bfloat16 -> float32" in warning
+    # The next resume is on the device that it took in between.
+    assert prepare_resume(run).device.type == "cpu"
+    with pytest.raises(LumiereError, match="no device 'cuda'"):
+        prepare_resume(run, overrides=["training.device=cuda"])
+
+
+def test_another_gpu_keeps_the_precision(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = launch(configure({"training.device": "auto", "training.precision": "auto"}), [stop_at(3)]).run
+    run.update(device="cuda:1", precision="float32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for overrides in ([], ["training.device=cuda:0"], ["training.device=cuda"]):
+        resumed = prepare_resume(run, overrides=overrides)
+        assert (resumed.device.type, resumed.precision) == ("cuda", torch.float32)
+    asked = prepare_resume(run, overrides=["training.device=cpu", "training.precision=bfloat16"])
+    assert (str(asked.device), asked.precision) == ("cpu", torch.bfloat16)
 
 
 def test_another_corpus_is_refused(configure, launch) -> None:
