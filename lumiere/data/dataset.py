@@ -5,13 +5,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lumiere.config.schema import RunConfig
+from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data.building import Listener, Progress, build_folder
 from lumiere.data.checksums import cache_dir, changed_files
 from lumiere.data.corpus import SPLITS, Corpus, load_corpus
@@ -90,6 +90,8 @@ def tokenize_corpus(
     tell = listener or (lambda _: None)
     tell(Progress("reading the corpus"))
     corpus = corpus or load_corpus(config.dataset)
+    if corpus.missing is not None:
+        tell(Progress(f"{corpus.missing.message}; the encoded corpus in the cache is used", is_note=True))
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, config.tokenizer.model_dump()], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, tell)
@@ -97,6 +99,18 @@ def tokenize_corpus(
     if len(tokenized.tokenizer) > config.tokenizer.vocab_size:
         raise damaged(folder, f"its tokenizer has {len(tokenized.tokenizer):,} tokens")
     return tokenized
+
+
+def source_documents(config: DatasetConfig, corpus: TokenizedCorpus, split: str) -> tuple[Iterable[str], bool]:
+    """Return the documents of a split that was encoded, and whether they are decoded from its ids.
+
+    They are read from their source; decoded only if its files are gone or have changed, for then they are normalized.
+    """
+    source = load_corpus(config)
+    if source.missing is None:
+        return source.documents(split), False
+    ids, offsets = corpus.splits[split].ids, corpus.splits[split].offsets
+    return (corpus.tokenizer.decode(ids[begin:end]) for begin, end in pairwise(offsets)), True
 
 
 def tokenize_text(text: str, tokenizer: Tokenizer) -> TokenizedSplit:
@@ -137,13 +151,18 @@ def tokenize_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Tokeni
     )
 
 
-def document_sizes(documents: Iterable[str], facts: SplitFacts) -> np.ndarray:
+def document_sizes(documents: Iterable[str], facts: SplitFacts, are_decoded: bool = False) -> np.ndarray:
     """Bytes and words of each document, (2, num_documents), as `SplitFacts` counts them.
+
+    Args:
+        are_decoded: the documents are decoded from ids, so that their sizes are those after normalization.
 
     Raises:
         DataError: if the documents are not those of `facts`.
     """
     sizes = np.array([measure(text) for text in documents]).T
+    if are_decoded:
+        return sizes
     if sizes.shape != (2, facts.num_documents) or sizes.sum(1).tolist() != [facts.num_bytes, facts.num_words]:
         raise DataError("the corpus has changed while it was read", "try again, or restore it as it was")
     return sizes
