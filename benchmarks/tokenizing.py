@@ -25,11 +25,10 @@ SETTINGS = [
 ]
 STORIES_AT_ONCE = 2000
 ALONE_BYTES = 40_000_000  # of documents that `encode_batch` gets at once, and of each call as many as Lumiere's
-CODE_OF_IMPORTS = "import torch, numpy, datasets, tokenizers, lumiere.cli.tokenize, lumiere.data.hub"
+CODE_OF_IMPORTS = "import torch, numpy, tokenizers, lumiere.cli.tokenize, lumiere.data.dataset"
 CODE_OF_FIRST_BATCH = """
 import sys, time
 from lumiere.config.loader import load_config
-from lumiere.data import hub
 from lumiere.data.batches import batch_at
 from lumiere.data.dataset import tokenize_corpus
 config = load_config("tiny", sys.argv[1:])

@@ -1,16 +1,24 @@
 """Data is never code: nothing that Lumiere reads is unpickled, evaluated, or built by a YAML tag."""
 
 import ast
+import contextlib
+import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from datasets.packaged_modules import _EXTENSION_TO_MODULE, _PACKAGED_DATASETS_MODULES
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.config.loader import UniqueKeyLoader, load_config_file
+from lumiere.config.loader import UniqueKeyLoader, dump_config, load_config_file
+from lumiere.config.schema import DatasetConfig
+from lumiere.data import hub
+from lumiere.data.rows import find_source, load_rows
 from lumiere.errors import CheckpointError, ConfigError, DataError
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
 from lumiere.persistence.runs import Run, RunStore
@@ -104,6 +112,104 @@ def test_the_payload_of_a_pickle_never_runs(trained_run: Run, tmp_path: Path) ->
         assert run.record == {"status": "unknown"}
         assert CliRunner().invoke(app, ["generate", "--runs-dir", str(tmp_path / "runs")]).exit_code == 2
     assert not fired.exists()
+
+
+def refused(run: Run, capture: pytest.CaptureFixture[str], settings: dict[str, object]) -> None:
+    """That `lumiere eval` of a run whose config was changed is refused in two lines."""
+    config = run.load_config()
+    dataset = config.dataset.model_copy(update=settings)
+    run.config_path.write_text(dump_config(config.model_copy(update={"dataset": dataset})), encoding="utf-8")
+    result = CliRunner().invoke(app, ["eval", str(run.path)])
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") <= 4  # two lines, perhaps wrapped
+    assert "error:" in result.stderr
+
+
+def test_a_copied_run_unpickles_nothing(
+    trained_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fired = tmp_path / "runs" / trained_run.name, tmp_path / "fired"
+    shutil.copytree(trained_run.path, folder)
+    (tmp_path / "data").mkdir()
+    for name in ("evil.pkl", "data/train.pkl"):
+        (tmp_path / name).write_bytes(pickle.dumps(Payload(fired)))
+    run = RunStore(tmp_path / "runs").open("latest")
+    for settings in (
+        {"name": "pandas", "data_files": str(tmp_path / "evil.pkl")},
+        {"name": str(tmp_path / "data")},
+        {"name": str(tmp_path / "data"), "data_files": "*.pkl"},
+    ):
+        refused(run, capsys, settings)
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize("address", ["https://127.0.0.1:9/a.csv", "hf://datasets/a/b/c.csv", "s3://bucket/a.csv"])
+def test_a_copied_run_opens_no_address(
+    trained_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    shutil.copytree(trained_run.path, tmp_path / "runs" / trained_run.name)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
+    run = RunStore(tmp_path / "runs").open("latest")
+    (tmp_path / "data").mkdir()
+    readme = f"---\nconfigs: [{{config_name: default, data_files: '{address}'}}]\n---\n"
+    (tmp_path / "data" / "README.md").write_text(readme)
+    for name in ("csv", "text", str(tmp_path / "data")):
+        refused(run, capsys, {"name": name, "data_files": address})
+
+
+def test_listing_opens_no_data(trained_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained_run.path, tmp_path / "runs" / trained_run.name)
+    data = tmp_path / "data.csv"
+    data.write_text("text\na\n")
+    run = RunStore(tmp_path / "runs").open("latest")
+    config = run.load_config()
+    dataset = config.dataset.model_copy(update={"name": "csv", "data_files": str(data)})
+    run.config_path.write_text(dump_config(config.model_copy(update={"dataset": dataset})), encoding="utf-8")
+    opened: list[str] = []
+    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+    for command in (["ls"], ["show", run.id], ["card", run.id]):
+        assert CliRunner().invoke(app, ["runs", *command, "--runs-dir", str(tmp_path / "runs")]).exit_code == 0
+    assert str(run.config_path) in opened
+    assert str(data) not in opened
+
+
+@pytest.mark.parametrize("name", sorted({*_PACKAGED_DATASETS_MODULES, "cache"}))
+def test_only_builders_of_plain_data_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By their name, by the ending of a folder's files, and by what `datasets` makes of a folder with a README."""
+    ran: list[str] = []
+    for method in ("download_and_prepare", "as_dataset", "as_streaming_dataset"):
+        monkeypatch.setattr(
+            datasets.DatasetBuilder, method, lambda builder, *_, **__: ran.append(type(builder).__name__)
+        )
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    settings: list[dict[str, object]] = [{"name": name, "data_files": "a.bin"}]
+    (tmp_path / "a.bin").touch()
+    for number, ending in enumerate(ending for ending, (module, _) in _EXTENSION_TO_MODULE.items() if module == name):
+        for readme in (False, True):
+            folder = tmp_path / f"{number}{readme}"
+            folder.mkdir()
+            (folder / f"train{ending}").touch()
+            if readme:
+                text = f"---\nconfigs: [{{config_name: default, data_files: 'train{ending}'}}]\n---\n"
+                (folder / "README.md").write_text(text)
+            settings.append({"name": str(folder)})
+    allowed = name in ("text", "json", "csv", "parquet", "arrow")
+    for setting in settings:
+        for streaming in (False, True):
+            config = DatasetConfig.model_validate({**setting, "streaming": streaming})
+            if allowed:
+                with contextlib.suppress(DataError, AttributeError):  # the files are empty
+                    load_rows(config)
+            elif os.path.isdir(config.name) and ending_is_ours(config.name):
+                assert find_source(config).builder == "text"  # .md, which `datasets` takes for tasks of agents
+            else:
+                with pytest.raises(DataError):
+                    load_rows(config)
+    assert allowed or not ran
+
+
+def ending_is_ours(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "train.md")) and not os.path.exists(os.path.join(folder, "README.md"))
 
 
 @pytest.mark.parametrize(

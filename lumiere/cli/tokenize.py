@@ -22,6 +22,9 @@ def tokenize(
         Optional[str],  # noqa: UP045
         typer.Option("--text", metavar="TEXT", help="Show how this text is split into tokens."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the ids in the cache with their checksums.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train the tokenizer of a config and encode its corpus, once; a second call takes the cache.
@@ -34,7 +37,7 @@ def tokenize(
 
     resolved = load_config(config, overrides or ())
     with CorpusProgress() as progress:
-        corpus = tokenize_corpus(resolved, progress)
+        corpus = tokenize_corpus(resolved, progress, verify=verify)
     if text is not None:
         show_text(text, corpus.tokenizer, as_json)
     elif as_json:

@@ -70,13 +70,15 @@ class DatasetConfig(Section):
     """The corpus, and how documents are cut into windows."""
 
     name: Annotated[str, Field(min_length=1)] = "stories"
-    """`stories` or `chains` (built in), a Hub name, a local dataset folder, or a builder: text, json, csv, parquet."""
+    """`stories` or `chains` (built in), a Hub name, a local folder, or a builder: text, json, csv, parquet, arrow."""
     subset: str | None = None
     """Subset (Hugging Face calls it the configuration name), such as `wikitext-2-raw-v1`."""
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """Files for a builder: one, a list, or a mapping of splits to files."""
+    """Files for a builder: a file, a folder or a pattern, a list of them, or a mapping of splits to them."""
+    data_sha256: str | None = None
+    """Hash of the local files that were read; a run records it. Files with other contents are refused."""
     text_column: Annotated[str, Field(min_length=1)] = "text"
-    """The column that holds the text."""
+    """The column that holds the text; `doc.text` is the column `text` within `doc`."""
     streaming: Boolean = False
     """Read the rows as they are needed, instead of downloading and converting the whole dataset first."""
     document_start: str | None = None

@@ -1,7 +1,6 @@
 """Corpora in the cache: built by one process at a time, in a folder that takes its name only when it is whole."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import platformdirs
-
 from lumiere.config.schema import RunConfig
+from lumiere.data.checksums import cache_dir, write_checksums
 from lumiere.data.corpus import Corpus
 from lumiere.data.encoding import SplitFacts, encode_split, write_durably
 from lumiere.data.text import Part
@@ -36,11 +34,6 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
-def cache_dir() -> Path:
-    """Where encoded corpora are kept between runs; `LUMIERE_CACHE_DIR` overrides it."""
-    return Path(os.environ.get("LUMIERE_CACHE_DIR") or platformdirs.user_cache_dir("lumiere"))
-
-
 def build_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener) -> bool:
     """Train the tokenizer and encode every split; go on where a former process was stopped.
 
@@ -60,6 +53,7 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener
             remove_forgotten(folder.parent)
             unfinished.mkdir(exist_ok=True)
             fill_folder(unfinished, corpus, config, tell)
+            write_checksums(unfinished)
             unfinished.rename(folder)
             return True
     except OSError as error:

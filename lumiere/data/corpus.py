@@ -2,25 +2,22 @@
 
 import hashlib
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, groupby
 from operator import itemgetter
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
-from lumiere.data.data_files import folder_files, resolve_data_files
+from lumiere.data.data_files import SPLIT_NAMES, SPLITS, split_of
+from lumiere.data.rows import TextFiles, load_rows
 from lumiere.data.stories import STORIES_VERSION, stories
-from lumiere.data.text import Part, blocks, lines, parts
+from lumiere.data.text import Part, parts
 from lumiere.errors import DataError
-from lumiere.files import open_file
 
-SPLITS = ("train", "validation", "test")
-TEXT_ENDINGS = (".txt", ".md")
-"""Of the files that are read from a folder of plain text."""
 DEFAULT_NUM_DOCUMENTS = 20_000
 """Of a built-in corpus."""
 MANY_DOCUMENTS = 1_000_000
@@ -45,11 +42,13 @@ class Corpus:
         readers: for each split, a function that starts to read its documents, in parts.
         fingerprint: changes whenever the documents may have changed; cheap, so taken from the source.
         counts: documents of each split, where that is known without reading them.
+        unused: splits of the dataset that are none of ours.
     """
 
     readers: Mapping[str, Reader]
     fingerprint: str
     counts: Mapping[str, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -72,29 +71,63 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     """
     if config.name in BUILT_IN:
         return built_in_corpus(config)
-    if (files := text_files(config)) is not None:
-        readers, source = text_readers(files, config.document_start)
-    else:
-        # `datasets` takes a second to import, which the corpora above need not wait for.
-        from lumiere.data.hub import load_rows
-
+    try:
         rows, source = load_rows(config)
-        readers = {split: row_reader(rows[split], config.document_start) for split in rows}
+        if config.data_sha256 not in (None, source):
+            raise DataError(
+                f"the files of dataset '{config.name}' are not those that dataset.data_sha256 was recorded for",
+                "restore them, or take them as they are now with --set dataset.data_sha256=null",
+            )
+    except DataError as error:
+        if config.data_sha256 is None:
+            raise
+        # What they were is known, so the corpus may still be in the cache; only reading them is an error.
+        return Corpus(dict.fromkeys(SPLITS, failing(error)), fingerprint_of(config.data_sha256, config))
+    named, unused = named_splits(rows)
+    readers = {split: row_reader(rows[name], config.document_start) for split, name in named.items()}
     if "train" not in readers:
-        found = ", ".join(readers)
+        found = ", ".join(rows)
         raise DataError(f"dataset '{config.name}' has no split 'train', it has {found}", "choose another dataset")
     if config.num_documents is not None:
         readers["train"] = limited(readers["train"], config.num_documents)
     if "validation" not in readers:
-        # Files of plain text can be counted also where they are called a stream.
-        hold = hold_out_of_stream if config.streaming and files is None else hold_out
+        # Files can be read twice, also where they are called a stream.
+        is_stream = config.streaming and not isinstance(rows[named["train"]], TextFiles)
+        hold = hold_out_of_stream if is_stream else hold_out
         readers |= hold(readers["train"], config.validation_fraction, config.seed)
+    ordered = {split: readers[split] for split in SPLITS if split in readers}
+    return Corpus(ordered, fingerprint_of(source, config), unused=unused)
+
+
+def fingerprint_of(source: str, config: DatasetConfig) -> str:
+    """Return the fingerprint of the documents that `config` makes of the rows of a source."""
     settings = config.model_dump(
         include={"text_column", "document_start", "num_documents", "validation_fraction", "seed"}
     )
-    identity = json.dumps([source, settings], sort_keys=True)
-    ordered = {split: readers[split] for split in SPLITS if split in readers}
-    return Corpus(ordered, hashlib.sha256(identity.encode()).hexdigest())
+    return hashlib.sha256(json.dumps([source, settings], sort_keys=True).encode()).hexdigest()
+
+
+def failing(error: DataError) -> Reader:
+    """Return a reader that raises `error`."""
+
+    def read() -> Iterator[Part]:
+        raise error
+
+    return read
+
+
+def named_splits(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return which of a dataset's splits is our train, validation and test split, and which are not used.
+
+    The exact name comes before the other usual ones (`SPLIT_NAMES`), in their order.
+    """
+    names = list(names)
+    ranks = {name: rank for rank, name in enumerate(SPLIT_NAMES)}
+    chosen: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (name not in SPLITS, ranks.get(name.strip().lower(), len(ranks)))):
+        if (split := split_of(name)) is not None:
+            chosen.setdefault(split, name)
+    return chosen, tuple(name for name in names if name not in chosen.values())
 
 
 def built_in_corpus(config: DatasetConfig) -> Corpus:
@@ -111,55 +144,16 @@ def built_in_corpus(config: DatasetConfig) -> Corpus:
     return Corpus(readers, hashlib.sha256(identity.encode()).hexdigest(), counts)
 
 
-def text_files(config: DatasetConfig) -> dict[str, list[str]] | None:
-    """Return the plain text files of each split; None if the dataset is something else.
-
-    A folder is plain text if it holds nothing but .txt and .md files, READMEs and hidden files left out.
-
-    Raises:
-        DataError: There is no such file.
-    """
-    if config.name == "text":
-        if not config.data_files:
-            raise DataError("dataset 'text' needs files to read", "name them: --set dataset.data_files=book.txt")
-        return resolve_data_files(config.data_files, TEXT_ENDINGS)
-    if config.subset is None and config.data_files is None and os.path.isdir(config.name):
-        files = [name for _, _, names in os.walk(config.name) for name in names if not name.startswith(".")]
-        others = [name for name in files if os.path.splitext(name)[1].lower() not in TEXT_ENDINGS]
-        if not others and any(name.lower() != "readme.md" for name in files):
-            return folder_files(config.name, TEXT_ENDINGS)
-    return None
-
-
-def text_readers(files: Mapping[str, list[str]], document_start: str | None) -> tuple[dict[str, Reader], str]:
-    """Return a reader for each split of plain text files, and a fingerprint of their contents."""
-    readers: dict[str, Reader] = {
-        split: lambda paths=paths: text_parts(paths, document_start) for split, paths in files.items()
-    }
-    hashes = {split: [file_sha256(path) for path in paths] for split, paths in files.items()}
-    return readers, f"text {json.dumps(hashes)}"
-
-
-def text_parts(paths: Iterable[str], document_start: str | None) -> Iterator[Part]:
-    """Read plain text files. A file is a document; with `document_start` one begins where a line matches."""
-    if document_start is None:
-        return chain.from_iterable(parts(blocks(path)) for path in paths)
-    return grouped_parts(chain.from_iterable(map(lines, paths)), document_start)
-
-
-def file_sha256(path: str) -> str:
-    try:
-        with open_file(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "check dataset.data_files") from None
-
-
 def row_reader(rows: Iterable[str], document_start: str | None) -> Reader:
-    """Return a reader of a table. A row is a document; with `document_start` one begins where a row matches."""
-    if document_start is None:
-        return lambda: chain.from_iterable(parts([row]) for row in rows)
-    return lambda: grouped_parts(rows, document_start)
+    """Return a reader of documents: each row, or each file of plain text.
+
+    With `document_start`, a document begins at each row, or line, that matches (`grouped_parts`).
+    """
+    if document_start is not None:
+        return lambda: grouped_parts(rows, document_start)
+    if isinstance(rows, TextFiles):
+        return rows.parts
+    return lambda: chain.from_iterable(parts([row]) for row in rows)
 
 
 def grouped_parts(rows: Iterable[str], document_start: str) -> Iterator[Part]:
@@ -228,19 +222,25 @@ def chosen(reader: Reader, is_chosen: Callable[[int], bool]) -> Reader:
 def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
     """Split one reader into training and validation.
 
-    Documents are drawn at random, since a corpus is often sorted; of a single document the tail is held out.
+    Documents are drawn at random, since a corpus is often sorted; of a single document the tail is held out. They are
+    counted when one of the two is first read.
     """
-    count = sum(part.is_last for part in reader())
-    if count > MANY_DOCUMENTS:
-        return hold_out_of_stream(reader, fraction, seed)
-    if count == 1:
-        return hold_out_tail(reader, fraction)
-    num_chosen = max(0, min(count - 1, max(1, round(count * fraction))))
-    held_out = frozenset(random.Random(seed).sample(range(count), num_chosen))
-    return {
-        "train": chosen(reader, lambda number: number not in held_out),
-        "validation": chosen(reader, held_out.__contains__),
-    }
+
+    @cache
+    def readers() -> dict[str, Reader]:
+        count = sum(part.is_last for part in reader())
+        if count > MANY_DOCUMENTS:
+            return hold_out_of_stream(reader, fraction, seed)
+        if count == 1:
+            return hold_out_tail(reader, fraction)
+        num_chosen = max(0, min(count - 1, max(1, round(count * fraction))))
+        held_out = frozenset(random.Random(seed).sample(range(count), num_chosen))
+        return {
+            "train": chosen(reader, lambda number: number not in held_out),
+            "validation": chosen(reader, held_out.__contains__),
+        }
+
+    return {"train": lambda: readers()["train"](), "validation": lambda: readers()["validation"]()}
 
 
 def hold_out_of_stream(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:

@@ -24,6 +24,15 @@ SPLIT_NAMES = {
 }
 """The usual names of splits, and ours."""
 
+METADATA_FILES = (
+    "readme.md",
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+)
+
 DataFiles = str | list[str] | dict[str, str | list[str]]
 
 
@@ -149,15 +158,21 @@ def matches(entry: str, endings: Collection[str] | None) -> list[str]:
 
 
 def files_in(folder: str, endings: Collection[str] | None) -> list[str]:
-    """Return the files below a folder, sorted, without hidden ones and READMEs."""
+    """Return the files below a folder, sorted, without hidden ones and those about a dataset."""
     found = glob.glob("**", root_dir=folder, recursive=True)
     return [
         path
         for path in sorted(os.path.join(folder, name) for name in found)
         if os.path.isfile(path)
-        and os.path.basename(path).lower() != "readme.md"
-        and (endings is None or os.path.splitext(path)[1].lower() in endings)
+        and os.path.basename(path).lower() not in METADATA_FILES
+        and (endings is None or ending(path) in endings)
     ]
+
+
+def ending(path: str) -> str:
+    """Return the ending of a file's name in lower case, without that of its compression."""
+    root, last = os.path.splitext(path.lower())
+    return os.path.splitext(root)[1] if last in (".gz", ".bz2", ".xz", ".zst") else last
 
 
 def missing(entry: str, endings: Collection[str] | None) -> list[str]:

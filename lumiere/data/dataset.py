@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lumiere.config.schema import RunConfig
-from lumiere.data.building import Listener, Progress, build_folder, cache_dir
+from lumiere.data.building import Listener, Progress, build_folder
+from lumiere.data.checksums import cache_dir, changed_files
 from lumiere.data.corpus import SPLITS, Corpus, load_corpus, numbered_parts
 from lumiere.data.encoding import EMPTY, OFFSET_TYPE, SplitFacts, encode_parts, id_type, measure, measured_batches
 from lumiere.data.text import Part, parts
@@ -74,16 +75,17 @@ class TokenizedCorpus:
 
 
 def tokenize_corpus(
-    config: RunConfig, listener: Listener | None = None, corpus: Corpus | None = None
+    config: RunConfig, listener: Listener | None = None, corpus: Corpus | None = None, verify: bool = False
 ) -> TokenizedCorpus:
     """The corpus of `config` in ids, from the cache if it is there.
 
     Args:
         listener: called as the work goes on.
         corpus: what `load_corpus(config.dataset)` gives, where it was called already.
+        verify: compare the ids in the cache with their checksums, even if their files look unchanged.
 
     Raises:
-        DataError: if the corpus cannot be read or holds no text.
+        DataError: if the corpus cannot be read or holds no text, or its ids in the cache have changed.
     """
     tell = listener or (lambda _: None)
     tell(Progress("reading the corpus"))
@@ -93,7 +95,7 @@ def tokenize_corpus(
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, settings], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, tell)
-    tokenized = read_folder(folder, from_cache=is_cached)
+    tokenized = read_folder(folder, from_cache=is_cached, verify=verify)
     if len(tokenized.tokenizer) > config.tokenizer.vocab_size:
         raise damaged(folder, f"its tokenizer has {len(tokenized.tokenizer):,} tokens")
     return tokenized
@@ -183,7 +185,7 @@ def bytes_of_documents(ids: np.ndarray, offsets: np.ndarray, tokenizer: Tokenize
     return totals
 
 
-def read_folder(folder: Path, from_cache: bool) -> TokenizedCorpus:
+def read_folder(folder: Path, from_cache: bool, verify: bool = False) -> TokenizedCorpus:
     """Map a folder that `build_folder` made into memory.
 
     Raises:
@@ -196,8 +198,11 @@ def read_folder(folder: Path, from_cache: bool) -> TokenizedCorpus:
             raise ValueError("it says nothing of its splits")
         # By the names of the splits and not by the file's: those could lead out of the folder.
         splits = {split: read_split(folder, split, tokenizer, facts[split]) for split in SPLITS if split in facts}
+        changed = changed_files(folder, verify)
     except (OSError, ValueError, TypeError, DataError) as error:
         raise damaged(folder, error.message if isinstance(error, DataError) else shortened(str(error))) from None
+    if changed:
+        raise damaged(folder, f"{', '.join(changed)} changed after being written")
     if facts.keys() != splits.keys() or not {"train", "validation"} <= splits.keys():
         raise damaged(folder, f"it has the splits {shortened(', '.join(facts))}")
     identity = json.dumps([{split: fields["sha256"] for split, fields in facts.items()}, tokenizer.fingerprint])

@@ -1,25 +1,35 @@
-"""Rows of text through `datasets.load_dataset`: a Hub name, a local folder, or files through a builder."""
+"""Datasets that `datasets` resolves or reads: the Hub's, folders with a README, Parquet and Arrow files.
+
+Of its builders only those of plain data are used: others run what they read (`pandas` unpickles).
+"""
 
 import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import datasets
 import datasets.config
+import huggingface_hub
 import huggingface_hub.constants
+from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
-from lumiere.errors import DataError, nearest
+from lumiere.data.data_files import local
+from lumiere.data.source import BUILDERS, Source, checked_sha256, has_subsets, plain_folder
+from lumiere.data.tables import no_column
+from lumiere.errors import DataError, nearest, shortened
 
-BUILDERS = ("text", "json", "csv", "parquet")
+TEXT = "text"
+PREPARED = "cache"
+"""What `datasets` calls its own copy, in Arrow files, of what it prepared before; it takes it where the Hub is away."""
 NO_NETWORK_SECONDS = 2.0
 """How long to wait for the Hub's host before it counts as out of reach."""
 
@@ -32,33 +42,77 @@ class Rows:
     column: str
 
     def __iter__(self) -> Iterator[str]:
-        batches = iter(self.dataset.select_columns(self.column).iter(batch_size=1000))
+        outer, *inner = path_of(self.column, self.dataset)
+        batches = iter(self.dataset.select_columns(outer).iter(batch_size=1000))
         while (batch := next_of(batches)) is not None:
-            for row in batch[self.column]:
+            for row in batch[outer]:
+                for key in inner:
+                    row = None if row is None else row[key]
                 yield "" if row is None else row
 
 
-def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
-    """The rows of each split, and a fingerprint of where they come from.
+def dataset_rows(config: DatasetConfig, source: Source) -> tuple[dict[str, Iterable[str]], str]:
+    """Return the rows of each split of what `datasets` reads, and a fingerprint of where they come from.
 
     Raises:
-        DataError: if the dataset does not exist or cannot be reached, or lacks the subset or the text column.
+        DataError: It cannot be read, or lacks the text column.
     """
-    loaded, fingerprint = load_dataset(config)
+    quiet()
+    try:
+        loaded = opened(config, source)
+    except DataError:
+        raise
+    except Exception as error:
+        raise data_error(config, error, offline=False) from None
     for dataset in loaded.values():
-        columns = columns_of(dataset)
-        if not columns.get(config.text_column):
-            texts = [name for name, holds_text in columns.items() if holds_text]
-            problem = "has no text in column" if config.text_column in columns else "has no column"
-            guess = nearest(config.text_column, texts) or next(iter(texts), None)
-            raise DataError(
-                f"dataset '{config.name}' {problem} '{config.text_column}', it has {', '.join(columns)}",
-                f"--set dataset.text_column={guess}" if guess else "choose a dataset with a column of text",
-            )
-    rows: dict[str, Iterable[str]] = {
-        str(split): Rows(dataset, config.text_column) for split, dataset in loaded.items()
-    }
-    return rows, fingerprint
+        check_column(config, columns_of(dataset))
+    prepared = {split: dataset for split, dataset in loaded.items() if isinstance(dataset, datasets.Dataset)}
+    if source.hub is None or not prepared:
+        identity = source.identity()
+    else:
+        identity = " ".join(f"{split} {dataset._fingerprint}" for split, dataset in prepared.items())
+    return {str(split): Rows(dataset, config.text_column) for split, dataset in loaded.items()}, identity
+
+
+def opened(
+    config: DatasetConfig, source: Source
+) -> Mapping[Any, datasets.Dataset] | Mapping[Any, datasets.IterableDataset]:
+    """Return the splits of a source that `datasets` reads."""
+    builder = source.hub
+    if builder is None:
+        # By their contents: its own cache goes by the names and the times of files.
+        files = {
+            split: DataFilesList(paths, [(checked_sha256(path),) for path in paths])
+            for split, paths in source.files.items()
+        }
+        builder = datasets.load_dataset_builder(source.builder, data_files=DataFilesDict(files))
+    if config.streaming:
+        loaded = builder.as_streaming_dataset()
+        assert isinstance(loaded, datasets.IterableDatasetDict)
+        return loaded
+    builder.download_and_prepare()
+    loaded = builder.as_dataset()
+    assert isinstance(loaded, datasets.DatasetDict)
+    return loaded
+
+
+def quiet() -> None:
+    """Show neither progress nor errors of `datasets`: it logs them before it raises them."""
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+
+
+def check_column(config: DatasetConfig, columns: Mapping[str, str]) -> None:
+    """Raise a DataError unless the text column is there and holds text."""
+    kind = columns.get(config.text_column)
+    texts = [name for name, kind in columns.items() if kind == TEXT]
+    if kind is None:
+        raise no_column(config.name, config.text_column, list(columns), texts)
+    if kind not in (TEXT, "null"):
+        raise DataError(
+            f"the column '{config.text_column}' of dataset '{config.name}' holds {kind}, not text",
+            f"columns with text: {', '.join(texts)}" if texts else "choose a dataset with a column of text",
+        )
 
 
 def next_of(iterator: Iterator[Any]) -> Any:
@@ -77,67 +131,128 @@ def next_of(iterator: Iterator[Any]) -> Any:
         ) from None
 
 
-def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, bool]:
-    """The columns, and whether each holds text."""
+def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, str]:
+    """Return the type of each column, nested ones by their dotted names."""
     if dataset.features is not None:
-        types = {name: getattr(column, "dtype", None) for name, column in dataset.features.items()}
-        return {name: dtype in ("string", "large_string") for name, dtype in types.items()}
+        return flat_types(dataset.features)
     # Some builders do not know before the first row is read.
     row: dict[str, Any] = next_of(iter(dataset)) or {}
-    return {name: isinstance(value, str) for name, value in row.items()}
+    return {name: TEXT if isinstance(value, str) else type(value).__name__ for name, value in row.items()}
 
 
-def load_dataset(
-    config: DatasetConfig,
-) -> tuple[datasets.DatasetDict | datasets.IterableDatasetDict, str]:
-    """The splits, and a fingerprint of where they come from.
+def flat_types(features: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    types = {}
+    for name, feature in features.items():
+        if isinstance(feature, dict):
+            types |= {prefix + name: "objects"} | flat_types(feature, f"{prefix}{name}.")
+        else:
+            dtype = getattr(feature, "dtype", None)
+            text = dtype in ("string", "large_string") and isinstance(feature, datasets.Value)
+            types[prefix + name] = TEXT if text else str(dtype or type(feature).__name__)
+    return types
 
-    Silent, and with the many exceptions of `datasets` as one kind of error.
-    """
-    datasets.disable_progress_bars()
-    # Even errors are logged before they are raised, and those are told in our words.
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    on_hub = config.name not in BUILDERS and not os.path.exists(config.name)
-    offline = on_hub and (huggingface_hub.constants.HF_HUB_OFFLINE or not hub_reachable())
-    options: dict[str, Any] = {}
-    if config.name == "text":
-        # A file is a document, unless the lines are to be grouped; then they need their line ends.
-        whole = config.document_start is None
-        options = {"sample_by": "document"} if whole else {"keep_linebreaks": True}
-    if config.name in BUILDERS and not config.data_files:
-        raise DataError(f"dataset '{config.name}' needs files to read", "name them: --set dataset.data_files=book.txt")
-    if config.name.startswith((".", "/", "~")) and not os.path.exists(config.name):
-        raise DataError(f"there is no dataset folder '{config.name}'", "check dataset.name")
-    if os.path.isfile(config.name):
-        ending = os.path.splitext(config.name)[1].removeprefix(".")
-        raise DataError(
-            f"dataset '{config.name}' is a file, not a folder",
-            f"--set dataset.name={ending if ending in BUILDERS else 'text'} --set dataset.data_files={config.name}",
-        )
+
+def path_of(column: str, dataset: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """Return the keys that lead to a column: one, or several of a nested column."""
+    if column in (dataset.column_names or [column]):
+        return [column]
+    outer, _, inner = column.partition(".")
+    return [outer, *inner.split(".")]
+
+
+def described_folder(config: DatasetConfig, folder: str) -> Source:
+    """Return the source of a folder whose README says which files make which subset and split."""
+    quiet()
+    try:
+        builder = resolved_builder(config, folder)
+        files = {str(split): list(map(local, paths)) for split, paths in (builder.config.data_files or {}).items()}
+        return Source(builder_name(config, builder), files, separator_of(config, builder))
+    except DataError:
+        raise
+    except Exception as error:
+        raise data_error(config, error, offline=False) from None
+
+
+def hub_source(config: DatasetConfig) -> Source:
+    """Return the source of a dataset on the Hub; files that Lumiere reads itself are downloaded."""
+    quiet()
+    offline = bool(huggingface_hub.constants.HF_HUB_OFFLINE) or not hub_reachable()
     try:
         if offline:
             go_offline()
-        if config.streaming:
-            return open_stream(config, options)
-        loaded = datasets.load_dataset(config.name, config.subset, data_files=config.data_files, **options)
-        assert isinstance(loaded, datasets.DatasetDict)
-        return loaded, " ".join(f"{split} {dataset._fingerprint}" for split, dataset in loaded.items())
+        try:
+            builder = resolved_builder(config, config.name)
+        except DataError:
+            raise
+        except Exception:
+            # Files that were downloaded, but that `datasets` did not prepare since Lumiere reads them itself.
+            if not offline or not (folder := downloaded(config.name)):
+                raise
+            return described_folder(config, folder) if has_subsets(folder) else plain_folder(config, folder)
+        name, separator = builder_name(config, builder), separator_of(config, builder)
+        files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
+        if name == "text" or (name in ("csv", "json") and not config.streaming):
+            manager = datasets.DownloadManager(dataset_name=config.name, download_config=datasets.DownloadConfig())
+            return Source(name, {split: manager.download(paths) for split, paths in files.items()}, separator)
+        return Source(name, files, separator, builder)
+    except DataError:
+        raise
     except Exception as error:
         raise data_error(config, error, offline) from None
 
 
-def open_stream(config: DatasetConfig, options: dict[str, Any]) -> tuple[datasets.IterableDatasetDict, str]:
-    """The splits as streams.
+def downloaded(name: str) -> str | None:
+    """Return the folder of what the Hub's library has downloaded of a dataset, if there is any."""
+    try:
+        return huggingface_hub.snapshot_download(name, repo_type="dataset", local_files_only=True)
+    except Exception:  # it raises errors of several families
+        return None
 
-    A stream has no fingerprint of its own; that of its source is made of the files' names and their versions: the time
-    of the last change, on the Hub the commit.
+
+def resolved_builder(config: DatasetConfig, path: str) -> datasets.DatasetBuilder:
+    """Return the builder that `datasets` chooses for a folder or a Hub name, before it has read any data."""
+    files = config.data_files
+    for pattern in [files] if isinstance(files, str) else files.values() if isinstance(files, dict) else files or []:
+        for one in [pattern] if isinstance(pattern, str) else pattern:
+            local(one)  # refuses URLs
+    builder = datasets.load_dataset_builder(path, config.subset, data_files=files)
+    builder_name(config, builder)
+    return builder
+
+
+def builder_name(config: DatasetConfig, builder: datasets.DatasetBuilder) -> str:
+    """Return the name of a builder.
+
+    Raises:
+        DataError: It is none of those that only read plain data, and might run code.
     """
-    builder = datasets.load_dataset_builder(config.name, config.subset, data_files=config.data_files, **options)
-    files: Any = builder.config.data_files or {}
-    versions = [(str(split), list(paths), paths.origin_metadata) for split, paths in files.items()]
-    loaded = builder.as_streaming_dataset()
-    assert isinstance(loaded, datasets.IterableDatasetDict)
-    return loaded, f"stream {builder.hash} {builder.config_id} {versions}"
+    module = type(builder).__module__
+    name = module.rpartition(".")[2]
+    if name not in (*BUILDERS, PREPARED) or module != f"datasets.packaged_modules.{name}.{name}":
+        raise DataError(
+            f"dataset '{config.name}' needs the builder '{name}' of datasets, which Lumiere does not run",
+            f"convert it to one of these: {', '.join(BUILDERS)}",
+        )
+    return name
+
+
+def separator_of(config: DatasetConfig, builder: datasets.DatasetBuilder) -> str | None:
+    """Return the separator of CSV files, if the dataset names one.
+
+    Raises:
+        DataError: The dataset asks `datasets` for another way of reading, which would be left out.
+    """
+    name = builder_name(config, builder)
+    kept = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
+    for option in fields(builder.config):
+        value = getattr(builder.config, option.name)
+        if option.name not in kept and value != option.default and name != PREPARED:
+            raise DataError(
+                f"dataset '{config.name}' sets the option '{option.name}' of the builder '{name}'",
+                "Lumiere does not read it so: convert the dataset to parquet",
+            )
+    separator = getattr(builder.config, "sep", ",")
+    return None if separator == "," else separator
 
 
 def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataError:
@@ -178,10 +293,6 @@ def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataEr
             "check dataset.name; the built-in corpus is called stories",
         )
     return DataError(f"dataset '{config.name}' cannot be read: {shortened(reason)}", "check the section dataset")
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def hub_reachable() -> bool:

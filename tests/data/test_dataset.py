@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 import unicodedata
 from collections.abc import Callable
 from itertools import chain, pairwise
@@ -16,10 +17,20 @@ import pytest
 
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
-from lumiere.data import dataset, encoding
+from lumiere.data import checksums, dataset, encoding
+from lumiere.data import text as text_module
 from lumiere.data.building import UNFINISHED
 from lumiere.data.corpus import Corpus, row_reader
-from lumiere.data.dataset import Progress, SplitFacts, cache_dir, measure, tokenize_corpus, tokenize_text
+from lumiere.data.dataset import (
+    Progress,
+    SplitFacts,
+    cache_dir,
+    document_sizes,
+    measure,
+    tokenize_corpus,
+    tokenize_parts,
+    tokenize_text,
+)
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer
 from lumiere.errors import DataError, LumiereError
 
@@ -281,6 +292,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
 def test_a_crafted_cache_is_an_error(built: Path, cache: Path, name: str, damage: Callable[[Path], Any]) -> None:
     shutil.copytree(built, cache)
+    (folders(cache)[0] / "checksums.json").unlink()  # they would say it first
     damage(folders(cache)[0] / name)
     with pytest.raises(DataError, match=r"the cached corpus in '.*' is damaged: ") as caught:
         tokenize_corpus(config_of())
@@ -302,11 +314,83 @@ def test_what_is_only_seen_when_it_is_read_is_an_error_then(
     built: Path, cache: Path, name: str, damage: Callable[[Path], Any], problem: str
 ) -> None:
     shutil.copytree(built, cache)
+    (folders(cache)[0] / "checksums.json").unlink()
     damage(folders(cache)[0] / name)
     windows = tokenize_corpus(config_of()).windows("train", config_of())
     with pytest.raises(DataError, match=f"the cached corpus in '.*' is damaged: it has {problem}") as caught:
         windows.cut(np.arange(len(windows)))
     assert caught.value.hint == "delete that folder"
+
+
+@pytest.mark.parametrize("name", ["train.ids", "validation.ids", "train.offsets"])
+def test_ids_that_were_changed_to_other_valid_ones_are_an_error(built: Path, cache: Path, name: str) -> None:
+    shutil.copytree(built, cache)
+    path = folders(cache)[0] / name
+    status = path.stat()
+    if name.endswith("ids"):
+        change(path, np.uint16, lambda ids: np.where(ids > 3, ids - 1, ids))
+    else:
+        change(path, np.int64, lambda offsets: offsets + (np.arange(len(offsets)) == 1))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DataError, match=name):
+        tokenize_corpus(config_of())
+
+
+def test_files_are_read_again_only_where_they_may_have_changed(
+    built: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built, cache)
+    [folder] = folders(cache)
+    read: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
+    tokenize_corpus(config_of())
+    tokenize_corpus(config_of())
+    assert len(read) == 12  # files that have just changed may change again within one tick of their times
+    monkeypatch.setattr(checksums, "SETTLED_SECONDS", -1e9)
+    tokenize_corpus(config_of())
+    read.clear()
+    tokenize_corpus(config_of())
+    assert not read
+    tokenize_corpus(config_of(), verify=True)
+    assert len(read) == 6
+    time.sleep(0.02)
+    (folder / "train.ids").touch()
+    read.clear()
+    tokenize_corpus(config_of())
+    assert read == [str(folder / "train.ids")]
+
+
+def test_verifying_finds_what_the_times_do_not_tell(built: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(built, cache)
+    monkeypatch.setattr(checksums, "SETTLED_SECONDS", -1e9)
+    tokenize_corpus(config_of())
+    path = folders(cache)[0] / "train.ids"
+    change(path, np.uint16, lambda ids: ids[::-1])
+    now = path.stat()
+    stamp = [now.st_size, now.st_ino, now.st_dev, now.st_mtime_ns, now.st_ctime_ns]
+    for record in (cache / "checksums").iterdir():
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"stamp": stamp}))
+    assert tokenize_corpus(config_of()).from_cache
+    with pytest.raises(DataError, match=r"train\.ids"):
+        tokenize_corpus(config_of(), verify=True)
+
+
+def test_a_cache_of_an_older_version_gets_checksums(built: Path, cache: Path) -> None:
+    shutil.copytree(built, cache)
+    [folder] = folders(cache)
+    whole = (folder / "checksums.json").read_text()
+    (folder / "checksums.json").unlink()
+    assert tokenize_corpus(config_of()).from_cache
+    assert json.loads((folder / "checksums.json").read_text()) == json.loads(whole)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "7", " " * 20_000])
+def test_damaged_checksums_are_an_error(built: Path, cache: Path, text: str) -> None:
+    shutil.copytree(built, cache)
+    (folders(cache)[0] / "checksums.json").write_text(text)
+    with pytest.raises(DataError, match="is damaged"):
+        tokenize_corpus(config_of())
 
 
 def test_no_file_outside_of_the_cache_is_read(built: Path, cache: Path) -> None:
@@ -359,7 +443,7 @@ def test_a_build_that_fails_is_gone_on_with(cache: Path, monkeypatch: pytest.Mon
     ]
     [folder] = folders(cache)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["tokenizer.json", "splits.json"]
+        ["tokenizer.json", "splits.json", "checksums.json"]
         + [f"{split}.{kind}" for split in ("train", "validation", "test") for kind in ("ids", "offsets")]
     )
 
@@ -456,3 +540,53 @@ def test_a_single_text() -> None:
         tokenize_text(" \n", tokenizer)
     with pytest.raises(LumiereError, match="surrogate"):
         tokenize_text("\ud800", tokenizer)
+
+
+@pytest.mark.usefixtures("given_documents")
+def test_a_cache_of_a_version_without_normalized_bytes_is_taken(cache: Path) -> None:
+    before = tokenize_corpus(config_of())
+    [folder] = folders(cache)
+    path = folder / "splits.json"
+    facts = json.loads(path.read_text())
+    assert {split: fields.pop("num_normalized_bytes") for split, fields in facts.items()} == {
+        split: sum(len(unicodedata.normalize("NFKC", text).encode()) for text in texts)
+        for split, texts in DOCUMENTS.items()
+    }
+    path.write_text(json.dumps(facts))
+    (folder / "checksums.json").unlink()
+    after = tokenize_corpus(config_of())
+    assert after.from_cache
+    assert after.fingerprint == before.fingerprint
+    assert after.splits["train"].facts == before.splits["train"].facts
+
+
+@pytest.mark.usefixtures("given_documents")
+def test_the_name_of_a_cached_corpus_is_that_of_versions_without_a_normalizer(cache: Path) -> None:
+    config = config_of()
+    tokenize_corpus(config)
+    settings = {"min_frequency": 2, "sample_bytes": 100_000_000, "vocab_size": 300}
+    identity = json.dumps([2, hashlib.sha256(repr(DOCUMENTS).encode()).hexdigest(), settings], sort_keys=True)
+    assert [folder.name for folder in folders(cache)] == [hashlib.sha256(identity.encode()).hexdigest()[:32]]
+    tokenize_corpus(config_of(normalizer="none"))
+    assert len(folders(cache)) == 2
+
+
+def test_sizes_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["plain", "x² ＡＢ\n", "e\u0301 …", "one two " * 40]
+    tokenizer = Tokenizer.train(["plain one two"], 300, 1)
+    whole = tokenize_parts(row_reader(texts, None)(), tokenizer)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(dataset, "IDS_AT_ONCE", 5)
+    read = row_reader(texts, None)
+    split = tokenize_parts(read(), tokenizer)
+    assert split.ids.tolist() == whole.ids.tolist()
+    assert split.offsets.tolist() == whole.offsets.tolist()
+    assert split.facts == whole.facts
+    sizes = document_sizes(read(), split, tokenizer)
+    normalized = [unicodedata.normalize("NFKC", text) for text in texts]
+    assert sizes.num_bytes.tolist() == [len(text.encode()) for text in texts]
+    assert sizes.num_normalized_bytes.tolist() == [len(text.encode()) for text in normalized]
+    assert sizes.num_changed_bytes.tolist() == [0, 2 + 6, 3 + 3, 0]
+    assert sizes.num_words.tolist() == [1, 3, 2, 80]
+    with pytest.raises(DataError, match="has changed"):
+        document_sizes(row_reader(texts[:3], None)(), split, tokenizer)

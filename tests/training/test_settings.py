@@ -1,7 +1,9 @@
 """Every setting has an effect: none is read, checked, saved, and then forgotten."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,7 +15,8 @@ from lumiere.config.loader import dump_config
 from lumiere.config.problems import setting_paths
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data import hub
-from lumiere.errors import NonFiniteError
+from lumiere.data.source import Source
+from lumiere.errors import DataError, NonFiniteError
 from lumiere.models import transformer
 from lumiere.training import trainer
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
@@ -21,6 +24,8 @@ from lumiere.training.loggers import opening
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
+PARQUET = FILES | {"dataset.name": "parquet", "dataset.data_files": "a.parquet"}
+FOLDER = FILES | {"dataset.name": "folder", "dataset.data_files": None, "dataset.subset": "one"}
 THREE_EPOCHS = {"training.max_steps": None, "training.max_epochs": 3}
 
 
@@ -48,11 +53,12 @@ EFFECTS = {
     "tokenizer.min_frequency": Effect(40, "corpus"),
     "tokenizer.sample_bytes": Effect(1, "corpus", {"tokenizer.vocab_size": 400, "dataset.num_documents": 10}),
     "tokenizer.normalizer": Effect("none", "corpus"),
-    "dataset.name": Effect("csv", "corpus", FILES),
-    "dataset.subset": Effect("other", "corpus", FILES),
+    "dataset.name": Effect("chains", "corpus"),
+    "dataset.subset": Effect("other", "corpus", FOLDER),
     "dataset.data_files": Effect("b.json", "corpus", FILES),
+    "dataset.data_sha256": Effect("0" * 64, "refused", FILES),
     "dataset.text_column": Effect("title", "corpus", FILES),
-    "dataset.streaming": Effect(True, "streamed", FILES),
+    "dataset.streaming": Effect(True, "streamed", PARQUET),
     "dataset.document_start": Effect("^row 2$", "num_windows", FILES),
     "dataset.num_documents": Effect(2, "corpus"),
     "dataset.validation_fraction": Effect(0.5, "corpus", {"dataset.num_documents": 10}),
@@ -99,13 +105,16 @@ ONLY_WATCHING = [f"training.{name}" for name in WATCHING]
 Observe = Callable[[RunConfig], dict[str, Any]]
 
 
-def rows_of(name: str, subset: str | None = None, data_files: Any = None, **options: Any) -> datasets.DatasetDict:
-    """Instead of `datasets.load_dataset`: rows that say what was asked for, each alone between blank ones."""
-    source = f"{name} {subset} {data_files}"
-    rows = [row for number in range(4) for row in ("", f"row {number}", "", f"In {source} stands a long row.")]
-    columns = {"text": rows, "title": [row.upper() for row in rows]}
-    split = datasets.Dataset.from_dict(columns)
-    return datasets.DatasetDict({"train": split, "validation": split})
+def write_files() -> None:
+    """Files of rows that say where they are from, each alone between blank ones."""
+    Path("folder").mkdir()
+    for name in ("a", "b", "folder/c", "folder/d"):
+        texts = [text for number in range(4) for text in ("", f"row {number}", "", f"In {name} stands a long row.")]
+        rows = [{"text": text, "title": text.upper()} for text in texts]
+        Path(f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    datasets.Dataset.from_list(rows).to_parquet("a.parquet")
+    subsets = "[{config_name: one, data_files: c.json}, {config_name: other, data_files: d.json}]"
+    Path("folder/README.md").write_text(f"---\nconfigs: {subsets}\n---\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -113,6 +122,8 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
     """Trains a config, and says all that can be seen of it."""
 
     def train(config: RunConfig) -> dict[str, Any]:
+        if config.dataset.name not in ("stories", "chains") and not Path("a.json").exists():
+            write_files()
         rows: list[int] = []
         products: set[torch.dtype] = set()
         compiled: list[Any] = []
@@ -150,15 +161,16 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             recomputed.append(function)
             return function(*arguments)
 
-        def stream(config: DatasetConfig, options: dict[str, Any]) -> tuple[datasets.DatasetDict, str]:
-            streamed.append(config.name)
-            return rows_of(config.name, config.subset, config.data_files), "a stream"
+        def opened(config: DatasetConfig, source: Source) -> Any:
+            loaded = read_opened(config, source)
+            streamed.append(type(loaded).__name__)
+            return loaded
 
         def share(model: Any, objective: Any, parallel: str, *others: Any) -> Any:
             shared.append(parallel)
             return distributed(model, objective, parallel, *others)
 
-        summed_loss, distributed = trainer.summed_loss, trainer.distributed
+        summed_loss, distributed, read_opened = trainer.summed_loss, trainer.distributed, hub.opened
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "summed_loss", objective)
             patch.setattr(trainer, "distributed", share)
@@ -168,16 +180,18 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             patch.setattr(opening, "distribution", lambda name: None)
             for name in opening.LOGGERS:
                 patch.setitem(opening.LOGGERS, name, lambda *arguments, name=name: Log(name))
-            patch.setattr(hub.datasets, "load_dataset", rows_of)
-            patch.setattr(hub, "open_stream", stream)
+            patch.setattr(hub, "opened", opened)
             try:
                 result = launch(config, [events.append])
+            except DataError as error:
+                return {"refused": error.message}
             except NonFiniteError:
                 # With or without the steps that broke, such weights cannot be evaluated.
                 return {"skipped": [event.step for event in events if isinstance(event, WarningEvent)]}
         start = next(event for event in events if isinstance(event, StartEvent))
         told = [event for event in events if isinstance(event, StepEvent)]
         return {
+            "refused": None,
             "weights": tensor_hashes(result.run, "latest"),
             "num_parameters": start.num_parameters,
             "num_windows": start.num_windows,

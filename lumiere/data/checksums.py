@@ -1,0 +1,105 @@
+"""SHA-256 of files, computed again only when a file may have changed; and of the files of an encoded corpus."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
+
+import platformdirs
+
+from lumiere.files import open_file, parse_json, read_file
+
+CHECKSUMS = "checksums.json"
+MAX_RECORD_BYTES = 10_000
+SETTLED_SECONDS = 2.0
+"""A file that changed less than this long ago may change again without a new time stamp."""
+
+
+def cache_dir() -> Path:
+    """Where encoded corpora are kept between runs; `LUMIERE_CACHE_DIR` overrides it."""
+    return Path(os.environ.get("LUMIERE_CACHE_DIR") or platformdirs.user_cache_dir("lumiere"))
+
+
+def file_sha256(path: str | Path, fresh: bool = False) -> str:
+    """Return the SHA-256 of a file's contents.
+
+    A file with the size, the inode and the times (also of its inode, which no user can set) of an earlier call is not
+    read again.
+
+    Args:
+        fresh: Read it in any case.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    path = os.path.abspath(path)
+    record_path = cache_dir() / "checksums" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    with open_file(path) as file:
+        status = os.fstat(file.fileno())
+        stamp = [status.st_size, status.st_ino, status.st_dev, status.st_mtime_ns, status.st_ctime_ns]
+        if not fresh:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                record = parse_json(read_file(record_path, MAX_RECORD_BYTES))
+                if record["stamp"] == stamp and isinstance(record["sha256"], str):
+                    return record["sha256"]
+        started = time.time()
+        sha256 = hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
+    if started - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
+        # A cache that cannot be written only costs the time to read the file again.
+        with contextlib.suppress(OSError):
+            write_record(record_path, {"stamp": stamp, "sha256": sha256})
+    return sha256
+
+
+def write_record(path: Path, record: Mapping[str, object]) -> None:
+    """Write a small JSON file that other processes may read or write at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(record))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checksums_of(folder: Path, fresh: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of the ids and offsets in the folder of an encoded corpus, by name.
+
+    Args:
+        fresh: Read every file, also where its size and times are those of an earlier call.
+
+    Raises:
+        OSError: They cannot be read.
+    """
+    paths = sorted([*folder.glob("*.ids"), *folder.glob("*.offsets")])
+    return {path.name: file_sha256(path, fresh) for path in paths}
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of an encoded corpus beside it."""
+    write_record(folder / CHECKSUMS, checksums_of(folder))
+
+
+def changed_files(folder: Path, fresh: bool = False) -> list[str]:
+    """Return the names of the ids and offsets that are not those that were written.
+
+    Folders of older versions have no checksums; they get those of their files as they are now.
+
+    Raises:
+        OSError, ValueError: The files or the checksums cannot be read.
+    """
+    found = checksums_of(folder, fresh)
+    try:
+        written = parse_json(read_file(folder / CHECKSUMS, MAX_RECORD_BYTES))
+    except FileNotFoundError:
+        with contextlib.suppress(OSError):  # a cache may be read-only
+            write_record(folder / CHECKSUMS, found)
+        return []
+    if not isinstance(written, dict):
+        raise ValueError(f"{CHECKSUMS} is no mapping of files")
+    return [name for name, sha256 in found.items() if written.get(name) != sha256]
