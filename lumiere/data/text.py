@@ -89,7 +89,7 @@ def uncompressed(file: BinaryIO, path: str) -> BinaryIO:
         case ".gz":
             return cast("BinaryIO", gzip.open(file))
         case ".bz2":
-            return bz2.open(file)
+            return cast("BinaryIO", bz2.open(file))
         case ".xz":
             return cast("BinaryIO", lzma.open(file))
         case _:
