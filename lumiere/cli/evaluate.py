@@ -130,6 +130,7 @@ def about(opened: OpenedModel, scored: ScoredText, stride: int | None) -> dict[s
         "corpus_sha256": scored.split.facts.sha256,
         "documents": scored.split.facts.num_documents,
         "num_bytes": scored.split.facts.num_bytes,
+        "num_normalized_bytes": scored.split.facts.num_normalized_bytes,
         "num_words": scored.split.facts.num_words,
         "context_size": config.model.context_size,
         "sliding_window_size": overlap,

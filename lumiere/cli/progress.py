@@ -96,7 +96,7 @@ class TrainingProgress(Display):
 
 
 class CorpusProgress(Display):
-    """A listener of `tokenize_corpus`: silent while the cache is read, a bar once there is work."""
+    """A listener of `tokenize_corpus`: silent while the cache is read, a bar or lines once there is work."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -105,6 +105,7 @@ class CorpusProgress(Display):
             TextColumn("{task.fields[figures]}"),
         )
         self._tasks: dict[str, int] = {}
+        self._last_line = time.monotonic()
 
     def __call__(self, progress: DataProgress) -> None:
         if progress.is_note:
@@ -112,7 +113,12 @@ class CorpusProgress(Display):
             return
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.total, figures="")
-        figures = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""
+        documents = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""
+        figures = documents or (f"{progress.num_bytes / 1e6:,.0f} MB" if progress.num_bytes else "")
+        now = time.monotonic()
+        if not talk().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            talk().print(f"{progress.stage}  {figures}")
         task = self._tasks[progress.stage]
         self._bar.update(task, completed=progress.done, total=progress.total, figures=figures)  # pyright: ignore
 

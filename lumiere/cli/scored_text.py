@@ -1,9 +1,9 @@
 """From what the user names to the text that `lumiere eval` scores."""
 
+import io
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumiere.cli.console import show_note
@@ -11,10 +11,9 @@ from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import DataError, LumiereError, nearest
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from lumiere.config.schema import DatasetConfig
-    from lumiere.data.dataset import TokenizedSplit
+    from lumiere.data.dataset import Sizes, TokenizedSplit
+    from lumiere.data.text import Part
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class ScoredText:
 
     Attributes:
         corpus: what it is called.
-        sizes: (2, D) bytes and words of each document.
+        sizes: of each document.
         train: the split that the model was trained on; None where it is not at hand.
     """
 
     corpus: str
     split: "TokenizedSplit"
-    sizes: "np.ndarray"
+    sizes: "Sizes"
     train: "TokenizedSplit | None"
 
 
@@ -65,31 +64,32 @@ def opener(choice: TextChoice) -> Opener:
     if choice.text is not None:
         if choice.split is not None:
             raise LumiereError("a text has no splits", "leave --split away")
-        text, name = read_text(choice.text), "stdin" if choice.text == "-" else choice.text
-        return lambda opened: whole_text(opened, text, name)
+        read = document_reader(choice.text)
+        name = "stdin" if choice.text == "-" else choice.text
+        return lambda opened: whole_text(opened, read, name)
     split = choice.split or "validation"
     if choice.dataset is not None:
         return lambda opened: dataset_split(opened, choice, split)
     return lambda opened: own_split(opened, split)
 
 
-def whole_text(opened: OpenedModel, text: str, name: str) -> ScoredText:
+def whole_text(opened: OpenedModel, read: Callable[[], Iterator["Part"]], name: str) -> ScoredText:
     """A text as one document."""
-    from lumiere.data.dataset import document_sizes, tokenize_text
+    from lumiere.data.dataset import document_sizes, tokenize_parts
 
-    split = tokenize_text(text, opened.tokenizer)
-    return ScoredText(name, split, document_sizes([text], split.facts), training_split(opened))
+    split = tokenize_parts(read(), opened.tokenizer)
+    return ScoredText(name, split, document_sizes(read(), split, opened.tokenizer), training_split(opened))
 
 
 def own_split(opened: OpenedModel, split: str) -> ScoredText:
     """A split of the corpus that the model was trained on."""
-    from lumiere.data.dataset import document_sizes, source_documents
+    from lumiere.data.dataset import document_sizes, source_parts
 
     corpus = open_corpus(opened, "restore it as it was, or score a text with --text FILE")
     check_split(split, corpus.splits)
     dataset = opened.config.dataset
-    documents, are_decoded = source_documents(dataset, corpus, split)
-    sizes = document_sizes(documents, corpus.splits[split].facts, are_decoded)
+    documents, are_decoded = source_parts(dataset, corpus, split)
+    sizes = document_sizes(documents, corpus.splits[split], opened.tokenizer, are_decoded)
     return ScoredText(corpus_name(dataset, split), corpus.splits[split], sizes, corpus.splits["train"])
 
 
@@ -97,7 +97,7 @@ def dataset_split(opened: OpenedModel, choice: TextChoice, split: str) -> Scored
     """A split of any dataset, in the model's tokens; nothing is kept of it."""
     from lumiere.config.loader import validate
     from lumiere.data.corpus import load_corpus
-    from lumiere.data.dataset import document_sizes, tokenize_documents
+    from lumiere.data.dataset import document_sizes, tokenize_parts
     from lumiere.data.source import BUILDERS
 
     if choice.dataset in BUILDERS:
@@ -109,8 +109,8 @@ def dataset_split(opened: OpenedModel, choice: TextChoice, split: str) -> Scored
     dataset = validate({"dataset": values, "model": {"context_size": opened.config.model.context_size}}).dataset
     corpus = load_corpus(dataset)
     check_split(split, corpus.splits)
-    tokenized = tokenize_documents(corpus.documents(split), opened.tokenizer)
-    sizes = document_sizes(corpus.documents(split), tokenized.facts)
+    tokenized = tokenize_parts(corpus.parts(split), opened.tokenizer)
+    sizes = document_sizes(corpus.parts(split), tokenized, opened.tokenizer)
     return ScoredText(corpus_name(dataset, split), tokenized, sizes, training_split(opened))
 
 
@@ -134,17 +134,19 @@ def check_split(split: str, splits: Iterable[str]) -> None:
         raise DataError(f"the corpus has no split '{split}'", hint)
 
 
-def read_text(path: str) -> str:
-    """The text in a file, or on stdin where the path is `-`.
+def document_reader(path: str) -> Callable[[], Iterator["Part"]]:
+    """Return a function that reads a file, or stdin where the path is `-`, as one document; any number of times.
 
     Raises:
-        LumiereError: if it cannot be read, or is not UTF-8.
+        LumiereError: It cannot be read, is not UTF-8, or holds no text.
     """
-    name = "stdin" if path == "-" else path
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise LumiereError(f"{name} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
-    except OSError as error:
-        raise LumiereError(f"{name} cannot be read: {error.strerror}", "check the path") from None
+    from lumiere.data.text import blocks, decoded, parts
+
+    data = sys.stdin.buffer.read() if path == "-" else None
+
+    def read() -> Iterator["Part"]:
+        return parts(blocks(path) if data is None else decoded(io.BytesIO(data), "stdin"))
+
+    if next(read(), None) is None:
+        raise DataError("the text is empty", "give some text")
+    return read

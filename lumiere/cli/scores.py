@@ -36,6 +36,7 @@ def values_of(one: Evaluated) -> dict[str, Any]:
         **one.about,
         **asdict(found.evaluation),
         "byte_perplexity": found.byte_perplexity,
+        "normalized_share": found.normalized_share,
         "accuracy": found.accuracy,
         "accuracy_at_5": found.accuracy_at_5,
         "standard_errors": found.standard_errors,
@@ -88,6 +89,8 @@ def show_one(one: Evaluated) -> None:
     found, about, evaluation = one.found, one.about, one.found.evaluation
     out().print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
     show_corpus(about)
+    if found.normalized_share:
+        out().print(f"normalization changes {share(found.normalized_share)} of its bytes; per byte means: after it")
     show_windows(about)
     rows = [
         ("loss", "loss", ".4f", "nats a token"),
@@ -121,6 +124,11 @@ def show_one(one: Evaluated) -> None:
 def show_corpus(about: dict[str, Any]) -> None:
     documents = f"{about['documents']:,} document{'s' * (about['documents'] != 1)}"
     out().print(f"{escape(about['corpus'])} ({about['corpus_sha256'][:8]}): {documents}, {about['num_bytes']:,} bytes")
+
+
+def share(value: float) -> str:
+    """A share above 0, which never reads as 0."""
+    return f"{value:.2%}" if value >= 0.0001 else "less than 0.01%"
 
 
 def heading(about: dict[str, Any], with_windows: bool) -> str:
@@ -200,6 +208,8 @@ def show_several(evaluated: list[Evaluated]) -> None:
     if all(one.found.standard_errors for one in evaluated):
         errors = [(one.found.standard_errors or {})["bits_per_byte"] for one in evaluated]
         rows.append(["  standard error", *(f"{error:.4f}" for error in errors)])
+    if any(one.found.normalized_share for one in evaluated):
+        rows.append(["bytes normalized", *(f"{one.found.normalized_share:.2%}" for one in evaluated)])
     add("word perplexity", "word_perplexity", ",.1f")
     add("accuracy", "accuracy", ".2%")
     add("accuracy at 5", "accuracy_at_5", ".2%")

@@ -47,7 +47,10 @@ def tokenize(
 
 
 def show_text(text: str, tokenizer: "Tokenizer", as_json: bool) -> None:
-    """Each token of `text` with its id."""
+    """Each token of `text` with its id, without the start token that every document begins with."""
+    from lumiere.data.text import plain
+
+    text = plain(text)
     ids = tokenizer.encode(text)
     labels = [tokenizer.label(token) for token in ids]
     if as_json:

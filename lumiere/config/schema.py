@@ -71,6 +71,8 @@ class TokenizerConfig(Section):
     """How often a pair must occur to be merged."""
     sample_bytes: PositiveInteger = 100_000_000
     """Text that the merges are learned from: the first documents of the training split, up to so many bytes."""
+    normalizer: Literal["nfkc", "nfc", "none"] = "nfkc"
+    """Unicode normalization of every text. `nfkc` turns `x²` into `x2`; take `nfc` or `none` for code."""
 
 
 class DatasetConfig(Section):

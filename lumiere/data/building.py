@@ -11,7 +11,8 @@ from pathlib import Path
 from lumiere.config.schema import RunConfig
 from lumiere.data.checksums import cache_dir, write_checksums
 from lumiere.data.corpus import Corpus
-from lumiere.data.encoding import encode_split, write_durably
+from lumiere.data.encoding import SplitFacts, encode_split, write_durably
+from lumiere.data.text import Part
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import DataError, LumiereError
 
@@ -22,7 +23,7 @@ UNFINISHED_DAYS = 14
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a corpus is built: `done` of `total` documents (None: not known).
+    """How far a corpus is built: `done` of `total` documents (None: not known), and the text so far.
 
     With `is_note`, `stage` is a remark for the user.
     """
@@ -30,6 +31,7 @@ class Progress:
     stage: str
     done: int = 0
     total: int | None = None
+    num_bytes: int = 0
     is_note: bool = False
 
 
@@ -92,7 +94,7 @@ def remove_forgotten(folder: Path) -> None:
 
 def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener) -> None:
     """Everything of a corpus: `tokenizer.json`, ids and offsets of each split, and their facts in `splits.json`."""
-    splits = [split for split in corpus.splits if next(corpus.documents(split), None) is not None]
+    splits = [split for split in corpus.splits if next(corpus.parts(split), None) is not None]
     for split in ("train", "validation"):
         if split not in splits:
             shutil.rmtree(folder)
@@ -104,10 +106,14 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener)
         tell(Progress(f"splits of {config.dataset.name} that are not used: {', '.join(corpus.unused)}", is_note=True))
     path = folder / "tokenizer.json"
     if not path.exists():
-        tell(Progress("training the tokenizer"))
         settings = config.tokenizer
-        sample = beginning(corpus.documents("train"), settings.sample_bytes)
-        tokenizer = Tokenizer.train(sample, settings.vocab_size, settings.min_frequency)
+        tokenizer = Tokenizer.train(
+            beginning(corpus.parts("train"), settings.sample_bytes),
+            settings.vocab_size,
+            settings.min_frequency,
+            settings.normalizer,
+            tell=lambda num_bytes: tell(Progress("training the tokenizer", num_bytes=num_bytes)),
+        )
         write_durably(path, tokenizer.to_json())
     # From the file also where it was trained just now, so that going on gives the same.
     tokenizer = Tokenizer.load(path)
@@ -115,11 +121,11 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener)
     for split in splits:
         stage, total = f"encoding the {split} split", corpus.counts.get(split)
 
-        def tell_count(done: int, stage: str = stage, total: int | None = total) -> None:
-            tell(Progress(stage, done, total))
+        def tell_count(facts: SplitFacts, stage: str = stage, total: int | None = total) -> None:
+            tell(Progress(stage, facts.num_documents, total, facts.num_bytes))
 
         facts[split] = asdict(
-            encode_split(folder, split, lambda split=split: corpus.documents(split), tokenizer, tell_count)
+            encode_split(folder, split, lambda split=split: corpus.parts(split), tokenizer, tell_count)
         )
     for split, rows in corpus.rows.items():
         if rows.num_empty:
@@ -130,9 +136,9 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener)
         journal.unlink()
 
 
-def beginning(documents: Iterable[str], num_bytes: int) -> Iterator[str]:
-    """The first documents, up to `num_bytes` of UTF-8, and at least one."""
-    for text in documents:
+def beginning(parts: Iterable[Part], num_bytes: int) -> Iterator[str]:
+    """The first parts of documents, up to `num_bytes` of UTF-8, and at least one."""
+    for text, _ in parts:
         yield text
         num_bytes -= len(text.encode(errors="replace"))
         if num_bytes <= 0:

@@ -1,4 +1,4 @@
-"""The documents of each split, from the built-in stories and chains or from anything that `datasets` reads."""
+"""The documents of each split: the built-in stories and chains, plain text files, or anything that `datasets` reads."""
 
 import hashlib
 import json
@@ -8,15 +8,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
 from lumiere.data.data_files import SPLIT_NAMES, SPLITS, absolute_data_files, local, split_of
-from lumiere.data.rows import find_source, load_rows
+from lumiere.data.rows import TextFiles, find_source, load_rows
 from lumiere.data.source import BUILDERS
 from lumiere.data.stories import STORIES_VERSION, stories
+from lumiere.data.text import Part, parts
 from lumiere.errors import DataError
 
 DEFAULT_NUM_DOCUMENTS = 20_000
@@ -30,7 +32,9 @@ BUILT_IN: Mapping[str, tuple[Callable[[str, int, int], Iterator[str]], int]] = {
 }
 """By name: what tells the texts of a split, and the version of them."""
 
-Reader = Callable[[], Iterator[str]]
+SPACE = re.compile(r"\s")
+
+Reader = Callable[[], Iterator[Part]]
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,11 @@ class Corpus:
     """Documents by split; each split can be read any number of times.
 
     Attributes:
-        readers: for each split, a function that starts to read its documents.
+        readers: for each split, a function that starts to read its documents, in parts.
         fingerprint: changes whenever the documents may have changed; cheap, so taken from the source.
         counts: documents of each split, where that is known without reading them.
         unused: splits of the dataset that are none of ours.
-        rows: the rows of each split that has been read from rows.
+        rows: of each split whose documents are the rows of a table.
         missing: why the documents cannot be read, though what they were is known.
     """
 
@@ -57,8 +61,13 @@ class Corpus:
     def splits(self) -> tuple[str, ...]:
         return tuple(self.readers)
 
-    def documents(self, split: str) -> Iterator[str]:
+    def parts(self, split: str) -> Iterator[Part]:
+        """Read the documents in parts, of which few are in memory at a time."""
         return self.readers[split]()
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Read the documents one by one."""
+        return joined(self.parts(split))
 
 
 @dataclass
@@ -98,20 +107,25 @@ def load_corpus(config: DatasetConfig) -> Corpus:
         # What they were is known, so the corpus may still be in the cache; only reading them is an error.
         readers = dict.fromkeys(SPLITS, failing(error))
         return Corpus(readers, fingerprint_of(config.data_sha256, config), missing=error)
-    chosen, unused = named_splits(rows)
-    pattern = config.document_start
-    counted = {split: CountedRows(rows[name]) for split, name in chosen.items()}
-    readers = {split: lambda rows=rows: documents_of(rows, pattern) for split, rows in counted.items()}
+    named, unused = named_splits(rows)
+    # Empty lines of a text are no missing documents.
+    has_rows = config.document_start is None and not any(isinstance(rows[name], TextFiles) for name in named.values())
+    counted = {split: CountedRows(rows[name]) for split, name in named.items() if has_rows}
+    readers = {
+        split: row_reader(counted.get(split, rows[name]), config.document_start) for split, name in named.items()
+    }
     if "train" not in readers:
         found = ", ".join(rows)
         raise DataError(f"dataset '{config.name}' has no split 'train', it has {found}", "choose another dataset")
     if config.num_documents is not None:
         readers["train"] = limited(readers["train"], config.num_documents)
     if "validation" not in readers:
-        hold = hold_out_of_stream if config.streaming else hold_out
+        # Files can be read twice, also where they are called a stream.
+        is_stream = config.streaming and not isinstance(rows[named["train"]], TextFiles)
+        hold = hold_out_of_stream if is_stream else hold_out
         readers |= hold(readers["train"], config.validation_fraction, config.seed)
     ordered = {split: readers[split] for split in SPLITS if split in readers}
-    return Corpus(ordered, fingerprint_of(source, config), unused=unused, rows=counted if pattern is None else {})
+    return Corpus(ordered, fingerprint_of(source, config), unused=unused, rows=counted)
 
 
 def recorded(config: DatasetConfig) -> DatasetConfig:
@@ -142,7 +156,7 @@ def fingerprint_of(source: str, config: DatasetConfig) -> str:
 def failing(error: DataError) -> Reader:
     """Return a reader that raises `error`."""
 
-    def read() -> Iterator[str]:
+    def read() -> Iterator[Part]:
         raise error
 
     return read
@@ -169,33 +183,59 @@ def built_in_corpus(config: DatasetConfig) -> Corpus:
     num_held_out = max(1, round(num_train * config.validation_fraction))
     counts = {"train": num_train, "validation": num_held_out, "test": num_held_out}
     readers: dict[str, Reader] = {
-        split: lambda split=split, count=count: tell(split, count, config.seed) for split, count in counts.items()
+        split: lambda split=split, count=count: (Part(text, True) for text in tell(split, count, config.seed))
+        for split, count in counts.items()
     }
     identity = f"{config.name} {version} {config.seed} {counts}"
     return Corpus(readers, hashlib.sha256(identity.encode()).hexdigest(), counts)
 
 
-def documents_of(rows: Iterable[str], document_start: str | None) -> Iterator[str]:
+def row_reader(rows: Iterable[str], document_start: str | None) -> Reader:
+    """Return a reader of documents: each row, or each file of plain text.
+
+    With `document_start`, a document begins at each row, or line, that matches (`grouped_parts`).
+    """
+    if document_start is not None:
+        return lambda: grouped_parts(rows, document_start)
+    if isinstance(rows, TextFiles):
+        return rows.parts
+    return lambda: chain.from_iterable(parts([row]) for row in rows)
+
+
+def grouped_parts(rows: Iterable[str], document_start: str) -> Iterator[Part]:
     """Group rows into documents.
 
-    Without `document_start` each row that is not blank is a document. With it, a document begins at each row
-    that, stripped, matches the pattern and stands alone: between blank rows, or at the corpus' edge. A line such
-    as ` = 1 = ` within a paragraph is thereby no heading. Blank rows are dropped, the others joined as they are.
+    A document begins at each row that, stripped, matches the pattern and stands alone: between blank rows, or at the
+    corpus' edge. A line such as ` = 1 = ` within a paragraph is thereby no heading. Blank rows are dropped, the others
+    joined as they are.
     """
-    if document_start is None:
-        yield from (row for row in rows if row.strip())
-        return
+    for _, document in groupby(numbered_rows(rows, document_start), key=itemgetter(0)):
+        yield from parts(row for _, row in document)
+
+
+def numbered_rows(rows: Iterable[str], document_start: str) -> Iterator[tuple[int, str]]:
+    """Yield each row that is not blank with the number of its document."""
     heading = re.compile(document_start)
-    document: list[str] = []
+    number = 0
     for previous, row, following in neighbours(rows):
-        alone = not previous.strip() and not following.strip()
-        if alone and row.strip() and heading.search(row.strip()) and document:
-            yield "".join(document)
-            document = []
-        if row.strip():
-            document.append(row)
-    if document:
-        yield "".join(document)
+        if stripped := row.strip():
+            alone = not previous.strip() and not following.strip()
+            number += alone and heading.search(stripped) is not None
+            yield number, row
+
+
+def joined(parts: Iterable[Part]) -> Iterator[str]:
+    """Yield whole documents."""
+    for _, document in groupby(numbered_parts(parts), key=itemgetter(0)):
+        yield "".join(part.text for _, part in document)
+
+
+def numbered_parts(parts: Iterable[Part]) -> Iterator[tuple[int, Part]]:
+    """Yield each part with the number of its document."""
+    number = 0
+    for part in parts:
+        yield number, part
+        number += part.is_last
 
 
 def neighbours(rows: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -210,7 +250,19 @@ def neighbours(rows: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 
 def limited(reader: Reader, count: int) -> Reader:
     """The first `count` documents."""
-    return lambda: islice(reader(), count)
+
+    def read() -> Iterator[Part]:
+        for number, part in numbered_parts(reader()):
+            yield part
+            if part.is_last and number + 1 == count:
+                return
+
+    return read
+
+
+def chosen(reader: Reader, is_chosen: Callable[[int], bool]) -> Reader:
+    """The documents whose numbers are chosen."""
+    return lambda: (part for number, part in numbered_parts(reader()) if is_chosen(number))
 
 
 def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
@@ -221,24 +273,20 @@ def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
     """
 
     @cache
-    def parts() -> dict[str, Reader]:
-        count = sum(1 for _ in reader())
+    def readers() -> dict[str, Reader]:
+        count = sum(part.is_last for part in reader())
         if count > MANY_DOCUMENTS:
             return hold_out_of_stream(reader, fraction, seed)
         if count == 1:
-            # A text of a word or two may leave a part blank, which is no document.
-            return {
-                "train": lambda: filter(str.strip, [cut_tail(next(reader()), fraction)[0]]),
-                "validation": lambda: filter(str.strip, [cut_tail(next(reader()), fraction)[1]]),
-            }
+            return hold_out_tail(reader, fraction)
         num_chosen = max(0, min(count - 1, max(1, round(count * fraction))))
-        chosen = frozenset(random.Random(seed).sample(range(count), num_chosen))
+        held_out = frozenset(random.Random(seed).sample(range(count), num_chosen))
         return {
-            "train": lambda: (text for i, text in enumerate(reader()) if i not in chosen),
-            "validation": lambda: (text for i, text in enumerate(reader()) if i in chosen),
+            "train": chosen(reader, lambda number: number not in held_out),
+            "validation": chosen(reader, held_out.__contains__),
         }
 
-    return {"train": lambda: parts()["train"](), "validation": lambda: parts()["validation"]()}
+    return {"train": lambda: readers()["train"](), "validation": lambda: readers()["validation"]()}
 
 
 def hold_out_of_stream(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
@@ -254,15 +302,51 @@ def hold_out_of_stream(reader: Reader, fraction: float, seed: int) -> dict[str, 
         return index == 1 or (index > 1 and int.from_bytes(digest, "little") < fraction * 2**64)
 
     return {
-        "train": lambda: (text for i, text in enumerate(reader()) if not is_held_out(i)),
-        "validation": lambda: (text for i, text in enumerate(reader()) if is_held_out(i)),
+        "train": chosen(reader, lambda number: not is_held_out(number)),
+        "validation": chosen(reader, is_held_out),
     }
 
 
-def cut_tail(text: str, fraction: float) -> tuple[str, str]:
-    """`text` in two, the second part about `fraction` of it, cut before a word."""
-    words = text.rstrip()
-    cut = int(len(words) * (1 - fraction))
-    space = re.compile(r"\s").search(words, cut)
-    cut = space.start() if space else cut
-    return text[:cut], text[cut:]
+def hold_out_tail(reader: Reader, fraction: float) -> dict[str, Reader]:
+    """Split a single document: the last `fraction` of its characters, from a space on, is for validation."""
+    length = end = 0  # with and without the white space at its end
+    for text, _ in reader():
+        if stripped := text.rstrip():
+            end = length + len(stripped)
+        length += len(text)
+    position = int(end * (1 - fraction))
+
+    def read(of_tail: bool) -> Iterator[Part]:
+        is_first = True
+        for in_tail, part in cut_document(reader(), position, end):
+            if in_tail == of_tail:
+                # A text of a word or two may leave a side blank, which is no document.
+                if not (is_first and part.is_last and not part.text.strip()):
+                    yield part
+                is_first = False
+
+    return {"train": lambda: read(of_tail=False), "validation": lambda: read(of_tail=True)}
+
+
+def cut_document(parts: Iterable[Part], position: int, end: int) -> Iterator[tuple[bool, Part]]:
+    """Cut a document before its first space between the characters `position` and `end`, or else at `position`.
+
+    Yields:
+        Whether the part belongs to the tail, and the part.
+    """
+    begin, is_cut = 0, False
+    for part in parts:
+        text, is_last = part
+        if is_cut:
+            yield True, part
+        elif begin + len(text) <= position:
+            yield False, part
+        else:
+            space = SPACE.search(text, max(position - begin, 0), max(end - begin, 0))
+            if is_cut := space is not None or is_last:
+                place = space.start() if space else max(position - begin, 0)
+                yield False, Part(text[:place], is_last=True)
+                yield True, Part(text[place:], is_last)
+            else:
+                yield False, part
+        begin += len(text)

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data.building import Listener, Progress, build_folder
 from lumiere.data.checksums import cache_dir, changed_files
-from lumiere.data.corpus import SPLITS, Corpus, load_corpus
-from lumiere.data.encoding import OFFSET_TYPE, SplitFacts, id_type, measure, utf_8
+from lumiere.data.corpus import SPLITS, Corpus, load_corpus, numbered_parts
+from lumiere.data.encoding import EMPTY, OFFSET_TYPE, SplitFacts, encode_parts, id_type, measure, measured_batches
+from lumiere.data.text import Part, parts
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.data.windows import Windows
 from lumiere.errors import DataError, shortened
@@ -23,8 +24,8 @@ from lumiere.files import open_file, parse_json, read_file
 
 CACHE_FORMAT = 2
 MAX_FACTS_BYTES = 10_000
-DOCUMENTS_AT_ONCE = 256
-"""Documents encoded in one call, so that all cores are busy."""
+IDS_AT_ONCE = 2**22
+"""Whose bytes are looked up at once."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def tokenize_corpus(
     corpus = corpus or load_corpus(config.dataset)
     if corpus.missing is not None:
         tell(Progress(f"{corpus.missing.message}; the encoded corpus in the cache is used", is_note=True))
-    identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, config.tokenizer.model_dump()], sort_keys=True)
+    # Left out where it is the default, so that corpora of versions without this setting are found.
+    settings = config.tokenizer.model_dump(exclude={"normalizer"} if config.tokenizer.normalizer == "nfkc" else None)
+    identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, settings], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, tell)
     tokenized = read_folder(folder, from_cache=is_cached, verify=verify)
@@ -101,16 +104,34 @@ def tokenize_corpus(
     return tokenized
 
 
-def source_documents(config: DatasetConfig, corpus: TokenizedCorpus, split: str) -> tuple[Iterable[str], bool]:
-    """Return the documents of a split that was encoded, and whether they are decoded from its ids.
+def source_parts(config: DatasetConfig, corpus: TokenizedCorpus, split: str) -> tuple[Iterable[Part], bool]:
+    """Return the documents of a split that was encoded, in parts, and whether they are decoded from its ids.
 
     They are read from their source; decoded only if its files are gone or have changed, for then they are normalized.
     """
     source = load_corpus(config)
     if source.missing is None:
-        return source.documents(split), False
+        return source.parts(split), False
     ids, offsets = corpus.splits[split].ids, corpus.splits[split].offsets
-    return (corpus.tokenizer.decode(ids[begin:end]) for begin, end in pairwise(offsets)), True
+    documents = (corpus.tokenizer.decode(ids[begin:end]) for begin, end in pairwise(offsets))
+    return (Part(text, True) for text in documents), True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is counted in each document of a split: arrays (num_documents,).
+
+    Attributes:
+        num_bytes: UTF-8 bytes.
+        num_words: words by white space, line ends counted.
+        num_normalized_bytes: UTF-8 bytes after the tokenizer's normalizer.
+        num_changed_bytes: UTF-8 bytes of the characters that the normalizer changed.
+    """
+
+    num_bytes: np.ndarray
+    num_words: np.ndarray
+    num_normalized_bytes: np.ndarray
+    num_changed_bytes: np.ndarray
 
 
 def tokenize_text(text: str, tokenizer: Tokenizer) -> TokenizedSplit:
@@ -121,51 +142,69 @@ def tokenize_text(text: str, tokenizer: Tokenizer) -> TokenizedSplit:
     """
     if not text.strip():
         raise DataError("the text is empty", "give some text")
-    ids = np.array(tokenizer.encode_documents([text])[0])
-    facts = SplitFacts(1, len(ids), *measure(text), hashlib.sha256(text.encode()).hexdigest())
-    return TokenizedSplit(ids, np.array([0, len(ids)]), facts, len(tokenizer))
+    return tokenize_parts(parts([text]), tokenizer)
 
 
-def tokenize_documents(documents: Iterable[str], tokenizer: Tokenizer) -> TokenizedSplit:
-    """A split in memory, for a corpus that no model was trained on: nothing is kept.
+def tokenize_parts(documents: Iterable[Part], tokenizer: Tokenizer) -> TokenizedSplit:
+    """A split in memory, for a text that no model was trained on: nothing is kept.
 
     Raises:
         DataError: if it holds no text.
     """
-    ids, sizes, digest = [], [], hashlib.sha256()
-    remaining = iter(documents)
-    while batch := list(islice(remaining, DOCUMENTS_AT_ONCE)):
-        for text, encoded in zip(batch, tokenizer.encode_documents(batch), strict=True):
-            ids.append(np.array(encoded))
-            sizes.append(measure(text))
-            digest.update(utf_8(text) + b"\0")
+    dtype = id_type(len(tokenizer))
+    ids, ends = [], [np.zeros(1, OFFSET_TYPE)]
+    state, num_tokens = EMPTY, 0
+    for batch in measured_batches(iter(documents), EMPTY):
+        encoded = encode_parts(batch.parts, state.is_within, tokenizer)
+        lengths = num_tokens + np.cumsum(list(map(len, encoded)), dtype=OFFSET_TYPE)
+        ids.append(np.concatenate([np.array(row, dtype) for row in encoded]))
+        ends.append(lengths[[part.is_last for part in batch.parts]])
+        state, num_tokens = batch.state, int(lengths[-1])
     if not ids:
         raise DataError("the corpus holds no text", "choose another split or dataset")
-    offsets = np.cumsum([0, *map(len, ids)])
-    num_bytes, num_words = np.sum(sizes, axis=0).tolist()
-    return TokenizedSplit(
-        np.concatenate(ids),
-        offsets,
-        SplitFacts(len(ids), int(offsets[-1]), num_bytes, num_words, digest.hexdigest()),
-        len(tokenizer),
-    )
+    joined = np.concatenate(ids)
+    num_normalized = bytes_of_documents(joined, np.array([0, num_tokens]), tokenizer).item()
+    facts = replace(state.facts, num_tokens=num_tokens, num_normalized_bytes=num_normalized)
+    return TokenizedSplit(joined, np.concatenate(ends), facts, len(tokenizer))
 
 
-def document_sizes(documents: Iterable[str], facts: SplitFacts, are_decoded: bool = False) -> np.ndarray:
-    """Bytes and words of each document, (2, num_documents), as `SplitFacts` counts them.
+def document_sizes(
+    documents: Iterable[Part], split: TokenizedSplit, tokenizer: Tokenizer, are_decoded: bool = False
+) -> Sizes:
+    """What is counted in each document of a split.
 
     Args:
         are_decoded: the documents are decoded from ids, so that their sizes are those after normalization.
 
     Raises:
-        DataError: if the documents are not those of `facts`.
+        DataError: if the documents are not those of the split.
     """
-    sizes = np.array([measure(text) for text in documents]).T
-    if are_decoded:
-        return sizes
-    if sizes.shape != (2, facts.num_documents) or sizes.sum(1).tolist() != [facts.num_bytes, facts.num_words]:
+    facts = split.facts
+    counts = np.zeros((3, facts.num_documents), np.int64)
+    num_documents = 0
+    for number, (text, is_last) in numbered_parts(documents):
+        if number < facts.num_documents:
+            counts[:, number] += (*measure(text), tokenizer.num_bytes_changed(text))
+        num_documents += is_last
+    sums = counts[:2].sum(1).tolist()
+    if num_documents != facts.num_documents or not (are_decoded or sums == [facts.num_bytes, facts.num_words]):
         raise DataError("the corpus has changed while it was read", "try again, or restore it as it was")
-    return sizes
+    num_bytes, num_words, num_changed = counts
+    return Sizes(num_bytes, num_words, bytes_of_documents(split.ids, split.offsets, tokenizer), num_changed)
+
+
+def bytes_of_documents(ids: np.ndarray, offsets: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """The number of bytes that the ids of each document stand for: (num_documents,)."""
+    sizes = np.array(tokenizer.token_sizes)
+    totals = np.zeros(len(offsets) - 1, np.int64)
+    for first in range(0, len(ids), IDS_AT_ONCE):
+        end = min(first + IDS_AT_ONCE, len(ids))
+        begun = np.searchsorted(offsets, first, side="right") - 1
+        ended = np.searchsorted(offsets, end, side="left")
+        # Clipped, because files may be damaged; whoever cuts windows of them says so.
+        starts = np.clip(offsets[begun:ended] - first, 0, end - first - 1)
+        totals[begun:ended] += np.add.reduceat(np.take(sizes, ids[first:end], mode="clip"), starts)
+    return totals
 
 
 def read_folder(folder: Path, from_cache: bool, verify: bool = False) -> TokenizedCorpus:
@@ -180,7 +219,7 @@ def read_folder(folder: Path, from_cache: bool, verify: bool = False) -> Tokeniz
         if not isinstance(facts, dict):
             raise ValueError("it says nothing of its splits")
         # By the names of the splits and not by the file's: those could lead out of the folder.
-        splits = {split: read_split(folder, split, len(tokenizer), facts[split]) for split in SPLITS if split in facts}
+        splits = {split: read_split(folder, split, tokenizer, facts[split]) for split in SPLITS if split in facts}
         changed = changed_files(folder, verify)
     except (OSError, ValueError, TypeError, DataError) as error:
         raise damaged(folder, error.message if isinstance(error, DataError) else shortened(str(error))) from None
@@ -193,7 +232,7 @@ def read_folder(folder: Path, from_cache: bool, verify: bool = False) -> Tokeniz
     return TokenizedCorpus(tokenizer, splits, fingerprint, from_cache)
 
 
-def read_split(folder: Path, split: str, vocab_size: int, fields: Mapping[str, Any]) -> TokenizedSplit:
+def read_split(folder: Path, split: str, tokenizer: Tokenizer, fields: Mapping[str, Any]) -> TokenizedSplit:
     """Map one split's files into memory, and see that they fit each other.
 
     Its ids and offsets are not read, since there may be billions; `Windows` checks those that it meets.
@@ -201,16 +240,18 @@ def read_split(folder: Path, split: str, vocab_size: int, fields: Mapping[str, A
     Raises:
         OSError, ValueError, TypeError: if they do not, or are damaged.
     """
+    ids = mapped(folder / f"{split}.ids", id_type(len(tokenizer)))
+    offsets = mapped(folder / f"{split}.offsets", OFFSET_TYPE)
+    if "num_normalized_bytes" not in fields:  # nor in the caches of older versions
+        fields = {**fields, "num_normalized_bytes": bytes_of_documents(ids, np.array([0, len(ids)]), tokenizer).item()}
     facts = SplitFacts(**fields)
     if not facts.is_sound:
         raise ValueError(f"the facts about its {split} split are no facts")
-    ids = mapped(folder / f"{split}.ids", id_type(vocab_size))
-    offsets = mapped(folder / f"{split}.offsets", OFFSET_TYPE)
     if (len(offsets), len(ids)) != (facts.num_documents + 1, facts.num_tokens):
         raise ValueError(f"its {split} split is cut short")
     if (offsets[0], offsets[-1]) != (0, facts.num_tokens):
         raise ValueError(f"its {split} split has offsets of another text")
-    return TokenizedSplit(ids, offsets, facts, vocab_size, folder / split)
+    return TokenizedSplit(ids, offsets, facts, len(tokenizer), folder / split)
 
 
 def mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:

@@ -85,12 +85,7 @@ def opened(
             split: DataFilesList(paths, [(checked_sha256(path),) for path in paths])
             for split, paths in source.files.items()
         }
-        options: dict[str, Any] = {}
-        if source.builder == "text":
-            # A file is a document, unless the lines are to be grouped; then they need their line ends.
-            whole = config.document_start is None
-            options = {"sample_by": "document"} if whole else {"keep_linebreaks": True}
-        builder = datasets.load_dataset_builder(source.builder, data_files=DataFilesDict(files), **options)
+        builder = datasets.load_dataset_builder(source.builder, data_files=DataFilesDict(files))
     if config.streaming:
         loaded = builder.as_streaming_dataset()
         assert isinstance(loaded, datasets.IterableDatasetDict)

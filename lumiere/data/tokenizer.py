@@ -1,15 +1,20 @@
-"""Byte-level BPE: any text in, token ids out, and the same text back (up to NFKC normalization)."""
+"""Byte-level BPE: any text in, token ids out, and the same text back (up to Unicode normalization)."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+import threading
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from lumiere.data.text import pieces
 from lumiere.errors import DataError, LumiereError, printable, shortened
 from lumiere.files import parse_json, read_file
 
@@ -19,13 +24,21 @@ SPECIAL_TOKENS = ("<|sot|>", "<|eot|>", "<|pad|>")
 
 MAX_BYTES = 200_000_000  # some millions of tokens
 
+FORMS: Mapping[str, Literal["NFKC", "NFC"] | None] = {"nfkc": "NFKC", "nfc": "NFC", "none": None}
+"""What `tokenizer.normalizer` may be."""
+
+MAX_LEARNED_BYTES = 1024
+"""Longer pre-tokens are cut while merges are learned, in time quadratic in their length. Encoding cuts none."""
+SECONDS_BETWEEN_CALLS = 0.1
+
 VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
 class Tokenizer:
     """A trained tokenizer. `len(tokenizer)` is the number of ids in use.
 
-    Special tokens are added by id, around documents; text that spells one is ordinary text.
+    Special tokens are added by id, around documents; text that spells one is ordinary text. Every command begins a text
+    with the start token, so give a model `encode(text, start=True)`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -34,12 +47,28 @@ class Tokenizer:
         self._backend = backend
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int, min_frequency: int) -> "Tokenizer":
-        """Learn merges from `documents` until there are `vocab_size` tokens, or none is frequent enough.
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        min_frequency: int,
+        normalizer: str = "nfkc",
+        tell: Callable[[int], None] = lambda _: None,
+    ) -> "Tokenizer":
+        """Learn merges from `texts` until there are `vocab_size` tokens, or none is frequent enough.
 
-        Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", on bytes.
+        Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", on bytes. Pre-tokens are
+        cut after `MAX_LEARNED_BYTES`, so that a text without spaces does not take hours.
+
+        Args:
+            texts: Whole documents, or the pieces of `lumiere.data.text.pieces`.
+            normalizer: `nfkc`, `nfc` or `none`.
+            tell: Called with the number of bytes read so far, some times a second.
         """
-        backend = pipeline(models.BPE())
+        backend = pipeline(models.BPE(), normalizer)
+        whole = backend.pre_tokenizer
+        cut = pre_tokenizers.FixedLength(MAX_LEARNED_BYTES)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([whole, cut])  # pyright: ignore
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
@@ -47,7 +76,16 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(documents, trainer)
+        num_bytes = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal num_bytes
+            for text in texts:
+                yield text
+                num_bytes += len(text.encode(errors="replace"))
+
+        run_in_thread(lambda: backend.train_from_iterator(counted(), trainer), lambda: tell(num_bytes))
+        backend.pre_tokenizer = whole  # pyright: ignore[reportAttributeAccessIssue]
         return cls(backend)
 
     @classmethod
@@ -68,7 +106,7 @@ class Tokenizer:
         try:
             check_vocabulary(saved["model"]["vocab"])
             merges = [(left, right) for left, right in saved["model"]["merges"]]
-            backend = pipeline(models.BPE(saved["model"]["vocab"], merges))
+            backend = pipeline(models.BPE(saved["model"]["vocab"], merges), normalizer_name(saved["normalizer"]))
             backend.add_special_tokens(list(SPECIAL_TOKENS))
             expected = json.loads(backend.to_str())
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the merges
@@ -95,13 +133,54 @@ class Tokenizer:
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without special tokens.
+    @cached_property
+    def normalizer(self) -> str:
+        """What is done to a text first: `nfkc`, `nfc` or `none`."""
+        return normalizer_name(json.loads(self._backend.to_str())["normalizer"])
+
+    def normalize(self, text: str) -> str:
+        """Return the text that `decode(encode(text))` gives back.
 
         Raises:
-            LumiereError: if `text` holds half of a surrogate pair, which is no character.
+            LumiereError: `text` has half of a surrogate pair.
         """
-        return self.encode_batch([text])[0]
+        if self._backend.normalizer is None:
+            return text
+        try:
+            return self._backend.normalizer.normalize_str(text)
+        except (UnicodeError, TypeError):
+            raise not_a_character() from None
+
+    def num_bytes_changed(self, text: str) -> int:
+        """Return how many UTF-8 bytes of `text` belong to characters that the normalizer changes.
+
+        Characters that combine with the one before, such as accents, count as one with it.
+        """
+        form = FORMS[self.normalizer]
+        if form is None or text.isascii() or unicodedata.is_normalized(form, text):
+            return 0
+        characters = set(text)
+        combining = "".join(filter(combines, characters))
+        changing = "".join(c for c in characters if self.normalize(c) != c)
+        groups = [f"[{re.escape(changing)}]"] if changing else []
+        if combining:
+            groups.insert(0, f"[^{re.escape(combining)}]?[{re.escape(combining)}]+")
+        if not groups:
+            return 0
+        found = (match[0] for match in re.finditer("|".join(groups), text))
+        return sum(len(group.encode()) for group in found if self.normalize(group) != group)
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        """Return the ids of `text`.
+
+        Args:
+            start: Put the start token `<|sot|>` first, as training, `generate`, `eval` and `inspect` do. A model has
+                never seen a document without it.
+
+        Raises:
+            LumiereError: `text` has half of a surrogate pair, which is no character.
+        """
+        return [*([SOT] if start else []), *chain.from_iterable(self.encode_batch(list(pieces([text]))))]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed in parallel."""
@@ -130,6 +209,11 @@ class Tokenizer:
         return printable(self.token_bytes(token).decode("utf-8", errors="backslashreplace").translate(VISIBLE))
 
     @cached_property
+    def token_sizes(self) -> list[int]:
+        """The number of bytes that each token stands for."""
+        return list(map(len, self._bytes))
+
+    @cached_property
     def _bytes(self) -> list[bytes]:
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = (self._backend.id_to_token(i) or "" for i in range(len(SPECIAL_TOKENS), len(self)))
@@ -142,10 +226,50 @@ def not_a_character() -> LumiereError:
     )
 
 
-def pipeline(model: models.BPE) -> tokenizers.Tokenizer:
+def run_in_thread(work: Callable[[], None], wait: Callable[[], None]) -> None:
+    """Call `work` in a thread, and `wait` some times a second until it is done.
+
+    An interrupt raises here at once, though the library never looks for one; the thread then ends with the process.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(SECONDS_BETWEEN_CALLS)
+        wait()
+    if errors:
+        raise errors[0]
+
+
+def normalizer_name(saved: dict[str, Any] | None) -> str:
+    """Return the name of a normalizer in a saved tokenizer.
+
+    Raises:
+        ValueError: It is none of ours.
+    """
+    name = "none" if saved is None else str(saved["type"]).lower()
+    if name not in FORMS:
+        raise ValueError(f"it has the normalizer {name}")
+    return name
+
+
+def combines(character: str) -> bool:
+    """Return whether a character may join the one before it: marks, and vowels and finals of Hangul."""
+    return unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"
+
+
+def pipeline(model: models.BPE, normalizer: str) -> tokenizers.Tokenizer:
     """`model` with all that comes before and after it."""
     backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.NFKC()  # pyright: ignore[reportAttributeAccessIssue]
+    if form := FORMS[normalizer]:
+        backend.normalizer = getattr(normalizers, form)()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     return backend

@@ -24,7 +24,8 @@ class Evaluation:
         mean_batch_loss: mean of the batches' mean losses, which the Lumiére card reports as 4.4180.
         mean_batch_perplexity: mean of the batches' perplexities, which the card reports as 85.01. By Jensen's
             inequality it is never less than exp(mean_batch_loss).
-        bits_per_byte: loss in bits a UTF-8 byte, comparable between tokenizers.
+        bits_per_byte: loss in bits per UTF-8 byte of the text after the tokenizer's normalizer, comparable between
+            tokenizers with the same normalizer.
         word_perplexity: perplexity of a word, line ends counted as words.
         num_tokens: predicted tokens; those in the overlap of two windows are counted in each.
         num_windows: windows.
@@ -90,7 +91,7 @@ def evaluate(
         perplexity=exponential(loss),
         mean_batch_loss=means.mean().item(),
         mean_batch_perplexity=means.exp().mean().item(),
-        bits_per_byte=nats / math.log(2) / facts.num_bytes,
+        bits_per_byte=nats / math.log(2) / facts.num_normalized_bytes,
         word_perplexity=exponential(nats / facts.num_words),
         num_tokens=num_tokens,
         num_windows=len(windows),

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lumiere.data.dataset import TokenizedSplit
-from lumiere.evaluation.scoring import Scores
+from lumiere.data.dataset import Sizes, TokenizedSplit
 
 
 class DocumentTotals(NamedTuple):
@@ -17,8 +16,7 @@ class DocumentTotals(NamedTuple):
         num_scored: tokens that were scored; those that were scored twice count twice.
         at_1, at_5: as in `Scores`.
         num_targets: tokens that there are to predict, each once: all but the first.
-        num_bytes: UTF-8 bytes, before normalization.
-        num_words: words by white space, line ends counted.
+        num_bytes, num_words, num_normalized_bytes: as in `Sizes`.
     """
 
     nats: np.ndarray
@@ -28,6 +26,7 @@ class DocumentTotals(NamedTuple):
     num_targets: np.ndarray
     num_bytes: np.ndarray
     num_words: np.ndarray
+    num_normalized_bytes: np.ndarray
 
     @property
     def num_documents(self) -> int:
@@ -51,19 +50,54 @@ class Figures(NamedTuple):
     accuracy_at_5: np.ndarray
 
 
-def document_totals(scores: Scores, losses: np.ndarray, split: TokenizedSplit, sizes: np.ndarray) -> DocumentTotals:
-    """The sums of a split's documents.
+class GroupSums:
+    """Sums of columns over the tokens of each group, added up part by part.
 
-    Args:
-        losses: (S,) those of the model, or of a baseline.
-        sizes: (2, D) bytes and words of each document.
+    Attributes:
+        counts: (num_groups,) tokens.
+        sums: (num_columns, num_groups).
     """
 
-    def total(values: np.ndarray | None = None) -> np.ndarray:
-        return np.bincount(scores.documents, values, minlength=split.facts.num_documents)
+    def __init__(self, num_groups: int, num_columns: int) -> None:
+        self.counts = np.zeros(num_groups, np.int64)
+        self.sums = np.zeros((num_columns, num_groups))
 
+    def add(self, groups: np.ndarray, *columns: np.ndarray) -> None:
+        """Add some tokens: (S,) their groups, and a value of each in every column."""
+        if not len(groups):
+            return
+        # Only as wide as the groups that are met: there may be a million documents.
+        first = groups.min()
+        met = np.s_[first : groups.max() + 1]
+        self.counts[met] += np.bincount(groups - first)
+        for sums, values in zip(self.sums, columns, strict=True):
+            sums[met] += np.bincount(groups - first, values)
+
+    @property
+    def means(self) -> np.ndarray:
+        """(num_columns, num_groups), NaN where a group has no token."""
+        with np.errstate(invalid="ignore"):
+            return self.sums / self.counts
+
+
+def document_totals(
+    split: TokenizedSplit, sizes: Sizes, counts: np.ndarray, nats: np.ndarray, at_1: np.ndarray, at_5: np.ndarray
+) -> DocumentTotals:
+    """The sums of a split's documents: (D,) each.
+
+    Args:
+        sizes: of each document, from `document_sizes`.
+        counts, nats, at_1, at_5: scored tokens, and the sums of their columns in `Scores`.
+    """
     return DocumentTotals(
-        total(losses), total(), total(scores.at_1), total(scores.at_5), np.diff(split.offsets) - 1, *sizes
+        nats=nats,
+        num_scored=counts,
+        at_1=at_1,
+        at_5=at_5,
+        num_targets=np.diff(split.offsets) - 1,
+        num_bytes=sizes.num_bytes,
+        num_words=sizes.num_words,
+        num_normalized_bytes=sizes.num_normalized_bytes,
     )
 
 
@@ -73,7 +107,7 @@ def figures(totals: DocumentTotals) -> Figures:
         loss = totals.nats / totals.num_scored
         # The mean loss is taken for every token of the text once, also for those that two windows share.
         nats = loss * totals.num_targets
-        bits_per_byte = nats / math.log(2) / totals.num_bytes
+        bits_per_byte = nats / math.log(2) / totals.num_normalized_bytes
         return Figures(
             loss=loss,
             perplexity=np.exp(loss),

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lumiere.data.text import plain
 from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
 from lumiere.errors import LumiereError, NonFiniteError
 from lumiere.generation.cached import CachedDecoder
@@ -124,7 +125,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
     """
     if prompt is not None and not prompt.strip():
         raise LumiereError("the prompt is empty", "give it some text, or leave it out to let the model begin")
-    return [SOT, *(tokenizer.encode(prompt) if prompt else [])]
+    return tokenizer.encode(plain(prompt or ""), start=True)
 
 
 def suppressed_ids(vocab_size: int, num_used: int) -> list[int]:

@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
+from lumiere.data.text import plain
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
 
@@ -12,17 +13,18 @@ class TextStream:
 
     Args:
         tokenizer: the one that the model was trained with.
-        stop: strings that end the text where they begin, wherever tokens are cut; they are not part of it.
+        stop: strings that end the text where they begin, wherever tokens are cut; they are not part of it. They are
+            normalized as the training text was: after NFKC, `…` is `...`.
 
     Raises:
         LumiereError: if a stop string is empty.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        if not all(stop):
-            raise LumiereError("a stop string is empty", "an empty string is everywhere; leave it out")
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stop = tuple(tokenizer.normalize(plain(text)) for text in stop)
+        if not all(self._stop):
+            raise LumiereError("a stop string is empty", "an empty string is everywhere; leave it out")
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self.is_stopped = False

@@ -112,7 +112,7 @@ def sequence_totals(sequences: np.ndarray, losses: np.ndarray) -> DocumentTotals
     """The sums of each sequence; what a loss a token does not need is not a number."""
     nats, counts = np.bincount(sequences, losses), np.bincount(sequences)
     unknown = np.zeros(len(nats))
-    return DocumentTotals(nats, counts, unknown, unknown, counts, unknown, unknown)
+    return DocumentTotals(nats, counts, unknown, unknown, counts, unknown, unknown, unknown)
 
 
 def evaluation_error(model: Transformer, batch: Batch, losses_P: np.ndarray) -> float:

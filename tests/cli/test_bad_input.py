@@ -49,7 +49,7 @@ TRAINING = [
     ("dataset.sliding_window_size=64", "dataset.sliding_window_size must be smaller than model.context_size"),
     ("dataset.name=./no-such-folder", "there is no dataset folder './no-such-folder'"),
     ("dataset.name=nobody/nothing", "dataset 'nobody/nothing' is not on this machine"),
-    ("dataset={name: text, data_files: none.txt}", "dataset.data_files=none.txt cannot be read as text"),
+    ("dataset={name: text, data_files: none.txt}", "there is no file 'none.txt'"),
     ("dataset={name: text}", "dataset 'text' needs files to read"),
     ("dataset={name: text, data_files: empty.txt}", "holds no text"),
     ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'"),
@@ -298,9 +298,12 @@ def test_a_run_without_losses_is_not_drawn(trained_run: Run, runs: Path) -> None
 
 def test_text_that_is_empty_or_not_utf8(runs: Path) -> None:
     Path("empty.txt").write_text(" \n")
-    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("latin.txt").write_bytes(b"one\r\ncaf\xe9")
     assert "the text is empty" in refuse(["eval", "latest", "--text", "empty.txt"])[0]
-    assert "is not UTF-8 text (byte 3)" in refuse(["eval", "latest", "--text", "latin.txt"])[0]
+    for arguments in (["eval", "latest", "--text"], ["inspect", "tokens", "--file"], ["generate", "--prompts"]):
+        message, hint = refuse([*arguments, "latin.txt"])
+        assert "latin.txt, line 2" in message
+        assert "iconv" in hint
     surrogate = refuse(["generate", "--prompt", "\udc80"])[0]
     assert "surrogate" in surrogate
 

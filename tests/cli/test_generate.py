@@ -35,13 +35,16 @@ def call(trained_run: Run) -> Callable[..., str]:
 
 def test_stdin_is_the_prompt(call: Callable[..., str]) -> None:
     options = ("-n", "10", "--seed", "1")
-    assert call("--prompt", "-", *options, stdin="Once upon\n") == call("--prompt", "Once upon", *options)
-    assert "stdin is not UTF-8" in call("--prompt", "-", stdin=b"\xff\xfe\xff", code=2, stderr=True)
+    expected = call("--prompt", "Once upon\na", *options)
+    for text in ("Once upon\na\n", "Once upon\r\na\r\n", "\ufeffOnce upon\ra\r"):
+        assert call("--prompt", "-", *options, stdin=text.encode()) == expected
+        assert call("--prompt", text.strip(), *options) == expected
+    assert "stdin, line 1" in call("--prompt", "-", stdin=b"\xff\xfe\xff", code=2, stderr=True)
     assert "the prompt is empty" in call("--prompt", "-", stdin="", code=2, stderr=True)
 
 
 def test_many_prompts_become_json_lines(call: Callable[..., str]) -> None:
-    Path("prompts.txt").write_text("Once upon a time\n\nThe fox\r\n", encoding="utf-8")
+    Path("prompts.txt").write_bytes("\ufeffOnce upon a time\n\nThe fox\r\n".encode())
     lines = '{"prompt": "Once upon a time"}\n{"prompt": "The fox", "id": 7}\n'
     Path("prompts.jsonl").write_text(lines, encoding="utf-8")
     options = ("-n", "12", "--seed", "2", "--num-return-sequences", "2")
@@ -129,7 +132,7 @@ def test_the_check_says_what_it_compared(call: Callable[..., str], monkeypatch: 
         ("--prompts bad.jsonl", "bad.jsonl, line 2"),
         ("--prompts keys.jsonl", "keys.jsonl, line 1 has no text under the key prompt"),
         ("--prompts empty.jsonl", "empty.jsonl, line 1: the prompt is empty"),
-        ("--prompts latin.txt", "latin.txt is not UTF-8 text"),
+        ("--prompts latin.txt", "latin.txt, line 1"),
     ],
 )
 def test_refused(call: Callable[..., str], arguments: str, message: str) -> None:

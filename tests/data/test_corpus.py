@@ -1,5 +1,9 @@
 """Documents: where they begin, which are held out, and that nothing is lost or seen twice."""
 
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,8 @@ from hypothesis import strategies as st
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import corpus as corpus_module
-from lumiere.data.corpus import Corpus, cut_tail, documents_of, hold_out, hold_out_of_stream, load_corpus
+from lumiere.data import text as text_module
+from lumiere.data.corpus import Corpus, Reader, hold_out, hold_out_of_stream, joined, load_corpus, row_reader
 from lumiere.data.stories import stories
 from lumiere.errors import DataError
 
@@ -32,11 +37,21 @@ def contents(corpus: Corpus) -> dict[str, list[str]]:
     return {split: list(corpus.documents(split)) for split in corpus.splits}
 
 
+def read(rows: Iterable[str], document_start: str | None = None) -> list[str]:
+    return list(joined(row_reader(rows, document_start)()))
+
+
+def split(
+    hold: Callable[[Reader, float, int], dict[str, Reader]], rows: Iterable[str], *how: Any
+) -> dict[str, list[str]]:
+    return {name: list(joined(part())) for name, part in hold(row_reader(rows, None), *how).items()}
+
+
 # Where documents begin
 
 
 def test_a_row_is_a_document() -> None:
-    assert list(documents_of(["one\n", "", " \n", " two"], None)) == ["one\n", " two"]
+    assert read(["one\n", "", " \n", " two"]) == ["one\n", " two"]
 
 
 @pytest.mark.parametrize(
@@ -61,12 +76,12 @@ def test_a_row_is_a_document() -> None:
     ],
 )
 def test_documents_begin_at_headings_that_stand_alone(rows: list[str], documents: list[str]) -> None:
-    assert list(documents_of(iter(rows), FIRST_LEVEL)) == documents
+    assert read(rows, FIRST_LEVEL) == documents
 
 
 @given(st.lists(st.sampled_from(["", " \n", "x\n", HEADING, SUB_HEADING])))
 def test_grouping_loses_no_text(rows: list[str]) -> None:
-    documents = list(documents_of(rows, FIRST_LEVEL))
+    documents = read(rows, FIRST_LEVEL)
     assert "".join(documents) == "".join(row for row in rows if row.strip())
     alone = [
         all(not row.strip() for row in rows[max(0, i - 1) : i] + rows[i + 1 : i + 2])
@@ -84,9 +99,8 @@ def test_grouping_loses_no_text(rows: list[str]) -> None:
 @given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 3))
 def test_documents_are_held_out_once(count: int, fraction: float, seed: int) -> None:
     documents = [f"document {i}" for i in range(count)]
-    splits = {split: list(read()) for split, read in hold_out(lambda: iter(documents), fraction, seed).items()}
-    again = {split: list(read()) for split, read in hold_out(lambda: iter(documents), fraction, seed).items()}
-    assert splits == again
+    splits = split(hold_out, documents, fraction, seed)
+    assert split(hold_out, documents, fraction, seed) == splits
     assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
     assert splits["train"] == sorted(splits["train"], key=documents.index)
     assert len(splits["validation"]) == min(max(1, round(count * fraction)), count - 1)
@@ -95,20 +109,19 @@ def test_documents_are_held_out_once(count: int, fraction: float, seed: int) -> 
 @given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 3))
 def test_of_a_stream_documents_are_held_out_once(count: int, fraction: float, seed: int) -> None:
     documents = [f"document {i}" for i in range(count)]
-    splits = {
-        split: list(read()) for split, read in hold_out_of_stream(lambda: iter(documents), fraction, seed).items()
-    }
+    splits = split(hold_out_of_stream, documents, fraction, seed)
     assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
     assert splits["train"] == sorted(splits["train"], key=documents.index)
     assert documents[0] in splits["train"]
     assert documents[1] in splits["validation"]
     # What a document is drawn for does not depend on how many follow it.
-    longer = hold_out_of_stream(lambda: iter([*documents, "one more"]), fraction, seed)
-    assert set(longer["validation"]()) - {"one more"} == set(splits["validation"])
+    longer = split(hold_out_of_stream, [*documents, "one more"], fraction, seed)
+    assert set(longer["validation"]) - {"one more"} == set(splits["validation"])
 
 
 def test_of_a_stream_the_fraction_is_held_out() -> None:
-    held_out = [set(hold_out_of_stream(lambda: map(str, range(20_000)), 0.05, seed)["validation"]()) for seed in (0, 1)]
+    texts = list(map(str, range(20_000)))
+    held_out = [set(split(hold_out_of_stream, texts, 0.05, seed)["validation"]) for seed in (0, 1)]
     # Four standard deviations of a binomial of 20,000 draws.
     assert all(abs(len(texts) - 1000) < 4 * (20_000 * 0.05 * 0.95) ** 0.5 for texts in held_out)
     assert held_out[0] != held_out[1]
@@ -116,7 +129,7 @@ def test_of_a_stream_the_fraction_is_held_out() -> None:
 
 def test_what_is_held_out_depends_on_the_seed() -> None:
     def held_out(seed: int) -> list[str]:
-        return list(hold_out(lambda: map(str, range(100)), 0.05, seed)["validation"]())
+        return split(hold_out, list(map(str, range(100))), 0.05, seed)["validation"]
 
     assert len(held_out(0)) == 5
     assert held_out(0) != held_out(1)
@@ -127,9 +140,8 @@ def test_what_is_held_out_depends_on_the_seed() -> None:
 def test_many_documents_are_held_out_like_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "MANY_DOCUMENTS", 50)
     for count, rule in ((50, False), (51, True)):
-        held_out = list(hold_out(lambda count=count: map(str, range(count)), 0.2, 0)["validation"]())
-        streamed = list(hold_out_of_stream(lambda count=count: map(str, range(count)), 0.2, 0)["validation"]())
-        assert (held_out == streamed) == rule
+        texts = list(map(str, range(count)))
+        assert (split(hold_out, texts, 0.2, 0) == split(hold_out_of_stream, texts, 0.2, 0)) == rule
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.99])
@@ -146,13 +158,16 @@ def test_of_one_document_the_tail_is_held_out(load: Any) -> None:
     assert splits == {"train": ["one two three"], "validation": [" four\n"]}
 
 
-@given(st.text(st.sampled_from("ab \n字"), max_size=40), st.floats(0.001, 0.999))
-def test_a_cut_text_is_whole_and_its_words_too(text: str, fraction: float) -> None:
-    head, tail = cut_tail(text, fraction)
-    assert head + tail == text
-    assert bool(tail.strip()) == bool(text.strip())
-    # A word is cut only where no other one begins after it.
-    assert tail[:1].isspace() or len(tail.split()) <= 1
+@given(st.text(st.sampled_from("ab \n字"), max_size=40), st.floats(0.001, 0.999), st.integers(1, 50))
+def test_a_single_document_is_cut_before_a_word(text: str, fraction: float, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "PIECE_CHARACTERS", size)
+        splits = split(hold_out, [text], fraction, 0)
+    end = len(text.rstrip())
+    cut = next((i for i in range(int(end * (1 - fraction)), end) if text[i].isspace()), int(end * (1 - fraction)))
+    expected = {"train": text[:cut], "validation": text[cut:]}
+    assert splits == {name: [side] if side.strip() else [] for name, side in expected.items()}
+    assert bool(splits["validation"]) == bool(text.strip())
 
 
 def test_a_text_too_short_to_cut_leaves_no_blank_document(load: Any) -> None:
@@ -252,3 +267,66 @@ def test_wikitext_articles(
     articles = list(load_corpus(config).documents(split))
     assert len(articles) == count
     assert all(article.startswith(" = ") and article.endswith("\n") for article in articles)
+
+
+# Plain text files
+
+
+def write(name: str, data: bytes) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(data)
+    return name
+
+
+def test_a_file_is_a_document_however_it_is_named() -> None:
+    book, letter = write("texts/book.txt", b"\xef\xbb\xbfone\n\ntwo"), write("texts/letter.md", b"dear\r\nyou\r")
+    expected = ["one\n\ntwo", "dear\nyou\n"]
+    write("texts/blank.txt", b" \r\n")
+    for named in ([book, letter], "texts", "texts/*", f"{book}, {letter}"):
+        corpus = load_corpus(DatasetConfig(name="text", data_files={"train": named, "validation": book}))
+        assert contents(corpus) == {"train": expected, "validation": expected[:1]}
+    held_out = load_corpus(DatasetConfig(name="texts"))
+    assert sorted(text for texts in contents(held_out).values() for text in texts) == sorted(expected)
+    # A file is read twice to be counted, called a stream or not.
+    streamed = load_corpus(DatasetConfig(name="texts", streaming=True))
+    assert contents(streamed) == contents(held_out)
+
+
+def test_lines_of_files_are_grouped_into_documents() -> None:
+    book = write("book.txt", b"= A =\r\n\r\none\r\ntwo\r\n\r\n= B =\r\n\r\nthree")
+    config = DatasetConfig(name="text", data_files={"train": book, "validation": book}, document_start="^=")
+    assert contents(load_corpus(config))["train"] == ["= A =\none\ntwo\n", "= B =\nthree"]
+
+
+@pytest.mark.parametrize("module", ["gzip", "bz2", "lzma"])
+def test_compressed_text(module: str) -> None:
+    ending = {"gzip": "gz", "bz2": "bz2", "lzma": "xz"}[module]
+    data = importlib.import_module(module).compress(b"one\r\ntwo")
+    book = write(f"book.txt.{ending}", data)
+    splits: dict[str, str | list[str]] = {"train": book, "validation": book}
+    assert contents(load_corpus(DatasetConfig(name="text", data_files=splits)))["train"] == ["one\ntwo"]
+    write(book, data[:-6])
+    with pytest.raises(DataError, match="cannot be read"):
+        contents(load_corpus(DatasetConfig(name="text", data_files=splits)))
+
+
+def test_plain_text_needs_no_datasets_library() -> None:
+    write("book.txt", b"one two three four five six seven eight")
+    code = (
+        "import sys; from lumiere.config.loader import load_config; from lumiere.data.dataset import tokenize_corpus; "
+        "tokenize_corpus(load_config('tiny', ['dataset.name=text', 'dataset.data_files=book.txt'])); "
+        "assert 'datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parts_of_a_split_are_those_of_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
+    texts = list(stories("train", 12))
+    for number, text in enumerate(texts):
+        write(f"texts/{number:02}.txt", text.encode())
+    corpus = load_corpus(DatasetConfig(name="texts", num_documents=10, validation_fraction=0.3))
+    found = contents(corpus)
+    assert sorted(found["train"] + found["validation"]) == sorted(texts[:10])
+    assert sum(part.is_last for part in corpus.parts("train")) == 7
+    assert len(list(corpus.parts("train"))) > 100

@@ -8,13 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lumiere.data import encoding
+from lumiere.data import encoding, text
 from lumiere.data.building import beginning
+from lumiere.data.corpus import row_reader
 from lumiere.data.encoding import EMPTY, Journal, SplitFacts, encode_split
 from lumiere.data.stories import stories
+from lumiere.data.text import Part
 from lumiere.data.tokenizer import Tokenizer
 
 DOCUMENTS = [f"low {'lower ' * (i % 5)}\nlowest {i}" for i in range(40)]
@@ -27,13 +30,14 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(encoding, "BATCH_PARTS", 3)
     monkeypatch.setattr(encoding, "JOURNAL_BYTES", 150)
 
 
 def encode(folder: Path, tokenizer: Tokenizer, documents: list[str], tell: Callable[[int], None]) -> SplitFacts:
     folder.mkdir(exist_ok=True)
-    return encode_split(folder, "train", lambda: iter(documents), tokenizer, tell)
+    read = row_reader(documents, None)
+    return encode_split(folder, "train", read, tokenizer, lambda facts: tell(facts.num_documents))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -65,10 +69,10 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer
 def test_what_is_whole_is_not_read_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
     facts = encode(tmp_path, tokenizer, DOCUMENTS, ignore)
 
-    def fail() -> Iterator[str]:
+    def fail() -> Iterator[Part]:
         raise AssertionError
 
-    assert encode_split(tmp_path, "train", fail, tokenizer, ignore) == facts
+    assert encode_split(tmp_path, "train", fail, tokenizer, lambda _: None) == facts
 
 
 def stopped(folder: Path, tokenizer: Tokenizer) -> None:
@@ -98,6 +102,11 @@ def test_a_file_that_has_lost_something_is_written_from_its_beginning(
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def journal_of(**facts: Any) -> str:
+    counts = dict.fromkeys(["num_documents", "num_tokens", "num_bytes", "num_words", "num_normalized_bytes"], 1)
+    return json.dumps({"facts": {**counts, "sha256": "", **facts}, "num_parts": 1, "is_within": False, "done": True})
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -105,8 +114,11 @@ def test_a_file_that_has_lost_something_is_written_from_its_beginning(
         "[]",
         "{}",
         '{"facts": {}, "done": true}',
-        '{"facts": {"num_documents": 1, "num_tokens": -1, "num_bytes": 1, "num_words": 1, "sha256": ""}, "done": true}',
-        '{"facts": {"num_documents": 1, "num_tokens": 1, "num_bytes": 1, "num_words": 1, "sha256": 7}, "done": true}',
+        journal_of(num_tokens=-1),
+        journal_of(sha256=7),
+        journal_of(num_documents=-1),
+        journal_of(num_normalized_bytes=1.5),
+        journal_of().replace('"num_parts": 1', '"num_parts": -1'),
     ],
 )
 def test_a_journal_that_says_nothing_is_one_of_nothing(tmp_path: Path, text: str) -> None:
@@ -115,10 +127,13 @@ def test_a_journal_that_says_nothing_is_one_of_nothing(tmp_path: Path, text: str
 
 
 def test_the_beginning_is_whole_documents() -> None:
-    assert list(beginning(["aa", "é", "b", "c"], 4)) == ["aa", "é"]
-    assert list(beginning(["aa", "é", "b", "c"], 5)) == ["aa", "é", "b"]
-    assert list(beginning(["aaaa", "b"], 1)) == ["aaaa"]
-    assert list(beginning(["a"], 100)) == ["a"]
+    def sample(texts: list[str], num_bytes: int) -> list[str]:
+        return list(beginning(row_reader(texts, None)(), num_bytes))
+
+    assert sample(["aa", "é", "b", "c"], 4) == ["aa", "é"]
+    assert sample(["aa", "é", "b", "c"], 5) == ["aa", "é", "b"]
+    assert sample(["aaaa", "b"], 1) == ["aaaa"]
+    assert sample(["a"], 100) == ["a"]
 
 
 @pytest.mark.slow
@@ -130,7 +145,7 @@ def test_a_killed_process_goes_on_and_gives_the_same_bytes(tmp_path: Path, strea
     def command(cache: str) -> tuple[list[str], dict[str, str]]:
         # Small batches, each with an entry in the journal, so that there is something to go on from.
         code = (
-            "from lumiere.data import encoding; import sys, time; encoding.BATCH_DOCUMENTS = 20; "
+            "from lumiere.data import encoding; import sys, time; encoding.BATCH_PARTS = 20; "
             "encoding.JOURNAL_BYTES = 1; from lumiere.cli import main; sys.argv = ['lumiere', *sys.argv[1:]]; main()"
         )
         settings = [
@@ -170,3 +185,27 @@ def test_a_killed_process_goes_on_and_gives_the_same_bytes(tmp_path: Path, strea
     [folder] = (tmp_path / "killed" / "corpora").iterdir()
     assert folder.name == undisturbed.name
     assert contents(folder) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("last", [100, 400, 900])
+def test_an_encoding_goes_on_within_a_document(
+    tmp_path: Path, tokenizer: Tokenizer, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encode(tmp_path / "whole", tokenizer, ["\n".join(DOCUMENTS), "low"], ignore)
+    monkeypatch.setattr(text, "PIECE_CHARACTERS", 20)
+    read = row_reader(["\n".join(DOCUMENTS), "low"], None)
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+
+    def stop(facts: SplitFacts) -> None:
+        if facts.num_bytes >= last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_split(folder, "train", read, tokenizer, stop)
+    told: list[int] = []
+    assert encode_split(folder, "train", read, tokenizer, lambda facts: told.append(facts.num_bytes)) == whole
+    # It did not begin again, though the first document had not ended.
+    assert told[0] > last - 250
+    for name in ("train.ids", "train.offsets"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,8 +20,9 @@ from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import hub
+from lumiere.data.corpus import joined
 from lumiere.data.hub import Rows, hub_reachable
-from lumiere.data.rows import find_source, load_rows
+from lumiere.data.rows import TextFiles, find_source, load_rows
 from lumiere.data.source import ENDINGS
 from lumiere.errors import DataError
 
@@ -56,7 +57,14 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(**settings: Any) -> dict[str, list[str]]:
-    return {split: list(texts) for split, texts in load_rows(DatasetConfig(**settings))[0].items()}
+    """The rows of each split; of plain text the documents, or the lines where those are to be grouped."""
+
+    def texts(found: Iterable[str]) -> Iterator[str]:
+        return (
+            joined(found.parts()) if isinstance(found, TextFiles) and "document_start" not in settings else iter(found)
+        )
+
+    return {split: list(texts(found)) for split, found in load_rows(DatasetConfig(**settings))[0].items()}
 
 
 def refusal(**settings: Any) -> DataError:
@@ -310,7 +318,6 @@ def test_downloaded_files_are_found_without_a_network(tmp_path: Path, monkeypatc
             "dataset.data_files",
         ),
         ({"name": "csv", "data_files": {"train": "no.csv"}}, "no file 'no.csv'", "dataset.data_files"),
-        ({"name": "text", "data_files": "latin.txt"}, "can't decode byte 0xe9 in position 3", "hold text"),
         ({"name": "parquet", "data_files": "latin.txt"}, "cannot be read as parquet: Parquet", "hold parquet"),
         ({"name": "json", "data_files": "latin.txt"}, "is not UTF-8", "iconv"),
         ({"name": "./no"}, "there is no dataset folder './no'", "check dataset.name"),

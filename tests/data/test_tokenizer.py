@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
+import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import models, normalizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lumiere.data import tokenizer as tokenizer_module
+from lumiere.data.stories import stories
 from lumiere.data.tokenizer import EOT, PAD, SOT, SPECIAL_TOKENS, Tokenizer, byte_characters
 from lumiere.errors import DataError, LumiereError
 from lumiere.models.transformer import PADDING_ID
@@ -49,6 +53,51 @@ def test_decoding_gives_back_the_normalized_text(tokenizer: Tokenizer, text: str
         assert tokenizer.decode(tokens) == unicodedata.normalize("NFKC", text)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("nfkc", "x2 ... é"), ("nfc", "x² … é"), ("none", "x² … e\u0301")])
+def test_the_normalizer_is_a_setting(name: str, expected: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train([TOY], 300, 2, name)
+    text = "x² … e\u0301"
+    assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.normalize(text) == expected
+    assert sum(tokenizer.token_sizes[token] for token in tokenizer.encode(text)) == len(expected.encode())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    loaded = Tokenizer.load(path)
+    assert (loaded.normalizer, loaded.fingerprint) == (name, tokenizer.fingerprint)
+    assert loaded.encode(text) == tokenizer.encode(text) == tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("text", "nfkc", "nfc"),
+    [
+        ("", 0, 0),
+        ("plain é 字", 0, 0),
+        ("ＡＢ", 6, 0),  # three bytes each
+        ("x² ½", 2 + 2, 0),
+        ("Wait…", 3, 0),
+        ("e\u0301a", 1 + 2, 1 + 2),  # the letter and its accent
+        ("\u1100\u1161字", 6, 6),  # a syllable of Hangul in its two parts
+        ("é\u0301", 0, 0),  # nothing to put together
+        ("a\u0301\u0323b", 1 + 4, 1 + 4),  # marks that change places
+        ("\u212b", 3, 3),  # the sign for angstrom
+    ],
+)
+def test_bytes_that_the_normalizer_changes(text: str, nfkc: int, nfc: int) -> None:
+    changed = [Tokenizer.train([TOY], 300, 2, name).num_bytes_changed(text) for name in ("nfkc", "nfc", "none")]
+    assert changed == [nfkc, nfc, 0]
+
+
+@given(TEXT | st.text("a \u0301\u0323\u1100\u1161\u11a8\uff76\uff9e¨ﬁ字"))
+def test_no_byte_is_changed_where_the_text_stays(tokenizer: Tokenizer, text: str) -> None:
+    changed = tokenizer.num_bytes_changed(text)
+    assert (changed > 0) == (normalize(text) != text)
+    assert changed <= len(text.encode())
+
+
+def test_a_document_begins_with_the_start_token(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("low", start=True) == [SOT, *tokenizer.encode("low")]
+    assert tokenizer.encode("", start=True) == [SOT]
+
+
 @given(st.lists(TEXT, max_size=4))
 def test_a_batch_is_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
@@ -75,6 +124,56 @@ def test_merges_of_a_toy_corpus() -> None:
     assert [tokenizer.token_bytes(259), tokenizer.token_bytes(260)] == [b"ab", b"aab"]
     assert tokenizer.encode("aabab") == [260, 259]
     assert [tokenizer.label(token) for token in tokenizer.encode("aaab b")] == ["a", "aab", "·", "b"]
+
+
+def test_words_of_normal_length_are_learned_whole() -> None:
+    texts = [*stories("train", 20), "x" * 1024 + " " + "é" * 511]
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, min_frequency=2
+    )
+    backend.train_from_iterator(texts, trainer)
+    expected = json.loads(backend.to_str())["model"]["merges"]
+    found = json.loads(Tokenizer.train(texts, 500, 2).to_json())
+    assert found["model"]["merges"] == expected
+    assert found["pre_tokenizer"]["type"] == "ByteLevel", "longer words are cut while merges are learned only"
+
+
+def test_a_long_word_is_learned_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "MAX_LEARNED_BYTES", 4)
+    tokenizer = Tokenizer.train(["abcdefgh" * 50], 400, 2)
+    learned = {tokenizer.token_bytes(token) for token in range(259, len(tokenizer))}
+    assert learned == {b"ab", b"cd", b"ef", b"gh", b"abcd", b"efgh"}
+    assert tokenizer.decode(tokenizer.encode("abcdefghab")) == "abcdefghab"
+
+
+def test_learning_tells_how_far_it_is_and_can_be_interrupted() -> None:
+    told: list[int] = []
+    Tokenizer.train(["low é", "lower"], 300, 2, tell=told.append)
+    assert told[-1] == 6 + 5
+    going_on = threading.Event()
+
+    def texts() -> Iterator[str]:
+        yield "low"
+        going_on.wait()
+
+    def interrupt(num_bytes: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(texts(), 300, 2, tell=interrupt)
+    going_on.set()
+
+
+def test_what_breaks_while_texts_are_read_is_raised() -> None:
+    def texts() -> Iterator[str]:
+        yield "low"
+        raise DataError("the file is gone")
+
+    with pytest.raises(DataError, match="the file is gone"):
+        Tokenizer.train(texts(), 300, 2)
 
 
 def test_a_small_corpus_gives_fewer_tokens() -> None:
@@ -204,8 +303,10 @@ def exchange_ids(saved: dict[str, Any]) -> None:
         # Each would be taken by the library, and change without a word how text is split.
         changed("truncation", {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}),
         changed("padding", {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 2, "pad_type_id": 0}),
-        changed("normalizer", None),
+        changed("normalizer", {"type": "NFD"}),
         changed("normalizer", {"type": "Lowercase"}),
+        changed("normalizer", "NFC"),
+        lambda saved: saved.pop("normalizer"),
         changed("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a*)*b"}, "behavior": "Isolated"}),
         changed("pre_tokenizer.use_regex", False),
         changed("pre_tokenizer.add_prefix_space", True),

@@ -17,7 +17,7 @@ from tests import reference
 CONTEXT, OVERLAP, VOCAB = 6, 2, 259
 LENGTHS = [15, 4, 8, 2, 21]
 """Tokens of the documents; windows of 7 that share 2 give 3 + 1 + 2 + 1 + 4."""
-FACTS = SplitFacts(num_documents=5, num_tokens=sum(LENGTHS), num_bytes=120, num_words=23, sha256="")
+FACTS = SplitFacts(5, num_tokens=sum(LENGTHS), num_bytes=123, num_words=23, sha256="", num_normalized_bytes=120)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,9 @@ class Bytes:
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
 
+    def normalize(self, text: str) -> str:
+        return text
+
 
 def pushed(text: bytes, stop: list[str]) -> tuple[list[str], bool]:
     stream = TextStream(Bytes(), stop)  # type: ignore[arg-type]
@@ -53,6 +56,15 @@ def test_the_text_is_what_stands_before_the_first_stop_string(text: str, stop: l
     begins = [shown.find(each) for each in stop if each in shown]
     assert "".join(pieces) == (shown[: min(begins)] if ends else text)
     assert is_stopped == bool(ends)
+
+
+@pytest.mark.parametrize(("stop", "text"), [("…", "Wait... No"), ("\r\nＮ", "a\nNo"), ("ﬁ", "a fish")])
+def test_a_stop_string_is_what_the_model_writes(tokenizer: Tokenizer, stop: str, text: str) -> None:
+    stream = TextStream(tokenizer, [stop])
+    written = "".join(map(stream.push, tokenizer.encode(text))) + stream.finish()
+    assert stream.is_stopped
+    assert text.startswith(written)
+    assert len(written) < len(text)
 
 
 def test_an_empty_stop_string_is_refused(tokenizer: Tokenizer) -> None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from lumiere.components.linear_cross_entropy import IGNORED
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
-from lumiere.data.dataset import document_sizes, tokenize_documents
+from lumiere.data.corpus import row_reader
+from lumiere.data.dataset import document_sizes, tokenize_parts
 from lumiere.data.tokenizer import PAD, Tokenizer
 from lumiere.interpret.diff import ModelDiff, diff, diff_texts
 from lumiere.interpret.result import agreement
@@ -216,8 +217,12 @@ def test_other_tokenizers_leave_bits_per_byte(trained_run: Run) -> None:
     texts = ["Once upon a time there was a dog.", "The dog sang.", "Then it slept, and all was well."]
     tokenizers = [trained_run.load_tokenizer(), Tokenizer.train(texts * 3, 270, 2)]
     models = [trained_run.load_model("best"), random_model(vocab_size=len(tokenizers[1]))]
-    splits = [tokenize_documents(texts, tokenizer) for tokenizer in tokenizers]
-    found = diff_texts(*models, [(split, document_sizes(texts, split.facts)) for split in splits])
+    read = row_reader(texts, None)
+    sized = [
+        (split := tokenize_parts(read(), tokenizer), document_sizes(read(), split, tokenizer))
+        for tokenizer in tokenizers
+    ]
+    found = diff_texts(*models, sized)
     for model, tokenizer, bits in zip(models, tokenizers, found.losses, strict=True):
         nats = 0.0
         for ids in tokenizer.encode_documents(texts):

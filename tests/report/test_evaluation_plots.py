@@ -23,6 +23,7 @@ def make_plot(label: str, by_frequency: LossByGroup | None) -> EvaluationPlot:
         DetailedEvaluation(
             evaluation=Evaluation(*[1.0] * 6, *[1] * 4, seconds=1.0),
             byte_perplexity=2.0,
+            normalized_share=0.0,
             accuracy=0.3,
             accuracy_at_5=0.6,
             calibration=Calibration(0.125, [0, 10, 30], [NAN, 0.4, 0.9], [NAN, 0.3, 0.95]),
@@ -33,7 +34,7 @@ def make_plot(label: str, by_frequency: LossByGroup | None) -> EvaluationPlot:
             num_resamples=1000,
             seed=0,
             baselines=None,
-            totals=DocumentTotals(*[empty] * 7),
+            totals=DocumentTotals(*[empty] * 8),
         ),
     )
 

@@ -52,6 +52,7 @@ EFFECTS = {
     "tokenizer.vocab_size": Effect(300, "num_parameters"),
     "tokenizer.min_frequency": Effect(40, "corpus"),
     "tokenizer.sample_bytes": Effect(1, "corpus", {"tokenizer.vocab_size": 400, "dataset.num_documents": 10}),
+    "tokenizer.normalizer": Effect("none", "corpus"),
     "dataset.name": Effect("chains", "corpus"),
     "dataset.subset": Effect("other", "corpus", FOLDER),
     "dataset.data_files": Effect("b.json", "corpus", FILES),

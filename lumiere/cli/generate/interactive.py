@@ -83,8 +83,10 @@ class Session:
 
     def _write(self, prompt: str | None) -> None:
         """Go on from `prompt`, or from the last text where there is none; an interrupt ends the text alone."""
+        from lumiere.data.text import plain
+
         goes_on = prompt is None and bool(self._texts)
-        text = self._texts[-1] if goes_on else prompt or ""
+        text = self._texts[-1] if goes_on else plain(prompt or "")
         limits = self._settings.limits(0 if self._color else None)
         pieces = self._generator.stream(text or None, self._settings.sampling, limits, self._settings.seed)
         if goes_on:

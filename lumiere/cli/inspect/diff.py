@@ -7,10 +7,10 @@ import typer
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import TopK
 from lumiere.cli.loading import OpenedModel, open_corpus
-from lumiere.cli.scored_text import read_text
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
+    from lumiere.data.text import Part
     from lumiere.interpret.diff import ModelDiff
     from lumiere.models.transformer import Transformer
 
@@ -78,15 +78,16 @@ def diff_by_bytes(
         LumiereError: a text or heads were asked for that only models with one tokenizer have in common.
     """
     from lumiere.cli.inspect.diff_view import show
-    from lumiere.data.dataset import document_sizes, tokenize_documents
+    from lumiere.data.dataset import document_sizes, tokenize_parts
     from lumiere.interpret.diff import diff_texts
     from lumiere.report.figures.diff import draw_diff
 
     if across_layers:
         raise LumiereError("the tokenizers differ, so no heads are matched", "leave --across-layers away")
     documents, source = choose_documents(subject, num_windows)
-    splits = [tokenize_documents(documents, opened.tokenizer) for opened in (subject.opened, other)]
-    texts = [(split, document_sizes(documents, split.facts)) for split in splits]
+    tokenizers = [opened.tokenizer for opened in (subject.opened, other)]
+    splits = [tokenize_parts(documents, tokenizer) for tokenizer in tokenizers]
+    texts = [(split, document_sizes(documents, split, own)) for split, own in zip(splits, tokenizers, strict=True)]
     return Analysis(
         compute=lambda model: diff_texts(model, like(other.model, model), texts),
         show=lambda result: show(result, subject.opened, other, top_k),
@@ -95,8 +96,10 @@ def diff_by_bytes(
     )
 
 
-def choose_documents(subject: Subject, num_windows: int) -> tuple[list[str], str]:
-    """Whole texts, and where they come from: without any choice documents of the validation split, drawn by the seed.
+def choose_documents(subject: Subject, num_windows: int) -> tuple[list["Part"], str]:
+    """Whole texts in parts, and where they come from.
+
+    Without any choice these are documents of the validation split, drawn by the seed.
 
     Args:
         num_windows: so many windows of A's have about as many tokens as the documents that are drawn.
@@ -113,10 +116,12 @@ def choose_documents(subject: Subject, num_windows: int) -> tuple[list[str], str
             f"the tokenizers differ, and --{spelled(given[0])} gives tokens of A", "give a text: --prompt or --file"
         )
     if given:
-        found = text["prompt"] if text["prompt"] is not None else read_text(str(text["file"]))
-        if not found.strip():
+        from lumiere.data.text import blocks, parts, plain
+
+        documents = list(parts([plain(text["prompt"])] if text["prompt"] is not None else blocks(str(text["file"]))))
+        if not documents:
             raise LumiereError("the text is empty", "give some, or leave it out for the validation split")
-        return [found], "prompt" if text["prompt"] is not None else str(text["file"])
+        return documents, "prompt" if text["prompt"] is not None else str(text["file"])
     return validation_documents(subject, num_windows)
 
 
@@ -125,10 +130,11 @@ def spelled(name: str) -> str:
     return "val" if name == "window" else name
 
 
-def validation_documents(subject: Subject, num_windows: int) -> tuple[list[str], str]:
+def validation_documents(subject: Subject, num_windows: int) -> tuple[list["Part"], str]:
     import numpy as np
 
-    from lumiere.data.dataset import source_documents
+    from lumiere.data.corpus import numbered_parts
+    from lumiere.data.dataset import source_parts
     from lumiere.data.permutation import permute
 
     opened = subject.opened
@@ -140,7 +146,7 @@ def validation_documents(subject: Subject, num_windows: int) -> tuple[list[str],
     enough = int(np.searchsorted(reached, num_windows * opened.config.model.context_size)) + 1
     chosen = set(order[:enough].tolist())
     dataset = opened.config.dataset
-    texts, _ = source_documents(dataset, corpus, "validation")
-    return [text for number, text in enumerate(texts) if number in chosen], (
+    parts, _ = source_parts(dataset, corpus, "validation")
+    return [part for number, part in numbered_parts(parts) if number in chosen], (
         f"{len(chosen):,} of {count:,} documents of the validation split of {dataset.name} (seed {subject.seed})"
     )

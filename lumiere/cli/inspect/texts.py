@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumiere.cli.loading import OpenedModel
-from lumiere.cli.scored_text import read_text
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
@@ -53,11 +52,11 @@ def prompt_tokens(opened: OpenedModel, prompt: str) -> tuple[int, ...]:
     Raises:
         LumiereError: if the prompt is empty or longer than the context.
     """
-    from lumiere.data.tokenizer import SOT
+    from lumiere.data.text import plain
 
     if not prompt.strip():
         raise LumiereError("the prompt is empty", "give it some text, or leave it out for the validation split")
-    tokens = (SOT, *opened.tokenizer.encode(prompt))
+    tokens = tuple(opened.tokenizer.encode(plain(prompt), start=True))
     context_size = opened.config.model.context_size
     if len(tokens) > context_size:
         raise LumiereError(
@@ -73,12 +72,12 @@ def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
     Raises:
         LumiereError: if the file cannot be read, or holds no text.
     """
-    from lumiere.data.tokenizer import SOT
+    from lumiere.data.text import read_text
 
-    text = read_text(str(file))
+    text = read_text(file)
     if not text.strip():
         raise LumiereError(f"{str(file)!r} holds no text", "give a file with some")
-    tokens = (SOT, *opened.tokenizer.encode(text))
+    tokens = tuple(opened.tokenizer.encode(text, start=True))
     shown = tokens[: opened.config.model.context_size]
     return shown, str(file) if len(shown) == len(tokens) else f"{file}, its first {len(shown)} of {len(tokens)} tokens"
 

@@ -1,0 +1,194 @@
+"""Plain text: the one place that decodes bytes, normalizes line ends and cuts long documents into pieces.
+
+Corpora, `--text`, `--file`, prompts and stop strings all pass through here, so that a model is asked about the
+characters that it was trained on.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from lumiere.errors import DataError
+from lumiere.files import open_file
+
+PIECE_CHARACTERS = 2**16
+"""Longest piece that is encoded in one call, if it has a place to cut: the tokenizer needs 150 bytes a character."""
+MAX_PIECE_CHARACTERS = 2**24
+"""Longest piece without a place to cut."""
+BLOCK_BYTES = 2**20
+
+BYTE_ORDER_MARK = "\ufeff"
+WIDE_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""By byte-order mark; the longer marks first, because one begins with a shorter one."""
+
+CUT = re.compile(r"(?<=\S)[ \n](?=\w)")
+"""Where a text can be cut without changing the ids of our byte-level tokenizer: before a single space or line end
+between two characters that are no space, the second of them no combining mark.
+
+No pre-token of `ByteLevel` spans this place, and its only lookahead, which is at the end of white space, does not see
+across it. Normalization does not act across it either: a space or line end neither composes with what precedes it nor
+is it reordered."""
+
+
+class Part(NamedTuple):
+    """A piece of a document, and whether the document ends with it."""
+
+    text: str
+    is_last: bool
+
+
+def plain(text: str) -> str:
+    """Return `text` as the decoder gives it: line ends as `\\n`, without a byte-order mark at the beginning."""
+    return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode(data: bytes, name: str) -> str:
+    """Return the text in `data`; see `decoded`."""
+    return "".join(decoded(io.BytesIO(data), name))
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        DataError: It cannot be read, or is not UTF-8.
+    """
+    return "".join(blocks(str(path)))
+
+
+def blocks(path: str) -> Iterator[str]:
+    """Yield the text of a file, a block at a time.
+
+    Raises:
+        DataError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        with open_file(path) as file:
+            yield from decoded(uncompressed(file, path), path)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"{path} cannot be read: {reason}", "check the path") from None
+
+
+def uncompressed(file: BinaryIO, path: str) -> BinaryIO:
+    """Return what a compressed file holds; the file itself if its name has no such ending."""
+    match Path(path).suffix.lower():
+        case ".gz":
+            return cast("BinaryIO", gzip.open(file))
+        case ".bz2":
+            return cast("BinaryIO", bz2.open(file))
+        case ".xz":
+            return cast("BinaryIO", lzma.open(file))
+        case _:
+            return file
+
+
+def decoded(file: BinaryIO, name: str) -> Iterator[str]:
+    """Decode UTF-8 a block at a time: line ends become `\\n`, a byte-order mark at the beginning is dropped.
+
+    Args:
+        name: Of the file, for the error.
+
+    Raises:
+        DataError: The bytes are not UTF-8. The hint names `iconv`.
+    """
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    num_lines, beginning = 1, b""
+    try:
+        while block := file.read(BLOCK_BYTES):
+            beginning = beginning or block[:4]
+            text = decoder.decode(block)
+            num_lines += text.count("\n")
+            yield text
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].decode("utf-8", "replace")
+        raise not_utf_8(name, num_lines + plain(before).count("\n"), beginning) from None
+
+
+def not_utf_8(name: str, line: int, beginning: bytes) -> DataError:
+    encoding = next((name for mark, name in WIDE_ENCODINGS.items() if beginning.startswith(mark)), "WINDOWS-1252")
+    source = Path(name).name
+    return DataError(
+        f"{name}, line {line}: not UTF-8 text",
+        f"convert it, for example: iconv -f {encoding} -t UTF-8 {source} > utf8-{source}",
+    )
+
+
+def lines(path: str) -> Iterator[str]:
+    """Yield the lines of a file with their line ends."""
+    held = ""
+    for block in blocks(path):
+        *whole, held = (held + block).split("\n")
+        yield from (line + "\n" for line in whole)
+    if held:
+        yield held
+
+
+def parts(document: Iterable[str]) -> Iterator[Part]:
+    """Yield a document, given in strings of any lengths, in the parts that are encoded one by one; none if it is blank.
+
+    Raises:
+        DataError: It has `MAX_PIECE_CHARACTERS` without a place to cut.
+    """
+    held: str | None = None
+    for piece in pieces(document):
+        if held is not None:
+            yield Part(held, is_last=False)
+        held = piece
+    # A piece that is not the last one ends with a character that is no space.
+    if held is not None and held.strip():
+        yield Part(held, is_last=True)
+
+
+def pieces(text: Iterable[str]) -> Iterator[str]:
+    """Cut a text, given in strings of any lengths, into pieces whose ids, one after the other, are those of the whole.
+
+    Raises:
+        DataError: It has `MAX_PIECE_CHARACTERS` without a place to cut.
+    """
+    held, searched = "", 0
+    for block in chain.from_iterable(map(sliced, text)):
+        held += block
+        if len(held) < PIECE_CHARACTERS:
+            continue
+        # What was searched before had no place but at its very end, where the next character was not known.
+        if cut := last_cut(held, max(searched - 1, 0)):
+            yield held[:cut]
+            held = held[cut:]
+        searched = len(held)
+        if searched >= MAX_PIECE_CHARACTERS:
+            raise DataError(
+                f"the text has {searched:,} characters without a space or a line end between words",
+                "break its lines: fold -w 80 FILE > folded.txt",
+            )
+    if held:
+        yield held
+
+
+def sliced(text: str) -> Iterator[str]:
+    return (text[first : first + PIECE_CHARACTERS] for first in range(0, len(text), PIECE_CHARACTERS))
+
+
+def last_cut(text: str, first: int) -> int:
+    """Return the last place to cut at or after `first`; 0 if there is none."""
+    for begin in (max(first, len(text) - 1024), first):
+        cut = 0
+        for match in CUT.finditer(text, begin):
+            cut = match.start()
+        if cut:
+            return cut
+    return 0
