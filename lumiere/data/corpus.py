@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,13 +10,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, groupby
 from operator import itemgetter
+from typing import Any
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
-from lumiere.data.data_files import SPLIT_NAMES, SPLITS, split_of
-from lumiere.data.rows import find_source, load_rows
+from lumiere.data.data_files import SPLIT_NAMES, SPLITS, absolute_data_files, local, split_of
+from lumiere.data.rows import TextFiles, find_source, load_rows
+from lumiere.data.source import BUILDERS
 from lumiere.data.stories import STORIES_VERSION, stories
-from lumiere.data.text import Part, blocks, lines, parts
+from lumiere.data.text import Part, parts
 from lumiere.errors import DataError
 
 DEFAULT_NUM_DOCUMENTS = 20_000
@@ -43,12 +46,16 @@ class Corpus:
         fingerprint: changes whenever the documents may have changed; cheap, so taken from the source.
         counts: documents of each split, where that is known without reading them.
         unused: splits of the dataset that are none of ours.
+        rows: of each split whose documents are the rows of a table.
+        missing: why the documents cannot be read, though what they were is known.
     """
 
     readers: Mapping[str, Reader]
     fingerprint: str
     counts: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    rows: Mapping[str, "CountedRows"] = field(default_factory=dict)
+    missing: DataError | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -63,6 +70,22 @@ class Corpus:
         return joined(self.parts(split))
 
 
+@dataclass
+class CountedRows:
+    """Rows, and how many of them the last pass found to be empty."""
+
+    rows: Iterable[str]
+    num_rows: int = 0
+    num_empty: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.num_rows = self.num_empty = 0
+        for row in self.rows:
+            self.num_rows += 1
+            self.num_empty += not row.strip()
+            yield row
+
+
 def load_corpus(config: DatasetConfig) -> Corpus:
     """The corpus that `config` names.
 
@@ -72,7 +95,7 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     if config.name in BUILT_IN:
         return built_in_corpus(config)
     try:
-        readers, source, unused = source_readers(config)
+        rows, source = load_rows(config)
         if config.data_sha256 not in (None, source):
             raise DataError(
                 f"the files of dataset '{config.name}' are not those that dataset.data_sha256 was recorded for",
@@ -82,28 +105,44 @@ def load_corpus(config: DatasetConfig) -> Corpus:
         if config.data_sha256 is None:
             raise
         # What they were is known, so the corpus may still be in the cache; only reading them is an error.
-        return Corpus(dict.fromkeys(SPLITS, failing(error)), fingerprint_of(config.data_sha256, config))
+        readers = dict.fromkeys(SPLITS, failing(error))
+        return Corpus(readers, fingerprint_of(config.data_sha256, config), missing=error)
+    named, unused = named_splits(rows)
+    # Empty lines of a text are no missing documents.
+    has_rows = config.document_start is None and not any(isinstance(rows[name], TextFiles) for name in named.values())
+    counted = {split: CountedRows(rows[name]) for split, name in named.items() if has_rows}
+    readers = {
+        split: row_reader(counted.get(split, rows[name]), config.document_start) for split, name in named.items()
+    }
     if "train" not in readers:
-        found = ", ".join(readers)
+        found = ", ".join(rows)
         raise DataError(f"dataset '{config.name}' has no split 'train', it has {found}", "choose another dataset")
     if config.num_documents is not None:
         readers["train"] = limited(readers["train"], config.num_documents)
     if "validation" not in readers:
-        hold = hold_out_of_stream if config.streaming else hold_out
+        # Files can be read twice, also where they are called a stream.
+        is_stream = config.streaming and not isinstance(rows[named["train"]], TextFiles)
+        hold = hold_out_of_stream if is_stream else hold_out
         readers |= hold(readers["train"], config.validation_fraction, config.seed)
     ordered = {split: readers[split] for split in SPLITS if split in readers}
-    return Corpus(ordered, fingerprint_of(source, config), unused=unused)
+    return Corpus(ordered, fingerprint_of(source, config), unused=unused, rows=counted)
 
 
-def source_readers(config: DatasetConfig) -> tuple[dict[str, Reader], str, tuple[str, ...]]:
-    """Return a reader for each of our splits, a fingerprint of the source, and the names of unused splits."""
-    source, pattern = find_source(config), config.document_start
-    if source.builder == "text":
-        files = source.files
-        return {split: lambda split=split: text_parts(files[split], pattern) for split in files}, source.identity(), ()
-    rows, identity = load_rows(config, source)
-    chosen, unused = named_splits(rows)
-    return {split: row_reader(rows[name], pattern) for split, name in chosen.items()}, identity, unused
+def recorded(config: DatasetConfig) -> DatasetConfig:
+    """Return `config` as a run keeps it: with absolute paths and the hash of the local files that it names.
+
+    Raises:
+        DataError: A file is missing or cannot be read.
+    """
+    is_local = config.name in BUILDERS or os.path.isdir(os.path.expanduser(config.name))
+    if config.name in BUILT_IN or config.data_sha256 is not None or not is_local:
+        return config
+    values: dict[str, Any] = {"data_sha256": find_source(config).identity()}
+    if config.name in BUILDERS:
+        values["data_files"] = absolute_data_files(config.data_files or [])
+    else:
+        values["name"] = local(config.name)
+    return config.model_copy(update=values)
 
 
 def fingerprint_of(source: str, config: DatasetConfig) -> str:
@@ -151,18 +190,16 @@ def built_in_corpus(config: DatasetConfig) -> Corpus:
     return Corpus(readers, hashlib.sha256(identity.encode()).hexdigest(), counts)
 
 
-def text_parts(paths: Iterable[str], document_start: str | None) -> Iterator[Part]:
-    """Read plain text files. A file is a document; with `document_start` one begins where a line matches."""
-    if document_start is None:
-        return chain.from_iterable(parts(blocks(path)) for path in paths)
-    return grouped_parts(chain.from_iterable(map(lines, paths)), document_start)
-
-
 def row_reader(rows: Iterable[str], document_start: str | None) -> Reader:
-    """Return a reader of a table. A row is a document; with `document_start` one begins where a row matches."""
-    if document_start is None:
-        return lambda: chain.from_iterable(parts([row]) for row in rows)
-    return lambda: grouped_parts(rows, document_start)
+    """Return a reader of documents: each row, or each file of plain text.
+
+    With `document_start`, a document begins at each row, or line, that matches (`grouped_parts`).
+    """
+    if document_start is not None:
+        return lambda: grouped_parts(rows, document_start)
+    if isinstance(rows, TextFiles):
+        return rows.parts
+    return lambda: chain.from_iterable(parts([row]) for row in rows)
 
 
 def grouped_parts(rows: Iterable[str], document_start: str) -> Iterator[Part]:
@@ -236,7 +273,7 @@ def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
     """
 
     @cache
-    def halves() -> dict[str, Reader]:
+    def readers() -> dict[str, Reader]:
         count = sum(part.is_last for part in reader())
         if count > MANY_DOCUMENTS:
             return hold_out_of_stream(reader, fraction, seed)
@@ -249,7 +286,7 @@ def hold_out(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:
             "validation": chosen(reader, held_out.__contains__),
         }
 
-    return {"train": lambda: halves()["train"](), "validation": lambda: halves()["validation"]()}
+    return {"train": lambda: readers()["train"](), "validation": lambda: readers()["validation"]()}
 
 
 def hold_out_of_stream(reader: Reader, fraction: float, seed: int) -> dict[str, Reader]:

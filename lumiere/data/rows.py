@@ -1,13 +1,15 @@
-"""The rows of a dataset: from the built-in readers of tables, or through `datasets`."""
+"""The rows of a dataset: from the built-in readers of plain text and tables, or through `datasets`."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.data_files import ending, local, resolve_data_files
 from lumiere.data.source import BUILDERS, ENDINGS, Source, has_subsets, plain_folder
 from lumiere.data.tables import csv_rows, json_rows
+from lumiere.data.text import Part, blocks, lines, parts
 from lumiere.errors import DataError
 
 
@@ -26,13 +28,29 @@ class FileRows:
         return json_rows(paths, self.column)
 
 
-def load_rows(config: DatasetConfig, source: Source) -> tuple[dict[str, Iterable[str]], str]:
+@dataclass(frozen=True)
+class TextFiles:
+    """Plain text files. Iterating yields their lines; `parts` reads each file as a document."""
+
+    paths: Sequence[str]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(map(lines, self.paths))
+
+    def parts(self) -> Iterator[Part]:
+        return chain.from_iterable(parts(blocks(path)) for path in self.paths)
+
+
+def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
     """Return the rows of each split, and a fingerprint of where they come from.
 
     Raises:
         DataError: The dataset does not exist or cannot be reached, would be read by a builder that may run code, or
             lacks the subset or the text column.
     """
+    source = find_source(config)
+    if source.builder == "text":
+        return {split: TextFiles(paths) for split, paths in source.files.items()}, source.identity()
     if source.builder not in ("csv", "json"):
         from lumiere.data.hub import dataset_rows
 

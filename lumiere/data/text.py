@@ -4,13 +4,17 @@ Corpora, `--text`, `--file`, prompts and stop strings all pass through here, so 
 characters that it was trained on.
 """
 
+import bz2
 import codecs
+import gzip
 import io
+import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from lumiere.errors import DataError
 from lumiere.files import open_file
@@ -73,9 +77,23 @@ def blocks(path: str) -> Iterator[str]:
     """
     try:
         with open_file(path) as file:
-            yield from decoded(file, path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "check the path") from None
+            yield from decoded(uncompressed(file, path), path)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"{path} cannot be read: {reason}", "check the path") from None
+
+
+def uncompressed(file: BinaryIO, path: str) -> BinaryIO:
+    """Return what a compressed file holds; the file itself if its name has no such ending."""
+    match Path(path).suffix.lower():
+        case ".gz":
+            return cast("BinaryIO", gzip.open(file))
+        case ".bz2":
+            return cast("BinaryIO", bz2.open(file))
+        case ".xz":
+            return cast("BinaryIO", lzma.open(file))
+        case _:
+            return file
 
 
 def decoded(file: BinaryIO, name: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from lumiere.data.windows import Windows
 from lumiere.evaluation import Evaluation
 from lumiere.evaluation.bootstrap import NUM_RESAMPLES, SEED, standard_errors
 from lumiere.evaluation.scoring import Protocol, Scores, score
-from lumiere.evaluation.totals import DocumentTotals, document_totals, figures
+from lumiere.evaluation.totals import DocumentTotals, GroupSums, document_totals, figures
 from lumiere.models.transformer import Transformer
 
 NUM_BINS = 15
@@ -129,11 +129,21 @@ def evaluate_in_detail(
         baselines: models that were fitted to it.
     """
     start = time.perf_counter()
-    scores = score(model, windows, protocol.once, baselines or {})
-    totals = document_totals(scores, scores.losses, split, sizes)
+    baselines = baselines or {}
+    sums = Sums(split.facts.num_documents, len(windows), windows.context_size, batch_size, len(baselines))
+    by_digits = None if train is None else FrequencySums(train, model.vocab_size)
+
+    def take(scores: Scores) -> None:
+        sums.add(scores)
+        if by_digits is not None:
+            by_digits.add(scores)
+
+    score(model, windows, protocol.once, baselines, take)
+    nats, at_1, at_5, *baseline_nats = sums.documents.sums
+    totals = document_totals(split, sizes, sums.documents.counts, nats, at_1, at_5)
     found = figures(totals.total)
     per_document = figures(totals)
-    means = batch_means(scores, len(windows), batch_size)
+    [means] = sums.batches.means
     with np.errstate(over="ignore"):
         mean_batch_perplexity = float(np.exp(means).mean())
     evaluation = Evaluation(
@@ -143,7 +153,7 @@ def evaluate_in_detail(
         mean_batch_perplexity=mean_batch_perplexity,
         bits_per_byte=float(found.bits_per_byte),
         word_perplexity=float(found.word_perplexity),
-        num_tokens=len(scores.losses),
+        num_tokens=int(sums.documents.counts.sum()),
         num_windows=len(windows),
         num_batches=len(means),
         batch_size=batch_size,
@@ -155,9 +165,9 @@ def evaluate_in_detail(
         normalized_share=float(sizes.num_changed_bytes.sum() / sizes.num_bytes.sum()),
         accuracy=float(found.accuracy),
         accuracy_at_5=float(found.accuracy_at_5),
-        calibration=calibration(scores.confidences, scores.at_1),
-        by_position=loss_by_position(scores, windows.context_size),
-        by_frequency=None if train is None else loss_by_frequency(scores, train, model.vocab_size),
+        calibration=calibration(sums.bins),
+        by_position=by_group(sums.positions, [str(position) for position in range(1, windows.context_size + 1)]),
+        by_frequency=None if by_digits is None else by_group(by_digits, by_digits.names),
         by_document=LossByDocument(
             per_document.loss.tolist(),
             per_document.bits_per_byte.tolist(),
@@ -167,62 +177,69 @@ def evaluate_in_detail(
         standard_errors=standard_errors(totals),
         num_resamples=NUM_RESAMPLES,
         seed=SEED,
-        baselines=None if baselines is None else baseline_scores(scores, split, sizes),
+        baselines=[
+            baseline_score(name, totals._replace(nats=own)) for name, own in zip(baselines, baseline_nats, strict=True)
+        ]
+        or None,
         totals=totals,
     )
 
 
-def batch_means(scores: Scores, num_windows: int, batch_size: int) -> np.ndarray:
-    """The mean loss of each batch of windows."""
-    batches = scores.windows // batch_size
-    count = -(-num_windows // batch_size)
-    return np.bincount(batches, scores.losses, minlength=count) / np.bincount(batches, minlength=count)
+class Sums:
+    """What an evaluation is made of, added up group of windows by group of windows."""
+
+    def __init__(
+        self, num_documents: int, num_windows: int, context_size: int, batch_size: int, num_baselines: int
+    ) -> None:
+        self._batch_size = batch_size
+        self.documents = GroupSums(num_documents, 3 + num_baselines)
+        self.batches = GroupSums(-(-num_windows // batch_size), 1)
+        self.positions = GroupSums(context_size, 1)
+        self.bins = GroupSums(NUM_BINS, 2)
+
+    def add(self, scores: Scores) -> None:
+        losses = scores.losses
+        self.documents.add(scores.documents, losses, scores.at_1, scores.at_5, *scores.baselines.values())
+        self.batches.add(scores.windows // self._batch_size, losses)
+        self.positions.add(scores.positions - 1, losses)
+        self.bins.add(bins_of(scores.confidences), scores.confidences, scores.at_1)
 
 
-def calibration(confidences: np.ndarray, is_right: np.ndarray) -> Calibration:
+class FrequencySums(GroupSums):
+    """By the power of ten of the token's count among the targets of the training split, and never seen."""
+
+    def __init__(self, train: TokenizedSplit, vocab_size: int) -> None:
+        counts = target_counts(train.ids, train.offsets, vocab_size)
+        # By the number of digits, which no rounding can get wrong; 0 has none.
+        self._digits = np.array([len(str(count)) if count else 0 for count in counts.tolist()])
+        powers = range(self._digits.max())
+        self.names = ["0", *(f"{10**power:,} to {10 ** (power + 1) - 1:,}" for power in powers)]
+        super().__init__(len(self.names), 1)
+
+    def add(self, scores: Scores) -> None:
+        super().add(self._digits[scores.tokens], scores.losses)
+
+
+def bins_of(confidences: np.ndarray) -> np.ndarray:
+    """Return the bin of the reliability table of each probability above 0: open below and closed above (the paper)."""
+    return np.clip(np.ceil(confidences * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+
+
+def calibration(bins: GroupSums) -> Calibration:
     """The reliability table and its summary.
 
     Args:
-        confidences: (S,) probability of the likeliest token, above 0.
-        is_right: (S,) whether it was the token that came, 0 to 1.
+        bins: sums of the probability of the likeliest token, and of whether it was the one that came (0 to 1).
     """
-    # Bins are open below and closed above, as in the paper.
-    bins = np.clip(np.ceil(confidences * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
-    counts = np.bincount(bins, minlength=NUM_BINS)
-    confidence, right = (np.bincount(bins, values, minlength=NUM_BINS) for values in (confidences, is_right))
-    with np.errstate(invalid="ignore"):
-        return Calibration(
-            float(np.abs(confidence - right).sum() / len(confidences)),
-            counts.tolist(),
-            (confidence / counts).tolist(),
-            (right / counts).tolist(),
-        )
+    confidence, right = bins.sums
+    means = bins.means.tolist()
+    return Calibration(float(np.abs(confidence - right).sum() / bins.counts.sum()), bins.counts.tolist(), *means)
 
 
-def loss_by_position(scores: Scores, context_size: int) -> LossByGroup:
-    """Groups by the number of tokens of the window that came before, from 1 to `context_size`."""
-    return by_group(scores, scores.positions - 1, [str(position) for position in range(1, context_size + 1)])
+def by_group(sums: GroupSums, names: list[str]) -> LossByGroup:
+    return LossByGroup(names, sums.means[0].tolist(), sums.counts.tolist())
 
 
-def loss_by_frequency(scores: Scores, train: TokenizedSplit, vocab_size: int) -> LossByGroup:
-    """Groups by the power of ten of the token's count among the targets of the training split, and never seen."""
-    counts = target_counts(train.ids, train.offsets, vocab_size)
-    # By the number of digits, which no rounding can get wrong; 0 has none.
-    digits = np.array([len(str(count)) if count else 0 for count in counts.tolist()])
-    names = ["0", *(f"{10**power:,} to {10 ** (power + 1) - 1:,}" for power in range(digits.max()))]
-    return by_group(scores, digits[scores.tokens], names)
-
-
-def by_group(scores: Scores, groups: np.ndarray, names: list[str]) -> LossByGroup:
-    counts = np.bincount(groups, minlength=len(names))
-    with np.errstate(invalid="ignore"):
-        losses = np.bincount(groups, scores.losses, minlength=len(names)) / counts
-    return LossByGroup(names, losses.tolist(), counts.tolist())
-
-
-def baseline_scores(scores: Scores, split: TokenizedSplit, sizes: Sizes) -> list[BaselineScore]:
-    found = []
-    for name, losses in scores.baselines.items():
-        total = figures(document_totals(scores, losses, split, sizes).total)
-        found.append(BaselineScore(name, float(total.loss), float(total.perplexity), float(total.bits_per_byte)))
-    return found
+def baseline_score(name: str, totals: DocumentTotals) -> BaselineScore:
+    total = figures(totals.total)
+    return BaselineScore(name, float(total.loss), float(total.perplexity), float(total.bits_per_byte))

@@ -6,7 +6,7 @@ caller puts into a batch, since the windows go through the model in groups of th
 Shapes: S scored tokens, M rows of a chunk, N rows, T tokens of a row, E embedding_size, Vocab vocab_size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -105,31 +105,31 @@ class ModelScores(NamedTuple):
     confidences: Tensor
 
 
-def score(model: Transformer, windows: Windows, once: bool, baselines: Mapping[str, Baseline]) -> Scores:
-    """Scores the windows without dropout, in the precision of the model's weights.
+def score(
+    model: Transformer, windows: Windows, once: bool, baselines: Mapping[str, Baseline], take: Callable[[Scores], None]
+) -> None:
+    """Score the windows without dropout, in the precision of the model's weights.
 
     Args:
         model: on any device; it is left in the mode in which it came.
         once: as `Protocol.once`.
         baselines: fitted models, by name.
+        take: called with the scores of each group of windows, in order. A long text has too many to keep.
     """
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            parts = list(score_parts(model, windows, once, baselines))
+            for scores in score_parts(model, windows, once, baselines):
+                take(scores)
     finally:
         model.train(was_training)
-    own, theirs = (
-        {name: np.concatenate([part[name] for part in side]) for name in side[0]} for side in zip(*parts, strict=True)
-    )
-    return Scores(**own, baselines=theirs)
 
 
 def score_parts(
     model: Transformer, windows: Windows, once: bool, baselines: Mapping[str, Baseline]
-) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """For each group of windows the columns of `Scores`, and the losses of the baselines."""
+) -> Iterator[Scores]:
+    """Yield the scores of each group of windows."""
     device = next(model.parameters()).device
     size = max(1, TOKENS_AT_ONCE // windows.context_size)
     for first in range(0, len(windows), size):
@@ -154,7 +154,8 @@ def score_parts(
             "documents": documents[rows],
             "windows": indices[rows],
         }
-        yield own, {name: baseline.losses(windows_NT)[rows, columns] for name, baseline in baselines.items()}
+        theirs = {name: baseline.losses(windows_NT)[rows, columns] for name, baseline in baselines.items()}
+        yield Scores(**own, baselines=theirs)
 
 
 def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -> ModelScores:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from lumiere.data.dataset import Sizes, TokenizedSplit
-from lumiere.evaluation.scoring import Scores
 
 
 class DocumentTotals(NamedTuple):
@@ -51,22 +50,50 @@ class Figures(NamedTuple):
     accuracy_at_5: np.ndarray
 
 
-def document_totals(scores: Scores, losses: np.ndarray, split: TokenizedSplit, sizes: Sizes) -> DocumentTotals:
-    """The sums of a split's documents.
+class GroupSums:
+    """Sums of columns over the tokens of each group, added up part by part.
 
-    Args:
-        losses: (S,) those of the model, or of a baseline.
-        sizes: of each document, from `document_sizes`.
+    Attributes:
+        counts: (num_groups,) tokens.
+        sums: (num_columns, num_groups).
     """
 
-    def total(values: np.ndarray | None = None) -> np.ndarray:
-        return np.bincount(scores.documents, values, minlength=split.facts.num_documents)
+    def __init__(self, num_groups: int, num_columns: int) -> None:
+        self.counts = np.zeros(num_groups, np.int64)
+        self.sums = np.zeros((num_columns, num_groups))
 
+    def add(self, groups: np.ndarray, *columns: np.ndarray) -> None:
+        """Add some tokens: (S,) their groups, and a value of each in every column."""
+        if not len(groups):
+            return
+        # Only as wide as the groups that are met: there may be a million documents.
+        first = groups.min()
+        met = np.s_[first : groups.max() + 1]
+        self.counts[met] += np.bincount(groups - first)
+        for sums, values in zip(self.sums, columns, strict=True):
+            sums[met] += np.bincount(groups - first, values)
+
+    @property
+    def means(self) -> np.ndarray:
+        """(num_columns, num_groups), NaN where a group has no token."""
+        with np.errstate(invalid="ignore"):
+            return self.sums / self.counts
+
+
+def document_totals(
+    split: TokenizedSplit, sizes: Sizes, counts: np.ndarray, nats: np.ndarray, at_1: np.ndarray, at_5: np.ndarray
+) -> DocumentTotals:
+    """The sums of a split's documents: (D,) each.
+
+    Args:
+        sizes: of each document, from `document_sizes`.
+        counts, nats, at_1, at_5: scored tokens, and the sums of their columns in `Scores`.
+    """
     return DocumentTotals(
-        nats=total(losses),
-        num_scored=total(),
-        at_1=total(scores.at_1),
-        at_5=total(scores.at_5),
+        nats=nats,
+        num_scored=counts,
+        at_1=at_1,
+        at_5=at_5,
         num_targets=np.diff(split.offsets) - 1,
         num_bytes=sizes.num_bytes,
         num_words=sizes.num_words,

@@ -18,7 +18,7 @@ from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.data.tokenizer import PAD
 from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
 from lumiere.evaluation.scoring import score, strided_windows
-from lumiere.evaluation.totals import document_totals, figures
+from lumiere.evaluation.totals import GroupSums, document_totals, figures
 from lumiere.interpret.assignment import cheapest_assignment
 from lumiere.interpret.predictions import PredictionDiff, compare_predictions, evaluation_error, paired_losses
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
@@ -200,8 +200,15 @@ def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[To
     totals = []
     for model, (split, sizes) in zip((first, second), texts, strict=True):
         windows, protocol = strided_windows(split, model.context_size, model.context_size)
-        scores = score(model, windows, protocol.once, {})
-        totals.append(document_totals(scores, scores.losses, split, sizes))
+        sums = GroupSums(split.facts.num_documents, 3)
+        score(
+            model,
+            windows,
+            protocol.once,
+            {},
+            lambda scores, sums=sums: sums.add(scores.documents, scores.losses, scores.at_1, scores.at_5),
+        )
+        totals.append(document_totals(split, sizes, sums.counts, *sums.sums))
     weights = weight_changes(first, second, left_out=("token_embedding.weight",))
     return ModelDiff(
         tokens=(),

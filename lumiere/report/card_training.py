@@ -41,7 +41,7 @@ def tokenization(facts: CardFacts) -> str:
         ("Type", "byte-level BPE (Hugging Face `tokenizers`), trained on the training split"),
         ("Tokens", f"{used:,}" + (f" of {settings.vocab_size:,} rows" if used < settings.vocab_size else "")),
         ("Least frequency of a merged pair", f"{settings.min_frequency}"),
-        ("Normalisation", "NFKC"),
+        ("Normalisation", settings.normalizer.upper() if settings.normalizer != "none" else "none"),
         ("Special tokens", "`<|sot|>` 0, `<|eot|>` 1, `<|pad|>` 2; a document is `<|sot|>text<|eot|>`"),
     ]
     return table(["", ""], rows)

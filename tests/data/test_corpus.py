@@ -1,5 +1,8 @@
 """Documents: where they begin, which are held out, and that nothing is lost or seen twice."""
 
+import importlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -266,3 +269,66 @@ def test_wikitext_articles(
     articles = list(load_corpus(config).documents(split))
     assert len(articles) == count
     assert all(article.startswith(" = ") and article.endswith("\n") for article in articles)
+
+
+# Plain text files
+
+
+def write(name: str, data: bytes) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(data)
+    return name
+
+
+def test_a_file_is_a_document_however_it_is_named() -> None:
+    book, letter = write("texts/book.txt", b"\xef\xbb\xbfone\n\ntwo"), write("texts/letter.md", b"dear\r\nyou\r")
+    expected = ["one\n\ntwo", "dear\nyou\n"]
+    write("texts/blank.txt", b" \r\n")
+    for named in ([book, letter], "texts", "texts/*", f"{book}, {letter}"):
+        corpus = load_corpus(DatasetConfig(name="text", data_files={"train": named, "validation": book}))
+        assert contents(corpus) == {"train": expected, "validation": expected[:1]}
+    held_out = load_corpus(DatasetConfig(name="texts"))
+    assert sorted(text for texts in contents(held_out).values() for text in texts) == sorted(expected)
+    # A file is read twice to be counted, called a stream or not.
+    streamed = load_corpus(DatasetConfig(name="texts", streaming=True))
+    assert contents(streamed) == contents(held_out)
+
+
+def test_lines_of_files_are_grouped_into_documents() -> None:
+    book = write("book.txt", b"= A =\r\n\r\none\r\ntwo\r\n\r\n= B =\r\n\r\nthree")
+    config = DatasetConfig(name="text", data_files={"train": book, "validation": book}, document_start="^=")
+    assert contents(load_corpus(config))["train"] == ["= A =\none\ntwo\n", "= B =\nthree"]
+
+
+@pytest.mark.parametrize("module", ["gzip", "bz2", "lzma"])
+def test_compressed_text(module: str) -> None:
+    ending = {"gzip": "gz", "bz2": "bz2", "lzma": "xz"}[module]
+    data = importlib.import_module(module).compress(b"one\r\ntwo")
+    book = write(f"book.txt.{ending}", data)
+    splits: dict[str, str | list[str]] = {"train": book, "validation": book}
+    assert contents(load_corpus(DatasetConfig(name="text", data_files=splits)))["train"] == ["one\ntwo"]
+    write(book, data[:-6])
+    with pytest.raises(DataError, match="cannot be read"):
+        contents(load_corpus(DatasetConfig(name="text", data_files=splits)))
+
+
+def test_plain_text_needs_no_datasets_library() -> None:
+    write("book.txt", b"one two three four five six seven eight")
+    code = (
+        "import sys; from lumiere.config.loader import load_config; from lumiere.data.dataset import tokenize_corpus; "
+        "tokenize_corpus(load_config('tiny', ['dataset.name=text', 'dataset.data_files=book.txt'])); "
+        "assert 'datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parts_of_a_split_are_those_of_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
+    texts = list(stories("train", 12))
+    for number, text in enumerate(texts):
+        write(f"texts/{number:02}.txt", text.encode())
+    corpus = load_corpus(DatasetConfig(name="texts", num_documents=10, validation_fraction=0.3))
+    found = contents(corpus)
+    assert sorted(found["train"] + found["validation"]) == sorted(texts[:10])
+    assert sum(part.is_last for part in corpus.parts("train")) == 7
+    assert len(list(corpus.parts("train"))) > 100

@@ -18,9 +18,19 @@ import pytest
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.data import checksums, dataset, encoding
+from lumiere.data import text as text_module
 from lumiere.data.building import UNFINISHED
 from lumiere.data.corpus import Corpus, row_reader
-from lumiere.data.dataset import Progress, SplitFacts, cache_dir, measure, tokenize_corpus, tokenize_text
+from lumiere.data.dataset import (
+    Progress,
+    SplitFacts,
+    cache_dir,
+    document_sizes,
+    measure,
+    tokenize_corpus,
+    tokenize_parts,
+    tokenize_text,
+)
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer
 from lumiere.errors import DataError, LumiereError
 
@@ -530,3 +540,53 @@ def test_a_single_text() -> None:
         tokenize_text(" \n", tokenizer)
     with pytest.raises(LumiereError, match="surrogate"):
         tokenize_text("\ud800", tokenizer)
+
+
+@pytest.mark.usefixtures("given_documents")
+def test_a_cache_of_a_version_without_normalized_bytes_is_taken(cache: Path) -> None:
+    before = tokenize_corpus(config_of())
+    [folder] = folders(cache)
+    path = folder / "splits.json"
+    facts = json.loads(path.read_text())
+    assert {split: fields.pop("num_normalized_bytes") for split, fields in facts.items()} == {
+        split: sum(len(unicodedata.normalize("NFKC", text).encode()) for text in texts)
+        for split, texts in DOCUMENTS.items()
+    }
+    path.write_text(json.dumps(facts))
+    (folder / "checksums.json").unlink()
+    after = tokenize_corpus(config_of())
+    assert after.from_cache
+    assert after.fingerprint == before.fingerprint
+    assert after.splits["train"].facts == before.splits["train"].facts
+
+
+@pytest.mark.usefixtures("given_documents")
+def test_the_name_of_a_cached_corpus_is_that_of_versions_without_a_normalizer(cache: Path) -> None:
+    config = config_of()
+    tokenize_corpus(config)
+    settings = {"min_frequency": 2, "sample_bytes": 100_000_000, "vocab_size": 300}
+    identity = json.dumps([2, hashlib.sha256(repr(DOCUMENTS).encode()).hexdigest(), settings], sort_keys=True)
+    assert [folder.name for folder in folders(cache)] == [hashlib.sha256(identity.encode()).hexdigest()[:32]]
+    tokenize_corpus(config_of(normalizer="none"))
+    assert len(folders(cache)) == 2
+
+
+def test_sizes_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["plain", "x² ＡＢ\n", "e\u0301 …", "one two " * 40]
+    tokenizer = Tokenizer.train(["plain one two"], 300, 1)
+    whole = tokenize_parts(row_reader(texts, None)(), tokenizer)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(dataset, "IDS_AT_ONCE", 5)
+    read = row_reader(texts, None)
+    split = tokenize_parts(read(), tokenizer)
+    assert split.ids.tolist() == whole.ids.tolist()
+    assert split.offsets.tolist() == whole.offsets.tolist()
+    assert split.facts == whole.facts
+    sizes = document_sizes(read(), split, tokenizer)
+    normalized = [unicodedata.normalize("NFKC", text) for text in texts]
+    assert sizes.num_bytes.tolist() == [len(text.encode()) for text in texts]
+    assert sizes.num_normalized_bytes.tolist() == [len(text.encode()) for text in normalized]
+    assert sizes.num_changed_bytes.tolist() == [0, 2 + 6, 3 + 3, 0]
+    assert sizes.num_words.tolist() == [1, 3, 2, 80]
+    with pytest.raises(DataError, match="has changed"):
+        document_sizes(row_reader(texts[:3], None)(), split, tokenizer)

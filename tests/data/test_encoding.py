@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lumiere.data import encoding
+from lumiere.data import encoding, text
 from lumiere.data.building import beginning
 from lumiere.data.corpus import row_reader
 from lumiere.data.encoding import EMPTY, Journal, SplitFacts, encode_split
@@ -185,3 +185,27 @@ def test_a_killed_process_goes_on_and_gives_the_same_bytes(tmp_path: Path, strea
     [folder] = (tmp_path / "killed" / "corpora").iterdir()
     assert folder.name == undisturbed.name
     assert contents(folder) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("last", [100, 400, 900])
+def test_an_encoding_goes_on_within_a_document(
+    tmp_path: Path, tokenizer: Tokenizer, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encode(tmp_path / "whole", tokenizer, ["\n".join(DOCUMENTS), "low"], ignore)
+    monkeypatch.setattr(text, "PIECE_CHARACTERS", 20)
+    read = row_reader(["\n".join(DOCUMENTS), "low"], None)
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+
+    def stop(facts: SplitFacts) -> None:
+        if facts.num_bytes >= last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_split(folder, "train", read, tokenizer, stop)
+    told: list[int] = []
+    assert encode_split(folder, "train", read, tokenizer, lambda facts: told.append(facts.num_bytes)) == whole
+    # It did not begin again, though the first document had not ended.
+    assert told[0] > last - 250
+    for name in ("train.ids", "train.offsets"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -20,9 +20,9 @@ from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import hub
-from lumiere.data.corpus import joined, source_readers
+from lumiere.data.corpus import joined
 from lumiere.data.hub import Rows, hub_reachable
-from lumiere.data.rows import find_source, load_rows
+from lumiere.data.rows import TextFiles, find_source, load_rows
 from lumiere.data.source import ENDINGS
 from lumiere.errors import DataError
 
@@ -56,21 +56,20 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "hub_reachable", lambda: True)
 
 
-def loaded_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
-    source = find_source(config)
-    if source.builder != "text":
-        return load_rows(config, source)
-    readers, identity, _ = source_readers(config)
-    return {split: list(joined(reader())) for split, reader in readers.items()}, identity
-
-
 def rows(**settings: Any) -> dict[str, list[str]]:
-    return {split: list(texts) for split, texts in loaded_rows(DatasetConfig(**settings))[0].items()}
+    """The rows of each split; of plain text the documents, or the lines where those are to be grouped."""
+
+    def texts(found: Iterable[str]) -> Iterator[str]:
+        return (
+            joined(found.parts()) if isinstance(found, TextFiles) and "document_start" not in settings else iter(found)
+        )
+
+    return {split: list(texts(found)) for split, found in load_rows(DatasetConfig(**settings))[0].items()}
 
 
 def refusal(**settings: Any) -> DataError:
     with pytest.raises(DataError) as caught:
-        loaded_rows(DatasetConfig(**settings))
+        load_rows(DatasetConfig(**settings))
     assert caught.value.hint
     return caught.value
 
@@ -95,7 +94,7 @@ def test_text_files_are_documents() -> None:
 
 def test_lines_that_are_grouped_keep_their_ends() -> None:
     write("book.txt", "= A =\n\none\ntwo")
-    assert rows(name="text", data_files="book.txt", document_start="^=") == {"train": ["= A =\none\ntwo"]}
+    assert rows(name="text", data_files="book.txt", document_start="^=") == {"train": ["= A =\n", "\n", "one\n", "two"]}
 
 
 def test_builders_of_tables() -> None:
@@ -115,7 +114,7 @@ def test_another_column() -> None:
 def test_more_rows_than_a_batch_can_be_read_twice() -> None:
     texts = [f"row {i}" for i in range(2500)]
     datasets.Dataset.from_dict({"text": texts}).to_parquet("table.parquet")
-    train = loaded_rows(DatasetConfig(name="parquet", data_files="table.parquet"))[0]["train"]
+    train = load_rows(DatasetConfig(name="parquet", data_files="table.parquet"))[0]["train"]
     assert list(train) == texts
     assert list(train) == texts
 
@@ -146,7 +145,7 @@ def test_a_folder_of_files_needs_no_readme() -> None:
         ({"name": "json", "data_files": "a.jsonl"}, {"train": ["a", "", "b"]}),
         ({"name": "csv", "data_files": {"train": "a.csv", "test": "b.csv"}}, {"train": ["a"], "test": ["b"]}),
         ({"name": "text", "data_files": ["a.txt", "b.txt"]}, {"train": ["a\nb", "c"]}),
-        ({"name": "text", "data_files": "a.txt", "document_start": "^a"}, {"train": ["a\nb"]}),
+        ({"name": "text", "data_files": "a.txt", "document_start": "^a"}, {"train": ["a\n", "b"]}),
         ({"name": "corpus"}, {"train": ["a"], "test": ["b"]}),
     ],
 )
@@ -185,7 +184,7 @@ def test_a_stream_that_breaks_off_is_an_error() -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_fingerprint_changes_with_the_file(streaming: bool) -> None:
     def fingerprint() -> str:
-        return loaded_rows(DatasetConfig(name="text", data_files="book.txt", streaming=streaming))[1]
+        return load_rows(DatasetConfig(name="text", data_files="book.txt", streaming=streaming))[1]
 
     write("book.txt", "one")
     first = fingerprint()
@@ -217,7 +216,7 @@ def test_a_file_with_the_same_size_and_time_and_another_content_is_read_anew(bui
     for text in texts:
         put(text)
         sizes.add(path.stat().st_size)
-        loaded, fingerprint = loaded_rows(DatasetConfig(name=builder, data_files=str(path), streaming=streaming))
+        loaded, fingerprint = load_rows(DatasetConfig(name=builder, data_files=str(path), streaming=streaming))
         found.append((list(loaded["train"]), fingerprint))
     assert len(sizes) == 1
     assert [loaded for loaded, _ in found] == [[text] for text in texts]
@@ -227,13 +226,13 @@ def test_a_file_with_the_same_size_and_time_and_another_content_is_read_anew(bui
 def test_moved_files_have_the_same_fingerprint() -> None:
     write("a/train.csv", "text\na\n")
     write("a/valid.csv", "text\nb\n")
-    first = loaded_rows(DatasetConfig(name="a"))[1]
+    first = load_rows(DatasetConfig(name="a"))[1]
     Path("a").rename("b")
-    assert loaded_rows(DatasetConfig(name="b"))[1] == first
+    assert load_rows(DatasetConfig(name="b"))[1] == first
     files: Any = {"validation": "b/valid.csv", "train": "b/train.csv"}
-    assert loaded_rows(DatasetConfig(name="csv", data_files=files))[1] == first
+    assert load_rows(DatasetConfig(name="csv", data_files=files))[1] == first
     files["validation"], files["train"] = files["train"], files["validation"]
-    assert loaded_rows(DatasetConfig(name="csv", data_files=files))[1] != first
+    assert load_rows(DatasetConfig(name="csv", data_files=files))[1] != first
 
 
 @pytest.mark.parametrize(
@@ -319,7 +318,6 @@ def test_downloaded_files_are_found_without_a_network(tmp_path: Path, monkeypatc
             "dataset.data_files",
         ),
         ({"name": "csv", "data_files": {"train": "no.csv"}}, "no file 'no.csv'", "dataset.data_files"),
-        ({"name": "text", "data_files": "latin.txt"}, "latin.txt, line 1", "iconv"),
         ({"name": "parquet", "data_files": "latin.txt"}, "cannot be read as parquet: Parquet", "hold parquet"),
         ({"name": "json", "data_files": "latin.txt"}, "is not UTF-8", "iconv"),
         ({"name": "./no"}, "there is no dataset folder './no'", "check dataset.name"),

@@ -15,11 +15,11 @@ from lumiere.baselines.ngrams import fit_baselines
 from lumiere.data.dataset import Sizes, SplitFacts, TokenizedSplit
 from lumiere.data.windows import Windows
 from lumiere.errors import LumiereError
-from lumiere.evaluation import evaluate
+from lumiere.evaluation import evaluate, scoring
 from lumiere.evaluation.bootstrap import paired_difference, standard_errors
-from lumiere.evaluation.detailed import DetailedEvaluation, calibration, evaluate_in_detail
-from lumiere.evaluation.scoring import Protocol, score, score_logits, strided_windows, training_windows
-from lumiere.evaluation.totals import DocumentTotals
+from lumiere.evaluation.detailed import DetailedEvaluation, bins_of, calibration, evaluate_in_detail
+from lumiere.evaluation.scoring import Protocol, Scores, score, score_logits, strided_windows, training_windows
+from lumiere.evaluation.totals import DocumentTotals, GroupSums
 from lumiere.models.transformer import Transformer
 from tests import reference
 
@@ -147,6 +147,20 @@ def test_it_is_what_training_evaluates() -> None:
         assert getattr(detailed, name) == getattr(light, name)
 
 
+def test_groups_of_windows_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(make_model())
+    monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 1)
+    window_by_window = run(make_model())
+    for found in (whole, window_by_window):
+        assert found.normalized_share == 6 / 123
+    assert window_by_window.evaluation.loss == pytest.approx(whole.evaluation.loss, rel=1e-6)
+    assert window_by_window.by_frequency is not None
+    assert whole.by_frequency is not None
+    assert window_by_window.by_frequency.counts == whole.by_frequency.counts
+    assert window_by_window.by_position.losses == pytest.approx(whole.by_position.losses, rel=1e-5)
+    assert window_by_window.by_document.losses == pytest.approx(whole.by_document.losses, rel=1e-5)
+
+
 def test_only_the_averages_over_batches_depend_on_the_batch_size() -> None:
     one, seven = run(make_model(), batch_size=1), run(make_model(), batch_size=7)
     assert one.evaluation.mean_batch_loss != seven.evaluation.mean_batch_loss
@@ -159,11 +173,13 @@ def test_only_the_averages_over_batches_depend_on_the_batch_size() -> None:
 @pytest.mark.parametrize("stride", range(1, CONTEXT + 1))
 def test_strided_scores_each_token_once_in_order_with_enough_context(stride: int) -> None:
     windows, protocol = strided_windows(SPLIT, CONTEXT, stride)
-    scores = score(make_model(), windows, protocol.once, {})
+    parts: list[Scores] = []
+    score(make_model(), windows, protocol.once, {}, parts.append)
     expected = [t for d in np.split(SPLIT.ids, SPLIT.offsets[1:-1]) for t in d[1:].tolist()]
-    assert scores.tokens.tolist() == expected
+    assert np.concatenate([scores.tokens for scores in parts]).tolist() == expected
     places = list(chain(*(range(1, length) for length in LENGTHS)))
-    for before, place in zip(scores.positions.tolist(), places, strict=True):
+    positions = np.concatenate([scores.positions for scores in parts])
+    for before, place in zip(positions.tolist(), places, strict=True):
         assert before >= min(place, CONTEXT - stride + 1)
 
 
@@ -260,7 +276,11 @@ def test_a_rotary_model_scores_as_a_stock_llama() -> None:
 
 def test_calibration_by_hand() -> None:
     # Two tokens in the bin (1/15, 2/15], two in the last; its edge belongs to the bin below.
-    found = calibration(np.array([0.1, 2 / 15, 1.0, 0.96]), np.array([0.0, 1.0, 1.0, 0.0]))
+    confidences, is_right = np.array([0.1, 2 / 15, 1.0, 0.96]), np.array([0.0, 1.0, 1.0, 0.0])
+    bins = GroupSums(15, 2)
+    for part in (np.s_[:1], np.s_[1:]):
+        bins.add(bins_of(confidences[part]), confidences[part], is_right[part])
+    found = calibration(bins)
     assert [i for i, count in enumerate(found.counts) if count] == [1, 14]
     assert found.confidences[1] == pytest.approx((0.1 + 2 / 15) / 2)
     assert (found.accuracies[1], found.accuracies[14]) == (0.5, 0.5)
