@@ -199,12 +199,12 @@ def test_only_builders_of_plain_data_are_used(tmp_path: Path, monkeypatch: pytes
             config = DatasetConfig.model_validate({**setting, "streaming": streaming})
             if allowed:
                 with contextlib.suppress(DataError, AttributeError):  # the files are empty
-                    load_rows(config, find_source(config))
+                    load_rows(config)
             elif os.path.isdir(config.name) and ending_is_ours(config.name):
                 assert find_source(config).builder == "text"  # .md, which `datasets` takes for tasks of agents
             else:
                 with pytest.raises(DataError):
-                    load_rows(config, find_source(config))
+                    load_rows(config)
     assert allowed or not ran
 
 

@@ -89,6 +89,28 @@ def test_a_text_from_stdin_is_that_of_a_file(run: Run) -> None:
     assert from_file["standard_errors"] is None, "one document"
 
 
+def test_line_ends_and_marks_do_not_change_a_text(run: Run) -> None:
+    text = "Once upon a time\nthere was a fox.\n"
+    plain = read_json("eval", run.id, "--text", "-", text=text.encode())
+    for data in (text.replace("\n", "\r\n"), text.replace("\n", "\r"), "\ufeff" + text):
+        found = read_json("eval", run.id, "--text", "-", text=data.encode())
+        assert {**found, "seconds": 0} == {**plain, "seconds": 0}
+
+
+def test_bits_per_byte_count_the_bytes_that_the_model_predicts(run: Run) -> None:
+    text = "Once upon a time there was a fox."
+    wide = "".join(chr(ord(c) + 0xFEE0) if c != " " else c for c in text)
+    plain, normalized = (read_json("eval", run.id, "--text", "-", text=data.encode()) for data in (text, wide))
+    assert normalized["loss"] == plain["loss"], "the same tokens"
+    assert normalized["bits_per_byte"] == plain["bits_per_byte"]
+    assert (plain["num_bytes"], plain["num_normalized_bytes"], plain["normalized_share"]) == (33, 33, 0)
+    # 26 letters and signs of three bytes, and 7 spaces.
+    assert (normalized["num_bytes"], normalized["num_normalized_bytes"]) == (26 * 3 + 7, 33)
+    assert normalized["normalized_share"] == 78 / 85
+    assert "91.76%" in invoke("eval", run.id, "--text", "-", text=wide.encode()).stdout
+    assert "normalization" not in invoke("eval", run.id, "--text", "-", text=text.encode()).stdout
+
+
 def test_a_text_needs_no_corpus_but_for_the_baselines(run: Run) -> None:
     run.update(corpus_sha256="another")
     Path("text.txt").write_text("Once upon a time there was a fox.")

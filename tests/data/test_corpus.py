@@ -15,7 +15,6 @@ from lumiere.config.schema import DatasetConfig
 from lumiere.data import corpus as corpus_module
 from lumiere.data import text as text_module
 from lumiere.data.corpus import Corpus, Reader, hold_out, hold_out_of_stream, joined, load_corpus, row_reader
-from lumiere.data.source import Source
 from lumiere.data.stories import stories
 from lumiere.errors import DataError
 
@@ -28,8 +27,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`load_corpus` on rows that a test gives, in the place of those that `datasets` reads."""
 
     def load(rows: dict[str, list[str]], source: str = "source", **settings: Any) -> Corpus:
-        monkeypatch.setattr("lumiere.data.corpus.find_source", lambda config: Source("csv", {}))
-        monkeypatch.setattr("lumiere.data.corpus.load_rows", lambda config, found: (rows, source))
+        monkeypatch.setattr("lumiere.data.corpus.load_rows", lambda config: (rows, source))
         return load_corpus(DatasetConfig(name="given", **settings))
 
     return load

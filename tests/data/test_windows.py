@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lumiere.config.loader import load_config
 from lumiere.data.batches import steps_per_epoch
 from lumiere.data.dataset import tokenize_corpus
-from lumiere.data.rows import find_source, load_rows
+from lumiere.data.rows import load_rows
 from lumiere.data.tokenizer import EOT, PAD, SOT
 from lumiere.data.windows import Windows
 
@@ -104,19 +104,6 @@ def test_by_hand() -> None:
     assert windows.cut(some)[0].tolist() == tokens[some].tolist()
 
 
-@given(cuttings(), st.integers(0, 5), st.sampled_from([1, 3, 2**20]))
-def test_padding_is_what_the_windows_cut_one_by_one_have(
-    cutting: tuple[list[list[int]], int, int], shift: int, at_once: int
-) -> None:
-    documents, context_size, sliding_window_size = cutting
-    windows = windows_of(documents, context_size, sliding_window_size)
-    windows.shifts = shift > 0
-    targets = windows.cut(np.arange(len(windows)), shift)[0][:, 1:]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lumiere.data.windows.DOCUMENTS_AT_ONCE", at_once)
-        assert windows.padding_share == pytest.approx((targets == PAD).mean(), abs=1e-12)
-
-
 @pytest.mark.slow
 def test_counts_on_wikitext(wikitext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
@@ -127,7 +114,7 @@ def test_counts_on_wikitext(wikitext: Path, tmp_path: Path, monkeypatch: pytest.
     facts = {split: tokenized.splits[split].facts for split in tokenized.splits}
     assert {split: fact.num_documents for split, fact in facts.items()} == {"train": 600, "validation": 60, "test": 60}
     # Merity et al. 2016, table 1, count the line ends of blank rows too.
-    rows, _ = load_rows(config.dataset, find_source(config.dataset))
+    rows, _ = load_rows(config.dataset)
     blank = {split: sum(not row.strip() for row in rows[split]) for split in rows}
     assert {split: fact.num_words + blank[split] for split, fact in facts.items()} == {
         "train": 2_088_628,
