@@ -26,6 +26,9 @@ def install_command(*requirements: str) -> str:
 
 
 def _typed(path: str) -> str:
-    """`path` as typed from the current folder."""
+    """`path` as typed from the current folder, with a separator in it, without which a shell searches the PATH."""
     here = Path.cwd()
-    return shlex.quote(str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path))
+    if not Path(path).is_relative_to(here):
+        return shlex.quote(path)
+    relative = Path(path).relative_to(here)
+    return shlex.quote(str(relative) if len(relative.parts) > 1 else os.path.join(os.curdir, relative))

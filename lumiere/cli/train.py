@@ -184,7 +184,8 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
 def next_commands(run: "Run") -> list[str]:
     """What to do with a trained model."""
     last_layer = run.load_config().model.num_layers - 1
-    split = "test" if "test" in run.record["splits"] else "validation"
+    splits = run.record.get("splits")  # which a run of an older Lumiere may lack
+    split = "test" if isinstance(splits, dict) and "test" in splits else "validation"
     return [
         run.command("generate", "--run", run.id),
         run.command("inspect", "attention", "--layer", str(last_layer), "--run", run.id),
