@@ -134,7 +134,7 @@ def _open_for_reading(path: Path) -> Iterator[BinaryIO]:
 
 def _check_room(path: Path, header: Header, groups: Collection[str]) -> None:
     wanted = [span(entry) for name, entry in header.entries.items() if name.partition(".")[0] in groups]
-    check_memory(path, sum(end - begin for begin, end in wanted))
+    check_memory(path, [end - begin for begin, end in wanted])
 
 
 def _parse_metadata(path: Path, header: Header) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -118,17 +119,40 @@ def span(entry: Any) -> tuple[int, int]:
     raise ValueError("no span")
 
 
-def check_memory(path: Path, needed: int) -> None:
-    """Refuses more bytes than there can be: a file with holes may say terabytes, and take no room on the disk.
+def check_memory(path: Path, sizes: Collection[int]) -> None:
+    """Refuse tensors that do not fit into the free memory: a file with holes may announce terabytes.
+
+    Args:
+        sizes: of the tensors to read, in bytes. Reading one takes three times its size for a moment.
 
     Raises:
-        CheckpointError: this machine has less memory.
+        CheckpointError: they do not fit.
     """
-    if hasattr(os, "sysconf") and needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+    available = available_memory()
+    needed = sum(sizes) + 2 * max(sizes, default=0)
+    if available is not None and needed > available:
         raise CheckpointError(
-            f"{str(path)!r} holds {needed / 1e9:,.0f} GB of tensors, this machine has {memory / 1e9:,.0f} GB of memory",
-            DAMAGE_HINT,
+            f"{str(path)!r} holds {sum(sizes) / 1e9:,.1f} GB of tensors; loading them takes {needed / 1e9:,.1f} GB of "
+            f"memory, {available / 1e9:,.1f} GB are free",
+            "free memory, or use a machine with more; if the model is small, the checkpoint is damaged: use another",
         )
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that this process can still get; None where the system does not say.
+
+    On Linux what is available, at most the limit of the control group (containers); elsewhere all of the machine's.
+    """
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        amounts = [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable: *([0-9]+) kB", meminfo)]
+    except OSError:
+        amounts = []
+    if not amounts and hasattr(os, "sysconf"):
+        amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, ValueError):  # there is no limit
+        amounts.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(amounts, default=None)
 
 
 def check_format(path: Path, number: Any) -> None:

@@ -54,7 +54,7 @@ class ShardReader(StorageReader):
             math.prod(max(1, length) for length in tensor.shape) * dtypes[tensor.dtype].itemsize
             for tensor in self._tensors.values()
         ]
-        check_memory(folder, sum(sizes) if whole else 0)
+        check_memory(folder, sizes if whole else [])
         if max(sizes, default=0) >= 2**63:
             raise damaged(folder, "a tensor has more numbers than there can be")
         self.layouts = {

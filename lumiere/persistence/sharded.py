@@ -19,7 +19,7 @@ from lumiere.components.world import World
 from lumiere.errors import CheckpointError
 from lumiere.persistence.atomic import sync_folder
 from lumiere.persistence.checkpoint_format import GROUPS, Checkpoint, check_groups, unwritable
-from lumiere.persistence.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lumiere.persistence.manifest import MANIFEST_NAME, MAX_BYTES, Manifest, read_manifest
 from lumiere.persistence.placing import clear, place
 
 if TYPE_CHECKING:
@@ -177,8 +177,11 @@ def _finish(
         tuple(described.file for described in files),
         {name: find_shards(name, tensor, files) for name, tensor in tensors.items()},
     )
+    data = manifest.to_bytes()
+    if len(data) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{MANIFEST_NAME} would have {len(data):,} bytes, too many to be read again")
     with open(temporary / MANIFEST_NAME, "xb") as file:
-        file.write(manifest.to_bytes())
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temporary)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lumiere.config.loader import load_config
 from lumiere.data.batches import steps_per_epoch
 from lumiere.data.dataset import tokenize_corpus
-from lumiere.data.rows import load_rows
+from lumiere.data.hub import load_rows
 from lumiere.data.tokenizer import EOT, PAD, SOT
 from lumiere.data.windows import Windows
 
@@ -102,6 +102,19 @@ def test_by_hand() -> None:
     # Any windows in any order, also twice.
     some = np.array([3, 0, 3])
     assert windows.cut(some)[0].tolist() == tokens[some].tolist()
+
+
+@given(cuttings(), st.integers(0, 5), st.sampled_from([1, 3, 2**20]))
+def test_padding_is_what_the_windows_cut_one_by_one_have(
+    cutting: tuple[list[list[int]], int, int], shift: int, at_once: int
+) -> None:
+    documents, context_size, sliding_window_size = cutting
+    windows = windows_of(documents, context_size, sliding_window_size)
+    windows.shifts = shift > 0
+    targets = windows.cut(np.arange(len(windows)), shift)[0][:, 1:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lumiere.data.windows.DOCUMENTS_AT_ONCE", at_once)
+        assert windows.padding_share == pytest.approx((targets == PAD).mean(), abs=1e-12)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lumiere.errors import CheckpointError
+from lumiere.persistence import checkpoint_format
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from lumiere.persistence.checkpoint_format import Checkpoint
 from tests.persistence.shards import assert_same
@@ -322,9 +323,36 @@ def test_a_file_of_holes_is_refused_before_its_tensors_are_read(path: Path) -> N
         size = 2**43  # of ext4
         write_file(path, {"__metadata__": ours(), "model.a": tensor | {"shape": [size], "data_offsets": [0, size]}})
         os.truncate(path, path.stat().st_size + size)
-    with pytest.raises(CheckpointError, match=r"GB of tensors, this machine has [0-9,]+ GB of memory"):
+    with pytest.raises(CheckpointError, match=r"GB of tensors; loading them takes [0-9,.]+ GB of memory"):
         load_checkpoint(path)
     assert load_checkpoint(path, groups=("rng",)).rng == {}
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "fits"), [(1000, 1, True), (1001, 1, False), (600, 3, True), (601, 3, False)]
+)
+def test_tensors_must_fit_into_the_free_memory_while_they_are_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, size: int, count: int, fits: bool
+) -> None:
+    monkeypatch.setattr(checkpoint_format, "available_memory", lambda: 3000)  # three times the largest, and the others
+    save_checkpoint(path, Checkpoint({str(i): torch.zeros(size, dtype=torch.uint8) for i in range(count)}))
+    if fits:
+        assert len(load_checkpoint(path).model) == count
+    else:
+        with pytest.raises(CheckpointError, match="GB are free"):
+            load_checkpoint(path)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="this system does not say how much memory is free")
+def test_the_free_memory_is_less_than_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = checkpoint_format.available_memory()
+    assert available is not None
+    assert 0 < available < total
+    real = Path.read_text
+    limited = {"/sys/fs/cgroup/memory.max": "4096\n"}  # as in a container
+    monkeypatch.setattr(Path, "read_text", lambda path: limited.get(str(path)) or real(path))
+    assert checkpoint_format.available_memory() == 4096
 
 
 def test_a_pipe_is_never_waited_for(path: Path) -> None:
