@@ -33,7 +33,7 @@ from lumiere.training.processes import noticing_losses
 from lumiere.training.restarts import job
 from lumiere.training.saving import progress
 from lumiere.training.sharing import check_shares, hand_out
-from lumiere.training.state import STOP_REASONS
+from lumiere.training.state import NUMERICS, STOP_REASONS
 from lumiere.training.trainer import TrainingResult, train
 
 
@@ -105,9 +105,11 @@ def resume(
             message = f"{problem}, training goes on from {name} (step {step:,})"
             for listener in listeners:
                 listener(WarningEvent(step, message))
-        if checkpoint and (message := inexactness(checkpoint, run.load_config(), preparation.config, world)):
-            for listener in listeners:
-                listener(WarningEvent(step, message))
+        if checkpoint:
+            inexact = inexactness(checkpoint, run.load_config(), preparation.config, world)
+            for message in filter(None, (inexact, other_numerics(checkpoint))):
+                for listener in listeners:
+                    listener(WarningEvent(step, message))
         remove_leftovers(run)
         # Where nothing was saved, every line goes.
         truncate_metrics(run.metrics_path, step if checkpoint else -1)
@@ -137,6 +139,17 @@ def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, wor
     return (
         f"trained so far with {old}, now with {new}: the data and its order stay, {lost} do not, so the weights will "
         f"differ from those of never having stopped"
+    )
+
+
+def other_numerics(checkpoint: Checkpoint) -> str | None:
+    """A warning where another version of Lumiere, which rounds differently, trained the checkpoint; None elsewhere."""
+    if checkpoint.metadata.get("numerics", 1) == NUMERICS:
+        return None
+    version = checkpoint.metadata.get("lumiere_version", "unknown")
+    return (
+        f"trained so far with another Lumiere (version {version}), whose training steps round differently: the weights "
+        f"may differ in their last bits from those of an uninterrupted run"
     )
 
 
