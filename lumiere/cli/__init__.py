@@ -18,7 +18,7 @@ from lumiere.cli.tokenize import tokenize
 from lumiere.cli.train import train
 from lumiere.cli.usage import Commands
 
-SPIN_COUNT = 3000
+SPIN_COUNT = 10_000
 """Rounds that a thread of OpenMP spins while it waits for the others, before it sleeps."""
 
 app = typer.Typer(
@@ -58,8 +58,10 @@ def about(
 def sleep_while_waiting() -> None:
     """Let waiting threads sleep sooner than OpenMP's own 300,000 rounds, unless the user has chosen how they wait.
 
-    On a machine that does other things too, the spinning takes the core from what is waited for: eight times slower
-    here (benchmarks/waiting.py), and no quicker on an idle one. OpenMP reads it once, when torch is imported.
+    Beside other busy processes, spinning takes the core from the thread that is waited for: a step takes 2.7 times as
+    long with OpenMP's own count. On an idle machine, sleeping too early costs more than waking up: 3,000 rounds make a
+    step 1.2 times as long, 10,000 make it 1.02 times as long (benchmarks/waiting.py). OpenMP reads the count once, when
+    torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))

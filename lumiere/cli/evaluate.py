@@ -45,8 +45,13 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Windows of a batch, for the card's two averages.")
-    ] = 32,
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Windows of a batch, for the card's two averages. \\[default: the batch size of the run's training]",
+        ),
+    ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Compare with models that count the training split.")
     ] = True,
@@ -99,7 +104,7 @@ def evaluate(
 
 
 def evaluate_one(
-    opened: OpenedModel, scored: ScoredText, stride: int | None, batch_size: int, with_baselines: bool
+    opened: OpenedModel, scored: ScoredText, stride: int | None, batch_size: int | None, with_baselines: bool
 ) -> "DetailedEvaluation":
     from lumiere.baselines.ngrams import fit_baselines
     from lumiere.evaluation.detailed import evaluate_in_detail
@@ -113,6 +118,8 @@ def evaluate_one(
     fitted = None
     if with_baselines and train is not None:
         fitted = fit_baselines(train.ids, train.offsets, opened.model.vocab_size)
+    # As the training evaluated it, so that the run's card and `eval` print the same averages.
+    batch_size = batch_size or opened.config.training.batch_size
     return evaluate_in_detail(
         opened.model, scored.split, scored.sizes, windows, protocol, batch_size, train, baselines=fitted
     )

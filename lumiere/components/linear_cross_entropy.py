@@ -21,9 +21,11 @@ IGNORED = -100
 """The target of a row that has no loss, as in `torch.nn.functional.cross_entropy`."""
 
 # Logits of one chunk: 8 MB in float32 on a CPU, where smaller ones make the products slower and larger ones leave the
-# cache; accelerators want larger products.
+# cache; accelerators want larger products. With a large vocabulary there are still some hundred rows: every chunk adds
+# a gradient of the weight's size, which for a few rows takes longer than the products.
 CHUNK_LOGITS = {"cpu": 2**21}
 CHUNK_LOGITS_ELSEWHERE = 2**26
+MIN_CHUNK_ROWS = 512
 
 MAX_SUM = 2.0**64
 """Where the sum of a row's powers is outside 1 / MAX_SUM to MAX_SUM, they are computed again less the row's maximum.
@@ -92,7 +94,7 @@ def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, rows_N1: Tensor, is_re
     """
     is_cpu = x_NE.device.type == "cpu"
     limit = CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE)
-    size = max(1, limit // len(weight_VocabE))
+    size = max(MIN_CHUNK_ROWS, limit // len(weight_VocabE))
     memory = x_NE.new_empty(min(size, len(x_NE)), len(weight_VocabE))
     for x_ME, rows_M1, is_real_M1 in zip(*(tensor.split(size) for tensor in (x_NE, rows_N1, is_real_N1)), strict=True):
         logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
@@ -130,6 +132,8 @@ class _LinearCrossEntropy(Function):
         sum_dtype = torch.promote_types(x_NE.dtype, torch.float32)
         gradients_ME: list[Tensor] = []
         gradient_VocabE = torch.zeros(weight_VocabE.shape, dtype=sum_dtype, device=x_NE.device)
+        if x_NE.dtype != sum_dtype:
+            product_VocabE, widened_VocabE = torch.empty_like(weight_VocabE), torch.empty_like(gradient_VocabE)
         loss = torch.zeros((), dtype=sum_dtype, device=x_NE.device)
         with torch.autocast(device, enabled=False):
             for chunk in chunks_of_powers(x_NE, weight_VocabE, *rows_of(targets_N)):
@@ -143,7 +147,13 @@ class _LinearCrossEntropy(Function):
                 gradient[targets] = (gradient[targets] - chunk.sums).to(x_NE.dtype)
                 share_M1 = (chunk.is_real / chunk.sums).to(x_NE.dtype)
                 gradients_ME.append((gradient @ weight_VocabE).mul_(share_M1))
-                gradient_VocabE += gradient.T @ (chunk.x * (share_M1 / BITS_A_NAT))
+                x_ME = chunk.x * (share_M1 / BITS_A_NAT)
+                if x_ME.dtype == sum_dtype:
+                    gradient_VocabE.addmm_(gradient.T, x_ME)
+                else:
+                    # A conversion and a sum: adding one type to another is slower than both.
+                    widened_VocabE.copy_(torch.mm(gradient.T, x_ME, out=product_VocabE))
+                    gradient_VocabE += widened_VocabE
         ctx.save_for_backward(torch.cat(gradients_ME), gradient_VocabE)
         return loss
 

@@ -33,12 +33,14 @@ class Batch(ShortRepr):
     def split(self, num_parts: int, fills: bool = False) -> list["Batch"]:
         """The same windows in at most `num_parts` smaller batches, for gradient accumulation.
 
+        Each keeps the `num_targets` of all of them, since counting its own would wait for the device.
+
         Args:
             fills: give that many in any case, where windows are lacking ones without targets: processes that compute
                 together need as many forward passes each.
         """
         split = zip(self.tokens.tensor_split(num_parts), self.targets.tensor_split(num_parts), strict=True)
-        parts = [Batch(tokens, targets, int((targets != IGNORED).sum())) for tokens, targets in split if len(tokens)]
+        parts = [Batch(tokens, targets, self.num_targets) for tokens, targets in split if len(tokens)]
         filler = without_targets(Batch(self.tokens[:1], self.targets[:1], 0))
         return parts + [filler] * (num_parts - len(parts)) * fills
 

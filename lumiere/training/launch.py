@@ -35,7 +35,7 @@ from lumiere.training.processes import noticing_losses
 from lumiere.training.restarts import job, token
 from lumiere.training.saving import progress
 from lumiere.training.sharing import check_shares, hand_out
-from lumiere.training.state import STOP_REASONS
+from lumiere.training.state import NUMERICS, STOP_REASONS
 from lumiere.training.trainer import TrainingResult, train
 
 
@@ -189,13 +189,24 @@ def resume_warnings(
         record: contents of `run.json`, with the device and the precision so far.
     """
     before = trained_config(checkpoint.metadata.get("config"), name)
-    warnings = [inexactness(checkpoint, before, preparation.config, world)]
+    warnings = [inexactness(checkpoint, before, preparation.config, world), other_numerics(checkpoint)]
     if changed := inexact_changes(before, preparation, record):
         warnings.append(
             f"{', '.join(map(str, changed))}: the data and its order stay the same, but the weights will not be "
             f"bit-identical to those of an uninterrupted run"
         )
     return [warning for warning in warnings if warning]
+
+
+def other_numerics(checkpoint: Checkpoint) -> str | None:
+    """A warning where another version of Lumiere, which rounds differently, trained the checkpoint; None elsewhere."""
+    if checkpoint.metadata.get("numerics", 1) == NUMERICS:
+        return None
+    version = checkpoint.metadata.get("lumiere_version", "unknown")
+    return (
+        f"trained so far with another Lumiere (version {version}), whose training steps round differently: the weights "
+        f"may differ in their last bits from those of an uninterrupted run"
+    )
 
 
 def processes(size: int, config: RunConfig) -> str:

@@ -48,7 +48,9 @@ class Muon(optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             momenta = []
             for parameter in parameters:
-                buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                buffer = self.state[parameter]["momentum_buffer"]
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 momenta.append(parameter.grad.lerp(buffer, group["momentum"]))
             orthogonalized = apply_to_whole(lambda whole: orthogonalize_each(whole, self._dtype), momenta)

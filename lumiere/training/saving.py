@@ -17,7 +17,7 @@ from lumiere.training.events import CheckpointEvent, Event
 from lumiere.training.nonfinite import Guard
 from lumiere.training.shards import gathered, held_bytes
 from lumiere.training.snapshots import is_snapshot
-from lumiere.training.state import TrainingState
+from lumiere.training.state import NUMERICS, TrainingState
 
 
 class Saver:
@@ -51,6 +51,7 @@ class Saver:
         self._about = {
             "run": run.name,
             "lumiere_version": __version__,
+            "numerics": NUMERICS,
             "config": config.model_dump(),
             "corpus_sha256": corpus.fingerprint,
             "tokenizer_sha256": corpus.tokenizer.fingerprint,

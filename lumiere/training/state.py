@@ -34,6 +34,10 @@ FRACTIONAL = {"seconds", "best_loss", "stopping_loss"}
 OPTIONAL = {"best_loss", "best_step", "stopping_loss", "stop_reason"}
 STOP_REASONS = ("max_steps", "max_epochs", "patience")
 
+NUMERICS = 2
+"""Goes up when a change of Lumiere alters the bits of a training step. A checkpoint records the one that it was trained
+with; those that record none were trained with 1."""
+
 TRAINED = "trained."
 """Before the names, among the optimizer's tensors, of the weights that training goes on with where the model in a
 checkpoint is their average."""

@@ -184,7 +184,7 @@ def train_step(
     device, bfloat16 = batch.tokens.device.type, precision == torch.bfloat16
     # A cache would keep every weight in bfloat16 until the end of the forward pass, whose use of each is its only one.
     autocast = torch.autocast(device, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
-    total = 0.0
+    loss_sum = torch.zeros((), device=batch.tokens.device)
     parts = batch.split(settings.gradient_accumulation_steps, fills=world.size > 1)
     for number, part in enumerate(parts, start=1):
         with autocast, accumulating(objective, is_last=number == len(parts)):
@@ -193,11 +193,12 @@ def train_step(
         if device == "cuda":
             # The GPU waits for the gradients of all ranks without a word; meet first, where a rank that hangs is named.
             world.wait()
-        total += loss.item()
-    total = world.total(total)
+        loss_sum += loss.detach()
     limit = settings.gradient_clip_norm or math.inf
     norm = whole(get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None]))
-    grad_norm = norm.item()
+    # Read both at once: each read waits for the device.
+    total, grad_norm = torch.stack([loss_sum, norm]).tolist()
+    total = world.total(total)
     # In two halves, because clipping by a norm that is not finite would make every gradient NaN.
     if is_finite(total, grad_norm):
         if grad_norm > limit:

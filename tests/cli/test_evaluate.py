@@ -67,6 +67,14 @@ def test_it_prints_what_it_gives_to_scripts(run: Run) -> None:
     assert read_json("eval", run.id, "--no-baselines")["baselines"] is None
 
 
+def test_the_averages_over_batches_are_those_that_the_training_kept(run: Run) -> None:
+    kept, found = run.record["best_evaluation"], read_json("eval", run.id, "--no-baselines")
+    assert found["batch_size"] == kept["batch_size"] == run.load_config().training.batch_size != 32
+    for name in ("mean_batch_loss", "mean_batch_perplexity"):
+        assert found[name] == pytest.approx(kept[name], rel=1e-6)
+    assert read_json("eval", run.id, "--no-baselines", "--batch-size", "32")["batch_size"] == 32
+
+
 def test_strided_counts_each_token_once_and_says_so(run: Run, tiny_corpus: TokenizedCorpus) -> None:
     twice, once = read_json("eval", run.id), read_json("eval", run.id, "--stride", "8")
     assert once["num_tokens"] == tiny_corpus.splits["validation"].facts.num_targets < twice["num_tokens"]

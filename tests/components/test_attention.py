@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from lumiere.components.attention import FUSED_MIN_POSITIONS, Attention, causal_attention, visible_keys
+from lumiere.components.attention import BFLOAT16_FUSED_MIN_POSITIONS, Attention, causal_attention, visible_keys
 from lumiere.components.positions import rotation_at
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_two_tokens_by_hand() -> None:
     torch.testing.assert_close(attention(x_BTE), expected_BTE)
 
 
-@pytest.mark.parametrize("num_positions", [1, 7, FUSED_MIN_POSITIONS - 1, FUSED_MIN_POSITIONS])
+@pytest.mark.parametrize("num_positions", [1, 7, 64])
 @pytest.mark.parametrize("d_value", [4, 6])
 def test_both_fast_ways_equal_torchs_attention(num_positions: int, d_value: int) -> None:
     q_BTHK, k_BTHK = torch.randn(2, 2, num_positions, 3, 4, dtype=torch.float64).unbind()
@@ -48,11 +48,40 @@ def test_both_fast_ways_equal_torchs_attention(num_positions: int, d_value: int)
     torch.testing.assert_close(causal_attention(q_BTHK, k_BTHK, v_BTHV), expected_BTHV, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_positions", "d_value", "is_kept"),
+    [
+        (torch.float32, 64, 4, False),
+        (torch.float32, 64, 5, True),  # torch's fused attention wants values as wide as keys
+        (torch.bfloat16, 64, 4, True),
+        (torch.bfloat16, BFLOAT16_FUSED_MIN_POSITIONS, 4, False),
+    ],
+)
+def test_the_pattern_is_kept_only_where_that_is_faster(
+    dtype: torch.dtype, num_positions: int, d_value: int, is_kept: bool
+) -> None:
+    sizes: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    inputs = [torch.randn(1, num_positions, 1, width, dtype=dtype, requires_grad=True) for width in (4, 4, d_value)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        causal_attention(*inputs)
+    assert (max(sizes) >= num_positions**2) == is_kept
+
+
 @pytest.mark.parametrize("d_value", [3, 5])
-def test_hand_written_gradients_are_those_of_the_plain_way(monkeypatch: pytest.MonkeyPatch, d_value: int) -> None:
+def test_gradients_by_finite_differences(d_value: int) -> None:
+    """Fused where the values are as wide as the keys, hand-written elsewhere."""
     inputs = [torch.randn(2, 6, 2, width, dtype=torch.float64, requires_grad=True) for width in (3, 3, d_value)]
     assert gradcheck(causal_attention, inputs)
-    weights_BTHV = torch.randn(2, 6, 2, d_value, dtype=torch.float64)
+
+
+def test_hand_written_gradients_are_those_of_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [torch.randn(2, 6, 2, width, dtype=torch.float64, requires_grad=True) for width in (3, 3, 5)]
+    weights_BTHV = torch.randn(2, 6, 2, 5, dtype=torch.float64)
     mine = torch.autograd.grad((causal_attention(*inputs) * weights_BTHV).sum(), inputs)
     monkeypatch.setattr("lumiere.components.attention.prefers_hand_written", lambda x: False)
     plain = torch.autograd.grad((causal_attention(*inputs) * weights_BTHV).sum(), inputs)
@@ -60,8 +89,9 @@ def test_hand_written_gradients_are_those_of_the_plain_way(monkeypatch: pytest.M
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)
 
 
-def test_in_bfloat16_it_stays_near_float32() -> None:
-    q_BTHK, k_BTHK, v_BTHV = (torch.randn(2, 16, 2, 8) for _ in range(3))
+@pytest.mark.parametrize("num_positions", [16, BFLOAT16_FUSED_MIN_POSITIONS])
+def test_in_bfloat16_it_stays_near_float32(num_positions: int) -> None:
+    q_BTHK, k_BTHK, v_BTHV = (torch.randn(2, num_positions, 2, 8) for _ in range(3))
     expected_BTHV = causal_attention(q_BTHK, k_BTHK, v_BTHV)
     with torch.autocast("cpu", torch.bfloat16):
         z_BTHV = causal_attention(q_BTHK.bfloat16(), k_BTHK.bfloat16(), v_BTHV.bfloat16())
@@ -70,7 +100,7 @@ def test_in_bfloat16_it_stays_near_float32() -> None:
     torch.testing.assert_close(z_BTHV.float(), expected_BTHV, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("num_positions", [9, FUSED_MIN_POSITIONS])
+@pytest.mark.parametrize("num_positions", [9, 64])
 @pytest.mark.parametrize("rotary", [False, True])
 def test_watching_gives_the_same(num_positions: int, rotary: bool) -> None:
     attention = Attention(embedding_size=8, num_heads=2, d_key=4, d_value=6).double()

@@ -15,6 +15,7 @@ ROWS, VOCAB, WIDTH = 11, 7, 5
 @pytest.fixture(params=[1, 3 * VOCAB, 11 * VOCAB, 2**21], ids=["1 row", "3 rows", "11 rows", "all rows"])
 def chunk_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", request.param)
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 1)
     return request.param
 
 
@@ -78,6 +79,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
     assert not linear_cross_entropy(x, weight, targets).isfinite()
 
 
+@pytest.mark.usefixtures("chunk_logits")
 def test_in_bfloat16_it_stays_near_and_adds_up_in_float32() -> None:
     x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
     targets = torch.randint(0, 100, (64,))
@@ -132,6 +134,12 @@ def test_a_level_that_all_logits_share_changes_neither_loss_nor_gradients(
         assert torch.dist(gradient.double(), other) < tolerance * other.norm()
     rows = linear_cross_entropy_losses(x.detach(), weight.detach(), targets)
     torch.testing.assert_close(rows.double(), expected_rows.detach(), rtol=0, atol=max(1e-5, 1e-6 * abs(level)))
+
+
+def test_a_large_vocabulary_does_not_make_small_chunks() -> None:
+    targets = torch.zeros(600, dtype=torch.long)
+    chunks = module.chunks_of_powers(torch.randn(600, 2), torch.randn(50_000, 2), *module.rows_of(targets))
+    assert len(next(chunks).x) >= 256
 
 
 def test_off_the_cpu_logits_are_computed_once_and_nothing_waits_for_the_device() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lumiere.generation.sampling import Sampling
 from lumiere.persistence.checkpoint import read_metadata
 from lumiere.persistence.metrics import read_metrics
 from lumiere.persistence.runs import Run, RunStore
+from lumiere.training.events import Event, StepEvent, WarningEvent
 from lumiere.training.launch import resume
 from lumiere.training.preparation import prepare_resume
 
@@ -60,6 +62,21 @@ def test_it_can_be_resumed(run: Run) -> None:
     lines = read_metrics(run.metrics_path)
     assert [line["step"] for line in lines] == GOLDEN["resumed"]["steps"]
     assert lines[-1]["val_loss"] == pytest.approx(GOLDEN["resumed"]["val_loss"], abs=1e-4)
+
+
+def test_the_resume_of_an_older_version_says_once_that_bits_may_differ(run: Run) -> None:
+    warnings: list[WarningEvent] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, WarningEvent):
+            warnings.append(event)
+        if isinstance(event, StepEvent) and event.step == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    assert resume(prepare_resume(run), run, [listen]).state.step == 10
+    assert [warning.step for warning in warnings] == [9]
+    assert resume(prepare_resume(run), run, [listen]).state.step == 12
+    assert len(warnings) == 1
 
 
 def test_a_newer_format_is_refused_with_the_way_out(run: Run) -> None:

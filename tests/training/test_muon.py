@@ -84,3 +84,15 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     muon.step()
     assert not torch.equal(parameters[0], torch.ones(4, 4))
     assert torch.equal(parameters[1], torch.ones(4, 4))
+
+
+def test_only_the_first_step_makes_room_for_the_momentum() -> None:
+    parameter = nn.Parameter(torch.randn(4, 6))
+    optimizer = Muon([parameter], lr=0.1, weight_decay=0.0)
+    made = []
+    for _ in range(3):
+        parameter.grad = torch.randn(4, 6)
+        with torch.profiler.profile() as profile:
+            optimizer.step()
+        made.append("aten::zeros_like" in {event.key for event in profile.key_averages()})
+    assert made == [True, False, False]

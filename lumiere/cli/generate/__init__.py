@@ -84,7 +84,13 @@ def generate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts that are made at once.")] = 64,
     logprobs: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--logprobs", min=0, metavar="N", help="Each token's logprob, and the N likeliest beside it."),
+        typer.Option(
+            "--logprobs",
+            min=0,
+            metavar="N",
+            help="Print each token's log-probability and the N most probable tokens: the model's own, at temperature 1 "
+            "and before every other control, normalized over all tokens that can be generated.",
+        ),
     ] = None,
     color: Annotated[bool, typer.Option("--color", help="Shade each token by its probability.")] = False,
     check: Annotated[
