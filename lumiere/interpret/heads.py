@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lumiere.components.linear_cross_entropy import linear_cross_entropy_losses
+from lumiere.interpret.repeats import first_copied
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
 
@@ -195,7 +196,7 @@ def repeat_gap(tokens_NT: torch.Tensor, loss_NT: np.ndarray) -> dict[str, np.nda
     length, odd = divmod(tokens_NT.shape[1] - 1, 2)
     if odd or length < 2 or not torch.equal(tokens_NT[:, 1 : length + 1], tokens_NT[:, length + 1 :]):
         return {"repeat_gap": np.array(np.nan), "repeat_gap_error": np.array(np.nan)}
-    gap_N = loss_NT[:, 1:length].mean(1) - loss_NT[:, length + 1 :].mean(1)
+    gap_N = loss_NT[:, 1:length].mean(1) - loss_NT[:, first_copied(length) - 1 :].mean(1)
     return {"repeat_gap": np.array(gap_N.mean()), "repeat_gap_error": np.array(standard_error(gap_N))}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,24 @@ def test_a_model_against_itself_gives_exactly_nothing(model: Transformer, dtype:
     assert paired is not None
     assert (paired.difference, paired.standard_error, paired.low, paired.high) == (0, 0, 0, 0)
     assert found.holds
+
+
+def test_the_interval_is_over_documents() -> None:
+    """Seven sequences that are the windows of three documents: the t interval of the documents' differences."""
+    first, second, documents = random_model(), random_model(2), np.array([4, 4, 1, 8, 1, 4, 8])
+    batches = [replace(batch, documents=part) for batch, part in zip(BATCHES, np.split(documents, [4]), strict=True)]
+    found = diff(first, second, batches)
+    predictions, paired = found.predictions, found.loss_difference
+    assert predictions is not None
+    assert paired is not None
+    difference = predictions.losses_b - predictions.losses_a
+    assert paired.num_documents == 3
+    assert paired.difference == pytest.approx(difference.mean())
+    reach = 4.303 * paired.standard_error * np.sqrt(3 / 2)
+    assert (paired.low, paired.high) == pytest.approx((paired.difference - reach, paired.difference + reach))
+    apart = diff(first, second, BATCHES).loss_difference
+    assert apart is not None
+    assert apart.num_documents == 7
 
 
 def test_permuted_heads_are_matched_back(model: Transformer) -> None:
