@@ -8,6 +8,7 @@ from typing import Any
 from lumiere.cli.console import escape, out
 from lumiere.cli.runs.cells import table
 from lumiere.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, PairedDifference, paired_difference
+from lumiere.evaluation.clusters import FEW_DOCUMENTS
 from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
 from lumiere.persistence.runs import Run
 
@@ -110,7 +111,11 @@ def show_one(one: Evaluated) -> None:
         perplexity = f"{evaluation.mean_batch_perplexity:,.2f}"
         print_row("mean batch perplexity", perplexity, "", "the card's perplexity (85.01)")
     if found.standard_errors is not None:
-        out().print(f"[dim]±: standard error, {found.num_resamples:,} bootstrap resamples of the documents[/]")
+        num_documents = found.totals.num_documents
+        out().print(
+            f"[dim]±: standard error, {found.num_resamples:,} bootstrap resamples of the documents"
+            f"{'' if num_documents >= FEW_DOCUMENTS else f'; few documents: {num_documents}'}[/]"
+        )
     show_baselines(one)
     show_groups("by tokens before it in the window", sampled_positions(found.by_position))
     if found.by_frequency is not None:
@@ -222,9 +227,16 @@ def show_several(evaluated: list[Evaluated]) -> None:
     for one in others:
         show_differences(first, one)
     if first.found.totals.num_documents > 1:
-        out().print(f"[dim]interval: {CONFIDENCE:.0%}, paired bootstrap, {NUM_RESAMPLES:,} resamples of documents[/]")
+        out().print(f"[dim]interval: {CONFIDENCE:.0%}, {interval_method(first.found.totals.num_documents)}[/]")
     if any(one.tokenizer != first.tokenizer for one in others):
         sys.stdout.write("\nthe tokenizers differ, so only bits per byte and word perplexity compare\n")
+
+
+def interval_method(num_documents: int) -> str:
+    """How the interval of a paired difference is computed."""
+    if num_documents < FEW_DOCUMENTS:
+        return f"Student's t; few documents: {num_documents}"
+    return f"paired bootstrap, {NUM_RESAMPLES:,} resamples of documents"
 
 
 def show_differences(first: Evaluated, other: Evaluated) -> None:

@@ -1,8 +1,8 @@
 """Which windows a step trains on: a pure function of the seed and the step."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,14 +21,16 @@ class Batch(ShortRepr):
         tokens: (B, T) int64.
         targets: (B, T) int64, `IGNORED` where there is nothing to predict.
         num_targets: positions that are no padding, over all shares of a step where several processes share it.
+        documents: (B,) which document of the split each window is cut from; None: each is a text of its own.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     num_targets: int
+    documents: np.ndarray | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), self.targets.to(device), self.num_targets)
+        return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device))
 
     def split(self, num_parts: int, fills: bool = False) -> list["Batch"]:
         """The same windows in at most `num_parts` smaller batches, for gradient accumulation.
@@ -54,7 +56,18 @@ def make_batch(windows: Windows, indices: np.ndarray, shift: int = 0) -> Batch:
         torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         torch.from_numpy(targets),
         int(lengths.sum()) - len(lengths),
+        windows.documents(indices),
     )
+
+
+def documents_of(batches: Sequence[Batch]) -> np.ndarray:
+    """(S,) the document of each sequence of all batches, one after the other; other numbers where it is not known."""
+    found, unknown = [], -1
+    for batch in batches:
+        count = len(batch.tokens)
+        found.append(np.arange(unknown, unknown - count, -1) if batch.documents is None else batch.documents)
+        unknown -= count
+    return np.concatenate(found)
 
 
 def steps_per_epoch(windows: Windows, batch_size: int) -> int:

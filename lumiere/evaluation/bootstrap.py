@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lumiere.evaluation.clusters import FEW_DOCUMENTS, half_width
 from lumiere.evaluation.totals import DocumentTotals, Figures, figures
 
 NUM_RESAMPLES = 1000
@@ -24,7 +25,8 @@ class PairedDifference:
 
     Attributes:
         standard_error: standard deviation of the difference over the resamples.
-        low, high: the middle `confidence` of the resamples.
+        low, high: the middle `confidence` of the resamples; with fewer than `FEW_DOCUMENTS` documents, whose
+            resamples vary too little, the interval of Student's t around the difference.
         num_documents: documents in each resample.
         num_lower: documents on which the figure is lower.
     """
@@ -69,11 +71,17 @@ def paired_difference(base: DocumentTotals, other: DocumentTotals, figure: str) 
         return np.concatenate([getattr(figures(resampled), figure) for resampled in resample(totals)])
 
     differences = values(other) - values(base)
+    difference = float(getattr(figures(other.total), figure) - getattr(figures(base.total), figure))
+    standard_error = float(np.std(differences, ddof=1))
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    if (count := base.num_documents) < FEW_DOCUMENTS:
+        # The variance over resamples of D documents is (D - 1) / D of the unbiased one.
+        reach = half_width(count) * standard_error * np.sqrt(count / (count - 1))
+        low, high = difference - reach, difference + reach
     each = getattr(figures(other), figure) - getattr(figures(base), figure)
     return PairedDifference(
-        difference=float(getattr(figures(other.total), figure) - getattr(figures(base.total), figure)),
-        standard_error=float(np.std(differences, ddof=1)),
+        difference=difference,
+        standard_error=standard_error,
         low=float(low),
         high=float(high),
         confidence=CONFIDENCE,

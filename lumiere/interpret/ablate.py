@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from lumiere.components.linear_cross_entropy import IGNORED
-from lumiere.data.batches import Batch
+from lumiere.data.batches import Batch, documents_of
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError, nearest
+from lumiere.evaluation.clusters import clustered_means
 from lumiere.interpret.result import Result
 from lumiere.interpret.trial import Trial, mean_activations
 from lumiere.interpret.units import find_unit
@@ -33,7 +34,9 @@ class Ablations(Result):
         layers: (U,) counted from 0.
         indices: (U,) which of the layer's units, counted from 0.
         changes: (U,) mean loss with the ablation less that without.
-        standard_errors: (U,) of `changes`, from the differences within each batch; NaN with a single batch.
+        standard_errors: (U,) of `changes`, clustered by document; NaN for a single document.
+        documents: (S,) which document each sequence is cut from; sequences that are texts of their own have numbers
+            below 0.
         order: (U,) from the largest change to the smallest.
         loss: without any ablation.
         batch_losses: (M,) the same, of each batch.
@@ -50,6 +53,7 @@ class Ablations(Result):
     indices: np.ndarray
     changes: np.ndarray
     standard_errors: np.ndarray
+    documents: np.ndarray
     order: np.ndarray
     loss: float
     batch_losses: np.ndarray
@@ -57,6 +61,10 @@ class Ablations(Result):
     num_targets: np.ndarray
     tokens: np.ndarray
     first_target: int
+
+    @property
+    def num_documents(self) -> int:
+        return len(np.unique(self.documents))
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         for number in self.order:
@@ -92,8 +100,7 @@ def ablate(
     The layers before a unit are not computed again: what the replacement changes is added to the residual stream that
     the model had there, for many ablations in one forward pass.
 
-    The standard error is that of a ratio of sums over M batches (Cochran 1977, "Sampling Techniques", equation 2.46),
-    with d the difference of a batch and n its predicted tokens: `sqrt(M / (M - 1) sum (n (d - change))^2) / sum n`.
+    The standard errors are those of `clustered_means`: documents, not windows or batches, are the sampling unit.
 
     Args:
         model: in evaluation mode.
@@ -125,13 +132,15 @@ def ablate(
         losses, ablated, receipts = [], [], ()
         for batch in batches:
             trial = Trial(model, batch, kind, layers, mode, means, generator)
-            losses.append(trial.loss)
-            ablated.append(torch.cat([trial.ablated(layer, indices) for layer in layers]))
-            receipts = receipts or trial.receipts(indices, ablated[0])
-        batch_losses = torch.stack(losses).cpu().numpy()
-        batch_changes = torch.stack(ablated, dim=1).cpu().numpy() - batch_losses
+            losses.append(trial.losses_B.numpy())
+            without_UB = torch.cat([trial.ablated(layer, indices) for layer in layers])
+            ablated.append(without_UB.numpy() - losses[-1])
+            receipts = receipts or trial.receipts(indices, without_UB)
     num_targets = np.array([batch.num_targets for batch in batches])
-    changes, standard_errors = ratio_estimate(batch_changes, num_targets)
+    batch_losses = np.array([losses_B.sum() for losses_B in losses]) / num_targets
+    counts_S = np.concatenate([(batch.targets != IGNORED).sum(1).cpu().numpy() for batch in batches])
+    documents = documents_of(batches)
+    changes, standard_errors = clustered_means(np.concatenate(ablated, axis=1), counts_S, documents)
     all_layers, all_indices = np.repeat(layers, len(indices)), np.tile(indices, len(layers))
     return Ablations(
         unit=unit,
@@ -141,25 +150,16 @@ def ablate(
         indices=all_indices,
         changes=changes,
         standard_errors=standard_errors,
+        documents=documents,
         order=np.argsort(-changes, kind="stable"),
         loss=float((batch_losses * num_targets).sum() / num_targets.sum()),
         batch_losses=batch_losses,
-        batch_changes=batch_changes,
+        batch_changes=np.stack([changes_UB.sum(1) for changes_UB in ablated], axis=1) / num_targets,
         num_targets=num_targets,
         tokens=np.concatenate([whole_rows(batch) for batch in batches]),
         first_target=1 + min(int((batch.targets != IGNORED).any(0).nonzero()[0, 0]) for batch in batches),
         receipts=receipts,
     )
-
-
-def ratio_estimate(changes_UM: np.ndarray, num_targets_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean change a token and its standard error, both (U,); NaN errors with a single batch."""
-    num_batches, total = len(num_targets_M), num_targets_M.sum()
-    mean_U = changes_UM @ num_targets_M / total
-    if num_batches < 2:
-        return mean_U, np.full_like(mean_U, np.nan)
-    squares_U = (((changes_UM - mean_U[:, None]) * num_targets_M) ** 2).sum(1)
-    return mean_U, np.sqrt(num_batches / (num_batches - 1) * squares_U) / total
 
 
 def check_mode(mode: str) -> None:

@@ -5,7 +5,7 @@ embeddings, H and G all heads of the one and the other, counted through the laye
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from lumiere.components.linear_cross_entropy import IGNORED
 from lumiere.components.short_repr import ShortRepr
-from lumiere.data.batches import Batch
+from lumiere.data.batches import Batch, documents_of
 from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.data.tokenizer import PAD
 from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
@@ -64,7 +64,7 @@ class ModelDiff(Result):
         not_compared: what was left out, and why.
         losses: (2,) the mean loss of A and of B.
         loss_unit: `nats a token`; `bits a byte` where the tokenizers differ.
-        loss_difference: B less A, by the bootstrap over sequences, or documents; None where there is but one.
+        loss_difference: B less A, by the bootstrap over documents; None where there is but one.
         cka: (A + 1, B + 1) of the residual streams after the embedding and after each block.
         num_cka_tokens: over how many tokens.
         across_layers: whether heads were matched across layers.
@@ -164,7 +164,7 @@ def diff(
         not_compared=() if heads else ("heads: there is only one position, and a single token to look at",),
         losses=np.array([predictions.losses_a.mean(), predictions.losses_b.mean()]),
         loss_unit=SAME_TOKENS,
-        loss_difference=paired_losses(predictions),
+        loss_difference=paired_losses(predictions, documents_of(batches)),
         predictions=predictions,
         cka=similarities,
         num_cka_tokens=cka.num_tokens,
@@ -284,7 +284,12 @@ def shortened(batch: Batch, length: int) -> Batch:
     if batch.tokens.shape[1] <= length:
         return batch
     targets = batch.targets[:, :length]
-    return Batch(batch.tokens[:, :length].contiguous(), targets, int((targets != IGNORED).sum()))
+    return replace(
+        batch,
+        tokens=batch.tokens[:, :length].contiguous(),
+        targets=targets,
+        num_targets=int((targets != IGNORED).sum()),
+    )
 
 
 def rows_of(batches: Sequence[Batch]) -> Iterator[tuple[int, ...]]:

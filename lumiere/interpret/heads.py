@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lumiere.components.linear_cross_entropy import linear_cross_entropy_losses
+from lumiere.interpret.in_context import in_context_learning
+from lumiere.interpret.repeats import first_copied
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
 
@@ -53,10 +54,18 @@ class HeadScores(Result):
         repeat_gap: () mean loss of tokens 2 to S of the first copy minus that of the same in the second, in nats; NaN
             where the tokens are not two copies. Token 1 is left out: nothing tells that the second copy begins.
         repeat_gap_error: () its standard error over the sequences.
-        in_context_positions: the early and the late position, or None where there is no text for it.
+        in_context_positions: the middle of the early and of the late band of positions, or None without a text for it.
+        in_context_bands: the first and the last position of both bands.
         in_context_losses: (2,) mean loss there, in nats.
         in_context_score: () late minus early: negative where a longer context helps.
-        in_context_error: () its standard error over the windows.
+        in_context_error: () its standard error, clustered by document.
+        in_context_windows, in_context_documents: how many windows, of how many documents.
+        text_scores: (L, H, M) the scores at natural repeats of validation windows (`add_text_repeats`); these fields
+            are None without such windows.
+        text_uniform: (M,) what a head that looks at all tokens alike scores there.
+        text_repeats, text_documents: how many repeats, in how many documents.
+        text_gap: () mean loss of a repeated token where it first came, minus that where it comes again, in nats.
+        text_gap_error: () its standard error, clustered by document.
     """
 
     tokens: np.ndarray
@@ -77,9 +86,18 @@ class HeadScores(Result):
     repeat_gap: np.ndarray
     repeat_gap_error: np.ndarray
     in_context_positions: tuple[int, int] | None
+    in_context_bands: tuple[tuple[int, int], tuple[int, int]] | None
     in_context_losses: np.ndarray
     in_context_score: np.ndarray
     in_context_error: np.ndarray
+    in_context_windows: int
+    in_context_documents: int
+    text_scores: np.ndarray | None = None
+    text_uniform: np.ndarray | None = None
+    text_repeats: int | None = None
+    text_documents: int | None = None
+    text_gap: np.ndarray | None = None
+    text_gap_error: np.ndarray | None = None
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         for row, column in np.ndindex(len(self.layers), len(self.heads)):
@@ -99,6 +117,7 @@ def head_scores(
     heads: Sequence[int] | None = None,
     threshold: float = THRESHOLD,
     windows_NT: torch.Tensor | None = None,
+    documents_N: np.ndarray | None = None,
     averaged: Sequence[int] | None = None,
 ) -> HeadScores:
     """Each head's scores: the mean, over the tokens that have such a source, of the attention that goes there.
@@ -118,6 +137,7 @@ def head_scores(
         heads: which heads of each (None: all).
         threshold: the score above which a head has a role, if it is clearly above the uniform baseline too.
         windows_NT: (N, context_size + 1) ids of real text, for the in-context-learning score; None: leave it out.
+        documents_N: which document each window is cut from; None: each from one of its own.
         averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
     """
     layers = range(model.num_layers) if layers is None else layers
@@ -166,7 +186,7 @@ def head_scores(
         roles=roles_of(scores, uniform, errors, num_destinations, threshold),
         losses=loss_NT.mean(0),
         **repeat_gap(tokens_NT, loss_NT),
-        **in_context_learning(model, windows_NT),
+        **in_context_learning(model, windows_NT, documents_N),
         receipts=(
             Receipt("rows sum to 1", row_error, rounding(model)),
             Receipt("scores are shares", float(np.nanmax(np.abs(scores - 0.5), initial=0.5) - 0.5), rounding(model)),
@@ -245,38 +265,8 @@ def repeat_gap(tokens_NT: torch.Tensor, loss_NT: np.ndarray) -> dict[str, np.nda
     length, odd = divmod(tokens_NT.shape[1] - 1, 2)
     if odd or length < 2 or not torch.equal(tokens_NT[:, 1 : length + 1], tokens_NT[:, length + 1 :]):
         return {"repeat_gap": np.array(np.nan), "repeat_gap_error": np.array(np.nan)}
-    gap_N = loss_NT[:, 1:length].mean(1) - loss_NT[:, length + 1 :].mean(1)
+    gap_N = loss_NT[:, 1:length].mean(1) - loss_NT[:, first_copied(length) - 1 :].mean(1)
     return {"repeat_gap": np.array(gap_N.mean()), "repeat_gap_error": np.array(standard_error(gap_N))}
-
-
-def in_context_learning(model: Transformer, windows_NT: torch.Tensor | None) -> dict[str, Any]:
-    """Loss at a late minus loss at an early position of real text, and its standard error over the windows.
-
-    Olsson et al. 2022 take the tokens 500 and 50 of a context of 512. Here they are the tokens 3/4 and 1/10 of the
-    context in, so that contexts of all lengths have one; scores of different lengths do not compare.
-    """
-    if windows_NT is None:
-        missing = np.array(np.nan)
-        names = ("in_context_score", "in_context_error")
-        return {"in_context_positions": None, "in_context_losses": np.full(2, np.nan), **dict.fromkeys(names, missing)}
-    positions = early, late = (max(1, model.context_size // 10), 3 * model.context_size // 4)
-    weight, found = model.token_embedding.weight, []
-    for part_NT in windows_NT.split(max(1, TOKENS_AT_ONCE // (late + 1))):
-        part_NT = part_NT.to(weight.device)
-        with torch.inference_mode():
-            # The loss at a position is that of predicting the token there from those before.
-            residual = model.final_residual(part_NT[:, :late])[:, [early - 1, late - 1]]
-            targets = part_NT[:, [early, late]]
-            losses = linear_cross_entropy_losses(residual.flatten(0, 1), weight, targets.flatten())
-        found.append(losses.view(-1, 2).double().cpu().numpy())
-    loss_N2 = np.concatenate(found)
-    score_N = loss_N2[:, 1] - loss_N2[:, 0]
-    return {
-        "in_context_positions": positions,
-        "in_context_losses": loss_N2.mean(0),
-        "in_context_score": np.array(score_N.mean()),
-        "in_context_error": np.array(standard_error(score_N)),
-    }
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -11,15 +11,26 @@ import numpy as np
 import torch
 
 from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy_losses
-from lumiere.data.batches import Batch
+from lumiere.data.batches import Batch, documents_of
+from lumiere.evaluation.clusters import clustered_means
 from lumiere.interpret.composition import KINDS, Composition, composition_scores
 from lumiere.interpret.heads import SCORES, HeadScores, head_scores
 from lumiere.interpret.lens import LogitLens, logit_lens
 from lumiere.interpret.result import Receipt, Result
+from lumiere.interpret.text_repeats import add_text_repeats
 from lumiere.interpret.weights import MatrixFacts, matrix_facts
 from lumiere.models.transformer import Transformer
 
-DEFAULT_METRICS = ("validation-loss", "in-context-score", "repeat-gap", "previous", "induction", "k-composition")
+DEFAULT_METRICS = (
+    "validation-loss",
+    "in-context-score",
+    "repeat-gap",
+    "text-repeat-gap",
+    "previous",
+    "induction",
+    "text-induction",
+    "k-composition",
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,9 @@ class Texts:
 
     Attributes:
         tokens: (N, T) ids for the head scores and the repeat gap, such as `repeated_tokens`.
-        windows: (N, context_size + 1) whole windows, for the in-context-learning score; None: there are none.
+        windows: (N, context_size + 1) windows for the in-context-learning score and natural repeats, `<|pad|>` after
+            the end; None: there are none.
+        documents: (N,) which document each of the windows is cut from.
         batches: for the validation loss; none: there is no corpus.
         lens_rows: texts whose decision depths are averaged.
         averaged: the tokens that copying is computed over; None: all.
@@ -36,6 +49,7 @@ class Texts:
 
     tokens: torch.Tensor
     windows: torch.Tensor | None = None
+    documents: np.ndarray | None = None
     batches: Sequence[Batch] = ()
     lens_rows: Sequence[Sequence[int]] = ()
     averaged: Sequence[int] | None = None
@@ -59,9 +73,22 @@ class Subject:
 
     @cached_property
     def heads(self) -> HeadScores:
-        result = head_scores(self.model, self.texts.tokens, windows_NT=self.texts.windows, averaged=self.texts.averaged)
+        texts = self.texts
+        result = head_scores(
+            self.model,
+            texts.tokens,
+            windows_NT=texts.windows,
+            documents_N=texts.documents,
+            averaged=texts.averaged,
+        )
+        if texts.windows is not None and texts.documents is not None:
+            result = add_text_repeats(result, self.model, texts.windows, texts.documents)
         self.found["heads"] = result
         return result
+
+    @cached_property
+    def loss(self) -> tuple[float, float]:
+        return mean_loss(self.model, self.texts.batches)
 
     @cached_property
     def composition(self) -> Composition:
@@ -121,6 +148,20 @@ def score_metric(number: int, name: str, source: str) -> Metric:
     return Metric(name, f"share of a head's attention that goes to {source}", "share", 0.1, measure, baseline)
 
 
+def text_induction(subject: Subject) -> Values:
+    scores = subject.heads.text_scores
+    return {} if scores is None else by_head(scores[..., INDUCTION])
+
+
+def text_chance(subject: Subject) -> float:
+    uniform = subject.heads.text_uniform
+    return float("nan") if uniform is None else float(uniform[INDUCTION])
+
+
+def or_nan(value: np.ndarray | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
 def by_head(values_LH: np.ndarray) -> Values:
     return {f"L{layer}H{head}": float(values_LH[layer, head]) for layer, head in np.ndindex(*values_LH.shape)}
 
@@ -144,18 +185,18 @@ def matrix_metric(name: str, field_name: str, meaning: str, unit: str, noticeabl
     return Metric(name, meaning, unit, noticeable, measure, zero_is_missing=True)
 
 
-def mean_loss(subject: Subject) -> Values:
-    """The mean over all targets of the batches, summed in float64."""
-    model, total, count = subject.model, 0.0, 0
-    weight = model.token_embedding.weight
-    for batch in subject.texts.batches:
+def mean_loss(model: Transformer, batches: Sequence[Batch]) -> tuple[float, float]:
+    """The mean over all targets, summed in float64, and its standard error, clustered by document."""
+    weight, sums = model.token_embedding.weight, []
+    for batch in batches:
         with torch.inference_mode():
             residual = model.final_residual(batch.tokens.to(weight.device)).flatten(0, 1)
             targets = batch.targets.flatten().to(weight.device)
-            losses = linear_cross_entropy_losses(residual, weight, targets)
-        total += float(losses[targets != IGNORED].double().sum())
-        count += batch.num_targets
-    return {"": total / count}
+            losses = linear_cross_entropy_losses(residual, weight, targets).cpu().double().view(batch.targets.shape)
+        sums.append(losses.where(batch.targets != IGNORED, 0.0).sum(1).numpy())
+    counts = np.concatenate([(batch.targets != IGNORED).sum(1).numpy() for batch in batches])
+    (mean,), (error,) = clustered_means(np.concatenate(sums)[None], counts, documents_of(batches))
+    return float(mean), float(error)
 
 
 def mean_depth(subject: Subject) -> Values:
@@ -163,6 +204,7 @@ def mean_depth(subject: Subject) -> Values:
     return {"": float(np.concatenate([lens.decision_stages for lens in subject.lenses]).mean())}
 
 
+INDUCTION = SCORES.index("induction")
 SOURCES = ("the token before", "the token itself", "the first token", "earlier places of the same token")
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
@@ -172,8 +214,9 @@ METRICS: Mapping[str, Metric] = {
             "mean loss on validation windows",
             "nats",
             0.1,
-            mean_loss,
+            lambda subject: {"": subject.loss[0]},
             lambda subject: float(np.log(subject.model.vocab_size)),
+            lambda subject: subject.loss[1],
             needs_corpus=True,
         ),
         Metric(
@@ -200,6 +243,25 @@ METRICS: Mapping[str, Metric] = {
             for number, (name, source) in enumerate(
                 zip(SCORES, (*SOURCES, "what came after earlier places of the same token"), strict=True)
             )
+        ),
+        Metric(
+            "text-repeat-gap",
+            "loss of names where they first come in a validation window minus loss where they come again",
+            "nats",
+            0.1,
+            lambda subject: {"": or_nan(subject.heads.text_gap)},
+            lambda subject: 0.0,
+            lambda subject: or_nan(subject.heads.text_gap_error),
+            needs_corpus=True,
+        ),
+        Metric(
+            "text-induction",
+            "share of a head's attention at names that come again in a validation window that goes to what came after",
+            "share",
+            0.1,
+            text_induction,
+            text_chance,
+            needs_corpus=True,
         ),
         Metric(
             "copying",

@@ -108,16 +108,20 @@ def same_choices(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (tops_p & tops_q).sum(-1) / (tops_p.sum(-1) * tops_q.sum(-1))
 
 
-def paired_losses(found: PredictionDiff) -> PairedDifference | None:
-    """B's mean loss less A's, and how sure that is, by resampling the sequences; None where there is but one."""
-    _, sequences = np.unique(found.sequences, return_inverse=True)
-    base, other = (sequence_totals(sequences, losses) for losses in (found.losses_a, found.losses_b))
+def paired_losses(found: PredictionDiff, documents_S: np.ndarray) -> PairedDifference | None:
+    """B's mean loss less A's, and how sure that is, by resampling the documents; None where there is but one.
+
+    Args:
+        documents_S: which document each sequence is cut from.
+    """
+    _, documents = np.unique(documents_S[found.sequences], return_inverse=True)
+    base, other = (loss_totals(documents, losses) for losses in (found.losses_a, found.losses_b))
     return paired_difference(base, other, "loss")
 
 
-def sequence_totals(sequences: np.ndarray, losses: np.ndarray) -> DocumentTotals:
-    """The sums of each sequence; what a loss a token does not need is not a number."""
-    nats, counts = np.bincount(sequences, losses), np.bincount(sequences)
+def loss_totals(documents: np.ndarray, losses: np.ndarray) -> DocumentTotals:
+    """The sums of each document; what a mean loss does not need is 0."""
+    nats, counts = np.bincount(documents, losses), np.bincount(documents)
     unknown = np.zeros(len(nats))
     return DocumentTotals(nats, counts, unknown, unknown, counts, unknown, unknown, unknown)
 

@@ -17,6 +17,11 @@ def longest_copy(model: Transformer, num_tokens: int) -> int:
     return min((model.context_size - 1) // 2, num_tokens)
 
 
+def first_copied(length: int) -> int:
+    """The first position that counts as copied: the second copy's second token. Nothing announces its first one."""
+    return length + 2
+
+
 def repeated_tokens(
     num_tokens: int, length: int, num_sequences: int, seed: int, *, start: int, first: int
 ) -> torch.Tensor:

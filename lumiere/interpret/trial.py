@@ -41,7 +41,7 @@ class Trial:
         generator: torch.Generator,
     ) -> None:
         self.model, self.batch, self.kind = model, batch, kind
-        self.loss = self._losses(model.final_residual(batch.tokens))[0]
+        self.losses_B = self._losses(model.final_residual(batch.tokens))[0]
         self.activations = caches(model, batch, kind, layers)
         donors_BT = draw_donors(batch.tokens.cpu() != PAD, generator) if mode == "resample" else None
         self.differences: dict[int, Tensor] = {}
@@ -55,17 +55,23 @@ class Trial:
             self.differences[layer] = new_BTDW - old_BTDW
 
     def _losses(self, residual_RTE: Tensor) -> Tensor:
-        """The mean loss of each copy of the batch along R, in float64."""
+        """(N, B) the sum of the losses of each sequence, for each copy of the batch along R, in float64 on the CPU."""
         targets_BT = self.batch.targets
         num_copies = len(residual_RTE) // len(targets_BT)
         is_real_RT = (targets_BT != IGNORED).repeat(num_copies, 1)
         targets_P = targets_BT.repeat(num_copies, 1)[is_real_RT]
         # What is not to be predicted, such as a first copy, needs no logits, which are most of the work.
         losses_P = linear_cross_entropy_losses(residual_RTE[is_real_RT], self.model.token_embedding.weight, targets_P)
-        return losses_P.double().view(num_copies, -1).sum(1) / self.batch.num_targets
+        sums_R = torch.zeros(len(is_real_RT), dtype=torch.float64)
+        sums_R.index_add_(0, is_real_RT.nonzero()[:, 0].cpu(), losses_P.cpu().double())
+        return sums_R.view(num_copies, -1)
+
+    def _loss(self, losses_B: Tensor) -> Tensor:
+        """The mean over the tokens."""
+        return losses_B.sum(-1) / self.batch.num_targets
 
     def ablated(self, layer: int, indices: Sequence[int]) -> Tensor:
-        """(N,) the loss without each of the units of a layer, one at a time."""
+        """(N, B) the sum of each sequence's losses without each of the units of a layer, one at a time."""
         stream_BTE = self.activations[layer][f"hook_resid_{self.kind.stage}"]
         at_once = max(1, TOKENS_AT_ONCE // self.batch.tokens.numel())
         losses = []
@@ -92,27 +98,28 @@ class Trial:
         )
         return losses / self.batch.num_targets
 
-    def receipts(self, indices: Sequence[int], ablated_U: Tensor) -> tuple[Receipt, ...]:
+    def receipts(self, indices: Sequence[int], ablated_UB: Tensor) -> tuple[Receipt, ...]:
         """That nothing but the ablation changes the loss, and that the strongest one is what a hook does."""
+        clean, ablated_U = self._loss(self.losses_B), self._loss(ablated_UB)
         layers, stage = list(self.activations), self.kind.stage
         unchanged = [self.activations[layer][f"hook_resid_{stage}"] for layer in layers]
         again = [
-            self._losses(stream_after(self.model, layer, stage, stream))[0]
+            self._loss(self._losses(stream_after(self.model, layer, stage, stream))[0])
             for layer, stream in zip(layers, unchanged, strict=True)
         ]
-        strongest = int((ablated_U - self.loss).abs().argmax())
+        strongest = int((ablated_U - clean).abs().argmax())
         row, column = divmod(strongest, len(indices))
         by_hook = self.alone(layers[row], indices[column])
         tolerance = rounding(self.model)
         return (
             Receipt(
                 "the loss with nothing ablated",
-                max(relative_error(loss, self.loss) for loss in again),
+                max(relative_error(loss, clean) for loss in again),
                 tolerance,
             ),
             Receipt(
                 "the strongest ablation, by a hook in a whole forward pass",
-                relative_error(ablated_U[strongest], by_hook),
+                relative_error(ablated_U[strongest], by_hook.cpu()),
                 tolerance,
             ),
         )

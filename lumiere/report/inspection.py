@@ -20,6 +20,7 @@ from lumiere.interpret.logits import LogitAttribution, logit_attribution
 from lumiere.interpret.neurons import NeuronExamples, neuron_examples
 from lumiere.interpret.result import Result
 from lumiere.interpret.summary import ModelSummary, summarize
+from lumiere.interpret.text_repeats import add_text_repeats
 from lumiere.interpret.tokens import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
 
@@ -97,7 +98,7 @@ def inspect_model(
     texts: Sequence[Text],
     repeated_NT: torch.Tensor,
     batches: Sequence[Batch] = (),
-    windows_NT: torch.Tensor | None = None,
+    windows: tuple[torch.Tensor, np.ndarray] | None = None,
     token_counts: np.ndarray | None = None,
     num_used: int | None = None,
     averaged: Sequence[int] | None = None,
@@ -109,7 +110,7 @@ def inspect_model(
         texts: to look at, each of 2 to `context_size` tokens.
         repeated_NT: random tokens that come twice, for the heads' scores.
         batches: validation windows; none: no ablation and no neurons.
-        windows_NT: whole windows, for the in-context-learning score.
+        windows: of the validation split, with their documents, for the in-context-learning score and natural repeats.
         token_counts: how often each token stands in the training split, for the map; None: the first tokens.
         num_used: ids that the tokenizer gives out; None: all.
         averaged: the tokens over which centered logits and copying average; None: all.
@@ -118,11 +119,24 @@ def inspect_model(
     return Inspection(
         summary=summarize(model, batches, token_counts),
         texts=tuple(inspect_text(model, text, averaged) for text in texts),
-        heads=head_scores(model, repeated_NT, windows_NT=windows_NT, averaged=averaged),
+        heads=score_heads(model, repeated_NT, windows, averaged),
         ablation=ablate(model, batches) if batches else None,
         neurons=neuron_examples(model, batches, num_neurons) if batches else None,
         embeddings=token_map(model, frequent_tokens(model, token_counts, num_used)),
     )
+
+
+def score_heads(
+    model: Transformer,
+    repeated_NT: torch.Tensor,
+    windows: tuple[torch.Tensor, np.ndarray] | None,
+    averaged: Sequence[int] | None,
+) -> HeadScores:
+    """On random tokens that come twice, and on names that come again in the validation split."""
+    if windows is None:
+        return head_scores(model, repeated_NT, averaged=averaged)
+    scores = head_scores(model, repeated_NT, windows_NT=windows[0], documents_N=windows[1], averaged=averaged)
+    return add_text_repeats(scores, model, *windows)
 
 
 def inspect_text(model: Transformer, text: Text, averaged: Sequence[int] | None = None) -> TextInspection:

@@ -5,7 +5,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lumiere.config.schema import RunConfig
+from lumiere.evaluation.clusters import half_width
 from lumiere.interpret.heads import HeadScores
 from lumiere.persistence.history import History, Point
 from lumiere.report.card_training import corpus_name
@@ -56,7 +59,9 @@ def head_table(inspection: Inspection) -> str:
     """The score of each head beside that of one that looks everywhere alike, and what the loss is without it."""
     heads, ablation = inspection.heads, inspection.ablation
     uniform = [share(value) for value in heads.uniform]
-    names = [*heads.score_names, "copying", *([] if ablation is None else ["loss without it"]), "role"]
+    text_scores = text_induction(heads)
+    on_text = [] if text_scores is None else ["induction on text"]
+    names = [*heads.score_names, *on_text, "copying", *([] if ablation is None else ["loss without it"]), "role"]
     rows: list[Sequence[str]] = []
     for layer in range(len(heads.layers)):
         for head in range(len(heads.heads)):
@@ -72,20 +77,45 @@ def head_table(inspection: Inspection) -> str:
                 number = layer * len(heads.heads) + head
                 cost = [signed(ablation.changes[number], 3)]
             copies = "–" if math.isnan(copying) else signed(copying, 2)
+            if text_scores is not None:
+                marked.append(score_cell(share(text_scores[layer, head]), text_scores[layer, head], is_role=False))
             rows.append((f"L{layer}H{head}", *marked, copies, *cost, ", ".join(roles) or "–"))
+    if text_scores is not None and heads.text_uniform is not None:
+        uniform.append(share(heads.text_uniform[heads.score_names.index("induction")]))
     rows.append(("uniform", *uniform, "0", *([] if ablation is None else ["–"]), "–"))
     return table(("head", *names), rows, "Scores of all heads", escaped=True) + repeat_gap(heads)
 
 
+def text_induction(heads: HeadScores) -> np.ndarray | None:
+    """(L, H) the induction scores where names come again in the validation split; None if there are none."""
+    if heads.text_scores is None or not heads.text_repeats:
+        return None
+    return heads.text_scores[..., heads.score_names.index("induction")]
+
+
 def repeat_gap(heads: HeadScores) -> str:
-    """What the model gains by looking back, in words."""
-    gap, error = float(heads.repeat_gap), float(heads.repeat_gap_error)
-    if math.isnan(gap):
-        return ""
-    measured = f"{signed(gap, 2)} nats ± {error:.2f}"
-    if gap > 2 * error:
-        return f"<p>Random tokens are easier for the model the second time, by {measured}: so much it copies.</p>"
-    return f"<p>Random tokens are no easier for the model the second time ({measured}): it has not learned to copy.</p>"
+    """What the model gains by looking back, in words: on random tokens, and on text."""
+    found = []
+    if not math.isnan(heads.repeat_gap):
+        found.append(gain("Random tokens", float(heads.repeat_gap), float(heads.repeat_gap_error), len(heads.tokens)))
+    if heads.text_repeats and heads.text_gap is not None and heads.text_gap_error is not None:
+        documents = heads.text_documents or 0
+        repeats = f"{counted(heads.text_repeats, 'repeat')} in {counted(documents, 'document')}"
+        what = f"Names in the validation split ({repeats})"
+        found.append(gain(what, float(heads.text_gap), float(heads.text_gap_error), documents))
+    return f"<p>{' '.join(found)}</p>" if found else ""
+
+
+def gain(what: str, gap: float, error: float, count: int) -> str:
+    """Whether tokens are easier to predict when they come again.
+
+    Args:
+        count: of the sequences or documents behind the standard error.
+    """
+    if count < 2:
+        return f"{what}: {signed(gap, 2)} nats easier when they come again; a single text has no standard error."
+    verdict = "easier" if gap > half_width(count) * error else "not easier"
+    return f"{what} are {verdict} for the model when they come again ({signed(gap, 2)} ± {error:.2f} nats)."
 
 
 def score_cell(shown: str, score: float, is_role: bool) -> str:

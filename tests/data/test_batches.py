@@ -12,6 +12,7 @@ from lumiere.data.batches import (
     batch_at,
     batches_in_order,
     documents_at,
+    documents_of,
     indices_at,
     make_batch,
     shift_at,
@@ -36,6 +37,13 @@ def many_windows() -> Windows:
     return Windows(ids, np.arange(0, 301, 3), context_size=4, sliding_window_size=2)
 
 
+def test_the_documents_of_batches_are_those_of_their_windows(windows: Windows) -> None:
+    first, second = make_batch(windows, np.array([4, 0])), make_batch(windows, np.array([2, 3]))
+    assert documents_of([first.to(torch.device("cpu")), second]).tolist() == [2, 0, 0, 1]
+    texts = Batch(first.tokens, first.targets, first.num_targets)
+    assert len(set(documents_of([texts, second, texts]).tolist())) == 2 + 2 + 2, "texts of their own"
+
+
 def test_targets_are_the_next_tokens(windows: Windows) -> None:
     batch = make_batch(windows, np.array([0, 2, 3, 4]))
     assert batch.tokens.tolist() == [[0, 10, 11, 12], [15, 16, 1, 2], [0, 20, 1, 2], [0, 1, 2, 2]]
@@ -46,6 +54,8 @@ def test_targets_are_the_next_tokens(windows: Windows) -> None:
         [1, IGNORED, IGNORED, IGNORED],
     ]
     assert batch.num_targets == 9
+    assert batch.documents is not None
+    assert batch.documents.tolist() == [0, 0, 1, 2]
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert batch.tokens.is_contiguous()
     # What cross_entropy leaves out unless told otherwise.

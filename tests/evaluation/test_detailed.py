@@ -320,6 +320,19 @@ def test_a_paired_difference_is_surer_than_the_figures() -> None:
         paired_difference(base, base._replace(num_bytes=base.num_bytes * 2), "loss")
 
 
+@pytest.mark.parametrize("documents", [2, 6, 19])
+def test_few_documents_have_the_interval_of_a_paired_t_test(documents: int) -> None:
+    """Resamples of few documents vary too little: their quantiles would cover less than they say."""
+    base = normal_totals(0, documents)
+    found = paired_difference(base, base._replace(nats=normal_totals(1, documents).nats), "loss")
+    each = (normal_totals(1, documents).nats - base.nats) / 100
+    error = np.std(each, ddof=1) / math.sqrt(documents)
+    quantile = {2: 12.706, 6: 2.571, 19: 2.101}[documents]
+    assert found is not None
+    assert (found.low + found.high) / 2 == pytest.approx(found.difference)
+    assert found.high - found.low == pytest.approx(2 * quantile * error, rel=0.1)
+
+
 def test_dropout_is_off_and_the_mode_comes_back() -> None:
     model = make_model()
     expected = run(model).evaluation.loss

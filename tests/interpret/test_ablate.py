@@ -16,7 +16,7 @@ from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError
-from lumiere.interpret.ablate import Mode, ablate, ratio_estimate
+from lumiere.interpret.ablate import Mode, ablate
 from lumiere.interpret.trial import TOKENS_AT_ONCE, draw_donors
 from lumiere.interpret.units import UNITS
 from lumiere.models.transformer import Transformer, build_model
@@ -162,20 +162,46 @@ def test_tokens_are_those_of_the_batches() -> None:
     assert ablate(random_model(), [late], "feedforward").first_target == 5
 
 
-def test_the_mean_and_its_error_weigh_batches_by_their_tokens() -> None:
-    """Of equal batches the error is the usual one, s / sqrt(M)."""
-    changes = np.array([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])
-    mean, error = ratio_estimate(changes, np.array([10, 10, 10]))
-    np.testing.assert_allclose(mean, [3.0, 5.0])
-    np.testing.assert_allclose(error, [changes[0].std(ddof=1) / np.sqrt(3), 0.0])
-    mean, error = ratio_estimate(changes[:1], np.array([20, 10, 10]))
-    np.testing.assert_allclose(mean, [2.5])
-    expected = np.sqrt(3 / 2 * ((20 * 1.5) ** 2 + (10 * 0.5) ** 2 + (10 * 3.5) ** 2)) / 40
-    np.testing.assert_allclose(error, [expected])
+def test_documents_are_the_sampling_unit() -> None:
+    """The error is that of documents, however their windows lie in batches; without documents, of sequences."""
+    model, documents = random_model().double(), np.array([5, 5, 2, 9, 2, 2, 9])
+    parts = [
+        dataclasses.replace(batch, documents=part)
+        for batch, part in zip(BATCHES, (documents[:4], documents[4:]), strict=True)
+    ]
+    found = ablate(model, parts, "feedforward", "zero")
+    single = [
+        [
+            ablate(
+                model,
+                [Batch(batch.tokens[row : row + 1], batch.targets[row : row + 1], int(count))],
+                "feedforward",
+                "zero",
+            )
+            for row, count in enumerate((batch.targets != IGNORED).sum(1))
+        ]
+        for batch in BATCHES
+    ]
+    rows = [one for part in single for one in part]
+    sums = np.array([[row.changes[unit] * row.num_targets[0] for row in rows] for unit in range(3)])
+    counts = np.array([row.num_targets[0] for row in rows])
+    assert found.num_documents == 3
+    for unit in range(3):
+        deviations = [
+            (sums[unit] - found.changes[unit] * counts)[documents == document].sum() for document in (2, 5, 9)
+        ]
+        expected = np.sqrt(3 / 2 * np.square(deviations).sum()) / counts.sum()
+        assert found.standard_errors[unit] == pytest.approx(expected, rel=1e-6)
+    apart = ablate(model, BATCHES, "feedforward", "zero")
+    assert apart.num_documents == 7
+    np.testing.assert_allclose(apart.changes, found.changes)
+    expected = np.sqrt(7 / 6 * np.square(sums - apart.changes[:, None] * counts).sum(1)) / counts.sum()
+    np.testing.assert_allclose(apart.standard_errors, expected, rtol=1e-6)
 
 
-def test_a_single_batch_has_no_error() -> None:
-    result = ablate(random_model(), BATCHES[:1], "feedforward")
+def test_a_single_document_has_no_error() -> None:
+    batch = dataclasses.replace(BATCHES[0], documents=np.zeros(4, dtype=int))
+    result = ablate(random_model(), [batch], "feedforward")
     assert np.isnan(result.standard_errors).all()
     np.testing.assert_allclose(result.changes, result.batch_changes[:, 0])
 

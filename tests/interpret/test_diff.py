@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,24 @@ def test_tied_first_choices_are_shared(model: Transformer) -> None:
     expected = [len(a & b) / (len(a) * len(b)) for a, b in zip(*tops, strict=True)]
     assert max(len(top) for top in tops[1]) == 2
     np.testing.assert_allclose(predictions.same_choice, expected)
+
+
+def test_the_interval_is_over_documents() -> None:
+    """Seven sequences that are the windows of three documents: the t interval of the documents' differences."""
+    first, second, documents = random_model(), random_model(2), np.array([4, 4, 1, 8, 1, 4, 8])
+    batches = [replace(batch, documents=part) for batch, part in zip(BATCHES, np.split(documents, [4]), strict=True)]
+    found = diff(first, second, batches)
+    predictions, paired = found.predictions, found.loss_difference
+    assert predictions is not None
+    assert paired is not None
+    difference = predictions.losses_b - predictions.losses_a
+    assert paired.num_documents == 3
+    assert paired.difference == pytest.approx(difference.mean())
+    reach = 4.303 * paired.standard_error * np.sqrt(3 / 2)
+    assert (paired.low, paired.high) == pytest.approx((paired.difference - reach, paired.difference + reach))
+    apart = diff(first, second, BATCHES).loss_difference
+    assert apart is not None
+    assert apart.num_documents == 7
 
 
 def test_permuted_heads_are_matched_back(model: Transformer) -> None:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from lumiere.components.hooks import hooked
 from lumiere.config.loader import validate
+from lumiere.data.tokenizer import PAD
 from lumiere.interpret.heads import SCORES, HeadScores, head_scores, roles_of, source_masks
+from lumiere.interpret.in_context import position_bands
 from lumiere.interpret.repeats import longest_copy, repeated_tokens
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
@@ -304,17 +306,49 @@ def test_an_untrained_model_has_no_roles_and_no_gap() -> None:
 
 
 def test_in_context_score_by_hand(model: Transformer) -> None:
-    """Positions 2 and 15 of a context of 20."""
-    windows = torch.randint(3, 300, (6, 21), generator=torch.Generator().manual_seed(0))
-    result = head_scores(model, torch.tensor([[0, 5, 6]]), windows_NT=windows)
-    assert result.in_context_positions == (2, 15)
+    """Positions 1 to 3 and 15 to 20 of a context of 20; a window that ends early is left out."""
+    windows = torch.randint(3, 300, (7, 21), generator=torch.Generator().manual_seed(0))
+    windows[2, 19:] = PAD
+    documents = np.array([4, 4, 4, 1, 9, 1, 1])
+    result = head_scores(model, torch.tensor([[0, 5, 6]]), windows_NT=windows, documents_N=documents)
+    assert result.in_context_bands == ((1, 3), (15, 20))
+    assert result.in_context_positions == (2, 17)
+    full = [0, 1, 3, 4, 5, 6]
     with torch.no_grad():
         log_probabilities = model(windows[:, :-1]).logits.log_softmax(-1)
-    losses = [[-float(log_probabilities[n, p - 1, windows[n, p]]) for p in (2, 15)] for n in range(6)]
+    losses = [
+        [
+            np.mean([-float(log_probabilities[n, p - 1, windows[n, p]]) for p in band])
+            for band in ((1, 2, 3), range(15, 21))
+        ]
+        for n in full
+    ]
     np.testing.assert_allclose(result.in_context_losses, np.mean(losses, axis=0), rtol=1e-5)
     differences = np.array(losses)[:, 1] - np.array(losses)[:, 0]
     assert float(result.in_context_score) == pytest.approx(differences.mean(), abs=1e-5)
-    assert float(result.in_context_error) == pytest.approx(differences.std(ddof=1) / np.sqrt(6), rel=1e-4)
+    deviations = differences - differences.mean()
+    by_document = [deviations[documents[full] == one].sum() for one in (1, 4, 9)]
+    expected = np.sqrt(3 / 2 * np.square(by_document).sum()) / 6
+    assert float(result.in_context_error) == pytest.approx(expected, rel=1e-4)
+    assert (result.in_context_windows, result.in_context_documents) == (6, 3)
+    apart = head_scores(model, torch.tensor([[0, 5, 6]]), windows_NT=windows)
+    assert float(apart.in_context_error) == pytest.approx(differences.std(ddof=1) / np.sqrt(6), rel=1e-4)
+
+
+@pytest.mark.parametrize("context_size", [1, 2, 3, 4, 7, 64, 1024])
+def test_the_bands_lie_apart_within_the_context(context_size: int) -> None:
+    early, late = position_bands(context_size)
+    assert 1 <= early[0] <= early[1] < late[0]
+    assert late[0] <= late[1] == context_size or context_size == 1
+
+
+def test_contexts_of_one_token_have_no_in_context_score() -> None:
+    model = Transformer(
+        300, embedding_size=8, context_size=1, num_layers=1, num_heads=1, d_key=4, d_value=4, d_ff=8
+    ).eval()
+    result = head_scores(model, torch.tensor([[5]]), windows_NT=torch.tensor([[0, 5], [5, 6]]))
+    assert np.isnan(result.in_context_score)
+    assert result.in_context_bands is None
 
 
 def test_what_there_is_none_of_is_missing(model: Transformer) -> None:

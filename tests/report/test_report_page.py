@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 
 from lumiere.data.batches import batch_at
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.interpret.heads import head_scores
 from lumiere.persistence.history import History, Point, read_history
 from lumiere.persistence.runs import Run
-from lumiere.report.inspection import CANDIDATES, Inspection, Text, frequent_tokens, inspect_model
+from lumiere.report.inspection import CANDIDATES, Inspection, Text, frequent_tokens, inspect_model, score_heads
 from lumiere.report.page_data import page_data, rounded, script_json, thousandths
-from lumiere.report.page_sections import head_table, loss_picture, receipt_table, table
+from lumiere.report.page_sections import head_table, loss_picture, receipt_table, repeat_gap, table
 from lumiere.report.report_page import build_page, fill
 
 TOKENS = (0, 70, 80, 90, 80, 71)
@@ -138,6 +140,30 @@ def test_the_heads_stand_beside_the_uniform_one(inspection: Inspection) -> None:
         assert f"{change:+.3f}".replace("-", "−") in shown
     for value in inspection.heads.uniform:
         assert f"{value:.1%}" in shown
+
+
+def test_each_figure_says_which_text_it_is_from(trained_run: Run) -> None:
+    """Random tokens that come twice, and names of the validation split, which a model may copy and not the others."""
+    model, windows = trained_run.load_model(), torch.tensor([[0, *range(10, 18), *range(11, 19)], [0, *range(20, 36)]])
+    found = score_heads(model, REPEATED.repeat(3, 1), (windows, np.array([0, 1])))
+    gaps = {"repeat_gap": np.array(-0.5), "repeat_gap_error": np.array(0.1)}
+    text = {"text_gap": np.array(2.0), "text_gap_error": np.array(0.1), "text_documents": 30, "text_repeats": 6}
+    words = repeat_gap(replace(found, **gaps, **text))
+    assert re.search("Random tokens .* not easier", words)
+    assert re.search("validation split .6 repeats in 30 documents. are easier", words)
+    few = repeat_gap(replace(found, **gaps, **{**text, "text_documents": 2, "text_gap_error": np.array(0.2)}))
+    assert "in 2 documents) are not easier" in few, "12.7 standard errors of two documents are more than the gap"
+    assert "Names" not in repeat_gap(head_scores(model, REPEATED))
+
+
+def test_the_scores_on_text_stand_in_the_table(inspection: Inspection) -> None:
+    scores = np.arange(20.0).reshape(2, 2, 5) / 40
+    on_text = replace(inspection.heads, text_scores=scores, text_uniform=np.full(5, 0.037), text_repeats=6)
+    shown = head_table(replace(inspection, heads=on_text))
+    assert "induction on text" in shown
+    for value in (*scores[..., 4].flatten(), 0.037):
+        assert f"{value:.1%}" in shown
+    assert "induction on text" not in head_table(inspection)
 
 
 def test_the_loss_curve_spans_the_picture() -> None:

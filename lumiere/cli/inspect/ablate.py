@@ -87,20 +87,29 @@ def ablate(
 
 def show(result: "Ablations", top_k: int) -> None:
     """The strongest ablations, sorted, with a bar each."""
+    from lumiere.cli.inspect.batches import counted_documents
+    from lumiere.evaluation.clusters import half_width
+
     shown = result.order[:top_k]
     width = max(len(result.labels[number]) for number in shown)
     largest = max(abs(float(result.changes[number])) for number in shown) or 1.0
-    errors = "" if len(result.num_targets) == 1 else ", ± standard error"
+    has_errors = result.num_documents > 1
+    errors = ", ± standard error" if has_errors else ""
     out().print(f"loss {result.loss:.4f} nats; change without a {result.unit} ({result.mode}){errors}:\n")
     for number in shown:
         change, error = float(result.changes[number]), float(result.standard_errors[number])
-        spread = "" if len(result.num_targets) == 1 else f" ± {error:.4f}"
+        spread = f" ± {error:.4f}" if has_errors else ""
         length = round(abs(change) / largest * BAR_WIDTH)
         bar = f"  [cyan]{'█' * length}[/]" if change > 0 else f"  [red]{'░' * length}[/]"
         out().print(f"{result.labels[number]:{width}}  {change:+8.4f}{spread}{bar if length else ''}")
     out().print()
     if len(shown) < len(result.order):
         show_note(f"{len(result.order) - len(shown):,} more are left out; --top-k shows more, -o FILE has all")
-    if len(result.num_targets) > 1:
-        clear = int((abs(result.changes) > 2 * result.standard_errors).sum())
-        out().print(f"{clear:,} of {len(result.order):,} changes are larger than two standard errors")
+    if has_errors:
+        reach = half_width(result.num_documents)
+        units = counted_documents(result.num_documents, are_windows=bool((result.documents >= 0).all()))
+        clear = int((abs(result.changes) > reach * result.standard_errors).sum())
+        out().print(
+            f"{clear:,} of {len(result.order):,} changes exceed {reach:.2f} standard errors (95 %, {units})",
+            soft_wrap=False,
+        )

@@ -14,7 +14,7 @@ def choose_batches(subject: Subject, num_batches: int, batch_size: int) -> tuple
     """Batches of inputs and targets, and where they come from; None where it is the subject's one text.
 
     Without any text, windows of the validation split are drawn by the seed, none twice. With `--random S`, there are as
-    many sequences of S random tokens, twice, and only the second copy is to be predicted.
+    many sequences of S random tokens, twice, and tokens 2 to S of the second copy are to be predicted.
 
     Raises:
         LumiereError: as `choose_text`, or the text has one token, with nothing to predict.
@@ -55,19 +55,35 @@ def drawn_batches(
 
 def random_batches(subject: Subject, length: int, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
     from lumiere.cli.inspect.texts import repeated_sequences
+    from lumiere.interpret.repeats import first_copied
 
+    if length < 2:
+        raise LumiereError(f"--random {length} leaves nothing to predict in the second copy", "give --random 2 or more")
     count = num_batches * batch_size
     sequences, origin = repeated_sequences(subject.opened, length, count, subject.seed)
-    first_target = length + 1
     parts = [sequences[first : first + batch_size] for first in range(0, count, batch_size)]
     source = (
         f"{count:,} x {length} random tokens {origin}, twice (seed {subject.seed}), in {counted_batches(num_batches)}"
     )
-    return [batch_of(part, first_target) for part in parts], f"{source}; loss of the second copy"
+    return [
+        batch_of(part, first_copied(length)) for part in parts
+    ], f"{source}; loss of tokens 2 to {length} of the second copy"
 
 
 def counted_batches(count: int) -> str:
     return "1 batch" if count == 1 else f"{count:,} batches"
+
+
+def counted_documents(count: int, *, are_windows: bool) -> str:
+    """The number of independent texts behind a standard error, and whether it is small.
+
+    Args:
+        are_windows: whether the texts are windows of documents; otherwise each sequence is a text of its own.
+    """
+    from lumiere.evaluation.clusters import FEW_DOCUMENTS
+
+    units = "documents" if are_windows else "sequences"
+    return f"{count:,} {units}" if count >= FEW_DOCUMENTS else f"few {units}: {count:,}"
 
 
 def batch_of(sequences: "list[tuple[int, ...]]", first_target: int = 1) -> "Batch":

@@ -3,6 +3,7 @@
 import numpy as np
 
 from lumiere.cli.console import escape, out
+from lumiere.cli.inspect.batches import counted_documents
 from lumiere.cli.loading import OpenedModel
 from lumiere.cli.sparkline import sparkline
 from lumiere.interpret.diff import SAME_TOKENS, HeadMatches, ModelDiff, stream_names
@@ -72,7 +73,8 @@ def loss_lines(result: ModelDiff) -> list[str]:
     ends = f"A {a:.4f}, B {b:.4f} {result.loss_unit}"
     if paired is None:
         return [f"[bold]{ends}[/], a difference of {b - a:+.4f}"]
-    units = f"{paired.num_documents:,} {'sequences' if result.loss_unit == SAME_TOKENS else 'documents'}"
+    are_windows = result.loss_unit != SAME_TOKENS or paired.num_documents < len(result.tokens)
+    units = counted_documents(paired.num_documents, are_windows=are_windows)
     if paired.low <= 0 <= paired.high:
         verdict = "neither is surely better"
     else:
@@ -80,7 +82,7 @@ def loss_lines(result: ModelDiff) -> list[str]:
     return [
         f"[bold]{verdict}: {ends}[/]",
         f"B less A {paired.difference:+.4f}, {paired.confidence:.0%} interval {paired.low:+.4f} to {paired.high:+.4f} "
-        f"over {units}",
+        f"({units})",
     ]
 
 

@@ -11,6 +11,7 @@ from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.errors import LumiereError, nearest
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lumiere.data.batches import Batch
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 BATCHES, BATCH_SIZE = 8, 32
 """Of validation windows, for the loss."""
-WINDOWS = 256
-"""Whole validation windows for the in-context-learning score."""
 LENS_WINDOWS = 8
 
 Metrics = Annotated[
@@ -128,21 +127,21 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
     if not with_corpus:
         return Texts(tokens), names, words[0]
     try:
-        windows, batches, lens_rows, about = validation_texts(subject)
+        (windows, documents), batches, lens_rows, about = validation_texts(subject)
     except LumiereError as error:
         if is_asked:
             raise
         show_note(f"without {', '.join(with_corpus)}: {error.message}")
         return Texts(tokens), [name for name in names if name not in with_corpus], words[0]
-    return Texts(tokens, windows, batches, lens_rows), names, "; ".join([*words, about])
+    return Texts(tokens, windows, documents, batches, lens_rows), names, "; ".join([*words, about])
 
 
-def validation_texts(subject: Subject) -> "tuple[Tensor, list[Batch], list[list[int]], str]":
-    """Whole windows, batches for the loss, texts for the lens, and words about them."""
+def validation_texts(subject: Subject) -> "tuple[tuple[Tensor, np.ndarray], list[Batch], list[list[int]], str]":
+    """Windows with their documents, batches for the loss, texts for the lens, and words about them."""
     from lumiere.cli.inspect.batches import validation_batches
-    from lumiere.cli.inspect.texts import full_windows
+    from lumiere.cli.inspect.texts import full_windows, spread_windows
 
-    windows = full_windows(subject.opened, WINDOWS)
+    windows = spread_windows(subject.opened)
     batches, about = validation_batches(subject, BATCHES, BATCH_SIZE)
     lens_rows = full_windows(subject.opened, LENS_WINDOWS)[:, :-1].tolist()
     return windows, batches, lens_rows, about

@@ -10,12 +10,14 @@ from lumiere.cli.inspect.options import Heads, Layers, parse_indices
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lumiere.interpret.heads import HeadScores
+    from lumiere.models.transformer import Transformer
 
-WINDOWS = 256
-"""Windows of the validation split for the in-context-learning score."""
+MOST_HEADS = 4
+"""Heads that are named for their induction on text; -o FILE has all."""
 
 Threshold = Annotated[
     float, typer.Option("--threshold", metavar="SHARE", min=0, max=1, help="The score above which a head has a role.")
@@ -37,6 +39,7 @@ def heads(
     from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
     from lumiere.interpret.heads import head_scores
     from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.interpret.text_repeats import add_text_repeats
     from lumiere.report.figures.heads import draw_heads
 
     shape = subject.opened.config.model
@@ -50,29 +53,36 @@ def heads(
         tokens_NT = torch.tensor(sequences)
         length = tokens_NT.shape[1] // 2
         source = f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {subject.seed})"
-    windows_NT = validation_windows(subject)
+    windows = validation_windows(subject)
     averaged, about = averaged_tokens(subject.opened)
+
+    def compute(model: "Transformer") -> "HeadScores":
+        if windows is None:
+            return head_scores(model, tokens_NT, layers, chosen, threshold, averaged=averaged)
+        scores = head_scores(model, tokens_NT, layers, chosen, threshold, *windows, averaged=averaged)
+        return add_text_repeats(scores, model, *windows)
+
     return Analysis(
-        compute=lambda model: head_scores(model, tokens_NT, layers, chosen, threshold, windows_NT, averaged),
-        show=lambda result: show(result, 0 if windows_NT is None else len(windows_NT), about),
+        compute=compute,
+        show=lambda result: show(result, about),
         draw=draw_heads,
         source=source,
         about={"averaged_over": about},
     )
 
 
-def validation_windows(subject: Subject) -> "Tensor | None":
-    """Text for the in-context-learning score; without the corpus the scores go on, and it is said."""
-    from lumiere.cli.inspect.texts import full_windows
+def validation_windows(subject: Subject) -> "tuple[Tensor, np.ndarray] | None":
+    """Windows for the scores on text, and their documents; a note and None without the corpus."""
+    from lumiere.cli.inspect.texts import spread_windows
 
     try:
-        return full_windows(subject.opened, WINDOWS)
+        return spread_windows(subject.opened)
     except LumiereError as error:
-        show_note(f"no in-context-learning score: {error.message}")
+        show_note(f"no in-context-learning score, and no scores on text: {error.message}")
         return None
 
 
-def show(result: "HeadScores", num_windows: int, averaged_over: str) -> None:
+def show(result: "HeadScores", averaged_over: str) -> None:
     import numpy as np
 
     names = result.score_names
@@ -87,7 +97,8 @@ def show(result: "HeadScores", num_windows: int, averaged_over: str) -> None:
     out().print(f"[dim]{'uniform':8} {'  '.join(share(value) for value in result.uniform)}  {0:>7}[/]\n")
     show_roles(result)
     out().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
-    show_losses(result, num_windows)
+    show_text_repeats(result)
+    show_losses(result)
 
 
 def share(value: float) -> str:
@@ -128,9 +139,32 @@ def show_roles(result: "HeadScores") -> None:
     out().print()
 
 
-def show_losses(result: "HeadScores", num_windows: int) -> None:
+def show_text_repeats(result: "HeadScores") -> None:
+    """The induction scores where names come again in the validation split, the best heads first."""
+    import numpy as np
+
+    if not result.text_repeats or result.text_scores is None or result.text_uniform is None:
+        return
+    number = result.score_names.index("induction")
+    scores = result.text_scores[..., number]
+    best = np.argsort(-scores, axis=None, kind="stable")[:MOST_HEADS]
+    heads = ", ".join(
+        f"L{result.layers[row]}H{result.heads[column]} {scores[row, column]:.1%}"
+        for row, column in zip(*np.unravel_index(best, scores.shape), strict=True)
+    )
+    out().print(
+        f"induction on names that come again in the validation split ({result.text_repeats:,} in "
+        f"{result.text_documents:,} documents): {heads} (uniform {result.text_uniform[number]:.1%}); "
+        f"their loss falls by {result.text_gap:.3f} ± {result.text_gap_error:.3f} nats\n",
+        soft_wrap=False,
+    )
+
+
+def show_losses(result: "HeadScores") -> None:
     """What the model gains by looking back: on the repeated tokens, and along real text."""
     import numpy as np
+
+    from lumiere.cli.inspect.batches import counted_documents
 
     if not np.isnan(result.repeat_gap):
         length = len(result.losses) // 2
@@ -140,12 +174,13 @@ def show_losses(result: "HeadScores", num_windows: int) -> None:
             f"loss of {first:.3f} in the first copy and {second:.3f} in the second",
             soft_wrap=False,
         )
-    if result.in_context_positions is not None:
-        early, late = result.in_context_positions
+    if result.in_context_bands is not None:
+        early, late = ("{} to {}".format(*band) for band in result.in_context_bands)
+        units = counted_documents(result.in_context_documents, are_windows=True)
         before, after = result.in_context_losses
         out().print(
             f"in-context-learning score {result.in_context_score:+.3f} ± {result.in_context_error:.3f} nats: "
-            f"loss {after:.3f} at position {late} minus {before:.3f} at position {early} of {num_windows} validation "
-            "windows",
+            f"loss {after:.3f} at positions {late} minus {before:.3f} at positions {early} of "
+            f"{result.in_context_windows:,} validation windows ({units})",
             soft_wrap=False,
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lumiere.report.inspection import Text
 
 WINDOWS = 256
-"""Validation windows for the ablation, the neurons and the in-context-learning score."""
+"""Validation windows for the ablation and the neurons."""
 BATCH_SIZE = 32
 SHOWN_WINDOWS = 2
 REPEATED = 12

@@ -7,10 +7,13 @@ from lumiere.cli.loading import OpenedModel
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 DEFAULT_TOKENS = 32
 """Tokens of the validation split that are shown where no text is given: what fits on a screen."""
+MOST_SCORED = 2**17
+"""Tokens of the validation split for the in-context-learning score and the natural repeats."""
 MOST_COUNTED = 10_000_000
 """Tokens of the training split, its first ones, in which those that random tokens are drawn from have to occur."""
 
@@ -161,6 +164,25 @@ def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
         )
     tokens, lengths = windows.cut(np.array([number]))
     return tuple(tokens[0, : min(int(lengths[0]), opened.config.model.context_size)].tolist())
+
+
+def spread_windows(opened: OpenedModel) -> "tuple[Tensor, np.ndarray]":
+    """(N, context_size + 1) ids of windows spread evenly over the validation split, and (N,) their documents.
+
+    All of them, or as many as have `MOST_SCORED` tokens; `<|pad|>` after the end of a document.
+
+    Raises:
+        LumiereError: if the corpus is not there.
+    """
+    import numpy as np
+    import torch
+
+    from lumiere.cli.loading import open_corpus
+
+    windows = open_corpus(opened, "restore it as it was").windows("validation", opened.config)
+    count = min(max(1, MOST_SCORED // windows.context_size), len(windows))
+    chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
+    return torch.from_numpy(windows.cut(chosen)[0]), windows.documents(chosen)
 
 
 def full_windows(opened: OpenedModel, count: int) -> "Tensor":

@@ -119,7 +119,7 @@ def draw_ablations(result: Ablations) -> Picture:
     add_scale(figure, image, map_axes, "change of the loss (nats)")
     strongest = result.order[:num_bars]
     draw_bars(bar_axes, result, strongest)
-    errors = "" if len(result.num_targets) == 1 else " Lines are standard errors over the batches."
+    errors = " Lines are standard errors, clustered by document." if result.num_documents > 1 else ""
     caption = (
         f"By how much the loss of {result.loss:.3f} nats a token rises (blue: the part was of use) or falls (red) when "
         f"one {result.unit} is replaced by {replacement(result.mode)}.{errors}"

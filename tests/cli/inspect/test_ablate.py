@@ -36,6 +36,8 @@ def test_windows_of_the_validation_split(trained_run: Run, tiny_corpus: Tokenize
     assert len(everything["num_targets"]) == 3
     few = shown("--batches", "1000", "--batch-size", "1000", "--unit", "layer")
     assert len(few["num_targets"]) == len(windows)
+    documents = dict(zip(map(tuple, every_row), windows.documents(np.arange(len(windows))).tolist(), strict=True))
+    assert part["documents"] == [documents[tuple(row)] for row in part["tokens"]]
 
 
 def test_json_has_all_that_is_needed_to_repeat_it(trained_run: Run) -> None:
@@ -47,18 +49,33 @@ def test_json_has_all_that_is_needed_to_repeat_it(trained_run: Run) -> None:
     assert [receipt["holds"] for receipt in result["receipts"]] == [True, True]
 
 
-def test_random_repeats_score_the_second_copy() -> None:
+def test_random_repeats_score_what_the_repeat_gap_scores() -> None:
     result = shown(*SMALL, "--random", "5", "--seed", "2")
     rows = np.array(result["tokens"])
     assert rows.shape == (6, 11)
     assert (rows[:, 0] == 0).all()
     assert np.array_equal(rows[:, 1:6], rows[:, 6:])
     assert len({tuple(row) for row in result["tokens"]}) == 6
-    assert (result["first_target"], result["num_targets"]) == (6, [15, 15])
+    assert (result["first_target"], result["num_targets"]) == (7, [12, 12])
     assert (
-        result["source"]
-        == "6 x 5 random tokens of the training split, twice (seed 2), in 2 batches; loss of the second copy"
+        result["source"] == "6 x 5 random tokens of the training split, twice (seed 2), in 2 batches; "
+        "loss of tokens 2 to 5 of the second copy"
     )
+    heads = inspect_json("heads", "--random", "5")
+    second = heads["losses"][6:]
+    gap = np.mean(heads["losses"][1:5]) - np.mean(second)
+    assert heads["repeat_gap"] == pytest.approx(gap)
+    assert len(second) * 3 == result["num_targets"][0]
+
+
+def test_few_documents_are_said() -> None:
+    """Six windows are of six documents or fewer: an interval of 95 % reaches further than 1.96 errors."""
+    result, printed = shown(*SMALL), inspect_ablate(*SMALL).stdout
+    count = len(set(result["documents"]))
+    reach = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}[count]
+    clear = (np.abs(result["changes"]) > reach * np.array(result["standard_errors"])).sum()
+    assert f"{clear} of 4 changes exceed {reach:.2f} standard errors (95 %, few documents: {count})" in printed
+    assert "1.96 standard errors (95 %, 64 sequences)" in inspect_ablate("--random", "3", "--batches", "2").stdout
 
 
 def test_one_text(tiny_corpus: TokenizedCorpus) -> None:
@@ -144,6 +161,7 @@ def test_verify_computes_it_again(mode: str) -> None:
         (("--unit", "position", "--prompt", "Once", "--pos", "15"), "there is no position 15"),
         (("--mode", "resample", "--prompt", "Once upon"), "use mean or zero"),
         (("--mode", "resample", "--batch-size", "1", "--batches", "2"), "use mean or zero"),
+        (("--random", "1"), "--random 2 or more"),
         (("--random", "9"), "9 random tokens twice do not fit"),
         (("--prompt", "Once", "--random", "3"), "--prompt and --random are two texts"),
         (("-o", "out.txt"), "has no ending that Lumiere writes"),

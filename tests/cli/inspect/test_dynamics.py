@@ -47,12 +47,15 @@ def test_by_default(runs_dir: str) -> None:
 def test_each_snapshot_has_the_numbers_of_heads(step: int, runs_dir: str) -> None:
     alone = shown("--runs-dir", runs_dir, "--checkpoint", str(step), name="heads")
     column = STEPS.index(step)
-    along = shown("--runs-dir", runs_dir, *("-m", "induction", "-m", "repeat-gap", "-m", "in-context-score"))
+    metrics = ("induction", "repeat-gap", "in-context-score", "text-induction", "text-repeat-gap")
+    along = shown("--runs-dir", runs_dir, *(word for metric in metrics for word in ("-m", metric)))
     for layer, head in np.ndindex(2, 2):
         number = alone["score_names"].index("induction")
+        assert values(along, "text-induction", f"L{layer}H{head}")[column] == alone["text_scores"][layer][head][number]
         assert values(along, "induction", f"L{layer}H{head}")[column] == alone["scores"][layer][head][number]
     assert values(along, "repeat-gap")[column] == alone["repeat_gap"]
     assert values(along, "in-context-score")[column] == alone["in_context_score"]
+    assert values(along, "text-repeat-gap")[column] == alone["text_gap"]
 
 
 def test_a_text_takes_the_place_of_random_tokens(runs_dir: str) -> None:
@@ -81,7 +84,7 @@ def test_the_view_fits_80_columns(runs_dir: str) -> None:
     assert max(len(line) for line in lines if not line.startswith("receipt")) <= 80
     for metric in DEFAULT_METRICS:
         assert any(line.startswith(f"{metric}: ") for line in lines)
-    assert sum("that changed less" in line for line in lines) == 3
+    assert sum("that changed less" in line for line in lines) == 4
     assert "snapshots, steps 0 to 8" in result.stdout
     numbers = shown("--runs-dir", runs_dir)
     loss = values(numbers, "validation-loss")
@@ -125,8 +128,9 @@ def test_without_the_corpus_it_goes_on_and_says_so(
     monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
     result = inspect("dynamics", "--runs-dir", runs_dir, "--json")
     assert result.exit_code == 0, result.output
-    assert "without validation-loss, in-context-score: the corpus" in result.stderr
-    assert set(json.loads(result.stdout)["metrics"]) == set(DEFAULT_METRICS) - {"validation-loss", "in-context-score"}
+    assert "without validation-loss, in-context-score, text-repeat-gap, text-induction: the corpus" in result.stderr
+    on_text = {"validation-loss", "in-context-score", "text-repeat-gap", "text-induction"}
+    assert set(json.loads(result.stdout)["metrics"]) == set(DEFAULT_METRICS) - on_text
     # Who asks for it by name is told.
     asked = inspect("dynamics", "--runs-dir", runs_dir, "-m", "lens-depth")
     assert asked.exit_code == 2

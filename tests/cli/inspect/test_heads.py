@@ -33,8 +33,11 @@ KEYS |= {
     "repeat_gap_error",
     "in_context_positions",
     "in_context_losses",
+    "in_context_score",
+    "in_context_error",
+    "in_context_bands",
 }
-KEYS |= {"in_context_score", "in_context_error", "receipts", "schema_version", "analysis", "run", "source", "seed"}
+KEYS |= {"receipts", "schema_version", "analysis", "run", "source", "seed"}
 
 
 def test_without_a_text_it_takes_random_tokens_twice(runs_dir: str) -> None:
@@ -45,7 +48,7 @@ def test_without_a_text_it_takes_random_tokens_twice(runs_dir: str) -> None:
     for row in result["tokens"]:
         assert row[1:8] == row[8:]
         assert min(row[1:]) >= len(SPECIAL_TOKENS)
-    assert result["in_context_positions"] == [1, 12]
+    assert (result["in_context_positions"], result["in_context_bands"]) == ([1, 14], [[1, 2], [12, 16]])
     assert all(receipt["holds"] for receipt in result["receipts"])
     other = shown("--runs-dir", runs_dir, "--seed", "1", "--random", "5")
     assert other["source"] == "32 sequences of 5 random tokens of the training split, twice (seed 1)"
@@ -121,7 +124,7 @@ def test_the_view_fits_80_columns_and_says_the_threshold(runs_dir: str) -> None:
     assert {word for word in SCORES if f"{word} heads: " in words} == named
     assert "repeat gap" in words
     assert "minus" in words
-    assert "at position 1 of" in words
+    assert "at positions 1 to 2 of" in words
     none = inspect_heads("--runs-dir", runs_dir, "--threshold", "1").stdout
     assert "no head has a role" in none
 
@@ -169,6 +172,7 @@ def test_without_the_corpus_the_scores_are_there(
     assert "no in-context-learning score" in result.stderr
     found = json.loads(result.stdout)
     assert found["in_context_score"] is None
+    assert found["text_scores"] is None
     assert isinstance(found["repeat_gap"], float)
 
 
