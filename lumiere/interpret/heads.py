@@ -53,7 +53,7 @@ class HeadScores(Result):
         repeat_gap: () mean loss of tokens 2 to S of the first copy minus that of the same in the second, in nats; NaN
             where the tokens are not two copies. Token 1 is left out: nothing tells that the second copy begins.
         repeat_gap_error: () its standard error over the sequences.
-        in_context_positions: the early and the late position, or None where there is no text for it.
+        in_context_positions: the early and the late position; None without a text, or where the context has no two.
         in_context_losses: (2,) mean loss there, in nats.
         in_context_score: () late minus early: negative where a longer context helps.
         in_context_error: () its standard error over the windows.
@@ -255,11 +255,11 @@ def in_context_learning(model: Transformer, windows_NT: torch.Tensor | None) -> 
     Olsson et al. 2022 take the tokens 500 and 50 of a context of 512. Here they are the tokens 3/4 and 1/10 of the
     context in, so that contexts of all lengths have one; scores of different lengths do not compare.
     """
-    if windows_NT is None:
+    positions = early, late = (max(1, model.context_size // 10), 3 * model.context_size // 4)
+    if windows_NT is None or late <= early:
         missing = np.array(np.nan)
         names = ("in_context_score", "in_context_error")
         return {"in_context_positions": None, "in_context_losses": np.full(2, np.nan), **dict.fromkeys(names, missing)}
-    positions = early, late = (max(1, model.context_size // 10), 3 * model.context_size // 4)
     weight, found = model.token_embedding.weight, []
     for part_NT in windows_NT.split(max(1, TOKENS_AT_ONCE // (late + 1))):
         part_NT = part_NT.to(weight.device)

@@ -97,6 +97,7 @@ class Metric:
         baseline: what chance gives; NaN where nothing can be said.
         error: the standard error of a number of the whole model; NaN where it is not known.
         needs_corpus: whether it is a number of the validation split.
+        needs_tokens: whether it is a result of `head_scores`, which looks at the tokens of `Texts`.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Metric:
     baseline: Callable[[Subject], float] = lambda subject: float("nan")
     error: Callable[[Subject], float] = lambda subject: float("nan")
     needs_corpus: bool = False
+    needs_tokens: bool = False
 
 
 def score_metric(number: int, name: str, source: str) -> Metric:
@@ -116,7 +118,8 @@ def score_metric(number: int, name: str, source: str) -> Metric:
     def baseline(subject: Subject) -> float:
         return float(subject.heads.uniform[number])
 
-    return Metric(name, f"share of a head's attention that goes to {source}", "share", 0.1, measure, baseline)
+    meaning = f"share of a head's attention that goes to {source}"
+    return Metric(name, meaning, "share", 0.1, measure, baseline, needs_tokens=True)
 
 
 def by_head(values_LH: np.ndarray) -> Values:
@@ -183,6 +186,7 @@ METRICS: Mapping[str, Metric] = {
             lambda subject: 0.0,
             lambda subject: float(subject.heads.in_context_error),
             needs_corpus=True,
+            needs_tokens=True,
         ),
         Metric(
             "repeat-gap",
@@ -192,6 +196,7 @@ METRICS: Mapping[str, Metric] = {
             lambda subject: {"": float(subject.heads.repeat_gap)},
             lambda subject: 0.0,
             lambda subject: float(subject.heads.repeat_gap_error),
+            needs_tokens=True,
         ),
         *(
             score_metric(number, name, source)
@@ -206,6 +211,7 @@ METRICS: Mapping[str, Metric] = {
             0.2,
             lambda subject: by_head(subject.heads.copying),
             lambda subject: 0.0,
+            needs_tokens=True,
         ),
         *(composition_metric(number, kind) for number, kind in enumerate(KINDS)),
         Metric(

@@ -10,6 +10,7 @@ from lumiere.cli.inspect.options import Heads, Layers, parse_indices
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lumiere.interpret.heads import HeadScores
@@ -95,6 +96,11 @@ def share(value: float) -> str:
     return f"{'-' if value != value else f'{value:.1%}':>9}"
 
 
+def spread(error: "np.ndarray") -> str:
+    """A standard error; nothing where a single observation has none."""
+    return "" if error != error else f" ± {error:.3f}"
+
+
 def show_roles(result: "HeadScores") -> None:
     """The heads of each role, the best first, with the score's standard error."""
     import numpy as np
@@ -136,7 +142,7 @@ def show_losses(result: "HeadScores", num_windows: int) -> None:
         length = len(result.losses) // 2
         first, second = result.losses[1:length].mean(), result.losses[length + 1 :].mean()
         out().print(
-            f"repeat gap {result.repeat_gap:.3f} ± {result.repeat_gap_error:.3f} nats: tokens 2 to {length} have a "
+            f"repeat gap {result.repeat_gap:.3f}{spread(result.repeat_gap_error)} nats: tokens 2 to {length} have a "
             f"loss of {first:.3f} in the first copy and {second:.3f} in the second",
             soft_wrap=False,
         )
@@ -144,8 +150,10 @@ def show_losses(result: "HeadScores", num_windows: int) -> None:
         early, late = result.in_context_positions
         before, after = result.in_context_losses
         out().print(
-            f"in-context-learning score {result.in_context_score:+.3f} ± {result.in_context_error:.3f} nats: "
+            f"in-context-learning score {result.in_context_score:+.3f}{spread(result.in_context_error)} nats: "
             f"loss {after:.3f} at position {late} minus {before:.3f} at position {early} of {num_windows} validation "
             "windows",
             soft_wrap=False,
         )
+    elif num_windows:
+        out().print("no in-context-learning score: the context is too short for an early and a late position")
