@@ -123,7 +123,8 @@ def head_scores(
     layers = range(model.num_layers) if layers is None else layers
     heads = range(model.num_heads) if heads is None else heads
     device, is_many = next(model.parameters()).device, len(tokens_NT) > 1
-    shares, expected, counts, losses, num_overlaps, row_error = [], [], [], [], 0, 0.0
+    shares, expected, counts, losses, row_error = [], [], [], [], 0.0
+    num_overlaps = np.zeros(len(SCORES), dtype=int)
     for part_NT in tokens_NT.split(max(1, TOKENS_AT_ONCE // tokens_NT.shape[1])):
         sources, overlaps = source_masks(part_NT)
         sources, num_overlaps = sources.to(device), num_overlaps + overlaps.sum((0, 2)).numpy()
