@@ -2,10 +2,7 @@
 
 import reprlib
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from typing import Any
 
 
 class ShapeRepr(reprlib.Repr):
@@ -28,6 +25,6 @@ class ShortRepr:
         cls.__repr__ = short_repr  # in the class itself: `dataclass` replaces one that is inherited
 
 
-def short_repr(instance: "DataclassInstance") -> str:
-    shown = (f"{field.name}={SHAPES.repr(getattr(instance, field.name))}" for field in fields(instance))
-    return f"{type(instance).__name__}({', '.join(shown)})"
+def short_repr(self: Any) -> str:
+    shown = (f"{field.name}={SHAPES.repr(getattr(self, field.name))}" for field in fields(self))
+    return f"{type(self).__name__}({', '.join(shown)})"

@@ -49,15 +49,19 @@ def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5
 
     Args:
         model: any.
-        tokens: at least three ids, each once.
+        tokens: at least one id, each once. The coordinates along missing components are 0.
         num_neighbours: of each token, fewer where there are fewer.
     """
     table_NE = model.token_embedding.weight.detach().cpu().double().numpy()[list(tokens)]
     centred_NE = table_NE - table_NE.mean(0)
     left, sizes, directions = np.linalg.svd(centred_NE, full_matrices=False)
+    # One token, or a width of one, has a single component.
+    lacking = max(0, 2 - len(sizes))
+    left, sizes = np.pad(left, ((0, 0), (0, lacking))), np.pad(sizes, (0, lacking))
+    directions = np.pad(directions, ((0, lacking), (0, 0)))
     points_N2 = left[:, :2] * sizes[:2]
     points_N2 *= np.sign(points_N2[np.abs(points_N2).argmax(0), [0, 1]])
-    total = np.square(centred_NE).sum()
+    total = max(np.square(centred_NE).sum(), np.finfo(float).tiny)
     unit_NE = centred_NE / np.maximum(np.linalg.norm(centred_NE, axis=1, keepdims=True), np.finfo(float).tiny)
     cosine_NN = unit_NE @ unit_NE.T
     np.fill_diagonal(cosine_NN, -np.inf)
@@ -72,6 +76,10 @@ def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5
         cosines=np.take_along_axis(cosine_NN, order, axis=1),
         receipts=(
             Receipt("the map is a projection of the embeddings", float(missed), FLOAT64_TOLERANCE),
-            Receipt("the directions hold all variance", abs(float(np.square(sizes).sum() / total) - 1), 1e-10),
+            Receipt(
+                "the directions hold all variance",
+                abs(float((np.square(sizes).sum() - np.square(centred_NE).sum()) / total)),
+                1e-10,
+            ),
         ),
     )

@@ -54,7 +54,8 @@ class HeadScores(Result):
         repeat_gap: () mean loss of tokens 2 to S of the first copy minus that of the same in the second, in nats; NaN
             where the tokens are not two copies. Token 1 is left out: nothing tells that the second copy begins.
         repeat_gap_error: () its standard error over the sequences.
-        in_context_positions: the middle of the early and of the late band of positions, or None without a text for it.
+        in_context_positions: the middle of the early and of the late band of positions; None without a text, or where
+            the context has no two.
         in_context_bands: the first and the last position of both bands.
         in_context_losses: (2,) mean loss there, in nats.
         in_context_score: () late minus early: negative where a longer context helps.
@@ -143,7 +144,8 @@ def head_scores(
     layers = range(model.num_layers) if layers is None else layers
     heads = range(model.num_heads) if heads is None else heads
     device, is_many = next(model.parameters()).device, len(tokens_NT) > 1
-    shares, expected, counts, losses, num_overlaps, row_error = [], [], [], [], 0, 0.0
+    shares, expected, counts, losses, row_error = [], [], [], [], 0.0
+    num_overlaps = np.zeros(len(SCORES), dtype=int)
     for part_NT in tokens_NT.split(max(1, TOKENS_AT_ONCE // tokens_NT.shape[1])):
         sources, overlaps = source_masks(part_NT)
         sources, num_overlaps = sources.to(device), num_overlaps + overlaps.sum((0, 2)).numpy()

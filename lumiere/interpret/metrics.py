@@ -125,6 +125,7 @@ class Metric:
         error: the standard error of a number of the whole model; NaN where it is not known.
         needs_corpus: whether it is a number of the validation split.
         zero_is_missing: whether a value of 0 is that of a matrix of zeros, which has no level to rise from.
+        needs_tokens: whether it is a result of `head_scores`, which looks at the tokens of `Texts`.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Metric:
     error: Callable[[Subject], float] = lambda subject: float("nan")
     needs_corpus: bool = False
     zero_is_missing: bool = False
+    needs_tokens: bool = False
 
 
 def score_metric(number: int, name: str, source: str) -> Metric:
@@ -145,7 +147,8 @@ def score_metric(number: int, name: str, source: str) -> Metric:
     def baseline(subject: Subject) -> float:
         return float(subject.heads.uniform[number])
 
-    return Metric(name, f"share of a head's attention that goes to {source}", "share", 0.1, measure, baseline)
+    meaning = f"share of a head's attention that goes to {source}"
+    return Metric(name, meaning, "share", 0.1, measure, baseline, needs_tokens=True)
 
 
 def text_induction(subject: Subject) -> Values:
@@ -228,6 +231,7 @@ METRICS: Mapping[str, Metric] = {
             lambda subject: 0.0,
             lambda subject: float(subject.heads.in_context_error),
             needs_corpus=True,
+            needs_tokens=True,
         ),
         Metric(
             "repeat-gap",
@@ -237,6 +241,7 @@ METRICS: Mapping[str, Metric] = {
             lambda subject: {"": float(subject.heads.repeat_gap)},
             lambda subject: 0.0,
             lambda subject: float(subject.heads.repeat_gap_error),
+            needs_tokens=True,
         ),
         *(
             score_metric(number, name, source)
@@ -253,6 +258,7 @@ METRICS: Mapping[str, Metric] = {
             lambda subject: 0.0,
             lambda subject: or_nan(subject.heads.text_gap_error),
             needs_corpus=True,
+            needs_tokens=True,
         ),
         Metric(
             "text-induction",
@@ -262,6 +268,7 @@ METRICS: Mapping[str, Metric] = {
             text_induction,
             text_chance,
             needs_corpus=True,
+            needs_tokens=True,
         ),
         Metric(
             "copying",
@@ -270,6 +277,7 @@ METRICS: Mapping[str, Metric] = {
             0.2,
             lambda subject: by_head(subject.heads.copying),
             lambda subject: 0.0,
+            needs_tokens=True,
         ),
         *(composition_metric(number, kind) for number, kind in enumerate(KINDS)),
         Metric(

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from lumiere.config.loader import validate
 from lumiere.interpret.embeddings import token_map
+from lumiere.models.transformer import build_model
 from lumiere.persistence.runs import Run
 
 TOKENS = tuple(range(3, 60))
@@ -42,3 +44,17 @@ def test_three_tokens_are_enough(trained_run: Run) -> None:
     assert result.neighbours.shape == (3, 2)
     assert result.variances.sum() == pytest.approx(1)
     assert [row["token"] for row in result.rows()] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(("width", "num_tokens"), [(12, 1), (12, 2), (1, 5)])
+def test_fewer_than_two_components_are_filled_with_zeros(width: int, num_tokens: int) -> None:
+    sizes = {"embedding_size": width, "num_layers": 1, "num_heads": 1, "d_key": 2, "d_value": 2, "d_ff": 2}
+    model = build_model(validate({"model": sizes, "tokenizer": {"vocab_size": 300}}))
+    tokens = list(range(10, 10 + num_tokens))
+    result = token_map(model, tokens)
+    assert result.holds
+    table = model.token_embedding.weight.detach().double().numpy()[tokens]
+    distances = np.linalg.norm(table[:, None] - table, axis=-1)
+    np.testing.assert_allclose(np.abs(result.points[:, None, 0] - result.points[:, 0]), distances, atol=1e-12)
+    np.testing.assert_allclose(result.points[:, 1], 0, atol=1e-12)
+    assert result.neighbours.shape == (num_tokens, min(5, num_tokens - 1))

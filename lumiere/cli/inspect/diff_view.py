@@ -158,14 +158,19 @@ def show_cka(cka: np.ndarray) -> None:
     if max(cka.shape) > MOST_LAYERS:
         out().print("[bold]CKA at the same depth[/]")
         for place in range(min(cka.shape)):
-            out().print(f"  {names_a[place]:9} {cka[place, place]:.3f}")
+            out().print(f"  {names_a[place]:9} {cka_label(cka[place, place], 3)}")
         out().print("[dim]-o FILE has all pairs[/]\n")
         return
     out().print("[bold]CKA[/] (rows A, columns B; 1: alike but for rotation and scale)")
     out().print(" " * 11 + "".join(f"{'embed' if name == 'embedding' else name:>6}" for name in names_b))
     for name, row in zip(names_a, cka, strict=True):
-        out().print(f"  {name:9}" + "".join(f"{value:6.2f}" for value in row))
+        out().print(f"  {name:9}" + "".join(f"{cka_label(value, 2):>6}" for value in row))
     out().print()
+
+
+def cka_label(value: float, decimals: int) -> str:
+    """A dash where nothing changes from token to token, and so there is no CKA."""
+    return "-" if np.isnan(value) else f"{value:.{decimals}f}"
 
 
 def show_heads(heads: HeadMatches, top_k: int) -> None:

@@ -113,11 +113,14 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
     import torch
 
     from lumiere.cli.inspect.texts import repeated_sequences
+    from lumiere.data.tokenizer import SOT
     from lumiere.interpret.metrics import METRICS, Texts
     from lumiere.interpret.repeats import SEQUENCES
 
     if any(value is not None for name, value in subject.text.items() if name != "random"):
         tokens, words = torch.tensor([subject.tokens]), [f"head scores on the {subject.chosen[1]}"]
+    elif subject.text["random"] is None and not any(METRICS[name].needs_tokens for name in names):
+        tokens, words = torch.tensor([[SOT]]), []
     else:
         sequences, origin = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
         tokens = torch.tensor(sequences)
@@ -125,14 +128,14 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
         words = [f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {subject.seed})"]
     with_corpus = [name for name in names if METRICS[name].needs_corpus]
     if not with_corpus:
-        return Texts(tokens), names, words[0]
+        return Texts(tokens), names, "".join(words)
     try:
         (windows, documents), batches, lens_rows, about = validation_texts(subject)
     except LumiereError as error:
         if is_asked:
             raise
         show_note(f"without {', '.join(with_corpus)}: {error.message}")
-        return Texts(tokens), [name for name in names if name not in with_corpus], words[0]
+        return Texts(tokens), [name for name in names if name not in with_corpus], "".join(words)
     return Texts(tokens, windows, documents, batches, lens_rows), names, "; ".join([*words, about])
 
 

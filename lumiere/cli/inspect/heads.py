@@ -106,6 +106,11 @@ def share(value: float) -> str:
     return f"{'-' if value != value else f'{value:.1%}':>9}"
 
 
+def spread(error: "np.ndarray") -> str:
+    """A standard error; nothing where a single observation has none."""
+    return "" if error != error else f" ± {error:.3f}"
+
+
 def show_roles(result: "HeadScores") -> None:
     """The heads of each role, the best first, with the score's standard error."""
     import numpy as np
@@ -170,7 +175,7 @@ def show_losses(result: "HeadScores") -> None:
         length = len(result.losses) // 2
         first, second = result.losses[1:length].mean(), result.losses[length + 1 :].mean()
         out().print(
-            f"repeat gap {result.repeat_gap:.3f} ± {result.repeat_gap_error:.3f} nats: tokens 2 to {length} have a "
+            f"repeat gap {result.repeat_gap:.3f}{spread(result.repeat_gap_error)} nats: tokens 2 to {length} have a "
             f"loss of {first:.3f} in the first copy and {second:.3f} in the second",
             soft_wrap=False,
         )
@@ -179,8 +184,10 @@ def show_losses(result: "HeadScores") -> None:
         units = counted_documents(result.in_context_documents, are_windows=True)
         before, after = result.in_context_losses
         out().print(
-            f"in-context-learning score {result.in_context_score:+.3f} ± {result.in_context_error:.3f} nats: "
+            f"in-context-learning score {result.in_context_score:+.3f}{spread(result.in_context_error)} nats: "
             f"loss {after:.3f} at positions {late} minus {before:.3f} at positions {early} of "
             f"{result.in_context_windows:,} validation windows ({units})",
             soft_wrap=False,
         )
+    elif result.text_repeats is not None:
+        out().print("no in-context-learning score: no validation window is full and has two positions")

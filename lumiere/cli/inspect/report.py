@@ -121,7 +121,6 @@ def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
     """Starts of validation windows, spread over the split, and random tokens twice; without a corpus these alone."""
     from lumiere.cli.inspect.texts import DEFAULT_TOKENS, repeated_sequences, validation_window
     from lumiere.cli.loading import open_corpus
-    from lumiere.interpret.repeats import longest_copy
     from lumiere.report.inspection import Text
 
     texts = []
@@ -133,6 +132,5 @@ def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
                 texts.append(Text(tokens, f"window {number} of the validation split"))
     except LumiereError as error:
         show_note(f"{error.message}: only random tokens are shown; --prompt gives a text")
-    length = min(REPEATED, longest_copy(opened.model, REPEATED))
-    rows, origin = repeated_sequences(opened, length, 1, seed)
-    return [*texts, Text(rows[0], f"{length} random tokens {origin}, twice")]
+    rows, origin = repeated_sequences(opened, None, 1, seed, at_most=REPEATED)
+    return [*texts, Text(rows[0], f"{len(rows[0]) // 2} random tokens {origin}, twice")]

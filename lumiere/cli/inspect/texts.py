@@ -86,12 +86,13 @@ def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
 
 
 def repeated_sequences(
-    opened: OpenedModel, length: int | None, count: int, seed: int
+    opened: OpenedModel, length: int | None, count: int, seed: int, at_most: int | None = None
 ) -> tuple[list[tuple[int, ...]], str]:
     """`count` times the start token and `length` different random tokens, twice; and of what the tokens are.
 
     Args:
-        length: None takes `COPY_LENGTH`, or less where the model has less room.
+        length: None takes as many as fit the model, but not more than `at_most`.
+        at_most: None takes `COPY_LENGTH`.
 
     Raises:
         LumiereError: if that is longer than the context, or there are fewer tokens to draw from.
@@ -103,11 +104,20 @@ def repeated_sequences(
 
     drawable, origin = drawable_tokens(opened)
     longest = longest_copy(opened.model, len(drawable))
-    length = min(COPY_LENGTH, longest) if length is None else length
+    if longest < 1:
+        raise LumiereError(
+            f"a context of {counted_tokens(opened.model.context_size)} has no room for random tokens that come twice",
+            "they need model.context_size=3 or more",
+        )
+    length = min(COPY_LENGTH if at_most is None else at_most, longest) if length is None else length
     if length > longest:
         raise LumiereError(f"{length} random tokens twice do not fit the model", f"it has room for {longest}")
     places = repeated_tokens(len(drawable), length, count, seed, start=len(drawable), first=0)
     return [tuple(row) for row in torch.tensor([*drawable, SOT])[places].tolist()], origin
+
+
+def counted_tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count:,} tokens"
 
 
 def drawable_tokens(opened: OpenedModel) -> tuple[list[int], str]:

@@ -1,0 +1,130 @@
+"""A corpus of two bytes or of one line, contexts of 1 to 3 tokens: every command works or says what is too small."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lumiere.cli import app
+from lumiere.config.loader import validate
+from lumiere.persistence.runs import RunStore
+from lumiere.training.launch import start
+from lumiere.training.preparation import prepare
+
+LINE = "hello hello world hello"
+SIZES = {
+    "two-bytes": ("ab", 8),
+    "two-bytes-context-1": ("ab", 1),
+    "line": (LINE, 8),
+    "line-context-1": (LINE, 1),
+    "line-context-2": (LINE, 2),
+    "line-context-3": (LINE, 3),
+}
+MODEL = {"embedding_size": 8, "num_layers": 1, "num_heads": 1, "d_key": 4, "d_value": 4, "d_ff": 8, "dropout": 0.0}
+TRAINING = {"batch_size": 2, "max_steps": 2, "device": "cpu", "precision": "float32", "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A runs directory with one run of a name of `SIZES`, trained when it is first asked for."""
+    folder = tmp_path_factory.mktemp("small")
+
+    @cache
+    def train(name: str) -> str:
+        text, context_size = SIZES[name]
+        file = folder / f"{name}.txt"
+        file.write_text(text)
+        config = validate(
+            {
+                "model": {**MODEL, "context_size": context_size},
+                "tokenizer": {"vocab_size": 260},
+                "dataset": {"name": "text", "data_files": str(file), "sliding_window_size": 0},
+                "training": TRAINING,
+            }
+        )
+        start(prepare(config), RunStore(folder / name))
+        return str(folder / name)
+
+    return train
+
+
+def invoke(command: str, runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> Result:
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", runs_dir)
+    Path("text.txt").write_text("ab")
+    result = CliRunner().invoke(app, command.split())
+    assert isinstance(result.exception, SystemExit | None), f"{command}: {result.exception!r}"
+    assert result.exit_code in (0, 2), result.output
+    if result.exit_code:
+        *_, error, hint = result.stderr.splitlines()
+        assert error.startswith("error: ")
+        assert hint.startswith("hint: ")
+    return result
+
+
+@pytest.mark.parametrize("command", ["inspect heads", "inspect dynamics", "inspect report"])
+@pytest.mark.parametrize("name", ["two-bytes-context-1", "line-context-1", "line-context-2"])
+def test_contexts_without_room_for_a_repeated_token(
+    name: str, command: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = invoke(command, small_run(name), monkeypatch)
+    assert result.exit_code == 2
+    assert "model.context_size=3" in result.stderr
+    assert not Path("report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect report",
+        "inspect report --prompt a",
+        "inspect heads --random 1",
+        "inspect dynamics -m induction",
+    ],
+)
+def test_one_token_to_draw_from(command: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training split of the two bytes is one token."""
+    assert invoke(command, small_run("two-bytes"), monkeypatch).exit_code == 0
+
+
+@pytest.mark.parametrize("metric", ["validation-loss", "lens-depth", "norm"])
+def test_metrics_that_need_no_repeated_tokens(
+    metric: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert invoke(f"inspect dynamics -m {metric}", small_run("line-context-1"), monkeypatch).exit_code == 0
+
+
+TEXTS = ("", " --prompt a", " --file text.txt", " --val 0", " --random 1")
+COMMANDS = [
+    *("eval latest", "eval latest --stride 1", "eval latest --split train", "eval latest --text text.txt"),
+    *("eval latest --json", "eval latest -o eval.svg", "generate --max-new-tokens 2", "generate --check --prompt a"),
+    *("generate --prompt a --max-new-tokens 3 --logprobs 2", "generate --prompt ab --num-beams 2 --max-new-tokens 2"),
+    *(f"inspect {name}{text}" for name in ("attention", "lens", "logits", "tokens", "heads") for text in TEXTS),
+    *(f"inspect {name}{text}" for name in ("ablate", "cache", "dynamics", "diff latest latest@0") for text in TEXTS),
+    *(f"inspect {name} --prompt a -o out.svg" for name in ("attention", "lens", "logits", "tokens", "heads", "ablate")),
+    *("inspect attention --kind rollout", "inspect ablate --mode resample", "inspect ablate --unit neuron"),
+    *("inspect logits --log-prob", "inspect summary", "inspect summary --verify -o out.svg", "inspect heads --verify"),
+    *("inspect dynamics -o out.html", "inspect diff latest latest@0 -o out.svg", "inspect report --prompt a"),
+    *(f"inspect dynamics -m {metric}" for metric in ("lens-depth", "in-context-score", "repeat-gap", "copying")),
+    *("runs ls", "runs show latest", "runs plot latest -o out.svg", "runs card latest"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_every_command_works_or_says_what_is_too_small(
+    name: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in COMMANDS:
+        result = invoke(command, small_run(name), monkeypatch)
+        assert "nan" not in result.stdout, command
+
+
+@pytest.mark.parametrize("command", ["tokenize", "train"])
+def test_a_vocabulary_of_three(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small.yaml").write_text("dataset: {num_documents: 2}\n")
+    result = invoke(f"{command} small.yaml --set tokenizer.vocab_size=3", str(tmp_path / "runs"), monkeypatch)
+    assert result.exit_code == 2
+    assert "tokenizer.vocab_size" in result.stderr
+    assert not (tmp_path / "runs").exists()
