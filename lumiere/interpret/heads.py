@@ -109,10 +109,10 @@ def head_scores(
         with torch.inference_mode():
             output = model(part_NT.to(device))
             patterns = output.attention_weights[:, list(layers)][:, :, list(heads)]
-            totals += torch.einsum("nlhts,nmts->lhm", patterns, sources.to(patterns.dtype)).double().cpu().numpy()
+            totals += torch.einsum("nlhts,nmts->lhm", patterns, sources.to(patterns.dtype)).cpu().double().numpy()
             # Not log_softmax, which would write all logits again for the few that are wanted.
             chosen = output.logits[:, :-1].gather(-1, part_NT[:, 1:, None].to(device))[..., 0]
-            losses.append((output.logits[:, :-1].logsumexp(-1) - chosen).double().cpu().numpy())
+            losses.append((output.logits[:, :-1].logsumexp(-1) - chosen).cpu().double().numpy())
             row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
         num_sources_NMT = sources.sum(-1).cpu().numpy()
         uniform += (num_sources_NMT / np.arange(1, part_NT.shape[1] + 1)).sum((0, 2))
@@ -170,13 +170,13 @@ def copying_scores(model: Transformer) -> tuple[np.ndarray, float]:
     most. AB and BA have the same eigenvalues but for zeros, so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its
     trace, summed over the vocabulary, is the independent check: relative to sum |lambda|, the largest of all heads.
     """
-    embedding = model.token_embedding.weight.detach().double().cpu().numpy()
-    unembedding = embedding * model.final_norm.weight.detach().double().cpu().numpy()
+    embedding = model.token_embedding.weight.detach().cpu().double().numpy()
+    unembedding = embedding * model.final_norm.weight.detach().cpu().double().numpy()
     scores, errors = np.full((model.num_layers, model.num_heads), np.nan), [0.0]
     for layer, block in enumerate(model.blocks):
-        gain = block.attention_norm.weight.detach().double().cpu().numpy()
-        value = block.attention.value.weight.detach().double().cpu().numpy() * gain
-        output = block.attention.output.weight.detach().double().cpu().numpy()
+        gain = block.attention_norm.weight.detach().cpu().double().numpy()
+        value = block.attention.value.weight.detach().cpu().double().numpy() * gain
+        output = block.attention.output.weight.detach().cpu().double().numpy()
         read = (embedding @ value.T).reshape(len(embedding), model.num_heads, -1)
         written = (unembedding @ output).reshape(len(embedding), model.num_heads, -1)
         traces = np.einsum("whv,whv->h", read, written)
@@ -218,7 +218,7 @@ def in_context_learning(model: Transformer, windows_NT: torch.Tensor | None) -> 
             residual = model.final_residual(part_NT[:, :late])[:, [early - 1, late - 1]]
             targets = part_NT[:, [early, late]]
             losses = linear_cross_entropy_losses(residual.flatten(0, 1), weight, targets.flatten())
-        found.append(losses.view(-1, 2).double().cpu().numpy())
+        found.append(losses.view(-1, 2).cpu().double().numpy())
     loss_N2 = np.concatenate(found)
     score_N = loss_N2[:, 1] - loss_N2[:, 0]
     return {

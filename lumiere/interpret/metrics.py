@@ -149,7 +149,7 @@ def mean_loss(subject: Subject) -> Values:
             residual = model.final_residual(batch.tokens.to(weight.device)).flatten(0, 1)
             targets = batch.targets.flatten().to(weight.device)
             losses = linear_cross_entropy_losses(residual, weight, targets)
-        total += float(losses[targets != IGNORED].double().sum())
+        total += float(losses[targets != IGNORED].cpu().double().sum())
         count += batch.num_targets
     return {"": total / count}
 

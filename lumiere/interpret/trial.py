@@ -62,7 +62,7 @@ class Trial:
         targets_P = targets_BT.repeat(num_copies, 1)[is_real_RT]
         # What is not to be predicted, such as a first copy, needs no logits, which are most of the work.
         losses_P = linear_cross_entropy_losses(residual_RTE[is_real_RT], self.model.token_embedding.weight, targets_P)
-        return losses_P.double().view(num_copies, -1).sum(1) / self.batch.num_targets
+        return losses_P.cpu().double().view(num_copies, -1).sum(1) / self.batch.num_targets
 
     def ablated(self, layer: int, indices: Sequence[int]) -> Tensor:
         """(N,) the loss without each of the units of a layer, one at a time."""
@@ -88,7 +88,10 @@ class Trial:
         with hooked(self.model, {name: replace}):
             logits = self.model(self.batch.tokens).logits
         losses = F.cross_entropy(
-            logits.flatten(0, 1).double(), self.batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.flatten(0, 1).cpu().double(),
+            self.batch.targets.flatten().cpu(),
+            ignore_index=IGNORED,
+            reduction="sum",
         )
         return losses / self.batch.num_targets
 
@@ -137,9 +140,11 @@ def mean_activations(
     for batch in batches:
         real_BT = batch.tokens != PAD
         for layer, cache in caches(model, batch, kind, layers).items():
-            sums[layer] = sums.get(layer, 0.0) + kind.read(cache)[real_BT].double().sum(0)
+            sums[layer] = sums.get(layer, 0.0) + kind.read(cache)[real_BT].cpu().double().sum(0)
     num_tokens = sum(int((batch.tokens != PAD).sum()) for batch in batches)
-    return {layer: (total / num_tokens).to(model.token_embedding.weight.dtype) for layer, total in sums.items()}
+    weight = model.token_embedding.weight
+    # The type first: not every device has float64.
+    return {layer: (total / num_tokens).to(weight.dtype).to(weight.device) for layer, total in sums.items()}
 
 
 def draw_donors(real_BT: Tensor, generator: torch.Generator) -> Tensor:
