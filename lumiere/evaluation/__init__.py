@@ -70,8 +70,9 @@ def evaluate(
                 residual = model.final_residual(batch.tokens.to(device)).flatten(0, 1)
                 targets = batch.targets.to(device).flatten()
                 losses = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets)
-                # Summed in float64, so that the result does not depend on how the windows are batched.
-                sums.append(losses.double().sum())
+                # Summed in float64, so that the result does not depend on how the windows are batched; on the CPU,
+                # since not every device has float64.
+                sums.append(losses.cpu().double().sum())
                 counts.append(batch.num_targets)
         # Each batch is one process' number and nobody else's, so that the addition rounds nothing.
         by_batch = torch.zeros(2, -(-len(windows) // batch_size), dtype=torch.float64)

@@ -97,7 +97,7 @@ class Scores(ShortRepr):
 
 
 class ModelScores(NamedTuple):
-    """The part of `Scores` that comes from logits: (S,), float64."""
+    """The part of `Scores` that comes from logits: (S,), float64 on the CPU."""
 
     losses: Tensor
     at_1: Tensor
@@ -148,7 +148,7 @@ def score_parts(
         found = score_logits(residual_SE, model.token_embedding.weight, tokens_S.to(device))
         windows_NT, _ = windows.cut(indices)
         own = {
-            **{name: values.cpu().numpy() for name, values in found._asdict().items()},
+            **{name: values.cpu().double().numpy() for name, values in found._asdict().items()},
             "positions": columns + 1,
             "tokens": tokens_S.numpy(),
             "documents": documents[rows],
@@ -161,7 +161,7 @@ def score_parts(
 def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -> ModelScores:
     """The scores of tokens by the logits `residual @ weight.T`, of which only a chunk exists at a time."""
     size = max(1, LOGITS_AT_ONCE // len(weight_VocabE))
-    wide = torch.float64 if residual_SE.device.type != "mps" else torch.float32  # which has nothing wider
+    wide = torch.float64 if residual_SE.device.type == "cpu" else torch.float32  # not every device has float64
     parts = []
     for residual_ME, tokens_M in zip(residual_SE.split(size), tokens_S.split(size), strict=True):
         logits = residual_ME @ weight_VocabE.T

@@ -213,7 +213,7 @@ def _open_to_something(logits_BV: Tensor) -> Tensor:
 def _tokens(logits_BV: Tensor, ids: Sequence[int], num_logprobs: int | None) -> list[Token]:
     if num_logprobs is None:
         return [Token(token) for token in ids]
-    logprobs_BV = logits_BV.double().log_softmax(-1)
+    logprobs_BV = logits_BV.cpu().double().log_softmax(-1)
     values, indices = logprobs_BV.topk(min(num_logprobs, logprobs_BV.shape[-1]), dim=-1)
     alternatives = [
         tuple((i, value) for i, value in zip(*pair, strict=True) if value > -torch.inf)

@@ -79,9 +79,9 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         return torch.zeros_like(logits_BV).scatter(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
     if sampling.temperature != 1:
         # Near temperature 0 a quotient may overflow. Less the largest logit and in float64 it can do so only to minus
-        # infinity, which softmax takes; plus infinity would give NaN.
-        shifted_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double()
-        logits_BV = (shifted_BV / sampling.temperature).to(logits_BV.dtype)
+        # infinity, which softmax takes; plus infinity would give NaN. On the CPU: not every device has float64.
+        shifted_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).cpu().double()
+        logits_BV = (shifted_BV / sampling.temperature).to(logits_BV.dtype).to(logits_BV.device)
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         smallest_kept_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_kept_B1, -torch.inf)
@@ -192,10 +192,10 @@ def largest(logits_BV: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inverse(shares_BN: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """Where each row's running sum of probabilities passes its number, (B, 1)."""
-    sums_BN = shares_BN.cumsum(-1, dtype=torch.float64)
+    """Where each row's running sum of probabilities passes its number, (B, 1), on the CPU."""
+    sums_BN = shares_BN.cpu().cumsum(-1, dtype=torch.float64)
     numbers_B1 = torch.tensor([[uniform * BELOW_ONE] for uniform in uniforms], dtype=torch.float64)
-    return torch.searchsorted(sums_BN, numbers_B1.to(sums_BN.device) * sums_BN[:, -1:], right=True)
+    return torch.searchsorted(sums_BN, numbers_B1 * sums_BN[:, -1:], right=True)
 
 
 def _top_p(logits_BV: Tensor, top_p: float) -> Tensor:

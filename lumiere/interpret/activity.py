@@ -88,7 +88,7 @@ def head_lengths(model: Transformer, layer: int, z_NHV: Tensor) -> Tensor:
 
 def lengths(vectors_NE: Tensor) -> Tensor:
     """(N,) norms, none of them 0, so that they can be divided by."""
-    return vectors_NE.norm(dim=-1).clamp(min=torch.finfo(vectors_NE.dtype).tiny)
+    return torch.linalg.vector_norm(vectors_NE, dim=-1).clamp(min=torch.finfo(vectors_NE.dtype).tiny)
 
 
 def total(values_N: Tensor) -> float:

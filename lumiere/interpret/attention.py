@@ -236,7 +236,7 @@ def value_sizes(
         added = added.sum(1) if projected else added
         scale = max(1.0, whole.abs().max().item())
         missed = max(missed, (added - whole).abs().max().item() / scale)
-        sizes.append(given.norm(dim=-1).T.cpu().numpy())
+        sizes.append(torch.linalg.vector_norm(given, dim=-1).T.cpu().numpy())
     return np.stack(sizes), missed
 
 

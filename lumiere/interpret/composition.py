@@ -94,9 +94,9 @@ def head_matrices(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K), gains in those that read, in float64."""
     found: tuple[list[np.ndarray], ...] = ([], [], [], [])
     for block in model.blocks:
-        attention, gain = block.attention, block.attention_norm.weight.detach().double().cpu().numpy()
+        attention, gain = block.attention, block.attention_norm.weight.detach().cpu().double().numpy()
         for matrices, part in zip(found, ("value", "output", "query", "key"), strict=True):
-            weight = getattr(attention, part).weight.detach().double().cpu().numpy()
+            weight = getattr(attention, part).weight.detach().cpu().double().numpy()
             if part == "output":
                 matrices.append(weight.T.reshape(model.num_heads, -1, model.embedding_size))
             else:

@@ -152,12 +152,12 @@ def head_scores(
         with torch.inference_mode():
             output = model(part_NT.to(device))
             patterns = output.attention_weights[:, list(layers)][:, :, list(heads)]
-            shares_NTLHM = torch.einsum("nlhts,nmts->ntlhm", patterns, sources.to(patterns.dtype)).double()
+            shares_NTLHM = torch.einsum("nlhts,nmts->ntlhm", patterns, sources.to(patterns.dtype)).cpu().double()
             # A sequence is one observation, a single text as many as it has tokens.
-            shares.append(shares_NTLHM.sum(1).cpu().numpy() if is_many else shares_NTLHM[0].cpu().numpy())
+            shares.append(shares_NTLHM.sum(1).numpy() if is_many else shares_NTLHM[0].numpy())
             # Not log_softmax, which would write all logits again for the few that are wanted.
             chosen = output.logits[:, :-1].gather(-1, part_NT[:, 1:, None].to(device))[..., 0]
-            losses.append((output.logits[:, :-1].logsumexp(-1) - chosen).double().cpu().numpy())
+            losses.append((output.logits[:, :-1].logsumexp(-1) - chosen).cpu().double().numpy())
             row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
         num_sources_NTM = sources.sum(-1).transpose(1, 2).cpu().numpy()
         expected_NTM = num_sources_NTM / np.arange(1, part_NT.shape[1] + 1)[:, None]
@@ -242,13 +242,13 @@ def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndar
     so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its trace, summed over these tokens, is the independent check:
     relative to sum |lambda|, the largest of all heads.
     """
-    embedding = model.token_embedding.weight.detach().double().cpu().numpy()[list(averaged)]
-    unembedding = embedding * model.final_norm.weight.detach().double().cpu().numpy()
+    embedding = model.token_embedding.weight.detach().cpu().double().numpy()[list(averaged)]
+    unembedding = embedding * model.final_norm.weight.detach().cpu().double().numpy()
     scores, errors = np.full((model.num_layers, model.num_heads), np.nan), [0.0]
     for layer, block in enumerate(model.blocks):
-        gain = block.attention_norm.weight.detach().double().cpu().numpy()
-        value = block.attention.value.weight.detach().double().cpu().numpy() * gain
-        output = block.attention.output.weight.detach().double().cpu().numpy()
+        gain = block.attention_norm.weight.detach().cpu().double().numpy()
+        value = block.attention.value.weight.detach().cpu().double().numpy() * gain
+        output = block.attention.output.weight.detach().cpu().double().numpy()
         read = (embedding @ value.T).reshape(len(embedding), model.num_heads, -1)
         written = (unembedding @ output).reshape(len(embedding), model.num_heads, -1)
         traces = np.einsum("whv,whv->h", read, written)

@@ -93,7 +93,9 @@ def neuron_examples(
     """
     device = model.token_embedding.weight.device
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.num_layers)]
-    norms_LF = torch.stack([block.feedforward.down.weight.detach().norm(dim=0).cpu() for block in model.blocks])
+    norms_LF = torch.stack(
+        [torch.linalg.vector_norm(block.feedforward.down.weight.detach(), dim=0).cpu() for block in model.blocks]
+    )
     tokens_WT = torch.cat([batch.tokens for batch in batches]).cpu()
     peaks, places = [], []
     with torch.inference_mode():

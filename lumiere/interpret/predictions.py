@@ -131,5 +131,5 @@ def evaluation_error(model: Transformer, batch: Batch, losses_P: np.ndarray) -> 
     with torch.inference_mode():
         residual = model.final_residual(batch.tokens)[batch.targets != IGNORED]
         targets_P = batch.targets[batch.targets != IGNORED]
-        expected = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets_P).double().cpu().numpy()
+        expected = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets_P).cpu().double().numpy()
     return float(np.abs(losses_P[: len(expected)] - expected).max() / max(1.0, expected.max()))

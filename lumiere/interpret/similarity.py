@@ -87,5 +87,5 @@ def pattern_divergences(first_BHTS: Tensor, second_BGTS: Tensor, is_real_BT: Ten
     for h, (p_BTS, p_entropy) in enumerate(firsts):
         for g, (q_BTS, q_entropy) in enumerate(seconds):
             each_BT = (torch.special.entr((p_BTS + q_BTS) / 2) - (p_entropy + q_entropy) / 2).sum(-1)
-            found[h, g] = each_BT.clamp(min=0)[is_real_BT].sum(dtype=torch.float64).item() / np.log(2)
+            found[h, g] = each_BT.clamp(min=0)[is_real_BT].cpu().sum(dtype=torch.float64).item() / np.log(2)
     return found

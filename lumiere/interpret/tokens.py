@@ -99,7 +99,7 @@ def token_losses(
         residual = model.final_residual(tokens_1T)[0, :-1]
         evaluated = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets_T)
     tolerance = rounding(model)
-    sums = probabilities.sum(-1, dtype=torch.float64)
+    sums = probabilities.cpu().sum(-1, dtype=torch.float64)
     difference = (losses - evaluated).abs().max() / evaluated.max().clamp(min=1)
     values = losses.cpu().numpy()
     row_1T = np.array([list(tokens)])

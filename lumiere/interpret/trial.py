@@ -94,7 +94,10 @@ class Trial:
         with hooked(self.model, {name: replace}):
             logits = self.model(self.batch.tokens).logits
         losses = F.cross_entropy(
-            logits.flatten(0, 1).double(), self.batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.flatten(0, 1).cpu().double(),
+            self.batch.targets.flatten().cpu(),
+            ignore_index=IGNORED,
+            reduction="sum",
         )
         return losses / self.batch.num_targets
 
@@ -144,9 +147,11 @@ def mean_activations(
     for batch in batches:
         real_BT = batch.tokens != PAD
         for layer, cache in caches(model, batch, kind, layers).items():
-            sums[layer] = sums.get(layer, 0.0) + kind.read(cache)[real_BT].double().sum(0)
+            sums[layer] = sums.get(layer, 0.0) + kind.read(cache)[real_BT].cpu().double().sum(0)
     num_tokens = sum(int((batch.tokens != PAD).sum()) for batch in batches)
-    return {layer: (total / num_tokens).to(model.token_embedding.weight.dtype) for layer, total in sums.items()}
+    weight = model.token_embedding.weight
+    # The type first: not every device has float64.
+    return {layer: (total / num_tokens).to(weight.dtype).to(weight.device) for layer, total in sums.items()}
 
 
 def draw_donors(real_BT: Tensor, generator: torch.Generator) -> Tensor:
