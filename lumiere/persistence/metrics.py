@@ -52,7 +52,8 @@ class MetricsWriter:
             raise unwritable(self._path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self._path):  # a file server may report only now that there was no room
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

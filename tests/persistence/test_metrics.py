@@ -210,6 +210,11 @@ def test_a_line_that_does_not_fit_on_the_disk_is_an_error_each_time() -> None:
                 writer.write({"step": step})
 
 
+def test_an_error_of_a_file_server_that_comes_late(path: Path) -> None:
+    with pytest.raises(LumiereError, match="cannot be written"), MetricsWriter(path) as writer:
+        os.close(writer._file.fileno())  # closing it again is an OSError, as on a server without room
+
+
 def test_a_part_of_a_line_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class NearlyFull:
         def write(self, data: bytes) -> int:

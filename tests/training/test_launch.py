@@ -19,6 +19,7 @@ from lumiere.config.loader import load_config
 from lumiere.config.problems import setting_paths
 from lumiere.data.dataset import tokenize_corpus
 from lumiere.errors import CheckpointError, DataError, LumiereError
+from lumiere.persistence.liveness import HEARTBEAT_NAME
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import environment
 from lumiere.training.events import Event, StepEvent
@@ -199,9 +200,17 @@ def test_preparing_measures_the_model_and_makes_nothing(configure, tmp_path: Pat
 
 def test_running_then_finished(configure, launch, store: RunStore) -> None:
     seen: list[dict[str, Any]] = []
-    run = launch(configure({}), [at_step(2, lambda: seen.append(store.open("latest").record))]).run
+    beats: list[bool] = []
+
+    def look() -> None:
+        run = store.open("latest")
+        seen.append(run.record)
+        beats.append((run.path / HEARTBEAT_NAME).exists())
+
+    run = launch(configure({}), [at_step(2, look)]).run
     assert (seen[0]["status"], seen[0]["pid"], seen[0]["step"]) == ("running", os.getpid(), 0)
     assert run.record["status"] == "finished"
+    assert (beats, (run.path / HEARTBEAT_NAME).exists()) == ([True], False)
 
 
 def test_interrupted(configure, launch) -> None:
