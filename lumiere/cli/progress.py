@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lumiere.cli.console import duration, escape, talk
+from lumiere.cli.console import duration, escape, show_note, talk
 from lumiere.data.dataset import Progress as DataProgress
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 
@@ -108,6 +108,9 @@ class CorpusProgress(Display):
         self._last_line = time.monotonic()
 
     def __call__(self, progress: DataProgress) -> None:
+        if progress.is_note:
+            show_note(progress.stage)
+            return
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.total, figures="")
         documents = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""

@@ -83,13 +83,13 @@ def whole_text(opened: OpenedModel, read: Callable[[], Iterator["Part"]], name: 
 
 def own_split(opened: OpenedModel, split: str) -> ScoredText:
     """A split of the corpus that the model was trained on."""
-    from lumiere.data.corpus import load_corpus
-    from lumiere.data.dataset import document_sizes
+    from lumiere.data.dataset import document_sizes, source_parts
 
     corpus = open_corpus(opened, "restore it as it was, or score a text with --text FILE")
     check_split(split, corpus.splits)
     dataset = opened.config.dataset
-    sizes = document_sizes(load_corpus(dataset).parts(split), corpus.splits[split], opened.tokenizer)
+    documents, are_decoded = source_parts(dataset, corpus, split)
+    sizes = document_sizes(documents, corpus.splits[split], opened.tokenizer, are_decoded)
     return ScoredText(corpus_name(dataset, split), corpus.splits[split], sizes, corpus.splits["train"])
 
 

@@ -1,9 +1,10 @@
 """From a YAML or TOML file and `--set` overrides to a `RunConfig`, and back to YAML."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tomli
 import yaml
@@ -17,6 +18,8 @@ from lumiere.errors import ConfigError, nearest, shortened
 from lumiere.files import read_file
 
 MAX_BYTES = 200_000  # PyYAML takes seconds for them
+NULL = re.compile("null|Null|NULL|~")
+NULL_TAG = "tag:yaml.org,2002:null"
 
 
 def load_config(
@@ -114,18 +117,28 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_value(key: str, value: Any) -> Any:
+    """Return a value as the schema reads it; unread if the schema refuses it or has no such dotted key."""
+    section, _, leaf = key.partition(".")
+    try:
+        return getattr(type(RunConfig.model_fields[section].default)(**{leaf: value}), leaf)
+    except (KeyError, AttributeError, ValidationError):
+        return value
+
+
 def parse_override(override: str) -> tuple[str, Any]:
     """`model.num_layers=6` as key and value.
 
-    The value stays text, which the schema reads as what the key is; `null` is the empty value, and text in
-    brackets or braces is read as YAML.
+    The value stays text, which the schema reads as what the key is, as it reads the values of a file; `null` is the
+    empty value, and text within brackets or braces is read as YAML.
     """
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {quoted(override)} is not key=value", "for example --set model.num_layers=6")
-    if value in ("null", "none", "~"):
+    if NULL.fullmatch(value):
         return key.strip(), None
-    if value.startswith(("[", "{")):
+    # Not `[1].txt`, which is a file's name.
+    if value.startswith(("[", "{")) and (value.rstrip().endswith(("]", "}")) or not set("]}") & set(value)):
         try:
             return key.strip(), yaml.load(value, UniqueKeyLoader)
         except Exception:  # as above
@@ -147,9 +160,19 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
 class UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, without what makes a file other than it looks.
 
-    Of two equal keys it keeps the last without a word. An alias (`*name`) repeats a part of the file, and a few lines
-    of aliases of aliases are gigabytes (the "billion laughs"). This loader refuses both.
+    YAML 1.1 reads `012` as 10, `1:30` as 90 and `no` as False. Here every value but null is text, which the schema
+    reads as it reads that of `--set`. Of two equal keys PyYAML keeps the last without a word. An alias (`*name`)
+    repeats a part of the file, and a few lines of aliases of aliases are gigabytes (the "billion laughs"). This loader
+    refuses both.
     """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+        first: [(NULL_TAG, re.compile(rf"(?:{NULL.pattern})?$"))] for first in ("~", "n", "N", "")
+    }
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (NULL_TAG, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")), None)
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

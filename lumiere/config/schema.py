@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -25,6 +25,15 @@ class Section(BaseModel):
     """Frozen, and strict about names: an unknown key is an error, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_none(cls, values: Any) -> Any:
+        """Read the text `none` as the empty value, where a setting may be empty."""
+        if not isinstance(values, dict):
+            return values
+        empty = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        return {key: None if key in empty and value == "none" else value for key, value in values.items()}
 
 
 class ModelConfig(Section):

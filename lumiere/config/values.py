@@ -1,7 +1,7 @@
 """How a value is read: strictly. A boolean is no number, text counts only where it reads as that number.
 
-PyYAML reads `3e-4` as text and `no` as False, and plain pydantic then turns `no` into 0.0; a config that is
-silently not what was written costs somebody a run. These readers run before pydantic's own.
+The values of a YAML file and of `--set` come as text, and plain pydantic reads `012` as 12 and `yes` as True; a config
+that is silently not what was written costs somebody a run. These readers run before pydantic's own.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from pydantic_core import PydanticCustomError
 from lumiere.files import MAX_INTEGER
 
 # No two parts of it fit the same characters: of a long text that is no number, each is looked at once.
-NUMBER = re.compile(r"[+-]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+# Without leading zeros, which mean octal to some readers: 012.
+NUMBER = re.compile(r"[+-]?((?:0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def read_number(value: Any) -> float:

@@ -23,12 +23,16 @@ UNFINISHED_DAYS = 14
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a corpus is built: `done` of `total` documents (None: not known), and the text so far."""
+    """How far a corpus is built: `done` of `total` documents (None: not known), and the text so far.
+
+    With `is_note`, `stage` is a remark for the user.
+    """
 
     stage: str
     done: int = 0
     total: int | None = None
     num_bytes: int = 0
+    is_note: bool = False
 
 
 Listener = Callable[[Progress], None]
@@ -98,6 +102,8 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener)
                 f"the {split} split of dataset '{config.dataset.name}' holds no text",
                 "check dataset.name, dataset.data_files and dataset.text_column",
             )
+    if corpus.unused:
+        tell(Progress(f"splits of {config.dataset.name} that are not used: {', '.join(corpus.unused)}", is_note=True))
     path = folder / "tokenizer.json"
     if not path.exists():
         settings = config.tokenizer
@@ -121,6 +127,10 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener)
         facts[split] = asdict(
             encode_split(folder, split, lambda split=split: corpus.parts(split), tokenizer, tell_count)
         )
+    for split, rows in corpus.rows.items():
+        if rows.num_empty:
+            note = f"{split}: {rows.num_empty:,} of {rows.num_rows:,} rows are empty and left out"
+            tell(Progress(note, is_note=True))
     write_durably(folder / "splits.json", json.dumps(facts, indent=2))
     for journal in folder.glob("*.journal"):
         journal.unlink()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,11 +10,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, groupby
 from operator import itemgetter
+from typing import Any
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
-from lumiere.data.data_files import SPLIT_NAMES, SPLITS, split_of
-from lumiere.data.rows import TextFiles, load_rows
+from lumiere.data.data_files import SPLIT_NAMES, SPLITS, absolute_data_files, local, split_of
+from lumiere.data.rows import TextFiles, find_source, load_rows
+from lumiere.data.source import BUILDERS
 from lumiere.data.stories import STORIES_VERSION, stories
 from lumiere.data.text import Part, parts
 from lumiere.errors import DataError
@@ -43,12 +46,16 @@ class Corpus:
         fingerprint: changes whenever the documents may have changed; cheap, so taken from the source.
         counts: documents of each split, where that is known without reading them.
         unused: splits of the dataset that are none of ours.
+        rows: of each split whose documents are the rows of a table.
+        missing: why the documents cannot be read, though what they were is known.
     """
 
     readers: Mapping[str, Reader]
     fingerprint: str
     counts: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    rows: Mapping[str, "CountedRows"] = field(default_factory=dict)
+    missing: DataError | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -61,6 +68,22 @@ class Corpus:
     def documents(self, split: str) -> Iterator[str]:
         """Read the documents one by one."""
         return joined(self.parts(split))
+
+
+@dataclass
+class CountedRows:
+    """Rows, and how many of them the last pass found to be empty."""
+
+    rows: Iterable[str]
+    num_rows: int = 0
+    num_empty: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.num_rows = self.num_empty = 0
+        for row in self.rows:
+            self.num_rows += 1
+            self.num_empty += not row.strip()
+            yield row
 
 
 def load_corpus(config: DatasetConfig) -> Corpus:
@@ -82,9 +105,15 @@ def load_corpus(config: DatasetConfig) -> Corpus:
         if config.data_sha256 is None:
             raise
         # What they were is known, so the corpus may still be in the cache; only reading them is an error.
-        return Corpus(dict.fromkeys(SPLITS, failing(error)), fingerprint_of(config.data_sha256, config))
+        readers = dict.fromkeys(SPLITS, failing(error))
+        return Corpus(readers, fingerprint_of(config.data_sha256, config), missing=error)
     named, unused = named_splits(rows)
-    readers = {split: row_reader(rows[name], config.document_start) for split, name in named.items()}
+    # Empty lines of a text are no missing documents.
+    has_rows = config.document_start is None and not any(isinstance(rows[name], TextFiles) for name in named.values())
+    counted = {split: CountedRows(rows[name]) for split, name in named.items() if has_rows}
+    readers = {
+        split: row_reader(counted.get(split, rows[name]), config.document_start) for split, name in named.items()
+    }
     if "train" not in readers:
         found = ", ".join(rows)
         raise DataError(f"dataset '{config.name}' has no split 'train', it has {found}", "choose another dataset")
@@ -96,7 +125,24 @@ def load_corpus(config: DatasetConfig) -> Corpus:
         hold = hold_out_of_stream if is_stream else hold_out
         readers |= hold(readers["train"], config.validation_fraction, config.seed)
     ordered = {split: readers[split] for split in SPLITS if split in readers}
-    return Corpus(ordered, fingerprint_of(source, config), unused=unused)
+    return Corpus(ordered, fingerprint_of(source, config), unused=unused, rows=counted)
+
+
+def recorded(config: DatasetConfig) -> DatasetConfig:
+    """Return `config` as a run keeps it: with absolute paths and the hash of the local files that it names.
+
+    Raises:
+        DataError: A file is missing or cannot be read.
+    """
+    is_local = config.name in BUILDERS or os.path.isdir(os.path.expanduser(config.name))
+    if config.name in BUILT_IN or config.data_sha256 is not None or not is_local:
+        return config
+    values: dict[str, Any] = {"data_sha256": find_source(config).identity()}
+    if config.name in BUILDERS:
+        values["data_files"] = absolute_data_files(config.data_files or [])
+    else:
+        values["name"] = local(config.name)
+    return config.model_copy(update=values)
 
 
 def fingerprint_of(source: str, config: DatasetConfig) -> str:

@@ -75,6 +75,36 @@ def resolve_data_files(data_files: DataFiles, endings: Collection[str] | None = 
             return {"train": expand(data_files, endings)}
 
 
+def absolute_data_files(data_files: DataFiles) -> DataFiles:
+    """Return the same entries with absolute paths, so that they mean the same in another working directory."""
+    match data_files:
+        case dict():
+            return {name: absolute_entries([own] if isinstance(own, str) else own) for name, own in data_files.items()}
+        case str():
+            entries = absolute_entries([data_files])
+            return entries if entries[1:] else entries[0]
+        case _:
+            return absolute_entries(data_files)
+
+
+def absolute_entries(entries: Iterable[str]) -> list[str]:
+    """Return files, folders and patterns with absolute paths, and without commas between them."""
+    found = []
+    for entry in entries:
+        if os.path.exists(local(entry)):
+            found.append(local(entry))
+        elif "," in entry and not matches(entry, None):
+            found += absolute_entries(part.strip() for part in entry.split(",") if part.strip())
+        else:
+            found.append(absolute_pattern(entry))
+    return found
+
+
+def absolute_pattern(entry: str) -> str:
+    """Return a pattern with an absolute path; brackets in the name of the working directory are no pattern."""
+    return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(entry))
+
+
 def folder_files(folder: str, endings: Collection[str] | None = None) -> dict[str, list[str]]:
     """Return the files in a folder by split.
 
@@ -152,9 +182,10 @@ def matches(entry: str, endings: Collection[str] | None) -> list[str]:
         return [path]
     if os.path.isdir(path):
         return files_in(path, endings)
-    if "\0" in path or not glob.has_magic(path):
+    if "\0" in path or not glob.has_magic(entry):
         return []
-    return sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    found = map(os.path.abspath, glob.glob(absolute_pattern(entry), recursive=True))
+    return sorted(filter(os.path.isfile, found))
 
 
 def files_in(folder: str, endings: Collection[str] | None) -> list[str]:
@@ -179,9 +210,9 @@ def missing(entry: str, endings: Collection[str] | None) -> list[str]:
     """Raise the error for an entry that names no file."""
     if os.path.isdir(local(entry)):
         raise no_files(entry, endings)
-    kind = "file matches" if glob.has_magic(entry) else "file"
+    problem = "no file matches" if glob.has_magic(entry) else "there is no file"
     raise DataError(
-        f"dataset.data_files: there is no {kind} '{shortened(entry)}'",
+        f"dataset.data_files: {problem} '{shortened(entry)}'",
         f"relative paths start at {os.getcwd()}; check --set dataset.data_files=...",
     )
 

@@ -5,12 +5,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lumiere.config.schema import RunConfig
+from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data.building import Listener, Progress, build_folder
 from lumiere.data.checksums import cache_dir, changed_files
 from lumiere.data.corpus import SPLITS, Corpus, load_corpus, numbered_parts
@@ -90,6 +91,8 @@ def tokenize_corpus(
     tell = listener or (lambda _: None)
     tell(Progress("reading the corpus"))
     corpus = corpus or load_corpus(config.dataset)
+    if corpus.missing is not None:
+        tell(Progress(f"{corpus.missing.message}; the encoded corpus in the cache is used", is_note=True))
     # Left out where it is the default, so that corpora of versions without this setting are found.
     settings = config.tokenizer.model_dump(exclude={"normalizer"} if config.tokenizer.normalizer == "nfkc" else None)
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, settings], sort_keys=True)
@@ -99,6 +102,19 @@ def tokenize_corpus(
     if len(tokenized.tokenizer) > config.tokenizer.vocab_size:
         raise damaged(folder, f"its tokenizer has {len(tokenized.tokenizer):,} tokens")
     return tokenized
+
+
+def source_parts(config: DatasetConfig, corpus: TokenizedCorpus, split: str) -> tuple[Iterable[Part], bool]:
+    """Return the documents of a split that was encoded, in parts, and whether they are decoded from its ids.
+
+    They are read from their source; decoded only if its files are gone or have changed, for then they are normalized.
+    """
+    source = load_corpus(config)
+    if source.missing is None:
+        return source.parts(split), False
+    ids, offsets = corpus.splits[split].ids, corpus.splits[split].offsets
+    documents = (corpus.tokenizer.decode(ids[begin:end]) for begin, end in pairwise(offsets))
+    return (Part(text, True) for text in documents), True
 
 
 @dataclass(frozen=True)
@@ -152,8 +168,13 @@ def tokenize_parts(documents: Iterable[Part], tokenizer: Tokenizer) -> Tokenized
     return TokenizedSplit(joined, np.concatenate(ends), facts, len(tokenizer))
 
 
-def document_sizes(documents: Iterable[Part], split: TokenizedSplit, tokenizer: Tokenizer) -> Sizes:
+def document_sizes(
+    documents: Iterable[Part], split: TokenizedSplit, tokenizer: Tokenizer, are_decoded: bool = False
+) -> Sizes:
     """What is counted in each document of a split.
+
+    Args:
+        are_decoded: the documents are decoded from ids, so that their sizes are those after normalization.
 
     Raises:
         DataError: if the documents are not those of the split.
@@ -165,7 +186,8 @@ def document_sizes(documents: Iterable[Part], split: TokenizedSplit, tokenizer: 
         if number < facts.num_documents:
             counts[:, number] += (*measure(text), tokenizer.num_bytes_changed(text))
         num_documents += is_last
-    if num_documents != facts.num_documents or counts[:2].sum(1).tolist() != [facts.num_bytes, facts.num_words]:
+    sums = counts[:2].sum(1).tolist()
+    if num_documents != facts.num_documents or not (are_decoded or sums == [facts.num_bytes, facts.num_words]):
         raise DataError("the corpus has changed while it was read", "try again, or restore it as it was")
     num_bytes, num_words, num_changed = counts
     return Sizes(num_bytes, num_words, bytes_of_documents(split.ids, split.offsets, tokenizer), num_changed)

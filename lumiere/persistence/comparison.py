@@ -80,15 +80,16 @@ def compare(runs: Sequence[Run]) -> Comparison:
 def config_values(run: Run) -> dict[str, Any]:
     """A run's config by dotted keys, in the order of the schema, as JSON values.
 
-    Nothing is validated, so that runs of other versions of Lumiere can be looked at; a key that such a run does not
-    have stands there with its default.
+    What this version refuses stands there as text, so that runs of other versions can be looked at; a key that such a
+    run does not have stands there with its default.
 
     Raises:
         ConfigError: there is no config, or it is no YAML.
     """
-    from lumiere.config.loader import read_config
+    from lumiere.config.loader import read_config, read_value
 
-    return default_values() | flatten(read_config(run.config_path))
+    found = flatten(read_config(run.config_path))
+    return default_values() | {key: _plain(read_value(key, value)) for key, value in found.items()}
 
 
 def default_values() -> dict[str, Any]:

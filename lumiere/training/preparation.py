@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
-from lumiere.data.corpus import load_corpus
+from lumiere.data.corpus import load_corpus, recorded
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
 from lumiere.errors import CheckpointError, ConfigError, LumiereError
 from lumiere.persistence.checkpoint_format import DAMAGE_HINT
@@ -51,6 +51,7 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
         LumiereError: if the device or a logger's package is not there, or the corpus cannot be used.
     """
     check_packages(config.training.loggers)
+    config = config.model_copy(update={"dataset": recorded(config.dataset)})
     source = load_corpus(config.dataset)
     # Torch takes seconds to load: whoever has no network is told before that, and not after.
     from lumiere.components.device import peak_flops, resolve_device, resolve_precision

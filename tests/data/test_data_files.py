@@ -1,12 +1,13 @@
 """Files of each split: names, lists, mappings, patterns and folders, and what is refused."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lumiere.data.data_files import folder_files, resolve_data_files
+from lumiere.data.data_files import absolute_data_files, folder_files, resolve_data_files
 from lumiere.errors import DataError
 
 
@@ -47,6 +48,28 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_files_by_split(files: Path, given: Any, expected: dict[str, list[str]]) -> None:
     absolute = {split: [str(files / name) for name in names] for split, names in expected.items()}
     assert resolve_data_files(given) == absolute
+
+
+@pytest.mark.parametrize(
+    ("given", "same_shape"),
+    [
+        ("a.txt", str), ("~/a.txt", str), ("[1].txt", str), ("[ab].txt", str), ("x, y.txt", str), ("b.txt,a.txt", list),
+        ("books/*.txt", str), ("books", str), (["books", "~/a.txt", "../*/[1].txt"], list),
+        ({"train": "b.txt, [1].txt", "val": "books"}, dict),
+    ],
+)  # fmt: skip
+def test_absolute_entries_mean_the_same_elsewhere(
+    files: Path, monkeypatch: pytest.MonkeyPatch, given: Any, same_shape: type
+) -> None:
+    inside = files / "w[12]k"
+    inside.mkdir()
+    for path in [*files.glob("*.txt"), files / "books"]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, inside / path.name)
+    monkeypatch.chdir(inside)
+    before, absolute = resolve_data_files(given), absolute_data_files(given)
+    monkeypatch.chdir(files / "empty")
+    assert isinstance(absolute, same_shape)
+    assert resolve_data_files(absolute) == before
 
 
 def test_endings_choose_among_the_files_of_a_folder(files: Path) -> None:

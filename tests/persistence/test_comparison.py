@@ -86,9 +86,9 @@ def test_configs_of_other_versions_can_be_looked_at(store: RunStore) -> None:
     run.config_path.write_text("training: {seed: true, tomorrow: 2030-01-01}\nmodel: 5\nextra: {a: {1: 2}}\n")
     values = config_values(run)
     assert values["training.tomorrow"] == "2030-01-01"
-    assert (values["model"], values["extra.a"], values["model.num_layers"]) == (5, {"1": 2}, 4)
+    assert (values["model"], values["extra.a"], values["model.num_layers"]) == ("5", {"1": "2"}, 4)
     json.dumps(values)
-    assert changed_values(run)["training.seed"] == (True, 0)
+    assert changed_values(run)["training.seed"] == ("true", 0)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"a: [", b"- 1\n"])

@@ -133,20 +133,20 @@ def spelled(name: str) -> str:
 def validation_documents(subject: Subject, num_windows: int) -> tuple[list["Part"], str]:
     import numpy as np
 
-    from lumiere.data.corpus import load_corpus, numbered_parts
+    from lumiere.data.corpus import numbered_parts
+    from lumiere.data.dataset import source_parts
     from lumiere.data.permutation import permute
 
     opened = subject.opened
-    offsets = (
-        open_corpus(opened, "restore it as it was, or give a text: --prompt or --file").splits["validation"].offsets
-    )
+    corpus = open_corpus(opened, "restore it as it was, or give a text: --prompt or --file")
+    offsets = corpus.splits["validation"].offsets
     count = len(offsets) - 1
     order = permute(np.arange(count), count, key=str(subject.seed))
     reached = np.cumsum(np.diff(offsets)[order])
     enough = int(np.searchsorted(reached, num_windows * opened.config.model.context_size)) + 1
     chosen = set(order[:enough].tolist())
     dataset = opened.config.dataset
-    parts = load_corpus(dataset).parts("validation")
+    parts, _ = source_parts(dataset, corpus, "validation")
     return [part for number, part in numbered_parts(parts) if number in chosen], (
         f"{len(chosen):,} of {count:,} documents of the validation split of {dataset.name} (seed {subject.seed})"
     )
