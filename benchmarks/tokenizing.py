@@ -3,6 +3,9 @@
 Makes a corpus of built-in stories in JSON Lines, streams it through `lumiere tokenize` in a process of its own, and
 prints its time and its peak memory, beside the import of the libraries; the speed of the tokenizers' `encode_batch`
 alone on documents that are in memory already; and how long a training's first batch takes, after start-up.
+
+With `--one-document`, the stories are one file of plain text, which is one document. Prints the peak memory of
+`lumiere tokenize` and, on the first `--eval-megabytes` of it, of `lumiere eval --text`.
 """
 
 import argparse
@@ -88,11 +91,43 @@ def alone(corpus: Path, cache: Path) -> float:
     return num_bytes / (time.perf_counter() - start)
 
 
+def make_document(path: Path, num_bytes: int) -> None:
+    """Write the same stories again and again: only the length matters for the memory."""
+    stories = "\n\n".join(story("train", index) for index in range(STORIES_AT_ONCE)) + "\n\n"
+    with open(path, "w", encoding="utf-8") as file:
+        while file.tell() < num_bytes:
+            file.write(stories)
+
+
+def one_document(folder: Path, num_bytes: int, num_scored: int) -> None:
+    document, scored, cache, runs = (folder / name for name in ("document.txt", "scored.txt", "cache", "runs"))
+    make_document(document, num_bytes)
+    lumiere = [sys.executable, "-m", "lumiere"]
+    _, _, imports = process([sys.executable, "-c", CODE_OF_IMPORTS], cache)
+    settings = ["--set", "dataset.name=text", "--set", f"dataset.data_files={document}"]
+    output, seconds, peak = process([*lumiere, "tokenize", "tiny", "--json", *settings], cache)
+    read = sum(split["bytes"] for split in json.loads(output)["splits"].values())
+    print(f"lumiere tokenize          {read / 1e6:,.0f} MB in one document, {seconds:.0f} s")
+    print(f"peak memory               {peak:,.0f} MB, {peak - imports:,.0f} MB more than the imports", flush=True)
+    process([*lumiere, "train", "tiny", "--max-steps", "1", "--runs-dir", str(runs)], cache)
+    command = [*lumiere, "eval", "latest", "--runs-dir", str(runs), "--json", "--text"]
+    for size in (num_scored // 10, num_scored):
+        make_document(scored, size)
+        output, seconds, peak = process([*command, str(scored)], cache)
+        read = json.loads(output)["num_bytes"]
+        print(f"lumiere eval --text       {read / 1e6:,.1f} MB, {seconds:.0f} s, peak {peak:,.0f} MB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--one-document", action="store_true")
+    parser.add_argument("--eval-megabytes", type=float, default=20.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
+        if options.one_document:
+            one_document(Path(name), round(options.gigabytes * 1e9), round(options.eval_megabytes * 1e6))
+            return
         corpus, cache = Path(name) / "corpus.jsonl", Path(name) / "cache"
         make_corpus(corpus, round(options.gigabytes * 1e9))
         size = corpus.stat().st_size

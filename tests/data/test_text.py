@@ -119,6 +119,8 @@ def test_pieces_of_real_text_have_the_ids_of_the_whole(tokenizer: Tokenizer, wik
 
 
 @given(ODD, st.integers(1, 12))
+@example("a \u0301b c", 1)
+@example("a  b\n\nc", 1)
 def test_cuts_are_before_a_single_space_or_line_end_and_no_mark(text: str, size: int) -> None:
     found = cut(text, size)
     for before, after in pairwise(found):
