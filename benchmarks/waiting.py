@@ -2,8 +2,9 @@
 
 PyTorch's threads wait for each other after every operation. GNU's OpenMP lets them spin for some milliseconds first: on
 an idle machine nothing is quicker, but where another program wants the core, the spinning takes the time in which it
-would have finished. Measures forward passes of the card's model, alone and beside as many busy processes as there are
-cores, for several values of GOMP_SPINCOUNT; 300,000 is OpenMP's own default, `lumiere.cli.SPIN_COUNT` that of Lumiere.
+would have finished. Measures training steps of the card's model in the precision that `auto` takes, alone and beside as
+many busy processes as there are cores, for several values of GOMP_SPINCOUNT; 300,000 is OpenMP's own default,
+`lumiere.cli.SPIN_COUNT` that of Lumiere. `--forward` measures forward passes instead.
 """
 
 import argparse
@@ -18,30 +19,45 @@ from rich.console import Console
 from rich.table import Table
 
 
-def measure(seconds: float) -> float:
-    """The median milliseconds of a forward pass of 32 windows, in this process."""
+def measure(seconds: float, forward: bool) -> float:
+    """The median milliseconds of a step of 32 windows, or of its forward pass, in this process."""
     import torch
 
-    from lumiere.models.transformer import Transformer
+    from lumiere.components.device import resolve_precision
+    from lumiere.config.loader import load_config
+    from lumiere.data.batches import Batch
+    from lumiere.training.loss import summed_loss
+    from lumiere.training.memory import keep_freed_memory
+    from lumiere.training.state import TrainingState
+    from lumiere.training.trainer import train_step
 
-    torch.manual_seed(0)
-    model = Transformer(
-        vocab_size=4096, embedding_size=128, context_size=64, num_layers=4, num_heads=4, d_key=32, d_value=32, d_ff=256
-    ).eval()
-    tokens_BT = torch.randint(0, 4096, (32, 64))
+    keep_freed_memory()
+    cpu = torch.device("cpu")
+    config = load_config("small-fast")
+    precision = resolve_precision(config.training.precision, cpu)
+    state = TrainingState.create(config, cpu, precision)
+    tokens_BT = torch.randint(3, 4096, (32, 65))
+    batch = Batch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous(), 32 * 64)
+
+    def run() -> None:
+        if forward:
+            with torch.inference_mode():
+                state.model.logits(batch.tokens)
+        else:
+            train_step(state, batch, 1.0, config.training, precision, summed_loss)
+
     times = []
-    with torch.inference_mode():
-        model.logits(tokens_BT)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            model.logits(tokens_BT)
-            times.append(time.perf_counter() - start)
+    run()
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
     return 1000 * statistics.median(times)
 
 
-def measured(spin_count: int, seconds: float) -> float:
-    command = [sys.executable, __file__, "--measure", "--seconds", str(seconds)]
+def measured(spin_count: int, seconds: float, forward: bool) -> float:
+    command = [sys.executable, __file__, "--measure", "--seconds", str(seconds), *["--forward"] * forward]
     environment = os.environ | {"GOMP_SPINCOUNT": str(spin_count)}
     return float(subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout)
 
@@ -56,10 +72,11 @@ def main() -> None:
     parser.add_argument("--spin-counts", nargs="+", type=int, default=[300_000, 10_000, 3_000, 1_000, 0])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--forward", action="store_true", help="forward passes instead of training steps")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(measure(options.seconds))
+        print(measure(options.seconds, options.forward))
         return
     table = Table("GOMP_SPINCOUNT", "alone, ms", "busy machine, ms")
     times: dict[tuple[int, int], list[float]] = {}
@@ -70,7 +87,7 @@ def main() -> None:
             other.start()
         for _ in range(options.repeats):
             for count in options.spin_counts:
-                times.setdefault((count, busy), []).append(measured(count, options.seconds))
+                times.setdefault((count, busy), []).append(measured(count, options.seconds, options.forward))
         for other in others:
             other.kill()
     for count in options.spin_counts:

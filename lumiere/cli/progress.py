@@ -18,13 +18,21 @@ from lumiere.data.dataset import Progress as DataProgress
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 
 SECONDS_BETWEEN_LINES = 15.0
+REFRESHES_PER_SECOND = 2
+"""Of the bar. Rich's own 10 take the core from a training step that often."""
 
 
 class Display:
     """A bar that is there while it is entered; none where the output is no terminal."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
-        self._bar = Progress(*columns, console=talk(), transient=True, disable=not talk().is_terminal)
+        self._bar = Progress(
+            *columns,
+            console=talk(),
+            transient=True,
+            disable=not talk().is_terminal,
+            refresh_per_second=REFRESHES_PER_SECOND,
+        )
 
     def __enter__(self) -> Self:
         self._bar.start()
