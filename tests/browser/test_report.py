@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SOT
 from lumiere.interpret.attention import attention_patterns
 from lumiere.interpret.lens import logit_lens
@@ -83,14 +84,15 @@ def test_a_word_by_mouse_and_by_keyboard(opened: Any, tokens: tuple[int, ...], t
             assert guesses[4 * line + 1 + rank] == shown
 
 
-def test_a_word_adds_up(opened: Any, tokens: tuple[int, ...], trained_run: Run) -> None:
+def test_a_word_adds_up(opened: Any, tokens: tuple[int, ...], trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
     page, model = opened(), trained_run.load_model()
+    occurring = np.unique(tiny_corpus.splits["train"].ids).tolist()
     page.locator("#tokens button").nth(2).click()
     lens = logit_lens(model, tokens, top_k=3)
     for rank in range(3):
         page.locator("#waterfall .choices button").nth(rank).click()
         word = int(lens.top_tokens[-1, 2, rank])
-        result = logit_attribution(model, tokens, [2], word)
+        result = logit_attribution(model, tokens, [2], word, averaged=occurring)
         parts = [float(added[0]) for _, added in result.parts("head")]
         shown = texts(page, "#waterfall-bars .value")
         assert shown == [signed(round(value, 2)) for value in [*parts, float(result.logits[0])]]
