@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.errors import DataError, nearest
+from lumiere.files import is_writable
 
 BUILDERS = ("text", "json", "csv", "parquet")
 NO_NETWORK_SECONDS = 2.0
@@ -148,6 +149,12 @@ def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataEr
     """
     # The class that says what was going on when a file could not be read names the reason as its cause.
     told = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
+    cache = str(datasets.config.HF_DATASETS_CACHE)
+    if isinstance(told, OSError) and not is_writable(cache):
+        return DataError(
+            f"the cache of datasets, {cache!r}, cannot be written: {told.strerror or told}",
+            "set LUMIERE_CACHE_DIR, or HF_HOME, to a folder that can be written to",
+        )
     reason = " ".join(str(told).split()) or type(told).__name__
     if "BuilderConfig" in reason and config.subset is not None:
         available = reason.partition("Available:")[2].strip(" []").replace("'", "").split(", ")
