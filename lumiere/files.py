@@ -94,3 +94,18 @@ def _check(value: Any, depth: int) -> None:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+
+
+def is_writable(folder: str) -> bool:
+    """Whether files can be made in a folder, or in its nearest parent where it does not exist."""
+    from tempfile import TemporaryFile
+
+    folder = os.path.abspath(folder)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        # Tried out: permissions say nothing about a read-only file system, or for root.
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

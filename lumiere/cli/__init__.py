@@ -17,6 +17,7 @@ from lumiere.cli.streams import OutputError, open_streams
 from lumiere.cli.tokenize import tokenize
 from lumiere.cli.train import train
 from lumiere.cli.usage import Commands
+from lumiere.files import is_writable
 
 SPIN_COUNT = 10_000
 """Rounds that a thread of OpenMP spins while it waits for the others, before it sleeps."""
@@ -67,9 +68,26 @@ def sleep_while_waiting() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
+def move_caches() -> None:
+    """Let the Hugging Face libraries and Matplotlib use `LUMIERE_CACHE_DIR` if the home folder cannot be written to.
+
+    They read these variables once, when they are imported.
+    """
+    ours = os.environ.get("LUMIERE_CACHE_DIR")
+    if not ours:
+        return
+    for variable, name, base, default in (
+        ("HF_HOME", "huggingface", "XDG_CACHE_HOME", "~/.cache"),
+        ("MPLCONFIGDIR", "matplotlib", "XDG_CONFIG_HOME", "~/.config"),
+    ):
+        if variable not in os.environ and not is_writable(os.environ.get(base) or os.path.expanduser(default)):
+            os.environ[variable] = os.path.join(os.path.abspath(ours), name)
+
+
 def main() -> None:
     """The entry point of the installed command."""
     sleep_while_waiting()
+    move_caches()
     open_streams()
     code = run_app()
     from lumiere.components.world import World

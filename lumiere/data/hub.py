@@ -27,6 +27,7 @@ from lumiere.data.data_files import local
 from lumiere.data.source import BUILDERS, Source, checked_sha256, has_subsets, plain_folder
 from lumiere.data.tables import no_column
 from lumiere.errors import DataError, nearest, shortened
+from lumiere.files import is_writable
 
 TEXT = "text"
 PREPARED = "cache"
@@ -265,6 +266,12 @@ def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataEr
     """
     # The class that says what was going on when a file could not be read names the reason as its cause.
     told = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
+    cache = str(datasets.config.HF_DATASETS_CACHE)
+    if isinstance(told, OSError) and not is_writable(cache):
+        return DataError(
+            f"the cache of datasets, {cache!r}, cannot be written: {told.strerror or told}",
+            "set LUMIERE_CACHE_DIR, or HF_HOME, to a folder that can be written to",
+        )
     reason = " ".join(str(told).split()) or type(told).__name__
     if "BuilderConfig" in reason and config.subset is not None:
         available = reason.partition("Available:")[2].strip(" []").replace("'", "").split(", ")

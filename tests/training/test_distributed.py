@@ -225,7 +225,7 @@ def test_a_process_that_hangs_ends_the_job_which_names_it(configure, rank: int, 
     [error] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert f"rank {rank} of 2 " in error
     run = RunStore("stopped").open("latest")
-    assert run.status == "failed" if rank else "crashed"
+    assert run.status == ("failed" if rank else "crashed")
     torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
     assert run.record["step"] == 150
 
