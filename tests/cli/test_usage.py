@@ -1,9 +1,13 @@
 """Command lines that cannot be parsed: two lines, exit code 2, and never a hint at something else."""
 
+import re
+
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from lumiere.cli import app
+from lumiere.cli.usage import COMMANDS_ELSEWHERE, OPTIONS_ELSEWHERE
 from lumiere.config.problems import setting_paths
 from lumiere.config.synonyms import SYNONYMS, UNAVAILABLE
 from lumiere.errors import edits, nearest
@@ -85,6 +89,24 @@ def test_what_synonyms_name_exists_and_what_is_unavailable_does_not() -> None:
     leaves = {path.rpartition(".")[2] for path in setting_paths()}
     assert not leaves & (SYNONYMS.keys() | UNAVAILABLE.keys())
     assert not set(setting_paths()) & UNAVAILABLE.keys()
+
+
+def test_hints_name_commands_and_options_that_exist() -> None:
+    groups = {"lumiere": typer.main.get_command(app)}
+    groups |= {f"lumiere {name}": group for name, group in groups["lumiere"].commands.items()}  # pyright: ignore
+    options = {option for group in groups.values() for command in [group, *getattr(group, "commands", {}).values()]
+               for parameter in command.params for option in parameter.opts}  # fmt: skip
+    for path, names in COMMANDS_ELSEWHERE.items():
+        assert not names.keys() & groups[path].commands.keys()  # pyright: ignore
+    hints = [hint for names in COMMANDS_ELSEWHERE.values() for hint in names.values()]
+    for hint in [*hints, *OPTIONS_ELSEWHERE.values(), *UNAVAILABLE.values()]:
+        for first, second in re.findall(r"lumiere (\w+) ?([a-z]*)", hint):
+            assert first in groups["lumiere"].commands, hint  # pyright: ignore
+            assert first not in ("inspect", "runs") or second in groups[f"lumiere {first}"].commands, hint  # pyright: ignore
+        assert set(re.findall(r"--[a-z-]+", hint)) <= options, hint
+    assert not OPTIONS_ELSEWHERE.keys() & options
+    for hint in UNAVAILABLE.values():
+        assert set(re.findall(r"\b(?:model|tokenizer|dataset|training)\.\w+", hint)) <= set(setting_paths()), hint
 
 
 @pytest.mark.parametrize("library", ["transformers", "huggingface", "gguf"])
