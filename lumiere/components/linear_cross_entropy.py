@@ -132,8 +132,10 @@ class _LinearCrossEntropy(Function):
         sum_dtype = torch.promote_types(x_NE.dtype, torch.float32)
         gradients_ME: list[Tensor] = []
         gradient_VocabE = torch.zeros(weight_VocabE.shape, dtype=sum_dtype, device=x_NE.device)
-        if x_NE.dtype != sum_dtype:
-            product_VocabE, widened_VocabE = torch.empty_like(weight_VocabE), torch.empty_like(gradient_VocabE)
+        # Buffers for the products of a chunk, where their type is not that of the sums.
+        memory = (
+            None if x_NE.dtype == sum_dtype else (torch.empty_like(weight_VocabE), torch.empty_like(gradient_VocabE))
+        )
         loss = torch.zeros((), dtype=sum_dtype, device=x_NE.device)
         with torch.autocast(device, enabled=False):
             for chunk in chunks_of_powers(x_NE, weight_VocabE, *rows_of(targets_N)):
@@ -148,10 +150,11 @@ class _LinearCrossEntropy(Function):
                 share_M1 = (chunk.is_real / chunk.sums).to(x_NE.dtype)
                 gradients_ME.append((gradient @ weight_VocabE).mul_(share_M1))
                 x_ME = chunk.x * (share_M1 / BITS_A_NAT)
-                if x_ME.dtype == sum_dtype:
+                if memory is None:
                     gradient_VocabE.addmm_(gradient.T, x_ME)
                 else:
-                    # A conversion and a sum: adding one type to another is slower than both.
+                    # Convert, then add: adding one type to another is slower than both.
+                    product_VocabE, widened_VocabE = memory
                     widened_VocabE.copy_(torch.mm(gradient.T, x_ME, out=product_VocabE))
                     gradient_VocabE += widened_VocabE
         ctx.save_for_backward(torch.cat(gradients_ME), gradient_VocabE)
