@@ -52,10 +52,6 @@ class Texts:
     batches: Sequence[Batch] = ()
     lens_rows: Sequence[Sequence[int]] = ()
 
-    @property
-    def has_corpus(self) -> bool:
-        return self.windows is not None and bool(self.batches) and bool(self.lens_rows)
-
 
 @dataclass
 class Subject:
