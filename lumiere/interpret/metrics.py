@@ -54,10 +54,6 @@ class Texts:
     lens_rows: Sequence[Sequence[int]] = ()
     averaged: Sequence[int] | None = None
 
-    @property
-    def has_corpus(self) -> bool:
-        return self.windows is not None and bool(self.batches) and bool(self.lens_rows)
-
 
 @dataclass
 class Subject:

@@ -86,7 +86,7 @@ def first_occurrences(windows_NT: torch.Tensor, documents_N: np.ndarray) -> torc
     same_NCC = (pairs_NC[:, :, None] == pairs_NC[:, None, :]).tril(diagonal=-1)
     has_earlier_NC = same_NCC.any(-1) & is_text_NC & torch.from_numpy(rare_pairs(pairs_NC.numpy(), documents_N))
     # Of equal values, the first is the largest's place.
-    return same_NCC.int().argmax(-1).where(has_earlier_NC, -1)
+    return same_NCC.byte().argmax(-1).where(has_earlier_NC, -1)
 
 
 def rare_pairs(pairs_NC: np.ndarray, documents_N: np.ndarray) -> np.ndarray:

@@ -130,7 +130,7 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
     if not with_corpus:
         return Texts(tokens), names, "".join(words)
     try:
-        (windows, documents), batches, lens_rows, about = validation_texts(subject)
+        (windows, documents), batches, lens_rows, about = validation_texts(subject, with_corpus)
     except LumiereError as error:
         if is_asked:
             raise
@@ -139,12 +139,15 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
     return Texts(tokens, windows, documents, batches, lens_rows), names, "; ".join([*words, about])
 
 
-def validation_texts(subject: Subject) -> "tuple[tuple[Tensor, np.ndarray], list[Batch], list[list[int]], str]":
+def validation_texts(
+    subject: Subject, names: Sequence[str]
+) -> "tuple[tuple[Tensor, np.ndarray], list[Batch], list[list[int]], str]":
     """Windows with their documents, batches for the loss, texts for the lens, and words about them."""
     from lumiere.cli.inspect.batches import validation_batches
     from lumiere.cli.inspect.texts import full_windows, spread_windows
 
     windows = spread_windows(subject.opened)
     batches, about = validation_batches(subject, BATCHES, BATCH_SIZE)
-    lens_rows = full_windows(subject.opened, LENS_WINDOWS)[:, :-1].tolist()
+    # A split may have no window that is full, which only the lens needs.
+    lens_rows = full_windows(subject.opened, LENS_WINDOWS)[:, :-1].tolist() if "lens-depth" in names else []
     return windows, batches, lens_rows, about
