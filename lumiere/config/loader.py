@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import tomli
 import yaml
@@ -166,14 +166,6 @@ class UniqueKeyLoader(yaml.SafeLoader):
     refuses both.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
-        first: [(NULL_TAG, re.compile(rf"(?:{NULL.pattern})?$"))] for first in ("~", "n", "N", "")
-    }
-    yaml_constructors: ClassVar[dict[str | None, Any]] = {
-        tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (NULL_TAG, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")), None)
-    }
-
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
@@ -190,3 +182,12 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(NULL_TAG, re.compile(rf"(?:{NULL.pattern})?$"))] for first in ("~", "n", "N", "")
+}
+UniqueKeyLoader.yaml_constructors = {
+    tag: yaml.SafeLoader.yaml_constructors[tag]
+    for tag in (NULL_TAG, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")), None)
+}

@@ -1,5 +1,6 @@
 """Corpora in the cache: built by one process at a time, in a folder that takes its name only when it is whole."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -56,7 +57,11 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, tell: Listener
                 return False
             remove_forgotten(folder.parent)
             unfinished.mkdir(exist_ok=True)
-            fill_folder(unfinished, corpus, config, tell)
+            try:
+                fill_folder(unfinished, corpus, config, tell)
+            finally:
+                with contextlib.suppress(OSError):  # of a corpus that cannot be read, nothing is left
+                    unfinished.rmdir()
             write_checksums(unfinished)
             unfinished.rename(folder)
             return True

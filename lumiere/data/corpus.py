@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
 from lumiere.data.data_files import SPLIT_NAMES, SPLITS, absolute_data_files, local, split_of
+from lumiere.data.headings import Matcher
 from lumiere.data.rows import TextFiles, find_source, load_rows
 from lumiere.data.source import BUILDERS
 from lumiere.data.stories import STORIES_VERSION, stories
@@ -32,6 +33,8 @@ BUILT_IN: Mapping[str, tuple[Callable[[str, int, int], Iterator[str]], int]] = {
 }
 """By name: what tells the texts of a split, and the version of them."""
 
+ROWS_AT_ONCE = 256
+"""Rows whose beginnings of documents are found together."""
 SPACE = re.compile(r"\s")
 
 Reader = Callable[[], Iterator[Part]]
@@ -105,8 +108,9 @@ def load_corpus(config: DatasetConfig) -> Corpus:
         if config.data_sha256 is None:
             raise
         # What they were is known, so the corpus may still be in the cache; only reading them is an error.
-        readers = dict.fromkeys(SPLITS, failing(error))
-        return Corpus(readers, fingerprint_of(config.data_sha256, config), missing=error)
+        return Corpus(
+            {split: failing(error) for split in SPLITS}, fingerprint_of(config.data_sha256, config), missing=error
+        )
     named, unused = named_splits(rows)
     # Empty lines of a text are no missing documents.
     has_rows = config.document_start is None and not any(isinstance(rows[name], TextFiles) for name in named.values())
@@ -215,13 +219,15 @@ def grouped_parts(rows: Iterable[str], document_start: str) -> Iterator[Part]:
 
 def numbered_rows(rows: Iterable[str], document_start: str) -> Iterator[tuple[int, str]]:
     """Yield each row that is not blank with the number of its document."""
-    heading = re.compile(document_start)
-    number = 0
-    for previous, row, following in neighbours(rows):
-        if stripped := row.strip():
-            alone = not previous.strip() and not following.strip()
-            number += alone and heading.search(stripped) is not None
-            yield number, row
+    number, near = 0, neighbours(rows)
+    with Matcher(document_start) as matches:
+        while batch := list(islice(near, ROWS_AT_ONCE)):
+            alone = [not before.strip() and bool(row.strip()) and not after.strip() for before, row, after in batch]
+            found = matches([row.strip() for (_, row, _), is_alone in zip(batch, alone, strict=True) if is_alone])
+            for (_, row, _), is_alone in zip(batch, alone, strict=True):
+                number += is_alone and next(found)
+                if row.strip():
+                    yield number, row
 
 
 def joined(parts: Iterable[Part]) -> Iterator[str]:

@@ -113,7 +113,7 @@ def source_parts(config: DatasetConfig, corpus: TokenizedCorpus, split: str) -> 
     if source.missing is None:
         return source.parts(split), False
     ids, offsets = corpus.splits[split].ids, corpus.splits[split].offsets
-    documents = (corpus.tokenizer.decode(ids[begin:end]) for begin, end in pairwise(offsets))
+    documents = (corpus.tokenizer.decode(ids[begin:end].tolist()) for begin, end in pairwise(offsets))
     return (Part(text, True) for text in documents), True
 
 

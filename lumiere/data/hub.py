@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -215,7 +216,8 @@ def resolved_builder(config: DatasetConfig, path: str) -> datasets.DatasetBuilde
     for pattern in [files] if isinstance(files, str) else files.values() if isinstance(files, dict) else files or []:
         for one in [pattern] if isinstance(pattern, str) else pattern:
             local(one)  # refuses URLs
-    builder = datasets.load_dataset_builder(path, config.subset, data_files=files)
+    with warnings.catch_warnings(action="ignore"):  # that a builder, which is then refused, is deprecated
+        builder = datasets.load_dataset_builder(path, config.subset, data_files=files)
     builder_name(config, builder)
     return builder
 

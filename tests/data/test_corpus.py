@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumiere.config.schema import DatasetConfig
@@ -79,6 +79,7 @@ def test_documents_begin_at_headings_that_stand_alone(rows: list[str], documents
     assert read(rows, FIRST_LEVEL) == documents
 
 
+@settings(max_examples=25)  # each starts a process
 @given(st.lists(st.sampled_from(["", " \n", "x\n", HEADING, SUB_HEADING])))
 def test_grouping_loses_no_text(rows: list[str]) -> None:
     documents = read(rows, FIRST_LEVEL)

@@ -448,6 +448,16 @@ def test_a_build_that_fails_is_gone_on_with(cache: Path, monkeypatch: pytest.Mon
     )
 
 
+def test_a_corpus_that_cannot_be_read_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise DataError("broken", "mend it")
+
+    monkeypatch.setattr(dataset, "load_corpus", lambda config: Corpus({"train": fail, "validation": fail}, "broken"))
+    with pytest.raises(DataError, match="broken"):
+        tokenize_corpus(config_of())
+    assert folders(cache) == []
+
+
 def test_a_second_process_waits_and_takes_what_the_first_has_built(cache: Path) -> None:
     stages: list[str] = []
     waiting = threading.Event()
