@@ -93,7 +93,7 @@ def alone(corpus: Path, cache: Path) -> float:
 
 def make_document(path: Path, num_bytes: int) -> None:
     """Write the same stories again and again: only the length matters for the memory."""
-    stories = "\n\n".join(story("train", index) for index in range(STORIES_AT_ONCE)) + "\n\n"
+    stories = "\n\n".join(story("train", index) for index in range(200)) + "\n\n"
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < num_bytes:
             file.write(stories)
@@ -110,7 +110,7 @@ def one_document(folder: Path, num_bytes: int, num_scored: int) -> None:
     print(f"lumiere tokenize          {read / 1e6:,.0f} MB in one document, {seconds:.0f} s")
     print(f"peak memory               {peak:,.0f} MB, {peak - imports:,.0f} MB more than the imports", flush=True)
     process([*lumiere, "train", "tiny", "--max-steps", "1", "--runs-dir", str(runs)], cache)
-    command = [*lumiere, "eval", "latest", "--runs-dir", str(runs), "--json", "--text"]
+    command = [*lumiere, "eval", "latest", "--runs-dir", str(runs), "--json", "--no-baselines", "--text"]
     for size in (num_scored // 10, num_scored):
         make_document(scored, size)
         output, seconds, peak = process([*command, str(scored)], cache)
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--one-document", action="store_true")
-    parser.add_argument("--eval-megabytes", type=float, default=20.0)
+    parser.add_argument("--eval-megabytes", type=float, default=5.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if options.one_document:

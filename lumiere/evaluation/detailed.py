@@ -167,7 +167,7 @@ def evaluate_in_detail(
         accuracy_at_5=float(found.accuracy_at_5),
         calibration=calibration(sums.bins),
         by_position=by_group(sums.positions, [str(position) for position in range(1, windows.context_size + 1)]),
-        by_frequency=None if by_digits is None else by_group(by_digits, by_digits.names),
+        by_frequency=None if by_digits is None else by_group(by_digits.groups, by_digits.names),
         by_document=LossByDocument(
             per_document.loss.tolist(),
             per_document.bits_per_byte.tolist(),
@@ -205,7 +205,7 @@ class Sums:
         self.bins.add(bins_of(scores.confidences), scores.confidences, scores.at_1)
 
 
-class FrequencySums(GroupSums):
+class FrequencySums:
     """By the power of ten of the token's count among the targets of the training split, and never seen."""
 
     def __init__(self, train: TokenizedSplit, vocab_size: int) -> None:
@@ -214,10 +214,10 @@ class FrequencySums(GroupSums):
         self._digits = np.array([len(str(count)) if count else 0 for count in counts.tolist()])
         powers = range(self._digits.max())
         self.names = ["0", *(f"{10**power:,} to {10 ** (power + 1) - 1:,}" for power in powers)]
-        super().__init__(len(self.names), 1)
+        self.groups = GroupSums(len(self.names), 1)
 
     def add(self, scores: Scores) -> None:
-        super().add(self._digits[scores.tokens], scores.losses)
+        self.groups.add(self._digits[scores.tokens], scores.losses)
 
 
 def bins_of(confidences: np.ndarray) -> np.ndarray:
