@@ -297,7 +297,8 @@ class RunStore:
     def _hint(self, reference: str, runs: list[Run]) -> str:
         if not runs:
             return "train one: lumiere train tiny"
-        guess = nearest(reference, [*(run.id for run in runs), *(run.name for run in runs), "latest"])
+        name = reference.rstrip("/").rpartition("/")[2]  # a shell completes the folder's path
+        guess = nearest(name, [*(run.id for run in runs), *(run.name for run in runs), "latest"])
         return f"did you mean {guess}?" if guess else "lumiere runs ls lists them"
 
     def _make_folder(self) -> None:

@@ -296,7 +296,7 @@ def test_without_matplotlib_nothing_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = attention_patterns(model, TOKENS)
-    with pytest.raises(LumiereError, match=r"needs matplotlib.*lumiere\[plot\]"):
+    with pytest.raises(LumiereError, match=r"needs matplotlib.*pip install matplotlib"):
         save_result(tmp_path / "out.svg", result, ABOUT, lambda: draw_attention(result, label))
     assert not list(tmp_path.iterdir())
     save_result(tmp_path / "out.csv", result, ABOUT, lambda: draw_attention(result, label))
