@@ -92,13 +92,13 @@ def tokenize_corpus(
     tell = listener or (lambda _: None)
     tell(Progress("reading the corpus"))
     corpus = corpus or load_corpus(config.dataset)
-    if corpus.missing is not None:
-        tell(Progress(f"{corpus.missing.message}; the encoded corpus in the cache is used", is_note=True))
     # Left out where it is the default, so that corpora of versions without this setting are found.
     settings = config.tokenizer.model_dump(exclude={"normalizer"} if config.tokenizer.normalizer == "nfkc" else None)
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, settings], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, tell)
+    if corpus.missing is not None:
+        tell(Progress(f"{corpus.missing.message}; the encoded corpus in the cache is used", is_note=True))
     tokenized = read_folder(folder, from_cache=is_cached, verify=verify)
     if len(tokenized.tokenizer) > config.tokenizer.vocab_size:
         raise damaged(folder, f"its tokenizer has {len(tokenized.tokenizer):,} tokens")

@@ -51,8 +51,8 @@ def prepare(config: RunConfig, progress: Callable[[Progress], None] | None = Non
         LumiereError: if the device or a logger's package is not there, or the corpus cannot be used.
     """
     check_packages(config.training.loggers)
-    config = config.model_copy(update={"dataset": recorded(config.dataset)})
     source = load_corpus(config.dataset)
+    config = config.model_copy(update={"dataset": recorded(config.dataset)})
     # Torch takes seconds to load: whoever has no network is told before that, and not after.
     from lumiere.components.device import peak_flops, resolve_device, resolve_precision
     from lumiere.models.transformer import empty_model

@@ -54,7 +54,10 @@ TRAINING = [
     ("dataset={name: text, data_files: empty.txt}", "holds no text"),
     ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'"),
     ("dataset={name: parquet, data_files: no-text-column.parquet}", "has no column 'text', it has body"),
-    ("dataset={name: parquet, data_files: numbers.parquet}", "has no text in column 'text'"),
+    (
+        "dataset={name: parquet, data_files: numbers.parquet}",
+        "the column 'text' of dataset 'parquet' holds int64, not text",
+    ),
     ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', not 'tensorbord'"),
     ("training.loggers={}", "training.loggers must be a list, not a dict"),
     ("training.device=gpu", "training.device must be auto, cpu"),

@@ -346,14 +346,18 @@ def test_another_gpu_keeps_the_precision(configure, launch, monkeypatch: pytest.
     assert (str(asked.device), asked.precision) == ("cpu", torch.bfloat16)
 
 
-def test_another_corpus_is_refused(configure, launch) -> None:
+def test_another_corpus_is_refused(configure, launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     book = Path("book.txt")
     book.write_text("Zorbunika sang. Then Zorbunika slept. " * 40)
     run = launch(configure(BOOK), [stop_at(3)]).run
     text = book.read_text()
     book.write_text(text.replace("slept", "leapt"))
-    with pytest.raises(LumiereError, match=f"the (corpus|tokenizer).* is not the one that run {run.id} was trained"):
-        prepare_resume(run)
+    # In the cache is the corpus as it was; without it, the changed file is no substitute.
+    assert prepare_resume(run).corpus.fingerprint == run.record["corpus_sha256"]
+    with monkeypatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(tmp_path / "empty"))
+        with pytest.raises(LumiereError, match="data_sha256"):
+            prepare_resume(run)
     assert run.record["status"] == "interrupted"
     book.write_text(text)
     assert go_on(run).state.step == 6
