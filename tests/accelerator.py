@@ -19,6 +19,7 @@ class DeviceTensor(torch.Tensor):
     """A tensor of the device; torch itself takes it for one of its meta device, which computes nothing."""
 
     held: torch.Tensor
+    device = DEVICE
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
@@ -26,17 +27,13 @@ class DeviceTensor(torch.Tensor):
         if held.dtype == torch.float64:
             raise TypeError("the device has no float64")
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        tensor = torch.Tensor._make_wrapper_subclass(cls, held.shape, **layout, device="meta")
+        tensor = torch.Tensor._make_wrapper_subclass(cls, held.shape, **layout, device=torch.device("meta"))
         tensor.held = held
         return tensor
 
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError(f"{operation} outside of `Accelerator`")
-
-    @property
-    def device(self) -> torch.device:
-        return DEVICE
 
     def tolist(self) -> Any:
         return self.cpu().tolist()

@@ -47,7 +47,7 @@ def test_it_has_no_float64() -> None:
         with pytest.raises(TypeError):
             forbidden()
     with pytest.raises(AssertionError):
-        tensor + torch.ones(3)
+        _ = tensor + torch.ones(3)
 
 
 def run(command: str) -> dict[str, Any]:
