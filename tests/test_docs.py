@@ -101,6 +101,7 @@ def run_of_the_card() -> None:
     """A run of the card's model under the card's name, before its first step."""
     config = load_config("small", ["dataset={name: stories, num_documents: 5}"], {"training.max_steps": 1})
     run = start(prepare(config), RunStore()).run
+    run.update(created_at="2025-08-19T00:18:08.000+00:00")
     run.path.rename(run.path.with_name("run_hiq6ihsb_20250819_001808"))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lumiere.config.loader import load_config
 from lumiere.data.batches import steps_per_epoch
 from lumiere.data.dataset import tokenize_corpus
-from lumiere.data.hub import load_rows
+from lumiere.data.rows import load_rows
 from lumiere.data.tokenizer import EOT, PAD, SOT
 from lumiere.data.windows import Windows
 

@@ -351,16 +351,6 @@ def test_contexts_of_one_token_have_no_in_context_score() -> None:
     assert result.in_context_bands is None
 
 
-@pytest.mark.parametrize("context_size", [1, 2])
-def test_a_context_without_an_early_and_a_late_position_has_no_in_context_score(context_size: int) -> None:
-    settings = {"model": {"context_size": context_size}, "dataset": {"sliding_window_size": 0}}
-    model = build_model(validate({**settings, "tokenizer": {"vocab_size": 300}})).eval()
-    tokens = torch.tensor([[0, 5][:context_size]])
-    result = head_scores(model, tokens, windows_NT=torch.tensor([[0, 5, 6][: context_size + 1]]))
-    assert result.in_context_positions is None
-    assert np.isnan(result.in_context_score)
-
-
 def test_what_there_is_none_of_is_missing(model: Transformer) -> None:
     result = head_scores(model, torch.tensor([[0, 5, 6, 7]]))
     assert np.isnan(result.scores[..., 3:]).all()

@@ -145,7 +145,7 @@ def test_the_heads_stand_beside_the_uniform_one(inspection: Inspection) -> None:
 def test_each_figure_says_which_text_it_is_from(trained_run: Run) -> None:
     """Random tokens that come twice, and names of the validation split, which a model may copy and not the others."""
     model, windows = trained_run.load_model(), torch.tensor([[0, *range(10, 18), *range(11, 19)], [0, *range(20, 36)]])
-    found = score_heads(model, REPEATED.repeat(3, 1), (windows, np.array([0, 1])))
+    found = score_heads(model, REPEATED.repeat(3, 1), (windows, np.array([0, 1])), None)
     gaps = {"repeat_gap": np.array(-0.5), "repeat_gap_error": np.array(0.1)}
     text = {"text_gap": np.array(2.0), "text_gap_error": np.array(0.1), "text_documents": 30, "text_repeats": 6}
     words = repeat_gap(replace(found, **gaps, **text))

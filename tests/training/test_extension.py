@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lumiere.components.world import World
 from lumiere.config.loader import dump_config, validate
 from lumiere.config.schema import TrainingConfig
 from lumiere.errors import ConfigError, RunBusyError
@@ -17,7 +18,6 @@ from lumiere.training.events import Event, StepEvent
 from lumiere.training.extension import CHANGEABLE, check_schedule
 from lumiere.training.launch import resume
 from lumiere.training.preparation import prepare_resume
-from lumiere.training.restarts import job
 from lumiere.training.schedule import learning_rate_factor
 from lumiere.training.trainer import TrainingResult
 
@@ -193,9 +193,7 @@ def test_two_trainings_never_write_to_one_run(configure, launch, monkeypatch: py
         pass
 
 
-def test_a_run_that_another_machine_trains_is_left_alone(
-    configure, launch, stop_at, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_another_machine_trains_is_left_alone(configure, launch, stop_at) -> None:
     run = launch(configure({}), [stop_at(3)]).run
     run.update(status="running", host="node7", pid=4242, boot_id="another", job={"id": "7", "agent": None})
     before = run.metrics_path.read_bytes(), run.record_path.read_bytes()
@@ -203,6 +201,7 @@ def test_a_run_that_another_machine_trains_is_left_alone(
         go_on(run)
     assert (run.metrics_path.read_bytes(), run.record_path.read_bytes()) == before
     # What torchrun starts again may find itself on another machine, and the processes before it have ended.
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    run.update(job=job())
-    assert go_on(run).state.step == 6
+    run.update(job={"token": "7"})
+    with pytest.raises(RunBusyError, match="node7"):
+        resume(prepare_resume(run), run, world=World(job="8"))
+    assert resume(prepare_resume(run), run, world=World(job="7")).state.step == 6

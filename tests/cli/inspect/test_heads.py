@@ -104,7 +104,7 @@ def test_layers_heads_and_threshold(runs_dir: str) -> None:
 
 
 def test_the_view_names_the_heads_of_each_role_and_what_overlaps(capsys: pytest.CaptureFixture[str]) -> None:
-    show(head_scores(induction_circuit(), torch.tensor([[0, *[3, 4, 5] * 4, 5, 5, 5]])), 0, "all tokens")
+    show(head_scores(induction_circuit(), torch.tensor([[0, *[3, 4, 5] * 4, 5, 5, 5]])), "all tokens")
     words = " ".join(capsys.readouterr().out.split())
     assert "previous heads: L0H0 (100% ± 3%)" in words
     assert "induction heads: L1H2 (" in words
