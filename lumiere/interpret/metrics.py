@@ -14,10 +14,10 @@ from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entrop
 from lumiere.data.batches import Batch, documents_of
 from lumiere.evaluation.clusters import clustered_means
 from lumiere.interpret.composition import KINDS, Composition, composition_scores
-from lumiere.interpret.heads import SCORES, HeadScores, head_scores
+from lumiere.interpret.heads import SCORES, HeadScores
 from lumiere.interpret.lens import LogitLens, logit_lens
 from lumiere.interpret.result import Receipt, Result
-from lumiere.interpret.text_repeats import add_text_repeats
+from lumiere.interpret.text_repeats import score_heads
 from lumiere.interpret.weights import MatrixFacts, matrix_facts
 from lumiere.models.transformer import Transformer
 
@@ -70,15 +70,8 @@ class Subject:
     @cached_property
     def heads(self) -> HeadScores:
         texts = self.texts
-        result = head_scores(
-            self.model,
-            texts.tokens,
-            windows_NT=texts.windows,
-            documents_N=texts.documents,
-            averaged=texts.averaged,
-        )
-        if texts.windows is not None and texts.documents is not None:
-            result = add_text_repeats(result, self.model, texts.windows, texts.documents)
+        windows = None if texts.windows is None or texts.documents is None else (texts.windows, texts.documents)
+        result = score_heads(self.model, texts.tokens, windows, texts.averaged)
         self.found["heads"] = result
         return result
 

@@ -6,6 +6,7 @@ documents contain: mostly the inside of names.
 Shapes: N window, T position (destination), S position (source), L layer, H head, M score, C = T pairs of a window.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +14,33 @@ import torch
 
 from lumiere.data.tokenizer import SPECIAL_TOKENS
 from lumiere.evaluation.clusters import clustered_means
-from lumiere.interpret.heads import SCORES, TOKENS_AT_ONCE, HeadScores, source_masks
+from lumiere.interpret.heads import SCORES, THRESHOLD, TOKENS_AT_ONCE, HeadScores, head_scores, source_masks
 from lumiere.interpret.result import Receipt, rounding
 from lumiere.models.transformer import Transformer
 
 MOST_TOKENS = 2**15
 RARE = 0.02
 """The largest share of the documents that a pair may occur in; a single document is always allowed."""
+
+
+def score_heads(
+    model: Transformer,
+    tokens_NT: torch.Tensor,
+    windows: tuple[torch.Tensor, np.ndarray] | None = None,
+    averaged: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    threshold: float = THRESHOLD,
+) -> HeadScores:
+    """Score heads on `tokens_NT` and, where there are windows of real text, on the names that come again there.
+
+    Args:
+        windows: (N, context_size + 1) ids, `<|pad|>` after the end, and (N,) the document that each is cut from.
+    """
+    if windows is None:
+        return head_scores(model, tokens_NT, layers, heads, threshold, averaged=averaged)
+    scores = head_scores(model, tokens_NT, layers, heads, threshold, *windows, averaged=averaged)
+    return add_text_repeats(scores, model, *windows)
 
 
 def add_text_repeats(

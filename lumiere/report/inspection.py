@@ -14,13 +14,13 @@ from lumiere.data.tokenizer import PAD, SPECIAL_TOKENS
 from lumiere.interpret.ablate import Ablations, ablate
 from lumiere.interpret.attention import AttentionPatterns, attention_patterns
 from lumiere.interpret.embeddings import TokenMap, token_map
-from lumiere.interpret.heads import HeadScores, head_scores
+from lumiere.interpret.heads import HeadScores
 from lumiere.interpret.lens import NO_TARGET, LogitLens, logit_lens
 from lumiere.interpret.logits import LogitAttribution, logit_attribution
 from lumiere.interpret.neurons import NeuronExamples, neuron_examples
 from lumiere.interpret.result import Result
 from lumiere.interpret.summary import ModelSummary, summarize
-from lumiere.interpret.text_repeats import add_text_repeats
+from lumiere.interpret.text_repeats import score_heads
 from lumiere.interpret.tokens import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
 
@@ -124,19 +124,6 @@ def inspect_model(
         neurons=neuron_examples(model, batches, num_neurons) if batches else None,
         embeddings=token_map(model, frequent_tokens(model, token_counts, num_used)),
     )
-
-
-def score_heads(
-    model: Transformer,
-    repeated_NT: torch.Tensor,
-    windows: tuple[torch.Tensor, np.ndarray] | None,
-    averaged: Sequence[int] | None,
-) -> HeadScores:
-    """On random tokens that come twice, and on names that come again in the validation split."""
-    if windows is None:
-        return head_scores(model, repeated_NT, averaged=averaged)
-    scores = head_scores(model, repeated_NT, windows_NT=windows[0], documents_N=windows[1], averaged=averaged)
-    return add_text_repeats(scores, model, *windows)
 
 
 def inspect_text(model: Transformer, text: Text, averaged: Sequence[int] | None = None) -> TextInspection:

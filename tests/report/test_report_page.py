@@ -13,9 +13,10 @@ import torch
 from lumiere.data.batches import batch_at
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.interpret.heads import head_scores
+from lumiere.interpret.text_repeats import score_heads
 from lumiere.persistence.history import History, Point, read_history
 from lumiere.persistence.runs import Run
-from lumiere.report.inspection import CANDIDATES, Inspection, Text, frequent_tokens, inspect_model, score_heads
+from lumiere.report.inspection import CANDIDATES, Inspection, Text, frequent_tokens, inspect_model
 from lumiere.report.page_data import page_data, rounded, script_json, thousandths
 from lumiere.report.page_sections import head_table, loss_picture, receipt_table, repeat_gap, table
 from lumiere.report.report_page import build_page, fill
@@ -145,7 +146,7 @@ def test_the_heads_stand_beside_the_uniform_one(inspection: Inspection) -> None:
 def test_each_figure_says_which_text_it_is_from(trained_run: Run) -> None:
     """Random tokens that come twice, and names of the validation split, which a model may copy and not the others."""
     model, windows = trained_run.load_model(), torch.tensor([[0, *range(10, 18), *range(11, 19)], [0, *range(20, 36)]])
-    found = score_heads(model, REPEATED.repeat(3, 1), (windows, np.array([0, 1])), None)
+    found = score_heads(model, REPEATED.repeat(3, 1), (windows, np.array([0, 1])))
     gaps = {"repeat_gap": np.array(-0.5), "repeat_gap_error": np.array(0.1)}
     text = {"text_gap": np.array(2.0), "text_gap_error": np.array(0.1), "text_documents": 30, "text_repeats": 6}
     words = repeat_gap(replace(found, **gaps, **text))

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lumiere.interpret.heads import HeadScores
-    from lumiere.models.transformer import Transformer
 
 MOST_HEADS = 4
 """Heads that are named for their induction on text; -o FILE has all."""
@@ -37,9 +36,8 @@ def heads(
     import torch
 
     from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
-    from lumiere.interpret.heads import head_scores
     from lumiere.interpret.repeats import SEQUENCES
-    from lumiere.interpret.text_repeats import add_text_repeats
+    from lumiere.interpret.text_repeats import score_heads
     from lumiere.report.figures.heads import draw_heads
 
     shape = subject.opened.config.model
@@ -56,14 +54,8 @@ def heads(
     windows = validation_windows(subject)
     averaged, about = averaged_tokens(subject.opened)
 
-    def compute(model: "Transformer") -> "HeadScores":
-        if windows is None:
-            return head_scores(model, tokens_NT, layers, chosen, threshold, averaged=averaged)
-        scores = head_scores(model, tokens_NT, layers, chosen, threshold, *windows, averaged=averaged)
-        return add_text_repeats(scores, model, *windows)
-
     return Analysis(
-        compute=compute,
+        compute=lambda model: score_heads(model, tokens_NT, windows, averaged, layers, chosen, threshold),
         show=lambda result: show(result, about),
         draw=draw_heads,
         source=source,
