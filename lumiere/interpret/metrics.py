@@ -39,17 +39,15 @@ class Texts:
 
     Attributes:
         tokens: (N, T) ids for the head scores and the repeat gap, such as `repeated_tokens`.
-        windows: (N, context_size + 1) windows for the in-context-learning score and natural repeats, `<|pad|>` after
-            the end; None: there are none.
-        documents: (N,) which document each of the windows is cut from.
+        windows: for the in-context-learning score and natural repeats, as `score_heads` takes them; None: there are
+            none.
         batches: for the validation loss; none: there is no corpus.
         lens_rows: texts whose decision depths are averaged.
         averaged: the tokens that copying is computed over; None: all.
     """
 
     tokens: torch.Tensor
-    windows: torch.Tensor | None = None
-    documents: np.ndarray | None = None
+    windows: tuple[torch.Tensor, np.ndarray] | None = None
     batches: Sequence[Batch] = ()
     lens_rows: Sequence[Sequence[int]] = ()
     averaged: Sequence[int] | None = None
@@ -69,9 +67,7 @@ class Subject:
 
     @cached_property
     def heads(self) -> HeadScores:
-        texts = self.texts
-        windows = None if texts.windows is None or texts.documents is None else (texts.windows, texts.documents)
-        result = score_heads(self.model, texts.tokens, windows, texts.averaged)
+        result = score_heads(self.model, self.texts.tokens, self.texts.windows, self.texts.averaged)
         self.found["heads"] = result
         return result
 

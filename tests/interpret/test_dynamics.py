@@ -38,7 +38,7 @@ def texts(trained_run: Run, tiny_corpus: TokenizedCorpus) -> Texts:
     full = torch.from_numpy(tokens[lengths == tokens.shape[1]])
     return Texts(
         tokens=repeated_tokens(300, 7, 8, seed=0, start=0, first=3),
-        windows=full[:8],
+        windows=(full[:8], np.arange(8)),
         batches=[make_batch(windows, part) for part in (np.arange(5), np.arange(5, len(windows)))],
         lens_rows=full[:2, :-1].tolist(),
     )
@@ -67,7 +67,8 @@ def test_each_number_is_that_of_the_analysis_alone(
     column: int, trained_run: Run, tiny_corpus: TokenizedCorpus, texts: Texts, result: Dynamics
 ) -> None:
     model = trained_run.load_model(str(result.steps[column]))
-    heads = head_scores(model, texts.tokens, windows_NT=texts.windows)
+    assert texts.windows is not None
+    heads = head_scores(model, texts.tokens, windows_NT=texts.windows[0])
     for layer, head in np.ndindex(2, 2):
         for number, name in enumerate(SCORES):
             assert value(result, name, f"L{layer}H{head}", column) == heads.scores[layer, head, number]

@@ -130,13 +130,13 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
     if not with_corpus:
         return Texts(tokens), names, "".join(words)
     try:
-        (windows, documents), batches, lens_rows, about = validation_texts(subject, with_corpus)
+        windows, batches, lens_rows, about = validation_texts(subject, with_corpus)
     except LumiereError as error:
         if is_asked:
             raise
         show_note(f"without {', '.join(with_corpus)}: {error.message}")
         return Texts(tokens), [name for name in names if name not in with_corpus], "".join(words)
-    return Texts(tokens, windows, documents, batches, lens_rows), names, "; ".join([*words, about])
+    return Texts(tokens, windows, batches, lens_rows), names, "; ".join([*words, about])
 
 
 def validation_texts(
