@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BATCHES, BATCH_SIZE = 8, 32
 """Of validation windows, for the loss."""
 LENS_WINDOWS = 8
+MOST_TOKENS = 2**15
+"""Of the validation split, for the in-context-learning score and natural repeats of each snapshot."""
 
 Metrics = Annotated[
     Optional[list[str]],  # noqa: UP045 (Typer reads this form)
@@ -146,7 +148,7 @@ def validation_texts(
     from lumiere.cli.inspect.batches import validation_batches
     from lumiere.cli.inspect.texts import full_windows, spread_windows
 
-    windows = spread_windows(subject.opened)
+    windows = spread_windows(subject.opened, MOST_TOKENS)
     batches, about = validation_batches(subject, BATCHES, BATCH_SIZE)
     # A split may have no window that is full, which only the lens needs.
     lens_rows = full_windows(subject.opened, LENS_WINDOWS)[:, :-1].tolist() if "lens-depth" in names else []

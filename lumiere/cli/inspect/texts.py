@@ -176,10 +176,10 @@ def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
     return tuple(tokens[0, : min(int(lengths[0]), opened.config.model.context_size)].tolist())
 
 
-def spread_windows(opened: OpenedModel) -> "tuple[Tensor, np.ndarray]":
+def spread_windows(opened: OpenedModel, most_tokens: int = MOST_SCORED) -> "tuple[Tensor, np.ndarray]":
     """(N, context_size + 1) ids of windows spread evenly over the validation split, and (N,) their documents.
 
-    All of them, or as many as have `MOST_SCORED` tokens; `<|pad|>` after the end of a document.
+    All of them, or as many as have `most_tokens` tokens; `<|pad|>` after the end of a document.
 
     Raises:
         LumiereError: if the corpus is not there.
@@ -190,7 +190,7 @@ def spread_windows(opened: OpenedModel) -> "tuple[Tensor, np.ndarray]":
     from lumiere.cli.loading import open_corpus
 
     windows = open_corpus(opened, "restore it as it was").windows("validation", opened.config)
-    count = min(max(1, MOST_SCORED // windows.context_size), len(windows))
+    count = min(max(1, most_tokens // windows.context_size), len(windows))
     chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
     return torch.from_numpy(windows.cut(chosen)[0]), windows.documents(chosen)
 
