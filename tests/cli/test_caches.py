@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import yaml
 
@@ -52,9 +53,10 @@ def test_what_is_writable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("home", ["a-file", "/proc/nobody"])
 def test_a_corpus_of_files_without_a_home(tiny_config: RunConfig, home: str) -> None:
     Path("a-file").touch()
-    Path("d.json").write_text("".join(f'{{"text": "The cat sat on the mat {i}."}}\n' for i in range(60)))
+    table = pyarrow.table({"text": [f"The cat sat on the mat {i}." for i in range(60)]})
+    pyarrow.parquet.write_table(table, "d.parquet")  # which `datasets` reads, and so needs its cache
     values = tiny_config.model_dump()
-    values["dataset"] |= {"name": "json", "data_files": "d.json", "num_documents": None}
+    values["dataset"] |= {"name": "parquet", "data_files": "d.parquet", "num_documents": None}
     Path("c.yaml").write_text(yaml.safe_dump(values))
 
     def tokenize(**variables: str) -> subprocess.CompletedProcess[str]:
