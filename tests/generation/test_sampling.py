@@ -121,8 +121,8 @@ def test_laws(values: list[float], temperature: float, top_k: int | None, top_p:
     assert math.isclose(kept_V.sum().item(), 1, abs_tol=1e-5)
     all_V = probabilities(logits_V, Sampling(temperature))
     some = kept_V > 0
-    # The likeliest stay; those that are tied with the last one may stay or go.
-    assert logits_V[some].max() == logits_V.max()
+    # The most probable stay. Of those that are tied, in float32, some may stay and others go.
+    assert logits_V[some].max() > logits_V.max() - 1e-4
     assert not (~some).any() or logits_V[some].min() > logits_V[~some].max() - 1e-4
     if top_k is None:
         assert all_V[some].sum() >= (top_p or 1) - 1e-4
