@@ -59,10 +59,10 @@ def about(
 def sleep_while_waiting() -> None:
     """Let waiting threads sleep sooner than OpenMP's own 300,000 rounds, unless the user has chosen how they wait.
 
-    Beside other busy processes, spinning takes the core from the thread that is waited for: a step takes 2.7 times as
-    long with OpenMP's own count. On an idle machine, sleeping too early costs more than waking up: 3,000 rounds make a
-    step 1.2 times as long, 10,000 make it 1.02 times as long (benchmarks/waiting.py). OpenMP reads the count once, when
-    torch is imported.
+    Beside other busy processes, spinning takes the core from the thread that is waited for: with OpenMP's own count, a
+    step takes 1.3 times as long as with 10,000 rounds. On an idle machine, sleeping too early costs more than waking:
+    3,000 rounds make a step 1.2 times as long, 10,000 make it 1.05 times as long (benchmarks/waiting.py). OpenMP reads
+    the count once, when torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))

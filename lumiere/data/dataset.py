@@ -202,7 +202,7 @@ def bytes_of_documents(ids: np.ndarray, offsets: np.ndarray, tokenizer: Tokenize
         end = min(first + IDS_AT_ONCE, len(ids))
         begun = np.searchsorted(offsets, first, side="right") - 1
         ended = np.searchsorted(offsets, end, side="left")
-        # Clipped, because files may be damaged; whoever cuts windows of them says so.
+        # Clipped, because files may be damaged; cutting windows of them raises an error.
         starts = np.clip(offsets[begun:ended] - first, 0, end - first - 1)
         totals[begun:ended] += np.add.reduceat(np.take(sizes, ids[first:end], mode="clip"), starts)
     return totals

@@ -38,7 +38,7 @@ NO_NETWORK_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Rows:
-    """One column of one split, read anew at each iteration and never whole in memory."""
+    """One column of one split, read again at each iteration and never whole in memory."""
 
     dataset: datasets.Dataset | datasets.IterableDataset
     column: str

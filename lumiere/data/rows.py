@@ -15,7 +15,7 @@ from lumiere.errors import DataError
 
 @dataclass(frozen=True)
 class FileRows:
-    """One column of CSV or JSON files, read anew at each iteration."""
+    """One column of CSV or JSON files, read again at each iteration."""
 
     source: Source
     split: str
