@@ -18,8 +18,8 @@ from lumiere.components.hooks import HookPoint
 from lumiere.components.positions import Rotation, rotate
 
 # Torch's fused attention never stores the T x S scores. On a CPU it is faster at every length in float32 (forward and
-# backward, 1.2 times at 64 positions, 2 times at 511), but in bfloat16 its backward is so slow that batched matrix
-# products win below this length: 4 times at 64 positions, 1.1 times at 511. Other devices always want it fused.
+# backward, 1.4 times at 64 positions, 2 times at 511), but in bfloat16 its backward is so slow that batched matrix
+# products win below this length: 4 times at 64 positions, 1.6 times at 256. Other devices always want it fused.
 BFLOAT16_FUSED_MIN_POSITIONS = 512
 
 
