@@ -98,8 +98,8 @@ def show_one(one: Evaluated) -> None:
         ("perplexity", "perplexity", ",.2f", "exp(loss)"),
         ("bits per byte", "bits_per_byte", ".4f", "comparable between tokenizers"),
         ("word perplexity", "word_perplexity", ",.1f", "words by white space, line ends counted"),
-        ("accuracy", "accuracy", ".2%", "the likeliest token was right"),
-        ("accuracy at 5", "accuracy_at_5", ".2%", "it was among the 5 likeliest"),
+        ("accuracy", "accuracy", ".2%", "the most probable token was right"),
+        ("accuracy at 5", "accuracy_at_5", ".2%", "it was among the 5 most probable"),
     ]
     for name, key, form, meaning in rows:
         value = getattr(found, key) if hasattr(found, key) else getattr(evaluation, key)

@@ -220,7 +220,7 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "repeat-gap",
-            "loss of random tokens minus that of the same when they come again",
+            "loss of random tokens minus their loss when repeated",
             "nats",
             0.1,
             lambda subject: {"": float(subject.heads.repeat_gap)},
@@ -236,7 +236,7 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "text-repeat-gap",
-            "loss of names where they first come in a validation window minus loss where they come again",
+            "loss of names at their first occurrence in a validation window minus their loss when repeated",
             "nats",
             0.1,
             lambda subject: {"": or_nan(subject.heads.text_gap)},
@@ -247,7 +247,7 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "text-induction",
-            "share of a head's attention at names that come again in a validation window that goes to what came after",
+            "share of a head's attention at repeated names of a validation window that goes to what came after",
             "share",
             0.1,
             text_induction,

@@ -1,4 +1,4 @@
-"""Head scores and copying where names come again in real text, beside those on random tokens.
+"""Head scores and copying at repeated names of real text, beside those on random tokens.
 
 A natural repeat is a pair of neighboring tokens that occurred before in the same window of a document and that few
 documents contain: mostly the inside of names.
@@ -32,7 +32,7 @@ def score_heads(
     heads: Sequence[int] | None = None,
     threshold: float = THRESHOLD,
 ) -> HeadScores:
-    """Score heads on `tokens_NT` and, where there are windows of real text, on the names that come again there.
+    """Score heads on `tokens_NT` and, where there are windows of real text, on the names that are repeated there.
 
     Args:
         windows: (N, context_size + 1) ids, `<|pad|>` after the end, and (N,) the document that each is cut from.

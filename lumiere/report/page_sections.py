@@ -87,7 +87,7 @@ def head_table(inspection: Inspection) -> str:
 
 
 def text_induction(heads: HeadScores) -> np.ndarray | None:
-    """(L, H) the induction scores where names come again in the validation split; None if there are none."""
+    """(L, H) the induction scores at repeated names of the validation split; None if there are none."""
     if heads.text_scores is None or not heads.text_repeats:
         return None
     return heads.text_scores[..., heads.score_names.index("induction")]
@@ -107,15 +107,15 @@ def repeat_gap(heads: HeadScores) -> str:
 
 
 def gain(what: str, gap: float, error: float, count: int) -> str:
-    """Whether tokens are easier to predict when they come again.
+    """Whether tokens are easier to predict when repeated.
 
     Args:
         count: of the sequences or documents behind the standard error.
     """
     if count < 2:
-        return f"{what}: {signed(gap, 2)} nats easier when they come again; a single text has no standard error."
+        return f"{what}: {signed(gap, 2)} nats easier when repeated; a single text has no standard error."
     verdict = "easier" if gap > half_width(count) * error else "not easier"
-    return f"{what} are {verdict} for the model when they come again ({signed(gap, 2)} ± {error:.2f} nats)."
+    return f"{what} are {verdict} for the model when repeated ({signed(gap, 2)} ± {error:.2f} nats)."
 
 
 def score_cell(shown: str, score: float, is_role: bool) -> str:

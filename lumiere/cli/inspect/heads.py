@@ -137,7 +137,7 @@ def show_roles(result: "HeadScores") -> None:
 
 
 def show_text_repeats(result: "HeadScores") -> None:
-    """The induction scores where names come again in the validation split, the best heads first."""
+    """The induction scores at repeated names of the validation split, the best heads first."""
     import numpy as np
 
     if not result.text_repeats or result.text_scores is None or result.text_uniform is None:
@@ -150,7 +150,7 @@ def show_text_repeats(result: "HeadScores") -> None:
         for row, column in zip(*np.unravel_index(best, scores.shape), strict=True)
     )
     out().print(
-        f"induction on names that come again in the validation split ({result.text_repeats:,} in "
+        f"induction on repeated names of the validation split ({result.text_repeats:,} in "
         f"{result.text_documents:,} documents): {heads} (uniform {result.text_uniform[number]:.1%}); "
         f"their loss falls by {result.text_gap:.3f} ± {result.text_gap_error:.3f} nats\n",
         soft_wrap=False,
