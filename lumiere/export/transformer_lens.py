@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lumiere.components.norm import EPSILON
-from lumiere.components.positions import ROTARY_BASE
+from lumiere.components.kernels import EPSILON
+from lumiere.components.layers import ROTARY_BASE
 from lumiere.errors import FailedCheckError, LumiereError, shortened
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt
 from lumiere.models.transformer import Transformer
