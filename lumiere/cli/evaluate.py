@@ -73,10 +73,9 @@ def evaluate(
     Several runs are compared document by document. What is found is kept in the run's folder eval/.
     """
     if output is not None:
-        from lumiere.report.figures.figure import check_drawing, check_picture
+        from lumiere.report.figures.figure import check_picture
 
         check_picture(Path(output))
-        check_drawing()
     open_text = opener(TextChoice(text, dataset, subset, split))
 
     from lumiere.cli.scores import Evaluated, as_values, show

@@ -23,7 +23,6 @@ from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 from lumiere.report.model_card import BUILT_IN as BUILT_IN_CARDS
 from lumiere.report.model_card import (
-    SECTIONS,
     CardFacts,
     card_checkpoint,
     corpus_name,

@@ -52,7 +52,7 @@ def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
 
 def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
     """A line a token, coloured by its loss, and the means."""
-    from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
+    from lumiere.report.figures.figure import LABEL_WIDTH, clip_label, rank_label
 
     baselines = {
         name: losses
@@ -67,9 +67,9 @@ def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
         loss = float(result.losses[index])
         style = next((style for bound, style in STYLES if loss < bound), "red")
         counted = "".join(f"{losses[index]:>9.2f}" for losses in baselines.values())
-        choice = fitted(tokenizer.label(int(result.predictions[index])))
+        choice = clip_label(tokenizer.label(int(result.predictions[index])))
         out().print(
-            f"[{style}]{escape(fitted(tokenizer.label(token)).rjust(LABEL_WIDTH))}{loss:>8.2f}[/]"
+            f"[{style}]{escape(clip_label(tokenizer.label(token)).rjust(LABEL_WIDTH))}{loss:>8.2f}[/]"
             f"{result.surprisals[index]:>7.1f}{result.entropies[index]:>9.2f}{rank_label(result.places[index]):>6}{counted}"
             f"  {escape(choice)} {result.probabilities[index]:.0%}"
         )
