@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lumiere.config.schema import RunConfig
-from lumiere.evaluation.clusters import half_width
+from lumiere.evaluation.scoring import half_width
 from lumiere.interpret.heads import HeadScores
 from lumiere.persistence.history import History, Point
 from lumiere.report.card_training import corpus_name
