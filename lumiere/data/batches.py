@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import DataError, LumiereError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Windows, make_batch
 from lumiere.data.dataset import Sizes, TokenizedSplit
