@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "lumiere"
 # From the bottom up. A part may import parts on lower floors, and nothing else of Lumiere.
 FLOORS = [
     {"errors", "programs", "__init__"},
-    {"files"},
+    {"files", "device", "distributed"},
     {"config"},
     {"components"},
     {"models", "data", "baselines"},

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lumiere.components.device import prefers_hand_written
 from lumiere.components.hooks import HookPoint
 from lumiere.components.positions import Rotation, rotate
+from lumiere.device import prefers_hand_written
 
 # Torch's fused attention never stores the T x S scores. On a CPU it is faster at every length in float32 (forward and
 # backward, 1.4 times at 64 positions, 2 times at 511), but in bfloat16 its backward is so slow that batched matrix

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lumiere.components.device import prefers_hand_written
 from lumiere.components.hooks import HookPoint
+from lumiere.device import prefers_hand_written
 
 EPSILON = 1e-6
 
