@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumiere.components.norm import EPSILON
-from lumiere.components.positions import ROTARY_BASE
+from lumiere.components.kernels import EPSILON
+from lumiere.components.layers import ROTARY_BASE
 from lumiere.errors import LumiereError
 from lumiere.models.transformer import Transformer
 
