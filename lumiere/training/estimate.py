@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lumiere.data.batches import batch_at
-from lumiere.data.windows import Windows
+from lumiere.data.batches import Windows, batch_at
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import Transformer
 from lumiere.training import costs
 from lumiere.training.costs import Disk, Parameters

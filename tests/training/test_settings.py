@@ -13,10 +13,10 @@ from torch.distributed import HashStore
 
 from lumiere import device as device_module
 from lumiere.config.loader import dump_config
-from lumiere.config.problems import setting_paths
+from lumiere.config.messages import setting_paths
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data import hub
-from lumiere.data.source import Source
+from lumiere.data.sources import Source
 from lumiere.distributed import SINGLE_PROCESS, TorchrunGroup
 from lumiere.errors import DataError, NonFiniteError
 from lumiere.models import transformer

@@ -9,7 +9,7 @@ from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, joined, noticing_losses, share_cores
 from lumiere.errors import ConfigError, LostProcessError, LumiereError
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.training.parallel import own_device, seed_dropout
