@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lumiere.interpret.dynamics import Dynamics
-from lumiere.interpret.metrics import METRICS
+from lumiere.interpret.dynamics import METRICS, Dynamics
 from lumiere.report.dynamics_plot import CAPTION, TICKS, claims, positions
 from lumiere.report.pictures import COLOURS
 

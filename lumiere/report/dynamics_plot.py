@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lumiere.interpret.dynamics import Dynamics
-from lumiere.interpret.metrics import METRICS
+from lumiere.interpret.dynamics import METRICS, Dynamics
 from lumiere.report.pictures import COLOURS, INK, LINE_STYLES, new_figure, style_axes, style_text
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lumiere.interpret.embeddings import TokenMap
-from lumiere.interpret.neurons import NO_EXAMPLE, NeuronExamples
+from lumiere.interpret.neurons import NO_EXAMPLE, NeuronExamples, TokenMap
 from lumiere.report.inspection import Inspection, TextInspection
 
 Label = Callable[[int], str]

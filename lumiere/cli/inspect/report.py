@@ -45,7 +45,7 @@ def report(
     word. Without --prompt it shows two texts of the validation split and random tokens that come twice.
     """
     check_page(output)
-    from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.interpret.head_scores import SEQUENCES
     from lumiere.persistence.atomic import write_atomically
     from lumiere.persistence.history import read_history
     from lumiere.report.inspection import inspect_model

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lumiere.interpret.diff import HeadMatches, ModelDiff, stream_names
-from lumiere.interpret.predictions import PredictionDiff
-from lumiere.interpret.weight_changes import WeightChanges
+from lumiere.interpret.model_diff import HeadMatches, ModelDiff, PredictionDiff, WeightChanges, stream_names
 from lumiere.report.figures.heat_maps import heat_map, label_columns, label_rows, set_title, write_cells
 from lumiere.report.pictures import COLOURS, Picture, new_figure, style_axes, style_text
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lumiere.interpret.ablate import Ablations
-from lumiere.interpret.heads import HeadScores
+from lumiere.interpret.ablation import Ablations
+from lumiere.interpret.head_scores import HeadScores
 from lumiere.report.figures.heat_maps import (
     NEGATIVE,
     POSITIVE,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lumiere.interpret.lens import LogitLens
+from lumiere.interpret.logit_lens import LogitLens
 from lumiere.report.figures.heat_maps import (
     LARGEST_FONT,
     Label,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lumiere.interpret.logits import LogitAttribution
+from lumiere.interpret.logit_attribution import LogitAttribution
 from lumiere.report.figures.heat_maps import (
     NEGATIVE,
     POSITIVE,

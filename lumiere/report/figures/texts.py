@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lumiere.interpret.activations import Activations
-from lumiere.interpret.tokens import TokenLosses
+from lumiere.interpret.token_losses import TokenLosses
 from lumiere.report.figures.heat_maps import (
     Label,
     add_scale,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumiere.interpret.diff import ModelDiff, diff
+from lumiere.interpret.model_diff import ModelDiff, diff
 from lumiere.report.figures.diff import MOST_BARS, draw_diff
 from lumiere.report.pictures import save_picture
 from tests.interpret.test_diff import BATCHES, nudged, random_model
