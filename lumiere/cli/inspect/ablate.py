@@ -57,7 +57,7 @@ def ablate(
     from lumiere.cli.inspect.batches import choose_batches
     from lumiere.interpret.ablation import ablate as ablate_units
     from lumiere.interpret.ablation import check_mode, find_unit
-    from lumiere.report.figures.heads import draw_ablations
+    from lumiere.report.figures.bars import draw_ablations
 
     kind = find_unit(unit)
     check_mode(mode)

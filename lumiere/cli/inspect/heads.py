@@ -37,7 +37,7 @@ def heads(
 
     from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
     from lumiere.interpret.head_scores import SEQUENCES, score_heads
-    from lumiere.report.figures.heads import draw_heads
+    from lumiere.report.figures.bars import draw_heads
 
     shape = subject.opened.config.model
     layers = parse_indices(layer, shape.num_layers, "layer")
