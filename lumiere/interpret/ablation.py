@@ -19,7 +19,7 @@ from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError, nearest
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
 

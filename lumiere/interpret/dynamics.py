@@ -15,7 +15,7 @@ import torch
 
 from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.data.batches import Batch, documents_of
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.head_scores import (
     COMPOSITION_KINDS,
     SCORES,

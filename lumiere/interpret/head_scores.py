@@ -13,7 +13,7 @@ import torch
 
 from lumiere.components.kernels import linear_cross_entropy_losses
 from lumiere.data.tokenizer import PAD, SPECIAL_TOKENS
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
 

@@ -18,9 +18,16 @@ from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.data.tokenizer import PAD
-from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
-from lumiere.evaluation.scoring import score, strided_windows
-from lumiere.evaluation.totals import DocumentTotals, GroupSums, document_totals, figures
+from lumiere.evaluation.scoring import (
+    DocumentTotals,
+    GroupSums,
+    PairedDifference,
+    document_totals,
+    figures,
+    paired_difference,
+    score,
+    strided_windows,
+)
 from lumiere.interpret.head_scores import head_matrices
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
 from lumiere.models.transformer import Transformer, TransformerOutput

@@ -9,7 +9,7 @@ import torch
 from lumiere.config.loader import validate
 from lumiere.data.batches import make_batch
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS, Dynamics, Texts, follow, total_change, worse
 from lumiere.interpret.head_scores import SCORES, composition_scores, head_scores, repeated_tokens
 from lumiere.interpret.logit_lens import logit_lens

@@ -6,7 +6,7 @@ import torch
 
 from lumiere.config.loader import validate
 from lumiere.data.tokenizer import PAD
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.head_scores import SCORES, HeadScores, add_text_repeats, first_occurrences, head_scores
 from lumiere.models.transformer import Transformer, build_model
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit
