@@ -8,7 +8,7 @@ from rich.text import Text
 
 from lumiere.cli.console import colours, out
 from lumiere.cli.heatmap import LEGEND, column_headings, part
-from lumiere.report.figures.figure import LABEL_WIDTH, clip_label
+from lumiere.report.figures.figure import LABEL_WIDTH, fitted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,14 +61,14 @@ def colour_map(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text
         text.append(" " * (LABEL_WIDTH + 1) + line + "\n", style="dim")
     step = 1 if cell_width == 2 else 2
     for row in range(0, size, step):
-        text.append(clip_label(labels[row]).rjust(LABEL_WIDTH) + " ")
+        text.append(fitted(labels[row]).rjust(LABEL_WIDTH) + " ")
         if step == 1:
             for column in range(row + 1):
                 text.append("██", style=colour_of(float(weights[row, column])))
         else:
             text.append_text(half_blocks(weights[row : row + 2], row))
             if row + 1 < size:
-                text.append(" " * (size - row - 1) + clip_label(labels[row + 1]))
+                text.append(" " * (size - row - 1) + fitted(labels[row + 1]))
         text.append("\n")
     return text
 

@@ -73,13 +73,14 @@ def evaluate(
     Several runs are compared document by document. What is found is kept in the run's folder eval/.
     """
     if output is not None:
-        from lumiere.report.figures.figure import check_picture
+        from lumiere.report.figures.figure import check_drawing, check_picture
 
         check_picture(Path(output))
+        check_drawing()
     open_text = opener(TextChoice(text, dataset, subset, split))
 
     from lumiere.cli.scores import Evaluated, as_values, show
-    from lumiere.training.memory import keep_freed_memory
+    from lumiere.device import keep_freed_memory
 
     keep_freed_memory()
     evaluated: list[Evaluated] = []
@@ -105,8 +106,8 @@ def evaluate(
 def evaluate_one(
     opened: OpenedModel, scored: ScoredText, stride: int | None, batch_size: int | None, with_baselines: bool
 ) -> "DetailedEvaluation":
-    from lumiere.baselines.ngrams import fit_baselines
     from lumiere.evaluation.detailed import evaluate_in_detail
+    from lumiere.evaluation.ngrams import fit_baselines
     from lumiere.evaluation.scoring import strided_windows, training_windows
 
     context_size, train = opened.config.model.context_size, scored.train

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from lumiere.report.figures.figure import LABEL_WIDTH, clip_label
+from lumiere.report.figures.figure import LABEL_WIDTH, fitted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
     for line in column_headings(labels, cell_width):
         text.append(" " * (LABEL_WIDTH + 1) + line + "\n", style="dim")
     for row in range(size):
-        text.append(clip_label(labels[row]).rjust(LABEL_WIDTH) + " ")
+        text.append(fitted(labels[row]).rjust(LABEL_WIDTH) + " ")
         for column in range(row + 1):
             shade, style = shade_of(float(weights[row, column]))
             text.append(shade * cell_width, style=style)

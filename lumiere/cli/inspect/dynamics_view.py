@@ -6,9 +6,8 @@ import numpy as np
 
 from lumiere.cli.console import escape, out
 from lumiere.cli.sparkline import sparkline
-from lumiere.interpret.dynamics import Dynamics
-from lumiere.interpret.metrics import METRICS
-from lumiere.report.figures.dynamics import phase_summary
+from lumiere.interpret.dynamics import METRICS, Dynamics
+from lumiere.report.figures.dynamics import claims
 
 PLACE_WIDTH = 18
 MOST_COLUMNS = 24
@@ -22,7 +21,7 @@ def show(result: Dynamics, top_k: int) -> None:
     for metric in dict.fromkeys(result.metrics):
         found = result.series_of(metric)
         show_metric(result, metric, found[:top_k], len(found), columns)
-    out().print(f"[dim]{phase_summary(result)}[/]\n", soft_wrap=False)
+    out().print(f"[dim]{claims(result)}[/]\n", soft_wrap=False)
 
 
 def shown_columns(result: Dynamics) -> np.ndarray:

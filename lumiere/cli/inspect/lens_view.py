@@ -8,8 +8,8 @@ from rich.text import Text
 from lumiere.cli.colour_map import colour_of, show_legend
 from lumiere.cli.console import colours, out, show_note
 from lumiere.cli.heatmap import shade_of
-from lumiere.interpret.lens import LogitLens
-from lumiere.report.figures.figure import LABEL_WIDTH, clip_label, rank_label
+from lumiere.interpret.logit_lens import LogitLens
+from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
 from lumiere.report.figures.heat_maps import stage_name
 
 NARROWEST_CELL, WIDEST_CELL = 7, 12
@@ -32,7 +32,7 @@ def show(result: LogitLens, stat: str, label: Callable[[int], str], target: str 
     headings = "".join(names[stage].ljust(width) for stage in columns)
     out().print(Text(" " * (LABEL_WIDTH + 1) + headings.rstrip(), style="dim"))
     for row, position in enumerate(result.positions):
-        line = Text(clip_label(label(result.tokens[position])).rjust(LABEL_WIDTH) + " ", no_wrap=True)
+        line = Text(fitted(label(result.tokens[position])).rjust(LABEL_WIDTH) + " ", no_wrap=True)
         for stage in columns:
             line.append_text(cell(result, stat, stage, row, width, label))
         line.rstrip()

@@ -8,9 +8,9 @@ from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.baselines.ngrams import BigramModel
     from lumiere.data.tokenizer import Tokenizer
-    from lumiere.interpret.tokens import TokenLosses
+    from lumiere.evaluation.ngrams import BigramModel
+    from lumiere.interpret.token_losses import TokenLosses
 
 STYLES = ((1.0, "green"), (4.0, "default"), (7.0, "yellow"))
 """Of losses below a bound; above the last one it is red."""
@@ -22,7 +22,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
 
     The unigram and the bigram model are fitted to the training split of the run.
     """
-    from lumiere.interpret.tokens import token_losses
+    from lumiere.interpret.token_losses import token_losses
     from lumiere.report.figures.heat_maps import draw_tokens
 
     opened, ids = subject.opened, subject.tokens
@@ -40,7 +40,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
 
 def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
     """The bigram model, which holds the unigram model, of the run's own corpus; None, with a note, without it."""
-    from lumiere.baselines.ngrams import BigramModel
+    from lumiere.evaluation.ngrams import BigramModel
 
     try:
         split = open_corpus(opened, "restore it as it was").splits["train"]
@@ -52,7 +52,7 @@ def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
 
 def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
     """A line a token, coloured by its loss, and the means."""
-    from lumiere.report.figures.figure import LABEL_WIDTH, clip_label, rank_label
+    from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
 
     baselines = {
         name: losses
@@ -67,9 +67,9 @@ def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
         loss = float(result.losses[index])
         style = next((style for bound, style in STYLES if loss < bound), "red")
         counted = "".join(f"{losses[index]:>9.2f}" for losses in baselines.values())
-        choice = clip_label(tokenizer.label(int(result.predictions[index])))
+        choice = fitted(tokenizer.label(int(result.predictions[index])))
         out().print(
-            f"[{style}]{escape(clip_label(tokenizer.label(token)).rjust(LABEL_WIDTH))}{loss:>8.2f}[/]"
+            f"[{style}]{escape(fitted(tokenizer.label(token)).rjust(LABEL_WIDTH))}{loss:>8.2f}[/]"
             f"{result.surprisals[index]:>7.1f}{result.entropies[index]:>9.2f}{rank_label(result.places[index]):>6}{counted}"
             f"  {escape(choice)} {result.probabilities[index]:.0%}"
         )

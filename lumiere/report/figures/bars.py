@@ -12,7 +12,7 @@ from lumiere.report.figures.figure import (
     INK,
     Picture,
     add_legend,
-    clip_label,
+    fitted,
     new_figure,
     set_title,
     style_axes,
@@ -35,13 +35,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lumiere.interpret.ablate import Ablations
-    from lumiere.interpret.diff import HeadMatches, ModelDiff
-    from lumiere.interpret.heads import HeadScores
-    from lumiere.interpret.logits import LogitAttribution
-    from lumiere.interpret.predictions import PredictionDiff
+    from lumiere.interpret.ablation import Ablations
+    from lumiere.interpret.head_scores import HeadScores
+    from lumiere.interpret.logit_attribution import LogitAttribution
+    from lumiere.interpret.model_diff import HeadMatches, ModelDiff, PredictionDiff, WeightChanges
     from lumiere.interpret.summary import ModelSummary
-    from lumiere.interpret.weight_changes import WeightChanges
 
 MAX_BARS = 16
 """Bars of a ranking; the files with numbers have all."""
@@ -199,8 +197,8 @@ def draw_waterfalls(result: LogitAttribution, label: Label) -> Figure:
     for column, axes in enumerate(figure.subplots(1, len(all_parts), squeeze=False)[0]):
         draw_waterfall(axes, all_parts[column])
         position = result.positions[column]
-        where = f"after {clip_label(label(result.tokens[position]))} at position {position}"
-        set_title(axes, f"logit of {clip_label(label(result.targets[column]))}{reference(result, label)}\n{where}")
+        where = f"after {fitted(label(result.tokens[position]))} at position {position}"
+        set_title(axes, f"logit of {fitted(label(result.targets[column]))}{reference(result, label)}\n{where}")
     return figure
 
 
@@ -230,10 +228,10 @@ def draw_logit_map(result: LogitAttribution, label: Label) -> Figure:
     axes = figure.add_subplot()
     image = heat_map(axes, values, is_signed=True)
     label_rows(axes, names)
-    label_columns(axes, [clip_label(label(result.tokens[position])) for position in result.positions], rotation=90)
+    label_columns(axes, [fitted(label(result.tokens[position])) for position in result.positions], rotation=90)
     axes.set_xlabel("token (above: the token whose logit is explained)", fontsize=8)
     above = axes.secondary_xaxis("top")
-    targets = [clip_label(label(target)) for target in result.targets]
+    targets = [fitted(label(target)) for target in result.targets]
     above.set_xticks(range(len(targets)), targets, rotation=90, fontsize=8)
     above.tick_params(length=0)
     above.spines[:].set_visible(False)
@@ -245,7 +243,7 @@ def draw_logit_map(result: LogitAttribution, label: Label) -> Figure:
 def reference(result: LogitAttribution, label: Label) -> str:
     """What the logit is relative to."""
     if result.versus is not None:
-        return f" minus that of {clip_label(label(result.versus))}"
+        return f" minus that of {fitted(label(result.versus))}"
     if result.reference == "prediction":
         return " minus the mean under p"
     return f" minus the mean of {result.num_averaged:,}" if result.reference == "mean" else ""
@@ -275,7 +273,7 @@ def named_parts(result: LogitAttribution, column: int, label: Label) -> list[tup
     if result.by != "source":
         return sorted(parts, key=lambda part: -abs(part[1]))
     read_S = result.sources[column].reshape(-1, len(result.tokens)).sum(axis=0)[: result.positions[column] + 1]
-    names = [f"{source:3} {clip_label(label(result.tokens[source]))}" for source in range(len(read_S))]
+    names = [f"{source:3} {fitted(label(result.tokens[source]))}" for source in range(len(read_S))]
     return [*zip(names, read_S.tolist(), strict=True), *parts]
 
 
@@ -337,7 +335,7 @@ def draw_predictions(axes: Axes, found: PredictionDiff) -> None:
 
 
 def draw_cka(axes: Axes, cka: np.ndarray) -> None:
-    from lumiere.interpret.diff import stream_names
+    from lumiere.interpret.model_diff import stream_names
 
     image = heat_map(axes, cka, low=0.0, high=1.0)
     names_a, names_b = (stream_names(count - 1) for count in cka.shape)

@@ -43,7 +43,7 @@ def log_steps(steps: Any) -> np.ndarray:
     return np.log2(1.0 + np.asarray(steps))
 
 
-def phase_summary(result: Dynamics) -> str:
+def claims(result: Dynamics) -> str:
     """The number of phase changes found, and of series searched."""
     found = int((result.phase_starts >= 0).sum())
     return (
@@ -90,7 +90,7 @@ def draw_dynamics(result: Dynamics) -> Picture:
 
 def draw_metric(axes: Axes, result: Dynamics, metric: str) -> None:
     """Draw the series of a metric, those that changed most on top."""
-    from lumiere.interpret.metrics import METRICS
+    from lumiere.interpret.dynamics import METRICS
 
     series, x = result.series_of(metric), log_steps(result.steps)
     for number in series[PICTURE_SERIES:]:
@@ -130,7 +130,7 @@ def dynamics_page(result: Dynamics, title: str) -> str:
     return render_html(
         "dynamics.html.j2",
         title=title,
-        caption=f"{CAPTION} {phase_summary(result)}",
+        caption=f"{CAPTION} {claims(result)}",
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         ticks=[(float(x(log_steps(step))), step) for step in TICKS if step <= result.steps[-1]],
         panels=[*panels, *(metric_panel(result, metric, x) for metric in metrics)],
@@ -151,7 +151,7 @@ def curve_panel(result: Dynamics, x: Any) -> dict[str, Any]:
 
 def metric_panel(result: Dynamics, metric: str, x: Any) -> dict[str, Any]:
     """What the template needs to draw a metric: the first series last, so that they lie on top."""
-    from lumiere.interpret.metrics import METRICS
+    from lumiere.interpret.dynamics import METRICS
     from lumiere.report.rendering import svg_path
 
     series, about = result.series_of(metric), METRICS[metric]

@@ -57,7 +57,7 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise LumiereError(f"{str(path)!r} is not a picture file", f"end the name in {', '.join(SUFFIXES)}")
     check_output(path)
-    new_figure(1, 1)
+    check_drawing()
 
 
 def check_output(path: Path) -> None:
@@ -70,6 +70,15 @@ def check_output(path: Path) -> None:
         raise LumiereError(f"{str(path)!r} is a directory", "give the name of a file")
     if not path.parent.is_dir():
         raise LumiereError(f"directory {str(path.parent)!r} does not exist", "create it first, or choose another")
+
+
+def check_drawing() -> None:
+    """Check that figures can be drawn.
+
+    Raises:
+        LumiereError: matplotlib is not installed.
+    """
+    new_figure(1, 1)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -112,7 +121,7 @@ def add_legend(axes: Axes, **options: Any) -> None:
     style_text(*axes.legend(frameon=False, **options).get_texts())
 
 
-def clip_label(label: str) -> str:
+def fitted(label: str) -> str:
     """Cut a label to `LABEL_WIDTH` characters."""
     return label if len(label) <= LABEL_WIDTH else label[: LABEL_WIDTH - 1] + "…"
 

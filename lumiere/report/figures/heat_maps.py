@@ -17,7 +17,7 @@ from lumiere.report.figures.figure import (
     INK,
     Picture,
     add_legend,
-    clip_label,
+    fitted,
     new_figure,
     rank_label,
     set_title,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from lumiere.interpret.activations import Activations
     from lumiere.interpret.attention import AttentionPatterns, CombinedAttention
-    from lumiere.interpret.lens import LogitLens
-    from lumiere.interpret.tokens import TokenLosses
+    from lumiere.interpret.logit_lens import LogitLens
+    from lumiere.interpret.token_losses import TokenLosses
 
 Label = Callable[[int], str]
 """Returns a token as printable text."""
@@ -105,7 +105,7 @@ def label_tokens(axes: Axes, labels: Sequence[str], inches: float, *, on_rows: b
         axes.set_xlabel("position" if on_columns else "", fontsize=LARGEST_FONT)
         style_text(axes.xaxis.label, axes.yaxis.label)
         return
-    shown = [clip_label(label) for label in labels]
+    shown = [fitted(label) for label in labels]
     label_rows(axes, shown if on_rows else [], size)
     label_columns(axes, shown if on_columns else [], size, rotation=90)
 
@@ -218,7 +218,7 @@ def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None) ->
     label_columns(axes, [stage_name(stage) for stage in result.stages])
     axes.xaxis.tick_top()
     if num_rows <= MAX_LENS_ROWS:
-        label_rows(axes, [clip_label(label(result.tokens[position])) for position in result.positions])
+        label_rows(axes, [fitted(label(result.tokens[position])) for position in result.positions])
         write_cells(axes, image, lens_cells(result, stat, label))
     else:
         axes.set_ylabel("position")
@@ -242,7 +242,7 @@ def lens_cells(result: LogitLens, stat: str, label: Label) -> list[list[str]]:
     """(P, R) texts of the cells."""
     has_target = result.target_ranks >= 0
     texts: dict[str, Callable[[tuple[int, int]], str]] = {
-        "top": lambda at: clip_label(label(int(result.top_tokens[at][0]))),
+        "top": lambda at: fitted(label(int(result.top_tokens[at][0]))),
         "probability": lambda at: f"{result.target_probabilities[at]:.1%}" if has_target[at] else "",
         "rank": lambda at: rank_label(result.target_places[at]) if has_target[at] else "",
         "entropy": lambda at: f"{result.entropies[at]:.2f}",
@@ -273,7 +273,7 @@ def draw_tokens(result: TokenLosses, label: Label) -> Picture:
     if size is None:
         axes.set_xlabel("position − 1", fontsize=8)
     else:
-        label_columns(axes, [clip_label(label(token)) for token in result.tokens[1:]], size, rotation=90)
+        label_columns(axes, [fitted(label(token)) for token in result.tokens[1:]], size, rotation=90)
     axes.set_xlim(-0.7, count - 0.3)
     axes.set_ylabel("loss (nats)", fontsize=8)
     style_axes(axes)
