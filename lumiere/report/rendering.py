@@ -8,7 +8,6 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 
 def render_html(template: str, **values: Any) -> str:
@@ -33,9 +32,9 @@ def environment() -> Environment:
     return found
 
 
-def asset(name: str) -> Markup:
-    """The text of a script or style in `page/`, which is inserted as it is."""
-    return Markup((files("lumiere.report") / "page" / name).read_text(encoding="utf-8"))
+def asset(name: str) -> str:
+    """The text of a script or style in `page/`; templates insert it with `|safe`."""
+    return (files("lumiere.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def grouped(count: int) -> str:
