@@ -15,6 +15,8 @@ from lumiere.programs import program
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lumiere.persistence.loading import OpenedModel
+
 INTERRUPTED = 130
 COMMAND = re.compile(r"\blumiere(?= (?:tokenize|train|eval|generate|export|inspect|runs)\b)")
 
@@ -100,3 +102,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> "OpenedModel":
+    """Open a checkpoint of a run, with notes and progress on stderr; see `lumiere.persistence.loading.open_model`."""
+    from lumiere.cli.progress import CorpusProgress
+    from lumiere.persistence import loading
+
+    return loading.open_model(reference, checkpoint, device, runs_dir, show_note, CorpusProgress)

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from lumiere.cli.console import print_json, show_note
-from lumiere.cli.loading import OpenedModel, open_model
+from lumiere.cli.console import open_model, print_json, show_note
 from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir
 from lumiere.cli.scored_text import ScoredText, TextChoice, opener
 from lumiere.errors import LumiereError, printable
+from lumiere.persistence.loading import OpenedModel
 
 if TYPE_CHECKING:
     from lumiere.cli.scores import Evaluated
@@ -176,7 +176,7 @@ def draw(evaluated: list["Evaluated"], output: str) -> None:
 def keep(one: "Evaluated") -> None:
     """Keeps an evaluation with its run; where that cannot be, the answer is given all the same."""
     from lumiere.cli.scores import values_of
-    from lumiere.persistence.evaluations import evaluation_name, save_evaluation
+    from lumiere.persistence.notes import evaluation_name, save_evaluation
 
     facts = one.about
     name = evaluation_name(facts["checkpoint"], facts["corpus"], facts["corpus_sha256"], facts["protocol"])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lumiere.cli.console import show_note
-from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import DataError, LumiereError, nearest
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     from lumiere.config.schema import DatasetConfig

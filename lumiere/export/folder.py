@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lumiere.errors import LumiereError
-from lumiere.persistence.atomic import sync_folder, write_atomically
+from lumiere.files import sync_folder, write_atomically
 
 
 def check_folder(path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from lumiere.config.schema import RunConfig
 from lumiere.evaluation.clusters import half_width
 from lumiere.interpret.heads import HeadScores
-from lumiere.persistence.history import History, Point
+from lumiere.persistence.metrics import History, Point
 from lumiere.report.card_training import corpus_name
 from lumiere.report.inspection import Inspection
 from lumiere.training.costs import count_parameters

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from lumiere.config.schema import RunConfig
-from lumiere.persistence.history import History
+from lumiere.persistence.metrics import History
 from lumiere.report.inspection import Inspection
 from lumiere.report.page_data import Label, page_data, script_json
 from lumiere.report.page_sections import facts_table, head_table, loss_picture, overview, receipt_table

@@ -14,12 +14,11 @@ from lumiere.components.world import ALONE, World
 from lumiere.config.loader import dump_config
 from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError, LumiereError
-from lumiere.persistence.atomic import write_atomically, writing
-from lumiere.persistence.checkpoint_format import DAMAGE_HINT, Checkpoint
+from lumiere.files import locked, write_atomically, writing
+from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.fitting import check_fit
 from lumiere.persistence.liveness import beating, check_not_elsewhere, this_process
-from lumiere.persistence.lock import locked
+from lumiere.persistence.loading import check_compatible
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.placing import clear, delete
 from lumiere.persistence.runs import Run, RunStore
@@ -130,7 +129,7 @@ def resume(
         checkpoint, name = newest_checkpoint(run, outlined=preparation.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0
         if checkpoint is not None:
-            check_fit(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
+            check_compatible(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
         check_schedule(run.load_config().training, preparation.config.training, preparation.epoch_steps, step)
         if checkpoint and name != "latest":
             # A process may be killed after it has saved `best`, and before `latest` of the same step.

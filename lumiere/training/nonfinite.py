@@ -13,7 +13,7 @@ from lumiere.config.schema import TrainingConfig
 from lumiere.data.batches import documents_at
 from lumiere.data.windows import Windows
 from lumiere.errors import NonFiniteError
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.events import Event, WarningEvent
 from lumiere.training.state import TrainingState

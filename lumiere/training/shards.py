@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 
 from lumiere.components.world import World
 from lumiere.errors import CheckpointError
-from lumiere.persistence.checkpoint_format import DAMAGE_HINT, GROUPS, Checkpoint
+from lumiere.persistence.checkpoint import DAMAGE_HINT, GROUPS, Checkpoint
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

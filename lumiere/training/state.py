@@ -11,7 +11,7 @@ import torch
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.training.averaging import WeightAverage
 from lumiere.training.optimizers import Optimizers
 from lumiere.training.shards import load_weights

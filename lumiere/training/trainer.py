@@ -13,7 +13,7 @@ from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.batches import Batch, batch_at, steps_per_epoch
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.evaluation import Evaluation, evaluate
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.costs import flops_per_token, num_steps
 from lumiere.training.distributed import accumulating, distributed, evaluating, seed_dropout

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lumiere.errors import LumiereError
-from lumiere.persistence.history import History, Point
+from lumiere.persistence.metrics import History, Point
 from lumiere.report.loss_curves import LossCurves, draw, save_loss_curves
 from lumiere.report.pictures import COLOURS
 

@@ -14,7 +14,7 @@ from lumiere.data.batches import batch_at
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.interpret.heads import head_scores
 from lumiere.interpret.text_repeats import score_heads
-from lumiere.persistence.history import History, Point, read_history
+from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import Run
 from lumiere.report.inspection import CANDIDATES, Inspection, Text, frequent_tokens, inspect_model
 from lumiere.report.page_data import page_data, rounded, script_json, thousandths

@@ -16,7 +16,7 @@ from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import CheckpointError
 from lumiere.evaluation import evaluate
-from lumiere.persistence.checkpoint_format import GROUPS
+from lumiere.persistence.checkpoint import GROUPS
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore
 from lumiere.training.distributed import distributed, evaluating

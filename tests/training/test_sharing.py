@@ -10,7 +10,7 @@ from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import ConfigError, LostProcessError, LumiereError
 from lumiere.evaluation import evaluate
 from lumiere.models.transformer import build_model
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.training import processes
 from lumiere.training.distributed import own_device, seed_dropout
 from lumiere.training.launch import inexactness

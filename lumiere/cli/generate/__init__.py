@@ -5,8 +5,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from lumiere.cli.console import open_model
 from lumiere.cli.generate.settings import Settings, given
-from lumiere.cli.loading import open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
 from lumiere.errors import LumiereError
 

@@ -4,11 +4,11 @@ import numpy as np
 
 from lumiere.cli.console import escape, out
 from lumiere.cli.inspect.batches import counted_documents
-from lumiere.cli.loading import OpenedModel
 from lumiere.cli.sparkline import sparkline
 from lumiere.interpret.diff import SAME_TOKENS, HeadMatches, ModelDiff, stream_names
 from lumiere.interpret.predictions import PredictionDiff
 from lumiere.interpret.weight_changes import WeightChanges
+from lumiere.persistence.loading import OpenedModel
 
 WIDTH = 80
 MOST_LAYERS = 10

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import guarded, out, show_note, talk
+from lumiere.cli.console import guarded, open_model, out, show_note, talk
 from lumiere.cli.inspect.analysis import CHECK_FAILED, Subject
 from lumiere.cli.inspect.options import Seed
-from lumiere.cli.loading import OpenedModel, open_model
 from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel
 
 if TYPE_CHECKING:
     from lumiere.report.inspection import Text
@@ -45,9 +45,9 @@ def report(
     word. Without --prompt it shows two texts of the validation split and random tokens that come twice.
     """
     check_page(output)
+    from lumiere.files import write_atomically
     from lumiere.interpret.repeats import SEQUENCES
-    from lumiere.persistence.atomic import write_atomically
-    from lumiere.persistence.history import read_history
+    from lumiere.persistence.metrics import read_history
     from lumiere.report.inspection import inspect_model
     from lumiere.report.report_page import build_page
     from lumiere.training.memory import keep_freed_memory
@@ -120,7 +120,7 @@ def given_texts(opened: OpenedModel, prompts: list[str]) -> "list[Text]":
 def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
     """Starts of validation windows, spread over the split, and random tokens twice; without a corpus these alone."""
     from lumiere.cli.inspect.texts import DEFAULT_TOKENS, repeated_sequences, validation_window
-    from lumiere.cli.loading import open_corpus
+    from lumiere.persistence.loading import open_corpus
     from lumiere.report.inspection import Text
 
     texts = []

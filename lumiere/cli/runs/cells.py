@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from lumiere.errors import printable, shortened
-from lumiere.persistence.listing import Entry
+from lumiere.persistence.catalog import Entry
 from lumiere.persistence.metrics import as_number
 
 STATUS_STYLES = {

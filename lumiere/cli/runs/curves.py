@@ -10,7 +10,7 @@ from lumiere.cli.chart import Curve, chart
 from lumiere.cli.console import duration
 from lumiere.cli.runs.cells import is_coloured
 from lumiere.cli.streams import is_unicode
-from lumiere.persistence.history import History
+from lumiere.persistence.metrics import History
 
 # The colours of `report.loss_curves.COLOURS`, as near as the 256 of a terminal come.
 COLOURS = (32, 166, 36, 175, 214, 117)

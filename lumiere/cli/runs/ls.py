@@ -9,8 +9,8 @@ from lumiere.cli.console import print_json, show_note
 from lumiere.cli.options import Json, RunsDir
 from lumiere.cli.runs.cells import age, facts, number, short_count, status_cell, text_cell
 from lumiere.cli.sparkline import LEVELS, sparkline
-from lumiere.persistence.history import sample_losses
-from lumiere.persistence.listing import Entry, list_runs
+from lumiere.persistence.catalog import Entry, list_runs
+from lumiere.persistence.metrics import sample_losses
 from lumiere.persistence.runs import RunStore
 
 CURVE_WIDTH = 8

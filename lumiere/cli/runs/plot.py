@@ -9,9 +9,8 @@ import typer
 from lumiere.cli.console import print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.errors import LumiereError, printable
-from lumiere.persistence.history import Point, read_history
-from lumiere.persistence.listing import Entry, read_entry
-from lumiere.persistence.removal import distinct
+from lumiere.persistence.catalog import Entry, distinct, read_entry
+from lumiere.persistence.metrics import Point, read_history
 from lumiere.persistence.runs import RunStore
 
 

@@ -9,7 +9,7 @@ from lumiere.cli.console import print_json
 from lumiere.cli.options import Json, RunsDir
 from lumiere.cli.plan import size
 from lumiere.cli.runs.confirm import DryRun, Yes, check_answerable, confirm
-from lumiere.persistence.removal import Pruning, distinct, parse_keep, plan_pruning, prune
+from lumiere.persistence.catalog import Pruning, distinct, parse_keep, plan_pruning, prune
 from lumiere.persistence.runs import RunStore
 
 

@@ -8,9 +8,15 @@ from lumiere.cli.plan import size
 from lumiere.cli.runs.cells import age, number
 from lumiere.cli.runs.confirm import DryRun, Yes, check_answerable, confirm
 from lumiere.errors import printable
-from lumiere.persistence.inventory import disk_bytes
-from lumiere.persistence.listing import Entry, read_entry
-from lumiere.persistence.removal import check_removable, distinct, remove_leftovers, remove_run
+from lumiere.persistence.catalog import (
+    Entry,
+    check_removable,
+    disk_bytes,
+    distinct,
+    read_entry,
+    remove_leftovers,
+    remove_run,
+)
 from lumiere.persistence.runs import RunStore
 
 
