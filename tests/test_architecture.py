@@ -26,7 +26,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-MAX_LINES = 400
+MAX_LINES = 700
 TERMINAL = {"typer", "rich", "click"}
 
 

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lumiere.errors import CheckpointError, LumiereError, nearest
-from lumiere.persistence.atomic import sync_folder
+from lumiere.files import locked, sync_folder
 from lumiere.persistence.checkpoint import read_metadata
-from lumiere.persistence.checkpoint_names import NAMES, checkpoint_names
-from lumiere.persistence.history import Point, last_records, point_of, points_at
+from lumiere.persistence.checkpoint_manager import NAMES, checkpoint_names
 from lumiere.persistence.liveness import check_not_elsewhere, running
-from lumiere.persistence.lock import locked
-from lumiere.persistence.metrics import as_number
+from lumiere.persistence.metrics import Point, as_number, last_records, point_of, points_at
 from lumiere.persistence.notes import Notes, check_tag, read_notes
 from lumiere.persistence.placing import delete, find, present, remove
 from lumiere.persistence.runs import NAME_PATTERN, Run, RunStore
