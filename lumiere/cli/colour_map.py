@@ -8,7 +8,7 @@ from rich.text import Text
 
 from lumiere.cli.console import colours, out
 from lumiere.cli.heatmap import LEGEND, column_headings, part
-from lumiere.report.labels import LABEL_WIDTH, fitted
+from lumiere.report.figures.figure import LABEL_WIDTH, fitted
 
 if TYPE_CHECKING:
     import numpy as np

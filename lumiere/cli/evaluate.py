@@ -73,7 +73,7 @@ def evaluate(
     Several runs are compared document by document. What is found is kept in the run's folder eval/.
     """
     if output is not None:
-        from lumiere.report.pictures import check_drawing, check_picture
+        from lumiere.report.figures.figure import check_drawing, check_picture
 
         check_picture(Path(output))
         check_drawing()
@@ -164,7 +164,7 @@ def check_same_text(first: "Evaluated", opened: OpenedModel, scored: ScoredText)
 
 def draw(evaluated: list["Evaluated"], output: str) -> None:
     from lumiere.cli.scores import heading, windowing
-    from lumiere.report.evaluation_plots import EvaluationPlot, save_evaluation_plots
+    from lumiere.report.figures.curves import EvaluationPlot, save_evaluation_plots
 
     first = evaluated[0]
     text = heading(first.about, with_windows=all(windowing(one) == windowing(first) for one in evaluated))

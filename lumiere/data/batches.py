@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.permutation import permute
 from lumiere.data.windows import Windows

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lumiere.components.linear_cross_entropy import linear_cross_entropy_losses
+from lumiere.components.kernels import linear_cross_entropy_losses
 from lumiere.components.world import ALONE, World
 from lumiere.data.batches import batches_in_order
 from lumiere.data.dataset import SplitFacts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lumiere.baselines.ngrams import Baseline
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import make_batch
 from lumiere.data.dataset import TokenizedSplit

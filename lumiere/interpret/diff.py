@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.dataset import Sizes, TokenizedSplit

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy_losses
+from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
 from lumiere.evaluation.bootstrap import PairedDifference, paired_difference

@@ -6,7 +6,7 @@ from rich.style import Style
 from rich.text import Text
 
 from lumiere.cli.colour_map import THUMBNAIL_SIZE, colour_map, colour_of, colour_thumbnail, half_blocks, room
-from lumiere.report.labels import LABEL_WIDTH
+from lumiere.report.figures.figure import LABEL_WIDTH
 
 
 def squares(line: Text) -> list[tuple[str | None, str | None]]:

@@ -58,7 +58,7 @@ def ablate(
     from lumiere.interpret.ablate import ablate as ablate_units
     from lumiere.interpret.ablate import check_mode
     from lumiere.interpret.units import find_unit
-    from lumiere.report.figures.heads import draw_ablations
+    from lumiere.report.figures.bars import draw_ablations
 
     kind = find_unit(unit)
     check_mode(mode)

@@ -97,7 +97,7 @@ def batch_of(sequences: "list[tuple[int, ...]]", first_target: int = 1) -> "Batc
     """
     import torch
 
-    from lumiere.components.linear_cross_entropy import IGNORED
+    from lumiere.components.kernels import IGNORED
     from lumiere.data.batches import Batch
 
     tokens = torch.tensor(sequences)

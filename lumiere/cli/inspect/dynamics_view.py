@@ -8,7 +8,7 @@ from lumiere.cli.console import escape, out
 from lumiere.cli.sparkline import sparkline
 from lumiere.interpret.dynamics import Dynamics
 from lumiere.interpret.metrics import METRICS
-from lumiere.report.dynamics_plot import claims
+from lumiere.report.figures.dynamics import claims
 
 PLACE_WIDTH = 18
 MOST_COLUMNS = 24

@@ -9,8 +9,8 @@ from lumiere.cli.colour_map import colour_of, show_legend
 from lumiere.cli.console import colours, out, show_note
 from lumiere.cli.heatmap import shade_of
 from lumiere.interpret.lens import LogitLens
-from lumiere.report.figures.lens import stage_name
-from lumiere.report.labels import LABEL_WIDTH, fitted, rank_label
+from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
+from lumiere.report.figures.heat_maps import stage_name
 
 NARROWEST_CELL, WIDEST_CELL = 7, 12
 

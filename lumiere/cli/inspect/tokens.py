@@ -23,7 +23,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
     The unigram and the bigram model are fitted to the training split of the run.
     """
     from lumiere.interpret.tokens import token_losses
-    from lumiere.report.figures.texts import draw_tokens
+    from lumiere.report.figures.heat_maps import draw_tokens
 
     opened, ids = subject.opened, subject.tokens
     if len(ids) < 2:
@@ -52,7 +52,7 @@ def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
 
 def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
     """A line a token, coloured by its loss, and the means."""
-    from lumiere.report.labels import LABEL_WIDTH, fitted, rank_label
+    from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
 
     baselines = {
         name: losses

@@ -33,8 +33,7 @@ def show_card(
     """
     opened = RunStore(runs_dir).open(run)
     path = None if output is None else check_target(output, force)
-    from lumiere.report.card import model_card
-    from lumiere.report.card_facts import card_checkpoint, gather, kept_evaluation
+    from lumiere.report.model_card import card_checkpoint, gather, kept_evaluation, model_card
 
     checkpoint, step = card_checkpoint(opened)
     evaluation = kept_evaluation(opened.record, step) or evaluate_now(opened, checkpoint, device, runs_dir)
