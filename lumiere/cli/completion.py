@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import typer
 
-from lumiere.config.shipped import SUFFIXES, shipped_configs
+from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.persistence.checkpoint_manager import checkpoint_names
 from lumiere.persistence.runs import RunStore
 

@@ -106,8 +106,8 @@ def evaluate(
 def evaluate_one(
     opened: OpenedModel, scored: ScoredText, stride: int | None, batch_size: int | None, with_baselines: bool
 ) -> "DetailedEvaluation":
-    from lumiere.baselines.ngrams import fit_baselines
     from lumiere.evaluation.detailed import evaluate_in_detail
+    from lumiere.evaluation.ngrams import fit_baselines
     from lumiere.evaluation.scoring import strided_windows, training_windows
 
     context_size, train = opened.config.model.context_size, scored.train

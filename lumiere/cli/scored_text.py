@@ -98,7 +98,7 @@ def dataset_split(opened: OpenedModel, choice: TextChoice, split: str) -> Scored
     from lumiere.config.loader import validate
     from lumiere.data.corpus import load_corpus
     from lumiere.data.dataset import document_sizes, tokenize_parts
-    from lumiere.data.source import BUILDERS
+    from lumiere.data.sources import BUILDERS
 
     if choice.dataset in BUILDERS:
         raise LumiereError(f"{choice.dataset!a} reads files, which nothing names here", "score one with --text FILE")

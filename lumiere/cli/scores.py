@@ -7,9 +7,8 @@ from typing import Any
 
 from lumiere.cli.console import escape, out
 from lumiere.cli.runs.cells import table
-from lumiere.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, PairedDifference, paired_difference
-from lumiere.evaluation.clusters import FEW_DOCUMENTS
 from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
+from lumiere.evaluation.scoring import CONFIDENCE, FEW_DOCUMENTS, NUM_RESAMPLES, PairedDifference, paired_difference
 from lumiere.persistence.runs import Run
 
 SHOWN_POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

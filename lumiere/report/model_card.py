@@ -14,7 +14,7 @@ import yaml
 
 from lumiere import __version__
 from lumiere.config.schema import DatasetConfig, RunConfig
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.costs import count_parameters, weight_bytes

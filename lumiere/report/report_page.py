@@ -15,7 +15,7 @@ import torch
 from lumiere.config.schema import RunConfig
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD, SPECIAL_TOKENS
-from lumiere.evaluation.clusters import half_width
+from lumiere.evaluation.scoring import half_width
 from lumiere.interpret.ablate import Ablations, ablate
 from lumiere.interpret.attention import AttentionPatterns, attention_patterns
 from lumiere.interpret.embeddings import TokenMap, token_map

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from lumiere.config.loader import load_config, validate
 from lumiere.config.schema import RunConfig
 from lumiere.data.corpus import BUILT_IN
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 from lumiere.report.model_card import BUILT_IN as BUILT_IN_CARDS

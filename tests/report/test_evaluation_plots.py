@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumiere.evaluation import Evaluation
 from lumiere.evaluation.detailed import Calibration, DetailedEvaluation, LossByDocument, LossByGroup
-from lumiere.evaluation.totals import DocumentTotals
+from lumiere.evaluation.loss import Evaluation
+from lumiere.evaluation.scoring import DocumentTotals
 from lumiere.report.figures.curves import EvaluationPlot, draw_evaluations, save_evaluation_plots, short_range
 from lumiere.report.figures.figure import COLOURS
 

@@ -88,7 +88,7 @@ def ablate(
 def show(result: "Ablations", top_k: int) -> None:
     """The strongest ablations, sorted, with a bar each."""
     from lumiere.cli.inspect.batches import counted_documents
-    from lumiere.evaluation.clusters import half_width
+    from lumiere.evaluation.scoring import half_width
 
     shown = result.order[:top_k]
     width = max(len(result.labels[number]) for number in shown)

@@ -133,9 +133,9 @@ def spelled(name: str) -> str:
 def validation_documents(subject: Subject, num_windows: int) -> tuple[list["Part"], str]:
     import numpy as np
 
+    from lumiere.data.batches import permute
     from lumiere.data.corpus import numbered_parts
     from lumiere.data.dataset import source_parts
-    from lumiere.data.permutation import permute
 
     opened = subject.opened
     corpus = open_corpus(opened, "restore it as it was, or give a text: --prompt or --file")

@@ -8,8 +8,8 @@ from lumiere.errors import LumiereError
 from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
-    from lumiere.baselines.ngrams import BigramModel
     from lumiere.data.tokenizer import Tokenizer
+    from lumiere.evaluation.ngrams import BigramModel
     from lumiere.interpret.tokens import TokenLosses
 
 STYLES = ((1.0, "green"), (4.0, "default"), (7.0, "yellow"))
@@ -40,7 +40,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
 
 def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
     """The bigram model, which holds the unigram model, of the run's own corpus; None, with a note, without it."""
-    from lumiere.baselines.ngrams import BigramModel
+    from lumiere.evaluation.ngrams import BigramModel
 
     try:
         split = open_corpus(opened, "restore it as it was").splits["train"]

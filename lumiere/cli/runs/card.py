@@ -14,7 +14,7 @@ from lumiere.persistence.runs import Run, RunStore
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lumiere.evaluation import Evaluation
+    from lumiere.evaluation.loss import Evaluation
 
 
 def show_card(
@@ -47,7 +47,7 @@ def show_card(
 
 def evaluate_now(run: Run, checkpoint: str, device: str, runs_dir: str | None) -> "Evaluation":
     """The evaluation that the training did not leave, in the way that the training would have made it."""
-    from lumiere.evaluation import evaluate
+    from lumiere.evaluation.loss import evaluate
 
     show_note(f"run {run.id} keeps no evaluation of its checkpoint {checkpoint}: evaluating it now")
     opened = open_model(run.name, checkpoint, device, runs_dir)
