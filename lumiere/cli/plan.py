@@ -9,7 +9,7 @@ from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig
-    from lumiere.training.plan import Plan
+    from lumiere.training.estimate import Plan
 
 
 def check_plan_is_alone(resume: str | None, print_config: bool) -> None:
@@ -30,20 +30,19 @@ def check_plan_is_alone(resume: str | None, print_config: bool) -> None:
 def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
     """Measure and print what a training of `config` takes; nothing is made in `runs_dir`."""
     from lumiere.cli.progress import CorpusProgress, show_warning
-    from lumiere.components.world import World
-    from lumiere.training.preparation import prepare
-    from lumiere.training.processes import share_cores
+    from lumiere.distributed import ProcessGroup, share_cores
+    from lumiere.training.setup import set_up
 
-    world = World.of_environment()
-    if world.size > 1:
-        share_cores(world)
+    processes = ProcessGroup.from_environment()
+    if processes.size > 1:
+        share_cores(processes)
     with CorpusProgress() as progress:
-        preparation = prepare(config, progress)
-    from lumiere.training.launch import free_room
-    from lumiere.training.plan import MEASURED_SECONDS, make_plan
+        setup = set_up(config, progress)
+    from lumiere.training.estimate import MEASURED_SECONDS, make_plan
+    from lumiere.training.run import free_room
 
     show_note(f"measuring for {MEASURED_SECONDS:.0f} seconds, nothing is written")
-    plan = make_plan(preparation, show_warning, world)
+    plan = make_plan(setup, show_warning, processes)
     _, free = free_room(runs_dir)
     if as_json:
         totals = {"num_parameters": plan.parameters.total, "disk_bytes": plan.disk.total, "disk_free_bytes": free}

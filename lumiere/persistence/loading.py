@@ -84,7 +84,7 @@ def open_model(
             the one that the run was trained with.
     """
     run = RunStore(runs_dir).open(reference)
-    from lumiere.components.device import resolve_device
+    from lumiere.device import resolve_device
 
     target = resolve_device(device)
     config = run.load_config()

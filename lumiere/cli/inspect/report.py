@@ -45,11 +45,11 @@ def report(
     word. Without --prompt it shows two texts of the validation split and random tokens that come twice.
     """
     check_page(output)
+    from lumiere.device import keep_freed_memory
     from lumiere.files import write_atomically
     from lumiere.interpret.repeats import SEQUENCES
     from lumiere.persistence.metrics import read_history
     from lumiere.report.report_page import build_page, inspect_model
-    from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()
     import torch
