@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from lumiere.cli.console import colours, out
+from lumiere.cli.console import color_support, stdout
 from lumiere.cli.heatmap import LEGEND, column_headings, part
 from lumiere.report.labels import LABEL_WIDTH, fitted
 
@@ -30,7 +30,7 @@ TALLEST = 24
 THUMBNAIL_SIZE = 18
 
 
-def colour_of(weight: float) -> str:
+def color_of(weight: float) -> str:
     """The colour of a weight in [0, 1]: by its square root, so that small shares can be told apart."""
     place = sqrt(min(max(weight, 0.0), 1.0)) * (len(RAMP) - 1)
     lower = min(int(place), len(RAMP) - 2)
@@ -44,7 +44,7 @@ def room(width: int) -> int:
     return max(1, width - 2 * (LABEL_WIDTH + 1))
 
 
-def colour_map(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
+def color_map(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
     """Rows look at columns; both carry their tokens, columns from top to bottom.
 
     Where two rows share a line, the label of the upper one stands on the left, that of the lower one on the right.
@@ -64,7 +64,7 @@ def colour_map(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text
         text.append(fitted(labels[row]).rjust(LABEL_WIDTH) + " ")
         if step == 1:
             for column in range(row + 1):
-                text.append("██", style=colour_of(float(weights[row, column])))
+                text.append("██", style=color_of(float(weights[row, column])))
         else:
             text.append_text(half_blocks(weights[row : row + 2], row))
             if row + 1 < size:
@@ -82,16 +82,16 @@ def half_blocks(rows: "np.ndarray", first: int) -> Text:
     """
     text = Text(no_wrap=True)
     for column in range(first + len(rows)):
-        lower = colour_of(float(rows[1, column])) if len(rows) == 2 else None
+        lower = color_of(float(rows[1, column])) if len(rows) == 2 else None
         if column > first:  # above the diagonal in the upper row
             text.append("▄", style=lower or "")
         else:
-            upper = colour_of(float(rows[0, column]))
+            upper = color_of(float(rows[0, column]))
             text.append("▀", style=f"{upper} on {lower}" if lower else upper)
     return text
 
 
-def colour_thumbnail(weights: "np.ndarray") -> list[Text]:
+def color_thumbnail(weights: "np.ndarray") -> list[Text]:
     """The shape of a matrix in half as many lines as columns: each square is the largest weight of its part.
 
     Args:
@@ -110,13 +110,13 @@ def colour_thumbnail(weights: "np.ndarray") -> list[Text]:
 
 def show_legend(meaning: str) -> None:
     """What colours or characters stand for; where numbers are written, nothing."""
-    if colours() == "few":
-        out().print(f"{meaning}: {LEGEND}")
-    if colours() != "many":
+    if color_support() == "few":
+        stdout().print(f"{meaning}: {LEGEND}")
+    if color_support() != "many":
         return
     text = Text(f"{meaning}: ")
     for percent in (0, 2, 10, 25, 50, 100):
-        text.append("██", style=colour_of(percent / 100))
+        text.append("██", style=color_of(percent / 100))
         text.append(f" {percent}%  ")
     text.rstrip()
-    out().print(text)
+    stdout().print(text)

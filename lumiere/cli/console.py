@@ -1,4 +1,4 @@
-"""The terminal: stdout is the answer, stderr is the talk, and one boundary turns errors into two lines."""
+"""Consoles, error reporting and JSON output. Results go to stdout; progress and diagnostics go to stderr."""
 
 import functools
 import re
@@ -22,28 +22,28 @@ COMMAND = re.compile(r"\blumiere(?= (?:tokenize|train|eval|generate|export|inspe
 
 
 @functools.cache
-def out() -> "Console":
-    """The terminal's stdout."""
+def stdout() -> "Console":
+    """Return the console for results."""
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True)
 
 
 @functools.cache
-def talk() -> "Console":
-    """The terminal's stderr."""
+def stderr() -> "Console":
+    """Return the console for progress, notes and errors."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def colours() -> Literal["many", "few", "none"]:
+def color_support() -> Literal["many", "few", "none"]:
     """What stdout can show: squares of any colour; 16 colours or none, where characters have to tell; or only text.
 
     A pipe, a file or a terminal without Unicode gets text, numbers in place of pictures. `NO_COLOR` and `FORCE_COLOR`
     are respected.
     """
-    console = out()
+    console = stdout()
     if not (console.is_terminal and console.encoding.startswith("utf")):
         return "none"
     return "many" if not console.no_color and console.color_system in ("256", "truecolor") else "few"
@@ -73,9 +73,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def print_error(error: LumiereError) -> None:
-    talk().print(f"[bold red]error:[/] {escape(error.message)}")
+    stderr().print(f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
-        talk().print(f"[bold]hint:[/] {escape(as_typed(error.hint))}")
+        stderr().print(f"[bold]hint:[/] {escape(as_typed(error.hint))}")
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
@@ -86,8 +86,8 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 def show_note(text: str) -> None:
-    """A line of talk."""
-    talk().print(f"[dim]{escape(as_typed(text))}[/]")
+    """Print a dim line to stderr."""
+    stderr().print(f"[dim]{escape(as_typed(text))}[/]")
 
 
 def as_typed(text: str) -> str:

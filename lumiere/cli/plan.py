@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lumiere.cli.console import out, print_json, show_note
+from lumiere.cli.console import print_json, show_note, stdout
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def show(config: "RunConfig", plan: "Plan", free: int) -> None:
 def row(figure: str, value: str, meaning: str = "") -> None:
     """One line; what is indented is a part of what stands above."""
     style = "not bold" if figure.startswith(" ") else "bold"
-    out().print(f"[{style}]{figure:17}[/]  {value:>15}" + (f"  [dim]{meaning}[/]" if meaning else ""))
+    stdout().print(f"[{style}]{figure:17}[/]  {value:>15}" + (f"  [dim]{meaning}[/]" if meaning else ""))
 
 
 def size(num_bytes: int) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from lumiere.cli.completion import complete_run
-from lumiere.cli.console import INTERRUPTED, as_typed, escape, out, print_json, show_note, talk
+from lumiere.cli.console import INTERRUPTED, as_typed, escape, print_json, show_note, stderr, stdout
 from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
@@ -165,20 +165,20 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
     run, state = result.run, result.state
     if result.signal_number is not None:
         command = escape(as_typed(run.command("train", "--resume", run.id)))
-        talk().print(f"interrupted at step {state.step:,} and saved; go on with {command}")
+        stderr().print(f"interrupted at step {state.step:,} and saved; go on with {command}")
         raise typer.Exit(exit_code(result.signal_number))
     if as_json:
         print_json({"run": run.name} | run.record)
         return
-    out().print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
+    stdout().print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
     if state.best_loss is not None:
-        out().print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
+        stdout().print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
     speed = state.tokens / state.seconds if state.seconds else 0.0
-    out().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
+    stdout().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
     print_sample(run)
-    out().print("\nTry next:")
+    stdout().print("\nTry next:")
     for command in next_commands(run):
-        out().print(f"  {escape(as_typed(command))}", style="bold")
+        stdout().print(f"  {escape(as_typed(command))}", style="bold")
 
 
 def next_commands(run: "Run") -> list[str]:
@@ -210,8 +210,8 @@ def print_sample(run: "Run") -> None:
         sampling=Sampling(temperature=SAMPLE_TEMPERATURE),
         seed=0,
     )
-    out().print("\nIt writes:\n")
-    out().print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
+    stdout().print("\nIt writes:\n")
+    stdout().print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
 
 
 def explain(reason: str) -> str:

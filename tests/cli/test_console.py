@@ -24,4 +24,4 @@ def test_colours(
 ) -> None:
     stdout = Console(file=io.StringIO(), force_terminal=is_terminal, _environ={}, **settings)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(console, "out", lambda: stdout)
-    assert console.colours() == expected
+    assert console.color_support() == expected

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lumiere.cli.console import out, print_json, show_note
+from lumiere.cli.console import print_json, show_note, stdout
 from lumiere.errors import printable
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def show_shaded(text: str, token: "Token | None") -> None:
     style = ""
     if token is not None and token.logprob is not None:
         style = next(style for least, style in SHADES if math.exp(token.logprob) >= least)
-    out().print(Text(printable(text, keep="\n\t" + JOINERS), style=style), end="")
+    stdout().print(Text(printable(text, keep="\n\t" + JOINERS), style=style), end="")
 
 
 def write(text: str) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import guarded, out, show_note, talk
+from lumiere.cli.console import guarded, show_note, stderr, stdout
 from lumiere.cli.inspect.analysis import CHECK_FAILED, Subject
 from lumiere.cli.inspect.options import Seed
 from lumiere.cli.loading import OpenedModel, open_model
@@ -90,9 +90,9 @@ def report(
         write_atomically(output, page.encode())
     except OSError as error:
         raise LumiereError(f"{str(output)!r} cannot be written: {error.strerror}", "choose another place") from error
-    out().print(f"written to {output}, {len(page.encode()) / 1e6:.1f} MB: open it in a browser", markup=False)
+    stdout().print(f"written to {output}, {len(page.encode()) / 1e6:.1f} MB: open it in a browser", markup=False)
     if broken := [name for name, result in inspection.results() if not result.holds]:
-        talk().print(f"failed: the receipts of {'; '.join(broken)}", style="bold red", markup=False)
+        stderr().print(f"failed: the receipts of {'; '.join(broken)}", style="bold red", markup=False)
         raise typer.Exit(CHECK_FAILED)
 
 

@@ -131,10 +131,10 @@ def watch_as_lines(watched: Watched, as_json: bool) -> None:
 def watch_live(watched: Watched) -> None:
     from rich.live import Live
 
-    from lumiere.cli.console import out
+    from lumiere.cli.console import stdout
 
     # Unredirected, because Rich's stand-in for stdout says that it is no terminal.
-    with Live(console=out(), auto_refresh=False, redirect_stdout=False) as live:
+    with Live(console=stdout(), auto_refresh=False, redirect_stdout=False) as live:
         while True:
             watched.look()
             live.update(view(watched), refresh=True)

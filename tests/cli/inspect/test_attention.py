@@ -29,7 +29,7 @@ def shown_colours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """A terminal that shows so many colours."""
     # The package's attribute of that name is the command, not the module.
     for name in ("lumiere.cli.inspect.attention", "lumiere.cli.colour_map"):
-        monkeypatch.setattr(import_module(name), "colours", lambda: request.param)
+        monkeypatch.setattr(import_module(name), "color_support", lambda: request.param)
     return request.param
 
 
