@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-slow test-lowest peer browser check schema lock clean
+.PHONY: help train test gate test-all test-slow test-lowest peer browser check schema lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -42,6 +42,9 @@ check: .venv/.installed-test
 
 test: check  ## lint, format and type checks, and the fast tests (under three minutes)
 	$(BIN)/pytest -q -n 2 -m "not slow"
+
+gate: .venv/.installed-test  ## compares losses, weights and outputs with the reference commit, bit for bit
+	$(BIN)/python benchmarks/gate.py
 
 test-all: check  ## the same, with the slow tests
 	$(BIN)/pytest -q -n 2

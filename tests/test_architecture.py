@@ -1,4 +1,4 @@
-"""The house: imports run downwards, files stay small, and light commands load nothing heavy."""
+"""Imports run downwards, files stay small, and light commands load no heavy library."""
 
 import ast
 import subprocess
@@ -12,8 +12,8 @@ from lumiere.persistence.runs import Run
 
 PACKAGE = Path(__file__).parents[1] / "lumiere"
 
-# From the bottom up. A part may import parts on lower floors, and nothing else of Lumiere.
-FLOORS = [
+# From the bottom up. A part may import parts of lower layers, and nothing else of Lumiere.
+LAYERS = [
     {"errors", "programs", "__init__"},
     {"files"},
     {"config"},
@@ -26,12 +26,12 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-MAX_LINES = 400
+MAX_LINES = 700
 TERMINAL = {"typer", "rich", "click"}
 
 
-def floor_of(part: str) -> int:
-    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+def layer_of(part: str) -> int:
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
 
 
 def part_of(path: Path) -> str:
@@ -52,22 +52,23 @@ def imports(path: Path) -> Iterator[str]:
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_downwards(path: Path) -> None:
-    part = part_of(path)
-    for module in imports(path):
-        package, *names = module.split(".")
-        if package == "lumiere" and names:
-            imported = names[0] if names[0] != "__version__" else "__init__"
-            below = floor_of(imported) < floor_of(part)
-            assert below or imported == part, f"{part} imports {module}"
-        assert package not in TERMINAL or part == "cli", f"{part} knows the terminal: {module}"
-        assert package != "click", "Typer carries its own"
+def test_imports_run_downwards() -> None:
+    offenders = []
+    for path in FILES:
+        part = part_of(path)
+        for module in imports(path):
+            package, *names = module.split(".")
+            imported = "__init__" if names[:1] == ["__version__"] else "".join(names[:1])
+            if package == "lumiere" and imported not in {"", part} and layer_of(imported) >= layer_of(part):
+                offenders.append(f"{path} imports {module}")
+            if (package in TERMINAL and part != "cli") or package == "click":
+                offenders.append(f"{path} imports {module}")
+    assert not offenders
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_stay_small(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+def test_files_stay_small() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
 
 
 HEAVY = {"torch", "datasets", "tokenizers", "numpy", "safetensors"}
