@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from lumiere.cli.console import escape, stdout
-from lumiere.cli.runs.cells import table
+from lumiere.cli.console import escape, stdout, table
 from lumiere.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, PairedDifference, paired_difference
 from lumiere.evaluation.clusters import FEW_DOCUMENTS
 from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.cli.chart import LABEL_WIDTH, MIN_WIDTH, Curve, chart
-from lumiere.cli.sparkline import LEVELS, sparkline
+from lumiere.cli.console import LEVELS, sparkline
+from lumiere.cli.terminal_plots import LABEL_WIDTH, MIN_WIDTH, Curve, chart
 
 AXIS = " " * (LABEL_WIDTH + 2)
 

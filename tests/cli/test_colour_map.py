@@ -5,7 +5,7 @@ import pytest
 from rich.style import Style
 from rich.text import Text
 
-from lumiere.cli.colour_map import THUMBNAIL_SIZE, color_map, color_of, color_thumbnail, half_blocks, room
+from lumiere.cli.terminal_plots import THUMBNAIL_SIZE, color_map, color_of, color_thumbnail, half_blocks, room
 from lumiere.report.labels import LABEL_WIDTH
 
 

@@ -62,7 +62,7 @@ def attention(
 
 def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
     """A table of all heads, and as much of their maps as fits a screen."""
-    from lumiere.cli.colour_map import show_legend
+    from lumiere.cli.terminal_plots import show_legend
 
     places = [(row, column) for row in range(len(result.layers)) for column in range(len(result.heads))]
     show_table(result)
@@ -108,8 +108,7 @@ def show_table(result: "AttentionPatterns") -> None:
 
 def show_thumbnails(result: "AttentionPatterns", places: list[tuple[int, int]]) -> None:
     """Small maps side by side, as many as the terminal is wide."""
-    from lumiere.cli.colour_map import color_thumbnail
-    from lumiere.cli.heatmap import THUMBNAIL_WIDTH, thumbnail
+    from lumiere.cli.terminal_plots import THUMBNAIL_WIDTH, color_thumbnail, thumbnail
 
     draw = color_thumbnail if color_support() == "many" else thumbnail
     room = max(1, (stdout().width + 2) // (THUMBNAIL_WIDTH + 2))
@@ -126,7 +125,7 @@ def show_thumbnails(result: "AttentionPatterns", places: list[tuple[int, int]]) 
 
 def show_layers(result: "CombinedAttention", labels: list[str]) -> None:
     """A line a layer, and the map of the last one."""
-    from lumiere.cli.colour_map import show_legend
+    from lumiere.cli.terminal_plots import show_legend
 
     for row, layer in enumerate(result.layers):
         title = f"L{layer}, {result.kind}"
@@ -147,8 +146,7 @@ def show_title(weights: "np.ndarray", name: str) -> None:
 
 def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
     """A heat map under its title; of a text that is too long for the terminal, its end; in a pipe, its numbers."""
-    from lumiere.cli.colour_map import color_map, room
-    from lumiere.cli.heatmap import heatmap
+    from lumiere.cli.terminal_plots import color_map, heatmap, room
     from lumiere.report.labels import LABEL_WIDTH
 
     size, width = len(labels), stdout().width

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import stdout
+from lumiere.cli.console import size, stdout
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.cli.plan import size
 
 if TYPE_CHECKING:
     from lumiere.interpret.activations import Activations

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from lumiere.cli.console import escape, stdout
+from lumiere.cli.console import escape, sparkline, stdout
 from lumiere.cli.inspect.batches import counted_documents
 from lumiere.cli.loading import OpenedModel
-from lumiere.cli.sparkline import sparkline
 from lumiere.interpret.diff import SAME_TOKENS, HeadMatches, ModelDiff, stream_names
 from lumiere.interpret.predictions import PredictionDiff
 from lumiere.interpret.weight_changes import WeightChanges

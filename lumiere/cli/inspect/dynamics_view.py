@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lumiere.cli.console import escape, stdout
-from lumiere.cli.sparkline import sparkline
+from lumiere.cli.console import escape, sparkline, stdout
 from lumiere.interpret.dynamics import Dynamics
 from lumiere.interpret.metrics import METRICS
 from lumiere.report.dynamics_plot import claims

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rich.text import Text
 
-from lumiere.cli.colour_map import color_of, show_legend
 from lumiere.cli.console import color_support, show_note, stdout
-from lumiere.cli.heatmap import shade_of
+from lumiere.cli.terminal_plots import color_of, shade_of, show_legend
 from lumiere.interpret.lens import LogitLens
 from lumiere.report.figures.lens import stage_name
 from lumiere.report.labels import LABEL_WIDTH, fitted, rank_label

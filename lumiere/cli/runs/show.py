@@ -3,9 +3,9 @@
 import shlex
 from typing import Any
 
-from lumiere.cli.console import escape, print_json, stdout
+from lumiere.cli.console import STATUS_STYLES, age, escape, number, print_json, size, stdout, text_cell
 from lumiere.cli.options import Json, RunReference, RunsDir
-from lumiere.cli.runs.cells import STATUS_STYLES, age, facts, number, text_cell
+from lumiere.cli.runs.ls import facts
 from lumiere.errors import ConfigError, printable, shortened
 from lumiere.persistence.listing import Entry, read_entry
 from lumiere.persistence.runs import RunStore
@@ -62,7 +62,6 @@ def original_command(entry: Entry) -> str | None:
 
 
 def show(entry: Entry, details: dict[str, Any]) -> None:
-    from lumiere.cli.plan import size
 
     record, run = entry.record, entry.run
     style = STATUS_STYLES.get(entry.status, "dim")
@@ -193,7 +192,6 @@ def pairs(value: Any) -> str:
 
 
 def checkpoint_lines(checkpoints: list[dict[str, Any]]) -> list[str]:
-    from lumiere.cli.plan import size
 
     named = [c for c in checkpoints if not c["name"].startswith("step-")]
     snapshots = [c for c in checkpoints if c["name"].startswith("step-")]
