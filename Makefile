@@ -77,7 +77,7 @@ lock: .venv/.installed  ## updates constraints.txt and constraints-lowest.txt (P
 	$(BIN)/$(LOCK) --resolution lowest-direct --python-version 3.11 --extra test | $(WITHOUT_TORCH) > constraints-lowest.txt
 
 schema: .venv/.installed  ## rewrites configs/schema.json, which editors complete from
-	$(BIN)/python -m lumiere.config.json_schema configs/schema.json
+	$(BIN)/python -m lumiere.config.schema configs/schema.json
 
 clean:  ## removes the environment and the caches of the tools (never runs/)
 	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@
 
 Prints how many times as fast torch's `scaled_dot_product_attention` is as the hand-written batched products, for
 float32 and bfloat16 and several lengths: the median of the ratios of alternating rounds. `is_fused` of
-`lumiere/components/attention.py` goes by these figures.
+`lumiere/components/kernels.py` goes by these figures.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from lumiere.components import attention
+from lumiere.components import kernels
 
 TOKENS, HEADS, WIDTH = 2048, 4, 32
 ROUNDS, WARM_UP = 25, 5
@@ -25,9 +25,9 @@ def seconds(num_positions: int, dtype: torch.dtype, is_fused: bool) -> float:
     shape = (max(1, TOKENS // num_positions), num_positions, HEADS, WIDTH)
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
     gradient = torch.randn(shape, dtype=dtype)
-    attention.is_fused = lambda q_BTHK, v_BTHV: is_fused
+    kernels.is_fused = lambda q_BTHK, v_BTHV: is_fused
     start = time.perf_counter()
-    attention.causal_attention(q, k, v).backward(gradient)
+    kernels.causal_attention(q, k, v).backward(gradient)
     return time.perf_counter() - start
 
 

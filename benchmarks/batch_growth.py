@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lumiere.config.loader import load_config
 from lumiere.data.batches import batch_at
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.training.loss import summed_loss
 from lumiere.training.preparation import Preparation, prepare
 from lumiere.training.schedule import learning_rate_factor

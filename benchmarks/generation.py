@@ -29,9 +29,8 @@ from rich.table import Table
 
 from lumiere.config.loader import load_config
 from lumiere.data.tokenizer import EOT, PAD, SOT
-from lumiere.generation.cached import CachedDecoder
-from lumiere.generation.compiling import compiled_step
 from lumiere.generation.decoding import Limits, generate_pieces
+from lumiere.generation.kv_cache import CachedDecoder, compiled_step
 from lumiere.generation.sampling import Sampling
 from lumiere.models.transformer import Transformer, build_model
 

@@ -55,8 +55,7 @@ Pass = Callable[[], object]
 
 def without_hook_points(model: Transformer) -> Transformer:
     """A copy of `model` made of classes in whose code no call of a hook point stands."""
-    names = [f"lumiere.components.{part}" for part in ("norm", "attention", "feedforward", "block")]
-    names.append("lumiere.models.transformer")
+    names = ["lumiere.components.layers", "lumiere.models.transformer"]
     originals = {name: sys.modules[name] for name in names}
     try:
         for name in names:  # each imports those before it

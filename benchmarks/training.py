@@ -193,7 +193,7 @@ def print_to_stderr(message: str) -> None:
 
 def our_evaluation() -> Step:
     from lumiere.data.dataset import SplitFacts
-    from lumiere.evaluation import evaluate
+    from lumiere.evaluation.loss import evaluate
     from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -207,7 +207,7 @@ def random_windows(num_windows: int):
     """Full windows of random words, with the overlap of the card."""
     import numpy as np
 
-    from lumiere.data.windows import Windows
+    from lumiere.data.batches import Windows
 
     ids = np.random.default_rng(0).integers(3, VOCAB, num_windows * (CONTEXT - 7) + 8).astype(np.uint16)
     return Windows(ids, np.array([0, len(ids)]), CONTEXT, 8)

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lumiere.cli import main as lumiere
-from lumiere.components.attention import Attention
+from lumiere.components.layers import Attention
 from lumiere.persistence.metrics import read_metrics
 
 VARIANTS = {

@@ -18,7 +18,7 @@ LAYERS = [
     {"files"},
     {"config"},
     {"components"},
-    {"models", "data", "baselines"},
+    {"models", "data"},
     {"persistence"},
     {"evaluation", "generation"},
     {"training", "interpret"},

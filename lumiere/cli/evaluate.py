@@ -79,7 +79,7 @@ def evaluate(
     Several runs are compared document by document. What is found is kept in the run's folder eval/.
     """
     if output is not None:
-        from lumiere.report.pictures import check_drawing, check_picture
+        from lumiere.report.figures.figure import check_drawing, check_picture
 
         check_picture(Path(output))
         check_drawing()
@@ -112,8 +112,8 @@ def evaluate(
 def evaluate_one(
     opened: OpenedModel, scored: "ScoredText", stride: int | None, batch_size: int | None, with_baselines: bool
 ) -> "DetailedEvaluation":
-    from lumiere.baselines.ngrams import fit_baselines
     from lumiere.evaluation.detailed import evaluate_in_detail
+    from lumiere.evaluation.ngrams import fit_baselines
     from lumiere.evaluation.scoring import strided_windows, training_windows
 
     context_size, train = opened.config.model.context_size, scored.train
@@ -170,7 +170,7 @@ def check_same_text(first: "Evaluated", opened: OpenedModel, scored: "ScoredText
 
 def draw(evaluated: list["Evaluated"], output: str) -> None:
     from lumiere.cli.scores import heading, windowing
-    from lumiere.report.evaluation_plots import EvaluationPlot, save_evaluation_plots
+    from lumiere.report.figures.curves import EvaluationPlot, save_evaluation_plots
 
     first = evaluated[0]
     text = heading(first.about, with_windows=all(windowing(one) == windowing(first) for one in evaluated))
@@ -276,7 +276,7 @@ def dataset_split(opened: OpenedModel, choice: TextChoice, split: str) -> Scored
     from lumiere.config.loader import validate
     from lumiere.data.corpus import load_corpus
     from lumiere.data.dataset import document_sizes, tokenize_parts
-    from lumiere.data.source import BUILDERS
+    from lumiere.data.sources import BUILDERS
 
     if choice.dataset in BUILDERS:
         raise LumiereError(f"{choice.dataset!a} reads files, which nothing names here", "score one with --text FILE")

@@ -31,8 +31,7 @@ def export(
     Example: [bold]lumiere export latest --to transformer-lens my-model[/]
     """
     from lumiere.data.tokenizer import SPECIAL_TOKENS
-    from lumiere.export.exporting import export_model, find_target
-    from lumiere.export.folder import check_folder
+    from lumiere.export.exporting import check_folder, export_model, find_target
 
     target = find_target(to)
     check_folder(folder)

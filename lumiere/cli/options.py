@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lumiere.config.shipped import SUFFIXES, shipped_configs
+from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.persistence.checkpoint_names import checkpoint_names
 from lumiere.persistence.runs import RunStore
 

@@ -6,9 +6,8 @@ from itertools import pairwise
 from typing import Any
 
 from lumiere.cli.console import escape, stdout, table
-from lumiere.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, PairedDifference, paired_difference
-from lumiere.evaluation.clusters import FEW_DOCUMENTS
 from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
+from lumiere.evaluation.scoring import CONFIDENCE, FEW_DOCUMENTS, NUM_RESAMPLES, PairedDifference, paired_difference
 from lumiere.persistence.runs import Run
 
 SHOWN_POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from lumiere.cli.console import color_support, number, stdout
-from lumiere.report.labels import LABEL_WIDTH, fitted
+from lumiere.report.figures.figure import LABEL_WIDTH, fitted
 
 if TYPE_CHECKING:
     import numpy as np

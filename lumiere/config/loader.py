@@ -11,9 +11,9 @@ import yaml
 from pydantic import ValidationError
 from yaml.composer import ComposerError
 
-from lumiere.config.problems import config_error, quoted
+from lumiere.config.messages import config_error, quoted
+from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.config.schema import RunConfig
-from lumiere.config.shipped import SUFFIXES, shipped_configs
 from lumiere.errors import ConfigError, nearest, shortened
 from lumiere.files import read_file
 

@@ -3,6 +3,7 @@
 Shapes: B rows, V vocabulary.
 """
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -15,12 +16,59 @@ from torch import Tensor
 from lumiere.data.text import plain
 from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
 from lumiere.errors import LumiereError, NonFiniteError
-from lumiere.generation.cached import CachedDecoder
-from lumiere.generation.repetition import Repetition
-from lumiere.generation.sampling import Sampling, draw
-from lumiere.generation.streaming import TextStream
-from lumiere.generation.window import Decoder
+from lumiere.generation.kv_cache import CachedDecoder, Decoder
+from lumiere.generation.sampling import Repetition, Sampling, draw
 from lumiere.models.transformer import Transformer
+
+
+class TextStream:
+    """The text of a row of tokens, given out as soon as it is certain.
+
+    Args:
+        tokenizer: the one that the model was trained with.
+        stop: strings that end the text where they begin, wherever tokens are cut; they are not part of it. They are
+            normalized as the training text was: after NFKC, `…` is `...`.
+
+    Raises:
+        LumiereError: if a stop string is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(tokenizer.normalize(plain(text)) for text in stop)
+        if not all(self._stop):
+            raise LumiereError("a stop string is empty", "an empty string is everywhere; leave it out")
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now; empty once a stop string has come."""
+        return self._take(self._decoder.decode(self._tokenizer.token_bytes(token)))
+
+    def finish(self) -> str:
+        """What was held back, now that no token comes; bytes that are no character become U+FFFD."""
+        text = self._take(self._decoder.decode(b"", final=True))
+        rest, self._held = self._held, ""
+        return text + rest
+
+    def _take(self, text: str) -> str:
+        if self.is_stopped:
+            return ""
+        text = self._held + text
+        found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if found:
+            self.is_stopped, self._held = True, ""
+            return text[: min(found)]
+        cut = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[cut:]
+        return text[:cut]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
 
 FinishReason = Literal["eos", "length", "stop"]
 
@@ -221,3 +269,74 @@ def _tokens(logits_BV: Tensor, ids: Sequence[int], num_logprobs: int | None) -> 
     ]
     own = logprobs_BV[torch.arange(len(ids)), torch.tensor(ids)].tolist()
     return [Token(*parts) for parts in zip(ids, own, alternatives, strict=True)]
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A text that the search has found.
+
+    Attributes:
+        tokens: what comes after the prompt, without the end of the document.
+        score: mean log of probability of its tokens, in nats.
+        is_ended: whether the model ended the document.
+    """
+
+    tokens: tuple[int, ...]
+    score: float
+    is_ended: bool
+
+
+def beam_search(
+    decoder: Decoder, prompt: Sequence[int], num_beams: int, max_new_tokens: int, sampling: Sampling | None = None
+) -> list[Beam]:
+    """The `num_beams` best texts after `prompt`, best first.
+
+    Args:
+        decoder: its logits are minus infinity at ids that may not come.
+        sampling: its `repetition_penalty` and `no_repeat_ngram_size`; the penalty acts on logs of probability.
+
+    Raises:
+        LumiereError: there is less than one beam.
+    """
+    if num_beams < 1:
+        raise LumiereError(f"there must be at least 1 beam, not {num_beams}", "4 are common")
+    if max_new_tokens == 0:
+        return [Beam((), 0.0, is_ended=False)] * num_beams
+    logits_BV = checked(decoder.start([prompt]))
+    decoder.keep([0] * num_beams)
+    vocab_size = logits_BV.shape[-1]
+    repetition = Repetition([prompt] * num_beams, sampling or Sampling(), vocab_size, logits_BV.device)
+    texts: list[tuple[int, ...]] = [()]
+    sums = [0.0]
+    finished: list[Beam] = []
+    for length in range(1, max_new_tokens + 1):
+        # Only the first step has fewer texts than beams: all begin with the same prompt.
+        logprobs_BV = repetition.applied(logits_BV.log_softmax(-1))[: len(texts)]
+        totals_BV = logprobs_BV + torch.tensor(sums, dtype=logprobs_BV.dtype, device=logprobs_BV.device)[:, None]
+        # Each text can end in one way only, so twice as many candidates hold enough that go on.
+        best = totals_BV.flatten().topk(min(2 * num_beams, totals_BV.numel()))
+        going: list[tuple[float, int, int]] = []
+        for rank, (total, place) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            parent, token = divmod(place, vocab_size)
+            if total == -torch.inf:
+                continue
+            if token != EOT:
+                going.append((total, parent, token))
+            elif rank < num_beams:
+                finished.append(Beam(texts[parent], total / length, is_ended=True))
+        going = going[:num_beams]
+        finished = sorted(finished, key=lambda beam: -beam.score)[:num_beams]
+        if not going or (len(finished) == num_beams and going[0][0] / length <= finished[-1].score):
+            return finished
+        sums = [total for total, _, _ in going]
+        texts = [(*texts[parent], token) for _, parent, token in going]
+        if length < max_new_tokens:
+            missing = num_beams - len(going)
+            parents = [parent for _, parent, _ in going] + [0] * missing
+            tokens = [token for _, _, token in going] + [going[0][2]] * missing
+            decoder.keep(parents)
+            repetition.keep(parents)
+            repetition.append(tokens)
+            logits_BV = checked(decoder.step(tokens))
+    finished += [Beam(text, total / max_new_tokens, is_ended=False) for text, total in zip(texts, sums, strict=True)]
+    return sorted(finished, key=lambda beam: -beam.score)[:num_beams]

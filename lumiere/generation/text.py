@@ -15,22 +15,19 @@ from pathlib import Path
 from lumiere.components.device import resolve_device
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
-from lumiere.generation.beam import beam_search
-from lumiere.generation.cached import CachedDecoder
-from lumiere.generation.checking import CacheCheck, check_cache
-from lumiere.generation.compiling import compiled_step
 from lumiere.generation.decoding import (
     FinishReason,
     Limits,
     Piece,
     Token,
+    beam_search,
     generate_pieces,
     prompt_tokens,
     row_random,
     suppressed_ids,
 )
+from lumiere.generation.kv_cache import CacheCheck, CachedDecoder, FullForward, check_cache, compiled_step
 from lumiere.generation.sampling import Sampling
-from lumiere.generation.window import FullForward
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import RunStore
 

@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError, nearest
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.result import Result
 from lumiere.interpret.trial import Trial, mean_activations
 from lumiere.interpret.units import find_unit

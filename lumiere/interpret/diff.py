@@ -11,14 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.data.tokenizer import PAD
-from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
-from lumiere.evaluation.scoring import score, strided_windows
-from lumiere.evaluation.totals import GroupSums, document_totals, figures
+from lumiere.evaluation.scoring import (
+    GroupSums,
+    PairedDifference,
+    document_totals,
+    figures,
+    paired_difference,
+    score,
+    strided_windows,
+)
 from lumiere.interpret.assignment import cheapest_assignment
 from lumiere.interpret.predictions import PredictionDiff, compare_predictions, evaluation_error, paired_losses
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lumiere.components.linear_cross_entropy import linear_cross_entropy_losses
+from lumiere.components.kernels import linear_cross_entropy_losses
 from lumiere.data.tokenizer import PAD
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.models.transformer import Transformer
 
 TOKENS_AT_ONCE = 4096

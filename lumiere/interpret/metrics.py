@@ -10,9 +10,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy_losses
+from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.data.batches import Batch, documents_of
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.composition import KINDS, Composition, composition_scores
 from lumiere.interpret.heads import SCORES, HeadScores
 from lumiere.interpret.lens import LogitLens, logit_lens

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy_losses
+from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
-from lumiere.evaluation.bootstrap import PairedDifference, paired_difference
-from lumiere.evaluation.totals import DocumentTotals
+from lumiere.evaluation.scoring import DocumentTotals, PairedDifference, paired_difference
 from lumiere.models.transformer import Transformer
 
 LOGITS_AT_ONCE = 2**20

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lumiere.data.tokenizer import SPECIAL_TOKENS
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.heads import SCORES, THRESHOLD, TOKENS_AT_ONCE, HeadScores, head_scores, source_masks
 from lumiere.interpret.result import Receipt, rounding
 from lumiere.models.transformer import Transformer

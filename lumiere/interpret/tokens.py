@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lumiere.baselines.ngrams import Baseline
-from lumiere.components.linear_cross_entropy import linear_cross_entropy_losses
+from lumiere.components.kernels import linear_cross_entropy_losses
+from lumiere.evaluation.ngrams import Baseline
 from lumiere.evaluation.scoring import share_of_top, shared_place
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer

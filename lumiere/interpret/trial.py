@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumiere.components.hooks import hooked, run_with_cache
-from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy_losses
+from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.interpret.result import Receipt, rounding

@@ -19,13 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lumiere.components.attention import visible_keys
-from lumiere.components.block import Block, WatchedBlock
-from lumiere.components.dropout import Dropout
-from lumiere.components.embedding import TokenEmbedding
 from lumiere.components.hooks import HookPoint
-from lumiere.components.norm import WatchedRMSNorm
-from lumiere.components.positions import LearnedPositions, Rotation, rotation_at
+from lumiere.components.kernels import visible_keys
+from lumiere.components.layers import (
+    Block,
+    Dropout,
+    LearnedPositions,
+    Rotation,
+    TokenEmbedding,
+    WatchedBlock,
+    WatchedRMSNorm,
+    rotation_at,
+)
 from lumiere.components.short_repr import ShortRepr
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lumiere.evaluation import Evaluation
+    from lumiere.evaluation.loss import Evaluation
 
 
 @dataclass(frozen=True)

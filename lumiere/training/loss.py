@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lumiere.components.linear_cross_entropy import linear_cross_entropy
+from lumiere.components.kernels import linear_cross_entropy
 from lumiere.models.transformer import Transformer
 
 Objective = Callable[[Transformer, torch.Tensor, torch.Tensor], torch.Tensor]

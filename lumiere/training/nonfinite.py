@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lumiere.config.schema import TrainingConfig
-from lumiere.data.batches import documents_at
-from lumiere.data.windows import Windows
+from lumiere.data.batches import Windows, documents_at
 from lumiere.errors import NonFiniteError
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.runs import Run

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from lumiere.components.world import ALONE, World
-from lumiere.data.batches import batch_at
-from lumiere.data.windows import Windows
-from lumiere.evaluation import evaluate
+from lumiere.data.batches import Windows, batch_at
+from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import Transformer
 from lumiere.training import costs
 from lumiere.training.costs import Disk, Parameters

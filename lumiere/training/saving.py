@@ -9,7 +9,7 @@ from lumiere import __version__
 from lumiere.components.world import World
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run

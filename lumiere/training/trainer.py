@@ -12,7 +12,7 @@ from lumiere.components.world import ALONE, World
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.batches import Batch, batch_at, steps_per_epoch
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.evaluation import Evaluation, evaluate
+from lumiere.evaluation.loss import Evaluation, evaluate
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.costs import flops_per_token, num_steps

@@ -6,7 +6,7 @@ from rich.style import Style
 from rich.text import Text
 
 from lumiere.cli.terminal_plots import THUMBNAIL_SIZE, color_map, color_of, color_thumbnail, half_blocks, room
-from lumiere.report.labels import LABEL_WIDTH
+from lumiere.report.figures.figure import LABEL_WIDTH
 
 
 def squares(line: Text) -> list[tuple[str | None, str | None]]:

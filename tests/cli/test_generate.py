@@ -100,7 +100,7 @@ def test_greedy_is_temperature_0(call: Callable[..., str]) -> None:
 
 
 def test_the_check_says_what_it_compared(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lumiere.generation.checking import CacheCheck
+    from lumiere.generation.kv_cache import CacheCheck
     from lumiere.generation.text import TextGenerator
 
     options = ("--prompt", "The", "-n", "30", "--seed", "3", "--check")

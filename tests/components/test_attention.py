@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from lumiere.components.attention import BFLOAT16_FUSED_MIN_POSITIONS, Attention, causal_attention, visible_keys
-from lumiere.components.positions import rotation_at
+from lumiere.components.kernels import BFLOAT16_FUSED_MIN_POSITIONS, causal_attention, visible_keys
+from lumiere.components.layers import Attention, rotation_at
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_hand_written_gradients_are_those_of_the_plain_way(monkeypatch: pytest.M
     inputs = [torch.randn(2, 6, 2, width, dtype=torch.float64, requires_grad=True) for width in (3, 3, 5)]
     weights_BTHV = torch.randn(2, 6, 2, 5, dtype=torch.float64)
     mine = torch.autograd.grad((causal_attention(*inputs) * weights_BTHV).sum(), inputs)
-    monkeypatch.setattr("lumiere.components.attention.prefers_hand_written", lambda x: False)
+    monkeypatch.setattr("lumiere.components.kernels.prefers_hand_written", lambda x: False)
     plain = torch.autograd.grad((causal_attention(*inputs) * weights_BTHV).sum(), inputs)
     for gradient, expected in zip(mine, plain, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)

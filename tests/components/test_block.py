@@ -2,8 +2,8 @@
 
 import torch
 
-from lumiere.components.attention import visible_keys
-from lumiere.components.block import Block
+from lumiere.components.kernels import visible_keys
+from lumiere.components.layers import Block
 
 
 def test_each_part_reads_the_normalised_stream_and_adds_to_it() -> None:

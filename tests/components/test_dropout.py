@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import library
 
-from lumiere.components.dropout import Dropout, factors, factors_op, kept
+from lumiere.components.kernels import factors, factors_op, kept
+from lumiere.components.layers import Dropout
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

@@ -2,7 +2,7 @@
 
 import torch
 
-from lumiere.components.embedding import TokenEmbedding
+from lumiere.components.layers import TokenEmbedding
 
 
 def test_rows_in_and_products_out() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lumiere.components.feedforward import SwiGLU
+from lumiere.components.layers import SwiGLU
 
 
 def test_by_hand() -> None:
@@ -31,7 +31,7 @@ def test_hand_written_gradients_are_those_of_the_plain_way(monkeypatch: pytest.M
     assert gradcheck(lambda x, *_: swiglu(x), inputs)
     weights_BTE = torch.randn(2, 4, 3, dtype=torch.float64)
     mine = torch.autograd.grad((swiglu(x_BTE) * weights_BTE).sum(), inputs)
-    monkeypatch.setattr("lumiere.components.feedforward.prefers_hand_written", lambda x: False)
+    monkeypatch.setattr("lumiere.components.kernels.prefers_hand_written", lambda x: False)
     plain = torch.autograd.grad((swiglu(x_BTE) * weights_BTE).sum(), inputs)
     for gradient, expected in zip(mine, plain, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)

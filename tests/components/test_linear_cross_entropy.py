@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumiere.components import linear_cross_entropy as module
-from lumiere.components.linear_cross_entropy import IGNORED, linear_cross_entropy, linear_cross_entropy_losses
+from lumiere.components import kernels as module
+from lumiere.components.kernels import IGNORED, linear_cross_entropy, linear_cross_entropy_losses
 
 ROWS, VOCAB, WIDTH = 11, 7, 5
 

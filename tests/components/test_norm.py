@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lumiere.components.norm import RMSNorm, WatchedRMSNorm
+from lumiere.components.layers import RMSNorm, WatchedRMSNorm
 
 
 @pytest.mark.parametrize("norm_class", [RMSNorm, WatchedRMSNorm])
@@ -40,7 +40,7 @@ def test_hand_written_gradients_are_those_of_torchs_rms_norm(monkeypatch: pytest
     assert gradcheck(lambda x, _: norm(x), inputs)
     weights_BTE = torch.randn(2, 3, 6, dtype=torch.float64)
     mine = torch.autograd.grad((norm(x_BTE) * weights_BTE).sum(), inputs)
-    monkeypatch.setattr("lumiere.components.norm.prefers_hand_written", lambda x: False)
+    monkeypatch.setattr("lumiere.components.kernels.prefers_hand_written", lambda x: False)
     plain = torch.autograd.grad((norm(x_BTE) * weights_BTE).sum(), inputs)
     for gradient, expected in zip(mine, plain, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-13)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lumiere.components.positions import LearnedPositions, rotate, rotation_at
+from lumiere.components.layers import LearnedPositions, rotate, rotation_at
 
 
 def test_rotation_by_hand() -> None:

@@ -12,7 +12,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.config.json_schema import json_schema
 from lumiere.config.loader import (
     dump_config,
     find_config,
@@ -21,10 +20,9 @@ from lumiere.config.loader import (
     read_config,
     validate,
 )
-from lumiere.config.problems import setting_paths
-from lumiere.config.schema import RunConfig
-from lumiere.config.shipped import shipped_configs
-from lumiere.config.synonyms import SYNONYMS
+from lumiere.config.messages import SYNONYMS, setting_paths
+from lumiere.config.presets import shipped_configs
+from lumiere.config.schema import RunConfig, json_schema
 from lumiere.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

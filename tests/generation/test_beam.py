@@ -7,10 +7,9 @@ import torch
 
 from lumiere.data.tokenizer import EOT, PAD, SOT
 from lumiere.errors import LumiereError
-from lumiere.generation.beam import beam_search
-from lumiere.generation.cached import CachedDecoder
+from lumiere.generation.decoding import beam_search
+from lumiere.generation.kv_cache import CachedDecoder, FullForward
 from lumiere.generation.sampling import Sampling
-from lumiere.generation.window import FullForward
 from lumiere.models.transformer import Transformer
 from tests.generation.conftest import CONTEXT_SIZE, VOCAB_SIZE, random_model
 

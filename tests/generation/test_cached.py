@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lumiere.generation.cached import CachedDecoder, few_threads, step_rows
-from lumiere.generation.window import FullForward, first_window, kept_when_full
+from lumiere.generation.kv_cache import CachedDecoder, FullForward, few_threads, first_window, kept_when_full, step_rows
 from tests.generation.conftest import CONTEXT_SIZE, VOCAB_SIZE, random_model
 
 ROWS = [[0, 3, 4], [5] * 9, list(range(3, 30)), [7]]

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lumiere.generation.cached import CachedDecoder
-from lumiere.generation.compiling import compiled_step
-from lumiere.generation.window import FullForward
+from lumiere.generation.kv_cache import CachedDecoder, FullForward, compiled_step
 from tests.generation.conftest import random_model
 
 

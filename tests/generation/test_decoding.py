@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
 from lumiere.errors import LumiereError, NonFiniteError
-from lumiere.generation.cached import CachedDecoder
 from lumiere.generation.decoding import (
     Limits,
     Piece,
@@ -21,6 +20,7 @@ from lumiere.generation.decoding import (
     row_random,
     suppressed_ids,
 )
+from lumiere.generation.kv_cache import CachedDecoder
 from lumiere.generation.sampling import Sampling
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from lumiere.generation.repetition import Repetition
-from lumiere.generation.sampling import Sampling
+from lumiere.generation.sampling import Repetition, Sampling
 
 CPU = torch.device("cpu")
 

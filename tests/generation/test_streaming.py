@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
-from lumiere.generation.streaming import TextStream
+from lumiere.generation.decoding import TextStream
 
 
 class Bytes:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lumiere.components.norm import EPSILON
+from lumiere.components.kernels import EPSILON
 from lumiere.models.transformer import Transformer
 
 PREVIOUS, FIRST, DUPLICATE, UNIFORM = (0, 0), (0, 1), (0, 2), (0, 3)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 

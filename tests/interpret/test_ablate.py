@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumiere.components.hooks import HookPoint, hooked, run_with_cache
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.data.corpus import row_reader

@@ -9,7 +9,7 @@ import torch
 from lumiere.config.loader import validate
 from lumiere.data.batches import make_batch
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.interpret.composition import composition_scores
 from lumiere.interpret.dynamics import Dynamics, follow, total_change, worse
 from lumiere.interpret.heads import SCORES, head_scores

@@ -6,7 +6,7 @@ import torch
 
 from lumiere.config.loader import validate
 from lumiere.data.tokenizer import PAD
-from lumiere.evaluation.clusters import clustered_means
+from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.heads import SCORES, HeadScores, head_scores
 from lumiere.interpret.text_repeats import add_text_repeats, first_occurrences
 from lumiere.models.transformer import Transformer, build_model

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumiere.components.dropout import Dropout
 from lumiere.components.hooks import run_with_cache
+from lumiere.components.layers import Dropout
 from lumiere.config.loader import validate
 from lumiere.models.transformer import PADDING_ID, Transformer, build_model
 from tests import reference

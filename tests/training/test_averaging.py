@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lumiere.errors import CheckpointError
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.training.averaging import WeightAverage
 from lumiere.training.events import EvaluationEvent, Event, StepEvent

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lumiere.components.linear_cross_entropy import IGNORED
+from lumiere.components.kernels import IGNORED
 from lumiere.models.transformer import Transformer
 from lumiere.training import trainer
 
@@ -25,8 +25,7 @@ def test_after_300_steps_the_validation_losses_are_the_same(
     config = configure(changes | {"training.precision": precision})
     fast = launch(config).evaluation.loss
     with monkeypatch.context() as patch:
-        for component in ("attention", "feedforward", "norm"):
-            patch.setattr(f"lumiere.components.{component}.prefers_hand_written", lambda x: False)
+        patch.setattr("lumiere.components.kernels.prefers_hand_written", lambda x: False)
         patch.setattr(trainer, "summed_loss", plain_loss)
         plain = launch(configure(changes | {"training.precision": "float32"})).evaluation.loss
     assert plain < 4.5, "it has learnt something: 5.77 would be a guess"

@@ -16,7 +16,7 @@ import yaml
 import lumiere
 from lumiere.components import device as device_module
 from lumiere.config.loader import load_config
-from lumiere.config.problems import setting_paths
+from lumiere.config.messages import setting_paths
 from lumiere.data.dataset import tokenize_corpus
 from lumiere.errors import CheckpointError, DataError, LumiereError
 from lumiere.persistence.liveness import HEARTBEAT_NAME

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.metrics import MetricsWriter
 from lumiere.persistence.runs import Run
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent

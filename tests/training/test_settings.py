@@ -14,10 +14,10 @@ from torch.distributed import HashStore
 from lumiere.components import device as device_module
 from lumiere.components.world import ALONE
 from lumiere.config.loader import dump_config
-from lumiere.config.problems import setting_paths
+from lumiere.config.messages import setting_paths
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data import hub
-from lumiere.data.source import Source
+from lumiere.data.sources import Source
 from lumiere.errors import DataError, NonFiniteError
 from lumiere.models import transformer
 from lumiere.training import trainer

@@ -15,7 +15,7 @@ from lumiere.config.schema import RunConfig
 from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import CheckpointError
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.persistence.checkpoint_format import GROUPS
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore

@@ -8,7 +8,7 @@ from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import ConfigError, LostProcessError, LumiereError
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.training import processes

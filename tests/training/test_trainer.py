@@ -14,7 +14,7 @@ import torch
 
 from lumiere.data.batches import IGNORED, Batch, batch_at, make_batch
 from lumiere.data.dataset import tokenize_corpus
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore
 from lumiere.training import trainer

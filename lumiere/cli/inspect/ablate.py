@@ -58,7 +58,7 @@ def ablate(
     from lumiere.interpret.ablate import ablate as ablate_units
     from lumiere.interpret.ablate import check_mode
     from lumiere.interpret.units import find_unit
-    from lumiere.report.figures.heads import draw_ablations
+    from lumiere.report.figures.bars import draw_ablations
 
     kind = find_unit(unit)
     check_mode(mode)
@@ -88,7 +88,7 @@ def ablate(
 def show(result: "Ablations", top_k: int) -> None:
     """The strongest ablations, sorted, with a bar each."""
     from lumiere.cli.inspect.batches import counted_documents
-    from lumiere.evaluation.clusters import half_width
+    from lumiere.evaluation.scoring import half_width
 
     shown = result.order[:top_k]
     width = max(len(result.labels[number]) for number in shown)

@@ -23,7 +23,7 @@ from lumiere.errors import LumiereError
 if TYPE_CHECKING:
     from lumiere.interpret.result import Receipt, Result
     from lumiere.models.transformer import Transformer
-    from lumiere.report.pictures import Picture
+    from lumiere.report.figures.figure import Picture
 
 CHECK_FAILED = 3
 
@@ -153,7 +153,7 @@ def analysis(
 def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any], common: Mapping[str, Any]) -> None:
     """Open, compute, verify, then print or write; exit with 3 if a law does not hold."""
     from lumiere.interpret.result import agreement
-    from lumiere.report.export import check_export, payload, save_result
+    from lumiere.report.results import check_export, payload, save_result
     from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a step of training does

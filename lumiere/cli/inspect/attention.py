@@ -45,7 +45,7 @@ def attention(
     heads = parse_indices(head, shape.num_heads, "head")
     tokens, labels = subject.tokens, subject.labels
     from lumiere.interpret.attention import WEIGHTED, attention_patterns, combined_attention
-    from lumiere.report.figures.attention import draw_attention
+    from lumiere.report.figures.heat_maps import draw_attention
 
     if kind in WEIGHTED:
         return Analysis(
@@ -147,7 +147,7 @@ def show_title(weights: "np.ndarray", name: str) -> None:
 def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
     """A heat map under its title; of a text that is too long for the terminal, its end; in a pipe, its numbers."""
     from lumiere.cli.terminal_plots import color_map, heatmap, room
-    from lumiere.report.labels import LABEL_WIDTH
+    from lumiere.report.figures.figure import LABEL_WIDTH
 
     size, width = len(labels), stdout().width
     show_title(weights, name)

@@ -41,8 +41,7 @@ def drawn_batches(
     """Windows of the validation split, drawn by the seed, and words that say so."""
     import numpy as np
 
-    from lumiere.data.batches import make_batch
-    from lumiere.data.permutation import permute
+    from lumiere.data.batches import make_batch, permute
 
     opened = subject.opened
     windows = corpus.windows("validation", opened.config)
@@ -80,7 +79,7 @@ def counted_documents(count: int, *, are_windows: bool) -> str:
     Args:
         are_windows: whether the texts are windows of documents; otherwise each sequence is a text of its own.
     """
-    from lumiere.evaluation.clusters import FEW_DOCUMENTS
+    from lumiere.evaluation.scoring import FEW_DOCUMENTS
 
     units = "documents" if are_windows else "sequences"
     return f"{count:,} {units}" if count >= FEW_DOCUMENTS else f"few {units}: {count:,}"
@@ -97,7 +96,7 @@ def batch_of(sequences: "list[tuple[int, ...]]", first_target: int = 1) -> "Batc
     """
     import torch
 
-    from lumiere.components.linear_cross_entropy import IGNORED
+    from lumiere.components.kernels import IGNORED
     from lumiere.data.batches import Batch
 
     tokens = torch.tensor(sequences)

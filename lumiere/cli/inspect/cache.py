@@ -27,7 +27,7 @@ def cache(subject: Subject, names: Names = None) -> "Analysis[Activations]":
     The names are those of TransformerLens. A .json or .csv file has the list, without the numbers.
     """
     from lumiere.interpret.activations import activations, matching_names
-    from lumiere.report.figures.texts import draw_activations
+    from lumiere.report.figures.heat_maps import draw_activations
 
     patterns = names or ["*"]
     matching_names(subject.opened.model, patterns)

@@ -46,9 +46,8 @@ def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: 
     from lumiere.interpret.dynamics import follow
     from lumiere.persistence.checkpoint_names import snapshot_steps
     from lumiere.persistence.history import read_history
-    from lumiere.report.dynamics_page import dynamics_page
-    from lumiere.report.dynamics_plot import CAPTION, draw_dynamics
-    from lumiere.report.pictures import Picture
+    from lumiere.report.figures.dynamics import CAPTION, draw_dynamics, dynamics_page
+    from lumiere.report.figures.figure import Picture
 
     names = chosen_metrics(metric)
     run = subject.opened.run
@@ -67,7 +66,10 @@ def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: 
         compute=compute,
         show=lambda result: show(result, top_k),
         draw=lambda result: Picture(
-            draw_dynamics(result), "Along the training", CAPTION, page=lambda title: dynamics_page(result, title)
+            draw_dynamics(result),
+            "Along the training",
+            CAPTION,
+            page=lambda title: dynamics_page(result, title),
         ),
         source=f"{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}" + (f"; {source}" if source else ""),
     )

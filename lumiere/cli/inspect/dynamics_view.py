@@ -7,7 +7,7 @@ import numpy as np
 from lumiere.cli.console import escape, sparkline, stdout
 from lumiere.interpret.dynamics import Dynamics
 from lumiere.interpret.metrics import METRICS
-from lumiere.report.dynamics_plot import claims
+from lumiere.report.figures.dynamics import claims
 
 PLACE_WIDTH = 18
 MOST_COLUMNS = 24

@@ -38,7 +38,7 @@ def heads(
     from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
     from lumiere.interpret.repeats import SEQUENCES
     from lumiere.interpret.text_repeats import score_heads
-    from lumiere.report.figures.heads import draw_heads
+    from lumiere.report.figures.bars import draw_heads
 
     shape = subject.opened.config.model
     layers = parse_indices(layer, shape.num_layers, "layer")

@@ -40,7 +40,7 @@ def lens(
     """
     from lumiere.cli.inspect.lens_view import show
     from lumiere.interpret.lens import logit_lens
-    from lumiere.report.figures.lens import draw_lens
+    from lumiere.report.figures.heat_maps import draw_lens
 
     if stat not in STATISTICS:
         guess = nearest(stat, STATISTICS)

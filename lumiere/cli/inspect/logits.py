@@ -48,7 +48,7 @@ def logits(
     from lumiere.cli.inspect.logits_view import show
     from lumiere.cli.inspect.texts import averaged_tokens
     from lumiere.interpret.logits import find_level, logit_attribution
-    from lumiere.report.figures.logits import draw_logits
+    from lumiere.report.figures.bars import draw_logits
 
     level = find_level(by)
     references = {"--raw": raw, "--log-prob": log_prob, "--vs": vs is not None}

@@ -6,7 +6,7 @@ import numpy as np
 
 from lumiere.cli.console import escape, stdout
 from lumiere.interpret.logits import LogitAttribution
-from lumiere.report.figures.logits import named_parts
+from lumiere.report.figures.bars import named_parts
 
 BAR_WIDTH = 36
 NAME_WIDTH = 16

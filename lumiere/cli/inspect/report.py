@@ -13,7 +13,7 @@ from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.report.inspection import Text
+    from lumiere.report.report_page import Text
 
 WINDOWS = 256
 """Validation windows for the ablation and the neurons."""
@@ -48,8 +48,7 @@ def report(
     from lumiere.interpret.repeats import SEQUENCES
     from lumiere.persistence.atomic import write_atomically
     from lumiere.persistence.history import read_history
-    from lumiere.report.inspection import inspect_model
-    from lumiere.report.report_page import build_page
+    from lumiere.report.report_page import build_page, inspect_model
     from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -112,7 +111,7 @@ def check_page(path: Path) -> None:
 
 def given_texts(opened: OpenedModel, prompts: list[str]) -> "list[Text]":
     from lumiere.cli.inspect.texts import prompt_tokens
-    from lumiere.report.inspection import Text
+    from lumiere.report.report_page import Text
 
     return [Text(prompt_tokens(opened, prompt), "prompt") for prompt in prompts]
 
@@ -121,7 +120,7 @@ def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
     """Starts of validation windows, spread over the split, and random tokens twice; without a corpus these alone."""
     from lumiere.cli.inspect.texts import DEFAULT_TOKENS, repeated_sequences, validation_window
     from lumiere.cli.loading import open_corpus
-    from lumiere.report.inspection import Text
+    from lumiere.report.report_page import Text
 
     texts = []
     try:

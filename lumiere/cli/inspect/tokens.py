@@ -8,8 +8,8 @@ from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.baselines.ngrams import BigramModel
     from lumiere.data.tokenizer import Tokenizer
+    from lumiere.evaluation.ngrams import BigramModel
     from lumiere.interpret.tokens import TokenLosses
 
 STYLES = ((1.0, "green"), (4.0, "default"), (7.0, "yellow"))
@@ -23,7 +23,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
     The unigram and the bigram model are fitted to the training split of the run.
     """
     from lumiere.interpret.tokens import token_losses
-    from lumiere.report.figures.texts import draw_tokens
+    from lumiere.report.figures.heat_maps import draw_tokens
 
     opened, ids = subject.opened, subject.tokens
     if len(ids) < 2:
@@ -40,7 +40,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
 
 def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
     """The bigram model, which holds the unigram model, of the run's own corpus; None, with a note, without it."""
-    from lumiere.baselines.ngrams import BigramModel
+    from lumiere.evaluation.ngrams import BigramModel
 
     try:
         split = open_corpus(opened, "restore it as it was").splits["train"]
@@ -52,7 +52,7 @@ def fitted_bigram(opened: OpenedModel) -> "BigramModel | None":
 
 def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
     """A line a token, coloured by its loss, and the means."""
-    from lumiere.report.labels import LABEL_WIDTH, fitted, rank_label
+    from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
 
     baselines = {
         name: losses

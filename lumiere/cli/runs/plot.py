@@ -35,8 +35,8 @@ def plot_runs(
 
     Of a long training, lines of metrics are left out evenly, so that a curve has 2,000 points at most.
     """
-    from lumiere.report.loss_curves import LossCurves, check_axis, save_loss_curves
-    from lumiere.report.pictures import check_picture
+    from lumiere.report.figures.curves import LossCurves, check_axis, save_loss_curves
+    from lumiere.report.figures.figure import check_picture
 
     check_axis(axis)
     if output is not None:

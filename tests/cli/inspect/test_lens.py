@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from lumiere.cli.inspect.lens_view import choose_columns
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.report.figures.lens import stage_name
+from lumiere.report.figures.heat_maps import stage_name
 from tests.cli.inspect.commands import inspect, inspect_json
 
 PROMPT = ("--prompt", "One day a")

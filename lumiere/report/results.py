@@ -14,7 +14,7 @@ from lumiere.errors import LumiereError, nearest
 from lumiere.interpret.result import Result
 from lumiere.persistence.atomic import write_atomically
 from lumiere.persistence.metrics import to_json
-from lumiere.report.pictures import SUFFIXES, Picture, check_drawing, check_place, save_picture
+from lumiere.report.figures.figure import SUFFIXES, Picture, check_drawing, check_place, save_picture
 
 SCHEMA_VERSION = 1
 

@@ -1,12 +1,23 @@
-"""Local files of each split, from `dataset.data_files` or from a dataset folder."""
+"""Which files the rows of a dataset come from, and by which builder they are read."""
 
 import glob
+import hashlib
+import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from lumiere.config.schema import DatasetConfig
+from lumiere.data.checksums import file_sha256
 from lumiere.errors import DataError, nearest, shortened
+from lumiere.files import read_file
+
+if TYPE_CHECKING:
+    import datasets
+
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
@@ -220,3 +231,121 @@ def missing(entry: str, endings: Collection[str] | None) -> list[str]:
 def no_files(folder: str, endings: Collection[str] | None) -> DataError:
     kinds = f" ending in {', '.join(endings)}" if endings else ""
     return DataError(f"the folder '{shortened(folder)}' has no files{kinds}", "check the path, or name the files")
+
+
+ENDINGS: Mapping[str, tuple[str, ...]] = {
+    "text": (".txt", ".md"),
+    "json": (".json", ".jsonl", ".ndjson"),
+    "csv": (".csv", ".tsv"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+}
+"""The builders, and which files of a folder each reads."""
+BUILDERS = tuple(ENDINGS)
+MAX_README_BYTES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        builder: One of `BUILDERS`, or `cache`, which is a copy that `datasets` prepared before.
+        files: The files of each split: absolute local paths, or addresses on the Hub.
+        separator: Of CSV files, where it is known.
+        hub: The builder of `datasets` that reads them. None: they are local.
+    """
+
+    builder: str
+    files: Mapping[str, list[str]]
+    separator: str | None = None
+    hub: "datasets.DatasetBuilder | None" = None
+
+    def identity(self) -> str:
+        """Return what all rows depend on: a hash of local files, not of their names, so they may be moved.
+
+        Of the Hub's files, the names and their commit.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        if self.hub is not None:
+            files: Any = self.hub.config.data_files or {}
+            versions = [(str(split), list(paths), paths.origin_metadata) for split, paths in files.items()]
+            return f"stream {self.hub.hash} {self.hub.config_id} {versions}"
+        contents = {split: [checked_sha256(path) for path in paths] for split, paths in self.files.items()}
+        return hashlib.sha256(json.dumps([self.builder, self.separator, contents], sort_keys=True).encode()).hexdigest()
+
+
+def plain_folder(config: DatasetConfig, folder: str) -> Source:
+    """Return the source of a folder of files of one kind, which their endings tell.
+
+    Raises:
+        DataError: The folder has several kinds of files, or none that Lumiere reads.
+    """
+    if config.subset is not None:
+        raise DataError(f"dataset '{config.name}' has no subsets", "--set dataset.subset=null")
+    endings = set(map(ending, files_in(folder, None)))
+    builders = [name for name, own in ENDINGS.items() if endings & set(own)]
+    if not builders:
+        found = ", ".join(sorted(filter(None, endings))) or "none"
+        known = ", ".join(one for own in ENDINGS.values() for one in own)
+        raise DataError(
+            f"dataset '{config.name}' has no files that Lumiere reads; endings found: {shortened(found)}",
+            f"endings that it reads: {known}",
+        )
+    if len(builders) > 1:
+        raise DataError(
+            f"dataset '{config.name}' has files of several kinds: {', '.join(builders)}",
+            f"choose one: --set dataset.name={builders[0]} --set dataset.data_files={config.name}",
+        )
+    files = folder_files(folder, ENDINGS[builders[0]])
+    tabs = all(ending(path) == ".tsv" for paths in files.values() for path in paths)
+    return Source(builders[0], files, "\t" if tabs else None)
+
+
+def has_subsets(folder: str) -> bool:
+    """Whether the README of a dataset folder says which files make which subset and split."""
+    for name in ("README.md", ".huggingface.yaml"):
+        try:
+            text = read_file(os.path.join(folder, name), MAX_README_BYTES).decode(errors="replace")
+        except OSError:
+            continue
+        if re.search(r"^configs:", text, re.MULTILINE):
+            return True
+    return False
+
+
+def checked_sha256(path: str) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise DataError(f"{path!r} cannot be read: {error.strerror}", "check dataset.data_files") from None
+
+
+def find_source(config: DatasetConfig) -> Source:
+    """Return what the config names; nothing of the files is read but the README of a folder.
+
+    Raises:
+        DataError: It does not exist, cannot be reached, or is nothing that Lumiere reads.
+    """
+    if config.name in BUILDERS:
+        if not config.data_files:
+            raise DataError(
+                f"dataset '{config.name}' needs files to read", "name them: --set dataset.data_files=book.txt"
+            )
+        return Source(config.name, resolve_data_files(config.data_files, ENDINGS[config.name]))
+    path = os.path.expanduser(config.name)
+    if os.path.isfile(path):
+        builder = next((name for name, endings in ENDINGS.items() if ending(path) in endings), "text")
+        raise DataError(
+            f"dataset '{config.name}' is a file, not a folder",
+            f"--set dataset.name={builder} --set dataset.data_files={config.name}",
+        )
+    if os.path.isdir(path) and not config.data_files and not has_subsets(path):
+        return plain_folder(config, local(path))
+    if not os.path.isdir(path) and (config.name.startswith((".", "~")) or os.path.isabs(path)):
+        raise DataError(f"there is no dataset folder '{config.name}'", "check dataset.name")
+    from lumiere.data.hub import described_folder, hub_source
+
+    return described_folder(config, local(path)) if os.path.isdir(path) else hub_source(config)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lumiere.baselines.ngrams import BigramModel, KneserNey, UniformModel, UnigramModel, discounts
+from lumiere.evaluation.ngrams import BigramModel, KneserNey, UniformModel, UnigramModel, discounts
 
 VOCAB = 7
 DOCUMENTS = [[0, 3, 4, 3, 5, 1], [0, 4, 3, 4, 1], [0, 1], [0]]

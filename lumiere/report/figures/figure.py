@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
+
 SUFFIXES = (".png", ".svg", ".html")
 # Okabe and Ito 2008, "Color Universal Design", without black and yellow, which vanish on a dark and on a light page.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -236,3 +237,16 @@ def page(title: str, svg: str, caption: str) -> str:
     """One self-contained HTML file; each line of the caption is a paragraph."""
     paragraphs = "\n".join(f"<p>{html.escape(line)}</p>" for line in caption.splitlines())
     return PAGE.format(title=html.escape(title), svg=svg, caption=paragraphs)
+
+
+LABEL_WIDTH = 12
+
+
+def fitted(label: str) -> str:
+    """The label, its end left out where it is too long."""
+    return label if len(label) <= LABEL_WIDTH else label[: LABEL_WIDTH - 1] + "…"
+
+
+def rank_label(rank: float) -> str:
+    """`1,204`; `1,023.5` where tied tokens share their places."""
+    return f"{rank:,.1f}".removesuffix(".0")

@@ -12,15 +12,184 @@ vocabulary, W joined width.
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumiere.components.norm import EPSILON
-from lumiere.generation.folding import Folded, FoldedLayer, fold
-from lumiere.generation.window import first_window, kept_when_full
+from lumiere.components.kernels import EPSILON
+from lumiere.components.layers import Attention, rotation_at
 from lumiere.models.transformer import Transformer
+
+
+class Decoder(Protocol):
+    """Rows of text that grow by a token at a time. Each has a window of its own: neighbours do not matter."""
+
+    def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Begin with these texts, each of at least one token; the logits of each row's next token, (B, V)."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to each row; the logits of each row's next token, (B, V), valid until the next call."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order; a row may be named more than once."""
+        ...
+
+
+def first_window(tokens: Sequence[int], context_size: int) -> list[int]:
+    """What the model sees of a text that it is to continue: its last `context_size` tokens."""
+    return list(tokens[-context_size:])
+
+
+def kept_when_full(window: Sequence[int], context_size: int) -> list[int]:
+    """What stays of a full window before the next token is appended: its last `context_size // 2` tokens."""
+    return list(window[len(window) - context_size // 2 :])
+
+
+def suppression(vocab_size: int, suppressed: Collection[int], like: Tensor) -> Tensor:
+    """What to add to logits, (V,): minus infinity for the ids that never come, zero for the others."""
+    bias_V = like.new_zeros(vocab_size)
+    bias_V[list(suppressed)] = -torch.inf
+    return bias_V
+
+
+class FullForward:
+    """The slow decoder: `model.logits` over each row's whole window, every time. What the cache is checked against.
+
+    Args:
+        model: in evaluation mode.
+        suppressed: ids that never come.
+    """
+
+    def __init__(self, model: Transformer, suppressed: Collection[int] = ()) -> None:
+        self._model = model
+        self._like = next(model.parameters())
+        self._suppressed = suppressed
+        self._windows: list[list[int]] = []
+
+    def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        self._windows = [first_window(row, self._model.context_size) for row in rows]
+        return self._logits()
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        context_size = self._model.context_size
+        for i, token in enumerate(tokens):
+            window = self._windows[i]
+            self._windows[i] = [
+                *(kept_when_full(window, context_size) if len(window) == context_size else window),
+                token,
+            ]
+        return self._logits()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._windows = [self._windows[row] for row in rows]
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor:
+        device = self._like.device
+        logits = [self._model.logits(torch.tensor([window], device=device))[0, -1] for window in self._windows]
+        logits_BV = torch.stack(logits)
+        return logits_BV + suppression(logits_BV.shape[-1], self._suppressed, logits_BV)
+
+
+class FoldedLayer(NamedTuple):
+    """The matrices of a block, each to be multiplied from the right."""
+
+    joined: Tensor
+    """(E, W): queries, keys and values, with the gain of the norm before them."""
+    output: Tensor
+    """(Z, E)."""
+    gate_up: Tensor
+    """(E, 2 F), with the gain of the norm before them."""
+    down: Tensor
+    """(F, E)."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A model's weights, copied.
+
+    Attributes:
+        embedding: each token's vector, (V, E).
+        positions: each position's vector, to be added to it, (C, E); None where positions are rotary.
+        rotation: cosine and sine that turn each pair of numbers of a query or key, (C, 1, K/2, 2), or None.
+        unembedding: to the logits, with the gain of the final norm, (E, V).
+        bias: minus infinity at the ids that never come, (V,).
+    """
+
+    context_size: int
+    num_heads: int
+    d_key: int
+    d_value: int
+    embedding: Tensor
+    positions: Tensor | None
+    rotation: Tensor | None
+    layers: tuple[FoldedLayer, ...]
+    unembedding: Tensor
+    bias: Tensor
+
+    @property
+    def joined_size(self) -> int:
+        """W: queries, keys, values, and a number that is not used where their sum is odd."""
+        return self.layers[0].joined.shape[1]
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers that a step reads."""
+        return self.unembedding.numel() + sum(matrix.numel() for layer in self.layers for matrix in layer)
+
+
+@torch.no_grad()
+def fold(model: Transformer, suppressed: Collection[int] = ()) -> Folded:
+    """The weights of `model`; later changes of the model do not reach them."""
+    embedding = model.token_embedding.weight.detach().clone()
+    attention = model.blocks[0].attention
+    is_rotary = model.positions == "rotary"
+    order = _neighbours(attention) if is_rotary else None
+    rotation = None
+    if is_rotary:
+        positions_C = torch.arange(model.context_size, device=embedding.device)
+        tables = rotation_at(positions_C, model.d_key, embedding.dtype)
+        half = model.d_key // 2
+        rotation = torch.stack([tables.cos[..., :half], tables.sin[..., :half]], dim=-1)
+    layers = []
+    for block in model.blocks:
+        attention, feedforward = block.attention, block.feedforward
+        query, key = attention.query.weight, attention.key.weight
+        if order is not None:
+            query, key = query[order], key[order]
+        joined = torch.cat([query, key, attention.value.weight]) * block.attention_norm.weight
+        # An even width, so that the pairs of every position's row can be seen as complex numbers.
+        joined = torch.cat([joined, joined.new_zeros(len(joined) % 2, joined.shape[1])])
+        gate_up = torch.cat([feedforward.gate.weight, feedforward.up.weight]) * block.feedforward_norm.weight
+        matrices = (joined, attention.output.weight, gate_up, feedforward.down.weight)
+        layers.append(FoldedLayer(*(matrix.detach().T.contiguous() for matrix in matrices)))
+    return Folded(
+        context_size=model.context_size,
+        num_heads=attention.num_heads,
+        d_key=attention.d_key,
+        d_value=attention.d_value,
+        embedding=embedding,
+        positions=None if model.position_embedding is None else model.position_embedding.weight.detach().clone(),
+        rotation=rotation,
+        layers=tuple(layers),
+        unembedding=(embedding * model.final_norm.weight).T.contiguous(),
+        bias=suppression(len(embedding), suppressed, embedding),
+    )
+
+
+def _neighbours(attention: Attention) -> Tensor:
+    """The order of a head's rows that brings together what is turned together: i and i + d_key/2 become neighbours.
+
+    Queries and keys change alike, so their products do not.
+    """
+    rows_HK = torch.arange(attention.num_heads * attention.d_key).view(attention.num_heads, attention.d_key)
+    return torch.stack(rows_HK.chunk(2, dim=-1), dim=-1).flatten()
+
 
 # Products of a step, in multiplications, below which a second thread costs more than it brings.
 ONE_THREAD_MULTIPLICATIONS = 2**24
@@ -266,3 +435,75 @@ def few_threads(multiplications: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
+
+
+def compiled_step(warn: Callable[[str], None] | None = None) -> StepRows:
+    """`step_rows` compiled; where that fails, it says so and goes on without.
+
+    Args:
+        warn: called with the reason, once: no C++ compiler, for example.
+    """
+    fast: StepRows | None = None
+    works = True
+
+    def step(
+        folded: Folded, caches: Sequence[KeysAndValues], tokens_B: Tensor, lengths_B: Tensor, columns: int
+    ) -> Tensor:
+        nonlocal fast, works
+        if works:
+            try:
+                fast = fast or torch.compile(step_rows, dynamic=False)
+                return fast(folded, caches, tokens_B, lengths_B, columns)
+            except Exception as error:  # torch raises many kinds, none of them documented
+                works = False
+                if warn is not None:
+                    reason = str(error).strip().partition("\n")[0]
+                    warn(f"torch.compile does not work here, generation goes on without it: {reason}")
+        # A step that failed half-way has written nothing to the caches that this does not write again.
+        return step_rows(folded, caches, tokens_B, lengths_B, columns)
+
+    return step
+
+
+ALLOWED = {torch.float64: 1e-10}
+ALLOWED_ELSEWHERE = 1e-4
+
+
+@dataclass(frozen=True)
+class CacheCheck:
+    """How far the two are apart.
+
+    Attributes:
+        num_steps: logits compared.
+        difference: the largest between two logits, by the size of the largest logit where that is more than 1.
+        allowed: the difference that rounding explains.
+    """
+
+    num_steps: int
+    difference: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.allowed
+
+
+def check_cache(decoder: Decoder, slow: Decoder, prompt: Sequence[int], tokens: Sequence[int]) -> CacheCheck:
+    """Write `tokens` after `prompt` again with both decoders, and compare their logits at each step.
+
+    Args:
+        decoder: the one with a cache.
+        slow: `FullForward`, whose windows slide by the same rule.
+    """
+    difference, dtype = 0.0, torch.float32
+    for i in range(len(tokens) + 1):
+        ours, theirs = (
+            (each.start([prompt]) if i == 0 else each.step([tokens[i - 1]])).cpu() for each in (decoder, slow)
+        )
+        dtype = theirs.dtype
+        is_open = theirs > -torch.inf
+        if not torch.equal(is_open, ours > -torch.inf):
+            return CacheCheck(i + 1, float("inf"), ALLOWED.get(dtype, ALLOWED_ELSEWHERE))
+        ours, theirs = ours[is_open], theirs[is_open]
+        difference = max(difference, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)))
+    return CacheCheck(len(tokens) + 1, difference, ALLOWED.get(dtype, ALLOWED_ELSEWHERE))

@@ -1,0 +1,365 @@
+"""Cross-entropy of a linear layer's outputs, in chunks of rows, so that the logits never exist all at once.
+
+At 2,048 tokens and 4,096 words, the logits and their gradient are 33 MB each: more than a CPU's cache, and written and
+read several times. Here a chunk of logits becomes loss and gradients while it is in the cache, in the forward pass:
+nothing is computed twice, and the backward only scales what is there. The idea is that of Liger-Kernel (Hsu et al.
+2024, arXiv:2410.10989, section 3.2).
+
+Shapes: N rows (tokens), M rows of one chunk, E embedding_size, Vocab vocab_size.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lumiere.components.device import prefers_hand_written
+
+EPSILON = 1e-6
+
+
+def rms_norm(x_BTE: Tensor, gain_E: Tensor) -> Tensor:
+    """RMSNorm over the last axis, times `gain_E`; same shape as `x_BTE`."""
+    if prefers_hand_written(x_BTE):
+        return _RMSNorm.apply(x_BTE, gain_E)
+    return F.rms_norm(x_BTE, gain_E.shape, gain_E, EPSILON)
+
+
+class _RMSNorm(Function):
+    """`F.rms_norm`, forward and backward in half its time on a CPU: fewer and cheaper passes over the stream.
+
+    With n = x / s(x) and g the gradient of n * gain, that of x is `(g gain - n mean(g gain n)) / s(x)`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTE: Tensor, gain_E: Tensor) -> Tensor:
+        mean_square_BT1 = torch.linalg.vector_norm(x_BTE, dim=-1, keepdim=True).square_().div_(x_BTE.shape[-1])
+        inverse_scale_BT1 = mean_square_BT1.add_(EPSILON).rsqrt_()
+        normalized_BTE = x_BTE * inverse_scale_BT1
+        ctx.save_for_backward(normalized_BTE, inverse_scale_BT1, gain_E)
+        return normalized_BTE * gain_E
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BTE: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        normalized_BTE, inverse_scale_BT1, gain_E = ctx.saved_tensors
+        product_BTE = gradient_BTE * normalized_BTE
+        gain_gradient_E = product_BTE.flatten(0, -2).sum(0)
+        mean_BT1 = (product_BTE @ gain_E).unsqueeze(-1).div_(gain_E.shape[0])
+        # In place, and never `addcmul`, which takes as long as four of these passes.
+        correction_BTE = torch.mul(normalized_BTE, mean_BT1, out=product_BTE)
+        return (gradient_BTE * gain_E).sub_(correction_BTE).mul_(inverse_scale_BT1), gain_gradient_E
+
+
+# Torch's fused attention never stores the T x S scores. On a CPU it is faster at every length in float32 (forward and
+# backward, 1.4 times at 64 positions, 2 times at 511), but in bfloat16 its backward is so slow that batched matrix
+# products win below this length: 4 times at 64 positions, 1.6 times at 256. Other devices always want it fused.
+BFLOAT16_FUSED_MIN_POSITIONS = 512
+
+
+def masked_scores(q_BTHK: Tensor, k_BTHK: Tensor, visible_B1TS: Tensor) -> Tensor:
+    """`q k^T / sqrt(d_key)`, -inf where a key is hidden: (B, H, T, S), in one pass over them."""
+    num_heads = q_BTHK.shape[2]
+    q_NTK, k_NSK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BTHK))  # N is B * H
+    hidden_B1TS = q_BTHK.new_zeros(visible_B1TS.shape).masked_fill_(~visible_B1TS, -math.inf)
+    is_shared = len(hidden_B1TS) == 1
+    hidden_NTS = hidden_B1TS[0] if is_shared else hidden_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
+    scores_NTS = torch.baddbmm(hidden_NTS, q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
+    return scores_NTS.unflatten(0, (-1, num_heads))
+
+
+def causal_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:
+    """Each head's weighted values, (B, T, H, V), by the faster way for the device and the length."""
+    if is_fused(q_BTHK, v_BTHV):
+        heads = (q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2))
+        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+    num_positions, d_key = q_BTHK.shape[1], q_BTHK.shape[-1]
+    hidden_TS = q_BTHK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
+    if prefers_hand_written(q_BTHK):
+        return _CausalAttention.apply(q_BTHK, k_BTHK, v_BTHV, hidden_TS)
+    q_BHTK, k_BHKS, v_BHSV = q_BTHK.transpose(1, 2), k_BTHK.permute(0, 2, 3, 1), v_BTHV.transpose(1, 2)
+    return (((q_BHTK * d_key**-0.5) @ k_BHKS + hidden_TS).softmax(dim=-1) @ v_BHSV).transpose(1, 2)
+
+
+def is_fused(q_BTHK: Tensor, v_BTHV: Tensor) -> bool:
+    """Whether torch's fused attention is the faster way for the device, the type and the length."""
+    if q_BTHK.device.type != "cpu":
+        return True
+    # On a CPU, torch has no fused attention for values of another width than the keys.
+    min_positions = BFLOAT16_FUSED_MIN_POSITIONS if q_BTHK.dtype == torch.bfloat16 else 0
+    return q_BTHK.shape[-1] == v_BTHV.shape[-1] and q_BTHK.shape[1] >= min_positions
+
+
+class _CausalAttention(Function):
+    """Attention by products of small matrices, one for each head of each sequence.
+
+    The forward and the backward compute in the type of the queries: `torch.autocast` would take the softmax, and with
+    it all that is kept for the backward, to float32. The softmax of bfloat16 still adds up in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, hidden_TS: Tensor) -> Tensor:
+        # N is B * H, as the batched product wants it.
+        q_NTK, k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHV))
+        with torch.autocast(q_BTHK.device.type, enabled=False):
+            scores_NTS = torch.baddbmm(hidden_TS, q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
+            pattern_NTS = scores_NTS.softmax(dim=-1)
+            z_NTV = pattern_NTS @ v_NSV
+        ctx.save_for_backward(q_NTK, k_NSK, v_NSV, pattern_NTS)
+        ctx.num_heads = q_BTHK.shape[2]
+        return z_NTV.unflatten(0, (-1, ctx.num_heads)).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_NTK, k_NSK, v_NSV, pattern_NTS = ctx.saved_tensors
+        gradient_NTV = gradient_BTHV.transpose(1, 2).flatten(0, 1)
+        # The softmax's gradient, P * (dP - sum(P * dP)), as one pass; scaled as the scores were.
+        scores_NTS = torch.ops.aten._softmax_backward_data(gradient_NTV @ v_NSV.mT, pattern_NTS, -1, pattern_NTS.dtype)
+        scores_NTS.mul_(q_NTK.shape[-1] ** -0.5)
+        to_heads = (scores_NTS @ k_NSK, scores_NTS.mT @ q_NTK, pattern_NTS.mT @ gradient_NTV)
+        q_BTHK, k_BTHK, v_BTHV = (x.unflatten(0, (-1, ctx.num_heads)).transpose(1, 2) for x in to_heads)
+        return q_BTHK, k_BTHK, v_BTHV, None
+
+
+def visible_keys(num_positions: int, device: torch.device, real_BT: Tensor | None = None) -> Tensor:
+    """Where a query may look at a key: (B, 1, T, S), or (1, 1, T, S) without padding; True is visible.
+
+    A query sees the real tokens at its own position and before. It always sees itself, so that the row of a padding
+    token is not empty: a softmax over nothing is NaN, and NaN times zero would spread from there.
+
+    Args:
+        num_positions: T.
+        device: of the mask.
+        real_BT: True where there is a real token, False where there is padding.
+    """
+    causal_TS = torch.ones(num_positions, num_positions, dtype=torch.bool, device=device).tril()
+    if real_BT is None:
+        return causal_TS[None, None]
+    itself_TS = torch.eye(num_positions, dtype=torch.bool, device=device)
+    return causal_TS & (real_BT[:, None, None, :] | itself_TS)
+
+
+def gated_silu(branches_BTF: Tensor) -> Tensor:
+    """`silu(gate) * linear` of the two branches side by side: (B, T, 2 F) to (B, T, F)."""
+    if prefers_hand_written(branches_BTF):
+        return _GatedSilu.apply(branches_BTF)
+    gate_BTF, linear_BTF = branches_BTF.chunk(2, dim=-1)
+    return F.silu(gate_BTF) * linear_BTF
+
+
+class _GatedSilu(Function):
+    """`silu(gate) * linear` for the two joined, (..., 2 F); the backward fills one tensor for both halves."""
+
+    @staticmethod
+    def forward(ctx: Any, branches: Tensor) -> Tensor:
+        gate, linear = branches.chunk(2, dim=-1)
+        activation = F.silu(gate)
+        ctx.save_for_backward(branches, activation)
+        return activation * linear
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        branches, activation = ctx.saved_tensors
+        gate, linear = branches.chunk(2, dim=-1)
+        joined = torch.empty_like(branches)
+        gate_gradient, linear_gradient = joined.chunk(2, dim=-1)
+        torch.mul(gradient, activation, out=linear_gradient)
+        torch.ops.aten.silu_backward.grad_input(gradient * linear, gate, grad_input=gate_gradient)
+        return joined
+
+
+COINS_A_WORD = 4  # of 16 bits each
+
+
+def kept(x: Tensor, share: float) -> Tensor:
+    """What dropout multiplies `x` by: of its shape and type, 0 with probability `share`, else `1 / (1 - share)`.
+
+    Args:
+        share: more than 0 and less than 1.
+    """
+    seed = torch.randint(2**63 - 1, ())
+    if torch.compiler.is_compiling():
+        return factors_op(seed, x.shape, share, x.dtype)
+    return factors(seed, x.shape, share, x.dtype)
+
+
+def factors(seed: Tensor, shape: Sequence[int], share: float, dtype: torch.dtype) -> Tensor:
+    """`kept` for a shape, a type and a seed.
+
+    The random words are those of SFC64 (Doty-Humphrey's PractRand), twice as fast as torch's generator on a CPU.
+    """
+    numel = math.prod(shape)
+    words = np.random.SFC64(int(seed)).random_raw(numel // COINS_A_WORD + 1)
+    coins = torch.from_numpy(words.view(np.int16))[:numel].view(shape)
+    first_kept = min(max(round(share * 2**16), 1), 2**16 - 1) - 2**15
+    # Whole numbers of 0 and 1, because booleans are slow to make and slower to convert.
+    is_kept = coins.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1)
+    return is_kept.to(dtype).mul_(1.0 / (1.0 - share))
+
+
+# What a compiler calls: it would lose its way in numpy, and makes slow code of numbers of 16 bits.
+factors_op = library.custom_op("lumiere::dropout_factors", factors, mutates_args=(), device_types="cpu")
+
+
+@factors_op.register_fake
+def _(seed: Tensor, shape: Sequence[int], share: float, dtype: torch.dtype) -> Tensor:
+    return seed.new_empty(shape, dtype=dtype)
+
+
+IGNORED = -100
+"""The target of a row that has no loss, as in `torch.nn.functional.cross_entropy`."""
+
+# Logits of one chunk: 8 MB in float32 on a CPU, where smaller ones make the products slower and larger ones leave the
+# cache; accelerators want larger products. With a large vocabulary there are still some hundred rows: every chunk adds
+# a gradient of the weight's size, which for a few rows takes longer than the products.
+CHUNK_LOGITS = {"cpu": 2**21}
+CHUNK_LOGITS_ELSEWHERE = 2**26
+MIN_CHUNK_ROWS = 512
+
+MAX_SUM = 2.0**64
+"""Where the sum of a row's powers is outside 1 / MAX_SUM to MAX_SUM, they are computed again less the row's maximum.
+
+Float32 keeps 24 bits from 2^-126 to 2^128. The sums must stay far inside that range, because the powers and the inverse
+of their sum multiply other numbers: below 2^-126 digits are lost, and bfloat16 products on AMX flush to zero. With this
+limit, what is lost is at most 2^-62 of a row's sum.
+"""
+
+# Powers of 2 are three times as fast to compute as powers of e, so the logits are made in bits.
+BITS_A_NAT = math.log2(math.e)
+
+
+def linear_cross_entropy(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
+    """The summed cross-entropy, in nats, of the logits `x @ weight.T`; differentiable once.
+
+    Under `torch.autocast` the products are in its type. Sums over words and over rows are in float32 or wider.
+
+    Args:
+        x_NE: what the linear layer reads.
+        weight_VocabE: its weight.
+        targets_N: the right word's row, or `IGNORED`.
+
+    Returns:
+        One number, as `cross_entropy(x @ weight.T, targets, reduction="sum")`.
+    """
+    return _LinearCrossEntropy.apply(x_NE, weight_VocabE, targets_N)
+
+
+@torch.no_grad()
+def linear_cross_entropy_losses(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
+    """Each row's cross-entropy in nats, (N,), zero where the target is `IGNORED`; without gradients, for evaluation."""
+    chunks = chunks_of_powers(x_NE * BITS_A_NAT, weight_VocabE, *rows_of(targets_N))
+    losses = [chunk.losses * chunk.is_real for chunk in chunks]
+    return torch.cat(losses).squeeze(1)
+
+
+class Chunk(NamedTuple):
+    """Some rows, and what comes of their logits."""
+
+    x: Tensor
+    """(M, E), times `BITS_A_NAT`."""
+    rows: Tensor
+    """(M, 1), from `rows_of`."""
+    is_real: Tensor
+    """(M, 1)."""
+    losses: Tensor
+    """(M, 1), in nats; any number where the row is not real."""
+    powers: Tensor
+    """(M, Vocab): the probabilities, but for a factor of each row; valid until the next chunk is asked for."""
+    sums: Tensor
+    """(M, 1), of the powers: that factor."""
+
+
+def rows_of(targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The target's row in the table, (N, 1), any where there is none; and whether there is one, (N, 1)."""
+    is_real_N1 = (targets_N != IGNORED).unsqueeze(1)
+    return targets_N.unsqueeze(1) * is_real_N1, is_real_N1
+
+
+def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, rows_N1: Tensor, is_real_N1: Tensor) -> Iterator[Chunk]:
+    """The rows in chunks, each one's logits in the same piece of memory.
+
+    Args:
+        x_NE: times `BITS_A_NAT`.
+    """
+    is_cpu = x_NE.device.type == "cpu"
+    limit = CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE)
+    size = max(MIN_CHUNK_ROWS, limit // len(weight_VocabE))
+    memory = x_NE.new_empty(min(size, len(x_NE)), len(weight_VocabE))
+    for x_ME, rows_M1, is_real_M1 in zip(*(tensor.split(size) for tensor in (x_NE, rows_N1, is_real_N1)), strict=True):
+        logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
+        sums_M1, losses_M1 = exponentiate_(logits, rows_M1, subtracts_max=not is_cpu)
+        # Logits that need their maximum subtracted are so rare that checking the sums is cheaper than two more passes
+        # over all logits; on an accelerator a check would make the host wait.
+        if is_cpu and not ((sums_M1 > 1 / MAX_SUM) & (sums_M1 < MAX_SUM)).all():  # NaN fails as well
+            highest_M1 = torch.mm(x_ME, weight_VocabE.T, out=logits).amax(1, keepdim=True)
+            # Subtract inside the product, before it is rounded: at 130 bits, bfloat16 has steps of 1. That maximum is
+            # rounded too, so `exponentiate_` subtracts what is left of it.
+            torch.addmm(-highest_M1, x_ME, weight_VocabE.T, out=logits)
+            sums_M1, losses_M1 = exponentiate_(logits, rows_M1, subtracts_max=True)
+        yield Chunk(x_ME, rows_M1, is_real_M1, losses_M1, logits, sums_M1)
+
+
+def exponentiate_(logits_MV: Tensor, rows_M1: Tensor, subtracts_max: bool) -> tuple[Tensor, Tensor]:
+    """Replace logits in bits by powers of 2; return each row's sum of them, and its loss in nats: (M, 1) each."""
+    target_bits_M1 = logits_MV.gather(1, rows_M1)
+    shift_M1 = logits_MV.amax(1, keepdim=True) if subtracts_max else 0.0
+    if subtracts_max:
+        logits_MV.sub_(shift_M1)
+    sums_M1 = logits_MV.exp2_().sum(1, keepdim=True, dtype=torch.promote_types(logits_MV.dtype, torch.float32))
+    return sums_M1, (sums_M1.log2() + shift_M1 - target_bits_M1) / BITS_A_NAT
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
+        ctx.dtypes = (x_NE.dtype, weight_VocabE.dtype)
+        device = x_NE.device.type
+        x_NE = x_NE * BITS_A_NAT  # before it is rounded
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x_NE, weight_VocabE = x_NE.to(dtype), weight_VocabE.to(dtype)
+        sum_dtype = torch.promote_types(x_NE.dtype, torch.float32)
+        gradients_ME: list[Tensor] = []
+        gradient_VocabE = torch.zeros(weight_VocabE.shape, dtype=sum_dtype, device=x_NE.device)
+        # Buffers for the products of a chunk, where their type is not that of the sums.
+        memory = (
+            None if x_NE.dtype == sum_dtype else (torch.empty_like(weight_VocabE), torch.empty_like(gradient_VocabE))
+        )
+        loss = torch.zeros((), dtype=sum_dtype, device=x_NE.device)
+        with torch.autocast(device, enabled=False):
+            for chunk in chunks_of_powers(x_NE, weight_VocabE, *rows_of(targets_N)):
+                loss += (chunk.losses * chunk.is_real).sum()
+                # The gradient by the logits is the probabilities, powers / sums, less 1 at the target. The subtraction
+                # is done in the type of the sums, because near 1 bfloat16 has too few digits; the division outside of
+                # the products, because dividing the powers would be another pass over the logits.
+                # Not `scatter_`, which copies all of a bfloat16 tensor to float32 and back.
+                gradient = chunk.powers
+                targets = (torch.arange(len(gradient), device=x_NE.device).unsqueeze(1), chunk.rows)
+                gradient[targets] = (gradient[targets] - chunk.sums).to(x_NE.dtype)
+                share_M1 = (chunk.is_real / chunk.sums).to(x_NE.dtype)
+                gradients_ME.append((gradient @ weight_VocabE).mul_(share_M1))
+                x_ME = chunk.x * (share_M1 / BITS_A_NAT)
+                if memory is None:
+                    gradient_VocabE.addmm_(gradient.T, x_ME)
+                else:
+                    # Convert, then add: adding one type to another is slower than both.
+                    product_VocabE, widened_VocabE = memory
+                    widened_VocabE.copy_(torch.mm(gradient.T, x_ME, out=product_VocabE))
+                    gradient_VocabE += widened_VocabE
+        ctx.save_for_backward(torch.cat(gradients_ME), gradient_VocabE)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient_NE, gradient_VocabE = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        return (gradient_NE * gradient).to(x_dtype), (gradient_VocabE * gradient).to(weight_dtype), None
