@@ -86,7 +86,7 @@ def evaluate(
     open_text = opener(TextChoice(text, dataset, subset, split))
 
     from lumiere.cli.scores import Evaluated, as_values, show
-    from lumiere.training.memory import keep_freed_memory
+    from lumiere.device import keep_freed_memory
 
     keep_freed_memory()
     evaluated: list[Evaluated] = []

@@ -25,10 +25,10 @@ from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
 
 if TYPE_CHECKING:
-    from lumiere.components.world import World
     from lumiere.config.schema import RunConfig
+    from lumiere.distributed import ProcessGroup
     from lumiere.persistence.runs import Run, RunStore
-    from lumiere.training.plan import Plan
+    from lumiere.training.estimate import Plan
     from lumiere.training.trainer import TrainingResult
 
 
@@ -75,9 +75,9 @@ def train(
 
     Examples: [bold]lumiere train tiny[/], [bold]lumiere train configs/small.yaml --set model.num_layers=6[/]
     """
-    from lumiere.components.world import World
+    from lumiere.distributed import ProcessGroup
 
-    if World.of_environment().rank:
+    if ProcessGroup.from_environment().rank:
         if not (plan or print_config):
             follow_first()
         return
@@ -94,12 +94,12 @@ def train(
                 "a resumed run keeps its own config", f"give no other one: lumiere train --resume {resume}"
             )
         given = [f"{path}={value}" for path, value in flags.items() if value is not None]
-        from lumiere.training.processes import joined
-        from lumiere.training.restarts import restarted_run
+        from lumiere.distributed import joined
+        from lumiere.training.run import restarted_run
 
         changes = [*(overrides or ()), *given]
-        with joined(f"{resume} {changes}") as world:
-            result = resume_training(restarted_run(store, world) or store.open(resume), changes, as_json, world)
+        with joined(f"{resume} {changes}") as processes:
+            result = resume_training(restarted_run(store, processes) or store.open(resume), changes, as_json, processes)
         if result:
             finish(result, as_json)
         return
@@ -113,62 +113,64 @@ def train(
         print_plan(resolved, store.runs_dir, as_json)
         return
 
-    from lumiere.training.processes import joined
-    from lumiere.training.restarts import restarted_run
+    from lumiere.distributed import joined
+    from lumiere.training.run import restarted_run
 
-    with joined(dump_config(resolved)) as world:
-        if run := restarted_run(store, world):
-            result = resume_training(run, [], as_json, world)
+    with joined(dump_config(resolved)) as processes:
+        if run := restarted_run(store, processes):
+            result = resume_training(run, [], as_json, processes)
         else:
-            result = start_training(resolved, store, world)
+            result = start_training(resolved, store, processes)
     if result:
         finish(result, as_json)
 
 
-def start_training(config: "RunConfig", store: "RunStore", world: "World") -> "TrainingResult":
+def start_training(config: "RunConfig", store: "RunStore", processes: "ProcessGroup") -> "TrainingResult":
     """Make a run and train it."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.preparation import prepare
+    from lumiere.training.setup import set_up
 
     with CorpusProgress() as corpus_progress:
-        preparation = prepare(config, corpus_progress)
-    from lumiere.training.launch import start
+        setup = set_up(config, corpus_progress)
+    from lumiere.training.run import start
 
     with TrainingProgress() as progress:
-        return start(preparation, store, command=["lumiere", *sys.argv[1:]], listeners=[progress], world=world)
+        return start(setup, store, command=["lumiere", *sys.argv[1:]], callbacks=[progress], processes=processes)
 
 
-def resume_training(run: "Run", overrides: list[str], as_json: bool, world: "World") -> "TrainingResult | None":
+def resume_training(
+    run: "Run", overrides: list[str], as_json: bool, processes: "ProcessGroup"
+) -> "TrainingResult | None":
     """Go on with `run`, or say that it is over and return None."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.launch import resume, stop_reason
-    from lumiere.training.preparation import changed_settings, prepare_resume
+    from lumiere.training.run import resume, stop_reason
+    from lumiere.training.setup import changed_settings, set_up_resume
     from lumiere.training.sharing import dismiss
 
     reason = stop_reason(run)
     # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
     if reason is not None and not overrides and run.status == "finished":
-        dismiss(world)
+        dismiss(processes)
         show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
         if as_json:
             print_json({"run": run.name} | run.record)
         return None
     with CorpusProgress() as corpus_progress:
-        preparation = prepare_resume(run, corpus_progress, overrides)
-    for change in changed_settings(run, preparation.config):
+        setup = set_up_resume(run, corpus_progress, overrides)
+    for change in changed_settings(run, setup.config):
         show_note(f"not as it was trained so far: {change}")
     with TrainingProgress() as progress:
-        return resume(preparation, run, listeners=[progress], world=world)
+        return resume(setup, run, callbacks=[progress], processes=processes)
 
 
 def follow_first() -> None:
     """Train what the process of rank 0 hands out, which does all the talking."""
-    from lumiere.training.processes import JoinedWorld, joined
+    from lumiere.distributed import TorchrunGroup, joined
 
-    with joined() as world:
+    with joined() as processes:
         from lumiere.training.sharing import follow
 
-        result = follow(world) if isinstance(world, JoinedWorld) else None
+        result = follow(processes) if isinstance(processes, TorchrunGroup) else None
     if result is not None and result.signal_number is not None:
         raise typer.Exit(exit_code(result.signal_number))
 
@@ -254,20 +256,19 @@ def check_plan_is_alone(resume: str | None, print_config: bool) -> None:
 def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
     """Measure and print what a training of `config` takes; nothing is made in `runs_dir`."""
     from lumiere.cli.progress import CorpusProgress, show_warning
-    from lumiere.components.world import World
-    from lumiere.training.preparation import prepare
-    from lumiere.training.processes import share_cores
+    from lumiere.distributed import ProcessGroup, share_cores
+    from lumiere.training.setup import set_up
 
-    world = World.of_environment()
-    if world.size > 1:
-        share_cores(world)
+    processes = ProcessGroup.from_environment()
+    if processes.size > 1:
+        share_cores(processes)
     with CorpusProgress() as progress:
-        preparation = prepare(config, progress)
-    from lumiere.training.launch import free_room
-    from lumiere.training.plan import MEASURED_SECONDS, make_plan
+        setup = set_up(config, progress)
+    from lumiere.training.estimate import MEASURED_SECONDS, make_plan
+    from lumiere.training.run import free_room
 
     show_note(f"measuring for {MEASURED_SECONDS:.0f} seconds, nothing is written")
-    plan = make_plan(preparation, show_warning, world)
+    plan = make_plan(setup, show_warning, processes)
     _, free = free_room(runs_dir)
     if as_json:
         totals = {"num_parameters": plan.parameters.total, "disk_bytes": plan.disk.total, "disk_free_bytes": free}

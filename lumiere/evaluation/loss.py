@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from lumiere.components.kernels import linear_cross_entropy_losses
-from lumiere.components.world import ALONE, World
 from lumiere.data.batches import Windows, batches_in_order
 from lumiere.data.dataset import SplitFacts
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.models.transformer import Transformer
 
 
@@ -47,7 +47,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Transformer, windows: Windows, facts: SplitFacts, batch_size: int, world: World = ALONE
+    model: Transformer, windows: Windows, facts: SplitFacts, batch_size: int, processes: ProcessGroup = SINGLE_PROCESS
 ) -> Evaluation:
     """Score `windows` without dropout, in the precision of the model's weights.
 
@@ -56,7 +56,7 @@ def evaluate(
         windows: the text.
         facts: of the same text, for the figures a byte and a word.
         batch_size: windows scored at once; only the two averages over batches depend on it.
-        world: the processes that share the batches out; the result is that of one process.
+        processes: processes that share the batches out; the result is that of one process.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
@@ -65,7 +65,7 @@ def evaluate(
     try:
         sums, counts = [], []
         with torch.inference_mode():
-            for batch in batches_in_order(windows, batch_size, world.rank, world.size):
+            for batch in batches_in_order(windows, batch_size, processes.rank, processes.size):
                 residual = model.final_residual(batch.tokens.to(device)).flatten(0, 1)
                 targets = batch.targets.to(device).flatten()
                 losses = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets)
@@ -75,10 +75,10 @@ def evaluate(
                 counts.append(batch.num_targets)
         # Each batch is one process' number and nobody else's, so that the addition rounds nothing.
         by_batch = torch.zeros(2, -(-len(windows) // batch_size), dtype=torch.float64)
-        mine = by_batch[:, world.rank :: world.size]
+        mine = by_batch[:, processes.rank :: processes.size]
         columns = torch.tensor([[total.item() for total in sums], counts], dtype=torch.float64)
         mine.copy_(columns[:, : mine.shape[1]])  # one more where this process only kept the others company
-        totals, num_targets = world.add(by_batch)
+        totals, num_targets = processes.all_reduce_tensor(by_batch)
     finally:
         model.train(was_training)
     means = totals / num_targets

@@ -1,4 +1,4 @@
-"""What a training reports while it runs. The metrics file and the progress bar are two listeners of one stream."""
+"""What a training reports while it runs. The metrics file and the progress bar are two callbacks of one stream."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,4 +85,4 @@ class WarningEvent:
 
 
 Event = StartEvent | StepEvent | EvaluationEvent | CheckpointEvent | WarningEvent
-Listener = Callable[[Event], None]
+Callback = Callable[[Event], None]

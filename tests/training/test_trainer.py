@@ -350,7 +350,7 @@ def test_patience_counts_the_ends_of_epochs_only(configure, launch, scripted, te
 
 
 def stop_at(step: int) -> Any:
-    """A listener that interrupts the training at a step."""
+    """A callback that interrupts the training at a step."""
 
     def listen(event: Event) -> None:
         if isinstance(event, StepEvent) and event.step == step:

@@ -152,9 +152,9 @@ def analysis(
 
 def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any], common: Mapping[str, Any]) -> None:
     """Open, compute, verify, then print or write; exit with 3 if a law does not hold."""
+    from lumiere.device import keep_freed_memory
     from lumiere.interpret.result import agreement
     from lumiere.report.results import check_export, payload, save_result
-    from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a step of training does
     if common["output"] is not None:

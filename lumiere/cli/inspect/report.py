@@ -45,11 +45,11 @@ def report(
     word. Without --prompt it shows two texts of the validation split and random tokens that come twice.
     """
     check_page(output)
+    from lumiere.device import keep_freed_memory
     from lumiere.interpret.repeats import SEQUENCES
     from lumiere.persistence.atomic import write_atomically
     from lumiere.persistence.history import read_history
     from lumiere.report.report_page import build_page, inspect_model
-    from lumiere.training.memory import keep_freed_memory
 
     keep_freed_memory()
     import torch

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lumiere.components.world import ALONE, World
 from lumiere.data.batches import Windows, batch_at
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import Transformer
 from lumiere.training import costs
 from lumiere.training.costs import Disk, Parameters
 from lumiere.training.loss import Objective, compiled, summed_loss
-from lumiere.training.preparation import Preparation
-from lumiere.training.schedule import unfinished_warmup
+from lumiere.training.schedule import earliest_stop, num_evaluations, num_steps, unfinished_warmup
+from lumiere.training.setup import TrainingSetup
 from lumiere.training.sharing import check_shares
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import train_step
@@ -106,39 +106,39 @@ class Plan:
         return self.startup_seconds + self.total_steps * self.seconds_per_step + evaluating
 
 
-def make_plan(preparation: Preparation, warn: Callable[[str], None], world: World = ALONE) -> Plan:
+def make_plan(setup: TrainingSetup, warn: Callable[[str], None], processes: ProcessGroup = SINGLE_PROCESS) -> Plan:
     """Measure some steps and a part of an evaluation on the corpus itself. Nothing is written.
 
     Args:
         warn: told where something does not go as asked, such as compiling.
-        world: the processes that would train; none of the others is needed.
+        processes: the processes that would train; none of the others is needed.
 
     Raises:
         LumiereError: if they cannot share the batches or the device.
     """
-    config, epoch_steps = preparation.config, preparation.epoch_steps
+    config, epoch_steps = setup.config, setup.epoch_steps
     settings = config.training
-    check_shares(settings, preparation.device, world)
-    total_steps = costs.num_steps(settings, epoch_steps)
-    if preparation.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(preparation.device)
+    check_shares(settings, setup.device, processes)
+    total_steps = num_steps(settings, epoch_steps)
+    if setup.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.device)
     objective = compiled(warn) if settings.compile else summed_loss
-    state = TrainingState.create(config, preparation.device, preparation.precision)
+    state = TrainingState.create(config, setup.device, setup.precision)
     state.model.train()
-    seconds, targets = measure_steps(preparation, state, objective, world.size)
+    seconds, targets = measure_steps(setup, state, objective, processes.size)
     seconds_per_step = statistics.median(seconds[WARMUP_STEPS:])
     tokens_per_second = statistics.mean(targets[WARMUP_STEPS:]) / seconds_per_step
     flops_per_token = costs.flops_per_token(config)
-    seconds_per_evaluation = measure_evaluation(preparation, state.model) / world.size
-    num_shares = world.size if settings.parallel == "fsdp" else 1
+    seconds_per_evaluation = measure_evaluation(setup, state.model) / processes.size
+    num_shares = processes.size if settings.parallel == "fsdp" else 1
     memory = Memory(
         weights=costs.weight_bytes(config) // num_shares,
         gradients=costs.weight_bytes(config) // num_shares,
         optimizer=costs.optimizer_bytes(config) // num_shares,
-        activations=measure_activations(preparation, state.model, objective, world.size),
-        peak=peak_memory(preparation.device),
+        activations=measure_activations(setup, state.model, objective, processes.size),
+        peak=peak_memory(setup.device),
     )
-    windows = preparation.corpus.windows("train", config)
+    windows = setup.corpus.windows("train", config)
     if message := unfinished_warmup(settings.warmup_steps, total_steps):
         warn(message)
     return Plan(
@@ -150,47 +150,47 @@ def make_plan(preparation: Preparation, warn: Callable[[str], None], world: Worl
         padding_share=windows.padding_share,
         epoch_steps=epoch_steps,
         total_steps=total_steps,
-        earliest_stop=costs.earliest_stop(settings, epoch_steps),
+        earliest_stop=earliest_stop(settings, epoch_steps),
         warmup_steps=settings.warmup_steps,
-        num_evaluations=costs.num_evaluations(settings, epoch_steps),
-        num_processes=world.size,
-        windows_per_process=settings.batch_size // world.size,
-        device=str(preparation.device),
-        precision=str(preparation.precision).removeprefix("torch."),
-        peak_flops=preparation.peak_flops * world.size,
+        num_evaluations=num_evaluations(settings, epoch_steps),
+        num_processes=processes.size,
+        windows_per_process=settings.batch_size // processes.size,
+        device=str(setup.device),
+        precision=str(setup.precision).removeprefix("torch."),
+        peak_flops=setup.peak_flops * processes.size,
         measured_steps=len(seconds) - WARMUP_STEPS,
         seconds_per_step=seconds_per_step,
         tokens_per_second=tokens_per_second,
-        mfu=tokens_per_second * flops_per_token / (preparation.peak_flops * world.size),
+        mfu=tokens_per_second * flops_per_token / (setup.peak_flops * processes.size),
         startup_seconds=max(0.0, sum(seconds[:WARMUP_STEPS]) - WARMUP_STEPS * seconds_per_step),
         seconds_per_evaluation=seconds_per_evaluation,
     )
 
 
 def measure_steps(
-    preparation: Preparation, state: TrainingState, objective: Objective, num_shares: int = 1
+    setup: TrainingSetup, state: TrainingState, objective: Objective, num_shares: int = 1
 ) -> tuple[list[float], list[int]]:
     """The seconds and the targets of the first steps, each with its batch, for `MEASURED_SECONDS` after the warm-up."""
-    config, settings = preparation.config, preparation.config.training
-    windows = preparation.corpus.windows("train", config)
+    config, settings = setup.config, setup.config.training
+    windows = setup.corpus.windows("train", config)
     seconds: list[float] = []
     targets: list[int] = []
     while len(seconds) < WARMUP_STEPS + MIN_STEPS or sum(seconds[WARMUP_STEPS:]) < MEASURED_SECONDS:
         started = time.perf_counter()
         share = batch_at(len(seconds), windows, settings.batch_size, settings.seed, 0, num_shares)
-        batch = share.to(preparation.device)
+        batch = share.to(setup.device)
         # A learning rate of zero takes as long as any other, and cannot spoil the weights.
-        train_step(state, batch, 0.0, settings, preparation.precision, objective)
+        train_step(state, batch, 0.0, settings, setup.precision, objective)
         seconds.append(time.perf_counter() - started)
         targets.append(batch.num_targets)
     return seconds, targets
 
 
-def measure_evaluation(preparation: Preparation, model: Transformer) -> float:
+def measure_evaluation(setup: TrainingSetup, model: Transformer) -> float:
     """The seconds of an evaluation, by those of the first windows of the validation split."""
-    config, batch_size = preparation.config, preparation.config.training.batch_size
-    split = preparation.corpus.splits["validation"]
-    windows = preparation.corpus.windows("validation", config)
+    config, batch_size = setup.config, setup.config.training.batch_size
+    split = setup.corpus.splits["validation"]
+    windows = setup.corpus.windows("validation", config)
     # The beginning of the text, cut after so many tokens, is a text too.
     end = min(EVALUATION_BATCHES * batch_size * windows.stride, int(windows.offsets[-1]))
     offsets = np.append(windows.offsets[: np.searchsorted(windows.offsets, end)], end)
@@ -199,12 +199,12 @@ def measure_evaluation(preparation: Preparation, model: Transformer) -> float:
     return evaluation.seconds / evaluation.num_windows * len(windows)
 
 
-def measure_activations(preparation: Preparation, model: Transformer, objective: Objective, num_shares: int = 1) -> int:
+def measure_activations(setup: TrainingSetup, model: Transformer, objective: Objective, num_shares: int = 1) -> int:
     """The bytes that autograd keeps from the forward to the backward pass of a batch's first part, weights left out."""
-    config, settings = preparation.config, preparation.config.training
-    windows = preparation.corpus.windows("train", config)
+    config, settings = setup.config, setup.config.training
+    windows = setup.corpus.windows("train", config)
     batch = batch_at(0, windows, settings.batch_size, settings.seed, 0, num_shares)
-    part = batch.to(preparation.device).split(settings.gradient_accumulation_steps)[0]
+    part = batch.to(setup.device).split(settings.gradient_accumulation_steps)[0]
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -214,9 +214,9 @@ def measure_activations(preparation: Preparation, model: Transformer, objective:
             kept[storage.data_ptr()] = storage.nbytes()  # once, however many operations keep it
         return tensor
 
-    bfloat16 = preparation.precision == torch.bfloat16
+    bfloat16 = setup.precision == torch.bfloat16
     with (
-        torch.autocast(preparation.device.type, torch.bfloat16, enabled=bfloat16),
+        torch.autocast(setup.device.type, torch.bfloat16, enabled=bfloat16),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         loss = objective(model, part.tokens, part.targets)

@@ -10,8 +10,8 @@ from lumiere.config.loader import dump_config
 from lumiere.persistence.metrics import read_metrics
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, WarningEvent
-from lumiere.training.launch import resume
-from lumiere.training.preparation import prepare_resume
+from lumiere.training.run import resume
+from lumiere.training.setup import set_up_resume
 
 event_accumulator = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator", reason="the package tensorboard is not installed"
@@ -86,9 +86,7 @@ def test_a_resume_doubles_no_step(configure, launch) -> None:
     before = [step for step, _ in curves(run)["train/loss"]]
     assert before[-1] == 4
     warnings: list[Event] = []
-    resume(
-        prepare_resume(run), run, [lambda event: warnings.append(event) if isinstance(event, WarningEvent) else None]
-    )
+    resume(set_up_resume(run), run, [lambda event: warnings.append(event) if isinstance(event, WarningEvent) else None])
     assert warnings == []
     assert len(list((run.path / "tensorboard").iterdir())) == 2
     assert [step for step, _ in curves(run)["train/loss"]] == [1, 2, 3, 4, 5, 6]
@@ -105,7 +103,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_anew(configure, laun
         launch(configure(LOGGED), [kill_at_two])
     run = RunStore(Path("runs")).open("latest")
     assert [step for step, _ in curves(run)["train/loss"]] == [1]
-    resume(prepare_resume(run), run)
+    resume(set_up_resume(run), run)
     assert curves(run) == expected(run)
     assert len(read(run).Tensors("config/text_summary")) == 1
 

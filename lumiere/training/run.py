@@ -1,18 +1,26 @@
-"""From a preparation to a run that is trained, and on from where it stopped."""
+"""Start a training run, or resume one from its newest checkpoint."""
 
 import contextlib
 import os
+import platform
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lumiere.components.world import ALONE, World
+import torch
+
+import lumiere
 from lumiere.config.loader import dump_config
 from lumiere.config.schema import RunConfig
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, noticing_losses
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.atomic import write_atomically, writing
 from lumiere.persistence.checkpoint_format import DAMAGE_HINT, Checkpoint
@@ -23,47 +31,42 @@ from lumiere.persistence.lock import locked
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.placing import clear, delete
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training.costs import disk, num_steps
-from lumiere.training.distributed import own_device
-from lumiere.training.environment import environment
-from lumiere.training.events import Listener, WarningEvent
-from lumiere.training.extension import changes, check_schedule, inexact_changes
-from lumiere.training.loggers.opening import opened_loggers
-from lumiere.training.metrics_log import MetricsLog
-from lumiere.training.preparation import Preparation, trained_config
-from lumiere.training.processes import noticing_losses
-from lumiere.training.restarts import job, token
-from lumiere.training.saving import progress
+from lumiere.training.costs import disk
+from lumiere.training.events import Callback, WarningEvent
+from lumiere.training.loggers import MetricsLog, opened_loggers
+from lumiere.training.parallel import own_device
+from lumiere.training.schedule import num_steps
+from lumiere.training.setup import TrainingSetup, changes, check_schedule, inexact_changes, trained_config
 from lumiere.training.sharing import check_shares, hand_out
 from lumiere.training.state import NUMERICS, STOP_REASONS
-from lumiere.training.trainer import TrainingResult, train
+from lumiere.training.trainer import TrainingResult, progress, train
 
 
 def start(
-    preparation: Preparation,
+    setup: TrainingSetup,
     store: RunStore,
     command: Sequence[str] = (),
-    listeners: Sequence[Listener] = (),
-    world: World = ALONE,
+    callbacks: Sequence[Callback] = (),
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> TrainingResult:
     """Make a run and train it.
 
     Args:
         command: what the user typed, for the record.
-        world: the processes that train it together; this one has rank 0, the others call `follow`.
+        processes: the processes that train it together; this one has rank 0, the others call `follow`.
 
     Raises:
         LumiereError: if the disk has no room, or the runs directory cannot be written to, or the processes cannot
             share the batches.
     """
-    check_shares(preparation.config.training, preparation.device, world)
-    check_room(store.runs_dir, preparation)
+    check_shares(setup.config.training, setup.device, processes)
+    check_room(store.runs_dir, setup)
     run = store.create()
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(run.path))
-            write_files(preparation, run, command)
-            record_start(preparation, run, world)
+            write_files(setup, run, command)
+            record_start(setup, run, processes)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 delete(run.path)
@@ -71,50 +74,50 @@ def start(
                 hint = "make room, or choose another folder with --runs-dir; no run was made"
                 raise LumiereError(error.message, hint) from error
             raise
-        return supervise(preparation, run, listeners, None, world)
+        return run_training(setup, run, callbacks, None, processes)
 
 
-def write_files(preparation: Preparation, run: Run, command: Sequence[str]) -> None:
+def write_files(setup: TrainingSetup, run: Run, command: Sequence[str]) -> None:
     """Write the tokenizer, the config and the record of a new run."""
     with writing(run.path):
-        write_atomically(run.tokenizer_path, preparation.corpus.tokenizer.to_json().encode())
+        write_atomically(run.tokenizer_path, setup.corpus.tokenizer.to_json().encode())
         # The config last: a run that has one can be resumed, wherever its process was killed.
-        write_atomically(run.config_path, dump_config(preparation.config).encode())
+        write_atomically(run.config_path, dump_config(setup.config).encode())
     run.update(
         name=run.name,
         created_at=now(),
         command=list(command),
-        num_parameters=preparation.num_parameters,
-        dataset=preparation.config.dataset.name,
-        corpus_sha256=preparation.corpus.fingerprint,
-        splits={name: asdict(split.facts) for name, split in preparation.corpus.splits.items()},
+        num_parameters=setup.num_parameters,
+        dataset=setup.config.dataset.name,
+        corpus_sha256=setup.corpus.fingerprint,
+        splits={name: asdict(split.facts) for name, split in setup.corpus.splits.items()},
         step=0,
         best_loss=None,
         **environment(),
     )
 
 
-def record_start(preparation: Preparation, run: Run, world: World) -> None:
+def record_start(setup: TrainingSetup, run: Run, processes: ProcessGroup) -> None:
     """Record that the run is running, and where."""
     run.update(
         status="running",
         error=None,
-        device=str(preparation.device),
-        precision=str(preparation.precision).removeprefix("torch."),
-        total_steps=num_steps(preparation.config.training, preparation.epoch_steps),
+        device=str(setup.device),
+        precision=str(setup.precision).removeprefix("torch."),
+        total_steps=num_steps(setup.config.training, setup.epoch_steps),
         **this_process(),
-        world_size=world.size,
-        job=job(world),
-        peak_flops=round(preparation.peak_flops * world.size),
+        world_size=processes.size,
+        job=job(processes),
+        peak_flops=round(setup.peak_flops * processes.size),
     )
 
 
 def resume(
-    preparation: Preparation, run: Run, listeners: Sequence[Listener] = (), world: World = ALONE
+    setup: TrainingSetup, run: Run, callbacks: Sequence[Callback] = (), processes: ProcessGroup = SINGLE_PROCESS
 ) -> TrainingResult:
     """Go on with a run from its newest checkpoint, or from step 0 where it was killed before the first.
 
-    The config of `preparation` becomes the run's, where it is another one.
+    The config of `setup` becomes the run's, where it is another one.
 
     Raises:
         RunBusyError: another process is training it.
@@ -122,44 +125,44 @@ def resume(
         ConfigError: if the schedule cannot be brought to another length any more, or the processes cannot share the
             batches.
     """
-    check_shares(preparation.config.training, preparation.device, world)
+    check_shares(setup.config.training, setup.device, processes)
     with locked(run.path):
         # A restart by torchrun may be on another host, and the processes before it have ended.
-        if world.job is None or token(run) != world.job:
+        if processes.job is None or token(run) != processes.job:
             check_not_elsewhere(run)
-        checkpoint, name = newest_checkpoint(run, outlined=preparation.config.training.parallel == "fsdp")
+        checkpoint, name = newest_checkpoint(run, outlined=setup.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0
         if checkpoint is not None:
-            check_fit(preparation.config, checkpoint, f"the {name} checkpoint of run {run.id}")
-        check_schedule(run.load_config().training, preparation.config.training, preparation.epoch_steps, step)
+            check_fit(setup.config, checkpoint, f"the {name} checkpoint of run {run.id}")
+        check_schedule(run.load_config().training, setup.config.training, setup.epoch_steps, step)
         if checkpoint and name != "latest":
             # A process may be killed after it has saved `best`, and before `latest` of the same step.
             there = "latest" in CheckpointManager(run.path.parent).names(run)
             problem = "the latest checkpoint is damaged" if there else "there is no latest checkpoint"
             message = f"{problem}, training goes on from {name} (step {step:,})"
-            for listener in listeners:
-                listener(WarningEvent(step, message))
-        warnings = resume_warnings(checkpoint, name, preparation, run.record, world) if checkpoint and name else []
+            for callback in callbacks:
+                callback(WarningEvent(step, message))
+        warnings = resume_warnings(checkpoint, name, setup, run.record, processes) if checkpoint and name else []
         for message in warnings:
-            for listener in listeners:
-                listener(WarningEvent(step, message))
+            for callback in callbacks:
+                callback(WarningEvent(step, message))
         with writing(run.path):
             remove_leftovers(run)
         # Where nothing was saved, every line goes.
         truncate_metrics(run.metrics_path, step if checkpoint else -1)
-        changed = changes(run.load_config(), preparation.config)
+        changed = changes(run.load_config(), setup.config)
         earlier = run.record.get("resumes")
         resumes = earlier if isinstance(earlier, list) else []  # a file that was edited may hold anything
         entry = {"at": now(), "step": step, "changed": list(map(str, changed)), "warnings": warnings}
         run.update(resumes=[*resumes, entry])
         if changed:
             with writing(run.config_path):
-                write_atomically(run.config_path, dump_config(preparation.config).encode())
-        record_start(preparation, run, world)
-        return supervise(preparation, run, listeners, checkpoint, world)
+                write_atomically(run.config_path, dump_config(setup.config).encode())
+        record_start(setup, run, processes)
+        return run_training(setup, run, callbacks, checkpoint, processes)
 
 
-def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, world: World) -> str | None:
+def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, processes: ProcessGroup) -> str | None:
     """What a training that other processes go on with cannot keep as it was; None where all is kept.
 
     Args:
@@ -167,11 +170,11 @@ def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, wor
         after: the config to go on with.
     """
     size = checkpoint.metadata.get("world_size", 1)
-    old, new = processes(size, before), processes(world.size, after)
+    old, new = process_count(size, before), process_count(processes.size, after)
     if old == new:
         return None
     # The masks depend on the seed, the step and the rank.
-    masks = after.model.dropout > 0.0 and size != world.size
+    masks = after.model.dropout > 0.0 and size != processes.size
     lost = "the dropout masks and the order of its sums" if masks else "the order of its sums"
     return (
         f"trained so far with {old}, now with {new}: the data and its order stay, {lost} do not, so the weights will "
@@ -180,7 +183,7 @@ def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, wor
 
 
 def resume_warnings(
-    checkpoint: Checkpoint, name: str, preparation: Preparation, record: Mapping[str, Any], world: World
+    checkpoint: Checkpoint, name: str, setup: TrainingSetup, record: Mapping[str, Any], processes: ProcessGroup
 ) -> list[str]:
     """Return the reasons why a resumed run will not be bit-identical to an uninterrupted one.
 
@@ -189,8 +192,8 @@ def resume_warnings(
         record: contents of `run.json`, with the device and the precision so far.
     """
     before = trained_config(checkpoint.metadata.get("config"), name)
-    warnings = [inexactness(checkpoint, before, preparation.config, world), other_numerics(checkpoint)]
-    if changed := inexact_changes(before, preparation, record):
+    warnings = [inexactness(checkpoint, before, setup.config, processes), other_numerics(checkpoint)]
+    if changed := inexact_changes(before, setup, record):
         warnings.append(
             f"{', '.join(map(str, changed))}: the data and its order stay the same, but the weights will not be "
             f"bit-identical to those of an uninterrupted run"
@@ -209,7 +212,7 @@ def other_numerics(checkpoint: Checkpoint) -> str | None:
     )
 
 
-def processes(size: int, config: RunConfig) -> str:
+def process_count(size: int, config: RunConfig) -> str:
     """`2 processes (fsdp)`."""
     return "1 process" if size == 1 else f"{size} processes ({config.training.parallel})"
 
@@ -256,34 +259,34 @@ def stop_reason(run: Run) -> str | None:
     return reason
 
 
-def supervise(
-    preparation: Preparation,
+def run_training(
+    setup: TrainingSetup,
     run: Run,
-    listeners: Sequence[Listener],
+    callbacks: Sequence[Callback],
     checkpoint: Checkpoint | None,
-    world: World,
+    processes: ProcessGroup,
 ) -> TrainingResult:
     """Train, and keep the run's status true however it ends."""
     try:
         with (
             beating(run.path),
             MetricsWriter(run.metrics_path) as writer,
-            opened_loggers(preparation.config, run, [MetricsLog(writer), *listeners]) as all_listeners,
-            noticing_losses(world),
+            opened_loggers(setup.config, run, [MetricsLog(writer), *callbacks]) as all_listeners,
+            noticing_losses(processes),
         ):
-            hand_out(preparation, run, checkpoint, world)
+            hand_out(setup, run, checkpoint, processes)
             result = train(
-                preparation.config,
-                preparation.corpus,
+                setup.config,
+                setup.corpus,
                 run,
-                own_device(preparation.device, world),
-                preparation.precision,
-                preparation.peak_flops * world.size,
+                own_device(setup.device, processes),
+                setup.precision,
+                setup.peak_flops * processes.size,
                 all_listeners,
                 checkpoint,
-                world,
+                processes,
             )
-            world.wait()
+            processes.barrier()
     except BaseException as error:
         # Also for KeyboardInterrupt: a second Ctrl-C leaves at once, with what was saved before.
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -293,15 +296,15 @@ def supervise(
         raise
     status = "finished" if result.signal_number is None else "interrupted"
     # The progress once more: a process that was killed right after its last save may not have come to write it down.
-    progressed = progress(result.state, preparation.epoch_steps)
+    progressed = progress(result.state, setup.epoch_steps)
     run.update(status=status, stop_reason=result.state.stop_reason, **progressed)
     return result
 
 
-def check_room(runs_dir: Path, preparation: Preparation) -> None:
+def check_room(runs_dir: Path, setup: TrainingSetup) -> None:
     """Refuse a run whose checkpoints the disk has no room for."""
-    config = preparation.config
-    needed = disk(config, num_steps(config.training, preparation.epoch_steps)).total
+    config = setup.config
+    needed = disk(config, num_steps(config.training, setup.epoch_steps)).total
     folder, free = free_room(runs_dir)
     if free < needed:
         raise CheckpointError(
@@ -314,3 +317,62 @@ def free_room(runs_dir: Path) -> tuple[Path, int]:
     """The folder that is there of a runs directory that may not be, and the bytes that are free on its disk."""
     existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if os.path.exists(folder))
     return existing, shutil.disk_usage(existing).free
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and the commit of a checkout, as `run.json` keeps them."""
+    packages = ("torch", "numpy", "tokenizers", "datasets", "safetensors")
+    return {
+        "versions": {
+            "lumiere": lumiere.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "commit": commit(),
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that Lumiere runs from; None for an installed package."""
+    folder = Path(lumiere.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def job(processes: ProcessGroup) -> dict[str, Any] | None:
+    """Describe this launch of torchrun for `run.json`; None without torchrun. `token` alone identifies it."""
+    if processes.job is None:
+        return None
+    return {
+        "id": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "agent": f"{socket.gethostname()} {os.getppid()}",
+        "arguments": sys.argv[1:],
+        "token": processes.job,
+    }
+
+
+def restarted_run(store: RunStore, processes: ProcessGroup) -> Run | None:
+    """Return the run that an earlier start of this very launch has made or resumed; None if there is none."""
+    if processes.job is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    return next((run for run in store.all() if run.config_path.exists() and token(run) == processes.job), None)
+
+
+def token(run: Run) -> str | None:
+    """The token of the launch that trained the run last, by its record."""
+    recorded = run.record.get("job")
+    return recorded.get("token") if isinstance(recorded, dict) else None

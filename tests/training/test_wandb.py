@@ -11,10 +11,10 @@ import pytest
 
 from lumiere.persistence.metrics import read_metrics
 from lumiere.persistence.runs import Run, RunStore
+from lumiere.training import loggers as wandb_log
 from lumiere.training.events import Event, StepEvent, WarningEvent
-from lumiere.training.launch import resume
-from lumiere.training.loggers import wandb as wandb_log
-from lumiere.training.preparation import prepare_resume
+from lumiere.training.run import resume
+from lumiere.training.setup import set_up_resume
 
 wandb = pytest.importorskip("wandb", reason="the package wandb is not installed")
 wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
@@ -134,7 +134,7 @@ def test_without_a_key_it_asks_for_none_and_a_resume_goes_on(configure, launch) 
     (folder,) = [path.parent for path in offline_files(run)]
     folder.rename(folder.with_name(f"offline-run-20000101_000000-{run.id}"))
     events: list[Event] = []
-    resume(prepare_resume(run), run, [events.append])
+    resume(set_up_resume(run), run, [events.append])
     (warning,) = warnings_of(events)
     assert "because no API key is configured" in warning
     first, second = offline_files(run)

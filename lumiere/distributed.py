@@ -1,4 +1,8 @@
-"""How the processes of a training meet and part. Importing this module does not load torch."""
+"""The processes of a training: how they meet, exchange small values, and notice that one is lost.
+
+Small values travel through torch's default group, gloo on the CPU, in float64 or integers, so that all processes take
+the same decisions. A single process sends nothing, and importing this module does not load torch.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,105 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from lumiere.components.world import World
 from lumiere.errors import LostProcessError, LumiereError, RankTimeoutError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed.distributed_c10d import Store
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes of a training.
+
+    Every process must call the methods in the same order: each one waits for all the others.
+
+    Attributes:
+        rank: of this process, counted from 0; 0 is the one that writes and talks.
+        size: processes in all.
+        local_rank: of this process among those of its machine.
+        local_size: processes of its machine.
+        job: names this launch of torchrun and what it trains, through all its restarts; None without torchrun.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    job: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> ProcessGroup:
+        """The processes that torchrun describes in the environment, or `SINGLE_PROCESS`."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not all(os.environ.get(name, "").isdecimal() for name in names) or "MASTER_ADDR" not in os.environ:
+            return cls()
+        rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+        return cls(rank, size, local_rank, local_size)
+
+    def all_reduce_tensor(self, values: Tensor) -> Tensor:
+        """The sum of a tensor on the CPU over all processes, the same bits in each."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def all_reduce_sum(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.size > 1:
+            import torch
+
+            value = self.all_reduce_tensor(torch.tensor(value, dtype=torch.float64)).item()
+        return value
+
+    def all_reduce_max(self, value: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
+            largest = torch.tensor(value)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            value = int(largest)
+        return value
+
+    def broadcast_text(self, text: str | None = None) -> str:
+        """The text that rank 0 gives; the others give none."""
+        if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
+            data = (text or "").encode()
+            length = torch.tensor(len(data))
+            dist.broadcast(length, 0)
+            characters = torch.empty(int(length), dtype=torch.uint8)
+            if data:
+                characters.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            if len(characters):
+                dist.broadcast(characters, 0)
+            text = characters.numpy().tobytes().decode()
+        return text or ""
+
+    def broadcast_tensor(self, tensor: Tensor) -> None:
+        """Overwrite a contiguous tensor on the CPU by that of rank 0."""
+        if self.size > 1 and tensor.numel():
+            import torch.distributed as dist
+
+            dist.broadcast(tensor, 0)
+
+    def barrier(self) -> None:
+        """Until all processes have come here."""
+        self.all_reduce_max(0)
+
+
+SINGLE_PROCESS = ProcessGroup()
+
 
 HEARTBEAT_SECONDS = 5.0
 """Time between two heartbeats of a process that prepares."""
@@ -33,7 +127,7 @@ SECONDS_TO_BE_ENDED = 10.0
 """How long a process that has lost another one waits for torchrun to end it, which then names the one that was lost."""
 
 
-class JoinedWorld(World):
+class TorchrunGroup(ProcessGroup):
     """The processes that torchrun started, and the key-value store that they share.
 
     Until all are prepared, a process waits for another one as long as that one sends heartbeats: encoding a large
@@ -43,8 +137,8 @@ class JoinedWorld(World):
         rank_timeout: that time-out in seconds; None before `connect`.
     """
 
-    def __init__(self, world: World, store: Store) -> None:
-        super().__init__(world.rank, world.size, world.local_rank, world.local_size, world.job)
+    def __init__(self, processes: ProcessGroup, store: Store) -> None:
+        super().__init__(processes.rank, processes.size, processes.local_rank, processes.local_size, processes.job)
         self.rank_timeout: float | None = None
         self._store = store
         self._num_beats = 0
@@ -145,42 +239,42 @@ class JoinedWorld(World):
 
 
 @contextmanager
-def joined(purpose: str = "") -> Iterator[World]:
+def joined(purpose: str = "") -> Iterator[ProcessGroup]:
     """Inside of it, this process is one of those that torchrun started; alone, nothing is done.
 
     Args:
-        purpose: what this process is to train. The world's `job` is another one for another purpose.
+        purpose: what this process is to train. The processes's `job` is another one for another purpose.
 
     Raises:
         LostProcessError: another one has ended, or hangs, while this one waited for it.
     """
-    world = World.of_environment()
-    if world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield world
+    processes = ProcessGroup.from_environment()
+    if processes.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield processes
         return
     import torch.distributed as dist
 
-    if world.size > 1:
-        share_cores(world)
+    if processes.size > 1:
+        share_cores(processes)
     try:
-        with noticing_losses(world):
-            world = meet(world, purpose)
-        with noticing_losses(world):  # by what the processes share now
-            yield world
+        with noticing_losses(processes):
+            processes = meet(processes, purpose)
+        with noticing_losses(processes):  # by what the processes share now
+            yield processes
     except Exception as error:
         # What rank 0 says suffices where all have the same error, and torchrun names the process that ended first:
         # it soon ends this one, as nothing handles its signal here. It knows nothing of a process that hangs.
-        if not isinstance(error, RankTimeoutError) and (world.rank or isinstance(error, LostProcessError)):
+        if not isinstance(error, RankTimeoutError) and (processes.rank or isinstance(error, LostProcessError)):
             time.sleep(SECONDS_TO_BE_ENDED)
-        if world.rank and isinstance(error, LumiereError):
-            raise type(error)(f"process {world.rank} of {world.size}: {error.message}", error.hint) from error
+        if processes.rank and isinstance(error, LumiereError):
+            raise type(error)(f"process {processes.rank} of {processes.size}: {error.message}", error.hint) from error
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def meet(world: World, purpose: str) -> World:
+def meet(processes: ProcessGroup, purpose: str) -> ProcessGroup:
     """Connect to torchrun's store, and begin to send heartbeats."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -193,16 +287,16 @@ def meet(world: World, purpose: str) -> World:
         job = hashlib.blake2b(token + purpose.encode(), digest_size=16).hexdigest()
     # A prefix of this start: else a process may read the address of one that died in the start before.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    world = replace(world, job=job)
-    if world.size == 1:
-        return world
-    joined_world = JoinedWorld(world, PrefixStore(f"lumiere start {start}", shared))
-    joined_world.send_heartbeats()
-    return joined_world
+    processes = replace(processes, job=job)
+    if processes.size == 1:
+        return processes
+    joined_group = TorchrunGroup(processes, PrefixStore(f"lumiere start {start}", shared))
+    joined_group.send_heartbeats()
+    return joined_group
 
 
 @contextmanager
-def noticing_losses(world: World) -> Iterator[None]:
+def noticing_losses(processes: ProcessGroup) -> Iterator[None]:
     """Inside of it, an error of torch which means that another process is gone is one that says so.
 
     Raises:
@@ -213,13 +307,13 @@ def noticing_losses(world: World) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Gloo has no class of its own for it; its messages name its source files.
-        if world.size == 1 or not ("Dist" in type(error).__name__ or "gloo" in str(error)):
+        if processes.size == 1 or not ("Dist" in type(error).__name__ or "gloo" in str(error)):
             raise
-        if isinstance(world, JoinedWorld):
+        if isinstance(processes, TorchrunGroup):
             with suppress(RuntimeError):  # the store is gone too
-                world.check_arrivals(timed_out=any(word in str(error).lower() for word in ("timed out", "timeout")))
+                processes.check_arrivals(timed_out=any(word in str(error).lower() for word in ("timed out", "timeout")))
         raise LostProcessError(
-            f"another of the {world.size} processes has ended, or cannot be reached",
+            f"another of the {processes.size} processes has ended, or cannot be reached",
             "torchrun says which; lumiere train --resume RUN goes on from what was saved",
         ) from error
 
@@ -231,7 +325,7 @@ def named(ranks: Sequence[int], size: int) -> str:
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} of {size}"
 
 
-def share_cores(world: World) -> None:
+def share_cores(processes: ProcessGroup) -> None:
     """Give this process its share of the machine's cores, in place of the one thread that torchrun sets.
 
     torchrun sets OMP_NUM_THREADS=1 where the user has set nothing, which looks like a user's 1. Any other number is
@@ -240,7 +334,7 @@ def share_cores(world: World) -> None:
     if os.environ.get("OMP_NUM_THREADS") == "1":
         import torch
 
-        torch.set_num_threads(max(1, num_cores() // world.local_size))
+        torch.set_num_threads(max(1, num_cores() // processes.local_size))
 
 
 def num_cores() -> int:

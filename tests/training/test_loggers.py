@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from lumiere.training import loggers
 from lumiere.training.events import CheckpointEvent, Event, StepEvent, WarningEvent
-from lumiere.training.loggers import opening
-from lumiere.training.loggers.opening import opened_loggers
+from lumiere.training.loggers import opened_loggers
 
 
 class Faulty:
@@ -41,8 +41,8 @@ def test_a_logger_that_fails_is_left_out(
 ) -> None:
     events: list[Event] = []
     log = Faulty(fault)
-    monkeypatch.setattr(opening, "distribution", lambda name: None)
-    monkeypatch.setitem(opening.LOGGERS, "wandb", lambda config, run, tell: log)
+    monkeypatch.setattr(loggers, "distribution", lambda name: None)
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", lambda config, run, emit: log)
     result = launch(configure({"training.loggers": ["wandb"]}), [events.append])
     warnings = [event for event in events if isinstance(event, WarningEvent)]
     reason = "[Errno 28] No space left on device"
@@ -64,10 +64,10 @@ def test_loggers_are_closed_and_told_how_it_ended(configure, monkeypatch: pytest
         def close(self, failed: bool) -> None:
             closed.append(failed)
 
-    monkeypatch.setitem(opening.LOGGERS, "tensorboard", lambda config, run, tell: Log())
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda config, run, emit: Log())
     config = configure({"training.loggers": ["tensorboard"]})
-    with opened_loggers(config, None, []) as listeners:  # pyright: ignore
-        assert len(listeners) == 1
+    with opened_loggers(config, None, []) as callbacks:  # pyright: ignore
+        assert len(callbacks) == 1
     with pytest.raises(KeyboardInterrupt), opened_loggers(config, None, []):  # pyright: ignore
         raise KeyboardInterrupt
     assert closed == [False, True]
@@ -75,9 +75,9 @@ def test_loggers_are_closed_and_told_how_it_ended(configure, monkeypatch: pytest
 
 def test_every_listener_hears_every_event_before_the_loggers(configure) -> None:
     heard: list[Event] = []
-    with opened_loggers(configure({}), None, [heard.append]) as listeners:  # pyright: ignore
-        assert listeners == [heard.append]
+    with opened_loggers(configure({}), None, [heard.append]) as callbacks:  # pyright: ignore
+        assert callbacks == [heard.append]
     event = StepEvent(1, 0.1, 32, 0.1, 2.0, 1e-3, 1.0, 320.0, 0.4)
-    listeners[0](event)
+    callbacks[0](event)
     assert heard == [event]
     assert CheckpointEvent(1, "best") not in heard
