@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lumiere.cli.console import escape, sparkline, stdout
-from lumiere.interpret.dynamics import Dynamics
-from lumiere.interpret.metrics import METRICS
+from lumiere.interpret.dynamics import METRICS, Dynamics
 from lumiere.report.figures.dynamics import claims
 
 PLACE_WIDTH = 18

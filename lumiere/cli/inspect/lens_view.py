@@ -7,7 +7,7 @@ from rich.text import Text
 
 from lumiere.cli.console import color_support, show_note, stdout
 from lumiere.cli.terminal_plots import color_of, shade_of, show_legend
-from lumiere.interpret.lens import LogitLens
+from lumiere.interpret.logit_lens import LogitLens
 from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
 from lumiere.report.figures.heat_maps import stage_name
 
