@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, open_model, out, print_error, print_json, show_note
+from lumiere.cli.console import escape, open_model, print_error, print_json, show_note, stdout
 from lumiere.cli.inspect.analysis import CHECK_FAILED, show_receipts
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
 from lumiere.errors import FailedCheckError
@@ -79,5 +79,5 @@ def payload(to: str, folder: Path, origin: dict[str, str | int], exported: "Expo
 
 def show(folder: Path, exported: "Exported") -> None:
     for name in exported.files:
-        out().print(escape(str(folder / name)))
+        stdout().print(escape(str(folder / name)))
     show_receipts(exported.receipts)
