@@ -185,7 +185,7 @@ def go_on_from(path: Path) -> None:
 
     from lumiere.config.loader import validate
     from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
-    from lumiere.persistence.fitting import load_weights
+    from lumiere.persistence.loading import load_weights
     from lumiere.training.state import TrainingState
 
     metadata = read_metadata(path)
@@ -219,8 +219,7 @@ def trained_state() -> Any:
 def checkpoint_seeds() -> list[bytes]:
     import torch
 
-    from lumiere.persistence.checkpoint import save_checkpoint
-    from lumiere.persistence.checkpoint_format import Checkpoint
+    from lumiere.persistence.checkpoint import Checkpoint, save_checkpoint
 
     small = Checkpoint({"a": torch.ones(2, 1)}, metadata={"step": 1})
     with tempfile.TemporaryDirectory() as name:
@@ -304,9 +303,16 @@ def group_hash(header: dict[str, Any], data: bytes, group: str) -> str:
 
 def read_metrics(folder: Path) -> None:
     from lumiere.errors import LumiereError
-    from lumiere.persistence.following import MetricsFollower
-    from lumiere.persistence.history import last_records, read_history, sample_losses
-    from lumiere.persistence.metrics import MetricsWriter, read_metrics, to_json, truncate_metrics
+    from lumiere.persistence.metrics import (
+        MetricsFollower,
+        MetricsWriter,
+        last_records,
+        read_history,
+        read_metrics,
+        sample_losses,
+        to_json,
+        truncate_metrics,
+    )
 
     path = folder / "metrics.jsonl"
     history = read_history(path)
@@ -458,7 +464,7 @@ def work(name: str, runs: int, seed: int, folder: Path) -> None:
         import lumiere.cli.runs.show
         import lumiere.config.loader
         import lumiere.data.tokenizer
-        import lumiere.persistence.fitting
+        import lumiere.persistence.loading
     import lumiere.training.state  # noqa: F401 (not instrumented: torch is slow enough)
 
     target, corpus, failures = TARGETS[name], folder / "corpus", {}

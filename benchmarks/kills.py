@@ -75,7 +75,7 @@ def in_child(act: Callable[[], int], hold_at: tuple[str, int] | None = None) -> 
 
 def hold(stage: str, number: int, pipe: int) -> None:
     """Suspend this process when it reaches a stage of writing a file for the `number`-th time."""
-    from lumiere.persistence import atomic
+    from lumiere import files as atomic
 
     left = number
 
@@ -119,7 +119,9 @@ def hold(stage: str, number: int, pipe: int) -> None:
             self._file.write(data[len(data) // 2 :])
             come_to("written")
 
-    def open_slowly(*arguments: Any, **options: Any) -> SlowFile:
+    def open_slowly(*arguments: Any, **options: Any) -> Any:
+        if arguments[1] == "rb":
+            return builtins.open(*arguments, **options)
         return SlowFile(builtins.open(*arguments, **options))
 
     setattr(atomic, "open", open_slowly)  # noqa: B010 (the module does not define this name)

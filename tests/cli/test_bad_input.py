@@ -11,7 +11,7 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.persistence.lock import locked
+from lumiere.files import locked
 from lumiere.persistence.runs import Run
 from lumiere.training import loggers
 
@@ -58,8 +58,8 @@ TRAINING = [
         "dataset={name: parquet, data_files: numbers.parquet}",
         "the column 'text' of dataset 'parquet' holds int64, not text",
     ),
-    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', not 'tensorbord'"),
-    ("training.loggers={}", "training.loggers must be a list, not a dict"),
+    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', got 'tensorbord'"),
+    ("training.loggers={}", "training.loggers must be a list, got a dict"),
     ("training.device=gpu", "training.device must be auto, cpu"),
     ("no-equals-sign", "is not key=value"),
 ]

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lumiere.data.batches import Batch
-    from lumiere.interpret.dynamics import Dynamics
-    from lumiere.interpret.metrics import Texts
+    from lumiere.interpret.dynamics import Dynamics, Texts
     from lumiere.models.transformer import Transformer
 
 BATCHES, BATCH_SIZE = 8, 32
@@ -44,8 +43,8 @@ def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: 
     from lumiere.cli.inspect.texts import averaged_tokens
     from lumiere.cli.progress import SnapshotProgress
     from lumiere.interpret.dynamics import follow
-    from lumiere.persistence.checkpoint_names import snapshot_steps
-    from lumiere.persistence.history import read_history
+    from lumiere.persistence.checkpoint_manager import snapshot_steps
+    from lumiere.persistence.metrics import read_history
     from lumiere.report.figures.dynamics import CAPTION, draw_dynamics, dynamics_page
     from lumiere.report.figures.figure import Picture
 
@@ -81,7 +80,7 @@ def chosen_metrics(names: Sequence[str] | None) -> list[str]:
     Raises:
         LumiereError: there is none of that name.
     """
-    from lumiere.interpret.metrics import DEFAULT_METRICS, METRICS
+    from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS
 
     for name in names or ():
         if name not in METRICS:
@@ -100,7 +99,7 @@ def thinned(steps: Sequence[int], every: int) -> list[int]:
 def snapshot(subject: Subject, step: int, like: "Transformer") -> "Transformer":
     """The model at a step, in the type and on the device of another one."""
     from lumiere.persistence.checkpoint_manager import CheckpointManager
-    from lumiere.persistence.fitting import load_weights
+    from lumiere.persistence.loading import load_weights
 
     opened, weight = subject.opened, like.token_embedding.weight
     loaded = CheckpointManager(opened.run.path.parent).load(opened.run, str(step), groups=("model",))
@@ -118,8 +117,8 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
 
     from lumiere.cli.inspect.texts import repeated_sequences
     from lumiere.data.tokenizer import SOT
-    from lumiere.interpret.metrics import METRICS, Texts
-    from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.interpret.dynamics import METRICS, Texts
+    from lumiere.interpret.head_scores import SEQUENCES
 
     if any(value is not None for name, value in subject.text.items() if name != "random"):
         tokens, words = torch.tensor([subject.tokens]), [f"head scores on the {subject.chosen[1]}"]
