@@ -25,7 +25,7 @@ from lumiere.interpret.result import Result
 from lumiere.interpret.summary import ModelSummary, summarize
 from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
-from lumiere.persistence.history import History
+from lumiere.persistence.metrics import History
 from lumiere.report.model_card import corpus_name
 from lumiere.report.rendering import Scale, plural, render_html, signed, svg_path
 from lumiere.training.costs import count_parameters

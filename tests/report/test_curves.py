@@ -12,7 +12,7 @@ from lumiere.errors import LumiereError
 from lumiere.evaluation.detailed import Calibration, DetailedEvaluation, LossByDocument, LossByGroup
 from lumiere.evaluation.loss import Evaluation
 from lumiere.evaluation.scoring import DocumentTotals
-from lumiere.persistence.history import History, Point
+from lumiere.persistence.metrics import History, Point
 from lumiere.report.figures.curves import (
     EvaluationPlot,
     LossCurves,
