@@ -16,17 +16,15 @@ from lumiere.config.schema import RunConfig
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD, SPECIAL_TOKENS
 from lumiere.evaluation.scoring import half_width
-from lumiere.interpret.ablate import Ablations, ablate
+from lumiere.interpret.ablation import Ablations, ablate
 from lumiere.interpret.attention import AttentionPatterns, attention_patterns
-from lumiere.interpret.embeddings import TokenMap, token_map
-from lumiere.interpret.heads import HeadScores
-from lumiere.interpret.lens import NO_TARGET, LogitLens, logit_lens
-from lumiere.interpret.logits import LogitAttribution, logit_attribution
-from lumiere.interpret.neurons import NO_EXAMPLE, NeuronExamples, neuron_examples
+from lumiere.interpret.head_scores import HeadScores, score_heads
+from lumiere.interpret.logit_attribution import LogitAttribution, logit_attribution
+from lumiere.interpret.logit_lens import NO_TARGET, LogitLens, logit_lens
+from lumiere.interpret.neurons import NO_EXAMPLE, NeuronExamples, TokenMap, neuron_examples, token_map
 from lumiere.interpret.result import Result
 from lumiere.interpret.summary import ModelSummary, summarize
-from lumiere.interpret.text_repeats import score_heads
-from lumiere.interpret.tokens import TokenLosses, token_losses
+from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.history import History, Point
 from lumiere.report.model_card import corpus_name

@@ -11,7 +11,7 @@ from lumiere.data.dataset import tokenize_text
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.evaluation.loss import evaluate
 from lumiere.evaluation.ngrams import BigramModel
-from lumiere.interpret.tokens import TokenLosses, token_losses
+from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 

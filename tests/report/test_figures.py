@@ -14,14 +14,14 @@ from matplotlib.colors import to_hex
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.errors import LumiereError
-from lumiere.interpret.ablate import ablate
+from lumiere.interpret.ablation import ablate
 from lumiere.interpret.activations import activations
 from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, combined_attention
-from lumiere.interpret.heads import SCORES, head_scores
-from lumiere.interpret.lens import logit_lens
-from lumiere.interpret.logits import LEVELS, logit_attribution
+from lumiere.interpret.head_scores import SCORES, head_scores
+from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
+from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.summary import summarize
-from lumiere.interpret.tokens import token_losses
+from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.report.figures.bars import MOST_PARTS, draw_ablations, draw_heads, draw_logits, draw_summary
 from lumiere.report.figures.figure import SUFFIXES, Picture

@@ -12,8 +12,7 @@ import torch
 
 from lumiere.data.batches import batch_at
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.interpret.heads import head_scores
-from lumiere.interpret.text_repeats import score_heads
+from lumiere.interpret.head_scores import head_scores, score_heads
 from lumiere.persistence.history import History, Point, read_history
 from lumiere.persistence.runs import Run
 from lumiere.report.report_page import (

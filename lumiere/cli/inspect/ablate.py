@@ -10,7 +10,7 @@ from lumiere.cli.inspect.options import Heads, Layers, Positions, TopK, parse_in
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.interpret.ablate import Ablations
+    from lumiere.interpret.ablation import Ablations
 
 BAR_WIDTH = 24
 MANY = 64
@@ -55,9 +55,8 @@ def ablate(
     Each part is taken away alone. The change of the loss is in nats a token: positive where the part was of use.
     """
     from lumiere.cli.inspect.batches import choose_batches
-    from lumiere.interpret.ablate import ablate as ablate_units
-    from lumiere.interpret.ablate import check_mode
-    from lumiere.interpret.units import find_unit
+    from lumiere.interpret.ablation import ablate as ablate_units
+    from lumiere.interpret.ablation import check_mode, find_unit
     from lumiere.report.figures.bars import draw_ablations
 
     kind = find_unit(unit)

@@ -54,7 +54,7 @@ def drawn_batches(
 
 def random_batches(subject: Subject, length: int, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
     from lumiere.cli.inspect.texts import repeated_sequences
-    from lumiere.interpret.repeats import first_copied
+    from lumiere.interpret.head_scores import first_copied
 
     if length < 2:
         raise LumiereError(f"--random {length} leaves nothing to predict in the second copy", "give --random 2 or more")

@@ -11,7 +11,7 @@ from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
     from lumiere.data.text import Part
-    from lumiere.interpret.diff import ModelDiff
+    from lumiere.interpret.model_diff import ModelDiff
     from lumiere.models.transformer import Transformer
 
 AcrossLayers = Annotated[
@@ -36,7 +36,7 @@ def diff(
     """
     from lumiere.cli.inspect.batches import choose_batches
     from lumiere.cli.inspect.diff_view import show
-    from lumiere.interpret.diff import diff as diff_models
+    from lumiere.interpret.model_diff import diff as diff_models
     from lumiere.report.figures.bars import draw_diff
 
     opened, other = subject.opened, subject.other
@@ -79,7 +79,7 @@ def diff_by_bytes(
     """
     from lumiere.cli.inspect.diff_view import show
     from lumiere.data.dataset import document_sizes, tokenize_parts
-    from lumiere.interpret.diff import diff_texts
+    from lumiere.interpret.model_diff import diff_texts
     from lumiere.report.figures.bars import draw_diff
 
     if across_layers:

@@ -6,9 +6,14 @@ from lumiere.cli.console import escape, out
 from lumiere.cli.inspect.batches import counted_documents
 from lumiere.cli.loading import OpenedModel
 from lumiere.cli.sparkline import sparkline
-from lumiere.interpret.diff import SAME_TOKENS, HeadMatches, ModelDiff, stream_names
-from lumiere.interpret.predictions import PredictionDiff
-from lumiere.interpret.weight_changes import WeightChanges
+from lumiere.interpret.model_diff import (
+    SAME_TOKENS,
+    HeadMatches,
+    ModelDiff,
+    PredictionDiff,
+    WeightChanges,
+    stream_names,
+)
 
 WIDTH = 80
 MOST_LAYERS = 10

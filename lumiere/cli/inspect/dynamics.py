@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lumiere.data.batches import Batch
-    from lumiere.interpret.dynamics import Dynamics
-    from lumiere.interpret.metrics import Texts
+    from lumiere.interpret.dynamics import Dynamics, Texts
     from lumiere.models.transformer import Transformer
 
 BATCHES, BATCH_SIZE = 8, 32
@@ -81,7 +80,7 @@ def chosen_metrics(names: Sequence[str] | None) -> list[str]:
     Raises:
         LumiereError: there is none of that name.
     """
-    from lumiere.interpret.metrics import DEFAULT_METRICS, METRICS
+    from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS
 
     for name in names or ():
         if name not in METRICS:
@@ -118,8 +117,8 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
 
     from lumiere.cli.inspect.texts import repeated_sequences
     from lumiere.data.tokenizer import SOT
-    from lumiere.interpret.metrics import METRICS, Texts
-    from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.interpret.dynamics import METRICS, Texts
+    from lumiere.interpret.head_scores import SEQUENCES
 
     if any(value is not None for name, value in subject.text.items() if name != "random"):
         tokens, words = torch.tensor([subject.tokens]), [f"head scores on the {subject.chosen[1]}"]

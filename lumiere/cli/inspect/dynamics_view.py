@@ -6,8 +6,7 @@ import numpy as np
 
 from lumiere.cli.console import escape, out
 from lumiere.cli.sparkline import sparkline
-from lumiere.interpret.dynamics import Dynamics
-from lumiere.interpret.metrics import METRICS
+from lumiere.interpret.dynamics import METRICS, Dynamics
 from lumiere.report.figures.dynamics import claims
 
 PLACE_WIDTH = 18

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from lumiere.interpret.heads import HeadScores
+    from lumiere.interpret.head_scores import HeadScores
 
 MOST_HEADS = 4
 """Heads that are named for their induction on text; -o FILE has all."""
@@ -36,8 +36,7 @@ def heads(
     import torch
 
     from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
-    from lumiere.interpret.repeats import SEQUENCES
-    from lumiere.interpret.text_repeats import score_heads
+    from lumiere.interpret.head_scores import SEQUENCES, score_heads
     from lumiere.report.figures.bars import draw_heads
 
     shape = subject.opened.config.model
@@ -107,7 +106,7 @@ def show_roles(result: "HeadScores") -> None:
     """The heads of each role, the best first, with the score's standard error."""
     import numpy as np
 
-    from lumiere.interpret.heads import FEWEST, NUM_ERRORS
+    from lumiere.interpret.head_scores import FEWEST, NUM_ERRORS
 
     for number, name in enumerate(result.score_names):
         places = [

@@ -8,7 +8,7 @@ from rich.text import Text
 from lumiere.cli.colour_map import colour_of, show_legend
 from lumiere.cli.console import colours, out, show_note
 from lumiere.cli.heatmap import shade_of
-from lumiere.interpret.lens import LogitLens
+from lumiere.interpret.logit_lens import LogitLens
 from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
 from lumiere.report.figures.heat_maps import stage_name
 

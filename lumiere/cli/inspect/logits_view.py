@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lumiere.cli.console import escape, out
-from lumiere.interpret.logits import LogitAttribution
+from lumiere.interpret.logit_attribution import LogitAttribution
 from lumiere.report.figures.bars import named_parts
 
 BAR_WIDTH = 36

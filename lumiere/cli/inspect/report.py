@@ -46,7 +46,7 @@ def report(
     """
     check_page(output)
     from lumiere.device import keep_freed_memory
-    from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.interpret.head_scores import SEQUENCES
     from lumiere.persistence.atomic import write_atomically
     from lumiere.persistence.history import read_history
     from lumiere.report.report_page import build_page, inspect_model

@@ -10,7 +10,7 @@ from lumiere.errors import LumiereError
 if TYPE_CHECKING:
     from lumiere.data.tokenizer import Tokenizer
     from lumiere.evaluation.ngrams import BigramModel
-    from lumiere.interpret.tokens import TokenLosses
+    from lumiere.interpret.token_losses import TokenLosses
 
 STYLES = ((1.0, "green"), (4.0, "default"), (7.0, "yellow"))
 """Of losses below a bound; above the last one it is red."""
@@ -22,7 +22,7 @@ def tokens(subject: Subject) -> "Analysis[TokenLosses]":
 
     The unigram and the bigram model are fitted to the training split of the run.
     """
-    from lumiere.interpret.tokens import token_losses
+    from lumiere.interpret.token_losses import token_losses
     from lumiere.report.figures.heat_maps import draw_tokens
 
     opened, ids = subject.opened, subject.tokens

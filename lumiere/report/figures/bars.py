@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lumiere.interpret.ablate import Ablations
-from lumiere.interpret.diff import HeadMatches, ModelDiff, stream_names
-from lumiere.interpret.heads import HeadScores
-from lumiere.interpret.logits import LogitAttribution
-from lumiere.interpret.predictions import PredictionDiff
+from lumiere.interpret.ablation import Ablations
+from lumiere.interpret.head_scores import HeadScores
+from lumiere.interpret.logit_attribution import LogitAttribution
+from lumiere.interpret.model_diff import HeadMatches, ModelDiff, PredictionDiff, WeightChanges, stream_names
 from lumiere.interpret.summary import ModelSummary
-from lumiere.interpret.weight_changes import WeightChanges
 from lumiere.report.figures.figure import COLOURS, INK, Picture, fitted, new_figure, style_axes, style_text
 from lumiere.report.figures.heat_maps import (
     NEGATIVE,

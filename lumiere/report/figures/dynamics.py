@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lumiere.interpret.dynamics import Dynamics
-from lumiere.interpret.metrics import METRICS
+from lumiere.interpret.dynamics import METRICS, Dynamics
 from lumiere.report.figures.figure import COLOURS, INK, LINE_STYLES, new_figure, style_axes, style_text
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import numpy as np
 
 from lumiere.interpret.activations import Activations
 from lumiere.interpret.attention import AttentionPatterns, CombinedAttention
-from lumiere.interpret.lens import LogitLens
-from lumiere.interpret.tokens import TokenLosses
+from lumiere.interpret.logit_lens import LogitLens
+from lumiere.interpret.token_losses import TokenLosses
 from lumiere.report.figures.figure import COLOURS, INK, Picture, fitted, new_figure, rank_label, style_axes, style_text
 
 if TYPE_CHECKING:

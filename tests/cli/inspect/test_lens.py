@@ -115,7 +115,7 @@ def test_verify_computes_it_again(runs_dir: str) -> None:
 
 
 def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.interpret.lens.rounding", lambda model: -1.0)
+    monkeypatch.setattr("lumiere.interpret.logit_lens.rounding", lambda model: -1.0)
     result = inspect_lens(runs_dir, *PROMPT)
     assert result.exit_code == 3
     assert "no divergence is negative" in result.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumiere.interpret.diff import ModelDiff, diff
+from lumiere.interpret.model_diff import ModelDiff, diff
 from lumiere.report.figures.bars import MOST_DIFFERENT, draw_diff
 from lumiere.report.figures.figure import save_picture
 from tests.interpret.test_diff import BATCHES, nudged, random_model
