@@ -5,7 +5,7 @@ next loss is not finite, or their norm overflows.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from lumiere.data.batches import documents_at
 from lumiere.errors import NonFiniteError
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.runs import Run
+from lumiere.training.events import Callback, WarningEvent
 from lumiere.training.setup import TrainingSetup
 from lumiere.training.state import TrainingState
 
@@ -26,15 +27,15 @@ class NonFiniteGuard:
     """Checks the numbers of one training run before they do harm.
 
     Args:
-        warn: Called with a message and its step for each step that is skipped.
+        emit: Receives a warning for each step that is skipped.
     """
 
-    def __init__(self, setup: TrainingSetup, run: Run, state: TrainingState, warn: Callable[[str, int], None]) -> None:
+    def __init__(self, setup: TrainingSetup, run: Run, state: TrainingState, emit: Callback) -> None:
         self.setup = setup
         self.settings = setup.config.training
         self.run = run
         self.state = state
-        self.warn = warn
+        self.emit = emit
 
     def check_step(self, loss: float, grad_norm: float) -> None:
         """Check a step before it is counted. Non-finite numbers have not been used for an update.
@@ -70,7 +71,7 @@ class NonFiniteGuard:
             raise self._error(f"{problem}; the {MAX_SKIPPED_IN_A_ROW} steps before were skipped already")
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
-        self.warn(f"{problem}; its update is skipped", state.step + 1)
+        self.emit(WarningEvent(state.step + 1, f"{problem}; its update is skipped"))
 
     def check_evaluation(self, loss: float) -> None:
         """Check a validation loss before it is recorded.

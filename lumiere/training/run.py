@@ -120,7 +120,8 @@ def resume(
             # A kill can leave a new `best` without the `latest` of the same step.
             exists = "latest" in CheckpointManager(run.path.parent).names(run)
             problem = "the latest checkpoint is damaged" if exists else "there is no latest checkpoint"
-            shown.insert(0, f"{problem}; resuming from {name} (step {step:,})")
+            message = f"{problem}; resuming from {name} (step {step:,})"
+            shown.insert(0, message)
         for message in shown:
             for callback in callbacks:
                 callback(WarningEvent(step, message))

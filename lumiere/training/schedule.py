@@ -5,6 +5,7 @@ When these are full, the spacing doubles and every other one is removed.
 """
 
 import math
+
 from lumiere.config.schema import TrainingConfig
 
 LAST_POWER = 512

@@ -273,7 +273,9 @@ def inexact_changes(before: RunConfig, setup: TrainingSetup, record: Mapping[str
         before: The config of the checkpoint to resume from.
         record: Contents of `run.json`, with the device and the precision so far.
     """
-    moved = [Change(key, record[key], value) for key, value in setup.resolved.items() if record.get(key, value) != value]
+    moved = [
+        Change(key, record[key], value) for key, value in setup.resolved.items() if record.get(key, value) != value
+    ]
     return moved + [change for change in changes(before, setup.config) if change.path in INEXACT]
 
 

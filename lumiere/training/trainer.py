@@ -66,7 +66,7 @@ class TrainingResult:
 class Trainer:
     """Trains one run until its last step, until patience is exhausted, or until a signal.
 
-    Every process of a distributed job has a trainer. Rank 0 writes the checkpoints, or each rank its own rows where they
+    Every process of a distributed job has a trainer. Rank 0 writes the checkpoints, or each rank its own rows if they
     are too large to gather.
 
     Args:
@@ -113,7 +113,7 @@ class Trainer:
         objective: Objective = compiled(self.warn) if self.settings.compile else summed_loss
         self.objective = parallelize(model, objective, self.settings.parallel, self.device, processes)
         self.state = TrainingState.around(model, self.settings, setup.precision)
-        self.guard = NonFiniteGuard(setup, run, self.state, self.warn)
+        self.guard = NonFiniteGuard(setup, run, self.state, self.emit)
         if checkpoint is not None:
             self.state.restore(local_rows(checkpoint, model, processes))
             # Again, because the settings may allow more steps, or fewer, than those it was saved with.
@@ -157,15 +157,13 @@ class Trainer:
         ).to(self.device)
         seed_dropout(settings.seed, state.step, processes)
         factor = learning_rate_factor(state.step + 1, self.total_steps, settings)
-        loss, grad_norm = train_step(
-            state, batch, factor, settings, self.setup.precision, self.objective, processes
-        )
+        loss, grad_norm = train_step(state, batch, factor, settings, self.setup.precision, self.objective, processes)
         self.guard.check_step(loss, grad_norm)
         state.step += 1
         state.tokens += batch.num_targets
         state.seconds += time.perf_counter() - started
         if state.step >= self.total_steps or state.step % settings.log_interval == 0:
-            self.log(loss=loss, learning_rate=settings.learning_rate * factor, grad_norm=grad_norm)
+            self.log(loss, settings.learning_rate * factor, grad_norm)
 
     def evaluate(self, ends_epoch: bool) -> None:
         """Score the validation split, save a new best, and decide whether training is over."""
@@ -217,7 +215,9 @@ class Trainer:
         step = self.state.step
         if not self.settings.snapshots or not is_snapshot(step, reached=step):
             return
-        self.write(f"step-{step:08d}", Checkpoint(self.state.model.state_dict(), metadata=self.provenance | {"step": step}))
+        self.write(
+            f"step-{step:08d}", Checkpoint(self.state.model.state_dict(), metadata=self.provenance | {"step": step})
+        )
         if self.processes.rank:
             return
         for name in self.checkpoints.names(self.run):
@@ -256,9 +256,9 @@ class Trainer:
         for callback in self.callbacks:
             callback(event)
 
-    def warn(self, message: str, step: int | None = None) -> None:
-        """Emit a warning about `step`; by default about the current one."""
-        self.emit(WarningEvent(self.state.step if step is None else step, message))
+    def warn(self, message: str) -> None:
+        """Emit a warning about the current step."""
+        self.emit(WarningEvent(self.state.step, message))
 
     def announce_start(self) -> None:
         """Emit the start event, and warn of a warm-up that is longer than training."""
@@ -277,12 +277,19 @@ class Trainer:
         if message := unfinished_warmup(self.settings.warmup_steps, self.total_steps):
             self.warn(message)
 
-    def log(self, **metrics: float) -> None:
+    def log(self, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Emit the metrics of the step, with the speed since the step that was reported before."""
         tokens, seconds = self._logged
         speed = (self.state.tokens - tokens) / (self.state.seconds - seconds)
-        mfu = speed * flops_per_token(self.setup.config) / self.peak_flops
-        self.emit(StepEvent(**self.position(), **metrics, tokens_per_second=speed, mfu=mfu))
+        event = StepEvent(
+            **self.position(),
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens_per_second=speed,
+            mfu=speed * flops_per_token(self.setup.config) / self.peak_flops,
+        )
+        self.emit(event)
         self._logged = (self.state.tokens, self.state.seconds)
 
     def position(self) -> dict[str, Any]:
