@@ -11,7 +11,7 @@ import torch
 
 from lumiere.data.batches import documents_at
 from lumiere.errors import NonFiniteError
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.events import Callback, WarningEvent
 from lumiere.training.setup import TrainingSetup
