@@ -513,7 +513,7 @@ def follow(
         errors.append({metric.name: metric.error(subject) for metric in chosen})
         found = [*subject.receipts, *(untrained(subject, chosen) if step == 0 else ())]
         for receipt in found:
-            worst[receipt.law] = worse(receipt, worst.get(receipt.law))
+            worst[receipt.check] = worse(receipt, worst.get(receipt.check))
         tell(number + 1)
     last = SnapshotMetrics(load(steps[-1]), texts)
     labels = list(columns[0])

@@ -309,8 +309,14 @@ class HeadScores(Result):
     text_gap: np.ndarray | None = None
     text_gap_error: np.ndarray | None = None
 
+    def places(self) -> Iterator[tuple[int, int, str]]:
+        """Yield the row, the column and the name of each head, such as `L0H1`."""
+        for row, layer in enumerate(self.layers):
+            for column, head in enumerate(self.heads):
+                yield row, column, f"L{layer}H{head}"
+
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for row, column in np.ndindex(len(self.layers), len(self.heads)):
+        for row, column, _ in self.places():
             place = {"layer": self.layers[row], "head": self.heads[column]}
             for number, name in enumerate(self.score_names):
                 score, uniform = float(self.scores[row, column, number]), float(self.uniform[number])

@@ -456,7 +456,7 @@ def stream_names(num_layers: int) -> list[str]:
     return ["embedding", *(f"L{layer}" for layer in range(num_layers))]
 
 
-def diff(
+def diff_models(
     first: Transformer, second: Transformer, batches: Sequence[Batch], *, across_layers: bool = False
 ) -> ModelDiff:
     """Compares two models on the same tokens, which they read by the same tokenizer. Their sizes may differ.

@@ -17,21 +17,25 @@ VERIFIED_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Receipt:
-    """A law that a result must obey, and by how much it misses it.
+    """An invariant that a result must satisfy, with its error.
 
     Attributes:
-        law: in words, such as "rows sum to 1".
-        error: how far it is from holding; 0 is exact.
-        tolerance: the error that rounding may make.
+        check: in words, such as "rows sum to 1".
+        error: the deviation; 0 is exact.
+        tolerance: the largest error that rounding explains.
     """
 
-    law: str
+    check: str
     error: float
     tolerance: float
 
     @property
     def holds(self) -> bool:
         return self.error <= self.tolerance  # false for NaN
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the receipt as it stands in JSON."""
+        return {"law": self.check, "error": self.error, "tolerance": self.tolerance, "holds": self.holds}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from lumiere.data.batches import Batch
 from lumiere.data.corpus import row_reader
 from lumiere.data.dataset import document_sizes, tokenize_parts
 from lumiere.data.tokenizer import PAD, Tokenizer
-from lumiere.interpret.model_diff import ModelDiff, diff, diff_texts
+from lumiere.interpret.model_diff import ModelDiff, diff_models, diff_texts
 from lumiere.interpret.result import agreement
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
@@ -74,7 +74,7 @@ def parts(found: ModelDiff) -> tuple[Any, Any]:
 @pytest.mark.parametrize("across", [False, True])
 def test_a_model_against_itself_gives_exactly_nothing(model: Transformer, dtype: torch.dtype, across: bool) -> None:
     model = model.to(dtype)
-    found = diff(model, deepcopy(model), BATCHES, across_layers=across)
+    found = diff_models(model, deepcopy(model), BATCHES, across_layers=across)
     predictions, heads = parts(found)
     for values in (predictions.kl_ab, predictions.kl_ba, predictions.kl_ab_by_position, heads.match_divergences):
         assert (values == 0).all()
@@ -99,14 +99,14 @@ def test_tied_first_choices_are_shared(model: Transformer) -> None:
     """By each pair of choices: two of A's tokens are tied for the first place, and all of a uniform model's."""
     uniform, tied = deepcopy(model), deepcopy(model)
     uniform.token_embedding.weight.data.zero_()
-    predictions, _ = parts(diff(uniform, deepcopy(uniform), BATCHES))
+    predictions, _ = parts(diff_models(uniform, deepcopy(uniform), BATCHES))
     np.testing.assert_allclose(predictions.same_choice, 1 / model.vocab_size)
     rows_VE = tied.token_embedding.weight.data
     rows_VE[5] = rows_VE[6] = 100 * rows_VE[6]
     batch = BATCHES[0]
     with torch.no_grad():
         logits = [each(batch.tokens).logits[batch.targets != IGNORED] for each in (model, tied)]
-    predictions, _ = parts(diff(model, tied, [batch]))
+    predictions, _ = parts(diff_models(model, tied, [batch]))
     tops = [[set(torch.where(row == row.max())[0].tolist()) for row in rows] for rows in logits]
     expected = [len(a & b) / (len(a) * len(b)) for a, b in zip(*tops, strict=True)]
     assert max(len(top) for top in tops[1]) == 2
@@ -117,7 +117,7 @@ def test_the_interval_is_over_documents() -> None:
     """Seven sequences that are the windows of three documents: the t interval of the documents' differences."""
     first, second, documents = random_model(), random_model(2), np.array([4, 4, 1, 8, 1, 4, 8])
     batches = [replace(batch, documents=part) for batch, part in zip(BATCHES, np.split(documents, [4]), strict=True)]
-    found = diff(first, second, batches)
+    found = diff_models(first, second, batches)
     predictions, paired = found.predictions, found.loss_difference
     assert predictions is not None
     assert paired is not None
@@ -126,7 +126,7 @@ def test_the_interval_is_over_documents() -> None:
     assert paired.difference == pytest.approx(difference.mean())
     reach = 4.303 * paired.standard_error * np.sqrt(3 / 2)
     assert (paired.low, paired.high) == pytest.approx((paired.difference - reach, paired.difference + reach))
-    apart = diff(first, second, BATCHES).loss_difference
+    apart = diff_models(first, second, BATCHES).loss_difference
     assert apart is not None
     assert apart.num_documents == 7
 
@@ -135,7 +135,7 @@ def test_permuted_heads_are_matched_back(model: Transformer) -> None:
     generator = torch.Generator().manual_seed(3)
     orders = [torch.randperm(model.num_heads, generator=generator).tolist() for _ in model.blocks]
     orders[0] = [*range(1, model.num_heads), 0]
-    found = diff(model.double(), permuted(model, orders), BATCHES)
+    found = diff_models(model.double(), permuted(model, orders), BATCHES)
     predictions, heads = parts(found)
     assert np.abs(predictions.kl_ab).max() < 1e-10
     assert np.abs(predictions.losses_a - predictions.losses_b).max() < 1e-10
@@ -162,8 +162,8 @@ def test_heads_are_found_in_other_layers() -> None:
         block.feedforward.down.weight.data.zero_()
     other = deepcopy(model)
     other.blocks = torch.nn.ModuleList(reversed(list(model.blocks)))  # pyright: ignore[reportAttributeAccessIssue]
-    _, within = parts(diff(model, other, BATCHES))
-    _, across = parts(diff(model, other, BATCHES, across_layers=True))
+    _, within = parts(diff_models(model, other, BATCHES))
+    _, across = parts(diff_models(model, other, BATCHES, across_layers=True))
     assert across.matches.tolist() == [[0, 3], [1, 4], [2, 5], [3, 0], [4, 1], [5, 2]]
     assert (across.match_divergences == 0).all()
     assert within.match_divergences.min() > 0
@@ -174,7 +174,7 @@ def test_heads_are_found_in_other_layers() -> None:
 def test_predictions_by_an_independent_computation(model: Transformer) -> None:
     """One sequence at a time, without padding, by torch's own losses and divergences."""
     model, other = model.double(), nudged(model).double()
-    found, _ = parts(diff(model, other, BATCHES))
+    found, _ = parts(diff_models(model, other, BATCHES))
     place = 0
     rows = [(batch, row) for batch in BATCHES for row in range(len(batch.tokens))]
     for sequence, (batch, row) in enumerate(rows):
@@ -200,7 +200,7 @@ def test_predictions_by_an_independent_computation(model: Transformer) -> None:
 
 def test_patterns_and_weights_by_an_independent_computation() -> None:
     model, other = random_model().double(), random_model(seed=2).double()
-    found = diff(model, other, BATCHES[:1])
+    found = diff_models(model, other, BATCHES[:1])
     _, heads = parts(found)
     batch = BATCHES[0]
     p, q = (m(batch.tokens).attention_weights[:, 1].detach().numpy() for m in (model, other))
@@ -237,7 +237,7 @@ def test_sizes_may_differ() -> None:
     """Fewer layers, more heads, another width, a shorter context."""
     model = random_model().double()
     other = random_model(seed=2, num_layers=1, num_heads=4, embedding_size=8, context_size=6).double()
-    found = diff(model, other, BATCHES)
+    found = diff_models(model, other, BATCHES)
     _, heads = parts(found)
     assert found.cka is not None
     assert found.cka.shape == (3, 2)
@@ -276,12 +276,12 @@ def test_other_tokenizers_leave_bits_per_byte(trained_run: Run) -> None:
 
 def test_other_vocabularies_are_refused() -> None:
     with pytest.raises(ValueError, match="300 and 310"):
-        diff(random_model(), random_model(vocab_size=310), BATCHES)
+        diff_models(random_model(), random_model(vocab_size=310), BATCHES)
 
 
 def test_one_position_has_no_heads_to_match() -> None:
     model = random_model()
-    found = diff(model, nudged(model), [batch_of([2], width=1)])
+    found = diff_models(model, nudged(model), [batch_of([2], width=1)])
     assert found.heads is None
     assert found.loss_difference is None
     assert "heads" in found.not_compared[0]
@@ -291,18 +291,18 @@ def test_one_position_has_no_heads_to_match() -> None:
 def test_only_the_start_of_many_sequences_has_its_patterns_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = random_model(), random_model(seed=2)
     monkeypatch.setattr("lumiere.interpret.model_diff.PATTERN_SEQUENCES", 5)
-    _, some = parts(diff(model, other, BATCHES))
+    _, some = parts(diff_models(model, other, BATCHES))
     first = BATCHES[1]
     one = Batch(first.tokens[:1], first.targets[:1], 3)
-    _, expected = parts(diff(model, other, [BATCHES[0], one]))
+    _, expected = parts(diff_models(model, other, [BATCHES[0], one]))
     assert some.num_pattern_sequences == 5
     assert some.match_divergences == pytest.approx(expected.match_divergences, abs=1e-6)
 
 
 def test_float32_agrees_with_float64(model: Transformer) -> None:
     other = nudged(model)
-    found = diff(model, other, BATCHES)
-    exact = diff(deepcopy(model).double(), deepcopy(other).double(), BATCHES)
+    found = diff_models(model, other, BATCHES)
+    exact = diff_models(deepcopy(model).double(), deepcopy(other).double(), BATCHES)
     assert agreement(found, exact).holds
     assert found.holds
     rows = list(found.rows())
