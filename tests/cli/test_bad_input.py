@@ -58,8 +58,8 @@ TRAINING = [
         "dataset={name: parquet, data_files: numbers.parquet}",
         "the column 'text' of dataset 'parquet' holds int64, not text",
     ),
-    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', not 'tensorbord'"),
-    ("training.loggers={}", "training.loggers must be a list, not a dict"),
+    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', got 'tensorbord'"),
+    ("training.loggers={}", "training.loggers must be a list, got a dict"),
     ("training.device=gpu", "training.device must be auto, cpu"),
     ("no-equals-sign", "is not key=value"),
 ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import typer
 
-from lumiere.cli.console import escape, out
+from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.ablate import ablate
 from lumiere.cli.inspect.attention import attention
 from lumiere.cli.inspect.cache import cache
@@ -73,6 +73,6 @@ def inspect(context: typer.Context) -> None:
     room = max(len(entry.question) for entry in ENTRIES)
     for entry in ENTRIES:
         name, question = entry.command.__name__, escape(entry.question)
-        out().print(f"[bold]{name:{width}}[/]{question:{room}} [dim]{entry.cost:>7}[/]")
-        out().print(f"[dim]{'':{width}}{escape(entry.establishes)}[/]")
-    out().print(NOTES)
+        stdout().print(f"[bold]{name:{width}}[/]{question:{room}} [dim]{entry.cost:>7}[/]")
+        stdout().print(f"[dim]{'':{width}}{escape(entry.establishes)}[/]")
+    stdout().print(NOTES)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import colours, out, show_note
+from lumiere.cli.console import color_support, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, parse_indices
 from lumiere.cli.inspect.inputs import InspectTarget, check_choice
 
@@ -55,7 +55,7 @@ def attention(
 
 def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
     """Print a table of all heads and as many of their maps as fit a screen."""
-    from lumiere.cli.colour_map import show_legend
+    from lumiere.cli.terminal_plots import show_legend
 
     maps = {
         f"L{layer}H{head}": result.patterns[row, column]
@@ -68,10 +68,10 @@ def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
             show_map(weights, labels, name + ("" if result.kind == "pattern" else f", {result.kind}"))
         show_legend("share of a row")
         return
-    if len(maps) <= MAX_THUMBNAILS and len(labels) > 1 and colours() != "none":
+    if len(maps) <= MAX_THUMBNAILS and len(labels) > 1 and color_support() != "none":
         show_thumbnails(maps)
         show_legend("largest share in a cell")
-    out().print("[dim]--layer L --head H draws the whole map of a head[/]")
+    stdout().print("[dim]--layer L --head H draws the whole map of a head[/]")
 
 
 def show_table(result: "AttentionPatterns", names: list[str]) -> None:
@@ -82,9 +82,9 @@ def show_table(result: "AttentionPatterns", names: list[str]) -> None:
 
     size = len(result.tokens)
     if size == 1:
-        out().print("one token, which attends to itself")
+        stdout().print("one token, which attends to itself")
         return
-    out().print("[bold]head     entropy  distance  first  previous  itself[/]")
+    stdout().print("[bold]head     entropy  distance  first  previous  itself[/]")
     columns = ("normalized_entropy", "mean_distance", "first", "previous", "current")
     values = np.stack([getattr(result, column).ravel() for column in columns], axis=1).tolist()
     uniform = statistics(np.tri(size) / np.arange(1, size + 1)[:, None])
@@ -94,31 +94,30 @@ def show_table(result: "AttentionPatterns", names: list[str]) -> None:
     ]:
         first, previous, current = (f"{share:.0%}" for share in shares)
         line = f"{name:8} {entropy:7.2f}  {distance:8.1f}  {first:>5}  {previous:>8}  {current:>6}"
-        out().print(f"[dim]{line}[/]" if name == "uniform" else line)
-    out().print("[dim]means without the first token; entropy: 0 for one source, 1 for uniform[/]\n")
+        stdout().print(f"[dim]{line}[/]" if name == "uniform" else line)
+    stdout().print("[dim]means without the first token; entropy: 0 for one source, 1 for uniform[/]\n")
 
 
 def show_thumbnails(maps: "dict[str, np.ndarray]") -> None:
     """Print small maps side by side, as many as the terminal is wide."""
-    from lumiere.cli.colour_map import colour_thumbnail
-    from lumiere.cli.heatmap import THUMBNAIL_WIDTH, thumbnail
+    from lumiere.cli.terminal_plots import THUMBNAIL_WIDTH, color_thumbnail, thumbnail
 
-    draw = colour_thumbnail if colours() == "many" else thumbnail
-    room = max(1, (out().width + 2) // (THUMBNAIL_WIDTH + 2))
+    draw = color_thumbnail if color_support() == "many" else thumbnail
+    room = max(1, (stdout().width + 2) // (THUMBNAIL_WIDTH + 2))
     names = list(maps)
     for first in range(0, len(names), room):
         group = names[first : first + room]
-        out().print(f"[bold]{''.join(name.ljust(THUMBNAIL_WIDTH + 2) for name in group).rstrip()}[/]")
+        stdout().print(f"[bold]{''.join(name.ljust(THUMBNAIL_WIDTH + 2) for name in group).rstrip()}[/]")
         for parts in zip(*(draw(maps[name]) for name in group), strict=True):
             for number, part in enumerate(parts):
-                out().print("  " * (number > 0), part, sep="", end="")
-            out().print()
-        out().print()
+                stdout().print("  " * (number > 0), part, sep="", end="")
+            stdout().print()
+        stdout().print()
 
 
 def show_layers(result: "CombinedAttention", labels: list[str]) -> None:
     """Print a line a layer, and the map of the last one."""
-    from lumiere.cli.colour_map import show_legend
+    from lumiere.cli.terminal_plots import show_legend
 
     for layer, weights in zip(result.layers, result.weights, strict=True):
         show = show_map if layer == result.layers[-1] else show_title
@@ -131,18 +130,17 @@ def show_title(weights: "np.ndarray", labels: list[str], name: str) -> None:
     first_token, previous, current = weights[1:, 0], weights.diagonal(-1), weights.diagonal()[1:]
     shares = {"first token": first_token, "previous token": previous, "itself": current}
     summary = ", ".join(f"{name} {share.mean():.0%}" for name, share in shares.items()) if len(labels) > 1 else ""
-    out().print(f"[bold]{name}[/]  {summary}")
+    stdout().print(f"[bold]{name}[/]  {summary}")
 
 
 def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
     """Print a heat map: the end of a text that is too long for the terminal; in a pipe, numbers."""
-    from lumiere.cli.colour_map import colour_map, room
-    from lumiere.cli.heatmap import heatmap
+    from lumiere.cli.terminal_plots import color_map, heatmap, room
     from lumiere.report.figures.figure import LABEL_WIDTH
 
-    size, width = len(labels), out().width
+    size, width = len(labels), stdout().width
     show_title(weights, labels, name)
-    if colours() == "none":
+    if color_support() == "none":
         # Not through Rich, which makes spaces of tabs. Weights above the diagonal are zero.
         lines = [["", *labels]]
         lines += [
@@ -151,8 +149,8 @@ def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
         ]
         sys.stdout.write("".join("\t".join(line) + "\n" for line in lines))
         return
-    draw, most = (colour_map, room(width)) if colours() == "many" else (heatmap, max(1, width - LABEL_WIDTH - 1))
+    draw, most = (color_map, room(width)) if color_support() == "many" else (heatmap, max(1, width - LABEL_WIDTH - 1))
     first = max(0, size - most)
     if first:
         show_note(f"the terminal has room for the last {most} of {size} tokens")
-    out().print(draw(weights[first:, first:], labels[first:], width))
+    stdout().print(draw(weights[first:, first:], labels[first:], width))

@@ -4,10 +4,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import out
+from lumiere.cli.console import size, stdout
 from lumiere.cli.inspect.command import Analysis, analysis
 from lumiere.cli.inspect.inputs import InspectTarget
-from lumiere.cli.plan import size
 
 if TYPE_CHECKING:
     from lumiere.interpret.activations import Activations
@@ -44,5 +43,5 @@ def show_activations(result: "Activations") -> None:
     width = max(map(len, result.names))
     for row in result.rows():
         shape = " x ".join(row["shape"].split())
-        out().print(f"{row['name']:{width}}  {row['axes']:5}  {shape:>13}  {size(row['num_bytes']):>8}")
-    out().print(f"\n{len(result.names):,} activations, {size(sum(result.num_bytes))}")
+        stdout().print(f"{row['name']:{width}}  {row['axes']:5}  {shape:>13}  {size(row['num_bytes']):>8}")
+    stdout().print(f"\n{len(result.names):,} activations, {size(sum(result.num_bytes))}")

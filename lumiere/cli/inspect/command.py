@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 import typer
 
-from lumiere.cli.completion import complete_run
-from lumiere.cli.console import escape, guarded, out, print_json, show_note, talk
+from lumiere.cli.console import escape, guarded, print_json, show_note, stderr, stdout
 from lumiere.cli.inspect.inputs import InspectTarget
 from lumiere.cli.loading import OpenedModel, open_model
-from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
+from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, complete_run
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ def run_analysis(describe: Callable[..., Analysis[Any]], common: Mapping[str, An
         show_receipts(result.receipts)
     if not result.holds:
         failed = "; ".join(receipt.check for receipt in result.receipts if not receipt.holds)
-        talk().print(f"[bold red]failed:[/] {escape(failed)}")
+        stderr().print(f"[bold red]failed:[/] {escape(failed)}")
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -257,12 +256,12 @@ def show_heading(target: InspectTarget, source: str | None) -> None:
     """Print the models and what was read."""
     sides = [("", target.opened)] if target.other is None else [("A  ", target.opened), ("B  ", target.other)]
     for mark, opened in sides:
-        out().print(f"{mark}[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
+        stdout().print(f"{mark}[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
     if target.has_text:
         tokens, source = target.chosen
         source += f": {len(tokens)} tokens; token ids {' '.join(map(str, tokens))}"
     if source is not None:
-        out().print(f"{escape(source)}\n", soft_wrap=False)
+        stdout().print(f"{escape(source)}\n", soft_wrap=False)
 
 
 def show_receipts(receipts: "Iterable[Receipt]") -> None:
@@ -270,7 +269,7 @@ def show_receipts(receipts: "Iterable[Receipt]") -> None:
     for receipt in receipts:
         style, verdict = ("dim", "") if receipt.holds else ("bold red", ": FAILED")
         line = f"receipt: {receipt.check}, error {receipt.error:.0e} (tolerance {receipt.tolerance:.0e}){verdict}"
-        out().print(f"[{style}]{escape(line)}[/]")
+        stdout().print(f"[{style}]{escape(line)}[/]")
 
 
 def parse_indices(text: str | None, count: int, name: str) -> list[int]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, out, show_note
+from lumiere.cli.console import escape, show_note, sparkline, stdout
 from lumiere.cli.inspect.command import Analysis, analysis
 from lumiere.cli.inspect.inputs import (
     InspectTarget,
@@ -17,7 +17,6 @@ from lumiere.cli.inspect.inputs import (
     spread_windows,
     validation_batches,
 )
-from lumiere.cli.sparkline import sparkline
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
@@ -138,11 +137,11 @@ def show_dynamics(result: "Dynamics", top_k: int) -> None:
 
     count = len(result.steps)
     columns = np.unique(np.linspace(0, count - 1, min(count, MAX_COLUMNS)).round().astype(int))
-    out().print(f"[dim]{'':{PLACE_WIDTH + 3}}{ruler(result.steps[columns].tolist())}[/]")
+    stdout().print(f"[dim]{'':{PLACE_WIDTH + 3}}{ruler(result.steps[columns].tolist())}[/]")
     for metric in dict.fromkeys(result.metrics):
         found = result.series_of(metric)
         show_metric(result, metric, found[:top_k], len(found), columns)
-    out().print(f"[dim]{claims(result)}[/]\n", soft_wrap=False)
+    stdout().print(f"[dim]{claims(result)}[/]\n", soft_wrap=False)
 
 
 def ruler(steps: Sequence[int]) -> str:
@@ -163,11 +162,13 @@ def show_metric(result: "Dynamics", name: str, series: Sequence[int], count: int
     baseline = result.baselines[series[0]] if series else np.nan
     chance = f"by chance {baseline:.2f}" if np.isfinite(baseline) else ""
     unit = ", ".join(part for part in ("" if metric.unit == "share" else metric.unit, chance) if part)
-    out().print(f"[bold]{name}[/]: {escape(metric.meaning)}" + (f" ({escape(unit)})" if unit else ""), soft_wrap=False)
+    stdout().print(
+        f"[bold]{name}[/]: {escape(metric.meaning)}" + (f" ({escape(unit)})" if unit else ""), soft_wrap=False
+    )
     values = result.values[series]
     finite = values[np.isfinite(values)]
     if not len(finite):
-        out().print("  none: this model has no such value\n")
+        stdout().print("  none: this model has no such value\n")
         return
     for number in series:
         row, start, end = result.values[number], int(result.phase_starts[number]), int(result.phase_ends[number])
@@ -179,7 +180,7 @@ def show_metric(result: "Dynamics", name: str, series: Sequence[int], count: int
             curve = f"{curve[:first]}[{MARK}]{curve[first:last]}[/]{curve[last:]}"
         ends = row[np.isfinite(row)][[0, -1]] if np.isfinite(row).any() else [np.nan, np.nan]
         line = f"  {escape(result.places[number]):{PLACE_WIDTH}} {curve}{padding}  {ends[0]:>7.2f} {ends[1]:>7.2f}"
-        out().print(f"{line}  [{MARK}]{start:,}-{end:,}[/]" if start >= 0 else line)
+        stdout().print(f"{line}  [{MARK}]{start:,}-{end:,}[/]" if start >= 0 else line)
     if count > len(series):
-        out().print(f"  [dim]and {count - len(series)} that changed less[/]")
-    out().print()
+        stdout().print(f"  [dim]and {count - len(series)} that changed less[/]")
+    stdout().print()

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, out
+from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, parse_indices
 from lumiere.cli.inspect.inputs import (
     InspectTarget,
@@ -56,16 +56,16 @@ def heads(
 def show_scores(result: "HeadScores", averaged_over: str) -> None:
     """Print a table of the heads, their roles, and what the model gains from its context."""
     names = result.score_names
-    out().print(f"[bold]head     {'  '.join(f'{name:>9}' for name in names)}  copying[/]")
+    stdout().print(f"[bold]head     {'  '.join(f'{name:>9}' for name in names)}  copying[/]")
     for row, column, name in result.places():
         roles, copying = result.roles[row][column], result.copying[row, column]
         cells = zip(names, map(share, result.scores[row, column]), strict=True)
         shown = "  ".join(f"[bold]{cell}[/]" if score in roles else cell for score, cell in cells)
         copies = "-" if copying != copying else f"{copying:+.2f}"
-        out().print(f"{name:8} {shown}  {copies:>7}")
-    out().print(f"[dim]{'uniform':8} {'  '.join(map(share, result.uniform))}  {0:>7}[/]\n")
+        stdout().print(f"{name:8} {shown}  {copies:>7}")
+    stdout().print(f"[dim]{'uniform':8} {'  '.join(map(share, result.uniform))}  {0:>7}[/]\n")
     show_roles(result)
-    out().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
+    stdout().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
     show_text_repeats(result)
     show_losses(result)
 
@@ -95,10 +95,10 @@ def show_roles(result: "HeadScores") -> None:
                 f"{head} ({-score:.0%} ± {result.errors[row, column, number]:.0%})"
                 for score, row, column, head in sorted(found)
             )
-            out().print(f"{escape(name)} heads: {listed}", soft_wrap=False)
+            stdout().print(f"{escape(name)} heads: {listed}", soft_wrap=False)
     if not any(roles for layer in result.roles for roles in layer):
-        out().print("no head has a role")
-    out().print(
+        stdout().print("no head has a role")
+    stdout().print(
         f"[dim]a role is a score of {result.threshold:.0%} or more over {FEWEST} tokens or more, above uniform by "
         f"{result.margin * 100:.0f} points and by {NUM_ERRORS} standard errors[/]",
         soft_wrap=False,
@@ -107,8 +107,8 @@ def show_roles(result: "HeadScores") -> None:
         if count:
             tokens = "1 token has" if count == 1 else f"{count:,} tokens have"
             note = f"{tokens} a source of {name} at t - 1, where previous-token heads attend too; it is left out"
-            out().print(f"[dim]{note}[/]", soft_wrap=False)
-    out().print()
+            stdout().print(f"[dim]{note}[/]", soft_wrap=False)
+    stdout().print()
 
 
 def show_text_repeats(result: "HeadScores") -> None:
@@ -118,7 +118,7 @@ def show_text_repeats(result: "HeadScores") -> None:
     number = result.score_names.index("induction")
     scores = [(-float(result.text_scores[row, column, number]), name) for row, column, name in result.places()]
     best = sorted(scores, key=lambda scored: scored[0])[:MAX_TEXT_HEADS]
-    out().print(
+    stdout().print(
         f"induction on repeated names of the validation split ({result.text_repeats:,} in "
         f"{result.text_documents:,} documents): {', '.join(f'{name} {-score:.1%}' for score, name in best)} "
         f"(uniform {result.text_uniform[number]:.1%}); "
@@ -132,7 +132,7 @@ def show_losses(result: "HeadScores") -> None:
     if result.repeat_gap == result.repeat_gap:
         length = len(result.losses) // 2
         first, second = result.losses[1:length].mean(), result.losses[length + 1 :].mean()
-        out().print(
+        stdout().print(
             f"repeat gap {result.repeat_gap:.3f}{spread(float(result.repeat_gap_error))} nats: tokens 2 to {length} "
             f"have a loss of {first:.3f} in the first copy and {second:.3f} in the second",
             soft_wrap=False,
@@ -141,11 +141,11 @@ def show_losses(result: "HeadScores") -> None:
         early, late = ("{} to {}".format(*band) for band in result.in_context_bands)
         units = counted_documents(result.in_context_documents, are_windows=True)
         before, after = result.in_context_losses
-        out().print(
+        stdout().print(
             f"in-context-learning score {result.in_context_score:+.3f}{spread(float(result.in_context_error))} nats: "
             f"loss {after:.3f} at positions {late} minus {before:.3f} at positions {early} of "
             f"{result.in_context_windows:,} validation windows ({units})",
             soft_wrap=False,
         )
     elif result.text_repeats is not None:
-        out().print("no in-context-learning score: no validation window is full and has two positions")
+        stdout().print("no in-context-learning score: no validation window is full and has two positions")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import colours, out, show_note
+from lumiere.cli.console import color_support, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, parse_indices
 from lumiere.cli.inspect.inputs import InspectTarget, check_choice, parse_token
 from lumiere.errors import LumiereError
@@ -63,12 +63,12 @@ def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], targe
     """Print a grid of tokens by stages, then the means of each stage."""
     from rich.text import Text
 
-    from lumiere.cli.colour_map import show_legend
+    from lumiere.cli.terminal_plots import show_legend
     from lumiere.report.figures.figure import LABEL_WIDTH, fitted
     from lumiere.report.figures.heat_maps import stage_name
 
     names = [stage_name(stage) for stage in result.stages]
-    columns, width = choose_columns(names, out().width - LABEL_WIDTH - 1)
+    columns, width = choose_columns(names, stdout().width - LABEL_WIDTH - 1)
     meaning = {
         "top": "the most probable token, its probability before it; underlined if it is the next token of the text",
         "probability": f"probability of {target or 'the next token'}",
@@ -76,11 +76,11 @@ def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], targe
         "entropy": "entropy in nats",
         "kl": "KL(final || here) in nats",
     }[stat]
-    out().print(f"{meaning}\n", soft_wrap=False, markup=False)
+    stdout().print(f"{meaning}\n", soft_wrap=False, markup=False)
     if len(columns) < len(result.stages):
         show_note(f"the terminal has room for {len(columns)} of {len(result.stages)} stages")
     headings = "".join(names[stage].ljust(width) for stage in columns)
-    out().print(Text(" " * (LABEL_WIDTH + 1) + headings.rstrip(), style="dim"))
+    stdout().print(Text(" " * (LABEL_WIDTH + 1) + headings.rstrip(), style="dim"))
     for row, position in enumerate(result.positions):
         line = Text(fitted(label(result.tokens[position])).rjust(LABEL_WIDTH) + " ", no_wrap=True)
         for stage in columns:
@@ -88,8 +88,8 @@ def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], targe
             cell.pad_right(max(0, width - len(cell.plain)))
             line.append_text(cell)
         line.rstrip()
-        out().print(line)
-    out().print()
+        stdout().print(line)
+    stdout().print()
     show_means(result, names, target)
     if stat == "top":
         show_legend("probability")
@@ -108,8 +108,7 @@ def cell_text(result: "LogitLens", stat: str, stage: int, row: int, width: int, 
     """Return one statistic of one token at one stage."""
     from rich.text import Text
 
-    from lumiere.cli.colour_map import colour_of
-    from lumiere.cli.heatmap import shade_of
+    from lumiere.cli.terminal_plots import color_of, shade_of
     from lumiere.report.figures.figure import rank_label
 
     if stat == "top":
@@ -117,10 +116,10 @@ def cell_text(result: "LogitLens", stat: str, stage: int, row: int, width: int, 
         shade, style = shade_of(probability)
         # A colored square, a shade, or in a pipe the number.
         mark, mark_style, word_style = {
-            "many": ("█", colour_of(probability), ""),
+            "many": ("█", color_of(probability), ""),
             "few": (shade, style, style),
             "none": (f"{probability:.0%} ", "", ""),
-        }[colours()]
+        }[color_support()]
         word, room = label(token), width - 1 - len(mark)
         word = word if len(word) <= room else word[: room - 1] + "…"
         is_next = token == result.targets[row]
@@ -146,7 +145,7 @@ def show_means(result: "LogitLens", names: Sequence[str], target: str | None) ->
     from lumiere.report.figures.figure import LABEL_WIDTH, rank_label
 
     has_target = result.targets >= 0
-    out().print(Text(f"{'mean':>{LABEL_WIDTH}} entropy      KL  decided     loss  median rank  on top", style="dim"))
+    stdout().print(Text(f"{'mean':>{LABEL_WIDTH}} entropy      KL  decided     loss  median rank  on top", style="dim"))
     for stage, name in enumerate(names):
         decided = (result.decision_stages <= stage).mean()
         line = f"{name:>{LABEL_WIDTH}} {result.entropies[stage].mean():7.2f} {result.divergences[stage].mean():7.2f}"
@@ -156,9 +155,9 @@ def show_means(result: "LogitLens", names: Sequence[str], target: str | None) ->
             losses = -np.log(np.maximum(result.target_probabilities[stage][has_target], np.finfo(float).tiny))
             median = rank_label(float(np.median(result.target_places[stage][has_target])))
             line += f"{losses.mean():9.2f} {median:>12} {result.target_on_top[stage][has_target].mean():7.0%}"
-        out().print(line)
+        stdout().print(line)
     counts = [(name, int((result.decision_stages == stage).sum())) for stage, name in enumerate(names)]
-    out().print(
+    stdout().print(
         f"\nloss, rank and on top are those of {target or 'the next token'}; decided: the top token is the final one "
         f"from here on\ndecision depth: {', '.join(f'{name} {count}' for name, count in counts if count)}",
         soft_wrap=False,

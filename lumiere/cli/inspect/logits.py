@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, out
+from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, parse_indices
 from lumiere.cli.inspect.inputs import InspectTarget, averaged_tokens, parse_token
 from lumiere.errors import LumiereError
@@ -83,7 +83,7 @@ def show_attribution(result: "LogitAttribution", target: InspectTarget, top_k: i
             reference = f" minus the mean of {averaged_over}"
         elif result.reference == "prediction":
             what, reference = "log-probability", f" plus the entropy {result.entropies[column]:.3f}"
-        out().print(
+        stdout().print(
             f"at position {position}, {label(result.tokens[position])}: the {what} of {label(result.targets[column])} "
             f"({result.targets[column]}){reference} is {result.logits[column]:+.3f}; its probability "
             f"{result.probabilities[column]:.1%}\n",
@@ -91,7 +91,7 @@ def show_attribution(result: "LogitAttribution", target: InspectTarget, top_k: i
             markup=False,
         )
         show_parts(named_parts(result, column, label), top_k)
-        out().print()
+        stdout().print()
 
 
 def show_parts(parts: list[tuple[str, float]], top_k: int) -> None:
@@ -102,8 +102,8 @@ def show_parts(parts: list[tuple[str, float]], top_k: int) -> None:
         name, added = parts[number]
         length = round(abs(added) / scale * BAR_WIDTH) if abs(added) < float("inf") else 0
         bar = f"[cyan]{'█' * length}[/]" if added > 0 else f"[red]{'░' * length}[/]"
-        out().print(f"{escape(name.ljust(NAME_WIDTH))} {added:+9.3f}  {bar}".rstrip())
+        stdout().print(f"{escape(name.ljust(NAME_WIDTH))} {added:+9.3f}  {bar}".rstrip())
     rest = [added for number, (_, added) in enumerate(parts) if number not in set(largest)]
     if rest:
-        out().print(f"[dim]{f'{len(rest):,} others':{NAME_WIDTH}} {sum(rest):+9.3f}[/]")
-    out().print(f"[bold]{'sum':{NAME_WIDTH}} {sum(added for _, added in parts):+9.3f}[/]")
+        stdout().print(f"[dim]{f'{len(rest):,} others':{NAME_WIDTH}} {sum(rest):+9.3f}[/]")
+    stdout().print(f"[bold]{'sum':{NAME_WIDTH}} {sum(added for _, added in parts):+9.3f}[/]")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import guarded, out, show_note, talk
+from lumiere.cli.console import guarded, show_note, stderr, stdout
 from lumiere.cli.inspect.command import CHECK_FAILED, Seed
 from lumiere.cli.inspect.inputs import (
     DEFAULT_TOKENS,
@@ -90,9 +90,9 @@ def report(
         write_atomically(output, page)
     except OSError as error:
         raise LumiereError(f"cannot write {str(output)!r}: {error.strerror}", "choose another place") from error
-    out().print(f"written to {output}, {len(page) / 1e6:.1f} MB: open it in a browser", markup=False)
+    stdout().print(f"written to {output}, {len(page) / 1e6:.1f} MB: open it in a browser", markup=False)
     if failed := [name for name, result in inspection.results() if not result.holds]:
-        talk().print(f"failed: the receipts of {'; '.join(failed)}", style="bold red", markup=False)
+        stderr().print(f"failed: the receipts of {'; '.join(failed)}", style="bold red", markup=False)
         raise typer.Exit(CHECK_FAILED)
 
 

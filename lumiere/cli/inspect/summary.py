@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, out, show_note
+from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, analysis
 from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, count_tokens, drawn_batches, token_label
 from lumiere.cli.loading import open_corpus
@@ -74,55 +74,55 @@ def show_summary(result: "ModelSummary", tokenizer: "Tokenizer") -> None:
     show_table(result, "effective rank", result.effective_ranks, ".1f")
     show_table(result, "root mean square", result.rms, ".3f")
     show_embeddings(result)
-    out().print(f"[dim]{'gains of the norms':18}{'mean (smallest to largest)':>38}[/]")
+    stdout().print(f"[dim]{'gains of the norms':18}{'mean (smallest to largest)':>38}[/]")
     for name, gains in zip(result.gain_names, result.gains, strict=True):
-        out().print(f"  {gain_name(name):24}{spread(gains):>30}")
-    out().print()
+        stdout().print(f"  {gain_name(name):24}{spread(gains):>30}")
+    stdout().print()
     if result.writes is not None and result.head_writes is not None:
         show_activity(result, result.writes, result.head_writes)
     show_checks(result.checks, tokenizer)
-    out().print()
+    stdout().print()
 
 
 def show_parameters(result: "ModelSummary") -> None:
     total = sum(result.parameters.values())
-    out().print(f"[bold]{'parameters':18}{total:12,}[/]")
+    stdout().print(f"[bold]{'parameters':18}{total:12,}[/]")
     for part, count in result.parameters.items():
         name, remark = PART_NAMES[part]
         numbers = f"{count:12,} {count / total:6.1%}"
         if part == "positions" and not count:
             numbers, remark = " " * 19, "rotary"
-        out().print(f"  {name:16}{numbers}" + (f"  [dim]{remark}[/]" if remark else ""))
-    out().print()
+        stdout().print(f"  {name:16}{numbers}" + (f"  [dim]{remark}[/]" if remark else ""))
+    stdout().print()
 
 
 def show_table(result: "ModelSummary", title: str, values: "np.ndarray", form: str) -> None:
     """Print one value of every matrix of the blocks: a line a layer, a column a kind."""
     by_name = dict(zip(result.matrices, values, strict=True))
-    out().print(f"[dim]{title:18}{''.join(f'{kind:>8}' for kind in KINDS)}[/]")
+    stdout().print(f"[dim]{title:18}{''.join(f'{kind:>8}' for kind in KINDS)}[/]")
     for layer in range(len(result.gain_names) // 2):
         cells = (by_name[f"blocks.{layer}.{part}.{kind}.weight"] for kind, part in KINDS.items())
-        out().print(f"  {f'L{layer}':16}{''.join(f'{value:8{form}}' for value in cells)}")
+        stdout().print(f"  {f'L{layer}':16}{''.join(f'{value:8{form}}' for value in cells)}")
     if values is result.effective_ranks:
         smaller = dict(zip(result.matrices, result.shapes.min(axis=1), strict=True))
         limits = "".join(f"{smaller[f'blocks.0.{part}.{kind}.weight']:8}" for kind, part in KINDS.items())
-        out().print(f"[dim]  {'at most':16}{limits}[/]")
-    out().print()
+        stdout().print(f"[dim]  {'at most':16}{limits}[/]")
+    stdout().print()
 
 
 def show_embeddings(result: "ModelSummary") -> None:
     ranks = dict(zip(result.matrices, result.effective_ranks, strict=True))
-    out().print(f"[dim]{'embeddings':18}{'norm of a row (smallest to largest)':>38}  effective rank[/]")
-    out().print(
+    stdout().print(f"[dim]{'embeddings':18}{'norm of a row (smallest to largest)':>38}  effective rank[/]")
+    stdout().print(
         f"  {'tokens':16}{spread(result.token_norms):>38}{ranks['token_embedding.weight']:16.1f}"
         f"\n  {'':16}{result.token_mean_share:.1%} of a row's square is the mean row's"
     )
     if result.position_norms is not None:
-        out().print(
+        stdout().print(
             f"  {'positions':16}{spread(result.position_norms):>38}{ranks['position_embedding.weight']:16.1f}"
             f"\n  {'':16}mean cosine of neighbors {result.position_cosine:.3f}"
         )
-    out().print()
+    stdout().print()
 
 
 def gain_name(name: str) -> str:
@@ -139,16 +139,16 @@ def spread(values: "np.ndarray") -> str:
 
 def show_activity(result: "ModelSummary", writes: "np.ndarray", head_writes: "np.ndarray") -> None:
     """Print how much each part writes, relative to the norm of the residual stream before it."""
-    out().print(
+    stdout().print(
         f"norm of what each part writes, relative to the residual stream before it; mean over {result.num_tokens:,} "
         f"tokens of {result.num_windows:,} windows",
         soft_wrap=False,
     )
-    out().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
+    stdout().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
     for layer, (attention, feedforward) in enumerate(writes):
         heads = " ".join(f"{share:.0%}" for share in head_writes[layer])
-        out().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
-    out().print()
+        stdout().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
+    stdout().print()
 
 
 def show_checks(checks: "Sequence[Check]", tokenizer: "Tokenizer") -> None:
@@ -156,11 +156,13 @@ def show_checks(checks: "Sequence[Check]", tokenizer: "Tokenizer") -> None:
     for check in checks:
         verdict, style = ("warning", "yellow") if check.count else ("ok", "green")
         found = f"{check.count:,}" if check.count else "no"
-        out().print(f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})", soft_wrap=False)
+        stdout().print(
+            f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})", soft_wrap=False
+        )
         if check.count:
             places = "; ".join(place_name(place, check, tokenizer) for place in check.places[:MAX_PLACES])
             more = f"; and {check.count - MAX_PLACES:,} more" if check.count > MAX_PLACES else ""
-            out().print(f"[dim]{'':8}{escape(places)}{more}[/]", soft_wrap=False)
+            stdout().print(f"[dim]{'':8}{escape(places)}{more}[/]", soft_wrap=False)
 
 
 def place_name(place: str, check: "Check", tokenizer: "Tokenizer") -> str:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lumiere.cli.console import escape, out, show_note
+from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, analysis
 from lumiere.cli.inspect.inputs import RESTORE, InspectTarget
 from lumiere.cli.loading import OpenedModel, open_corpus
@@ -58,7 +58,7 @@ def show_losses(result: "TokenLosses", target: InspectTarget) -> None:
     baselines = {name: losses for name, losses in candidates.items() if losses is not None}
     label = target.opened.tokenizer.label
     names = "".join(f"{name:>9}" for name in baselines)
-    out().print(
+    stdout().print(
         f"[bold]{'token':>{LABEL_WIDTH}}{'loss':>8}{'bits':>7}{'entropy':>9}{'rank':>6}{names}  top prediction[/]"
     )
     for index, token in enumerate(result.tokens[1:]):
@@ -66,14 +66,14 @@ def show_losses(result: "TokenLosses", target: InspectTarget) -> None:
         style = next((style for bound, style in STYLES if loss < bound), "red")
         counted = "".join(f"{losses[index]:>9.2f}" for losses in baselines.values())
         prediction = escape(fitted(label(int(result.predictions[index]))))
-        out().print(
+        stdout().print(
             f"[{style}]{escape(fitted(label(token)).rjust(LABEL_WIDTH))}{loss:>8.2f}[/]"
             f"{result.surprisals[index]:>7.1f}{result.entropies[index]:>9.2f}{rank_label(result.places[index]):>6}{counted}"
             f"  {prediction} {result.probabilities[index]:.0%}"
         )
     means = "".join(f"{losses.mean():>9.2f}" for losses in baselines.values())
-    out().print(
+    stdout().print(
         f"[bold]{'mean':>{LABEL_WIDTH}}{result.losses.mean():>8.2f}{result.surprisals.mean():>7.1f}"
         f"{result.entropies.mean():>9.2f}{'':6}{means}  {result.on_top.mean():.0%} top-1[/]\n"
     )
-    out().print("loss, entropy, unigram and bigram in nats; rank 0 is the most probable token")
+    stdout().print("loss, entropy, unigram and bigram in nats; rank 0 is the most probable token")
