@@ -7,7 +7,7 @@ import typer
 from lumiere.cli.console import show_note, stdout
 from lumiere.cli.inspect.command import Analysis, Heads, Layers, Positions, TopK, analysis, parse_indices
 from lumiere.cli.inspect.inputs import InspectTarget, choose_batches, counted_documents
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
     from lumiere.interpret.ablation import Ablations
@@ -54,12 +54,12 @@ def ablate(
 
     Each part is ablated alone. The change of the loss is in nats per token: positive if the part was of use.
     """
+    from lumiere.interpret.ablation import MODES, find_unit
     from lumiere.interpret.ablation import ablate as ablate_units
-    from lumiere.interpret.ablation import check_mode, find_unit
     from lumiere.report.figures.bars import draw_ablations
 
     kind = find_unit(unit)
-    check_mode(mode)
+    check_choice("mode", mode, MODES)
     lists = {"head": ("head", head), "neuron": ("neuron", neuron), "position": ("pos", pos)}
     for wanted, (option, value) in lists.items():
         if value is not None and unit != wanted:

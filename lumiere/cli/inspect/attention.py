@@ -7,7 +7,8 @@ import typer
 
 from lumiere.cli.console import color_support, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, parse_indices
-from lumiere.cli.inspect.inputs import InspectTarget, check_choice
+from lumiere.cli.inspect.inputs import InspectTarget
+from lumiere.errors import check_choice
 
 if TYPE_CHECKING:
     import numpy as np

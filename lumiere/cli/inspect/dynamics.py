@@ -11,13 +11,12 @@ from lumiere.cli.inspect.command import Analysis, analysis
 from lumiere.cli.inspect.inputs import (
     InspectTarget,
     averaged_tokens,
-    check_choice,
     full_windows,
     scored_sequences,
     spread_windows,
     validation_batches,
 )
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
     import numpy as np

@@ -105,18 +105,6 @@ def parse_token(text: str, tokenizer: "Tokenizer") -> int:
     )
 
 
-def check_choice(kind: str, name: str, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
-    """Refuse a name that is none of the choices.
-
-    Raises:
-        LumiereError: with the nearest choice, or all of them.
-    """
-    if name not in choices:
-        guess = nearest(name, choices)
-        hint = f"did you mean {guess}?" if guess else f"choose one of {', '.join(choices)}"
-        raise LumiereError(f"there is no {kind} {name!r}", hint)
-
-
 def choose_text(target: InspectTarget) -> tuple[tuple[int, ...], str]:
     """Return the ids to look at and their source; without a text option, the start of a validation window.
 

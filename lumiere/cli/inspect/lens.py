@@ -7,8 +7,8 @@ import typer
 
 from lumiere.cli.console import color_support, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, parse_indices
-from lumiere.cli.inspect.inputs import InspectTarget, check_choice, parse_token
-from lumiere.errors import LumiereError
+from lumiere.cli.inspect.inputs import InspectTarget, parse_token
+from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
     from rich.text import Text
