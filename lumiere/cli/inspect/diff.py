@@ -7,8 +7,8 @@ import typer
 from lumiere.cli.console import escape, sparkline, stdout
 from lumiere.cli.inspect.command import Analysis, TopK, analysis
 from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, choose_batches, counted_documents
-from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     import numpy as np

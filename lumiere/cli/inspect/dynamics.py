@@ -51,8 +51,8 @@ def dynamics(target: InspectTarget, metric: Metrics = None, every: Every = 1, to
     """
     from lumiere.cli.progress import SnapshotProgress
     from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS, follow
-    from lumiere.persistence.checkpoint_names import snapshot_steps
-    from lumiere.persistence.history import read_history
+    from lumiere.persistence.checkpoint_manager import snapshot_steps
+    from lumiere.persistence.metrics import read_history
     from lumiere.report.figures.dynamics import CAPTION, draw_dynamics, dynamics_page
     from lumiere.report.figures.figure import Picture
 
@@ -85,7 +85,7 @@ def dynamics(target: InspectTarget, metric: Metrics = None, every: Every = 1, to
 def load_snapshot(target: InspectTarget, step: int, like: "Transformer") -> "Transformer":
     """Load the model at a step, in the type and on the device of another one."""
     from lumiere.persistence.checkpoint_manager import CheckpointManager
-    from lumiere.persistence.fitting import load_weights
+    from lumiere.persistence.loading import load_weights
 
     opened, weight = target.opened, like.token_embedding.weight
     loaded = CheckpointManager(opened.run.path.parent).load(opened.run, str(step), groups=("model",))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumiere.cli.console import show_note
-from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import LumiereError, nearest
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     import numpy as np

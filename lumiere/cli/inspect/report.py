@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import guarded, show_note, stderr, stdout
+from lumiere.cli.console import guarded, open_model, show_note, stderr, stdout
 from lumiere.cli.inspect.command import CHECK_FAILED, Seed
 from lumiere.cli.inspect.inputs import (
     DEFAULT_TOKENS,
@@ -19,9 +19,9 @@ from lumiere.cli.inspect.inputs import (
     validation_window,
 )
 from lumiere.cli.inspect.summary import summary_inputs
-from lumiere.cli.loading import OpenedModel, open_corpus, open_model
 from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     from lumiere.report.report_page import Text
@@ -55,8 +55,8 @@ def report(
     """
     check_page(output)
     from lumiere.device import keep_freed_memory
-    from lumiere.persistence.atomic import write_atomically
-    from lumiere.persistence.history import read_history
+    from lumiere.files import write_atomically
+    from lumiere.persistence.metrics import read_history
     from lumiere.report.report_page import Text, build_page, inspect_model
 
     keep_freed_memory()

@@ -8,8 +8,8 @@ import typer
 from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, analysis
 from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, count_tokens, drawn_batches, token_label
-from lumiere.cli.loading import open_corpus
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import open_corpus
 
 if TYPE_CHECKING:
     import numpy as np

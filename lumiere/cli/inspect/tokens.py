@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, analysis
 from lumiere.cli.inspect.inputs import RESTORE, InspectTarget
-from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     from lumiere.evaluation.ngrams import BigramModel
