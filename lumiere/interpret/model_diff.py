@@ -273,37 +273,23 @@ class PredictionDiff(ShortRepr):
     kl_ba_by_position: np.ndarray
 
     @classmethod
-    def join(cls, parts: "Sequence[PredictedTokens]") -> "PredictionDiff":
-        """Concatenate the predicted tokens of all batches."""
-        first_rows = np.cumsum([0, *(part.num_sequences for part in parts[:-1])])
-        columns = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("positions", "targets", "losses_a", "losses_b", "kl_ab", "kl_ba", "same_choice")
-        }
-        rows = [part.sequences + first for part, first in zip(parts, first_rows, strict=True)]
+    def join(cls, parts: Sequence[Mapping[str, np.ndarray]]) -> "PredictionDiff":
+        """Concatenate the columns of `compare_predictions` over all batches."""
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         numbers, places = np.unique(columns["positions"], return_inverse=True)
         counts = np.bincount(places)
         means = {f"{name}_by_position": np.bincount(places, columns[name]) / counts for name in ("kl_ab", "kl_ba")}
-        return cls(sequences=np.concatenate(rows), **columns, position_numbers=numbers, **means)
+        return cls(**columns, position_numbers=numbers, **means)
 
 
-@dataclass(frozen=True)
-class PredictedTokens(ShortRepr):
-    """The predicted tokens of one batch, as in `PredictionDiff`."""
+def compare_predictions(
+    batch: Batch, first_BTVocab: Tensor, second_BTVocab: Tensor, first_sequence: int
+) -> dict[str, np.ndarray]:
+    """Compare two models on the targets of a batch, from their logits; return columns of `PredictionDiff`, (P,).
 
-    num_sequences: int
-    sequences: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    losses_a: np.ndarray
-    losses_b: np.ndarray
-    kl_ab: np.ndarray
-    kl_ba: np.ndarray
-    same_choice: np.ndarray
-
-
-def compare_predictions(batch: Batch, first_BTVocab: Tensor, second_BTVocab: Tensor) -> PredictedTokens:
-    """Compare two models on the targets of a batch, from their logits."""
+    Args:
+        first_sequence: the number of the batch's first sequence.
+    """
     is_real_BT = batch.targets != IGNORED
     rows, columns = (index.cpu().numpy() for index in is_real_BT.nonzero(as_tuple=True))
     targets_P = batch.targets[is_real_BT].cpu()
@@ -322,8 +308,9 @@ def compare_predictions(batch: Batch, first_BTVocab: Tensor, second_BTVocab: Ten
                 same_choices(log_p, log_q),
             )
         )
-    values = [torch.cat(column).numpy() for column in zip(*found, strict=True)]
-    return PredictedTokens(len(is_real_BT), rows, columns + 1, targets_P.numpy(), *values)
+    names = ("losses_a", "losses_b", "kl_ab", "kl_ba", "same_choice")
+    values = {name: torch.cat(column).numpy() for name, column in zip(names, zip(*found, strict=True), strict=True)}
+    return {"sequences": rows + first_sequence, "positions": columns + 1, "targets": targets_P.numpy(), **values}
 
 
 def same_choices(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -481,11 +468,12 @@ def diff_models(
     length = min(first.context_size, second.context_size)
     batches = [shortened(batch, length).to(first.token_embedding.weight.device) for batch in batches]
     across_layers = across_layers or first.num_layers != second.num_layers
-    cka, patterns, parts = LinearCka(), PatternSums(across_layers), []
+    cka, patterns, parts, num_sequences = LinearCka(), PatternSums(across_layers), [], 0
     with torch.inference_mode():
         for batch in batches:
             outputs = first(batch.tokens), second(batch.tokens)
-            parts.append(compare_predictions(batch, *(output.logits for output in outputs)))
+            parts.append(compare_predictions(batch, outputs[0].logits, outputs[1].logits, num_sequences))
+            num_sequences += len(batch.tokens)
             is_real_BT = batch.tokens != PAD
             cka.add(*([stream[is_real_BT] for stream in output.residuals] for output in outputs))
             patterns.add(*outputs, is_real_BT)

@@ -10,7 +10,7 @@ import pytest
 from lumiere.interpret.model_diff import ModelDiff, diff_models
 from lumiere.report.figures.bars import MOST_DIFFERENT, draw_diff
 from lumiere.report.figures.figure import save_picture
-from tests.interpret.test_diff import BATCHES, nudged, random_model
+from tests.interpret.test_model_diff import BATCHES, nudged, random_model
 
 
 @pytest.fixture

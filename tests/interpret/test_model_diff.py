@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lumiere.components.kernels import IGNORED
 from lumiere.config.loader import validate
@@ -16,7 +19,14 @@ from lumiere.data.batches import Batch
 from lumiere.data.corpus import row_reader
 from lumiere.data.dataset import document_sizes, tokenize_parts
 from lumiere.data.tokenizer import PAD, Tokenizer
-from lumiere.interpret.model_diff import ModelDiff, diff_models, diff_texts
+from lumiere.interpret.model_diff import (
+    LinearCka,
+    ModelDiff,
+    cheapest_assignment,
+    diff_models,
+    diff_texts,
+    pattern_divergences,
+)
 from lumiere.interpret.result import agreement
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
@@ -309,3 +319,94 @@ def test_float32_agrees_with_float64(model: Transformer) -> None:
     assert {row["quantity"] for row in rows} >= {"kl_ab", "cka", "match_divergence", "relative_change", "loss_a"}
     assert len(found.tokens) == 7
     assert [len(row) for row in found.tokens] == [11, 10, 7, 11, 4, 11, 11]
+
+
+def cka(x: np.ndarray, y: np.ndarray, num_parts: int = 3) -> float:
+    sums = LinearCka()
+    for first, second in zip(np.array_split(x, num_parts), np.array_split(y, num_parts), strict=True):
+        sums.add([torch.from_numpy(first)], [torch.from_numpy(second)])
+    return float(sums.similarities()[0, 0])
+
+
+def by_grams(x: np.ndarray, y: np.ndarray) -> float:
+    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with the (N, N) matrices of all dot products, tr(KHLH)."""
+    centre = np.eye(len(x)) - 1 / len(x)
+    k, m = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
+    return float((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 100), st.integers(2, 6))
+def test_cka_is_the_papers_and_does_not_see_rotations_scales_and_shifts(seed: int, scale: float, width: int) -> None:
+    draw = np.random.default_rng(seed)
+    x, y = draw.normal(size=(20, 5)), draw.normal(size=(20, width))
+    expected = cka(x, y)
+    assert expected == pytest.approx(by_grams(x, y))
+    rotation = np.linalg.qr(draw.normal(size=(5, 5)))[0]
+    assert cka(scale * x @ rotation + 1000, y) == pytest.approx(expected, rel=1e-6)
+    assert cka(x, scale * x @ rotation) == pytest.approx(1)
+    assert cka(y, x) == pytest.approx(expected)
+    assert cka(x @ np.diag([1, 1, 1, 1, 50]), x) < 0.999
+    assert cka(x, x) == 1
+
+
+def test_cka_of_what_never_changes_is_not_known() -> None:
+    assert np.isnan(cka(np.ones((9, 3)), np.random.default_rng(0).normal(size=(9, 3))))
+
+
+def test_unrelated_representations_approach_zero_with_tokens() -> None:
+    """As the docstring says, by (E + F) / N."""
+    draw = np.random.default_rng(0)
+    few, many = (cka(draw.normal(size=(n, 8)), draw.normal(size=(n, 8))) for n in (32, 3200))
+    assert few > 0.15
+    assert many == pytest.approx(0, abs=0.01)
+
+
+def test_divergences_are_0_for_equal_and_1_for_disjoint_patterns() -> None:
+    same = torch.rand(2, 2, 5, 5).softmax(-1)
+    disjoint = torch.zeros(1, 2, 2, 4)
+    disjoint[0, 0, :, 1], disjoint[0, 1, :, 2] = 1, 1
+    counts = torch.ones(2, 5, dtype=torch.bool)
+    assert np.diagonal(pattern_divergences(same, same.clone(), counts)).tolist() == [0, 0]
+    for counts, total in ((torch.tensor([[True, True]]), 2), (torch.tensor([[True, False]]), 1)):
+        found = pattern_divergences(disjoint, disjoint, counts)
+        assert found == pytest.approx(np.array([[0, total], [total, 0]]))
+
+
+def least_cost(costs: np.ndarray) -> float:
+    if len(costs) > costs.shape[1]:
+        costs = costs.T
+    rows = np.arange(len(costs))
+    return min(costs[rows, list(columns)].sum() for columns in permutations(range(costs.shape[1]), len(costs)))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10_000), st.sampled_from(["real", "ties", "negative"]))
+def test_no_assignment_is_cheaper(num_rows: int, num_columns: int, seed: int, kind: str) -> None:
+    draw = np.random.default_rng(seed)
+    costs = (
+        draw.integers(0, 3, (num_rows, num_columns)) if kind == "ties" else draw.normal(size=(num_rows, num_columns))
+    )
+    costs = np.abs(costs) if kind == "real" else costs
+    before = costs.copy()
+    pairs = cheapest_assignment(costs)
+    assert len(pairs) == min(costs.shape)
+    assert all(len(set(side)) == len(pairs) for side in pairs.T.tolist())
+    assert pairs[:, 0].tolist() == sorted(pairs[:, 0])
+    assert costs[tuple(pairs.T)].sum() == pytest.approx(least_cost(costs))
+    assert np.array_equal(costs, before)
+
+
+def test_greedy_choices_are_undone() -> None:
+    """The first row's cheapest column is the only one that the second can afford."""
+    assert cheapest_assignment(np.array([[1.0, 2.0], [1.0, 9.0]])).tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_permutation_is_found_among_many() -> None:
+    order = np.random.default_rng(0).permutation(60)
+    costs = np.ones((60, 60))
+    costs[np.arange(60), order] = 0
+    assert cheapest_assignment(costs)[:, 1].tolist() == order.tolist()
+
+
+def test_costs_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        cheapest_assignment(np.array([[np.nan, 1.0]]))
