@@ -342,9 +342,9 @@ def test_the_seed_draws_the_donors() -> None:
     ("arguments", "message"),
     [
         (("heads", "mean"), "no unit 'heads' .did you mean head"),
-        (("xyz", "mean"), "no unit 'xyz' .head, feedforward, layer, neuron, position"),
+        (("xyz", "mean"), "no unit 'xyz' .choose one of head, feedforward, layer, neuron, position"),
         (("head", "meen"), "no mode 'meen' .did you mean mean"),
-        (("head", "xyz"), "no mode 'xyz' .mean, zero, resample"),
+        (("head", "xyz"), "no mode 'xyz' .choose one of mean, zero, resample"),
     ],
 )
 def test_names_that_do_not_exist(arguments: tuple[str, str], message: str) -> None:
