@@ -24,7 +24,7 @@ def payload(result: Result, provenance: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         provenance: analysis, run, checkpoint, step, hashes and tokens.
     """
-    receipts = [asdict(receipt) | {"holds": receipt.holds} for receipt in result.receipts]
+    receipts = [receipt.as_dict() for receipt in result.receipts]
     values = {name: plain(value) for name, value in result.as_dict().items()}
     return {"schema_version": SCHEMA_VERSION, **provenance, **values, "receipts": receipts}
 

@@ -20,7 +20,7 @@ from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, 
 from lumiere.interpret.head_scores import SCORES, head_scores
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
-from lumiere.interpret.model_diff import diff
+from lumiere.interpret.model_diff import diff_models
 from lumiere.interpret.summary import summarize
 from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer, build_model
@@ -46,7 +46,7 @@ from lumiere.report.figures.heat_maps import (
 )
 from lumiere.report.results import save_result
 from tests.interpret.looking import looking_model
-from tests.interpret.test_diff import BATCHES, nudged, random_model
+from tests.interpret.test_model_diff import BATCHES, nudged, random_model
 
 TOKENS = [0, 5, 6, 7, 8, 9, 10, 11, 12]
 AWKWARD = {
@@ -318,7 +318,7 @@ def test_a_picture_may_have_a_page_of_its_own(model: Transformer, tmp_path: Path
 
 def test_a_diff_has_a_panel_for_each_comparison() -> None:
     model = random_model()
-    result = diff(model, nudged(model), BATCHES)
+    result = diff_models(model, nudged(model), BATCHES)
     predictions, cka, heads, weights = draw_diff(result).figure.axes
     assert result.predictions is not None
     assert result.heads is not None
@@ -337,4 +337,4 @@ def test_a_diff_has_a_panel_for_each_comparison() -> None:
     assert weights.get_yticklabels()[0].get_text() + ".weight" == largest
     (axes,) = draw_diff(dataclasses.replace(result, predictions=None, cka=None, heads=None)).figure.axes
     assert len(axes.patches) == len(weights.patches)
-    assert len(draw_diff(diff(model, model, BATCHES)).figure.axes) == 4
+    assert len(draw_diff(diff_models(model, model, BATCHES)).figure.axes) == 4
