@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, out, print_error, print_json, show_note
+from lumiere.cli.console import escape, open_model, print_error, print_json, show_note, stdout
 from lumiere.cli.inspect.analysis import CHECK_FAILED, show_receipts
-from lumiere.cli.loading import open_model
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
 from lumiere.errors import FailedCheckError
 
 if TYPE_CHECKING:
-    from lumiere.cli.loading import OpenedModel
     from lumiere.export.exporting import Exported
+    from lumiere.persistence.loading import OpenedModel
 
 
 def export(
@@ -80,5 +79,5 @@ def payload(to: str, folder: Path, origin: dict[str, str | int], exported: "Expo
 
 def show(folder: Path, exported: "Exported") -> None:
     for name in exported.files:
-        out().print(escape(str(folder / name)))
+        stdout().print(escape(str(folder / name)))
     show_receipts(exported.receipts)

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.cli.plan import scaled, short_time
+from lumiere.cli.console import scaled, short_time
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run

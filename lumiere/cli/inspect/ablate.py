@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import out, show_note
+from lumiere.cli.console import show_note, stdout
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import Heads, Layers, Positions, TopK, parse_indices
 from lumiere.errors import LumiereError
@@ -94,21 +94,21 @@ def show(result: "Ablations", top_k: int) -> None:
     largest = max(abs(float(result.changes[number])) for number in shown) or 1.0
     has_errors = result.num_documents > 1
     errors = ", ± standard error" if has_errors else ""
-    out().print(f"loss {result.loss:.4f} nats; change without a {result.unit} ({result.mode}){errors}:\n")
+    stdout().print(f"loss {result.loss:.4f} nats; change without a {result.unit} ({result.mode}){errors}:\n")
     for number in shown:
         change, error = float(result.changes[number]), float(result.standard_errors[number])
         spread = f" ± {error:.4f}" if has_errors else ""
         length = round(abs(change) / largest * BAR_WIDTH)
         bar = f"  [cyan]{'█' * length}[/]" if change > 0 else f"  [red]{'░' * length}[/]"
-        out().print(f"{result.labels[number]:{width}}  {change:+8.4f}{spread}{bar if length else ''}")
-    out().print()
+        stdout().print(f"{result.labels[number]:{width}}  {change:+8.4f}{spread}{bar if length else ''}")
+    stdout().print()
     if len(shown) < len(result.order):
         show_note(f"{len(result.order) - len(shown):,} more are left out; --top-k shows more, -o FILE has all")
     if has_errors:
         reach = half_width(result.num_documents)
         units = counted_documents(result.num_documents, are_windows=bool((result.documents >= 0).all()))
         clear = int((abs(result.changes) > reach * result.standard_errors).sum())
-        out().print(
+        stdout().print(
             f"{clear:,} of {len(result.order):,} changes exceed {reach:.2f} standard errors (95 %, {units})",
             soft_wrap=False,
         )

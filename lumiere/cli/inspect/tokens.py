@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from lumiere.cli.console import escape, out, show_note
+from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     from lumiere.data.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
         if losses is not None
     }
     names = "".join(f"{name:>9}" for name in baselines)
-    out().print(
+    stdout().print(
         f"[bold]{'token':>{LABEL_WIDTH}}{'loss':>8}{'bits':>7}{'entropy':>9}{'rank':>6}{names}  first choice[/]"
     )
     for index, token in enumerate(result.tokens[1:]):
@@ -68,15 +68,15 @@ def show(result: "TokenLosses", tokenizer: "Tokenizer") -> None:
         style = next((style for bound, style in STYLES if loss < bound), "red")
         counted = "".join(f"{losses[index]:>9.2f}" for losses in baselines.values())
         choice = fitted(tokenizer.label(int(result.predictions[index])))
-        out().print(
+        stdout().print(
             f"[{style}]{escape(fitted(tokenizer.label(token)).rjust(LABEL_WIDTH))}{loss:>8.2f}[/]"
             f"{result.surprisals[index]:>7.1f}{result.entropies[index]:>9.2f}{rank_label(result.places[index]):>6}{counted}"
             f"  {escape(choice)} {result.probabilities[index]:.0%}"
         )
     means = "".join(f"{losses.mean():>9.2f}" for losses in baselines.values())
     firsts = f"{result.on_top.mean():.0%} first"
-    out().print(
+    stdout().print(
         f"[bold]{'mean':>{LABEL_WIDTH}}{result.losses.mean():>8.2f}{result.surprisals.mean():>7.1f}"
         f"{result.entropies.mean():>9.2f}{'':6}{means}  {firsts}[/]\n"
     )
-    out().print("loss, entropy, unigram and bigram in nats; rank 0 is the first choice")
+    stdout().print("loss, entropy, unigram and bigram in nats; rank 0 is the first choice")
