@@ -316,9 +316,9 @@ def test_downloaded_files_are_found_without_a_network(tmp_path: Path, monkeypatc
         (
             {"name": "text", "data_files": "no.txt"},
             "no file 'no.txt'",
-            "dataset.data_files",
+            "relative paths",
         ),
-        ({"name": "csv", "data_files": {"train": "no.csv"}}, "no file 'no.csv'", "dataset.data_files"),
+        ({"name": "csv", "data_files": {"train": "no.csv"}}, "no file 'no.csv'", "relative paths"),
         ({"name": "parquet", "data_files": "latin.txt"}, "cannot be read as parquet: Parquet", "parquet files"),
         ({"name": "json", "data_files": "latin.txt"}, "is not UTF-8", "iconv"),
         ({"name": "./no"}, "there is no dataset folder './no'", "check dataset.name"),
