@@ -269,7 +269,7 @@ def test_the_rest_of_the_model_continues_from_any_block(positions: Positions) ->
     with torch.no_grad():
         whole_BTE = model.final_residual(tokens_BT)
         for layer, resid_BTE in enumerate(model(tokens_BT).hidden_states.unbind(1)):
-            torch.testing.assert_close(model.final_residual_from(resid_BTE, layer), whole_BTE)
+            torch.testing.assert_close(model.continue_from(resid_BTE, layer), whole_BTE)
 
 
 @BOTH
