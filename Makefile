@@ -1,11 +1,11 @@
-# `make train` and `make test` are all that a new user needs; each installs what it needs, once.
+# New users need only `make train` and `make test`. Each target installs its dependencies once.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 .DEFAULT_GOAL := help
 .PHONY: help train test gate test-all test-slow test-lowest peer browser check schema lock clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 .venv/bin/python:
@@ -22,17 +22,17 @@ help:  ## this list
 	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test]'
 	@touch $@ .venv/.installed
 
-# What the slow tests compare with; heavy, and they are skipped without it.
+# Heavy; the slow tests that compare with TransformerLens are skipped without it.
 .venv/.installed-transformer-lens: pyproject.toml constraints.txt | .venv/.installed-test
 	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test,transformer-lens]'
 	@touch $@
 
-# What opens the report in a browser; the tests that need it are skipped without it.
+# The tests that open the report in a browser are skipped without it.
 .venv/.installed-browser: pyproject.toml constraints.txt | .venv/.installed-test
 	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test,browser]'
 	@touch $@
 
-train: .venv/.installed  ## trains configs/tiny.yaml (about two minutes on 2 cores), then shows what it can write
+train: .venv/.installed  ## train configs/tiny.yaml (about two minutes on 2 cores) and print a sample
 	$(BIN)/lumiere train configs/tiny.yaml
 
 check: .venv/.installed-test
@@ -40,44 +40,44 @@ check: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-test: check  ## lint, format and type checks, and the fast tests (under three minutes)
+test: check  ## run lint, format and type checks, and the fast tests (under three minutes)
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
-gate: .venv/.installed-test  ## compares losses, weights and outputs with the reference commit, bit for bit
+gate: .venv/.installed-test  ## compare losses, weights and outputs with the reference commit, bit for bit
 	$(BIN)/python benchmarks/gate.py
 
-test-all: check  ## the same, with the slow tests
+test-all: check  ## run the same with the slow tests
 	$(BIN)/pytest -q -n 2
 
-peer: .venv/.installed-transformer-lens  ## installs TransformerLens, which slow tests and a benchmark compare with
+peer: .venv/.installed-transformer-lens  ## install TransformerLens, for slow tests and a benchmark
 
-browser: .venv/.installed-browser  ## installs Playwright, with which slow tests open the report in the system's Chromium
+browser: .venv/.installed-browser  ## install Playwright, for slow tests that open the report in the system's Chromium
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
 	  echo "error: there is no Chromium"; echo "hint: apt-get install chromium"; exit 2; }
 
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 -m slow
 
-# The oldest versions that pyproject.toml admits, in an environment of their own.
+# The oldest versions that pyproject.toml allows, in a separate environment.
 .venv-lowest/.installed-test: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python $(INSTALL) constraints-lowest.txt --editable '.[test]'
 	@touch $@
 
-test-lowest: .venv-lowest/.installed-test  ## runs the fast tests with every dependency at its lower bound
+test-lowest: .venv-lowest/.installed-test  ## run the fast tests with every dependency at its lower bound
 	.venv-lowest/bin/pytest -q -n 2 -m "not slow"
 
-# torch stays out of both files, and with it what only a CUDA build of it needs: its build depends on the machine.
+# Both files omit torch and the packages of its CUDA builds, because its build depends on the machine.
 LOCK := uv pip compile --quiet --no-header --no-annotate pyproject.toml
 WITHOUT_TORCH := grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=='
 
-lock: .venv/.installed  ## updates constraints.txt and constraints-lowest.txt (Python 3.11 to 3.14)
+lock: .venv/.installed  ## update constraints.txt and constraints-lowest.txt (Python 3.11 to 3.14)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/$(LOCK) --universal --python-version 3.11 --all-extras | $(WITHOUT_TORCH) > constraints.txt
 	$(BIN)/$(LOCK) --resolution lowest-direct --python-version 3.11 --extra test | $(WITHOUT_TORCH) > constraints-lowest.txt
 
-schema: .venv/.installed  ## rewrites configs/schema.json, which editors complete from
-	$(BIN)/python -m lumiere.config.json_schema configs/schema.json
+schema: .venv/.installed  ## regenerate configs/schema.json, which editors use for completion
+	$(BIN)/python -m lumiere.config.schema configs/schema.json
 
-clean:  ## removes the environment and the caches of the tools (never runs/)
+clean:  ## remove the environments and tool caches (never runs/)
 	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from lumiere.data.dataset import tokenize_corpus
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.persistence.runs import RunStore
 
 

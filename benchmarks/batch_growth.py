@@ -15,23 +15,23 @@ from rich.table import Table
 
 from lumiere.config.loader import load_config
 from lumiere.data.batches import batch_at
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.training.loss import summed_loss
-from lumiere.training.preparation import Preparation, prepare
 from lumiere.training.schedule import learning_rate_factor
+from lumiere.training.setup import TrainingSetup, set_up
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import train_step
 
 PLANS = ("32", "16-32", "16-32-64", "32-64", "64")
 
 
-def trained(preparation: Preparation, sizes: list[int]) -> tuple[int, float]:
+def trained(setup: TrainingSetup, sizes: list[int]) -> tuple[int, float]:
     """The steps of an epoch with batches of these sizes one after the other, and the validation loss at its end."""
-    config, settings = preparation.config, preparation.config.training
-    windows = preparation.corpus.windows("train", config)
-    state = TrainingState.create(config, preparation.device, preparation.precision)
+    config, settings = setup.config, setup.config.training
+    windows = setup.corpus.windows("train", config)
+    state = TrainingState.create(config, setup.device, setup.precision)
     state.model.train()
-    total_steps = preparation.epoch_steps
+    total_steps = setup.epoch_steps
     # Each change where a batch of any size may begin.
     unit = max(sizes)
     ends = [len(windows) * number // len(sizes) // unit * unit for number in range(1, len(sizes))] + [len(windows)]
@@ -43,12 +43,12 @@ def trained(preparation: Preparation, sizes: list[int]) -> tuple[int, float]:
             factor = learning_rate_factor(
                 place, total_steps, settings.warmup_steps, settings.schedule, settings.decay_fraction
             )
-            train_step(state, batch, factor, settings, preparation.precision, summed_loss)
+            train_step(state, batch, factor, settings, setup.precision, summed_loss)
             state.step += 1
             seen += size
-    split = preparation.corpus.splits["validation"]
+    split = setup.corpus.splits["validation"]
     with state.averaged_model() as model:
-        loss = evaluate(model, preparation.corpus.windows("validation", config), split.facts, settings.batch_size).loss
+        loss = evaluate(model, setup.corpus.windows("validation", config), split.facts, settings.batch_size).loss
     return state.step, loss
 
 
@@ -61,9 +61,9 @@ def main() -> None:
     table = Table("batches", "seed", "steps", "validation loss")
     for seed in options.seeds:
         dataset = [f"dataset.name={Path(options.dataset).absolute()}", "dataset.subset=wikitext-2-v1"]
-        preparation = prepare(load_config("small-fast", [*dataset, f"training.seed={seed}"]))
+        setup = set_up(load_config("small-fast", [*dataset, f"training.seed={seed}"]))
         for plan in options.batches:
-            steps, loss = trained(preparation, list(map(int, plan.split("-"))))
+            steps, loss = trained(setup, list(map(int, plan.split("-"))))
             print(f"{plan}, seed {seed}: {loss:.4f} after {steps:,} steps", file=sys.stderr)
             table.add_row(plan, str(seed), f"{steps:,}", f"{loss:.4f}")
     Console().print(table)

@@ -71,11 +71,10 @@ def run_bare(config_name: str, settings: list[str], steps: int, path: str) -> No
     sleep_while_waiting()
     import torch
 
-    from lumiere.components.device import resolve_precision
     from lumiere.config.loader import load_config
     from lumiere.data.batches import Batch
+    from lumiere.device import keep_freed_memory, resolve_precision
     from lumiere.training.loss import summed_loss
-    from lumiere.training.memory import keep_freed_memory
     from lumiere.training.state import TrainingState
     from lumiere.training.trainer import train_step
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from lumiere.distributed import num_cores
 from lumiere.persistence.runs import RunStore
-from lumiere.training.processes import num_cores
 
 
 class Way(NamedTuple):

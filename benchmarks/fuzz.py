@@ -235,11 +235,11 @@ def checkpoint_seeds() -> list[bytes]:
 @functools.cache
 def shards() -> dict[str, bytes]:
     """The files of a checkpoint that is a folder, its manifest among them."""
-    from lumiere.components.world import ALONE
+    from lumiere.distributed import SINGLE_PROCESS
     from lumiere.persistence.sharded import save_shards
 
     with tempfile.TemporaryDirectory() as name:
-        save_shards(Path(name) / "best", trained_state(), ALONE)
+        save_shards(Path(name) / "best", trained_state(), SINGLE_PROCESS)
         return {path.name: path.read_bytes() for path in (Path(name) / "best").iterdir()}
 
 

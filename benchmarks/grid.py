@@ -93,7 +93,7 @@ def peer_step(width: int, context: int, vocab: int, precision: str) -> Callable[
 
 def measure(cell: tuple[int, int, int, str], rounds: int, steps: int) -> tuple[list[float], list[float]]:
     """The seconds of a step in each round, ours and the peer's."""
-    from lumiere.training.memory import keep_freed_memory
+    from lumiere.device import keep_freed_memory
 
     keep_freed_memory()  # for both of them: they share the process
     contenders = [our_step(*cell), peer_step(*cell)]

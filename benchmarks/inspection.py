@@ -38,9 +38,9 @@ from typer.testing import CliRunner
 
 from lumiere.components.hooks import HookPoint, hook_points, run_with_cache
 from lumiere.config.loader import load_config
+from lumiere.device import keep_freed_memory
 from lumiere.export.exporting import export_model, find_target
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.training.memory import keep_freed_memory
 
 WINDOWS = (1, 32)
 WARM_UP_ROUNDS = 3

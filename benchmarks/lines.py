@@ -47,7 +47,7 @@ def main() -> None:
     for top in ("lumiere", "tests"):
         totals: dict[str, Counter[str]] = {}
         for path in sorted((ROOT / top).rglob("*")):
-            if path.suffix in {".py", ".js", ".css", ".html", ".j2"} and "fixtures" not in path.parts:
+            if path.suffix in {".py", ".js", ".css", ".html", ".j2", ".txt"} and "fixtures" not in path.parts:
                 folder = path.relative_to(ROOT / top).parts[0] if path.parent != ROOT / top else "."
                 totals.setdefault(folder, Counter()).update(count(path))
         totals["all"] = sum(totals.values(), Counter())

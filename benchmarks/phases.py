@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lumiere.interpret.phases import find_phase_change
-from lumiere.training.snapshots import is_snapshot
+from lumiere.interpret.dynamics import find_phase_change
+from lumiere.training.schedule import is_snapshot
 
 LAST_STEPS = (2048, 2560, 4096, 8192, 32768)
 NOTICEABLE = 0.1

@@ -174,8 +174,8 @@ def our_step(precision: str, dropout: float, is_compiled: bool) -> Step:
     import torch
 
     from lumiere.data.batches import Batch
+    from lumiere.device import keep_freed_memory
     from lumiere.training.loss import compiled, summed_loss
-    from lumiere.training.memory import keep_freed_memory
     from lumiere.training.trainer import train_step
 
     keep_freed_memory()
@@ -193,8 +193,8 @@ def print_to_stderr(message: str) -> None:
 
 def our_evaluation() -> Step:
     from lumiere.data.dataset import SplitFacts
-    from lumiere.evaluation import evaluate
-    from lumiere.training.memory import keep_freed_memory
+    from lumiere.device import keep_freed_memory
+    from lumiere.evaluation.loss import evaluate
 
     keep_freed_memory()
     config, state = our_state(0.0, "float32", False)
@@ -207,7 +207,7 @@ def random_windows(num_windows: int):
     """Full windows of random words, with the overlap of the card."""
     import numpy as np
 
-    from lumiere.data.windows import Windows
+    from lumiere.data.batches import Windows
 
     ids = np.random.default_rng(0).integers(3, VOCAB, num_windows * (CONTEXT - 7) + 8).astype(np.uint16)
     return Windows(ids, np.array([0, len(ids)]), CONTEXT, 8)

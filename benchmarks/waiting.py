@@ -23,11 +23,10 @@ def measure(seconds: float, forward: bool) -> float:
     """The median milliseconds of a step of 32 windows, or of its forward pass, in this process."""
     import torch
 
-    from lumiere.components.device import resolve_precision
     from lumiere.config.loader import load_config
     from lumiere.data.batches import Batch
+    from lumiere.device import keep_freed_memory, resolve_precision
     from lumiere.training.loss import summed_loss
-    from lumiere.training.memory import keep_freed_memory
     from lumiere.training.state import TrainingState
     from lumiere.training.trainer import train_step
 

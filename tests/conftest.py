@@ -13,8 +13,8 @@ from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus, tokenize_corpus
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training.launch import start
-from lumiere.training.preparation import prepare
+from lumiere.training.run import start
+from lumiere.training.setup import set_up
 
 # Slowness is the machine's, not the test's: a busy machine must not fail a law.
 settings.register_profile("lumiere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -110,7 +110,7 @@ def trained_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
         store = RunStore(tmp_path_factory.mktemp("trained") / "runs")
-        return start(prepare(tiny_config), store, command=["lumiere", "train"]).run
+        return start(set_up(tiny_config), store, command=["lumiere", "train"]).run
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +120,7 @@ def other_tokenizer_run(tmp_path_factory: pytest.TempPathFactory, corpus_cache: 
         patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
         store = RunStore(tmp_path_factory.mktemp("other_tokenizer") / "runs")
         config = validate({**TINY, "tokenizer": {"vocab_size": 290}})
-        return start(prepare(config), store, command=["lumiere", "train"]).run
+        return start(set_up(config), store, command=["lumiere", "train"]).run
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from lumiere import device as device_module
 from lumiere.cli import app
-from lumiere.components import device as device_module
 from lumiere.config.schema import RunConfig
 from lumiere.generation import text as text_module
 from lumiere.persistence.runs import Run, RunStore

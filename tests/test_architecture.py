@@ -15,10 +15,10 @@ PACKAGE = Path(__file__).parents[1] / "lumiere"
 # From the bottom up. A part may import parts of lower layers, and nothing else of Lumiere.
 LAYERS = [
     {"errors", "programs", "__init__"},
-    {"files"},
+    {"files", "device", "distributed"},
     {"config"},
     {"components"},
-    {"models", "data", "baselines"},
+    {"models", "data"},
     {"persistence"},
     {"evaluation", "generation"},
     {"training", "interpret"},

@@ -9,8 +9,8 @@ import torch
 from lumiere.config.loader import load_config
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore
-from lumiere.training.launch import start
-from lumiere.training.preparation import prepare
+from lumiere.training.run import start
+from lumiere.training.setup import set_up
 
 RUN = "run_hiq6ihsb_20250819_001808"
 
@@ -28,7 +28,7 @@ model.load_state_dict(checkpoint["model_state_dict"])
 def card_run() -> None:
     """A run of the card's model under the card's name, on few stories and for two steps."""
     config = load_config("small", ["dataset={name: stories, num_documents: 5}"], {"training.max_steps": 2})
-    result = start(prepare(config), RunStore())
+    result = start(set_up(config), RunStore())
     result.run.path.rename(Path("runs") / RUN)
 
 

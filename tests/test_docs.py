@@ -15,8 +15,8 @@ from lumiere import __version__
 from lumiere.cli import app
 from lumiere.config.loader import load_config
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training.launch import start
-from lumiere.training.preparation import prepare
+from lumiere.training.run import start
+from lumiere.training.setup import set_up
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,7 +100,7 @@ def test_the_changelog_has_this_version() -> None:
 def run_of_the_card() -> None:
     """A run of the card's model under the card's name, before its first step."""
     config = load_config("small", ["dataset={name: stories, num_documents: 5}"], {"training.max_steps": 1})
-    run = start(prepare(config), RunStore()).run
+    run = start(set_up(config), RunStore()).run
     run.update(created_at="2025-08-19T00:18:08.000+00:00")
     run.path.rename(run.path.with_name("run_hiq6ihsb_20250819_001808"))
 

@@ -18,7 +18,8 @@ from lumiere.cli import app
 from lumiere.config.loader import UniqueKeyLoader, dump_config, load_config_file
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import hub
-from lumiere.data.rows import find_source, load_rows
+from lumiere.data.corpus import load_rows
+from lumiere.data.sources import find_source
 from lumiere.errors import CheckpointError, ConfigError, DataError
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
 from lumiere.persistence.runs import Run, RunStore

@@ -90,9 +90,9 @@ def main() -> None:
     move_caches()
     open_streams()
     code = run_app()
-    from lumiere.components.world import World
+    from lumiere.distributed import ProcessGroup
 
-    if World.of_environment().size > 1:
+    if ProcessGroup.from_environment().size > 1:
         leave_at_once(code)
     sys.exit(code)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, out, print_error, print_json, show_note
+from lumiere.cli.console import escape, print_error, print_json, show_note, stdout
 from lumiere.cli.inspect.analysis import CHECK_FAILED, show_receipts
 from lumiere.cli.loading import open_model
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
@@ -31,8 +31,7 @@ def export(
     Example: [bold]lumiere export latest --to transformer-lens my-model[/]
     """
     from lumiere.data.tokenizer import SPECIAL_TOKENS
-    from lumiere.export.exporting import export_model, find_target
-    from lumiere.export.folder import check_folder
+    from lumiere.export.exporting import check_folder, export_model, find_target
 
     target = find_target(to)
     check_folder(folder)
@@ -81,5 +80,5 @@ def payload(to: str, folder: Path, origin: dict[str, str | int], exported: "Expo
 
 def show(folder: Path, exported: "Exported") -> None:
     for name in exported.files:
-        out().print(escape(str(folder / name)))
+        stdout().print(escape(str(folder / name)))
     show_receipts(exported.receipts)

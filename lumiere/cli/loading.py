@@ -56,7 +56,7 @@ def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | Non
             tokenizer is not the one that it was trained with.
     """
     run = RunStore(runs_dir).open(reference)
-    from lumiere.components.device import resolve_device
+    from lumiere.device import resolve_device
     from lumiere.persistence.checkpoint_manager import CheckpointManager
     from lumiere.persistence.fitting import check_tokenizer, load_weights
 

@@ -1,10 +1,76 @@
-"""Options that mean the same in every command."""
+"""What a shell offers after TAB: runs, checkpoints and configs.
 
+A shell calls these in a process of its own at each TAB, so they load neither torch nor pydantic, and print nothing.
+Names of files are offered only if they are harmless: Typer's script for zsh hands them to `eval`, the one for bash
+splits and expands them.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable
 from typing import Annotated, Optional
 
 import typer
 
-from lumiere.cli.completion import complete_checkpoint, complete_config, complete_run
+from lumiere.config.presets import SUFFIXES, shipped_configs
+from lumiere.persistence.checkpoint_names import checkpoint_names
+from lumiere.persistence.runs import RunStore
+
+HARMLESS = re.compile(r"[\w./%+,-]+")
+
+Complete = Callable[[typer.Context, str], list[str]]
+
+
+def quietly(complete: Complete) -> Complete:
+    """`complete` without a word where it fails, and with only those names that begin with what is typed."""
+
+    @functools.wraps(complete)
+    def names(ctx: typer.Context, incomplete: str) -> list[str]:
+        try:
+            found = complete(ctx, incomplete)
+        except Exception:
+            return []
+        return [name for name in found if name.startswith(incomplete) and HARMLESS.fullmatch(name)]
+
+    return names
+
+
+@quietly
+def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The ids of the runs, newest first; their full names once `run_` is typed."""
+    runs = RunStore(ctx.params.get("runs_dir")).all()
+    if incomplete.startswith("run_"):
+        return [run.name for run in runs]
+    return [*(run.id for run in runs), "latest"] if runs else []
+
+
+@quietly
+def complete_checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The checkpoints of the run that stands on the line, or of the newest."""
+    # Parsing stops at the option that has no value yet, before arguments are given their names.
+    reference = ctx.params.get("run") or next(iter(ctx.args), "latest")
+    return checkpoint_names(RunStore(ctx.params.get("runs_dir")).open(reference))
+
+
+@quietly
+def complete_config(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The shipped configs by name, and the config files in the folder that is typed and in those one below it."""
+    return [*shipped_configs(), *config_files(os.path.dirname(incomplete), depth=2)]
+
+
+def config_files(folder: str, depth: int) -> list[str]:
+    """Config files in `folder`, as they would be typed, and `depth - 1` levels below it; nothing that is hidden."""
+    try:
+        entries = sorted((e for e in os.scandir(folder or ".") if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError:
+        return []
+    files = [os.path.join(folder, e.name) for e in entries if e.name.endswith(SUFFIXES) and e.is_file()]
+    if depth > 1:
+        for entry in entries:
+            files += config_files(os.path.join(folder, entry.name), depth - 1) if entry.is_dir() else []
+    return files
+
 
 CONFIG_HELP = "A YAML or TOML file, or a shipped config's name: tiny, induction, small, small-fast."
 RUN_HELP = "A run's name, its id or the start of it, or latest."

@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lumiere.cli.console import duration, escape, show_note, talk
+from lumiere.cli.console import duration, escape, show_note, stderr
 from lumiere.data.dataset import Progress as DataProgress
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 
@@ -28,9 +28,9 @@ class Display:
     def __init__(self, *columns: ProgressColumn) -> None:
         self._bar = Progress(
             *columns,
-            console=talk(),
+            console=stderr(),
             transient=True,
-            disable=not talk().is_terminal,
+            disable=not stderr().is_terminal,
             refresh_per_second=REFRESHES_PER_SECOND,
         )
 
@@ -74,30 +74,30 @@ class TrainingProgress(Display):
     def _start(self, event: StartEvent) -> None:
         self._total_steps = event.total_steps
         self._bar.update(self._task, total=event.total_steps, completed=event.step)
-        talk().print(f"[bold]{event.run_name}[/]")
+        stderr().print(f"[bold]{event.run_name}[/]")
         epochs = event.total_steps / event.steps_per_epoch
-        talk().print(
+        stderr().print(
             f"{event.num_parameters:,} parameters, {event.num_windows:,} training windows, "
             f"{event.total_steps:,} steps ({epochs:,.1f} epochs), {event.precision} on {event.device} "
             f"(peak {event.peak_flops / 1e9:,.0f} GFLOP/s)"
         )
         if event.step:
-            talk().print(f"going on from step {event.step:,}")
+            stderr().print(f"going on from step {event.step:,}")
 
     def _step(self, event: StepEvent) -> None:
         speed = f"{event.tokens_per_second:,.0f} tok/s  {event.mfu:.0%} mfu"
         figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {speed}"
         self._bar.update(self._task, completed=event.step, figures=figures)
         now = time.monotonic()
-        if not talk().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
+        if not stderr().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
             steps_left = self._total_steps - event.step
             seconds_left = event.seconds / event.step * steps_left
-            talk().print(f"step {event.step:,}/{self._total_steps:,}  {figures}  {duration(seconds_left)} left")
+            stderr().print(f"step {event.step:,}/{self._total_steps:,}  {figures}  {duration(seconds_left)} left")
 
     def _evaluation(self, event: EvaluationEvent) -> None:
         best = "  [green]best[/]" if event.is_best else ""
-        talk().print(
+        stderr().print(
             f"step {event.step:>7,}  epoch {event.epoch:6.2f}  validation loss {event.evaluation.loss:.4f}  "
             f"perplexity {event.evaluation.perplexity:,.2f}  {duration(event.seconds)}{best}"
         )
@@ -124,9 +124,9 @@ class CorpusProgress(Display):
         documents = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""
         figures = documents or (f"{progress.num_bytes / 1e6:,.0f} MB" if progress.num_bytes else "")
         now = time.monotonic()
-        if not talk().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
+        if not stderr().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
-            talk().print(f"{progress.stage}  {figures}")
+            stderr().print(f"{progress.stage}  {figures}")
         task = self._tasks[progress.stage]
         self._bar.update(task, completed=progress.done, total=progress.total, figures=figures)  # pyright: ignore
 
@@ -144,4 +144,4 @@ class SnapshotProgress(Display):
 
 def show_warning(message: str) -> None:
     """A line of talk about something that did not go as asked."""
-    talk().print(f"[bold yellow]warning:[/] {escape(message)}")
+    stderr().print(f"[bold yellow]warning:[/] {escape(message)}")

@@ -5,11 +5,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from lumiere.cli.console import escape, out
-from lumiere.cli.runs.cells import table
-from lumiere.evaluation.bootstrap import CONFIDENCE, NUM_RESAMPLES, PairedDifference, paired_difference
-from lumiere.evaluation.clusters import FEW_DOCUMENTS
+from lumiere.cli.console import escape, stdout, table
 from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
+from lumiere.evaluation.scoring import CONFIDENCE, FEW_DOCUMENTS, NUM_RESAMPLES, PairedDifference, paired_difference
 from lumiere.persistence.runs import Run
 
 SHOWN_POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -88,10 +86,10 @@ def show(evaluated: list[Evaluated]) -> None:
 
 def show_one(one: Evaluated) -> None:
     found, about, evaluation = one.found, one.about, one.found.evaluation
-    out().print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
+    stdout().print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
     show_corpus(about)
     if found.normalized_share:
-        out().print(f"normalization changes {share(found.normalized_share)} of its bytes; per byte means: after it")
+        stdout().print(f"normalization changes {share(found.normalized_share)} of its bytes; per byte means: after it")
     show_windows(about)
     rows = [
         ("loss", "loss", ".4f", "nats a token"),
@@ -112,7 +110,7 @@ def show_one(one: Evaluated) -> None:
         print_row("mean batch perplexity", perplexity, "", "the card's perplexity (85.01)")
     if found.standard_errors is not None:
         num_documents = found.totals.num_documents
-        out().print(
+        stdout().print(
             f"[dim]±: standard error, {found.num_resamples:,} bootstrap resamples of the documents"
             f"{'' if num_documents >= FEW_DOCUMENTS else f'; few documents: {num_documents}'}[/]"
         )
@@ -120,7 +118,7 @@ def show_one(one: Evaluated) -> None:
     show_groups("by tokens before it in the window", sampled_positions(found.by_position))
     if found.by_frequency is not None:
         show_groups("by the token's count in training", found.by_frequency)
-    out().print(
+    stdout().print(
         f"\n{evaluation.num_tokens:,} tokens in {evaluation.num_windows:,} windows, "
         f"{evaluation.num_batches:,} batches of {evaluation.batch_size}, {evaluation.seconds:.1f} s"
     )
@@ -128,7 +126,9 @@ def show_one(one: Evaluated) -> None:
 
 def show_corpus(about: dict[str, Any]) -> None:
     documents = f"{about['documents']:,} document{'s' * (about['documents'] != 1)}"
-    out().print(f"{escape(about['corpus'])} ({about['corpus_sha256'][:8]}): {documents}, {about['num_bytes']:,} bytes")
+    stdout().print(
+        f"{escape(about['corpus'])} ({about['corpus_sha256'][:8]}): {documents}, {about['num_bytes']:,} bytes"
+    )
 
 
 def share(value: float) -> str:
@@ -148,15 +148,17 @@ def heading(about: dict[str, Any], with_windows: bool) -> str:
 def show_windows(about: dict[str, Any]) -> None:
     size, stride = about["context_size"], about["stride"]
     if about["protocol"] == "windows":
-        out().print(f"windows of {size} tokens that overlap by {about['sliding_window_size']}, as in training")
-        out().print(f"{about['tokens_scored']}; --stride N scores each once\n")
+        stdout().print(f"windows of {size} tokens that overlap by {about['sliding_window_size']}, as in training")
+        stdout().print(f"{about['tokens_scored']}; --stride N scores each once\n")
     else:
-        out().print(f"strided: windows of {size} tokens, each {stride} after the one before")
-        out().print(f"{about['tokens_scored']}, with {size + 1 - stride} tokens before it or more, where there are\n")
+        stdout().print(f"strided: windows of {size} tokens, each {stride} after the one before")
+        stdout().print(
+            f"{about['tokens_scored']}, with {size + 1 - stride} tokens before it or more, where there are\n"
+        )
 
 
 def print_row(name: str, value: str, error: str, meaning: str) -> None:
-    out().print(f"[bold]{name:21}[/]  {value:>10} {error:9}  [dim]{meaning}[/]")
+    stdout().print(f"[bold]{name:21}[/]  {value:>10} {error:9}  [dim]{meaning}[/]")
 
 
 def show_baselines(one: Evaluated) -> None:
@@ -197,7 +199,7 @@ def show_several(evaluated: list[Evaluated]) -> None:
     if all(windowing(one) == windowing(first) for one in others):
         show_windows(first.about)
     else:
-        out().print("the windows differ, so the losses are over other contexts\n")
+        stdout().print("the windows differ, so the losses are over other contexts\n")
     names = ["", *(one.run.id for one in evaluated)]
     rows = [names, ["checkpoint", *(f"{one.about['checkpoint']} ({one.about['step']:,})" for one in evaluated)]]
     rows.append(["windows", *(f"{one.about['context_size']}, {one.about['stride']} apart" for one in evaluated)])
@@ -227,7 +229,7 @@ def show_several(evaluated: list[Evaluated]) -> None:
     for one in others:
         show_differences(first, one)
     if first.found.totals.num_documents > 1:
-        out().print(f"[dim]interval: {CONFIDENCE:.0%}, {interval_method(first.found.totals.num_documents)}[/]")
+        stdout().print(f"[dim]interval: {CONFIDENCE:.0%}, {interval_method(first.found.totals.num_documents)}[/]")
     if any(one.tokenizer != first.tokenizer for one in others):
         sys.stdout.write("\nthe tokenizers differ, so only bits per byte and word perplexity compare\n")
 

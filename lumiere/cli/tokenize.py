@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from lumiere.cli.console import escape, out, print_json, show_note
+from lumiere.cli.console import escape, print_json, show_note, stdout
 from lumiere.cli.options import Config, Json, Overrides
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def show_text(text: str, tokenizer: "Tokenizer", as_json: bool) -> None:
         return
     # Two colours in turn, so that borders show; without colours the bars do.
     pieces = [f"[{TOKEN_STYLES[i % 2]}]{escape(label)}[/]" for i, label in enumerate(labels)]
-    out().print("|".join(pieces))
-    out().print(" ".join(map(str, ids)))
+    stdout().print("|".join(pieces))
+    stdout().print(" ".join(map(str, ids)))
     show_note(f"{len(ids)} tokens, {len(text.encode()) / max(len(ids), 1):.2f} bytes a token")
 
 
@@ -89,15 +89,15 @@ def summary(corpus: "TokenizedCorpus", config: "RunConfig") -> dict[str, Any]:
 def show_summary(corpus: "TokenizedCorpus", config: "RunConfig") -> None:
     facts = summary(corpus, config)
     title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
-    out().print(f"[bold]{escape(title)}[/]")
-    out().print(
+    stdout().print(f"[bold]{escape(title)}[/]")
+    stdout().print(
         f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes a token':>13}  {'windows':>9}  {'padding':>7}"
     )
     for name, split in facts["splits"].items():
-        out().print(
+        stdout().print(
             f"{name:11}  {split['documents']:>9,}  {split['tokens']:>12,}  "
             f"{split['bytes_per_token']:>13.2f}  {split['windows']:>9,}  {split['padding_share']:>7.1%}"
         )
     used, rows = facts["num_tokens_used"], facts["vocab_size"]
-    out().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))
-    out().print(f"fingerprint  {facts['fingerprint'][:16]}" + (" (from the cache)" if corpus.from_cache else ""))
+    stdout().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))
+    stdout().print(f"fingerprint  {facts['fingerprint'][:16]}" + (" (from the cache)" if corpus.from_cache else ""))

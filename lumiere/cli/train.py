@@ -2,21 +2,35 @@
 
 import signal
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.completion import complete_run
-from lumiere.cli.console import INTERRUPTED, as_typed, escape, out, print_json, show_note, talk
-from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir
+from lumiere.cli.console import (
+    INTERRUPTED,
+    as_typed,
+    escape,
+    print_json,
+    scaled,
+    short_time,
+    show_note,
+    size,
+    stderr,
+    stdout,
+)
+from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir, complete_run
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
 
 if TYPE_CHECKING:
-    from lumiere.components.world import World
     from lumiere.config.schema import RunConfig
+    from lumiere.distributed import ProcessGroup
     from lumiere.persistence.runs import Run, RunStore
+    from lumiere.training.estimate import Plan
     from lumiere.training.trainer import TrainingResult
+
 
 TERMINATED = 143
 SAMPLE_TOKENS = 160
@@ -61,13 +75,12 @@ def train(
 
     Examples: [bold]lumiere train tiny[/], [bold]lumiere train configs/small.yaml --set model.num_layers=6[/]
     """
-    from lumiere.components.world import World
+    from lumiere.distributed import ProcessGroup
 
-    if World.of_environment().rank:
+    if ProcessGroup.from_environment().rank:
         if not (plan or print_config):
             follow_first()
         return
-    from lumiere.cli.plan import check_plan_is_alone, print_plan
     from lumiere.config.loader import dump_config, load_config
     from lumiere.persistence.runs import RunStore
 
@@ -81,12 +94,12 @@ def train(
                 "a resumed run keeps its own config", f"give no other one: lumiere train --resume {resume}"
             )
         given = [f"{path}={value}" for path, value in flags.items() if value is not None]
-        from lumiere.training.processes import joined
-        from lumiere.training.restarts import restarted_run
+        from lumiere.distributed import joined
+        from lumiere.training.run import restarted_run
 
         changes = [*(overrides or ()), *given]
-        with joined(f"{resume} {changes}") as world:
-            result = resume_training(restarted_run(store, world) or store.open(resume), changes, as_json, world)
+        with joined(f"{resume} {changes}") as processes:
+            result = resume_training(restarted_run(store, processes) or store.open(resume), changes, as_json, processes)
         if result:
             finish(result, as_json)
         return
@@ -100,62 +113,64 @@ def train(
         print_plan(resolved, store.runs_dir, as_json)
         return
 
-    from lumiere.training.processes import joined
-    from lumiere.training.restarts import restarted_run
+    from lumiere.distributed import joined
+    from lumiere.training.run import restarted_run
 
-    with joined(dump_config(resolved)) as world:
-        if run := restarted_run(store, world):
-            result = resume_training(run, [], as_json, world)
+    with joined(dump_config(resolved)) as processes:
+        if run := restarted_run(store, processes):
+            result = resume_training(run, [], as_json, processes)
         else:
-            result = start_training(resolved, store, world)
+            result = start_training(resolved, store, processes)
     if result:
         finish(result, as_json)
 
 
-def start_training(config: "RunConfig", store: "RunStore", world: "World") -> "TrainingResult":
+def start_training(config: "RunConfig", store: "RunStore", processes: "ProcessGroup") -> "TrainingResult":
     """Make a run and train it."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.preparation import prepare
+    from lumiere.training.setup import set_up
 
     with CorpusProgress() as corpus_progress:
-        preparation = prepare(config, corpus_progress)
-    from lumiere.training.launch import start
+        setup = set_up(config, corpus_progress)
+    from lumiere.training.run import start
 
     with TrainingProgress() as progress:
-        return start(preparation, store, command=["lumiere", *sys.argv[1:]], listeners=[progress], world=world)
+        return start(setup, store, command=["lumiere", *sys.argv[1:]], callbacks=[progress], processes=processes)
 
 
-def resume_training(run: "Run", overrides: list[str], as_json: bool, world: "World") -> "TrainingResult | None":
+def resume_training(
+    run: "Run", overrides: list[str], as_json: bool, processes: "ProcessGroup"
+) -> "TrainingResult | None":
     """Go on with `run`, or say that it is over and return None."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.launch import resume, stop_reason
-    from lumiere.training.preparation import changed_settings, prepare_resume
+    from lumiere.training.run import resume, stop_reason
+    from lumiere.training.setup import changed_settings, set_up_resume
     from lumiere.training.sharing import dismiss
 
     reason = stop_reason(run)
     # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
     if reason is not None and not overrides and run.status == "finished":
-        dismiss(world)
+        dismiss(processes)
         show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
         if as_json:
             print_json({"run": run.name} | run.record)
         return None
     with CorpusProgress() as corpus_progress:
-        preparation = prepare_resume(run, corpus_progress, overrides)
-    for change in changed_settings(run, preparation.config):
+        setup = set_up_resume(run, corpus_progress, overrides)
+    for change in changed_settings(run, setup.config):
         show_note(f"not as it was trained so far: {change}")
     with TrainingProgress() as progress:
-        return resume(preparation, run, listeners=[progress], world=world)
+        return resume(setup, run, callbacks=[progress], processes=processes)
 
 
 def follow_first() -> None:
     """Train what the process of rank 0 hands out, which does all the talking."""
-    from lumiere.training.processes import JoinedWorld, joined
+    from lumiere.distributed import TorchrunGroup, joined
 
-    with joined() as world:
+    with joined() as processes:
         from lumiere.training.sharing import follow
 
-        result = follow(world) if isinstance(world, JoinedWorld) else None
+        result = follow(processes) if isinstance(processes, TorchrunGroup) else None
     if result is not None and result.signal_number is not None:
         raise typer.Exit(exit_code(result.signal_number))
 
@@ -165,20 +180,20 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
     run, state = result.run, result.state
     if result.signal_number is not None:
         command = escape(as_typed(run.command("train", "--resume", run.id)))
-        talk().print(f"interrupted at step {state.step:,} and saved; go on with {command}")
+        stderr().print(f"interrupted at step {state.step:,} and saved; go on with {command}")
         raise typer.Exit(exit_code(result.signal_number))
     if as_json:
         print_json({"run": run.name} | run.record)
         return
-    out().print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
+    stdout().print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
     if state.best_loss is not None:
-        out().print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
+        stdout().print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
     speed = state.tokens / state.seconds if state.seconds else 0.0
-    out().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
+    stdout().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
     print_sample(run)
-    out().print("\nTry next:")
+    stdout().print("\nTry next:")
     for command in next_commands(run):
-        out().print(f"  {escape(as_typed(command))}", style="bold")
+        stdout().print(f"  {escape(as_typed(command))}", style="bold")
 
 
 def next_commands(run: "Run") -> list[str]:
@@ -210,8 +225,8 @@ def print_sample(run: "Run") -> None:
         sampling=Sampling(temperature=SAMPLE_TEMPERATURE),
         seed=0,
     )
-    out().print("\nIt writes:\n")
-    out().print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
+    stdout().print("\nIt writes:\n")
+    stdout().print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
 
 
 def explain(reason: str) -> str:
@@ -221,3 +236,105 @@ def explain(reason: str) -> str:
         "max_epochs": "all epochs are done",
         "patience": "the validation loss no longer improves",
     }.get(reason, "its record says so")
+
+
+def check_plan_is_alone(resume: str | None, print_config: bool) -> None:
+    """Refuse what does not go with `--plan`.
+
+    Raises:
+        LumiereError: if there is a run to resume, or the config is to be printed.
+    """
+    if resume is not None:
+        raise LumiereError(
+            "--plan is about a training that has not begun, --resume about one that has",
+            f"lumiere runs show {resume} shows the config that the run would go on with",
+        )
+    if print_config:
+        raise LumiereError("--plan and --print-config both answer instead of training", "give one of them at a time")
+
+
+def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
+    """Measure and print what a training of `config` takes; nothing is made in `runs_dir`."""
+    from lumiere.cli.progress import CorpusProgress, show_warning
+    from lumiere.distributed import ProcessGroup, share_cores
+    from lumiere.training.setup import set_up
+
+    processes = ProcessGroup.from_environment()
+    if processes.size > 1:
+        share_cores(processes)
+    with CorpusProgress() as progress:
+        setup = set_up(config, progress)
+    from lumiere.training.estimate import MEASURED_SECONDS, make_plan
+    from lumiere.training.run import free_room
+
+    show_note(f"measuring for {MEASURED_SECONDS:.0f} seconds, nothing is written")
+    plan = make_plan(setup, show_warning, processes)
+    _, free = free_room(runs_dir)
+    if as_json:
+        totals = {"num_parameters": plan.parameters.total, "disk_bytes": plan.disk.total, "disk_free_bytes": free}
+        print_json(asdict(plan) | totals | {"total_seconds": plan.total_seconds})
+    else:
+        show_plan(config, plan, free)
+
+
+def show_plan(config: "RunConfig", plan: "Plan", free: int) -> None:
+    """Each figure, and what it means or where it comes from."""
+    from lumiere.cli.progress import duration
+    from lumiere.training.costs import NUM_CHECKPOINTS
+
+    settings, parameters, memory, disk = config.training, plan.parameters, plan.memory, plan.disk
+    held = memory.weights + memory.gradients + memory.optimizer + memory.activations
+    evaluating = plan.num_evaluations * plan.seconds_per_evaluation
+
+    row("parameters", f"{parameters.total:,}")
+    row("  token embedding", f"{parameters.token_embedding:,}", "also the output head")
+    row("  positions", f"{parameters.positions:,}", config.model.positions)
+    row("  attention", f"{parameters.attention:,}")
+    row("  feed-forward", f"{parameters.feedforward:,}")
+    row("  norms", f"{parameters.norms:,}")
+    row("FLOPs a token", f"{scaled(plan.flops_per_token)}FLOP", "matrix products, forward and backward")
+
+    if plan.num_processes > 1:
+        weights = "its share of the" if settings.parallel == "fsdp" else "all"
+        each = f"each has {plan.windows_per_process} of a step's {settings.batch_size} windows, and {weights} weights"
+        row("processes", f"{plan.num_processes}", each)
+    row("memory", size(held), "and what single operations need for a moment")
+    row("  weights", size(memory.weights))
+    row("  gradients", size(memory.gradients))
+    row("  optimizer", size(memory.optimizer), settings.optimizer)
+    row("  activations", size(memory.activations), "kept for the backward pass, measured")
+    if memory.peak is not None:
+        on_gpu = plan.device.startswith("cuda")
+        row("  peak", size(memory.peak), "all tensors, measured" if on_gpu else "this whole process, torch included")
+
+    row("disk", size(disk.total), f"at most; {size(free)} are free")
+    row("  checkpoints", f"{NUM_CHECKPOINTS} x {size(disk.checkpoint)}", "best, latest, previous, one being written")
+    row("  snapshots", f"{disk.num_snapshots} x {size(disk.snapshot)}", "the weights of some steps")
+
+    row("speed", f"{plan.tokens_per_second:,.0f} tok/s", f"{plan.mfu:.0%} mfu: of the peak below")
+    if plan.num_processes > 1:
+        row("  of all", "", "as one does its share alone; the exchange of gradients left out")
+    row("  a step", short_time(plan.seconds_per_step), f"median of {plan.measured_steps:,}")
+    row("  peak", f"{scaled(plan.peak_flops)}FLOP/s", f"{plan.precision} on {plan.device}, measured")
+
+    row("  padding", f"{plan.padding_share:.1%}", "of all positions: computed, but not scored")
+
+    row("steps", f"{plan.total_steps:,}", f"{plan.total_steps / plan.epoch_steps:,.1f} epochs of {plan.epoch_steps:,}")
+    if plan.warmup_steps:
+        row(
+            "  warm-up",
+            f"{plan.warmup_steps:,}",
+            "longer than training" if plan.warmup_steps > plan.total_steps else "",
+        )
+    if plan.earliest_stop is not None:
+        row("  at least", f"{plan.earliest_stop:,}", f"where patience ({settings.patience}) ends it early")
+    row("time", duration(plan.total_seconds), "of all steps; saving left out")
+    row("  starting", short_time(plan.startup_seconds), "by which the first steps were slower")
+    row("  steps", duration(plan.total_steps * plan.seconds_per_step))
+    row("  evaluations", duration(evaluating), f"{plan.num_evaluations:,} x {short_time(plan.seconds_per_evaluation)}")
+
+
+def row(figure: str, value: str, meaning: str = "") -> None:
+    """One line; what is indented is a part of what stands above."""
+    style = "not bold" if figure.startswith(" ") else "bold"
+    stdout().print(f"[{style}]{figure:17}[/]  {value:>15}" + (f"  [dim]{meaning}[/]" if meaning else ""))

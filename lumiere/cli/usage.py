@@ -135,8 +135,7 @@ def option_hint(ctx: typer.Context, name: str) -> str:
 
 def setting(name: str) -> str | None:
     """The dotted path of the setting that is called `name` here or in another trainer."""
-    from lumiere.config.problems import setting_paths
-    from lumiere.config.synonyms import SYNONYMS
+    from lumiere.config.messages import SYNONYMS, setting_paths
 
     if name in SYNONYMS:
         return SYNONYMS[name][1]

@@ -19,7 +19,7 @@ from torch import Tensor, library
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lumiere.components.device import prefers_hand_written
+from lumiere.device import prefers_hand_written
 
 EPSILON = 1e-6
 

@@ -147,16 +147,21 @@ class LayerCache(NamedTuple):
     """(B, H, C, K)."""
     values: Tensor
     """(B, H, C, V)."""
-    index: tuple[Tensor, slice, Tensor]
-    """Where the keys of this pass are written: rows (B, 1), all heads, positions (B, T)."""
+    positions: tuple[Tensor, slice, Tensor] | None
+    """Where this pass writes: rows (B, 1), all heads, positions (B, T). None: from position 0, with nothing before."""
     num_keys: int
     """Columns to attend to, S."""
 
     def append(self, k_BTHK: Tensor, v_BTHV: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values; return those of all S positions, (B, S, H, K) and (B, S, H, V), as views."""
-        self.keys[self.index] = k_BTHK
-        self.values[self.index] = v_BTHV
-        return tuple(x[:, :, : self.num_keys].transpose(1, 2) for x in (self.keys, self.values))  # pyright: ignore[reportReturnType]
+        """Store keys and values; return those of all S positions, (B, S, H, K) and (B, S, H, V)."""
+        keys, values = self.keys[:, :, : self.num_keys], self.values[:, :, : self.num_keys]
+        if self.positions is None:
+            keys.copy_(k_BTHK.transpose(1, 2))
+            values.copy_(v_BTHV.transpose(1, 2))
+            return k_BTHK, v_BTHV
+        self.keys[self.positions] = k_BTHK
+        self.values[self.positions] = v_BTHV
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 @dataclass
@@ -179,9 +184,10 @@ class KVCache:
 
     def layers(self, positions_BT: Tensor) -> list[LayerCache]:
         """Return the part of each layer, for a pass over `positions_BT`."""
-        rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device).unsqueeze(1)
-        index = (rows_B1, slice(None), positions_BT)
-        return [LayerCache(k, v, index, self.num_keys) for k, v in zip(self.keys, self.values, strict=True)]
+        where = None
+        if positions_BT.shape[1] < self.num_keys:
+            where = (torch.arange(len(positions_BT), device=positions_BT.device)[:, None], slice(None), positions_BT)
+        return [LayerCache(k, v, where, self.num_keys) for k, v in zip(self.keys, self.values, strict=True)]
 
 
 @dataclass

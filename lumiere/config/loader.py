@@ -1,4 +1,4 @@
-"""From a YAML or TOML file and `--set` overrides to a `RunConfig`, and back to YAML."""
+"""Load a `RunConfig` from a YAML or TOML file with `--set` overrides, and write it back as YAML."""
 
 import os
 import re
@@ -10,14 +10,15 @@ import tomli
 import yaml
 from pydantic import ValidationError
 from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
-from lumiere.config.problems import config_error, quoted
+from lumiere.config.messages import config_error, quoted
+from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.config.schema import RunConfig
-from lumiere.config.shipped import SUFFIXES, shipped_configs
 from lumiere.errors import ConfigError, nearest, shortened
 from lumiere.files import read_file
 
-MAX_BYTES = 200_000  # PyYAML takes seconds for them
+MAX_BYTES = 200_000  # PyYAML takes seconds for this much
 NULL = re.compile("null|Null|NULL|~")
 NULL_TAG = "tag:yaml.org,2002:null"
 
@@ -25,20 +26,18 @@ NULL_TAG = "tag:yaml.org,2002:null"
 def load_config(
     reference: str | Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """The resolved config: defaults < file < `overrides` from left to right < `flags`.
+    """Load a config: defaults < file < `overrides` from left to right < `flags`.
 
     Args:
-        reference: a path, or the bare name of a config that comes with Lumiere, such as `small`.
-        overrides: `section.key=value` texts, as `--set` takes them.
-        flags: values by dotted path; None means that the flag was not given.
+        reference: A path, or the bare name of a shipped config such as `small`.
+        overrides: `section.key=value` texts, as in `--set`.
+        flags: Values by dotted path; None means that the flag was not given.
 
     Raises:
-        ConfigError: for whatever is wrong, naming the dotted path and the nearest valid key.
+        ConfigError: Names the dotted path and the nearest valid key.
     """
-    path = find_config(reference)
-    values = read_config(path)
-    for override in overrides:
-        key, value = parse_override(override)
+    values = read_config(find_config(reference))
+    for key, value in map(parse_override, overrides):
         assign(values, key, value)
     for key, value in (flags or {}).items():
         if value is not None:
@@ -47,26 +46,26 @@ def load_config(
 
 
 def load_config_file(path: Path) -> RunConfig:
-    """The config in the file at `path`, as a run keeps it."""
+    """Load the config that a run keeps at `path`."""
     return validate(read_config(path))
 
 
 def dump_config(config: RunConfig, *, allow_unicode: bool = True) -> str:
-    """The complete config as YAML; `validate(yaml.safe_load(dump_config(c))) == c`."""
+    """Return the complete config as YAML; `validate(yaml.safe_load(dump_config(c))) == c`."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=allow_unicode)
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted path."""
+    """Return all settings by dotted path."""
     sections = config.model_dump()
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
-    """A `RunConfig` from nested mappings.
+    """Return a `RunConfig` from nested mappings.
 
     Raises:
-        ConfigError: naming the first problem, and the paths of the others.
+        ConfigError: Names the first problem, and the paths of the others.
     """
     try:
         return RunConfig.model_validate(values)
@@ -75,9 +74,9 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
 
 
 def find_config(reference: str | Path) -> Path:
-    """The file that `reference`, a path or a shipped config's bare name, stands for."""
+    """Return the path of a config, given as a path or as the bare name of a shipped config."""
     path, shipped = Path(reference), shipped_configs()
-    # By `os`, which says no where a method of `Path` raises: for a name that is too long, a folder without access.
+    # `os` returns False where methods of `Path` raise: names that are too long, folders without access.
     if os.path.isfile(path):
         return path
     if str(reference) in shipped:
@@ -85,17 +84,14 @@ def find_config(reference: str | Path) -> Path:
     if os.path.isdir(path):
         raise ConfigError(f"{quoted(path)} is a folder, not a config", "give a .yaml or .toml file inside it")
     guess = nearest(path.stem, shipped)
-    names = ", ".join(shipped)
-    raise ConfigError(
-        f"no config {quoted(path)}",
-        f"did you mean '{guess}'?" if guess else f"give a path, or one of these names: {names}",
-    )
+    hint = f"did you mean '{guess}'?" if guess else f"give a path, or one of these names: {', '.join(shipped)}"
+    raise ConfigError(f"no config {quoted(path)}", hint)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The nested mappings in a YAML or TOML file, not yet validated."""
+    """Read the nested mappings of a YAML or TOML file, without validating them."""
     if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{quoted(path)} is not a config", f"a config's name ends in {', '.join(SUFFIXES)}")
+        raise ConfigError(f"{quoted(path)} is not a config", f"use a file name that ends in {', '.join(SUFFIXES)}")
     try:
         text = read_file(path, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,9 +100,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{quoted(path)} cannot be read: {error.strerror}", "check the path") from None
     try:
         values = tomli.loads(text) if path.suffix == ".toml" else yaml.load(text, UniqueKeyLoader)
-    except Exception as error:  # PyYAML raises whatever its readers of single values run into, such as KeyError
+    except Exception as error:  # PyYAML also lets errors of its scalar readers through, such as KeyError
         reason = shortened(" ".join(str(error).split()) or type(error).__name__)
-        raise ConfigError(f"{quoted(path)} cannot be read: {reason}", "mend the file at that place") from None
+        raise ConfigError(f"{quoted(path)} cannot be read: {reason}", "fix the file there") from None
     if not values:
         raise ConfigError(f"{quoted(path)} is empty", "start from lumiere train tiny --print-config")
     if not isinstance(values, dict):
@@ -118,7 +114,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_value(key: str, value: Any) -> Any:
-    """Return a value as the schema reads it; unread if the schema refuses it or has no such dotted key."""
+    """Parse a value as the schema does; return it unchanged if the schema rejects it or has no such dotted key."""
     section, _, leaf = key.partition(".")
     try:
         return getattr(type(RunConfig.model_fields[section].default)(**{leaf: value}), leaf)
@@ -127,29 +123,28 @@ def read_value(key: str, value: Any) -> Any:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """`model.num_layers=6` as key and value.
+    """Split `model.num_layers=6` into key and value.
 
-    The value stays text, which the schema reads as what the key is, as it reads the values of a file; `null` is the
-    empty value, and text within brackets or braces is read as YAML.
+    The value stays text, which the schema parses as it parses values of a file. `null` is None, and text in brackets
+    or braces is read as YAML.
     """
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {quoted(override)} is not key=value", "for example --set model.num_layers=6")
     if NULL.fullmatch(value):
         return key.strip(), None
-    # Not `[1].txt`, which is a file's name.
+    # `[1].txt` is the name of a file, not a list.
     if value.startswith(("[", "{")) and (value.rstrip().endswith(("]", "}")) or not set("]}") & set(value)):
         try:
             return key.strip(), yaml.load(value, UniqueKeyLoader)
-        except Exception:  # as above
-            raise ConfigError(
-                f"--set {quoted(override)} does not read as a list or mapping", "for example [a.txt, b.txt]"
-            ) from None
+        except Exception:  # see read_config
+            problem = f"--set {quoted(override)} does not read as a list or mapping"
+            raise ConfigError(problem, "for example [a.txt, b.txt]") from None
     return key.strip(), value
 
 
 def assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value at the dotted path `key`, making sections on the way."""
+    """Set the value at a dotted path, creating sections as needed."""
     *sections, leaf = key.split(".")
     for section in sections:
         child = values.get(section)
@@ -158,28 +153,24 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, without what makes a file other than it looks.
+    """PyYAML's safe loader without its surprises.
 
-    YAML 1.1 reads `012` as 10, `1:30` as 90 and `no` as False. Here every value but null is text, which the schema
-    reads as it reads that of `--set`. Of two equal keys PyYAML keeps the last without a word. An alias (`*name`)
-    repeats a part of the file, and a few lines of aliases of aliases are gigabytes (the "billion laughs"). This loader
-    refuses both.
+    YAML 1.1 reads `012` as 10, `1:30` as 90 and `no` as False. Here every scalar but null is text, which the schema
+    parses like a value of `--set`. Duplicate keys are rejected, of which PyYAML silently keeps the last; so are aliases
+    (`*name`), because a few lines of nested aliases expand to gigabytes (the "billion laughs" attack).
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            problem = f"*{event.anchor} is an alias: write out what it stands for"
-            raise ComposerError(None, None, problem, event.start_mark)
+            raise ComposerError(None, None, f"*{event.anchor} is an alias: write out its value", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         seen = set()
-        for key in keys:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                problem = f"the key {key.value!r} stands there twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                raise ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -1,26 +1,37 @@
 """The documents of each split: the built-in stories and chains, plain text files, or anything that `datasets` reads."""
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, groupby, islice
 from operator import itemgetter
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
-from lumiere.data.data_files import SPLIT_NAMES, SPLITS, absolute_data_files, local, split_of
-from lumiere.data.headings import Matcher
-from lumiere.data.rows import TextFiles, find_source, load_rows
-from lumiere.data.source import BUILDERS
+from lumiere.data.sources import (
+    BUILDERS,
+    SPLIT_NAMES,
+    SPLITS,
+    Source,
+    absolute_data_files,
+    find_source,
+    local,
+    split_of,
+)
 from lumiere.data.stories import STORIES_VERSION, stories
-from lumiere.data.text import Part, parts
-from lumiere.errors import DataError
+from lumiere.data.tables import csv_rows, json_rows
+from lumiere.data.text import Part, blocks, lines, parts
+from lumiere.errors import DataError, shortened
 
 DEFAULT_NUM_DOCUMENTS = 20_000
 """Of a built-in corpus."""
@@ -356,3 +367,116 @@ def cut_document(parts: Iterable[Part], position: int, end: int) -> Iterator[tup
             else:
                 yield False, part
         begin += len(text)
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """One column of CSV or JSON files, read again at each iteration."""
+
+    source: Source
+    split: str
+    column: str
+
+    def __iter__(self) -> Iterator[str]:
+        paths = self.source.files[self.split]
+        if self.source.builder == "csv":
+            return csv_rows(paths, self.column, self.source.separator)
+        return json_rows(paths, self.column)
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Plain text files. Iterating yields their lines; `parts` reads each file as a document."""
+
+    paths: Sequence[str]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(map(lines, self.paths))
+
+    def parts(self) -> Iterator[Part]:
+        return chain.from_iterable(parts(blocks(path)) for path in self.paths)
+
+
+def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
+    """Return the rows of each split, and a fingerprint of where they come from.
+
+    Raises:
+        DataError: The dataset does not exist or cannot be reached, would be read by a builder that may run code, or
+            lacks the subset or the text column.
+    """
+    source = find_source(config)
+    if source.builder == "text":
+        return {split: TextFiles(paths) for split, paths in source.files.items()}, source.identity()
+    if source.builder not in ("csv", "json"):
+        from lumiere.data.hub import dataset_rows
+
+        return dataset_rows(config, source)
+    rows: dict[str, Iterable[str]] = {split: FileRows(source, split, config.text_column) for split in source.files}
+    for split in rows:
+        next(iter(rows[split]), None)  # a missing column is said before anything is built
+    return rows, source.identity()
+
+
+SECONDS = 5
+"""How long a batch of rows may take, which takes microseconds by all but such patterns."""
+CODE = """
+import faulthandler, json, os, re, signal, sys, warnings
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+warnings.simplefilter("ignore")
+pattern, seconds = json.loads(sys.stdin.readline())
+pattern, nowhere = re.compile(pattern), open(os.devnull, "w")
+for line in sys.stdin:
+    # Its clock is a thread that needs no lock of the interpreter.
+    faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+    found = [pattern.search(row) is not None for row in json.loads(line)]
+    faulthandler.cancel_dump_traceback_later()
+    print(json.dumps(found), flush=True)
+"""
+
+
+class Matcher:
+    """Tells which rows match a pattern; its process begins with the first rows and ends with the `with` block."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            with self._process, contextlib.suppress(BrokenPipeError):
+                pass  # closes its input, upon which it ends
+
+    def __call__(self, rows: Sequence[str]) -> Iterator[bool]:
+        """Return for each row whether the pattern is found in it.
+
+        Raises:
+            DataError: It takes too long.
+        """
+        if not rows:
+            return iter(())
+        if self._process is None:
+            command = [sys.executable, "-I", "-S", "-c", CODE]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            self._send([self._pattern, SECONDS])
+        self._send(rows)
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            raise DataError(
+                f"dataset.document_start '{shortened(self._pattern, 60)}' takes more than {SECONDS} seconds on a line",
+                "write it without a repeat within a repeat, such as (a+)+",
+            )
+        return iter(json.loads(line))
+
+    def _send(self, value: object) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # there is no line to read then
+            self._process.stdin.write(json.dumps(value) + "\n")
+            self._process.stdin.flush()

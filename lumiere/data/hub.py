@@ -23,8 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
-from lumiere.data.data_files import local
-from lumiere.data.source import BUILDERS, Source, checked_sha256, has_subsets, plain_folder
+from lumiere.data.sources import BUILDERS, Source, checked_sha256, has_subsets, local, plain_folder
 from lumiere.data.tables import no_column
 from lumiere.errors import DataError, nearest, shortened
 from lumiere.files import is_writable

@@ -6,14 +6,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lumiere.baselines.ngrams import Baseline, target_counts
 from lumiere.components.short_repr import ShortRepr
+from lumiere.data.batches import Windows
 from lumiere.data.dataset import Sizes, TokenizedSplit
-from lumiere.data.windows import Windows
-from lumiere.evaluation import Evaluation
-from lumiere.evaluation.bootstrap import NUM_RESAMPLES, SEED, standard_errors
-from lumiere.evaluation.scoring import Protocol, Scores, score
-from lumiere.evaluation.totals import DocumentTotals, GroupSums, document_totals, figures
+from lumiere.evaluation.loss import Evaluation
+from lumiere.evaluation.ngrams import Baseline, target_counts
+from lumiere.evaluation.scoring import (
+    NUM_RESAMPLES,
+    SEED,
+    DocumentTotals,
+    GroupSums,
+    Protocol,
+    Scores,
+    document_totals,
+    figures,
+    score,
+    standard_errors,
+)
 from lumiere.models.transformer import Transformer
 
 NUM_BINS = 15

@@ -1,6 +1,10 @@
 """Writes a model for another library, and refuses to if what was written computes anything else."""
 
-from collections.abc import Callable, Mapping
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from lumiere.errors import FailedCheckError, LumiereError, nearest
-from lumiere.export.expected import stated_tokens
-from lumiere.export.folder import check_folder, new_folder, write_files
-from lumiere.export.transformer_lens_folder import check_folder_by_equations, check_folder_by_loading, folder_files
+from lumiere.export.transformer_lens import (
+    check_folder_by_equations,
+    check_folder_by_loading,
+    folder_files,
+    stated_tokens,
+)
 from lumiere.interpret.result import Receipt
 from lumiere.models.transformer import Transformer
+from lumiere.persistence.atomic import sync_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -101,3 +109,65 @@ def export_model(
                     "this is a bug of Lumiere, or of the library: please report it",
                 )
     return Exported(tuple(files), tuple(tokens_BT[0].tolist()), receipts, found.count(None))
+
+
+def check_folder(path: Path) -> None:
+    """Refuses a path that no new folder can be made at; an empty folder will do.
+
+    Raises:
+        LumiereError: there is a file, or a folder that holds something or is the current one, or its own folder is not
+            there.
+    """
+    choose = "choose another folder, or empty this one"
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise LumiereError(f"{str(path)!r} exists and is no folder", "choose another folder")
+    if path.is_dir() and path.samefile(Path.cwd()):
+        # It is replaced as a whole, and whoever stands in it would be left in a folder without a name.
+        raise LumiereError(f"{str(path)!r} is the current folder", "name a folder in it")
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise LumiereError(f"the folder {str(path)!r} is not empty", choose)
+    except OSError as error:
+        raise LumiereError(f"the folder {str(path)!r} cannot be read: {error.strerror}", choose) from error
+    if not path.absolute().parent.is_dir():
+        raise LumiereError(f"there is no folder {str(path.parent)!r}", "make it first, or choose another")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends; if it raises, nothing is left.
+
+        with new_folder(Path("out")) as staging:
+            write_files(staging, {"a.txt": b"..."})
+
+    Raises:
+        LumiereError: as `check_folder`, or the folder cannot be written to.
+    """
+    check_folder(path)
+    target = path.absolute()
+    # Beside the target, because a rename is atomic within one file system only.
+    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        staging.mkdir()
+        yield staging
+        sync_folder(staging)
+        if target.is_dir():
+            target.rmdir()  # fails if something has come into it
+        os.rename(staging, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise LumiereError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}", "make room, or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes each file by its name.
+
+    Raises:
+        OSError: as writing does.
+    """
+    for name, data in files.items():
+        write_atomically(folder / name, data)

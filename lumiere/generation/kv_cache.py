@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lumiere.components.layers import KVCache
@@ -25,7 +24,7 @@ from lumiere.models.transformer import Transformer
 # Multiplications of a step below which a second thread costs more than it saves.
 ONE_THREAD_MULTIPLICATIONS = 2**24
 
-Step = Callable[[Transformer, KVCache, Tensor, Tensor], Tensor]
+Step = Callable[[Transformer, KVCache, Tensor, Tensor, Tensor], Tensor]
 
 
 class Decoder(Protocol):
@@ -109,6 +108,7 @@ class CachedDecoder:
         self._model = model = copy_to_generate(model)
         self._compiled_step = compiled_step
         self._weight = model.token_embedding.weight.detach()
+        self._unembedding = self._weight.T.contiguous()
         self._bias = suppression(model.vocab_size, suppressed, self._weight)
         self._num_weights = sum(parameter.numel() for parameter in model.parameters())
         self._fused: OneStream | None = None
@@ -142,7 +142,7 @@ class CachedDecoder:
             self._cache.num_keys = max(lengths) + 1 if self._compiled_step is None else context_size
             tokens_B = torch.tensor([*tokens, *unused], device=self._weight.device)
             step = self._compiled_step or step_rows
-            return step(self._model, self._cache, tokens_B, self._bias)[: len(tokens)]
+            return step(self._model, self._cache, tokens_B, self._unembedding, self._bias)[: len(tokens)]
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
@@ -188,7 +188,7 @@ class CachedDecoder:
             tokens_BT = torch.tensor(padded, device=device)
             final_BTE = self._model.final_residual(tokens_BT, cache=KVCache(keys, values, lengths, num_positions))
             last_BE = final_BTE[torch.arange(len(rows)), [len(window) - 1 for window in windows]]
-            logits_BV = F.linear(last_BE, self._model.token_embedding.weight, self._bias)
+            logits_BV = torch.addmm(self._bias, last_BE, self._unembedding)
         if not is_all:
             for tensors, filled in zip(caches, (keys, values), strict=True):
                 for tensor, part in zip(tensors, filled, strict=True):
@@ -200,18 +200,23 @@ class CachedDecoder:
 
 @torch.no_grad()
 def copy_to_generate(model: Transformer) -> Transformer:
-    """Return a copy of the model whose layers keep their joined weights: for few tokens, joining them dominates."""
+    """Return a copy of the model whose layers keep their joined weights, all stored in the layout of `x @ W`.
+
+    For few tokens, joining the weights would take longer than the products.
+    """
     model = deepcopy(model)
     for block in model.blocks:
-        block.attention.joined = block.attention.joined_weight()
-        block.feedforward.joined = block.feedforward.joined_weight()
+        for part in (block.attention, block.feedforward):
+            part.joined = part.joined_weight().T.contiguous().T
+        for linear in (block.attention.output, block.feedforward.down):
+            linear.weight.data = linear.weight.T.contiguous().T
     return model
 
 
-def step_rows(model: Transformer, cache: KVCache, tokens_B: Tensor, bias_V: Tensor) -> Tensor:
+def step_rows(model: Transformer, cache: KVCache, tokens_B: Tensor, unembedding_EV: Tensor, bias_V: Tensor) -> Tensor:
     """Append a token to each row of `cache`; return the logits of the next, (B, V)."""
     final_B1E = model.final_residual(tokens_B[:, None], cache=cache)
-    return F.linear(final_B1E[:, 0], model.token_embedding.weight, bias_V)
+    return torch.addmm(bias_V, final_B1E[:, 0], unembedding_EV)
 
 
 def compiled_step(warn: Callable[[str], None] | None = None) -> Step:
@@ -223,19 +228,19 @@ def compiled_step(warn: Callable[[str], None] | None = None) -> Step:
     fast: Step | None = None
     works = True
 
-    def step(model: Transformer, cache: KVCache, tokens_B: Tensor, bias_V: Tensor) -> Tensor:
+    def step(model: Transformer, cache: KVCache, tokens_B: Tensor, unembedding_EV: Tensor, bias_V: Tensor) -> Tensor:
         nonlocal fast, works
         if works:
             try:
                 fast = fast or torch.compile(step_rows, dynamic=False)
-                return fast(model, cache, tokens_B, bias_V)
+                return fast(model, cache, tokens_B, unembedding_EV, bias_V)
             except Exception as error:  # torch raises many kinds, none of them documented
                 works = False
                 if warn is not None:
                     reason = str(error).strip().partition("\n")[0]
                     warn(f"torch.compile does not work here, generation goes on without it: {reason}")
         # A step that failed half-way has written nothing to the cache that this does not write again.
-        return step_rows(model, cache, tokens_B, bias_V)
+        return step_rows(model, cache, tokens_B, unembedding_EV, bias_V)
 
     return step
 

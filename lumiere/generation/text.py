@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lumiere.components.device import resolve_device
 from lumiere.data.tokenizer import Tokenizer
+from lumiere.device import resolve_device
 from lumiere.errors import LumiereError
 from lumiere.generation.decoding import (
     FinishReason,

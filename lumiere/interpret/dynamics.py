@@ -1,4 +1,4 @@
-"""How a model came about: any number of the other analyses along the snapshots of its training.
+"""Follow the numbers of other analyses along the snapshots of a run, and find phase changes.
 
 Shapes: N snapshot, M series (one for each metric and each head, pair of heads or matrix that it has a value for), P
 point of the training's loss curve.
@@ -6,15 +6,426 @@ point of the training's loss curve.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
-from lumiere.interpret.metrics import METRICS, Metric, Subject, Texts
-from lumiere.interpret.phases import LEAST_VALUES, find_phase_change
+from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
+from lumiere.data.batches import Batch, documents_of
+from lumiere.evaluation.scoring import clustered_means
+from lumiere.interpret.head_scores import (
+    COMPOSITION_KINDS,
+    SCORES,
+    Composition,
+    HeadScores,
+    composition_scores,
+    score_heads,
+)
+from lumiere.interpret.logit_lens import LogitLens, logit_lens
 from lumiere.interpret.result import Receipt, Result
+from lumiere.interpret.summary import MatrixFacts, matrix_facts
 from lumiere.models.transformer import Transformer
+
+SPAN = 0.5
+"""The shortest stretch over which a slope is taken, in doublings of the step: over less, late noise looks steep."""
+STEEPNESS = 6.0
+"""How many times as steep, over log2 steps, as the median of the other stretches the steepest one has to be."""
+FASTER = 2.0
+"""How many times as fast, over steps, the change has to be as the curve is just before and just after it."""
+LEVEL = 0.18
+"""The share of the change by which the curve may depart, per doubling of the step, from where the change starts and
+ends."""
+LONGEST = 1.0
+"""The longest change, in doublings of the step; where snapshots are further apart, two intervals between them."""
+AFTER = 0.5
+"""How long the curve has to continue after the change, as a share of the steps that the change took."""
+SURE = 4.0
+"""How many standard errors the change has to have."""
+LEAST_VALUES = 4
+"""Curves of fewer values are not searched."""
+KEPT = 0.8
+"""The share of the steepest stretch's change that has to lie between the ends that are reported."""
+
+
+@dataclass(frozen=True)
+class PhaseChange:
+    """A fast change between two levels.
+
+    Attributes:
+        first, last: the snapshots where it starts and ends, by index.
+        change: of the value from the one to the other.
+        slope: change per doubling of the step.
+    """
+
+    first: int
+    last: int
+    change: float
+    slope: float
+
+
+def find_phase_change(
+    steps_N: np.ndarray, values_N: np.ndarray, noticeable: float, errors_N: np.ndarray | None = None
+) -> PhaseChange | None:
+    """Return the phase change of a curve, or None if none can be claimed.
+
+    The search starts from the steepest stretch over log2(1 + step), among all that start at a snapshot and end at the
+    first one half a doubling later. It must be six times as steep as the median of the stretches that do not overlap
+    it. Candidates are the pairs of snapshots around it that are at most a doubling apart, or two intervals, and contain
+    80 % of its change. A candidate is a phase change if
+
+    - the value changes by `noticeable` and by four standard errors, where these are known;
+    - over steps, it is twice as fast as the curve is just before and just after, for as many steps as it took itself;
+    - before and after, the curve stays within 18 % of the change per doubling from where the change starts and ends,
+      and within 18 % in the doubling next to it;
+    - the curve continues for half as many steps as the change took.
+
+    A straight line fails the second and third condition: it is steepest at its end over log steps, but as fast before.
+    Of the candidates that pass, the fastest over steps is returned. Curves of fewer than four values have none.
+
+    Olsson et al. 2022, "In-context Learning and Induction Heads", call the birth of induction heads a phase change and
+    mark it by eye; the rule is ours. `benchmarks/phases.py` measures how often it is wrong.
+
+    Args:
+        steps_N: rising.
+        values_N: NaN where the value is unknown.
+        noticeable: the smallest change to report, in the unit of the values.
+        errors_N: standard errors of the values, NaN where unknown.
+    """
+    places = np.flatnonzero(np.isfinite(values_N))
+    if len(places) < LEAST_VALUES:
+        return None
+    steps, values = steps_N[places].astype(float), values_N[places]
+    positions = np.log2(1.0 + steps)
+    firsts, lasts = stretches(positions)
+    slopes = (values[lasts] - values[firsts]) / (positions[lasts] - positions[firsts])
+    steepest = int(np.abs(slopes).argmax())
+    start, end = int(firsts[steepest]), int(lasts[steepest])
+    others = np.abs(slopes[(lasts <= start) | (firsts >= end)])
+    if not len(others) or abs(slopes[steepest]) < STEEPNESS * np.median(others):
+        return None
+    rising = values * np.sign(slopes[steepest])
+    errors = np.zeros(len(places)) if errors_N is None else np.nan_to_num(errors_N[places])
+    least = max(noticeable, KEPT * float(rising[end] - rising[start]))
+    found = [
+        ((rising[last] - rising[first]) / (steps[last] - steps[first]), first, last)
+        for first, last in candidates(steps, positions, start, end)
+        if rising[last] - rising[first] >= max(least, SURE * float(np.hypot(errors[first], errors[last])))
+        and is_faster(steps, positions, rising, first, last)
+        and is_between_levels(positions, rising, first, last)
+    ]
+    if not found:
+        return None
+    _, first, last = max(found)
+    change = float(values[last] - values[first])
+    slope = change / float(positions[last] - positions[first])
+    return PhaseChange(int(places[first]), int(places[last]), change, slope)
+
+
+def candidates(steps_N: np.ndarray, positions_N: np.ndarray, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The pairs of snapshots that overlap a stretch, are close enough, and have a snapshot before and enough after."""
+    for first in range(1, end):
+        for last in range(max(first, start) + 1, len(steps_N) - 1):
+            if last > first + 2 and positions_N[last] - positions_N[first] > LONGEST:
+                break
+            if steps_N[-1] - steps_N[last] >= AFTER * (steps_N[last] - steps_N[first]):
+                yield first, last
+
+
+def is_faster(steps_N: np.ndarray, positions_N: np.ndarray, values_N: np.ndarray, first: int, last: int) -> bool:
+    """Whether a curve changes faster, over steps, between two snapshots than before and after them."""
+
+    def rate(start: int, end: int) -> float:
+        return abs(values_N[end] - values_N[start]) / (steps_N[end] - steps_N[start])
+
+    length = steps_N[last] - steps_N[first]
+    # Before and after, over as many steps and at least over half a doubling, as far as the curve goes.
+    earlier = (positions_N <= positions_N[first] - SPAN) & (steps_N <= steps_N[first] - length)
+    later = (positions_N >= positions_N[last] + SPAN) & (steps_N >= steps_N[last] + length)
+    before = int(np.flatnonzero(earlier)[-1]) if earlier.any() else 0
+    after = int(np.flatnonzero(later)[0]) if later.any() else len(steps_N) - 1
+    return rate(first, last) >= FASTER * max(rate(before, first), rate(last, after))
+
+
+def is_between_levels(positions_N: np.ndarray, values_N: np.ndarray, first: int, last: int) -> bool:
+    """Whether a curve, before and after a change, stays near the values where the change starts and ends."""
+    allowed = LEVEL * (values_N[last] - values_N[first])
+    before = np.abs(values_N[:first] - values_N[first]) <= allowed * np.maximum(
+        positions_N[first] - positions_N[:first], 1
+    )
+    after = np.abs(values_N[last:] - values_N[last]) <= allowed * np.maximum(positions_N[last:] - positions_N[last], 1)
+    return bool(before.all() and after.all())
+
+
+def stretches(positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each begins and where it ends: at the first snapshot `SPAN` later; the last ones have none."""
+    lasts = np.searchsorted(positions_N, positions_N + SPAN - 1e-9)
+    firsts = np.flatnonzero(lasts < len(positions_N))
+    return firsts, lasts[firsts]
+
+
+DEFAULT_METRICS = (
+    "validation-loss",
+    "in-context-score",
+    "repeat-gap",
+    "text-repeat-gap",
+    "previous",
+    "induction",
+    "text-induction",
+    "k-composition",
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What all snapshots are given alike.
+
+    Attributes:
+        tokens: (N, T) ids for the head scores and the repeat gap, such as `repeated_tokens`.
+        windows: for the in-context-learning score and natural repeats, as `score_heads` takes them; None: there are
+            none.
+        batches: for the validation loss; none: there is no corpus.
+        lens_rows: texts whose decision depths are averaged.
+        averaged: the tokens that copying is computed over; None: all.
+    """
+
+    tokens: torch.Tensor
+    windows: tuple[torch.Tensor, np.ndarray] | None = None
+    batches: Sequence[Batch] = ()
+    lens_rows: Sequence[Sequence[int]] = ()
+    averaged: Sequence[int] | None = None
+
+
+@dataclass
+class SnapshotMetrics:
+    """One snapshot, and the analyses of it that were asked for, each made once."""
+
+    model: Transformer
+    texts: Texts
+    found: dict[str, Result] = field(default_factory=dict)
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        return [receipt for result in self.found.values() for receipt in result.receipts]
+
+    @cached_property
+    def heads(self) -> HeadScores:
+        result = score_heads(self.model, self.texts.tokens, self.texts.windows, self.texts.averaged)
+        self.found["heads"] = result
+        return result
+
+    @cached_property
+    def loss(self) -> tuple[float, float]:
+        return mean_loss(self.model, self.texts.batches)
+
+    @cached_property
+    def composition(self) -> Composition:
+        result = composition_scores(self.model)
+        self.found["composition"] = result
+        return result
+
+    @cached_property
+    def matrices(self) -> MatrixFacts:
+        return matrix_facts(self.model)
+
+    @cached_property
+    def lenses(self) -> list[LogitLens]:
+        results = [logit_lens(self.model, row) for row in self.texts.lens_rows]
+        self.found |= {f"lens {number}": result for number, result in enumerate(results)}
+        return results
+
+
+Values = Mapping[str, float]
+"""By place: a head, a pair of heads, a matrix; under the empty name a number of the whole model."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number, or one for each head, pair of heads or matrix.
+
+    Attributes:
+        name: on the command line.
+        meaning: in words.
+        unit: of the values: share, nats, stages; or what they are a multiple or a number of.
+        noticeable: the least change that can be a phase change.
+        measure: takes it from a snapshot.
+        baseline: what chance gives; NaN where nothing can be said.
+        error: the standard error of a number of the whole model; NaN where it is not known.
+        needs_corpus: whether it is a number of the validation split.
+        zero_is_missing: whether a value of 0 is that of a matrix of zeros, which has no level to rise from.
+        needs_tokens: whether it is a result of `head_scores`, which looks at the tokens of `Texts`.
+    """
+
+    name: str
+    meaning: str
+    unit: str
+    noticeable: float
+    measure: Callable[[SnapshotMetrics], Values]
+    baseline: Callable[[SnapshotMetrics], float] = lambda subject: float("nan")
+    error: Callable[[SnapshotMetrics], float] = lambda subject: float("nan")
+    needs_corpus: bool = False
+    zero_is_missing: bool = False
+    needs_tokens: bool = False
+
+
+def score_metric(number: int, name: str, source: str) -> Metric:
+    def measure(subject: SnapshotMetrics) -> Values:
+        return by_head(subject.heads.scores[..., number])
+
+    def baseline(subject: SnapshotMetrics) -> float:
+        return float(subject.heads.uniform[number])
+
+    meaning = f"share of a head's attention that goes to {source}"
+    return Metric(name, meaning, "share", 0.1, measure, baseline, needs_tokens=True)
+
+
+def text_induction(subject: SnapshotMetrics) -> Values:
+    scores = subject.heads.text_scores
+    return {} if scores is None else by_head(scores[..., INDUCTION])
+
+
+def text_chance(subject: SnapshotMetrics) -> float:
+    uniform = subject.heads.text_uniform
+    return float("nan") if uniform is None else float(uniform[INDUCTION])
+
+
+def or_nan(value: np.ndarray | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def by_head(values_LH: np.ndarray) -> Values:
+    return {f"L{layer}H{head}": float(values_LH[layer, head]) for layer, head in np.ndindex(*values_LH.shape)}
+
+
+def composition_metric(number: int, kind: str) -> Metric:
+    def measure(subject: SnapshotMetrics) -> Values:
+        result = subject.composition
+        labels = (f"L{a}H{b}>L{c}H{d}" for a, b, c, d in result.pairs.tolist())
+        return dict(zip(labels, (result.scores[:, number] / result.chance).tolist(), strict=True))
+
+    meaning = f"{kind.upper()}-composition of a head with a later one, as a multiple of chance"
+    return Metric(f"{kind}-composition", meaning, "x chance", 0.5, measure, lambda subject: 1.0)
+
+
+def matrix_metric(name: str, field_name: str, meaning: str, unit: str, noticeable: float) -> Metric:
+    def measure(subject: SnapshotMetrics) -> Values:
+        facts = subject.matrices
+        labels = [label.removesuffix(".weight").removeprefix("blocks.") for label in facts.matrices]
+        return dict(zip(labels, getattr(facts, field_name).tolist(), strict=True))
+
+    return Metric(name, meaning, unit, noticeable, measure, zero_is_missing=True)
+
+
+def mean_loss(model: Transformer, batches: Sequence[Batch]) -> tuple[float, float]:
+    """The mean over all targets, summed in float64, and its standard error, clustered by document."""
+    weight, sums = model.token_embedding.weight, []
+    for batch in batches:
+        with torch.inference_mode():
+            residual = model.final_residual(batch.tokens.to(weight.device)).flatten(0, 1)
+            targets = batch.targets.flatten().to(weight.device)
+            losses = linear_cross_entropy_losses(residual, weight, targets).cpu().double().view(batch.targets.shape)
+        sums.append(losses.where(batch.targets != IGNORED, 0.0).sum(1).numpy())
+    counts = np.concatenate([(batch.targets != IGNORED).sum(1).numpy() for batch in batches])
+    (mean,), (error,) = clustered_means(np.concatenate(sums)[None], counts, documents_of(batches))
+    return float(mean), float(error)
+
+
+def mean_depth(subject: SnapshotMetrics) -> Values:
+    """The mean, over all positions of the texts, of the stage at which the logit lens has decided."""
+    return {"": float(np.concatenate([lens.decision_stages for lens in subject.lenses]).mean())}
+
+
+INDUCTION = SCORES.index("induction")
+SOURCES = ("the token before", "the token itself", "the first token", "earlier places of the same token")
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "validation-loss",
+            "mean loss on validation windows",
+            "nats",
+            0.1,
+            lambda subject: {"": subject.loss[0]},
+            lambda subject: float(np.log(subject.model.vocab_size)),
+            lambda subject: subject.loss[1],
+            needs_corpus=True,
+        ),
+        Metric(
+            "in-context-score",
+            "loss late in a validation window minus loss early in it",
+            "nats",
+            0.1,
+            lambda subject: {"": float(subject.heads.in_context_score)},
+            lambda subject: 0.0,
+            lambda subject: float(subject.heads.in_context_error),
+            needs_corpus=True,
+            needs_tokens=True,
+        ),
+        Metric(
+            "repeat-gap",
+            "loss of random tokens minus their loss when repeated",
+            "nats",
+            0.1,
+            lambda subject: {"": float(subject.heads.repeat_gap)},
+            lambda subject: 0.0,
+            lambda subject: float(subject.heads.repeat_gap_error),
+            needs_tokens=True,
+        ),
+        *(
+            score_metric(number, name, source)
+            for number, (name, source) in enumerate(
+                zip(SCORES, (*SOURCES, "what came after earlier places of the same token"), strict=True)
+            )
+        ),
+        Metric(
+            "text-repeat-gap",
+            "loss of names at their first occurrence in a validation window minus their loss when repeated",
+            "nats",
+            0.1,
+            lambda subject: {"": or_nan(subject.heads.text_gap)},
+            lambda subject: 0.0,
+            lambda subject: or_nan(subject.heads.text_gap_error),
+            needs_corpus=True,
+            needs_tokens=True,
+        ),
+        Metric(
+            "text-induction",
+            "share of a head's attention at repeated names of a validation window that goes to what came after",
+            "share",
+            0.1,
+            text_induction,
+            text_chance,
+            needs_corpus=True,
+            needs_tokens=True,
+        ),
+        Metric(
+            "copying",
+            "how much more likely a head makes the tokens that it looks at, from its weights",
+            "from -1 to 1",
+            0.2,
+            lambda subject: by_head(subject.heads.copying),
+            lambda subject: 0.0,
+            needs_tokens=True,
+        ),
+        *(composition_metric(number, kind) for number, kind in enumerate(COMPOSITION_KINDS)),
+        Metric(
+            "lens-depth",
+            "mean stage from which on the logit lens has the model's final token on top",
+            "stages",
+            0.25,
+            mean_depth,
+            needs_corpus=True,
+        ),
+        matrix_metric("norm", "norms", "Frobenius norm of a matrix", "", 1.0),
+        matrix_metric("spectral-norm", "spectral_norms", "largest singular value of a matrix", "", 0.5),
+        matrix_metric("effective-rank", "effective_ranks", "effective rank of a matrix", "ranks", 2.0),
+        matrix_metric("stable-rank", "stable_ranks", "stable rank of a matrix", "ranks", 1.0),
+    )
+}
+"""All metrics by name."""
+
 
 NEAR_UNIFORM = 0.1
 """How far an untrained head's score may be from that of a head that looks at all tokens alike."""
@@ -97,14 +508,14 @@ def follow(
     chosen = [METRICS[name] for name in metrics]
     columns, errors, worst = [], [], {}
     for number, step in enumerate(steps):
-        subject = Subject(load(step), texts)
+        subject = SnapshotMetrics(load(step), texts)
         columns.append(measure(subject, chosen))
         errors.append({metric.name: metric.error(subject) for metric in chosen})
         found = [*subject.receipts, *(untrained(subject, chosen) if step == 0 else ())]
         for receipt in found:
             worst[receipt.law] = worse(receipt, worst.get(receipt.law))
         tell(number + 1)
-    last = Subject(load(steps[-1]), texts)
+    last = SnapshotMetrics(load(steps[-1]), texts)
     labels = list(columns[0])
     values_MN = np.array([[column[label] for column in columns] for label in labels]).reshape(len(labels), len(steps))
     errors_MN = np.array([[found[name] for found in errors] for name, _ in labels]).reshape(values_MN.shape)
@@ -137,7 +548,7 @@ def follow(
     )
 
 
-def measure(subject: Subject, metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
+def measure(subject: SnapshotMetrics, metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
     """By metric and place."""
     return {(metric.name, place): value for metric in metrics for place, value in metric.measure(subject).items()}
 
@@ -152,7 +563,7 @@ def worse(receipt: Receipt, other: Receipt | None) -> Receipt:
     return receipt if other is None or not receipt.error <= other.error else other
 
 
-def untrained(subject: Subject, metrics: Sequence[Metric]) -> Iterator[Receipt]:
+def untrained(subject: SnapshotMetrics, metrics: Sequence[Metric]) -> Iterator[Receipt]:
     """What must hold before the first update, for those of the metrics that were chosen."""
     names = {metric.name for metric in metrics}
     scores = [METRICS[name] for name in names & {"previous", "current", "first", "duplicate", "induction"}]

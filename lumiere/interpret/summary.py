@@ -1,19 +1,192 @@
-"""What is in a model, and what looks wrong with it.
+"""Summarize a model: parameters, norms and ranks, what each part writes, and what looks wrong.
 
-Shapes: M matrix, N norm, V vocab_size, C context_size, L layer, H head, F d_ff.
+Shapes: M matrix, N norm, B batch, T position, V vocab_size (or rows of a table, d_value), E embedding_size, C
+context_size, L layer, H head, F d_ff.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from lumiere.components.hooks import run_with_cache
+from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
-from lumiere.interpret.activity import Activity, measure_activity
+from lumiere.data.tokenizer import PAD
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
-from lumiere.interpret.weights import MatrixFacts, count_parts, matrix_facts, same_rows
 from lumiere.models.transformer import Transformer
+
+PARTS: tuple[str, ...] = ("token_embedding", "positions", "attention", "feedforward", "norms")
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class MatrixFacts(ShortRepr):
+    """The sizes of a model's matrices, all (M,), computed in float64; NaN for a matrix that is not finite.
+
+    Attributes:
+        matrices: their names in the state dict.
+        shapes: (M, 2).
+        norms: Frobenius.
+        rms: root mean square of the entries.
+        spectral_norms: the largest singular values.
+        stable_ranks: Frobenius norm squared over spectral norm squared.
+        effective_ranks: the exponential of the entropy of the singular values over their sum (Roy & Vetterli 2007,
+            "The Effective Rank"). Both ranks are 0 for a matrix of zeros.
+    """
+
+    matrices: tuple[str, ...]
+    shapes: np.ndarray
+    norms: np.ndarray
+    rms: np.ndarray
+    spectral_norms: np.ndarray
+    stable_ranks: np.ndarray
+    effective_ranks: np.ndarray
+
+
+def count_parts(model: Transformer) -> dict[str, int]:
+    """Trainable numbers by part, as `PARTS` names them; the tied output head counts once."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return counts
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter of that name belongs to."""
+    *path, module, _ = name.split(".")
+    if module.endswith("norm"):
+        return "norms"
+    if module == "position_embedding":
+        return "positions"
+    return path[-1] if path else module
+
+
+def matrices(model: Transformer) -> Mapping[str, np.ndarray]:
+    """The matrices by name, in float64."""
+    return {name: value.cpu().double().numpy() for name, value in model.state_dict().items() if value.ndim == 2}
+
+
+def matrix_facts(model: Transformer) -> MatrixFacts:
+    """Norms and ranks of every matrix, from its singular values."""
+    found = matrices(model)
+    facts = np.array([spectrum_facts(matrix) for matrix in found.values()])
+    shapes = np.array([matrix.shape for matrix in found.values()])
+    return MatrixFacts(tuple(found), shapes, *facts.T)
+
+
+def spectrum_facts(matrix: np.ndarray) -> tuple[float, float, float, float, float]:
+    """Frobenius norm, root mean square, spectral norm, stable rank, effective rank."""
+    if not np.isfinite(matrix).all():
+        return np.nan, np.nan, np.nan, np.nan, np.nan
+    values = np.linalg.svd(matrix, compute_uv=False)
+    largest = float(values.max())
+    norm = float(np.sqrt(np.square(matrix).sum()))
+    rms = norm / np.sqrt(matrix.size)
+    if largest == 0:
+        return norm, rms, 0.0, 0.0, 0.0
+    shares = values / values.sum()
+    entropy = -sum(share * np.log(share) for share in shares if share > 0)
+    return norm, rms, largest, float(np.square(values / largest).sum()), float(np.exp(entropy))
+
+
+def same_rows(table_VE: Tensor, cosine: float) -> Iterator[tuple[int, int]]:
+    """The rows that point the same way as an earlier one, each with the first such; rows of zeros point nowhere.
+
+    Args:
+        cosine: of the angle between the two, from which on they are the same.
+    """
+    directions_VE = torch.nn.functional.normalize(table_VE.detach().float(), dim=-1)
+    for first in range(0, len(directions_VE), ROWS_AT_ONCE):
+        rows = directions_VE[first : first + ROWS_AT_ONCE]
+        near = (rows @ directions_VE[: first + len(rows)].T >= cosine).tril(diagonal=first - 1)
+        found = near.any(dim=1).nonzero()[:, 0]
+        # Of equal values, the first is the largest's place.
+        earliest = near[found].int().argmax(dim=1)
+        yield from zip((found + first).tolist(), earliest.tolist(), strict=True)
+
+
+LEAVES = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out")
+
+
+@dataclass(frozen=True)
+class Activity(ShortRepr):
+    """Means over all tokens, padding left out.
+
+    Attributes:
+        num_windows: windows that were looked at.
+        num_tokens: tokens in them.
+        writes: (L, 2) the norm of what attention and feed-forward part write, over that of the stream before it.
+        head_writes: (L, H) the same of each head.
+        largest_activations: (L, F) the largest absolute activation of each neuron.
+        tied_error: how far the logits are from the products with the token embedding, relative to the largest.
+    """
+
+    num_windows: int
+    num_tokens: int
+    writes: np.ndarray
+    head_writes: np.ndarray
+    largest_activations: np.ndarray
+    tied_error: float
+
+
+def measure_activity(model: Transformer, batches: Iterable[Batch]) -> Activity:
+    """One forward pass a batch, in which only a layer's few numbers are kept.
+
+    Args:
+        model: in evaluation mode.
+        batches: at least one.
+    """
+    num_windows, num_tokens, tied_error = 0, 0, 0.0
+    writes_L2 = np.zeros((model.num_layers, 2))
+    heads_LH = np.zeros((model.num_layers, model.num_heads))
+    largest_LF = np.zeros((model.num_layers, model.d_ff))
+    names = [f"blocks.{layer}.{leaf}" for layer in range(model.num_layers) for leaf in LEAVES]
+    for batch in batches:
+        tokens_BT = batch.tokens.to(model.token_embedding.weight.device)
+        real_BT = tokens_BT != PAD
+        with torch.inference_mode():
+            output, cache = run_with_cache(model, tokens_BT, names)
+            tied_error = float(np.maximum(tied_error, head_error(model, output.hidden_states[:, -1], output.logits)))
+            for layer in range(model.num_layers):
+                # Only real tokens: N of them in place of B and T.
+                pre_NE, z_NHV, attention_NE, mid_NE, post_NF, feedforward_NE = (
+                    cache[f"blocks.{layer}.{leaf}"][real_BT] for leaf in LEAVES
+                )
+                scale_N = lengths(pre_NE)
+                writes_L2[layer, 0] += total(lengths(attention_NE) / scale_N)
+                writes_L2[layer, 1] += total(lengths(feedforward_NE) / lengths(mid_NE))
+                heads_LH[layer] += (head_lengths(model, layer, z_NHV) / scale_N[:, None]).cpu().double().sum(0).numpy()
+                largest_LF[layer] = np.maximum(largest_LF[layer], post_NF.abs().amax(0).cpu().double().numpy())
+        num_windows += len(tokens_BT)
+        num_tokens += int(real_BT.sum())
+    return Activity(num_windows, num_tokens, writes_L2 / num_tokens, heads_LH / num_tokens, largest_LF, tied_error)
+
+
+def head_error(model: Transformer, resid_BTE: Tensor, logits_BTV: Tensor) -> float:
+    """How far the logits are from the normalised stream times the token embedding, relative to the largest."""
+    expected_BTV = model.final_norm(resid_BTE) @ model.token_embedding.weight.T
+    return float((logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max().clamp(min=1))
+
+
+def head_lengths(model: Transformer, layer: int, z_NHV: Tensor) -> Tensor:
+    """(N, H) the norm of what each head writes, `|z W|`, by the Gram matrix of its rows W of the output matrix."""
+    weight_EHV = model.blocks[layer].attention.output.weight.unflatten(1, (model.num_heads, model.d_value))
+    gram_HVV = torch.einsum("ehv,ehw->hvw", weight_EHV, weight_EHV)
+    return torch.einsum("nhv,hvw,nhw->nh", z_NHV, gram_HVV, z_NHV).clamp(min=0).sqrt()
+
+
+def lengths(vectors_NE: Tensor) -> Tensor:
+    """(N,) norms, none of them 0, so that they can be divided by."""
+    return torch.linalg.vector_norm(vectors_NE, dim=-1).clamp(min=torch.finfo(vectors_NE.dtype).tiny)
+
+
+def total(values_N: Tensor) -> float:
+    return float(values_N.cpu().double().sum())
+
 
 SILENT = 1e-3
 """A part that writes less than this share of the stream's norm does nothing."""

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lumiere.components.world import World
+from lumiere.distributed import ProcessGroup
 from lumiere.errors import CheckpointError, nearest
 from lumiere.persistence import placing
 from lumiere.persistence.atomic import sync_folder
@@ -59,10 +59,10 @@ class CheckpointManager:
         except OSError as error:
             raise unwritable(path, error) from error
 
-    def save_shards(self, run: Run, name: str, checkpoint: Checkpoint, world: World) -> None:
+    def save_shards(self, run: Run, name: str, checkpoint: Checkpoint, processes: ProcessGroup) -> None:
         """Writes `checkpoint` under `name` as a folder, its rows by the processes that have them; else as `save`.
 
-        Every process of `world` calls it, with the DTensors and plain tensors that `sharded.save_shards` takes.
+        Every process of `processes` calls it, with the DTensors and plain tensors that `sharded.save_shards` takes.
 
         Raises:
             CheckpointError: a process cannot write; what was there is untouched.
@@ -71,7 +71,7 @@ class CheckpointManager:
         from lumiere.persistence.sharded import save_shards
 
         _check_name(name)
-        save_shards(run.checkpoints_dir / name, checkpoint, world, _place)
+        save_shards(run.checkpoints_dir / name, checkpoint, processes, _place)
 
     def load(self, run: Run | str, name: str, groups: Collection[str] = GROUPS, outlined: bool = False) -> Checkpoint:
         """The checkpoint `name`, or the snapshot of a step given as a bare number.

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Rows
 
-from lumiere.components.world import World
+from lumiere.distributed import ProcessGroup
 from lumiere.files import parse_json
 from lumiere.persistence.checkpoint_format import read_header, unwritable
 from lumiere.persistence.manifest import Shard, ShardedTensor, ShardFile, hash_file
@@ -36,16 +36,18 @@ def check_placement(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is placed as {tensor.placements}, a checkpoint takes shards of rows")
 
 
-def own_bytes(tensors: Mapping[str, Tensor], world: World) -> int:
+def own_bytes(tensors: Mapping[str, Tensor], processes: ProcessGroup) -> int:
     """How many bytes this process is to write, or a few more."""
-    return sum(_local(tensor).nbytes for tensor in tensors.values() if world.rank == 0 or isinstance(tensor, DTensor))
+    return sum(
+        _local(tensor).nbytes for tensor in tensors.values() if processes.rank == 0 or isinstance(tensor, DTensor)
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def write_shards(temporary: Path, folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
+def write_shards(temporary: Path, folder: Path, tensors: Mapping[str, Tensor], processes: ProcessGroup) -> None:
     """Writes each process's rows into one file a group; what all processes have, rank 0 writes into files of its own.
 
     Every process calls it, with the same names.
@@ -70,7 +72,7 @@ def write_shards(temporary: Path, folder: Path, tensors: Mapping[str, Tensor], w
                 _writable(tensors),
                 storage_writer=writer,
                 planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-                no_dist=world.size == 1,
+                no_dist=processes.size == 1,
             )
         except CheckpointException as error:
             cause = cause_of(error)
@@ -90,13 +92,13 @@ def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return written
 
 
-def describe_own(temporary: Path, world: World) -> list[Described]:
+def describe_own(temporary: Path, processes: ProcessGroup) -> list[Described]:
     """The files that this process has written, which are then on the disk.
 
     Raises:
         OSError: they cannot be read again.
     """
-    return [_describe(path) for path in sorted(temporary.glob(f"shard-{world.rank + 1:05d}-*"))]
+    return [_describe(path) for path in sorted(temporary.glob(f"shard-{processes.rank + 1:05d}-*"))]
 
 
 def _describe(path: Path) -> Described:

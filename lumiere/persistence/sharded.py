@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lumiere.components.world import World
+from lumiere.distributed import ProcessGroup
 from lumiere.errors import CheckpointError
 from lumiere.persistence.atomic import sync_folder
 from lumiere.persistence.checkpoint_format import GROUPS, Checkpoint, check_groups, unwritable
@@ -33,8 +33,8 @@ Placing = Callable[[Path, Path, str], None]
 Memory = Callable[[str, "torch.Size", "torch.dtype"], "Tensor"]
 
 
-def save_shards(folder: Path, checkpoint: Checkpoint, world: World, place: Placing = place) -> None:
-    """Writes `checkpoint` as a folder; each process of `world` calls it with the same names and writes its own rows.
+def save_shards(folder: Path, checkpoint: Checkpoint, processes: ProcessGroup, place: Placing = place) -> None:
+    """Writes `checkpoint` as a folder; each process calls it with the same names and writes its own rows.
 
     Each file is synced and hashed by its process; rank 0 writes the manifest last, and renames the whole folder into
     place. A failure of one process is an error in all of them, and what was there is untouched.
@@ -57,16 +57,16 @@ def save_shards(folder: Path, checkpoint: Checkpoint, world: World, place: Placi
     for name, tensor in tensors.items():
         check_placement(name, tensor)
     Manifest(checkpoint.metadata, (), {}).to_bytes()
-    token = world.announce(secrets.token_hex(4) if world.rank == 0 else None)
+    token = processes.broadcast_text(secrets.token_hex(4) if processes.rank == 0 else None)
     temporary = folder.with_name(f".{folder.name}.{token}.tmp")
     try:
-        _together(world, folder, lambda: _make_folder(temporary, tensors, world))
-        write_shards(temporary, folder, tensors, world)
-        own = _together(world, folder, lambda: describe_own(temporary, world))
-        parts = _gather(own, world)
-        _together(world, folder, lambda: _finish(temporary, folder, checkpoint, tensors, parts, place, world))
+        _together(processes, folder, lambda: _make_folder(temporary, tensors, processes))
+        write_shards(temporary, folder, tensors, processes)
+        own = _together(processes, folder, lambda: describe_own(temporary, processes))
+        parts = _gather(own, processes)
+        _together(processes, folder, lambda: _finish(temporary, folder, checkpoint, tensors, parts, place, processes))
     finally:
-        if world.rank == 0 and temporary.is_dir():
+        if processes.rank == 0 and temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -135,11 +135,11 @@ def outline_shards(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _make_folder(temporary: Path, tensors: Mapping[str, Tensor], world: World) -> None:
+def _make_folder(temporary: Path, tensors: Mapping[str, Tensor], processes: ProcessGroup) -> None:
     from lumiere.persistence.shard_writer import own_bytes
 
-    needed = world.total(own_bytes(tensors, world))
-    if world.rank:
+    needed = processes.all_reduce_sum(own_bytes(tensors, processes))
+    if processes.rank:
         return
     clear(temporary.parent)
     # Before the first byte: a disk that is filled to its end troubles others too.
@@ -148,12 +148,12 @@ def _make_folder(temporary: Path, tensors: Mapping[str, Tensor], world: World) -
     temporary.mkdir()
 
 
-def _gather(own: T, world: World) -> list[T]:
-    if world.size == 1:
+def _gather(own: T, processes: ProcessGroup) -> list[T]:
+    if processes.size == 1:
         return [own]
     import torch.distributed as dist
 
-    parts: list[Any] = [None] * world.size
+    parts: list[Any] = [None] * processes.size
     dist.all_gather_object(parts, own)
     return parts
 
@@ -165,9 +165,9 @@ def _finish(
     tensors: Mapping[str, Tensor],
     parts: list[list[Described]],
     place: Placing,
-    world: World,
+    processes: ProcessGroup,
 ) -> None:
-    if world.rank:
+    if processes.rank:
         return
     from lumiere.persistence.shard_writer import find_shards
 
@@ -188,7 +188,7 @@ def _finish(
     place(temporary, folder.parent, folder.name)
 
 
-def _together(world: World, folder: Path, work: Callable[[], T]) -> T:
+def _together(processes: ProcessGroup, folder: Path, work: Callable[[], T]) -> T:
     """What `work` gives, where it succeeds in every process.
 
     Raises:
@@ -201,7 +201,7 @@ def _together(world: World, folder: Path, work: Callable[[], T]) -> T:
         problem = error
     except CheckpointError as error:
         problem = OSError(errno.EIO, error.message)
-    code = world.largest((problem.errno or errno.EIO) if problem else 0)
+    code = processes.all_reduce_max((problem.errno or errno.EIO) if problem else 0)
     if code:
         raise unwritable(folder, problem or OSError(code, os.strerror(code))) from problem
     return result  # pyright: ignore[reportReturnType] (there is one, as there was no problem)

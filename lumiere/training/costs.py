@@ -1,10 +1,9 @@
 """What a training takes, reckoned from its config alone: parameters, FLOPs, bytes, steps."""
 
-import math
 from dataclasses import dataclass
 
-from lumiere.config.schema import RunConfig, TrainingConfig
-from lumiere.training.snapshots import most_snapshots
+from lumiere.config.schema import RunConfig
+from lumiere.training.schedule import most_snapshots
 
 FLOAT32_BYTES = 4
 NUM_CHECKPOINTS = 4
@@ -100,29 +99,3 @@ def disk(config: RunConfig, total_steps: int) -> Disk:
     weights = weight_bytes(config)
     num_snapshots = most_snapshots(total_steps) if config.training.snapshots else 0
     return Disk(weights + optimizer_bytes(config), weights, num_snapshots)
-
-
-def num_steps(settings: TrainingConfig, epoch_steps: int) -> int:
-    """Steps of a training that patience does not end sooner."""
-    return settings.max_steps or settings.max_epochs * epoch_steps
-
-
-def num_evaluations(settings: TrainingConfig, epoch_steps: int) -> int:
-    """Evaluations of that training: at the ends of epochs, every `eval_interval`, and at the last step."""
-    total_steps = num_steps(settings, epoch_steps)
-    intervals = {epoch_steps, settings.eval_interval or epoch_steps}
-    before_the_last = total_steps - 1
-    due = sum(before_the_last // interval for interval in intervals)
-    both = before_the_last // math.lcm(*intervals) if len(intervals) > 1 else 0
-    return due - both + 1
-
-
-def earliest_stop(settings: TrainingConfig, epoch_steps: int) -> int | None:
-    """The step at which patience could end that training at the earliest; None where it cannot end it sooner.
-
-    The first epoch sets the loss that the following ones fail to beat.
-    """
-    if settings.patience is None:
-        return None
-    step = (settings.patience + 1) * epoch_steps
-    return step if step < num_steps(settings, epoch_steps) else None

@@ -1,11 +1,11 @@
-"""What a training reports while it runs. The metrics file and the progress bar are two listeners of one stream."""
+"""What a training reports while it runs. The metrics file and the progress bar are two callbacks of one stream."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lumiere.evaluation import Evaluation
+    from lumiere.evaluation.loss import Evaluation
 
 
 @dataclass(frozen=True)
@@ -85,4 +85,4 @@ class WarningEvent:
 
 
 Event = StartEvent | StepEvent | EvaluationEvent | CheckpointEvent | WarningEvent
-Listener = Callable[[Event], None]
+Callback = Callable[[Event], None]

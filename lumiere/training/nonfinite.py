@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from lumiere.config.schema import TrainingConfig
-from lumiere.data.batches import documents_at
-from lumiere.data.windows import Windows
+from lumiere.data.batches import Windows, documents_at
 from lumiere.errors import NonFiniteError
 from lumiere.persistence.checkpoint_format import Checkpoint
 from lumiere.persistence.runs import Run
@@ -24,13 +23,13 @@ MAX_NAMES = 3  # of parameters in a message
 MAX_DOCUMENTS = 32  # in a message: all of them with the usual batch size
 
 
-class Guard:
+class NonFiniteGuard:
     """Looks at the numbers of one training, and stops it, or skips a step, before they do harm.
 
     Args:
         precision: type of the matrix products.
         windows: of the training split.
-        tell: is told of each step that is skipped.
+        emit: is told of each step that is skipped.
     """
 
     def __init__(
@@ -40,14 +39,14 @@ class Guard:
         settings: TrainingConfig,
         precision: torch.dtype,
         windows: Windows,
-        tell: Callable[[Event], None],
+        emit: Callable[[Event], None],
     ) -> None:
         self._run = run
         self._state = state
         self._settings = settings
         self._precision = precision
         self._windows = windows
-        self._tell = tell
+        self._emit = emit
 
     def check_step(self, loss: float, grad_norm: float) -> None:
         """Look at what a step came to, before it is counted; what is not finite has not been used for an update.
@@ -82,7 +81,7 @@ class Guard:
             raise self._error(f"{problem}; the {MAX_SKIPPED_IN_A_ROW} steps before were skipped already")
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
-        self._tell(WarningEvent(state.step + 1, f"{problem}; its update is skipped"))
+        self._emit(WarningEvent(state.step + 1, f"{problem}; its update is skipped"))
 
     def check_evaluation(self, loss: float) -> None:
         """Look at a validation loss, before it counts for anything.

@@ -1,7 +1,9 @@
-"""The learning rate of each step, as a share of its peak."""
+"""What happens at which step: the learning rate, evaluations, the end, and the snapshots that are kept."""
 
 import math
 from typing import Literal
+
+from lumiere.config.schema import TrainingConfig
 
 
 def learning_rate_factor(
@@ -48,3 +50,59 @@ def unfinished_warmup(warmup_steps: int, total_steps: int) -> str | None:
         f"training.warmup_steps={warmup_steps} exceeds the {total_steps:,} steps of training: the learning rate rises "
         f"to {total_steps / warmup_steps:.0%} of its peak and never decays"
     )
+
+
+def num_steps(settings: TrainingConfig, epoch_steps: int) -> int:
+    """Steps of a training that patience does not end sooner."""
+    return settings.max_steps or settings.max_epochs * epoch_steps
+
+
+def num_evaluations(settings: TrainingConfig, epoch_steps: int) -> int:
+    """Evaluations of that training: at the ends of epochs, every `eval_interval`, and at the last step."""
+    total_steps = num_steps(settings, epoch_steps)
+    intervals = {epoch_steps, settings.eval_interval or epoch_steps}
+    before_the_last = total_steps - 1
+    due = sum(before_the_last // interval for interval in intervals)
+    both = before_the_last // math.lcm(*intervals) if len(intervals) > 1 else 0
+    return due - both + 1
+
+
+def earliest_stop(settings: TrainingConfig, epoch_steps: int) -> int | None:
+    """The step at which patience could end that training at the earliest; None where it cannot end it sooner.
+
+    The first epoch sets the loss that the following ones fail to beat.
+    """
+    if settings.patience is None:
+        return None
+    step = (settings.patience + 1) * epoch_steps
+    return step if step < num_steps(settings, epoch_steps) else None
+
+
+LAST_POWER = 512
+MAX_LATER = 64
+
+
+def spacing(step: int) -> int:
+    """The distance between the later snapshots once training has come to `step`."""
+    distance = LAST_POWER
+    while step > distance * MAX_LATER:
+        distance *= 2
+    return distance
+
+
+def is_snapshot(step: int, reached: int) -> bool:
+    """Whether the snapshot of `step` is kept when training has come to the step `reached`."""
+    if step <= LAST_POWER:
+        return step & (step - 1) == 0
+    return step % spacing(reached) == 0
+
+
+def most_snapshots(total_steps: int) -> int:
+    """The most snapshots that a training of `total_steps` ever keeps at once: at its end, or when they were full."""
+
+    def kept(reached: int) -> int:
+        powers = 1 + min(reached, LAST_POWER).bit_length()  # step 0 is one too
+        return powers + max(0, reached // spacing(reached) - LAST_POWER // spacing(reached))
+
+    last_full = spacing(total_steps) // 2 * MAX_LATER
+    return max(kept(total_steps), kept(min(total_steps, last_full)))

@@ -12,9 +12,8 @@ from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.checkpoint_format import Checkpoint
-from lumiere.training.averaging import WeightAverage
-from lumiere.training.optimizers import Optimizers
-from lumiere.training.shards import load_weights
+from lumiere.training.optim import Optimizers, WeightAverage
+from lumiere.training.parallel import load_weights
 
 COUNTERS = (
     "step",
@@ -106,14 +105,14 @@ class TrainingState:
             with self.average.applied():
                 yield self.model
 
-    def note_evaluation(self, loss: float) -> bool:
+    def record_evaluation(self, loss: float) -> bool:
         """Take note of a validation loss, and say whether it is the best so far."""
         if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             return False
         self.best_loss, self.best_step = loss, self.step
         return True
 
-    def note_epoch(self, loss: float, threshold: float) -> None:
+    def record_epoch(self, loss: float, threshold: float) -> None:
         """Take note of the validation loss at the end of an epoch, which patience counts by."""
         improved = self.stopping_loss is None or loss < self.stopping_loss - threshold
         if improved and math.isfinite(loss):

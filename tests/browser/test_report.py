@@ -9,8 +9,8 @@ import pytest
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SOT
 from lumiere.interpret.attention import attention_patterns
-from lumiere.interpret.lens import logit_lens
-from lumiere.interpret.logits import logit_attribution
+from lumiere.interpret.logit_attribution import logit_attribution
+from lumiere.interpret.logit_lens import logit_lens
 from lumiere.persistence.runs import Run
 from lumiere.report.report_page import asset
 

@@ -14,7 +14,7 @@ from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SOT
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
-from lumiere.report.page_data import script_json
+from lumiere.report.report_page import script_json
 
 pytestmark = pytest.mark.slow
 

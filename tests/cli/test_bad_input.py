@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lumiere.cli import app
 from lumiere.persistence.lock import locked
 from lumiere.persistence.runs import Run
-from lumiere.training.loggers import opening
+from lumiere.training import loggers
 
 
 def refuse(arguments: list[str]) -> tuple[str, str]:
@@ -58,8 +58,8 @@ TRAINING = [
         "dataset={name: parquet, data_files: numbers.parquet}",
         "the column 'text' of dataset 'parquet' holds int64, not text",
     ),
-    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', not 'tensorbord'"),
-    ("training.loggers={}", "training.loggers must be a list, not a dict"),
+    ("training.loggers=tensorbord", "training.loggers must be 'tensorboard' or 'wandb', got 'tensorbord'"),
+    ("training.loggers={}", "training.loggers must be a list, got a dict"),
     ("training.device=gpu", "training.device must be auto, cpu"),
     ("no-equals-sign", "is not key=value"),
 ]
@@ -90,7 +90,7 @@ def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: py
     def nothing_is_installed(package: str) -> None:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(opening, "distribution", nothing_is_installed)
+    monkeypatch.setattr(loggers, "distribution", nothing_is_installed)
     error, hint = refuse(["train", "tiny", "--set", f"training.loggers={name}"])
     assert error == f"error: training.loggers={name} needs the package {name}, which is not installed"
     assert hint == f"hint: pip install {name}"

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.cli.chart import LABEL_WIDTH, MIN_WIDTH, Curve, chart
-from lumiere.cli.sparkline import LEVELS, sparkline
+from lumiere.cli.console import LEVELS, sparkline
+from lumiere.cli.terminal_plots import AXIS_WIDTH, MIN_WIDTH, Curve, chart
 
-AXIS = " " * (LABEL_WIDTH + 2)
+AXIS = " " * (AXIS_WIDTH + 2)
 
 
 def bare(text: str, colour: int) -> str:

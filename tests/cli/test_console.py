@@ -19,9 +19,9 @@ from lumiere.cli import console
         (True, {"color_system": "truecolor", "no_color": True}, "few"),
     ],
 )
-def test_colours(
+def test_color_support(
     monkeypatch: pytest.MonkeyPatch, is_terminal: bool, settings: dict[str, str | bool | None], expected: str
 ) -> None:
     stdout = Console(file=io.StringIO(), force_terminal=is_terminal, _environ={}, **settings)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(console, "out", lambda: stdout)
-    assert console.colours() == expected
+    monkeypatch.setattr(console, "stdout", lambda: stdout)
+    assert console.color_support() == expected

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from lumiere import __version__
 from lumiere.cli import app
-from lumiere.export import exporting, transformer_lens_folder
+from lumiere.export import exporting, transformer_lens
 from lumiere.interpret.result import Receipt
 from lumiere.persistence.checkpoint import hash_tensors
 from lumiere.persistence.runs import Run
@@ -19,7 +19,7 @@ FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.s
 
 @pytest.fixture(autouse=True)
 def without_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_lens_folder, "installed_version", lambda: None)
+    monkeypatch.setattr(transformer_lens, "installed_version", lambda: None)
 
 
 def export(run: Run, *arguments: str, to: str = "transformer-lens") -> Result:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.cli.generate.settings import Settings
+from lumiere.cli.generate import Settings
 from lumiere.errors import LumiereError
 from lumiere.persistence.runs import Run
 

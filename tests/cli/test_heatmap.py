@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lumiere.cli.heatmap import THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, heatmap, shade_of, thumbnail
-from lumiere.report.labels import LABEL_WIDTH
+from lumiere.cli.terminal_plots import THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, heatmap, shade_of, thumbnail
+from lumiere.report.figures.figure import LABEL_WIDTH
 
 WEIGHTS = np.array([[1.0, 0, 0], [0.3, 0.7, 0], [0.01, 0.09, 0.9]])
 LABELS = ["<|sot|>", "·a", "·verylongtoken"]

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.cli.generate.output import write
+from lumiere.cli.generate import write
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import load_checkpoint, save_checkpoint

@@ -8,16 +8,16 @@ import pytest
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.cli.plan import scaled, short_time
+from lumiere.cli.console import scaled, short_time
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
-from lumiere.training import plan
+from lumiere.training import estimate
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "MEASURED_SECONDS", 0.05)
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.05)
 
 
 def planned(trained_run: Run, *options: str) -> str:

@@ -27,7 +27,7 @@ def test_the_bar_fits_into_80_columns(
     figures: str,
 ) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=80, soft_wrap=True, highlight=False)
-    monkeypatch.setattr(progress, "talk", lambda: terminal)
+    monkeypatch.setattr(progress, "stderr", lambda: terminal)
     display = TrainingProgress()
     display(StartEvent("run_a", 0, total_steps, 178, 1_188_992, 5_696, "cpu", "float32", 1.45e11))
     display(StepEvent(step, step / 178, 2000 * step, 0.1 * step, loss, 3e-4, 1.0, speed, mfu))

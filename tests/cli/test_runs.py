@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
-from lumiere.cli.runs import confirm
+from lumiere.cli.runs import edit
 from lumiere.config.loader import load_config
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.inventory import disk_bytes
@@ -208,7 +208,7 @@ def test_tags_and_notes(run: Run) -> None:
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody is there to answer."""
-    monkeypatch.setattr(confirm, "is_interactive", lambda: True)
+    monkeypatch.setattr(edit, "is_interactive", lambda: True)
 
 
 def test_rm_asks_and_says_what_goes(run: Run, other: Run, terminal: None) -> None:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.components.world import ALONE
+from lumiere.distributed import SINGLE_PROCESS
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.inventory import disk_bytes
 from lumiere.persistence.runs import Run, RunStore
@@ -32,7 +32,9 @@ def run(trained_run: Run) -> Run:
         (run.checkpoints_dir / f"{name}.safetensors").unlink()
     source = CheckpointManager(trained_run.path.parent)
     for name in ("previous", "latest", "best", "step-00000000", "step-00000008"):
-        manager.save_shards(run, "latest" if name == "previous" else name, source.load(trained_run, name), ALONE)
+        manager.save_shards(
+            run, "latest" if name == "previous" else name, source.load(trained_run, name), SINGLE_PROCESS
+        )
     return run
 
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 from lumiere.cli import app
 from lumiere.config.loader import validate
 from lumiere.persistence.runs import RunStore
-from lumiere.training.launch import start
-from lumiere.training.preparation import prepare
+from lumiere.training.run import start
+from lumiere.training.setup import set_up
 
 LINE = "hello hello world hello"
 SIZES = {
@@ -44,7 +44,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
                 "training": TRAINING,
             }
         )
-        start(prepare(config), RunStore(folder / name))
+        start(set_up(config), RunStore(folder / name))
         return str(folder / name)
 
     return train

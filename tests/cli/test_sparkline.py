@@ -2,7 +2,7 @@
 
 import math
 
-from lumiere.cli.sparkline import sparkline
+from lumiere.cli.console import sparkline
 
 
 def test_from_the_lowest_to_the_highest() -> None:

@@ -8,8 +8,7 @@ from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.cli.usage import COMMANDS_ELSEWHERE, OPTIONS_ELSEWHERE
-from lumiere.config.problems import setting_paths
-from lumiere.config.synonyms import SYNONYMS, UNAVAILABLE
+from lumiere.config.messages import SYNONYMS, UNAVAILABLE, setting_paths
 from lumiere.errors import edits, nearest
 
 

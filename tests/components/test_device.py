@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lumiere.components.device import peak_flops, resolve_device, resolve_precision
+from lumiere.device import peak_flops, resolve_device, resolve_precision
 from lumiere.errors import LumiereError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -79,12 +79,12 @@ def test_auto_precision_of_a_cpu_is_bfloat16_where_its_products_are_much_faster(
     monkeypatch: pytest.MonkeyPatch, gain: float, dtype: torch.dtype
 ) -> None:
     speeds = {torch.float32: 2e11, torch.bfloat16: gain * 2e11}
-    monkeypatch.setattr("lumiere.components.device.peak_flops", lambda device, dtype: speeds[dtype])
+    monkeypatch.setattr("lumiere.device.peak_flops", lambda device, dtype: speeds[dtype])
     assert resolve_precision("auto", CPU) == dtype
 
 
 def test_peak_flops_counts_a_multiplication_and_an_addition(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 3.0, 10.0, 12.0, 20.0, 25.0])
-    monkeypatch.setattr("lumiere.components.device.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("lumiere.device.time.perf_counter", lambda: next(clock))
     # The best of the products took 2 s; a product of size n has n^3 multiplications.
     assert peak_flops(CPU, torch.float32) == 512**3 * 2 / 2.0

@@ -9,9 +9,9 @@ import torch
 from lumiere.components.short_repr import ShortRepr
 from lumiere.config.loader import validate
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.interpret.heads import head_scores
-from lumiere.interpret.lens import logit_lens
-from lumiere.interpret.logits import logit_attribution
+from lumiere.interpret.head_scores import head_scores
+from lumiere.interpret.logit_attribution import logit_attribution
+from lumiere.interpret.logit_lens import logit_lens
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lumiere.data.batches import (
     IGNORED,
     Batch,
+    Windows,
     batch_at,
     batches_in_order,
     documents_at,
@@ -18,7 +19,6 @@ from lumiere.data.batches import (
     shift_at,
     steps_per_epoch,
 )
-from lumiere.data.windows import Windows
 
 DOCUMENTS = [[0, 10, 11, 12, 13, 14, 15, 16, 1], [0, 20, 1], [0, 1]]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lumiere.data.data_files import absolute_data_files, folder_files, resolve_data_files
+from lumiere.data.sources import absolute_data_files, folder_files, resolve_data_files
 from lumiere.errors import DataError
 
 

@@ -19,9 +19,9 @@ from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.data import checksums, dataset, encoding
 from lumiere.data import text as text_module
-from lumiere.data.building import UNFINISHED
 from lumiere.data.corpus import Corpus, row_reader
 from lumiere.data.dataset import (
+    UNFINISHED,
     Progress,
     SplitFacts,
     cache_dir,

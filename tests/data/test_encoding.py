@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lumiere.data import encoding, text
-from lumiere.data.building import beginning
 from lumiere.data.corpus import row_reader
+from lumiere.data.dataset import beginning
 from lumiere.data.encoding import EMPTY, Journal, SplitFacts, encode_split
 from lumiere.data.stories import stories
 from lumiere.data.text import Part

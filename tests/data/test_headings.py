@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from lumiere.config.schema import DatasetConfig
-from lumiere.data import headings
-from lumiere.data.corpus import load_corpus
-from lumiere.data.headings import Matcher
+from lumiere.data import corpus as corpora
+from lumiere.data.corpus import Matcher, load_corpus
 from lumiere.errors import DataError
 
 ENDLESS = "a" * 60 + "!"
@@ -24,14 +23,14 @@ def test_the_same_rows_match_as_in_this_process(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "(a*)*$", "(.*a){30}$"])
 def test_a_pattern_that_never_ends_is_an_error(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
-    monkeypatch.setattr(headings, "SECONDS", 0.2)
+    monkeypatch.setattr(corpora, "SECONDS", 0.2)
     with Matcher(pattern) as matches, pytest.raises(DataError, match="document_start"):
         matches(["a", ENDLESS])
 
 
 @pytest.mark.parametrize("name", ["text", "csv"])
 def test_a_corpus_with_such_a_pattern_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(headings, "SECONDS", 0.2)
+    monkeypatch.setattr(corpora, "SECONDS", 0.2)
     (tmp_path / "book").write_text(f"text\n\n{ENDLESS}\n\n")
     files = str(tmp_path / "book")
     corpus = load_corpus(DatasetConfig(name=name, data_files=files, document_start="(a+)+$"))

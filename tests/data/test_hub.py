@@ -20,10 +20,9 @@ from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import hub
-from lumiere.data.corpus import joined
+from lumiere.data.corpus import TextFiles, find_source, joined, load_rows
 from lumiere.data.hub import Rows, hub_reachable
-from lumiere.data.rows import TextFiles, find_source, load_rows
-from lumiere.data.source import ENDINGS
+from lumiere.data.sources import ENDINGS
 from lumiere.errors import DataError
 
 PROJECT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.data.permutation import feistel, permute, round_keys
+from lumiere.data.batches import feistel, permute, round_keys
 
 # Runs that are going on, and recorded losses, depend on these: they must never change.
 GOLDEN = {

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumiere.config.loader import load_config
-from lumiere.data.batches import steps_per_epoch
+from lumiere.data.batches import Windows, steps_per_epoch
+from lumiere.data.corpus import load_rows
 from lumiere.data.dataset import tokenize_corpus
-from lumiere.data.rows import load_rows
 from lumiere.data.tokenizer import EOT, PAD, SOT
-from lumiere.data.windows import Windows
 
 
 def corpus(lengths: list[int]) -> list[list[int]]:
@@ -113,7 +112,7 @@ def test_padding_is_what_the_windows_cut_one_by_one_have(
     windows.shifts = shift > 0
     targets = windows.cut(np.arange(len(windows)), shift)[0][:, 1:]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lumiere.data.windows.DOCUMENTS_AT_ONCE", at_once)
+        patch.setattr("lumiere.data.batches.DOCUMENTS_AT_ONCE", at_once)
         assert windows.padding_share == pytest.approx((targets == PAD).mean(), abs=1e-12)
 
 
@@ -191,7 +190,7 @@ def test_counts_in_a_file_are_those_in_memory(cutting: tuple[list[list[int]], in
     documents, context_size, sliding_window_size = cutting
     expected = windows_of(documents, context_size, sliding_window_size)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr("lumiere.data.windows.DOCUMENTS_AT_ONCE", 2)
+        patch.setattr("lumiere.data.batches.DOCUMENTS_AT_ONCE", 2)
         for _ in range(2):  # written, then found
             windows = Windows(
                 expected.ids, expected.offsets, context_size, sliding_window_size, path=Path(folder) / "train"
@@ -204,7 +203,7 @@ def test_counts_in_a_file_are_those_in_memory(cutting: tuple[list[list[int]], in
 
 
 def test_counts_of_another_text_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.data.windows.DOCUMENTS_AT_ONCE", 2)
+    monkeypatch.setattr("lumiere.data.batches.DOCUMENTS_AT_ONCE", 2)
     (tmp_path / "train.windows-4-0").write_bytes(b"of one document")
     documents = corpus([3, 4, 9])
     expected = windows_of(documents, 4, 0)

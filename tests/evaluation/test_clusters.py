@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lumiere.evaluation.clusters import FEW_DOCUMENTS, clustered_means, half_width
+from lumiere.evaluation.scoring import FEW_DOCUMENTS, clustered_means, half_width
 
 
 def draw_corpus(draw: np.random.Generator, num_documents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,15 +11,25 @@ import numpy as np
 import pytest
 import torch
 
-from lumiere.baselines.ngrams import fit_baselines
+from lumiere.data.batches import Windows
 from lumiere.data.dataset import Sizes, SplitFacts, TokenizedSplit
-from lumiere.data.windows import Windows
 from lumiere.errors import LumiereError
-from lumiere.evaluation import evaluate, scoring
-from lumiere.evaluation.bootstrap import paired_difference, standard_errors
+from lumiere.evaluation import scoring
 from lumiere.evaluation.detailed import DetailedEvaluation, bins_of, calibration, evaluate_in_detail
-from lumiere.evaluation.scoring import Protocol, Scores, score, score_logits, strided_windows, training_windows
-from lumiere.evaluation.totals import DocumentTotals, GroupSums
+from lumiere.evaluation.loss import evaluate
+from lumiere.evaluation.ngrams import fit_baselines
+from lumiere.evaluation.scoring import (
+    DocumentTotals,
+    GroupSums,
+    Protocol,
+    Scores,
+    paired_difference,
+    score,
+    score_logits,
+    standard_errors,
+    strided_windows,
+    training_windows,
+)
 from lumiere.models.transformer import Transformer
 from tests import reference
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lumiere.config.loader import validate
+from lumiere.data.batches import Windows
 from lumiere.data.dataset import SplitFacts
-from lumiere.data.windows import Windows
-from lumiere.evaluation import evaluate, exponential
+from lumiere.evaluation.loss import evaluate, exponential
 from lumiere.models.transformer import Transformer, build_model
 from tests import reference
 

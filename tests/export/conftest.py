@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lumiere.export import transformer_lens_folder
+from lumiere.export import transformer_lens
 from lumiere.models.transformer import Transformer
 
 MakeModel = Callable[..., Transformer]
@@ -30,4 +30,4 @@ def make_model() -> MakeModel:
 @pytest.fixture
 def without_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if it were not installed: starting it takes seconds."""
-    monkeypatch.setattr(transformer_lens_folder, "installed_version", lambda: None)
+    monkeypatch.setattr(transformer_lens, "installed_version", lambda: None)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from lumiere.cli import app
 from lumiere.components.hooks import run_with_cache
 from lumiere.export.exporting import export_model, find_target
-from lumiere.interpret.logits import logit_attribution
+from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 

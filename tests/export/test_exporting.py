@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load, load_file, save
 
 from lumiere.errors import FailedCheckError, LumiereError
-from lumiere.export import transformer_lens_folder
-from lumiere.export.expected import logits_receipt, stated_tokens
+from lumiere.export import transformer_lens
 from lumiere.export.exporting import Exported, Target, export_model, find_target
+from lumiere.export.transformer_lens import logits_receipt, stated_tokens
 from lumiere.models.transformer import Transformer
 
 MakeModel = Callable[..., Transformer]
@@ -121,8 +121,8 @@ def test_where_the_library_is_installed_it_decides(
         seen.append(sorted(os.listdir(cwd)))
         return subprocess.CompletedProcess(command, code, output, error)
 
-    monkeypatch.setattr(transformer_lens_folder, "installed_version", lambda: version)
-    monkeypatch.setattr(transformer_lens_folder.subprocess, "run", run)
+    monkeypatch.setattr(transformer_lens, "installed_version", lambda: version)
+    monkeypatch.setattr(transformer_lens.subprocess, "run", run)
     if message is None:
         exported = export(make_model())
         assert [receipt.error for receipt in exported.receipts][1:] == [3e-7]
@@ -136,7 +136,7 @@ def test_where_the_library_is_installed_it_decides(
 
 
 def test_a_version_without_boot_native_is_left_alone(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_lens_folder, "installed_version", lambda: "2.18.0")
+    monkeypatch.setattr(transformer_lens, "installed_version", lambda: "2.18.0")
     assert export(make_model()).skipped == 1
 
 

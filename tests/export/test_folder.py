@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lumiere.errors import LumiereError
-from lumiere.export.folder import check_folder, new_folder, write_files
+from lumiere.export.exporting import check_folder, new_folder, write_files
 
 FILES = {"a.txt": b"one", "b.bin": bytes(range(256))}
 

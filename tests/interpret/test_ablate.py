@@ -16,9 +16,7 @@ from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError
-from lumiere.interpret.ablate import Mode, ablate
-from lumiere.interpret.trial import TOKENS_AT_ONCE, draw_donors
-from lumiere.interpret.units import UNITS
+from lumiere.interpret.ablation import TOKENS_AT_ONCE, UNITS, Mode, ablate, draw_donors
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit, repeated_tokens
@@ -133,7 +131,7 @@ def test_many_forward_passes_give_what_one_gives(unit: str, monkeypatch: pytest.
     model = random_model().double()
     assert 10 * BATCHES[0].tokens.numel() < TOKENS_AT_ONCE  # all units of a layer in one pass
     at_once = ablate(model, BATCHES, unit)
-    monkeypatch.setattr("lumiere.interpret.trial.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("lumiere.interpret.ablation.TOKENS_AT_ONCE", 1)
     np.testing.assert_allclose(ablate(model, BATCHES, unit).batch_changes, at_once.batch_changes, atol=1e-12)
 
 
@@ -292,18 +290,18 @@ def test_receipts_show_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that is half of what it should be, and a model whose blocks continue from another stream."""
     model = random_model()
     half = dataclasses.replace(UNITS["head"], write=lambda *arguments: UNITS["head"].write(*arguments) / 2)
-    monkeypatch.setattr("lumiere.interpret.ablate.find_unit", lambda name: half)
+    monkeypatch.setattr("lumiere.interpret.ablation.find_unit", lambda name: half)
     nothing, strongest = ablate(model, BATCHES).receipts
     assert nothing.holds
     assert not strongest.holds
     monkeypatch.setattr(
-        "lumiere.interpret.ablate.find_unit", lambda name: dataclasses.replace(UNITS["head"], stage="pre")
+        "lumiere.interpret.ablation.find_unit", lambda name: dataclasses.replace(UNITS["head"], stage="pre")
     )
     nothing, strongest = ablate(model, BATCHES).receipts
     assert nothing.holds
     assert not strongest.holds
     monkeypatch.undo()
-    monkeypatch.setattr("lumiere.interpret.trial.stream_after", lambda model, layer, stage, stream: stream)
+    monkeypatch.setattr("lumiere.interpret.ablation.stream_after", lambda model, layer, stage, stream: stream)
     assert not ablate(model, BATCHES).receipts[0].holds
 
 

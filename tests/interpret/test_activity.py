@@ -7,7 +7,7 @@ import torch
 from lumiere.components.hooks import run_with_cache
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
-from lumiere.interpret.activity import measure_activity
+from lumiere.interpret.summary import measure_activity
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.interpret.assignment import cheapest_assignment
+from lumiere.interpret.model_diff import cheapest_assignment
 
 
 def least_cost(costs: np.ndarray) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lumiere.config.loader import validate
-from lumiere.interpret.composition import composition_scores, pair_list
+from lumiere.interpret.head_scores import composition_scores, pair_list
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit

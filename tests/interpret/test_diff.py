@@ -16,7 +16,7 @@ from lumiere.data.batches import Batch
 from lumiere.data.corpus import row_reader
 from lumiere.data.dataset import document_sizes, tokenize_parts
 from lumiere.data.tokenizer import PAD, Tokenizer
-from lumiere.interpret.diff import ModelDiff, diff, diff_texts
+from lumiere.interpret.model_diff import ModelDiff, diff, diff_texts
 from lumiere.interpret.result import agreement
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
@@ -290,7 +290,7 @@ def test_one_position_has_no_heads_to_match() -> None:
 
 def test_only_the_start_of_many_sequences_has_its_patterns_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = random_model(), random_model(seed=2)
-    monkeypatch.setattr("lumiere.interpret.diff.PATTERN_SEQUENCES", 5)
+    monkeypatch.setattr("lumiere.interpret.model_diff.PATTERN_SEQUENCES", 5)
     _, some = parts(diff(model, other, BATCHES))
     first = BATCHES[1]
     one = Batch(first.tokens[:1], first.targets[:1], 3)

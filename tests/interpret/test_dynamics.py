@@ -9,15 +9,12 @@ import torch
 from lumiere.config.loader import validate
 from lumiere.data.batches import make_batch
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.evaluation import evaluate
-from lumiere.interpret.composition import composition_scores
-from lumiere.interpret.dynamics import Dynamics, follow, total_change, worse
-from lumiere.interpret.heads import SCORES, head_scores
-from lumiere.interpret.lens import logit_lens
-from lumiere.interpret.metrics import DEFAULT_METRICS, METRICS, Texts
-from lumiere.interpret.repeats import repeated_tokens
+from lumiere.evaluation.loss import evaluate
+from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS, Dynamics, Texts, follow, total_change, worse
+from lumiere.interpret.head_scores import SCORES, composition_scores, head_scores, repeated_tokens
+from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.result import Receipt
-from lumiere.interpret.weights import matrix_facts
+from lumiere.interpret.summary import matrix_facts
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.checkpoint_names import checkpoint_names, snapshot_steps
 from lumiere.persistence.runs import Run

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lumiere.config.loader import validate
-from lumiere.interpret.embeddings import token_map
+from lumiere.interpret.neurons import token_map
 from lumiere.models.transformer import build_model
 from lumiere.persistence.runs import Run
 

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 from lumiere.components.hooks import hooked
 from lumiere.config.loader import validate
 from lumiere.data.tokenizer import PAD
-from lumiere.interpret.heads import SCORES, HeadScores, head_scores, roles_of, source_masks
-from lumiere.interpret.in_context import position_bands
-from lumiere.interpret.repeats import longest_copy, repeated_tokens
+from lumiere.interpret.head_scores import (
+    SCORES,
+    HeadScores,
+    head_scores,
+    longest_copy,
+    position_bands,
+    repeated_tokens,
+    roles_of,
+    source_masks,
+)
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import CURRENT, DUPLICATE, FIRST, INDUCTION, PREVIOUS, UNIFORM, induction_circuit
@@ -239,7 +246,7 @@ def test_parts_of_a_large_batch_add_up(model: Transformer, monkeypatch: pytest.M
     tokens = torch.randint(3, 9, (7, 18), generator=torch.Generator().manual_seed(0))
     windows = torch.randint(3, 300, (5, 21), generator=torch.Generator().manual_seed(0))
     whole = head_scores(model, tokens, windows_NT=windows)
-    monkeypatch.setattr("lumiere.interpret.heads.TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr("lumiere.interpret.head_scores.TOKENS_AT_ONCE", 40)
     parts = head_scores(model, tokens, windows_NT=windows)
     for name, values in whole.arrays().items():
         np.testing.assert_allclose(parts.arrays()[name], values, atol=1e-5, equal_nan=True)

@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 
 from lumiere.components.hooks import HookPoint
 from lumiere.config.loader import validate
-from lumiere.interpret import lens as lens_module
-from lumiere.interpret.lens import decisions, logit_lens, stage_names
+from lumiere.interpret import logit_lens as lens_module
+from lumiere.interpret.logit_lens import decisions, logit_lens, stage_names
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 from tests import reference

@@ -10,8 +10,8 @@ import torch
 
 from lumiere.components.hooks import HookPoint, hooked, run_with_cache
 from lumiere.config.loader import validate
-from lumiere.interpret import logits as logits_module
-from lumiere.interpret.logits import LEVELS, Level, LogitAttribution, logit_attribution
+from lumiere.interpret import logit_attribution as logits_module
+from lumiere.interpret.logit_attribution import LEVELS, Level, LogitAttribution, logit_attribution
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 

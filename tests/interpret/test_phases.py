@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.phases import births, random_walks, share_claimed, smooth_curves, snapshot_steps
-from lumiere.interpret.phases import find_phase_change, stretches
+from lumiere.interpret.dynamics import find_phase_change, stretches
 
 STEPS = np.array([0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 2560, 3072, 3584, 4096])
 

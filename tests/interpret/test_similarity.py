@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.interpret.similarity import LinearCka, pattern_divergences
+from lumiere.interpret.model_diff import LinearCka, pattern_divergences
 
 
 def cka(x: np.ndarray, y: np.ndarray, num_parts: int = 3) -> float:

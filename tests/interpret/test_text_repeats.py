@@ -6,9 +6,8 @@ import torch
 
 from lumiere.config.loader import validate
 from lumiere.data.tokenizer import PAD
-from lumiere.evaluation.clusters import clustered_means
-from lumiere.interpret.heads import SCORES, HeadScores, head_scores
-from lumiere.interpret.text_repeats import add_text_repeats, first_occurrences
+from lumiere.evaluation.scoring import clustered_means
+from lumiere.interpret.head_scores import SCORES, HeadScores, add_text_repeats, first_occurrences, head_scores
 from lumiere.models.transformer import Transformer, build_model
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit
 
@@ -135,5 +134,5 @@ def test_text_without_repeats_has_no_scores() -> None:
 
 def test_of_many_windows_some_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows, documents = random_model(), names(10, 13, 40), np.arange(10)
-    monkeypatch.setattr("lumiere.interpret.text_repeats.MOST_TOKENS", 5 * 13)
+    monkeypatch.setattr("lumiere.interpret.head_scores.MOST_TEXT_TOKENS", 5 * 13)
     assert scored(model, windows, documents).text_repeats == len(by_hand(windows[::2], documents[::2]))

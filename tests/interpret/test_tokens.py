@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.baselines.ngrams import BigramModel
 from lumiere.config.loader import validate
 from lumiere.data.dataset import tokenize_text
 from lumiere.data.tokenizer import Tokenizer
-from lumiere.evaluation import evaluate
-from lumiere.interpret.tokens import TokenLosses, token_losses
+from lumiere.evaluation.loss import evaluate
+from lumiere.evaluation.ngrams import BigramModel
+from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumiere.config.loader import validate
-from lumiere.interpret import weights
-from lumiere.interpret.weights import count_parts, matrix_facts, same_rows, spectrum_facts
+from lumiere.interpret import summary as weights
+from lumiere.interpret.summary import count_parts, matrix_facts, same_rows, spectrum_facts
 from lumiere.models.transformer import build_model
 from lumiere.training.costs import count_parameters
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lumiere.components.world import ALONE
+from lumiere.distributed import SINGLE_PROCESS
 from lumiere.errors import CheckpointError
 from lumiere.persistence import sharded
 from lumiere.persistence.checkpoint import load_checkpoint
@@ -215,10 +215,10 @@ def test_a_manifest_of_90_megabytes_is_not_parsed(folder: Path) -> None:
 
 def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "latest"
-    save_shards(folder, Checkpoint({"weight": torch.zeros(2)}, metadata={"step": 1}), ALONE)
+    save_shards(folder, Checkpoint({"weight": torch.zeros(2)}, metadata={"step": 1}), SINGLE_PROCESS)
     monkeypatch.setattr(sharded, "MAX_BYTES", (folder / MANIFEST_NAME).stat().st_size)
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_shards(folder, Checkpoint({"weight": torch.zeros(2)}, metadata={"step": 10}), ALONE)
+        save_shards(folder, Checkpoint({"weight": torch.zeros(2)}, metadata={"step": 10}), SINGLE_PROCESS)
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
     assert read_manifest(folder).metadata == {"step": 1}
 

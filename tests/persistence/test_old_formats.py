@@ -17,8 +17,8 @@ from lumiere.persistence.checkpoint import read_metadata
 from lumiere.persistence.metrics import read_metrics
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, StepEvent, WarningEvent
-from lumiere.training.launch import resume
-from lumiere.training.preparation import prepare_resume
+from lumiere.training.run import resume
+from lumiere.training.setup import set_up_resume
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GOLDEN = json.loads((FIXTURES / "run_v1.golden.json").read_text(encoding="utf-8"))
@@ -57,7 +57,7 @@ def test_what_it_says_of_itself(run: Run) -> None:
 
 
 def test_it_can_be_resumed(run: Run) -> None:
-    result = resume(prepare_resume(run), run)
+    result = resume(set_up_resume(run), run)
     assert (result.state.step, run.record["status"]) == (GOLDEN["resumed"]["step"], "finished")
     lines = read_metrics(run.metrics_path)
     assert [line["step"] for line in lines] == GOLDEN["resumed"]["steps"]
@@ -73,9 +73,9 @@ def test_the_resume_of_an_older_version_says_once_that_bits_may_differ(run: Run)
         if isinstance(event, StepEvent) and event.step == 10:
             signal.raise_signal(signal.SIGINT)
 
-    assert resume(prepare_resume(run), run, [listen]).state.step == 10
+    assert resume(set_up_resume(run), run, [listen]).state.step == 10
     assert [warning.step for warning in warnings] == [9]
-    assert resume(prepare_resume(run), run, [listen]).state.step == 12
+    assert resume(set_up_resume(run), run, [listen]).state.step == 12
     assert len(warnings) == 1
 
 

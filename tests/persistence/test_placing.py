@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lumiere.components.world import ALONE
+from lumiere.distributed import SINGLE_PROCESS
 from lumiere.errors import CheckpointError
 from lumiere.persistence import placing
 from lumiere.persistence.checkpoint_format import Checkpoint
@@ -38,7 +38,7 @@ def checkpoint(step: int) -> Checkpoint:
 def save(run: Run, name: str, step: int, form: str) -> None:
     manager = CheckpointManager(run.path.parent)
     if form == "folder":
-        manager.save_shards(run, name, checkpoint(step), ALONE)
+        manager.save_shards(run, name, checkpoint(step), SINGLE_PROCESS)
     else:
         manager.save(run, name, checkpoint(step))
 
@@ -215,7 +215,7 @@ def test_names_and_steps_of_folders(run: Run, manager: CheckpointManager) -> Non
 def test_a_name_that_is_none_saves_nothing(run: Run, manager: CheckpointManager) -> None:
     for name in ("previous", "../best", "step-5", "mine"):
         with pytest.raises(ValueError, match="is no name for a checkpoint"):
-            manager.save_shards(run, name, checkpoint(1), ALONE)
+            manager.save_shards(run, name, checkpoint(1), SINGLE_PROCESS)
     assert entries(run) == set()
 
 

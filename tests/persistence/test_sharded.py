@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lumiere.components.world import ALONE, World
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.errors import CheckpointError
 from lumiere.persistence import shard_writer, sharded
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata, save_checkpoint
@@ -120,7 +120,7 @@ def odd_tensors() -> dict[str, Tensor]:
 
 def test_one_process_saves_what_a_single_file_has(tmp_path: Path) -> None:
     checkpoint = as_checkpoint(odd_tensors())
-    save_shards(tmp_path / "best", checkpoint, ALONE)
+    save_shards(tmp_path / "best", checkpoint, SINGLE_PROCESS)
     save_checkpoint(tmp_path / "best.safetensors", checkpoint)
     assert names(tmp_path) == {"best", "best.safetensors"}
     expected, loaded = load_checkpoint(tmp_path / "best.safetensors"), load_checkpoint(tmp_path / "best")
@@ -131,7 +131,7 @@ def test_one_process_saves_what_a_single_file_has(tmp_path: Path) -> None:
 
 
 def test_nothing_in_the_folder_is_pickled_and_torch_reads_it_by_itself(tmp_path: Path) -> None:
-    save_shards(tmp_path / "best", as_checkpoint(whole_tensors()), ALONE)
+    save_shards(tmp_path / "best", as_checkpoint(whole_tensors()), SINGLE_PROCESS)
     assert {name.rpartition(".")[2] for name in names(tmp_path / "best")} == {"safetensors", "json"}
     assert [path for path in (tmp_path / "best").iterdir() if b"\x80\x02" in path.read_bytes()[:100]] == []
     assert json.loads((tmp_path / "best" / "checkpoint.json").read_text())["metadata"] == METADATA
@@ -143,12 +143,12 @@ def test_nothing_in_the_folder_is_pickled_and_torch_reads_it_by_itself(tmp_path:
 
 def test_what_json_does_not_have_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        save_shards(tmp_path / "best", Checkpoint({}, metadata={"best_loss": float("nan")}), ALONE)
+        save_shards(tmp_path / "best", Checkpoint({}, metadata={"best_loss": float("nan")}), SINGLE_PROCESS)
     assert names(tmp_path) == set()
 
 
 def test_a_key_that_json_turns_into_text_does_not_break_the_hash(tmp_path: Path) -> None:
-    save_shards(tmp_path / "best", Checkpoint({}, metadata={"steps": {10: (1, 2), 9: 1.5}, "step": 1}), ALONE)
+    save_shards(tmp_path / "best", Checkpoint({}, metadata={"steps": {10: (1, 2), 9: 1.5}, "step": 1}), SINGLE_PROCESS)
     assert read_metadata(tmp_path / "best") == {"steps": {"10": [1, 2], "9": 1.5}, "step": 1}
 
 
@@ -161,9 +161,9 @@ def test_a_disk_without_room_is_noticed_before_the_first_byte(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", None)
         with pytest.raises(CheckpointError, match=r"best' cannot be written: it takes 0\.0 MB"):
-            save_shards(tmp_path / "best", checkpoint, ALONE)
+            save_shards(tmp_path / "best", checkpoint, SINGLE_PROCESS)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=needed))
-    save_shards(tmp_path / "best", checkpoint, ALONE)
+    save_shards(tmp_path / "best", checkpoint, SINGLE_PROCESS)
     assert names(tmp_path) == {"best"}
 
 
@@ -194,7 +194,7 @@ def spread_out(size: int) -> Checkpoint:
 
 @pytest.mark.usefixtures("group_of_one")
 def test_shards_of_a_world_of_one(tmp_path: Path) -> None:
-    save_shards(tmp_path / "latest", spread_out(1), ALONE)
+    save_shards(tmp_path / "latest", spread_out(1), SINGLE_PROCESS)
     assert_is(load_checkpoint(tmp_path / "latest"), whole_tensors())
     loaded = load_shards(
         tmp_path / "latest",
@@ -211,27 +211,27 @@ def test_only_rows_are_shared_out(tmp_path: Path) -> None:
     mesh = init_device_mesh("cpu", (1,))
     weight = torch.arange(10.0).reshape(5, 2)
     whole = distribute_tensor(weight, mesh, [Replicate()])
-    save_shards(tmp_path / "best", Checkpoint({"weight": whole}), ALONE)
+    save_shards(tmp_path / "best", Checkpoint({"weight": whole}), SINGLE_PROCESS)
     assert_same(load_checkpoint(tmp_path / "best").model, {"weight": weight})
     columns = distribute_tensor(weight, mesh, [Shard(1)])
     with pytest.raises(ValueError, match="a checkpoint takes shards of rows"):
-        save_shards(tmp_path / "best", Checkpoint({"weight": columns}), ALONE)
+        save_shards(tmp_path / "best", Checkpoint({"weight": columns}), SINGLE_PROCESS)
 
 
 def fail(*arguments: object, **options: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def in_process(rank: int, size: int, work: Callable[[World, Path], None], tmp_path: Path) -> None:
+def in_process(rank: int, size: int, work: Callable[[ProcessGroup, Path], None], tmp_path: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(tmp_path / f"store-{size}"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    work(World(rank, size, rank, size), tmp_path)
+    work(ProcessGroup(rank, size, rank, size), tmp_path)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_in(size: int, work: Callable[[World, Path], None], tmp_path: Path) -> None:
+def run_in(size: int, work: Callable[[ProcessGroup, Path], None], tmp_path: Path) -> None:
     torch.multiprocessing.spawn(in_process, (size, work, tmp_path), nprocs=size)
 
 
@@ -243,7 +243,7 @@ def memory_like(size: int) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
     return like
 
 
-def save_by_three(world: World, tmp_path: Path) -> None:
+def save_by_three(processes: ProcessGroup, tmp_path: Path) -> None:
     """Each attempt that fails does so in every process, and leaves nothing; then one succeeds."""
     checkpoint, folder = spread_out(3), tmp_path / "latest"
     for owner, function, failing_rank in [
@@ -256,23 +256,23 @@ def save_by_three(world: World, tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             place = sharded.place
             if function == "place":
-                place = fail if world.rank == failing_rank else place
-            elif world.rank == failing_rank:
+                place = fail if processes.rank == failing_rank else place
+            elif processes.rank == failing_rank:
                 patch.setattr(owner, function, fail)
             with pytest.raises(CheckpointError, match="latest' cannot be written: No space left on device"):
-                save_shards(folder, checkpoint, world, place)
-        world.wait()
+                save_shards(folder, checkpoint, processes, place)
+        processes.barrier()
         assert not list(tmp_path.glob("*latest*")), function
     run = RunStore(tmp_path / "runs").all()[0]
     manager = CheckpointManager(tmp_path / "runs")
     for step in (1, 2):
-        manager.save_shards(run, "latest", replace(checkpoint, metadata={"step": step}), world)
+        manager.save_shards(run, "latest", replace(checkpoint, metadata={"step": step}), processes)
     assert [manager.load(run, name).step for name in ("latest", "previous")] == [2, 1]
-    world.wait()
-    save_shards(folder, checkpoint, world)
+    processes.barrier()
+    save_shards(folder, checkpoint, processes)
 
 
-def load_by_two(world: World, tmp_path: Path) -> None:
+def load_by_two(processes: ProcessGroup, tmp_path: Path) -> None:
     """The three's shards by two processes, which save them again, over those of the three."""
     loaded = load_shards(tmp_path / "latest", like=memory_like(2))
     full = {
@@ -284,22 +284,22 @@ def load_by_two(world: World, tmp_path: Path) -> None:
     mine = loaded.model["weight"]
     assert isinstance(mine, DTensor)
     assert_same(
-        {"rows": mine.to_local()}, {"rows": whole_tensors()["model.weight"][[slice(3), slice(3, 5)][world.rank]]}
+        {"rows": mine.to_local()}, {"rows": whole_tensors()["model.weight"][[slice(3), slice(3, 5)][processes.rank]]}
     )
-    world.wait()
+    processes.barrier()
     # Each process reads, and so verifies, only the files in which rows of its own are.
     for path in (tmp_path / "latest").glob("shard-00003-*"):
-        if world.rank == 0:
+        if processes.rank == 0:
             flip(path.name)(tmp_path / "latest")
-    world.wait()
+    processes.barrier()
     try:
         load_shards(tmp_path / "latest", ("model",), memory_like(2))
         refused = False
     except CheckpointError:
         refused = True
-    assert refused == (world.rank == 1)
-    world.wait()
-    save_shards(tmp_path / "latest", loaded, world)
+    assert refused == (processes.rank == 1)
+    processes.barrier()
+    save_shards(tmp_path / "latest", loaded, processes)
 
 
 @pytest.mark.slow

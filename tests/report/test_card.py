@@ -18,13 +18,19 @@ from markdown_it import MarkdownIt
 from lumiere.config.loader import load_config, validate
 from lumiere.config.schema import RunConfig
 from lumiere.data.corpus import BUILT_IN
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
-from lumiere.report.card import SECTIONS, model_card
-from lumiere.report.card_facts import CardFacts, card_checkpoint, gather, kept_evaluation
-from lumiere.report.card_training import BUILT_IN as BUILT_IN_CARDS
-from lumiere.report.card_training import corpus_name
+from lumiere.report.model_card import BUILT_IN as BUILT_IN_CARDS
+from lumiere.report.model_card import (
+    SECTIONS,
+    CardFacts,
+    card_checkpoint,
+    corpus_name,
+    gather,
+    kept_evaluation,
+    model_card,
+)
 
 ROOT = Path(__file__).parents[2]
 # The two averages are those that the original reports of its own run.

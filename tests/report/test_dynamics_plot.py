@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from lumiere.interpret.dynamics import Dynamics
-from lumiere.report.dynamics_page import NAMED, SCRIPT, dynamics_page
-from lumiere.report.dynamics_plot import draw_dynamics, positions
-from lumiere.report.pictures import save_figure
+from lumiere.report.figures.dynamics import NAMED, SCRIPT, draw_dynamics, dynamics_page, positions
+from lumiere.report.figures.figure import save_figure
 
 STEPS = [0, 1, 2, 4, 8, 16]
 VOID = {"meta"}

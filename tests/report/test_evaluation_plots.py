@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumiere.evaluation import Evaluation
 from lumiere.evaluation.detailed import Calibration, DetailedEvaluation, LossByDocument, LossByGroup
-from lumiere.evaluation.totals import DocumentTotals
-from lumiere.report.evaluation_plots import EvaluationPlot, draw, save_evaluation_plots, short_range
-from lumiere.report.pictures import COLOURS
+from lumiere.evaluation.loss import Evaluation
+from lumiere.evaluation.scoring import DocumentTotals
+from lumiere.report.figures.curves import EvaluationPlot, draw_evaluations, save_evaluation_plots, short_range
+from lumiere.report.figures.figure import COLOURS
 
 NAN = float("nan")
 TEXT = "$x$ <b>&amp;</b> test (55f2337b)"
@@ -44,7 +44,7 @@ PLOTS = [make_plot("aaaaaaaa, best", FREQUENCIES), make_plot("bbbbbbbb, best", F
 
 
 def test_the_figure_holds_the_numbers() -> None:
-    figure = draw(PLOTS, TEXT)
+    figure = draw_evaluations(PLOTS, TEXT)
     positions, frequencies, reliability = figure.axes
     assert figure.get_suptitle() == TEXT
     assert [text.get_text() for text in positions.get_legend().get_texts()] == ["aaaaaaaa, best", "bbbbbbbb, best"]
@@ -62,8 +62,11 @@ def test_the_figure_holds_the_numbers() -> None:
 
 
 def test_without_the_training_split_there_is_no_panel_of_frequencies() -> None:
-    assert [axes.get_title() for axes in draw([make_plot("a", None)], TEXT).axes] == ["Loss by position", "Reliability"]
-    assert len(draw([make_plot("a", None), PLOTS[0]], TEXT).axes) == 3
+    assert [axes.get_title() for axes in draw_evaluations([make_plot("a", None)], TEXT).axes] == [
+        "Loss by position",
+        "Reliability",
+    ]
+    assert len(draw_evaluations([make_plot("a", None), PLOTS[0]], TEXT).axes) == 3
 
 
 def test_ranges_are_short() -> None:

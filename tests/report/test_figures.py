@@ -14,24 +14,28 @@ from matplotlib.colors import to_hex
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.errors import LumiereError
-from lumiere.interpret.ablate import ablate
+from lumiere.interpret.ablation import ablate
 from lumiere.interpret.activations import activations
 from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, combined_attention
-from lumiere.interpret.heads import SCORES, head_scores
-from lumiere.interpret.lens import logit_lens
-from lumiere.interpret.logits import LEVELS, logit_attribution
+from lumiere.interpret.head_scores import SCORES, head_scores
+from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
+from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.summary import summarize
-from lumiere.interpret.tokens import token_losses
+from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.report.export import save_result
-from lumiere.report.figures.attention import draw_attention
-from lumiere.report.figures.heads import draw_ablations, draw_heads
-from lumiere.report.figures.heat_maps import MAGNITUDES, NEGATIVE, POSITIVE, SIGNED
-from lumiere.report.figures.lens import draw_lens
-from lumiere.report.figures.logits import MOST_BARS, draw_logits
-from lumiere.report.figures.summary import draw_summary
-from lumiere.report.figures.texts import draw_activations, draw_tokens
-from lumiere.report.pictures import SUFFIXES, Picture
+from lumiere.report.figures.bars import MOST_PARTS, draw_ablations, draw_heads, draw_logits, draw_summary
+from lumiere.report.figures.figure import SUFFIXES, Picture
+from lumiere.report.figures.heat_maps import (
+    MAGNITUDES,
+    NEGATIVE,
+    POSITIVE,
+    SIGNED,
+    draw_activations,
+    draw_attention,
+    draw_lens,
+    draw_tokens,
+)
+from lumiere.report.results import save_result
 from tests.interpret.looking import looking_model
 
 TOKENS = [0, 5, 6, 7, 8, 9, 10, 11, 12]
@@ -155,7 +159,7 @@ def test_bars_add_up_to_the_logit(model: Transformer, level: Any) -> None:
     result = logit_attribution(model, TOKENS, by=level)
     axes = draw_logits(result, label).figure.axes[0]
     *bars, total = axes.patches
-    assert len(bars) <= MOST_BARS + 1
+    assert len(bars) <= MOST_PARTS + 1
     assert total.get_width() == pytest.approx(result.logits[0], rel=1e-4)
     end = 0.0
     for bar in bars:  # each begins where the last one ended

@@ -9,8 +9,8 @@ import pytest
 
 from lumiere.errors import LumiereError
 from lumiere.persistence.history import History, Point
-from lumiere.report.loss_curves import LossCurves, draw, save_loss_curves
-from lumiere.report.pictures import COLOURS
+from lumiere.report.figures.curves import LossCurves, draw_loss_curves, save_loss_curves
+from lumiere.report.figures.figure import COLOURS
 
 HISTORY = History(
     training=tuple(Point(step, 100 * step, step / 4, 8 - step) for step in range(1, 5)),
@@ -28,7 +28,7 @@ CURVES = [LossCurves("aaaaaaaa on $x$ <b>&amp;</b>", HISTORY), LossCurves("bbbbb
     ],
 )
 def test_the_figure_holds_the_numbers(axis: str, xs: list[float], name: str) -> None:
-    (axes,) = draw(CURVES, axis).axes
+    (axes,) = draw_loss_curves(CURVES, axis).axes
     assert axes.get_xlabel() == name
     training, validation, *others = axes.get_lines()
     assert len(others) == 2
@@ -39,7 +39,7 @@ def test_the_figure_holds_the_numbers(axis: str, xs: list[float], name: str) -> 
 
 
 def test_many_runs_never_look_the_same() -> None:
-    (axes,) = draw([LossCurves(str(i), HISTORY) for i in range(20)], "step").axes
+    (axes,) = draw_loss_curves([LossCurves(str(i), HISTORY) for i in range(20)], "step").axes
     looks = {(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in axes.get_lines()}
     assert len(looks) == 40
     assert {str(color) for color, _, _ in looks} == set(COLOURS)

@@ -12,14 +12,27 @@ import torch
 
 from lumiere.data.batches import batch_at
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.interpret.heads import head_scores
-from lumiere.interpret.text_repeats import score_heads
+from lumiere.interpret.head_scores import head_scores, score_heads
 from lumiere.persistence.history import History, Point, read_history
 from lumiere.persistence.runs import Run
-from lumiere.report.inspection import CANDIDATES, Inspection, Text, frequent_tokens, inspect_model
-from lumiere.report.page_data import page_data, rounded, script_json, thousandths
-from lumiere.report.page_sections import head_table, loss_picture, receipt_table, repeat_gap, table
-from lumiere.report.report_page import build_page, fill
+from lumiere.report.report_page import (
+    CANDIDATES,
+    Inspection,
+    Text,
+    build_page,
+    fill,
+    frequent_tokens,
+    head_table,
+    inspect_model,
+    loss_picture,
+    page_data,
+    receipt_table,
+    repeat_gap,
+    rounded,
+    script_json,
+    table,
+    thousandths,
+)
 
 TOKENS = (0, 70, 80, 90, 80, 71)
 ABOUT = {

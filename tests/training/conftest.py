@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from lumiere.components import device as device_module
-from lumiere.components.world import ALONE, World
+from lumiere import device as device_module
 from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training import launch as launch_module
-from lumiere.training.environment import environment
-from lumiere.training.events import Event, Listener, StepEvent
-from lumiere.training.launch import start
-from lumiere.training.preparation import prepare
+from lumiere.training import run as run_module
+from lumiere.training.events import Callback, Event, StepEvent
+from lumiere.training.run import environment, start
+from lumiere.training.setup import set_up
 from lumiere.training.trainer import TrainingResult
 
 Configure = Callable[[Mapping[str, Any]], RunConfig]
@@ -48,7 +47,7 @@ environment_once = functools.cache(environment)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What survives a power cut is a matter of tests/persistence, and one look at the machine is enough for all."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(launch_module, "environment", environment_once)
+    monkeypatch.setattr(run_module, "environment", environment_once)
     monkeypatch.setattr(device_module, "peak_flops", lambda device, dtype: PEAK_FLOPS)
 
 
@@ -70,17 +69,19 @@ def configure(tiny_config: RunConfig) -> Configure:
 def launch(tmp_path: Path) -> Launch:
     """Trains a config in a runs directory of this test, which is the current folder's."""
 
-    def trained(config: RunConfig, listeners: Sequence[Listener] = (), world: World = ALONE) -> TrainingResult:
-        return start(prepare(config), RunStore(tmp_path / "runs"), listeners=listeners, world=world)
+    def trained(
+        config: RunConfig, callbacks: Sequence[Callback] = (), processes: ProcessGroup = SINGLE_PROCESS
+    ) -> TrainingResult:
+        return start(set_up(config), RunStore(tmp_path / "runs"), callbacks=callbacks, processes=processes)
 
     return trained
 
 
 @pytest.fixture(scope="session")
-def stop_at() -> Callable[[int], Listener]:
-    """Makes a listener that is Ctrl-C during a step."""
+def stop_at() -> Callable[[int], Callback]:
+    """Makes a callback that is Ctrl-C during a step."""
 
-    def at(step: int) -> Listener:
+    def at(step: int) -> Callback:
         def listen(event: Event) -> None:
             if isinstance(event, StepEvent) and event.step == step:
                 signal.raise_signal(signal.SIGINT)

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from lumiere.errors import CheckpointError
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.training.averaging import WeightAverage
 from lumiere.training.events import EvaluationEvent, Event, StepEvent
-from lumiere.training.launch import newest_checkpoint
-from lumiere.training.preparation import prepare
+from lumiere.training.optim import WeightAverage
+from lumiere.training.run import newest_checkpoint
+from lumiere.training.setup import set_up
 from lumiere.training.state import TrainingState, new_model
 
 DECAY = 0.25
@@ -93,7 +93,7 @@ def test_the_average_is_what_is_evaluated_and_saved(configure, launch) -> None:
     assert all(torch.equal(snapshot.model[name], weight) for name, weight in trained[3].items())
 
     told = [event.evaluation.loss for event in events if isinstance(event, EvaluationEvent)]
-    corpus = prepare(config).corpus
+    corpus = set_up(config).corpus
     facts = corpus.splits["validation"].facts
     scored = evaluate(run.load_model("latest"), corpus.windows("validation", config), facts, config.training.batch_size)
     assert scored.loss == pytest.approx(told[-1], rel=1e-6)

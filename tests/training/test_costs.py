@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lumiere.config.loader import load_config
 from lumiere.config.schema import RunConfig
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.training import costs
+from lumiere.training import costs, schedule
 from lumiere.training.costs import Parameters
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent
-from lumiere.training.optimizers import Optimizers
+from lumiere.training.optim import Optimizers
 
 CPU = torch.device("cpu")
 # Sizes that are all different, so that none can stand for another.
@@ -141,9 +141,9 @@ def test_steps_and_evaluations_are_those_of_a_training(
     config = configure({f"training.{name}": value for name, value in changes.items()})
     events: list[Event] = []
     result = launch(config, [events.append])
-    assert costs.num_steps(config.training, epoch_steps=5) == result.state.step
+    assert schedule.num_steps(config.training, epoch_steps=5) == result.state.step
     told = [event for event in events if isinstance(event, EvaluationEvent)]
-    assert costs.num_evaluations(config.training, epoch_steps=5) == len(told)
+    assert schedule.num_evaluations(config.training, epoch_steps=5) == len(told)
 
 
 @pytest.mark.parametrize(("patience", "earliest"), [(1, 10), (2, 15), (3, None), (None, None)])
@@ -152,7 +152,7 @@ def test_where_nothing_improves_patience_ends_it_at_the_earliest(
 ) -> None:
     changes = {"max_steps": None, "max_epochs": 4, "patience": patience, "stopping_threshold": 100.0}
     config = configure({f"training.{name}": value for name, value in changes.items()})
-    assert costs.earliest_stop(config.training, epoch_steps=5) == earliest
+    assert schedule.earliest_stop(config.training, epoch_steps=5) == earliest
     events: list[Event] = []
     launch(config, [events.append])
     assert max(event.step for event in events if isinstance(event, CheckpointEvent)) == (earliest or 20)

@@ -15,13 +15,13 @@ from lumiere.config.loader import dump_config
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training import launch as launch_module
-from lumiere.training.events import Event, Listener, StepEvent
-from lumiere.training.launch import resume, start
-from lumiere.training.preparation import Preparation, prepare, prepare_resume
+from lumiere.training import run as run_module
+from lumiere.training.events import Callback, Event, StepEvent
+from lumiere.training.run import resume, start
+from lumiere.training.setup import TrainingSetup, set_up, set_up_resume
 from tests.failing import Failing
 
-SUPERVISE = launch_module.supervise
+SUPERVISE = run_module.run_training
 LONGER = {"training.max_steps": 9, "training.checkpoint_interval": 3, "training.snapshots": False}
 
 
@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def at_step(step: int, act: Callable[[Run], object], folder: Path) -> Listener:
+def at_step(step: int, act: Callable[[Run], object], folder: Path) -> Callback:
     """Does something to the only run of a folder during a step."""
 
     def listen(event: Event) -> None:
@@ -58,14 +58,14 @@ def test_a_disk_that_gets_full_between_two_saves(configure, launch, small_disk: 
     whole = launch(configure(LONGER)).run
     runs = small_disk / "runs"
     with pytest.raises(CheckpointError, match=r"best\.safetensors' cannot be written: it takes 0.1 MB, more") as caught:
-        start(prepare(configure(LONGER)), RunStore(runs), listeners=[at_step(4, lambda run: fill(runs, 30_000), runs)])
+        start(set_up(configure(LONGER)), RunStore(runs), callbacks=[at_step(4, lambda run: fill(runs, 30_000), runs)])
     assert "the checkpoint that was there is untouched" in (caught.value.hint or "")
     (run,) = RunStore(runs).all()
     assert run.status == "failed"
     assert CheckpointManager(runs).load_latest(run)[0].metadata["step"] == 3
     assert not list(run.path.rglob(".*.tmp"))
     (runs / "filler").unlink()
-    assert resume(prepare_resume(run), run).state.step == 9
+    assert resume(set_up_resume(run), run).state.step == 9
     assert tensor_hashes(run, "latest") == tensor_hashes(whole, "latest")
 
 
@@ -74,11 +74,11 @@ def test_a_disk_without_room_for_a_byte(configure, launch, small_disk: Path, ten
     runs = small_disk / "runs"
     # Nothing is left, not even for the record that the run failed.
     with pytest.raises(LumiereError, match="cannot be written"):
-        start(prepare(configure(LONGER)), RunStore(runs), listeners=[at_step(4, lambda run: fill(runs, 0), runs)])
+        start(set_up(configure(LONGER)), RunStore(runs), callbacks=[at_step(4, lambda run: fill(runs, 0), runs)])
     (run,) = RunStore(runs).all()
     assert run.status == "crashed"
     (runs / "filler").unlink()
-    assert resume(prepare_resume(run), run).state.step == 9
+    assert resume(set_up_resume(run), run).state.step == 9
     assert tensor_hashes(run, "latest") == tensor_hashes(whole, "latest")
     steps = [line.split(b",")[0] for line in run.metrics_path.read_bytes().splitlines() if b'"loss"' in line]
     assert steps == [b'{"step": %d' % step for step in range(1, 10)]
@@ -87,18 +87,18 @@ def test_a_disk_without_room_for_a_byte(configure, launch, small_disk: Path, ten
 def test_a_disk_that_is_full_from_the_start_gets_no_run(configure, small_disk: Path) -> None:
     fill(small_disk, 20_000)
     with pytest.raises(CheckpointError, match="the checkpoints need"):
-        start(prepare(configure(LONGER)), RunStore(small_disk / "runs"))
+        start(set_up(configure(LONGER)), RunStore(small_disk / "runs"))
     assert not (small_disk / "runs").exists()
 
 
 def test_a_disk_that_cannot_be_written_to(configure, stop_at, small_disk: Path) -> None:
     runs = small_disk / "runs"
-    run = start(prepare(configure(LONGER)), RunStore(runs), listeners=[stop_at(4)]).run
+    run = start(set_up(configure(LONGER)), RunStore(runs), callbacks=[stop_at(4)]).run
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(LumiereError, match="cannot be locked: Read-only file system"):
-        resume(prepare_resume(run), run)
+        resume(set_up_resume(run), run)
     with pytest.raises(LumiereError, match=r"no run can be made in .*: Read-only file system"):
-        start(prepare(configure(LONGER)), RunStore(runs))
+        start(set_up(configure(LONGER)), RunStore(runs))
     assert (run.status, run.load_model("latest").training) == ("interrupted", False)
 
 
@@ -111,7 +111,7 @@ def test_a_folder_that_is_removed_is_not_made_again(configure, launch, tmp_path:
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting and resuming do all but train."""
-    monkeypatch.setattr(launch_module, "supervise", lambda *arguments: None)
+    monkeypatch.setattr(run_module, "run_training", lambda *arguments: None)
 
 
 def attempts(act: Callable[[], object], code: int = errno.ENOSPC) -> Iterator[LumiereError | None]:
@@ -146,11 +146,11 @@ def check_nothing_is_left(store: RunStore) -> None:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
 @pytest.mark.usefixtures("no_training")
 def test_a_run_that_cannot_be_started_leaves_nothing(configure, tmp_path: Path, code: int) -> None:
-    preparation: Preparation = prepare(configure(LONGER))
+    setup: TrainingSetup = set_up(configure(LONGER))
     stores = [RunStore(tmp_path / str(number)) for number in range(100)]
     unused = iter(stores)
     failures = 0
-    for store, error in zip(stores, attempts(lambda: start(preparation, next(unused)), code), strict=False):
+    for store, error in zip(stores, attempts(lambda: start(setup, next(unused)), code), strict=False):
         if error is None:
             assert len(store.all()) == 1
         else:
@@ -163,9 +163,9 @@ def test_a_run_that_cannot_be_started_leaves_nothing(configure, tmp_path: Path, 
 @pytest.mark.usefixtures("no_training")
 def test_a_run_whose_config_cannot_be_changed_stays_whole(configure, launch) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch_module, "supervise", SUPERVISE)
+        patch.setattr(run_module, "run_training", SUPERVISE)
         run = launch(configure({"training.max_steps": 2, "training.schedule": "constant"})).run
-    longer = prepare_resume(run, overrides=["training.max_steps=3"])
+    longer = set_up_resume(run, overrides=["training.max_steps=3"])
     before = run.config_path.read_bytes()
     failures = 0
     for error in attempts(lambda: resume(longer, run)):
@@ -190,12 +190,12 @@ def test_a_training_in_which_any_write_fails_goes_on_to_the_same_bits(
 
     def act() -> None:
         stores.append(RunStore(next(folders)))
-        start(prepare(config), stores[-1])
+        start(set_up(config), stores[-1])
 
     for _ in attempts(act):
         for run in stores[-1].all():
             assert run.status in ("failed", "crashed", "finished")
-            assert resume(prepare_resume(run), run).state.step == 3
+            assert resume(set_up_resume(run), run).state.step == 3
             assert tensor_hashes(run, "latest") == whole
     assert len(stores) > 80
 
@@ -206,7 +206,7 @@ def test_a_file_system_without_fsync_of_folders(configure, tmp_path: Path, monke
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    assert start(prepare(configure(LONGER)), RunStore(tmp_path / "runs")).run.status == "finished"
+    assert start(set_up(configure(LONGER)), RunStore(tmp_path / "runs")).run.status == "finished"
 
 
 @pytest.mark.slow

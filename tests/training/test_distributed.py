@@ -15,8 +15,8 @@ from lumiere.config.schema import RunConfig
 from lumiere.errors import NonFiniteError
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, WarningEvent
-from lumiere.training.launch import resume
-from lumiere.training.preparation import prepare_resume
+from lumiere.training.run import resume
+from lumiere.training.setup import set_up_resume
 from tests.midway import midway
 from tests.torchrun import (
     CONSTANT,
@@ -72,7 +72,7 @@ def test_going_on_with_as_many_processes_is_exact_and_with_another_number_says_w
     assert tensor_hashes(half, "latest") == tensor_hashes(whole, "latest")
 
     events: list[Event] = []
-    result = resume(prepare_resume(by_one, overrides=["training.max_steps=8"]), by_one, [events.append])
+    result = resume(set_up_resume(by_one, overrides=["training.max_steps=8"]), by_one, [events.append])
     assert result.state.step == 8
     [warning] = [event.message for event in events if isinstance(event, WarningEvent)]
     assert warning.startswith("trained so far with 2 processes (ddp), now with 1 process:")

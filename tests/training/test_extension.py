@@ -7,25 +7,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.components.world import World
 from lumiere.config.loader import dump_config, validate
 from lumiere.config.schema import TrainingConfig
+from lumiere.distributed import ProcessGroup
 from lumiere.errors import ConfigError, RunBusyError
 from lumiere.persistence import lock as lock_module
 from lumiere.persistence.lock import locked
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, StepEvent
-from lumiere.training.extension import CHANGEABLE, check_schedule
-from lumiere.training.launch import resume
-from lumiere.training.preparation import prepare_resume
+from lumiere.training.run import resume
 from lumiere.training.schedule import learning_rate_factor
+from lumiere.training.setup import CHANGEABLE, check_schedule, set_up_resume
 from lumiere.training.trainer import TrainingResult
 
 CONSTANT = {"training.schedule": "constant", "training.max_steps": None, "training.max_epochs": 2}
 
 
 def go_on(run: Run, *overrides: str) -> TrainingResult:
-    return resume(prepare_resume(run, overrides=overrides), run)
+    return resume(set_up_resume(run, overrides=overrides), run)
 
 
 def test_a_longer_run_has_the_weights_of_one_that_was_meant_so(configure, launch, tensor_hashes) -> None:
@@ -118,7 +117,7 @@ OTHER = {
 def test_what_a_step_computes_does_not_change_on_the_way(configure, launch, stop_at, path: str) -> None:
     run = launch(configure({}), [stop_at(3)]).run
     with pytest.raises(ConfigError, match=f"was trained with {path} .* which cannot become") as caught:
-        prepare_resume(run, overrides=[f"{path}={OTHER[path]}"])
+        set_up_resume(run, overrides=[f"{path}={OTHER[path]}"])
     assert ", ".join(CHANGEABLE) in (caught.value.hint or "")
     # The same by an editor.
     section, name = path.split(".")
@@ -126,7 +125,7 @@ def test_what_a_step_computes_does_not_change_on_the_way(configure, launch, stop
     values[section][name] = OTHER[path]
     run.config_path.write_text(dump_config(validate(values)))
     with pytest.raises(ConfigError, match=f"was trained with {path} .* which cannot become"):
-        prepare_resume(run)
+        set_up_resume(run)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -170,7 +169,7 @@ def test_activation_checkpointing_may_change_and_no_bit_with_it(configure, launc
 def test_a_setting_that_is_misspelt_is_refused_as_ever(configure, launch, stop_at) -> None:
     run = launch(configure({}), [stop_at(3)]).run
     with pytest.raises(ConfigError, match=r"unknown key training\.epochs"):
-        prepare_resume(run, overrides=["training.epochs=5"])
+        set_up_resume(run, overrides=["training.epochs=5"])
 
 
 def test_two_trainings_never_write_to_one_run(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +181,7 @@ def test_two_trainings_never_write_to_one_run(configure, launch, monkeypatch: py
             run = RunStore().all()[0]
             assert run.status == "running"
             with pytest.raises(RunBusyError):
-                resume(prepare_resume(run), run)
+                resume(set_up_resume(run), run)
             refused.append(run.metrics_path.read_bytes())
 
     run = launch(configure({}), [second]).run
@@ -203,5 +202,5 @@ def test_a_run_that_another_machine_trains_is_left_alone(configure, launch, stop
     # What torchrun starts again may find itself on another machine, and the processes before it have ended.
     run.update(job={"token": "7"})
     with pytest.raises(RunBusyError, match="node7"):
-        resume(prepare_resume(run), run, world=World(job="8"))
-    assert resume(prepare_resume(run), run, world=World(job="7")).state.step == 6
+        resume(set_up_resume(run), run, processes=ProcessGroup(job="8"))
+    assert resume(set_up_resume(run), run, processes=ProcessGroup(job="7")).state.step == 6

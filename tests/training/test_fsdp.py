@@ -10,8 +10,8 @@ import torch
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.events import Event, WarningEvent
-from lumiere.training.launch import resume
-from lumiere.training.preparation import prepare_resume
+from lumiere.training.run import resume
+from lumiere.training.setup import set_up_resume
 from tests.torchrun import (
     CONSTANT,
     MUON_TOLERANCE,
@@ -78,7 +78,7 @@ def test_a_run_goes_on_exactly_and_in_either_way_from_the_same_checkpoint(config
     assert_same_state(by_two, whole, MUON_TOLERANCE)
 
     events: list[Event] = []
-    result = resume(prepare_resume(by_one, overrides=["training.max_steps=8"]), by_one, [events.append])
+    result = resume(set_up_resume(by_one, overrides=["training.max_steps=8"]), by_one, [events.append])
     assert result.state.step == 8
     [warning] = [event.message for event in events if isinstance(event, WarningEvent)]
     assert warning.startswith("trained so far with 2 processes (fsdp), now with 1 process:")
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_is_too_large_for_one_process_is_a_folder_to_go_on_fro
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
     assert damaged.record["resumes"][0]["step"] == 2
 
-    resume(prepare_resume(by_one, overrides=["training.max_steps=8", "training.parallel=ddp"]), by_one)
+    resume(set_up_resume(by_one, overrides=["training.max_steps=8", "training.parallel=ddp"]), by_one)
     for name, tensor in loaded(by_one).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=MUON_TOLERANCE)
     assert (by_one.checkpoints_dir / "latest.safetensors").is_file()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lumiere.training.interruption import Interruption
+from lumiere.training.trainer import GracefulStop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -29,7 +29,7 @@ def handlers() -> list[object]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_only_noted(number: signal.Signals, received: list[int]) -> None:
-    with Interruption() as interruption:
+    with GracefulStop() as interruption:
         assert interruption.signal_number is None
         signal.raise_signal(number)
         assert interruption.signal_number == number
@@ -38,7 +38,7 @@ def test_the_first_signal_is_only_noted(number: signal.Signals, received: list[i
 
 @pytest.mark.parametrize("first", SIGNALS)
 def test_the_second_one_acts_as_ever(first: signal.Signals, received: list[int]) -> None:
-    with Interruption() as interruption:
+    with GracefulStop() as interruption:
         signal.raise_signal(first)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -50,7 +50,7 @@ def test_the_second_one_acts_as_ever(first: signal.Signals, received: list[int])
 @pytest.mark.parametrize("signalled", [False, True])
 def test_handlers_are_restored(signalled: bool) -> None:
     before = handlers()
-    with Interruption():
+    with GracefulStop():
         assert not set(handlers()) & set(before)
         if signalled:
             signal.raise_signal(signal.SIGINT)
@@ -59,7 +59,7 @@ def test_handlers_are_restored(signalled: bool) -> None:
 
 def test_handlers_are_restored_after_an_error() -> None:
     before = handlers()
-    with pytest.raises(ValueError, match="boom"), Interruption():
+    with pytest.raises(ValueError, match="boom"), GracefulStop():
         raise ValueError("boom")
     assert handlers() == before
 
@@ -68,7 +68,7 @@ def test_in_another_thread_nothing_happens() -> None:
     before, inside, noted = handlers(), [], []
 
     def enter() -> None:
-        with Interruption() as interruption:
+        with GracefulStop() as interruption:
             inside.extend(handlers())
             noted.append(interruption.signal_number)
 

@@ -14,21 +14,21 @@ import torch
 import yaml
 
 import lumiere
-from lumiere.components import device as device_module
+from lumiere import device as device_module
 from lumiere.config.loader import load_config
-from lumiere.config.problems import setting_paths
+from lumiere.config.messages import setting_paths
 from lumiere.data.dataset import tokenize_corpus
 from lumiere.errors import CheckpointError, DataError, LumiereError
 from lumiere.persistence.liveness import HEARTBEAT_NAME
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training import environment
+from lumiere.training import run as run_module
 from lumiere.training.events import Event, StepEvent
-from lumiere.training.launch import check_room, resume
-from lumiere.training.preparation import prepare, prepare_resume
+from lumiere.training.run import check_room, resume
+from lumiere.training.setup import set_up, set_up_resume
 
 
 def at_step(step: int, act: Any) -> Any:
-    """A listener that does something at a step."""
+    """A callback that does something at a step."""
 
     def listen(event: Event) -> None:
         if isinstance(event, StepEvent) and event.step == step:
@@ -96,16 +96,16 @@ def test_a_full_disk_makes_no_run(
 def test_room_for_four_checkpoints_and_the_snapshots_is_enough(
     configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preparation = prepare(configure({"model.embedding_size": 1024, "training.max_steps": 5}))
+    setup = set_up(configure({"model.embedding_size": 1024, "training.max_steps": 5}))
     # best, latest, previous and the one being written: float32 weights and AdamW's two averages of each.
-    needed = 4 * 3 * 4 * preparation.num_parameters
+    needed = 4 * 3 * 4 * setup.num_parameters
     # The weights at steps 0, 1, 2 and 4.
-    needed += 4 * 4 * preparation.num_parameters
+    needed += 4 * 4 * setup.num_parameters
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
-    check_room(tmp_path, preparation)
+    check_room(tmp_path, setup)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(CheckpointError, match=f"{needed / 1e6:,.0f} MB free, the checkpoints need {needed / 1e6:,.0f}"):
-        check_room(tmp_path, preparation)
+        check_room(tmp_path, setup)
 
 
 def test_a_runs_directory_that_is_a_file_is_refused(configure, launch, store: RunStore) -> None:
@@ -187,10 +187,10 @@ def test_the_tokenizer_is_the_corpus_own(configure, launch) -> None:
 def test_preparing_measures_the_model_and_makes_nothing(configure, tmp_path: Path) -> None:
     before = set(tmp_path.iterdir())
     stages: list[str] = []
-    preparation = prepare(configure({}), lambda progress: stages.append(progress.stage))
+    setup = set_up(configure({}), lambda progress: stages.append(progress.stage))
     # 320 tokens and 16 positions; query, key, value and output; gate, up and down; three gains; all of width 16.
-    assert preparation.num_parameters == 16 * (320 + 16 + 4 * 16 + 3 * 32 + 3)
-    assert (str(preparation.device), preparation.precision) == ("cpu", torch.float32)
+    assert setup.num_parameters == 16 * (320 + 16 + 4 * 16 + 3 * 32 + 3)
+    assert (str(setup.device), setup.precision) == ("cpu", torch.float32)
     assert "reading the corpus" in stages
     assert set(tmp_path.iterdir()) == before
 
@@ -233,7 +233,7 @@ def test_failed_with_the_errors_text_and_its_class(configure, launch, store: Run
     assert caught.value is error
     run = store.open("latest")
     assert (run.record["status"], run.record["error"]) == ("failed", "ZeroDivisionError: boom")
-    resume(prepare_resume(run), run)
+    resume(set_up_resume(run), run)
     assert (run.record["status"], run.record["error"]) == ("finished", None)
 
 
@@ -241,7 +241,7 @@ def test_the_peak_is_that_of_the_device_now(configure, launch, monkeypatch: pyte
     run = launch(configure({}), [at_step(2, lambda: signal.raise_signal(signal.SIGINT))]).run
     assert run.record["peak_flops"] == 200_000_000_000
     monkeypatch.setattr(device_module, "peak_flops", lambda device, dtype: 3e11)
-    resume(prepare_resume(run), run)
+    resume(set_up_resume(run), run)
     assert run.record["peak_flops"] == 300_000_000_000
 
 
@@ -250,8 +250,8 @@ def test_the_peak_is_that_of_the_device_now(configure, launch, monkeypatch: pyte
 
 def test_the_commit_of_a_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lumiere, "__file__", str(tmp_path / "lumiere" / "__init__.py"))
-    assert environment.commit() is None
+    assert run_module.commit() is None
     (tmp_path / ".git").mkdir()
-    assert environment.commit() is None, "git is missing, or finds nothing there"
-    monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="abc123\n"))
-    assert environment.commit() == "abc123"
+    assert run_module.commit() is None, "git is missing, or finds nothing there"
+    monkeypatch.setattr(run_module.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="abc123\n"))
+    assert run_module.commit() == "abc123"

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from lumiere.training.memory import keep_freed_memory
+from lumiere.device import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():

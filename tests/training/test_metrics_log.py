@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.metrics import MetricsWriter
 from lumiere.persistence.runs import Run
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
-from lumiere.training.metrics_log import MetricsLog
+from lumiere.training.loggers import MetricsLog
 
 PROGRESS = ["step", "epoch", "tokens", "time"]
 TRAINING = [*PROGRESS, "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"]

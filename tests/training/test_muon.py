@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lumiere.training.muon import Muon, orthogonalize, orthogonalize_each
+from lumiere.training.optim import Muon, orthogonalize, orthogonalize_each
 
 SHAPES = [(6, 4), (4, 4), (4, 6), (4, 4), (6, 4)]
 

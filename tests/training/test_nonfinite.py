@@ -22,13 +22,13 @@ from lumiere.models.transformer import Transformer
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import trainer
-from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, Listener, StepEvent, WarningEvent
-from lumiere.training.launch import resume
+from lumiere.training.events import Callback, CheckpointEvent, EvaluationEvent, Event, StepEvent, WarningEvent
 from lumiere.training.loss import summed_loss
 from lumiere.training.nonfinite import MAX_SKIPPED_IN_A_ROW
-from lumiere.training.optimizers import Optimizers
-from lumiere.training.preparation import prepare_resume
+from lumiere.training.optim import Optimizers
+from lumiere.training.run import resume
 from lumiere.training.schedule import learning_rate_factor
+from lumiere.training.setup import set_up_resume
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import TrainingResult, train_step
 
@@ -110,7 +110,7 @@ def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
 
 
-def stop_at(step: int) -> Listener:
+def stop_at(step: int) -> Callback:
     """Ctrl-C during a step."""
 
     def listen(event: Event) -> None:
@@ -120,8 +120,8 @@ def stop_at(step: int) -> Listener:
     return listen
 
 
-def go_on(run: Run, *listeners: Listener) -> TrainingResult:
-    return resume(prepare_resume(run), run, listeners)
+def go_on(run: Run, *callbacks: Callback) -> TrainingResult:
+    return resume(set_up_resume(run), run, callbacks)
 
 
 def only_run() -> Run:
@@ -228,8 +228,8 @@ def test_it_goes_on_from_the_last_good_checkpoint(configure, launch, broken: Bre
         go_on(run)
     assert tensor_hashes(run, "latest") == saved[0]
     broken({4}, first=3)
-    preparation = prepare_resume(run, overrides=["training.on_nonfinite=skip"])
-    assert resume(preparation, run, [stop_at(4)]).state.skipped_steps == 1
+    setup = set_up_resume(run, overrides=["training.on_nonfinite=skip"])
+    assert resume(setup, run, [stop_at(4)]).state.skipped_steps == 1
     # And with what broke it gone, as if nothing had been.
     run = launch(config, [stop_at(2)]).run
     broken({4}, first=3)
@@ -399,7 +399,7 @@ def test_broken_weights_are_told_apart_and_never_skipped(
 
 
 @pytest.mark.parametrize(
-    ("changes", "listeners"),
+    ("changes", "callbacks"),
     [
         ({"training.snapshots": True, "training.checkpoint_interval": 2}, []),
         ({"training.checkpoint_interval": 2}, []),
@@ -412,7 +412,7 @@ def test_an_update_that_breaks_the_state_is_never_saved(
     launch,
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
-    listeners: list[Listener],
+    callbacks: list[Callback],
     target: str,
 ) -> None:
     steps = 0
@@ -432,7 +432,7 @@ def test_an_update_that_breaks_the_state_is_never_saved(
     quiet = {"training.snapshots": False, "training.checkpoint_interval": None}
     name = "final_norm.weight" + (".exp_avg_sq" if target == "optimizer" else "")
     with pytest.raises(NonFiniteError, match=f"^step 2: no longer finite, and not saved: {name} "):
-        launch(configure(SAVING | quiet | changes), listeners)
+        launch(configure(SAVING | quiet | changes), callbacks)
     run = only_run()
     assert run.record["status"] == "failed"
     # A snapshot holds nothing but weights.

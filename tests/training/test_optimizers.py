@@ -10,8 +10,7 @@ from torch import nn
 
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.training.muon import Muon
-from lumiere.training.optimizers import Optimizers
+from lumiere.training.optim import Muon, Optimizers
 
 FACTORS = (0.5, 1.0, 1.0, 0.25, 0.1)
 PARTS = {"attention": ("query", "key", "value", "output"), "feedforward": ("gate", "up", "down")}

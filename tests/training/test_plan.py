@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from lumiere.components.world import World
 from lumiere.data.batches import batch_at
-from lumiere.training import costs, plan
-from lumiere.training.plan import make_plan, measure_activations, measure_evaluation, peak_memory
-from lumiere.training.preparation import Preparation, prepare
+from lumiere.distributed import ProcessGroup
+from lumiere.training import costs, estimate
+from lumiere.training.estimate import make_plan, measure_activations, measure_evaluation, peak_memory
+from lumiere.training.setup import TrainingSetup, set_up
 from lumiere.training.state import TrainingState
 
 CPU = torch.device("cpu")
@@ -41,8 +41,8 @@ def steps_take(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[float]], N
         def evaluate(model: Any, windows: Any, facts: Any, batch_size: int) -> SimpleNamespace:
             return SimpleNamespace(seconds=0.25 * len(windows), num_windows=len(windows))
 
-        monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=perf_counter))
-        monkeypatch.setattr(plan, "evaluate", evaluate)
+        monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=perf_counter))
+        monkeypatch.setattr(estimate, "evaluate", evaluate)
 
     return script
 
@@ -53,11 +53,11 @@ def forever(seconds: float) -> Iterator[float]:
 
 
 def test_figures_of_a_script(configure, steps_take) -> None:
-    preparation = prepare(configure({"training.max_steps": 1000, "training.eval_interval": 3, "training.patience": 5}))
-    config, corpus = preparation.config, preparation.corpus
+    setup = set_up(configure({"training.max_steps": 1000, "training.eval_interval": 3, "training.patience": 5}))
+    config, corpus = setup.config, setup.corpus
     # Two that warm up, and then until five seconds are over.
     steps_take(iter([10.0, 4.0, 1.5, 3.0, 2.0]))
-    made = make_plan(preparation, no_warning)
+    made = make_plan(setup, no_warning)
     assert (made.measured_steps, made.seconds_per_step, made.startup_seconds) == (3, 2.0, 10.0 + 4.0 - 2 * 2.0)
     windows = corpus.windows("train", config)
     targets = [batch_at(step, windows, 12, 0).num_targets for step in (2, 3, 4)]
@@ -71,9 +71,9 @@ def test_figures_of_a_script(configure, steps_take) -> None:
     assert made.total_seconds == pytest.approx(10 + 1000 * 2.0 + 467 * made.seconds_per_evaluation)
     assert (made.device, made.precision, made.peak_flops) == ("cpu", "float32", 2e11)
     assert made.num_windows == len(windows)
-    assert made.parameters.total == preparation.num_parameters
+    assert made.parameters.total == setup.num_parameters
     assert made.disk == costs.disk(config, 1000)
-    weights = 4 * preparation.num_parameters
+    weights = 4 * setup.num_parameters
     assert (made.memory.weights, made.memory.gradients, made.memory.optimizer) == (weights, weights, 2 * weights)
 
 
@@ -82,7 +82,7 @@ def test_it_measures_five_seconds_and_at_least_three_steps(
     configure, steps_take, seconds: float, measured: int
 ) -> None:
     steps_take(forever(seconds))
-    made = make_plan(prepare(configure({})), no_warning)
+    made = make_plan(set_up(configure({})), no_warning)
     assert (made.measured_steps, made.startup_seconds) == (measured, 0.0)
 
 
@@ -92,7 +92,7 @@ def test_each_of_several_processes_has_its_share_of_the_windows_and_with_fsdp_of
 ) -> None:
     steps_take(forever(1.0))
     config = configure({"training.parallel": parallel, "training.batch_size": 12})
-    made = make_plan(prepare(config), no_warning, World(0, 3))
+    made = make_plan(set_up(config), no_warning, ProcessGroup(0, 3))
     weights = costs.weight_bytes(config)
     assert made.windows_per_process == 4
     assert (made.memory.weights, made.memory.gradients) == (weights // shares, weights // shares)
@@ -101,14 +101,14 @@ def test_each_of_several_processes_has_its_share_of_the_windows_and_with_fsdp_of
 
 def test_first_steps_that_are_faster_save_no_time(configure, steps_take) -> None:
     steps_take(iter([1.0, 1.0, 2.0, 2.0, 2.0]))
-    assert make_plan(prepare(configure({})), no_warning).startup_seconds == 0.0
+    assert make_plan(set_up(configure({})), no_warning).startup_seconds == 0.0
 
 
 def test_it_really_measures_and_makes_nothing(configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "MEASURED_SECONDS", 0.01)
-    preparation = prepare(configure({"training.optimizer": "muon"}))
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
+    setup = set_up(configure({"training.optimizer": "muon"}))
     before = set(tmp_path.rglob("*"))
-    made = make_plan(preparation, no_warning)
+    made = make_plan(setup, no_warning)
     assert set(tmp_path.rglob("*")) == before
     assert made.measured_steps >= 3
     assert 0 < made.seconds_per_step * made.total_steps < made.total_seconds
@@ -124,7 +124,7 @@ def test_where_compiling_fails_it_says_so_and_measures_without(
     monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
     steps_take(forever(2.0))
     warnings: list[str] = []
-    made = make_plan(prepare(configure({"training.compile": True})), warnings.append)
+    made = make_plan(set_up(configure({"training.compile": True})), warnings.append)
     assert made.measured_steps == 3
     assert len(warnings) == 1
     assert "no C++ compiler found" in warnings[0]
@@ -134,18 +134,18 @@ def test_where_compiling_fails_it_says_so_and_measures_without(
 
 
 def test_an_evaluation_is_extrapolated_from_the_first_windows(configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    preparation = prepare(configure({"dataset.num_documents": 10}))
-    whole = preparation.corpus.windows("validation", preparation.config)
+    setup = set_up(configure({"dataset.num_documents": 10}))
+    whole = setup.corpus.windows("validation", setup.config)
     scored: list[Any] = []
 
     def evaluate(model: Any, windows: Any, facts: Any, batch_size: int) -> SimpleNamespace:
         scored.append(windows)
         return SimpleNamespace(seconds=3.0, num_windows=len(windows))
 
-    monkeypatch.setattr(plan, "evaluate", evaluate)
-    monkeypatch.setattr(plan, "EVALUATION_BATCHES", 2)
-    model = TrainingState.create(preparation.config, CPU).model
-    seconds = measure_evaluation(preparation, model)
+    monkeypatch.setattr(estimate, "evaluate", evaluate)
+    monkeypatch.setattr(estimate, "EVALUATION_BATCHES", 2)
+    model = TrainingState.create(setup.config, CPU).model
+    seconds = measure_evaluation(setup, model)
     (beginning,) = scored
     assert 2 * 12 <= len(beginning) < len(whole)
     assert seconds == pytest.approx(3.0 * len(whole) / len(beginning))
@@ -158,12 +158,12 @@ def test_an_evaluation_is_extrapolated_from_the_first_windows(configure, monkeyp
 
 
 @pytest.fixture
-def preparation(configure) -> Preparation:
-    return prepare(configure({"model.dropout": 0.0, "training.gradient_accumulation_steps": 3}))
+def setup(configure) -> TrainingSetup:
+    return set_up(configure({"model.dropout": 0.0, "training.gradient_accumulation_steps": 3}))
 
 
-def test_activations_are_what_the_backward_pass_needs(preparation: Preparation) -> None:
-    model = TrainingState.create(preparation.config, CPU).model
+def test_activations_are_what_the_backward_pass_needs(setup: TrainingSetup) -> None:
+    model = TrainingState.create(setup.config, CPU).model
 
     def objective(model: Any, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         powers = model.token_embedding(tokens).exp()
@@ -173,8 +173,8 @@ def test_activations_are_what_the_backward_pass_needs(preparation: Preparation) 
     # The ids (int64) for the embedding; for exp its result, which is what sin reads too; for the product what it reads,
     # and the weight, which is no activation.
     rows = 4 * 16
-    ids = preparation.config.training.batch_size * 16 * 8  # the parts of a batch share its memory
-    assert measure_activations(preparation, model, objective) == ids + rows * 16 * 4 + rows * 16 * 4
+    ids = setup.config.training.batch_size * 16 * 8  # the parts of a batch share its memory
+    assert measure_activations(setup, model, objective) == ids + rows * 16 * 4 + rows * 16 * 4
 
 
 def test_peak_memory_is_that_of_the_process() -> None:

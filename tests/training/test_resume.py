@@ -16,16 +16,16 @@ from lumiere.errors import LumiereError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import (
+    Callback,
     CheckpointEvent,
     EvaluationEvent,
     Event,
-    Listener,
     StartEvent,
     StepEvent,
     WarningEvent,
 )
-from lumiere.training.launch import resume, start, stop_reason
-from lumiere.training.preparation import prepare, prepare_resume
+from lumiere.training.run import resume, start, stop_reason
+from lumiere.training.setup import set_up, set_up_resume
 from lumiere.training.state import COUNTERS
 from lumiere.training.trainer import TrainingResult
 
@@ -43,7 +43,7 @@ class KilledError(Exception):
     """Stands for a sudden death: nothing is saved on the way out."""
 
 
-def stop_at(step: int) -> Listener:
+def stop_at(step: int) -> Callback:
     """Ctrl-C during a step."""
 
     def listen(event: Event) -> None:
@@ -53,7 +53,7 @@ def stop_at(step: int) -> Listener:
     return listen
 
 
-def kill_at(number: int) -> Listener:
+def kill_at(number: int) -> Callback:
     """Sudden death when the event of this number is told."""
     told = 0
 
@@ -66,8 +66,8 @@ def kill_at(number: int) -> Listener:
     return listen
 
 
-def go_on(run: Run, *listeners: Listener) -> TrainingResult:
-    return resume(prepare_resume(run), run, listeners)
+def go_on(run: Run, *callbacks: Callback) -> TrainingResult:
+    return resume(set_up_resume(run), run, callbacks)
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +102,7 @@ def straight(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
         store = RunStore(tmp_path_factory.mktemp("straight") / "runs")
-        return outcome(start(prepare(configure(LONGER)), store, listeners=[events.append]).run), events
+        return outcome(start(set_up(configure(LONGER)), store, callbacks=[events.append]).run), events
 
 
 def test_the_straight_training_is_worth_comparing_with(straight) -> None:
@@ -139,7 +139,7 @@ FORTY = LONGER | {"training.max_steps": 40, "training.optimizer": "muon", "train
 def straight_forty(configure, outcome, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
-        return outcome(start(prepare(configure(FORTY)), RunStore(tmp_path_factory.mktemp("forty") / "runs")).run)
+        return outcome(start(set_up(configure(FORTY)), RunStore(tmp_path_factory.mktemp("forty") / "runs")).run)
 
 
 @pytest.mark.slow
@@ -213,15 +213,15 @@ import os, signal, sys
 from pathlib import Path
 from lumiere.config.loader import load_config_file
 from lumiere.persistence.runs import RunStore
-from lumiere.training.launch import start
-from lumiere.training.preparation import prepare
+from lumiere.training.run import start
+from lumiere.training.setup import set_up
 from lumiere.training.events import StepEvent
 import torch
 torch.set_num_threads(1)
 def listen(event):
     if isinstance(event, StepEvent) and event.step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-start(prepare(load_config_file(Path("config.yaml"))), RunStore(), listeners=[listen])
+start(set_up(load_config_file(Path("config.yaml"))), RunStore(), callbacks=[listen])
 """
     (tmp_path / "config.yaml").write_text(json.dumps(configure(LONGER).model_dump()))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -302,7 +302,7 @@ def test_device_and_precision_are_those_it_was_trained_with(configure, launch, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    fresh, resumed = prepare(config), prepare_resume(run)
+    fresh, resumed = set_up(config), set_up_resume(run)
     assert (str(fresh.device), fresh.precision) == ("cuda", torch.bfloat16)
     assert (str(resumed.device), resumed.precision) == ("cpu", torch.float32)
     assert resumed.config == config, "the checkpoints keep the config that was given"
@@ -317,10 +317,10 @@ def test_a_device_that_is_gone_is_no_dead_end(configure, launch, monkeypatch: py
     on_gpu = replace(checkpoint, rng=checkpoint.rng | {"cuda": torch.zeros(16, dtype=torch.uint8)})
     CheckpointManager().save(run, "latest", on_gpu)
     warnings: list[str] = []
-    preparation = prepare_resume(run)
-    assert (str(preparation.device), preparation.precision) == ("cpu", torch.float32)
+    setup = set_up_resume(run)
+    assert (str(setup.device), setup.precision) == ("cpu", torch.float32)
     result = resume(
-        preparation, run, [lambda event: warnings.append(event.message) if isinstance(event, WarningEvent) else None]
+        setup, run, [lambda event: warnings.append(event.message) if isinstance(event, WarningEvent) else None]
     )
     assert (result.state.step, run.record["device"], run.record["precision"]) == (6, "cpu", "float32")
     assert warnings == run.record["resumes"][0]["warnings"]
@@ -328,9 +328,9 @@ def test_a_device_that_is_gone_is_no_dead_end(configure, launch, monkeypatch: py
     assert "device: cuda:1 -> cpu" in warning
     assert "precision: bfloat16 -> float32" in warning
     # The next resume is on the device that it took in between.
-    assert prepare_resume(run).device.type == "cpu"
+    assert set_up_resume(run).device.type == "cpu"
     with pytest.raises(LumiereError, match="no device 'cuda'"):
-        prepare_resume(run, overrides=["training.device=cuda"])
+        set_up_resume(run, overrides=["training.device=cuda"])
 
 
 def test_another_gpu_keeps_the_precision(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,9 +340,9 @@ def test_another_gpu_keeps_the_precision(configure, launch, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     for overrides in ([], ["training.device=cuda:0"], ["training.device=cuda"]):
-        resumed = prepare_resume(run, overrides=overrides)
+        resumed = set_up_resume(run, overrides=overrides)
         assert (resumed.device.type, resumed.precision) == ("cuda", torch.float32)
-    asked = prepare_resume(run, overrides=["training.device=cpu", "training.precision=bfloat16"])
+    asked = set_up_resume(run, overrides=["training.device=cpu", "training.precision=bfloat16"])
     assert (str(asked.device), asked.precision) == ("cpu", torch.bfloat16)
 
 
@@ -353,11 +353,11 @@ def test_another_corpus_is_refused(configure, launch, tmp_path: Path, monkeypatc
     text = book.read_text()
     book.write_text(text.replace("slept", "leapt"))
     # In the cache is the corpus as it was; without it, the changed file is no substitute.
-    assert prepare_resume(run).corpus.fingerprint == run.record["corpus_sha256"]
+    assert set_up_resume(run).corpus.fingerprint == run.record["corpus_sha256"]
     with monkeypatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(tmp_path / "empty"))
         with pytest.raises(LumiereError, match="data_sha256"):
-            prepare_resume(run)
+            set_up_resume(run)
     assert run.record["status"] == "interrupted"
     book.write_text(text)
     assert go_on(run).state.step == 6
@@ -371,7 +371,7 @@ def test_another_tokenizer_is_refused(configure, launch) -> None:
     tokenizer["model"]["merges"][-2:] = reversed(tokenizer["model"]["merges"][-2:])
     run.tokenizer_path.write_text(json.dumps(tokenizer))
     with pytest.raises(LumiereError, match=f"the tokenizer of 'stories' is not the one that run {run.id}"):
-        prepare_resume(run)
+        set_up_resume(run)
     run.tokenizer_path.write_text(text)
     assert go_on(run).state.step == 6
 

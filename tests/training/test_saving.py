@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.training import trainer
 from lumiere.training.events import EvaluationEvent, Event
 

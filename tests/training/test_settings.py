@@ -11,19 +11,17 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from lumiere.components import device as device_module
-from lumiere.components.world import ALONE
+from lumiere import device as device_module
 from lumiere.config.loader import dump_config
-from lumiere.config.problems import setting_paths
+from lumiere.config.messages import setting_paths
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data import hub
-from lumiere.data.source import Source
+from lumiere.data.sources import Source
+from lumiere.distributed import SINGLE_PROCESS, TorchrunGroup
 from lumiere.errors import DataError, NonFiniteError
 from lumiere.models import transformer
-from lumiere.training import trainer
+from lumiere.training import loggers, trainer
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
-from lumiere.training.loggers import opening
-from lumiere.training.processes import JoinedWorld
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
@@ -179,16 +177,16 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "summed_loss", objective)
             patch.setattr(trainer, "distributed", share)
-            patch.setattr(JoinedWorld, "connect", lambda world, rank_timeout: rank_timeouts.append(rank_timeout))
+            patch.setattr(TorchrunGroup, "connect", lambda processes, rank_timeout: rank_timeouts.append(rank_timeout))
             patch.setattr(device_module, "resolve_device", resolve)
             patch.setattr(torch, "compile", compile_function)
             patch.setattr(transformer, "checkpoint", checkpoint)
-            patch.setattr(opening, "distribution", lambda name: None)
-            for name in opening.LOGGERS:
-                patch.setitem(opening.LOGGERS, name, lambda *arguments, name=name: Log(name))
+            patch.setattr(loggers, "distribution", lambda name: None)
+            for name in loggers.LOGGERS:
+                patch.setitem(loggers.LOGGERS, name, lambda *arguments, name=name: Log(name))
             patch.setattr(hub, "opened", opened)
             try:
-                result = launch(config, [events.append], JoinedWorld(ALONE, HashStore()))
+                result = launch(config, [events.append], TorchrunGroup(SINGLE_PROCESS, HashStore()))
             except DataError as error:
                 return {"refused": error.message}
             except NonFiniteError:

@@ -10,18 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lumiere.components.world import ALONE, World
 from lumiere.config.schema import RunConfig
 from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.errors import CheckpointError
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.persistence.checkpoint_format import GROUPS
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore
-from lumiere.training.distributed import distributed, evaluating
 from lumiere.training.loss import Objective, summed_loss
-from lumiere.training.shards import apply_to_whole, gathered, is_shared_out, like, own_rows, rows_of, shard_shape, whole
+from lumiere.training.parallel import (
+    apply_to_full,
+    distribute_like,
+    distributed,
+    evaluating,
+    full_tensor,
+    gather_checkpoint,
+    is_dtensor,
+    local_rows,
+    rows_of,
+    shard_shape,
+)
 from lumiere.training.state import TrainingState, new_model
 from lumiere.training.trainer import train_step
 
@@ -40,9 +50,9 @@ def test_rows_are_those_of_torch_chunk(length: int, size: int) -> None:
 
 def test_alone_everything_is_whole() -> None:
     tensor = torch.arange(6.0).view(3, 2)
-    assert whole(tensor) is tensor
-    assert torch.equal(like(tensor, torch.zeros(3, 2)), tensor)
-    [doubled] = apply_to_whole(lambda tensors: [2 * t for t in tensors], [tensor])
+    assert full_tensor(tensor) is tensor
+    assert torch.equal(distribute_like(tensor, torch.zeros(3, 2)), tensor)
+    [doubled] = apply_to_full(lambda tensors: [2 * t for t in tensors], [tensor])
     assert torch.equal(doubled, 2 * tensor)
 
 
@@ -61,8 +71,8 @@ def config(configure) -> RunConfig:
 def sharded(config: RunConfig) -> tuple[TrainingState, Objective]:
     """A training whose weights are shared out, though to one process."""
     model = new_model(config)
-    # Two, so that they are; the group has one, and nothing else asks the world.
-    objective = distributed(model, summed_loss, config.training.parallel, CPU, World(0, 2))
+    # Two, so that they are; the group has one, and nothing else asks the processes.
+    objective = distributed(model, summed_loss, config.training.parallel, CPU, ProcessGroup(0, 2))
     return TrainingState.around(model, config.training), objective
 
 
@@ -84,12 +94,12 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.usefixtures("group")
 def test_a_sharded_state_trains_saves_and_goes_on_as_a_whole_one(config: RunConfig, tiny_corpus) -> None:
     alone, (state, objective) = TrainingState.create(config, CPU), sharded(config)
-    assert all(map(is_shared_out, state.model.parameters()))
+    assert all(map(is_dtensor, state.model.parameters()))
     trained(alone, summed_loss, config, tiny_corpus, 3)
     trained(state, objective, config, tiny_corpus, 3)
-    saved = gathered(state.to_checkpoint({}), ALONE)
+    saved = gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS)
     expected = alone.to_checkpoint({})
-    assert not any(map(is_shared_out, saved.model.values()))
+    assert not any(map(is_dtensor, saved.model.values()))
     assert_equal(saved.model, expected.model)
     assert_equal(saved.optimizer, expected.optimizer)
 
@@ -97,7 +107,7 @@ def test_a_sharded_state_trains_saves_and_goes_on_as_a_whole_one(config: RunConf
     other.restore(expected)
     trained(other, its_objective, config, tiny_corpus, 2)
     trained(alone, summed_loss, config, tiny_corpus, 2)
-    assert_equal(gathered(other.to_checkpoint({}), ALONE).model, alone.to_checkpoint({}).model)
+    assert_equal(gather_checkpoint(other.to_checkpoint({}), SINGLE_PROCESS).model, alone.to_checkpoint({}).model)
 
 
 @pytest.mark.usefixtures("group")
@@ -112,7 +122,7 @@ def test_another_models_checkpoint_is_refused(config: RunConfig) -> None:
 @pytest.mark.usefixtures("group")
 def test_a_process_that_does_not_write_keeps_nothing_that_is_whole(config: RunConfig) -> None:
     state, _ = sharded(config)
-    kept = gathered(state.to_checkpoint({"run": "run_a"}), World(1, 2))
+    kept = gather_checkpoint(state.to_checkpoint({"run": "run_a"}), ProcessGroup(1, 2))
     assert not kept.model
     assert not kept.optimizer
     assert not kept.rng
@@ -128,14 +138,15 @@ def test_the_average_is_evaluated_and_training_goes_on_with_the_weights(config: 
     with state.averaged_model() as model, evaluating(objective):
         evaluation = evaluate(model, windows, facts, batch_size=8)
     average = new_model(config)
-    average.load_state_dict(gathered(state.to_checkpoint({}), ALONE).model)
+    average.load_state_dict(gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS).model)
     assert evaluation.loss == evaluate(average, windows, facts, batch_size=8).loss
     assert len(list(batches_in_order(windows, 8))) > 1
 
     trained(state, objective, config, tiny_corpus, 1)
     trained(undisturbed, its_objective, config, tiny_corpus, 3)
     assert_equal(
-        gathered(state.to_checkpoint({}), ALONE).optimizer, gathered(undisturbed.to_checkpoint({}), ALONE).optimizer
+        gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS).optimizer,
+        gather_checkpoint(undisturbed.to_checkpoint({}), SINGLE_PROCESS).optimizer,
     )
 
 
@@ -145,7 +156,7 @@ def test_a_folder_is_outlined_first_and_then_each_process_reads_its_rows(config:
     trained(state, objective, config, tiny_corpus, 2)
     run, manager = RunStore().create(), CheckpointManager()
     saved = state.to_checkpoint({"run": "run_a"})
-    manager.save_shards(run, "latest", saved, ALONE)
+    manager.save_shards(run, "latest", saved, SINGLE_PROCESS)
     outlined, name = manager.load_latest(run, outlined=True)
     assert name == "latest"
     assert outlined.metadata == saved.metadata
@@ -155,38 +166,41 @@ def test_a_folder_is_outlined_first_and_then_each_process_reads_its_rows(config:
     assert all(tensor.is_meta for tensor in (outlined.model | outlined.optimizer | outlined.rng).values())
 
     other, its_objective = sharded(config)
-    rows = own_rows(outlined, other.model, ALONE)
-    shared_out = {name for name, tensor in (rows.model | rows.optimizer).items() if is_shared_out(tensor)}
+    rows = local_rows(outlined, other.model, SINGLE_PROCESS)
+    shared_out = {name for name, tensor in (rows.model | rows.optimizer).items() if is_dtensor(tensor)}
     # All but the counts of AdamW's steps.
     assert shared_out == {name for name, tensor in (saved.model | saved.optimizer).items() if tensor.ndim}
     other.restore(rows)
     trained(other, its_objective, config, tiny_corpus, 1)
     trained(state, objective, config, tiny_corpus, 1)
-    assert_equal(gathered(other.to_checkpoint({}), ALONE).model, gathered(state.to_checkpoint({}), ALONE).model)
+    assert_equal(
+        gather_checkpoint(other.to_checkpoint({}), SINGLE_PROCESS).model,
+        gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS).model,
+    )
 
 
 @pytest.mark.usefixtures("group")
 def test_damage_that_one_process_finds_is_an_error_in_all(config: RunConfig) -> None:
     state, _ = sharded(config)
     run, manager = RunStore().create(), CheckpointManager()
-    manager.save_shards(run, "latest", state.to_checkpoint({}), ALONE)
+    manager.save_shards(run, "latest", state.to_checkpoint({}), SINGLE_PROCESS)
     outlined = manager.load(run, "latest", outlined=True)
 
-    class Failing(World):
-        def largest(self, value: int) -> int:
+    class Failing(ProcessGroup):
+        def all_reduce_max(self, value: int) -> int:
             return max(value, 3)
 
     with pytest.raises(CheckpointError, match="process 2 cannot read its part"):
-        own_rows(outlined, state.model, Failing())
+        local_rows(outlined, state.model, Failing())
     shutil.rmtree(run.checkpoints_dir / "latest")
     with pytest.raises(CheckpointError, match="latest"):
-        own_rows(outlined, state.model, ALONE)
+        local_rows(outlined, state.model, SINGLE_PROCESS)
 
 
 def test_a_folder_that_is_damaged_is_not_outlined(config: RunConfig) -> None:
     run, manager = RunStore().create(), CheckpointManager()
     for _ in range(2):
-        manager.save_shards(run, "latest", TrainingState.create(config, CPU).to_checkpoint({}), ALONE)
+        manager.save_shards(run, "latest", TrainingState.create(config, CPU).to_checkpoint({}), SINGLE_PROCESS)
     for file in (run.checkpoints_dir / "latest").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError, match="damaged"):

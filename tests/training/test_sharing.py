@@ -3,18 +3,17 @@
 import pytest
 import torch
 
-from lumiere.components.world import ALONE, World
+from lumiere import distributed
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, joined, noticing_losses, share_cores
 from lumiere.errors import ConfigError, LostProcessError, LumiereError
-from lumiere.evaluation import evaluate
+from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint_format import Checkpoint
-from lumiere.training import processes
-from lumiere.training.distributed import own_device, seed_dropout
-from lumiere.training.launch import inexactness
-from lumiere.training.processes import joined, noticing_losses, share_cores
+from lumiere.training.parallel import own_device, seed_dropout
+from lumiere.training.run import inexactness
 from lumiere.training.sharing import check_shares
 
 CPU = torch.device("cpu")
@@ -43,8 +42,8 @@ def test_an_evaluation_that_is_shared_out_is_the_same(tiny_config: RunConfig, ti
     model = build_model(tiny_config)
     parts: list[torch.Tensor] = []
 
-    class Recording(World):
-        def add(self, values: torch.Tensor) -> torch.Tensor:
+    class Recording(ProcessGroup):
+        def all_reduce_tensor(self, values: torch.Tensor) -> torch.Tensor:
             parts.append(values)
             return values + (torch.stack(parts[:-1]).sum(0) if len(parts) > 1 else 0)
 
@@ -64,7 +63,7 @@ def test_an_evaluation_that_is_shared_out_is_the_same(tiny_config: RunConfig, ti
 def test_masks_depend_on_seed_step_and_rank_and_on_nothing_else() -> None:
     def drawn(seed: int, step: int, rank: int) -> float:
         torch.rand(rank + 1)  # whatever was drawn before
-        seed_dropout(seed, step, World(rank, 2))
+        seed_dropout(seed, step, ProcessGroup(rank, 2))
         return torch.rand(()).item()
 
     first = drawn(0, 0, 0)
@@ -74,7 +73,7 @@ def test_masks_depend_on_seed_step_and_rank_and_on_nothing_else() -> None:
 
 def test_one_process_draws_on() -> None:
     before = torch.get_rng_state()
-    seed_dropout(0, 5, ALONE)
+    seed_dropout(0, 5, SINGLE_PROCESS)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -82,26 +81,26 @@ def test_one_process_draws_on() -> None:
 def test_what_is_suggested_for_an_uneven_batch_works(size: int, parts: int, num_processes: int) -> None:
     settings = TrainingConfig(batch_size=size, gradient_accumulation_steps=parts)
     with pytest.raises(ConfigError, match=f"batch_size {size} cannot be shared evenly by {num_processes}") as raised:
-        check_shares(settings, CPU, World(0, num_processes))
+        check_shares(settings, CPU, ProcessGroup(0, num_processes))
     numbers, sizes = (part.partition(": ")[2].split(", ") for part in str(raised.value.hint).split("; "))
     for number in map(int, numbers):
-        check_shares(settings, CPU, World(0, number))
+        check_shares(settings, CPU, ProcessGroup(0, number))
     for fitting in map(int, sizes):
         changed = TrainingConfig(batch_size=fitting, gradient_accumulation_steps=parts)
-        check_shares(changed, CPU, World(0, num_processes))
+        check_shares(changed, CPU, ProcessGroup(0, num_processes))
 
 
 def test_a_gpu_for_each_process_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert own_device(torch.device("cuda"), World(3, 4, 1, 2)) == torch.device("cuda:1")
+    assert own_device(torch.device("cuda"), ProcessGroup(3, 4, 1, 2)) == torch.device("cuda:1")
     assert taken == [torch.device("cuda:1")]
-    assert own_device(torch.device("cuda:1"), ALONE) == torch.device("cuda:1")
+    assert own_device(torch.device("cuda:1"), SINGLE_PROCESS) == torch.device("cuda:1")
     with pytest.raises(LumiereError, match="3 processes on a machine with 2 GPUs"):
-        own_device(torch.device("cuda"), World(2, 3, 2, 3))
+        own_device(torch.device("cuda"), ProcessGroup(2, 3, 2, 3))
     with pytest.raises(LumiereError, match="not on mps"):
-        own_device(torch.device("mps"), World(0, 2))
+        own_device(torch.device("mps"), ProcessGroup(0, 2))
 
 
 @pytest.mark.parametrize(("asked", "threads"), [("1", 4), ("3", None), (None, None)])
@@ -110,23 +109,23 @@ def test_cores_are_shared_unless_the_user_has_chosen(
 ) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(processes, "num_cores", lambda: 8)
+    monkeypatch.setattr(distributed, "num_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    share_cores(World(0, 2, 0, 2))
+    share_cores(ProcessGroup(0, 2, 0, 2))
     assert chosen == ([] if threads is None else [threads])
 
 
 def test_no_process_waits_where_there_is_one() -> None:
-    with joined() as world:
-        assert world == ALONE
+    with joined() as processes:
+        assert processes == SINGLE_PROCESS
 
 
 def test_only_an_error_about_another_process_is_called_one() -> None:
-    with pytest.raises(LostProcessError, match="another of the 2 processes"), noticing_losses(World(0, 2)):
+    with pytest.raises(LostProcessError, match="another of the 2 processes"), noticing_losses(ProcessGroup(0, 2)):
         raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="shapes") as raised, noticing_losses(World(0, 2)):
+    with pytest.raises(RuntimeError, match="shapes") as raised, noticing_losses(ProcessGroup(0, 2)):
         raise RuntimeError("shapes differ")
     assert not isinstance(raised.value, LumiereError)
 
@@ -151,5 +150,5 @@ def test_only_an_error_about_another_process_is_called_one() -> None:
 )
 def test_what_other_processes_cannot_keep_is_said(configure, metadata, before, size, after, dropout, expected) -> None:
     old, new = (configure({"training.parallel": way, "model.dropout": dropout}) for way in (before, after))
-    message = inexactness(Checkpoint({}, metadata=metadata), old, new, World(0, size))
+    message = inexactness(Checkpoint({}, metadata=metadata), old, new, ProcessGroup(0, size))
     assert (message is None) if expected is None else (message is not None and expected in message)

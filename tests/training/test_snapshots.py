@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.training import snapshots
-from lumiere.training.snapshots import is_snapshot, most_snapshots
+from lumiere.training import schedule
+from lumiere.training.schedule import is_snapshot, most_snapshots
 from lumiere.training.state import TrainingState
 
 POWERS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -82,8 +82,8 @@ def test_a_snapshot_says_its_step_and_cannot_be_resumed_from(configure, launch) 
 
 
 def test_a_run_drops_every_other_one_when_they_are_too_many(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshots, "LAST_POWER", 2)
-    monkeypatch.setattr(snapshots, "MAX_LATER", 3)
+    monkeypatch.setattr(schedule, "LAST_POWER", 2)
+    monkeypatch.setattr(schedule, "MAX_LATER", 3)
 
     def kept_after(num_steps: int) -> list[str]:
         run = launch(configure({"training.max_steps": num_steps})).run

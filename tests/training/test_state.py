@@ -155,7 +155,7 @@ def test_best_is_the_lowest_loss_so_far(state: TrainingState) -> None:
     noted = []
     for step, loss in enumerate([math.nan, math.inf, 5.0, 5.0, 4.0, math.nan, 4.5, 3.0]):
         state.step = step
-        noted.append(state.note_evaluation(loss))
+        noted.append(state.record_evaluation(loss))
     assert noted == [False, False, True, False, True, False, False, True]
     assert (state.best_loss, state.best_step) == (3.0, 7)
 
@@ -164,7 +164,7 @@ def test_patience_counts_epochs_that_do_not_beat_the_threshold(state: TrainingSt
     noted = []
     #      first, too little, exactly the threshold, more, worse, too little, more
     for loss in (5.0, 4.875, 4.75, 4.625, 6.0, 4.5, 4.0):
-        state.note_epoch(loss, threshold=0.25)
+        state.record_epoch(loss, threshold=0.25)
         noted.append((state.stopping_loss, state.epochs_without_improvement))
     assert noted == [(5.0, 0), (5.0, 1), (5.0, 2), (4.625, 0), (4.625, 1), (4.625, 2), (4.0, 0)]
 
@@ -172,6 +172,6 @@ def test_patience_counts_epochs_that_do_not_beat_the_threshold(state: TrainingSt
 def test_a_loss_that_is_no_number_is_no_improvement(state: TrainingState) -> None:
     noted = []
     for loss in (math.nan, math.inf, 5.0, math.nan, 4.0):
-        state.note_epoch(loss, threshold=0.0)
+        state.record_epoch(loss, threshold=0.0)
         noted.append((state.stopping_loss, state.epochs_without_improvement))
     assert noted == [(None, 1), (None, 2), (5.0, 0), (5.0, 1), (4.0, 0)]

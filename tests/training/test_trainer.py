@@ -14,7 +14,7 @@ import torch
 
 from lumiere.data.batches import IGNORED, Batch, batch_at, make_batch
 from lumiere.data.dataset import tokenize_corpus
-from lumiere.evaluation import Evaluation
+from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore
 from lumiere.training import trainer
@@ -350,7 +350,7 @@ def test_patience_counts_the_ends_of_epochs_only(configure, launch, scripted, te
 
 
 def stop_at(step: int) -> Any:
-    """A listener that interrupts the training at a step."""
+    """A callback that interrupts the training at a step."""
 
     def listen(event: Event) -> None:
         if isinstance(event, StepEvent) and event.step == step:

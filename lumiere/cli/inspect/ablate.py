@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import out, show_note
+from lumiere.cli.console import show_note, stdout
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import Heads, Layers, Positions, TopK, parse_indices
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.interpret.ablate import Ablations
+    from lumiere.interpret.ablation import Ablations
 
 BAR_WIDTH = 24
 MANY = 64
@@ -55,10 +55,9 @@ def ablate(
     Each part is taken away alone. The change of the loss is in nats a token: positive where the part was of use.
     """
     from lumiere.cli.inspect.batches import choose_batches
-    from lumiere.interpret.ablate import ablate as ablate_units
-    from lumiere.interpret.ablate import check_mode
-    from lumiere.interpret.units import find_unit
-    from lumiere.report.figures.heads import draw_ablations
+    from lumiere.interpret.ablation import ablate as ablate_units
+    from lumiere.interpret.ablation import check_mode, find_unit
+    from lumiere.report.figures.bars import draw_ablations
 
     kind = find_unit(unit)
     check_mode(mode)
@@ -88,28 +87,28 @@ def ablate(
 def show(result: "Ablations", top_k: int) -> None:
     """The strongest ablations, sorted, with a bar each."""
     from lumiere.cli.inspect.batches import counted_documents
-    from lumiere.evaluation.clusters import half_width
+    from lumiere.evaluation.scoring import half_width
 
     shown = result.order[:top_k]
     width = max(len(result.labels[number]) for number in shown)
     largest = max(abs(float(result.changes[number])) for number in shown) or 1.0
     has_errors = result.num_documents > 1
     errors = ", ± standard error" if has_errors else ""
-    out().print(f"loss {result.loss:.4f} nats; change without a {result.unit} ({result.mode}){errors}:\n")
+    stdout().print(f"loss {result.loss:.4f} nats; change without a {result.unit} ({result.mode}){errors}:\n")
     for number in shown:
         change, error = float(result.changes[number]), float(result.standard_errors[number])
         spread = f" ± {error:.4f}" if has_errors else ""
         length = round(abs(change) / largest * BAR_WIDTH)
         bar = f"  [cyan]{'█' * length}[/]" if change > 0 else f"  [red]{'░' * length}[/]"
-        out().print(f"{result.labels[number]:{width}}  {change:+8.4f}{spread}{bar if length else ''}")
-    out().print()
+        stdout().print(f"{result.labels[number]:{width}}  {change:+8.4f}{spread}{bar if length else ''}")
+    stdout().print()
     if len(shown) < len(result.order):
         show_note(f"{len(result.order) - len(shown):,} more are left out; --top-k shows more, -o FILE has all")
     if has_errors:
         reach = half_width(result.num_documents)
         units = counted_documents(result.num_documents, are_windows=bool((result.documents >= 0).all()))
         clear = int((abs(result.changes) > reach * result.standard_errors).sum())
-        out().print(
+        stdout().print(
             f"{clear:,} of {len(result.order):,} changes exceed {reach:.2f} standard errors (95 %, {units})",
             soft_wrap=False,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import typer
 
-from lumiere.cli.console import escape, guarded, out, print_json, show_note, talk
+from lumiere.cli.console import escape, guarded, print_json, show_note, stderr, stdout
 from lumiere.cli.inspect import options
 from lumiere.cli.inspect.options import Output, Verify
 from lumiere.cli.inspect.vocabulary import token_label
@@ -23,7 +23,7 @@ from lumiere.errors import LumiereError
 if TYPE_CHECKING:
     from lumiere.interpret.result import Receipt, Result
     from lumiere.models.transformer import Transformer
-    from lumiere.report.pictures import Picture
+    from lumiere.report.figures.figure import Picture
 
 CHECK_FAILED = 3
 
@@ -152,9 +152,9 @@ def analysis(
 
 def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any], common: Mapping[str, Any]) -> None:
     """Open, compute, verify, then print or write; exit with 3 if a law does not hold."""
+    from lumiere.device import keep_freed_memory
     from lumiere.interpret.result import agreement
-    from lumiere.report.export import check_export, payload, save_result
-    from lumiere.training.memory import keep_freed_memory
+    from lumiere.report.results import check_export, payload, save_result
 
     keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a step of training does
     if common["output"] is not None:
@@ -178,7 +178,7 @@ def run_analysis(describe: Callable[..., Analysis[Any]], own: Mapping[str, Any],
         show_receipts(result.receipts)
     if not result.holds:
         broken = "; ".join(receipt.law for receipt in result.receipts if not receipt.holds)
-        talk().print(f"[bold red]failed:[/] {escape(broken)}")
+        stderr().print(f"[bold red]failed:[/] {escape(broken)}")
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -273,13 +273,13 @@ def facts(name: str, subject: Subject, described: Analysis[Any]) -> dict[str, An
 def show_heading(subject: Subject, described: Analysis[Any]) -> None:
     marked = [("", subject.opened)] if subject.other is None else [("A  ", subject.opened), ("B  ", subject.other)]
     for mark, opened in marked:
-        out().print(f"{mark}[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
+        stdout().print(f"{mark}[bold]{opened.run.name}[/], checkpoint {opened.checkpoint} (step {opened.step:,})")
     if subject.has_text:
         tokens, source = subject.chosen
         ids = " ".join(map(str, tokens))
-        out().print(f"{escape(source)}: {len(tokens)} tokens; token ids {ids}\n", soft_wrap=False)
+        stdout().print(f"{escape(source)}: {len(tokens)} tokens; token ids {ids}\n", soft_wrap=False)
     elif described.source is not None:
-        out().print(f"{escape(described.source)}\n", soft_wrap=False)
+        stdout().print(f"{escape(described.source)}\n", soft_wrap=False)
 
 
 def show_receipts(receipts: "Iterable[Receipt]") -> None:
@@ -288,4 +288,4 @@ def show_receipts(receipts: "Iterable[Receipt]") -> None:
         style = "dim" if receipt.holds else "bold red"
         verdict = "" if receipt.holds else ": FAILED"
         line = f"receipt: {receipt.law}, off by {receipt.error:.0e} (allowed {receipt.tolerance:.0e}){verdict}"
-        out().print(f"[{style}]{escape(line)}[/]")
+        stdout().print(f"[{style}]{escape(line)}[/]")

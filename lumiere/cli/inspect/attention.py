@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import colours, out, show_note
+from lumiere.cli.console import color_support, show_note, stdout
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import Heads, Layers, parse_indices
 from lumiere.errors import LumiereError, nearest
@@ -45,7 +45,7 @@ def attention(
     heads = parse_indices(head, shape.num_heads, "head")
     tokens, labels = subject.tokens, subject.labels
     from lumiere.interpret.attention import WEIGHTED, attention_patterns, combined_attention
-    from lumiere.report.figures.attention import draw_attention
+    from lumiere.report.figures.heat_maps import draw_attention
 
     if kind in WEIGHTED:
         return Analysis(
@@ -62,7 +62,7 @@ def attention(
 
 def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
     """A table of all heads, and as much of their maps as fits a screen."""
-    from lumiere.cli.colour_map import show_legend
+    from lumiere.cli.terminal_plots import show_legend
 
     places = [(row, column) for row in range(len(result.layers)) for column in range(len(result.heads))]
     show_table(result)
@@ -72,10 +72,10 @@ def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
             show_map(result.patterns[row, column], labels, title)
         show_legend("share of a row")
         return
-    if len(places) <= THUMBNAILS and len(labels) > 1 and colours() != "none":
+    if len(places) <= THUMBNAILS and len(labels) > 1 and color_support() != "none":
         show_thumbnails(result, places)
         show_legend("largest share in a cell")
-    out().print("[dim]--layer L --head H draws the whole map of a head[/]")
+    stdout().print("[dim]--layer L --head H draws the whole map of a head[/]")
 
 
 def head_name(result: "AttentionPatterns", row: int, column: int) -> str:
@@ -90,9 +90,9 @@ def show_table(result: "AttentionPatterns") -> None:
 
     size = len(result.tokens)
     if size == 1:
-        out().print("one token, which looks at itself")
+        stdout().print("one token, which looks at itself")
         return
-    out().print("[bold]head     entropy  distance  first  previous  itself[/]")
+    stdout().print("[bold]head     entropy  distance  first  previous  itself[/]")
 
     def line(name: str, entropy: float, distance: float, *shares: float) -> str:
         first, previous, current = (f"{share:.0%}" for share in shares)
@@ -100,33 +100,32 @@ def show_table(result: "AttentionPatterns") -> None:
 
     columns = ("normalized_entropy", "mean_distance", "first", "previous", "current")
     for row, column in np.ndindex(len(result.layers), len(result.heads)):
-        out().print(line(head_name(result, row, column), *(getattr(result, name)[row, column] for name in columns)))
+        stdout().print(line(head_name(result, row, column), *(getattr(result, name)[row, column] for name in columns)))
     uniform = statistics(np.tri(size) / np.arange(1, size + 1)[:, None])
-    out().print(f"[dim]{line('uniform', *(float(uniform[name]) for name in columns))}[/]")
-    out().print("[dim]means over all tokens but the first; entropy: 0 is one token, 1 all alike[/]\n")
+    stdout().print(f"[dim]{line('uniform', *(float(uniform[name]) for name in columns))}[/]")
+    stdout().print("[dim]means over all tokens but the first; entropy: 0 is one token, 1 all alike[/]\n")
 
 
 def show_thumbnails(result: "AttentionPatterns", places: list[tuple[int, int]]) -> None:
     """Small maps side by side, as many as the terminal is wide."""
-    from lumiere.cli.colour_map import colour_thumbnail
-    from lumiere.cli.heatmap import THUMBNAIL_WIDTH, thumbnail
+    from lumiere.cli.terminal_plots import THUMBNAIL_WIDTH, color_thumbnail, thumbnail
 
-    draw = colour_thumbnail if colours() == "many" else thumbnail
-    room = max(1, (out().width + 2) // (THUMBNAIL_WIDTH + 2))
+    draw = color_thumbnail if color_support() == "many" else thumbnail
+    room = max(1, (stdout().width + 2) // (THUMBNAIL_WIDTH + 2))
     for first in range(0, len(places), room):
         group = places[first : first + room]
         names = (head_name(result, *place).ljust(THUMBNAIL_WIDTH + 2) for place in group)
-        out().print(f"[bold]{''.join(names).rstrip()}[/]")
+        stdout().print(f"[bold]{''.join(names).rstrip()}[/]")
         for parts in zip(*(draw(result.patterns[place]) for place in group), strict=True):
             for number, part in enumerate(parts):
-                out().print("  " * (number > 0), part, sep="", end="")
-            out().print()
-        out().print()
+                stdout().print("  " * (number > 0), part, sep="", end="")
+            stdout().print()
+        stdout().print()
 
 
 def show_layers(result: "CombinedAttention", labels: list[str]) -> None:
     """A line a layer, and the map of the last one."""
-    from lumiere.cli.colour_map import show_legend
+    from lumiere.cli.terminal_plots import show_legend
 
     for row, layer in enumerate(result.layers):
         title = f"L{layer}, {result.kind}"
@@ -142,25 +141,24 @@ def show_title(weights: "np.ndarray", name: str) -> None:
     first_token, previous, current = weights[1:, 0], weights.diagonal(-1), weights.diagonal()[1:]
     shares = {"first token": first_token, "previous token": previous, "itself": current}
     summary = ", ".join(f"{name} {share.mean():.0%}" for name, share in shares.items()) if len(weights) > 1 else ""
-    out().print(f"[bold]{name}[/]  {summary}")
+    stdout().print(f"[bold]{name}[/]  {summary}")
 
 
 def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
     """A heat map under its title; of a text that is too long for the terminal, its end; in a pipe, its numbers."""
-    from lumiere.cli.colour_map import colour_map, room
-    from lumiere.cli.heatmap import heatmap
-    from lumiere.report.labels import LABEL_WIDTH
+    from lumiere.cli.terminal_plots import color_map, heatmap, room
+    from lumiere.report.figures.figure import LABEL_WIDTH
 
-    size, width = len(labels), out().width
+    size, width = len(labels), stdout().width
     show_title(weights, name)
-    if colours() == "none":
+    if color_support() == "none":
         show_numbers(weights, labels)
         return
-    draw, most = (colour_map, room(width)) if colours() == "many" else (heatmap, max(1, width - LABEL_WIDTH - 1))
+    draw, most = (color_map, room(width)) if color_support() == "many" else (heatmap, max(1, width - LABEL_WIDTH - 1))
     shown = min(size, most)
     if shown < size:
         show_note(f"the terminal has room for the last {shown} of {size} tokens")
-    out().print(draw(weights[size - shown :, size - shown :], labels[size - shown :], width))
+    stdout().print(draw(weights[size - shown :, size - shown :], labels[size - shown :], width))
 
 
 def show_numbers(weights: "np.ndarray", labels: list[str]) -> None:

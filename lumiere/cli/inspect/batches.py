@@ -41,8 +41,7 @@ def drawn_batches(
     """Windows of the validation split, drawn by the seed, and words that say so."""
     import numpy as np
 
-    from lumiere.data.batches import make_batch
-    from lumiere.data.permutation import permute
+    from lumiere.data.batches import make_batch, permute
 
     opened = subject.opened
     windows = corpus.windows("validation", opened.config)
@@ -55,7 +54,7 @@ def drawn_batches(
 
 def random_batches(subject: Subject, length: int, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
     from lumiere.cli.inspect.texts import repeated_sequences
-    from lumiere.interpret.repeats import first_copied
+    from lumiere.interpret.head_scores import first_copied
 
     if length < 2:
         raise LumiereError(f"--random {length} leaves nothing to predict in the second copy", "give --random 2 or more")
@@ -80,7 +79,7 @@ def counted_documents(count: int, *, are_windows: bool) -> str:
     Args:
         are_windows: whether the texts are windows of documents; otherwise each sequence is a text of its own.
     """
-    from lumiere.evaluation.clusters import FEW_DOCUMENTS
+    from lumiere.evaluation.scoring import FEW_DOCUMENTS
 
     units = "documents" if are_windows else "sequences"
     return f"{count:,} {units}" if count >= FEW_DOCUMENTS else f"few {units}: {count:,}"

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import out
+from lumiere.cli.console import size, stdout
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.cli.plan import size
 
 if TYPE_CHECKING:
     from lumiere.interpret.activations import Activations
@@ -28,7 +27,7 @@ def cache(subject: Subject, names: Names = None) -> "Analysis[Activations]":
     The names are those of TransformerLens. A .json or .csv file has the list, without the numbers.
     """
     from lumiere.interpret.activations import activations, matching_names
-    from lumiere.report.figures.texts import draw_activations
+    from lumiere.report.figures.heat_maps import draw_activations
 
     patterns = names or ["*"]
     matching_names(subject.opened.model, patterns)
@@ -44,5 +43,5 @@ def show(result: "Activations") -> None:
     width = max(map(len, result.names))
     for row in result.rows():
         shape = " x ".join(row["shape"].split())
-        out().print(f"{row['name']:{width}}  {row['axes']:5}  {shape:>13}  {size(row['num_bytes']):>8}")
-    out().print(f"\n{len(result.names):,} activations, {size(sum(result.num_bytes))}")
+        stdout().print(f"{row['name']:{width}}  {row['axes']:5}  {shape:>13}  {size(row['num_bytes']):>8}")
+    stdout().print(f"\n{len(result.names):,} activations, {size(sum(result.num_bytes))}")

@@ -11,7 +11,7 @@ from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
     from lumiere.data.text import Part
-    from lumiere.interpret.diff import ModelDiff
+    from lumiere.interpret.model_diff import ModelDiff
     from lumiere.models.transformer import Transformer
 
 AcrossLayers = Annotated[
@@ -36,8 +36,8 @@ def diff(
     """
     from lumiere.cli.inspect.batches import choose_batches
     from lumiere.cli.inspect.diff_view import show
-    from lumiere.interpret.diff import diff as diff_models
-    from lumiere.report.figures.diff import draw_diff
+    from lumiere.interpret.model_diff import diff as diff_models
+    from lumiere.report.figures.bars import draw_diff
 
     opened, other = subject.opened, subject.other
     assert other is not None  # the decorator has opened both
@@ -79,8 +79,8 @@ def diff_by_bytes(
     """
     from lumiere.cli.inspect.diff_view import show
     from lumiere.data.dataset import document_sizes, tokenize_parts
-    from lumiere.interpret.diff import diff_texts
-    from lumiere.report.figures.diff import draw_diff
+    from lumiere.interpret.model_diff import diff_texts
+    from lumiere.report.figures.bars import draw_diff
 
     if across_layers:
         raise LumiereError("the tokenizers differ, so no heads are matched", "leave --across-layers away")
@@ -133,9 +133,9 @@ def spelled(name: str) -> str:
 def validation_documents(subject: Subject, num_windows: int) -> tuple[list["Part"], str]:
     import numpy as np
 
+    from lumiere.data.batches import permute
     from lumiere.data.corpus import numbered_parts
     from lumiere.data.dataset import source_parts
-    from lumiere.data.permutation import permute
 
     opened = subject.opened
     corpus = open_corpus(opened, "restore it as it was, or give a text: --prompt or --file")

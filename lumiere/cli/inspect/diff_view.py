@@ -2,13 +2,17 @@
 
 import numpy as np
 
-from lumiere.cli.console import escape, out
+from lumiere.cli.console import escape, sparkline, stdout
 from lumiere.cli.inspect.batches import counted_documents
 from lumiere.cli.loading import OpenedModel
-from lumiere.cli.sparkline import sparkline
-from lumiere.interpret.diff import SAME_TOKENS, HeadMatches, ModelDiff, stream_names
-from lumiere.interpret.predictions import PredictionDiff
-from lumiere.interpret.weight_changes import WeightChanges
+from lumiere.interpret.model_diff import (
+    SAME_TOKENS,
+    HeadMatches,
+    ModelDiff,
+    PredictionDiff,
+    WeightChanges,
+    stream_names,
+)
 
 WIDTH = 80
 MOST_LAYERS = 10
@@ -21,19 +25,19 @@ def show(result: ModelDiff, opened: OpenedModel, other: OpenedModel, top_k: int)
     """A line for each kind of difference, then a table of each."""
     weights = result.weights
     if not weights.other_tensors and not weights.change_norms.any():
-        out().print("[bold]the same model: no weight differs[/]\n")
+        stdout().print("[bold]the same model: no weight differs[/]\n")
         return
     for line in summary(result):
-        out().print(line, soft_wrap=False)
+        stdout().print(line, soft_wrap=False)
     for reason in result.not_compared:
-        out().print(f"[yellow]not compared:[/] {escape(reason)}", soft_wrap=False)
+        stdout().print(f"[yellow]not compared:[/] {escape(reason)}", soft_wrap=False)
     if opened.run != other.run:
-        out().print(
+        stdout().print(
             "[dim]two runs: weights, OV and QK are in the coordinates of each, and say something only where both "
             "began with the same weights[/]",
             soft_wrap=False,
         )
-    out().print()
+    stdout().print()
     if result.predictions is not None:
         show_tokens(result, result.predictions, opened, top_k)
         show_positions(result.predictions)
@@ -118,13 +122,13 @@ def show_tokens(result: ModelDiff, found: PredictionDiff, opened: OpenedModel, t
         for number in np.argsort(np.abs(changes), kind="stable")
     }
     order = list(once.values())[::-1][:top_k]
-    out().print("[bold]tokens whose loss changed most[/] (nats: B less A, A, B)")
+    stdout().print("[bold]tokens whose loss changed most[/] (nats: B less A, A, B)")
     for number in order:
         style = "green" if changes[number] < 0 else "red"
         numbers = f"{changes[number]:+7.2f}[/] {found.losses_a[number]:6.2f} {found.losses_b[number]:6.2f}"
-        out().print(f"  [{style}]{numbers}  {in_context(result, found, number, opened)}")
+        stdout().print(f"  [{style}]{numbers}  {in_context(result, found, number, opened)}")
     largest = int(found.kl_ab.argmax())
-    out().print(
+    stdout().print(
         f"[dim]KL(A||B) is largest, {found.kl_ab[largest]:.2f}, before[/] "
         f"{in_context(result, found, largest, opened)}\n"
     )
@@ -150,22 +154,22 @@ def show_positions(found: PredictionDiff) -> None:
     first, last = found.position_numbers[[0, -1]]
     curve = sparkline([float(part.mean()) for part in parts])
     low, high = found.kl_ab_by_position.min(), found.kl_ab_by_position.max()
-    out().print(f"[bold]KL(A||B) by position[/], {first} to {last}: {low:.4f} to {high:.4f}\n  {curve}\n")
+    stdout().print(f"[bold]KL(A||B) by position[/], {first} to {last}: {low:.4f} to {high:.4f}\n  {curve}\n")
 
 
 def show_cka(cka: np.ndarray) -> None:
     names_a, names_b = (stream_names(count - 1) for count in cka.shape)
     if max(cka.shape) > MOST_LAYERS:
-        out().print("[bold]CKA at the same depth[/]")
+        stdout().print("[bold]CKA at the same depth[/]")
         for place in range(min(cka.shape)):
-            out().print(f"  {names_a[place]:9} {cka_label(cka[place, place], 3)}")
-        out().print("[dim]-o FILE has all pairs[/]\n")
+            stdout().print(f"  {names_a[place]:9} {cka_label(cka[place, place], 3)}")
+        stdout().print("[dim]-o FILE has all pairs[/]\n")
         return
-    out().print("[bold]CKA[/] (rows A, columns B; 1: alike but for rotation and scale)")
-    out().print(" " * 11 + "".join(f"{'embed' if name == 'embedding' else name:>6}" for name in names_b))
+    stdout().print("[bold]CKA[/] (rows A, columns B; 1: alike but for rotation and scale)")
+    stdout().print(" " * 11 + "".join(f"{'embed' if name == 'embedding' else name:>6}" for name in names_b))
     for name, row in zip(names_a, cka, strict=True):
-        out().print(f"  {name:9}" + "".join(f"{cka_label(value, 2):>6}" for value in row))
-    out().print()
+        stdout().print(f"  {name:9}" + "".join(f"{cka_label(value, 2):>6}" for value in row))
+    stdout().print()
 
 
 def cka_label(value: float, decimals: int) -> str:
@@ -176,16 +180,16 @@ def cka_label(value: float, decimals: int) -> str:
 def show_heads(heads: HeadMatches, top_k: int) -> None:
     """The matched heads, the most different first."""
     order = np.argsort(-heads.match_divergences, kind="stable")
-    out().print("[bold]matched heads  A        B        pattern       OV       QK[/]")
+    stdout().print("[bold]matched heads  A        B        pattern       OV       QK[/]")
     for number in order[:top_k]:
         a, b = heads.matches[number]
         circuits = "".join(f"{share(float(values[number])):>9}" for values in (heads.ov_changes, heads.qk_changes))
         line = f"{heads.heads_a[a]:9}{heads.heads_b[b]:9}{heads.match_divergences[number]:7.3f}{circuits}"
-        out().print(f"{'':15}{line}")
+        stdout().print(f"{'':15}{line}")
     left = max(0, len(order) - top_k)
     more = f"; {left} differ less" if left else ""
     sequences = "1 sequence" if heads.num_pattern_sequences == 1 else f"{heads.num_pattern_sequences} sequences"
-    out().print(
+    stdout().print(
         f"[dim]pattern: divergence, 0 to 1, over {sequences}; OV, QK: relative change{more}[/]\n",
         soft_wrap=False,
     )
@@ -195,14 +199,14 @@ def show_weights(weights: WeightChanges, top_k: int) -> None:
     """The tensors that moved most for their size."""
     order = np.argsort(-np.nan_to_num(weights.relative_changes, nan=np.inf), kind="stable")
     if len(order):
-        out().print(f"[bold]{'weights that moved most':38} relative  Frobenius  spectral[/]")
+        stdout().print(f"[bold]{'weights that moved most':38} relative  Frobenius  spectral[/]")
     for number in order[:top_k]:
         numbers = f"{weights.change_norms[number]:11.3f}{weights.spectral_changes[number]:10.3f}"
-        out().print(f"  {weights.tensors[number]:36} {share(float(weights.relative_changes[number])):>8}{numbers}")
+        stdout().print(f"  {weights.tensors[number]:36} {share(float(weights.relative_changes[number])):>8}{numbers}")
     if weights.other_tensors:
         names = ", ".join(weights.other_tensors[:3]) + (" …" if len(weights.other_tensors) > 3 else "")
-        out().print(f"[dim]{len(weights.other_tensors)} tensors not compared: {names}[/]", soft_wrap=False)
-    out().print()
+        stdout().print(f"[dim]{len(weights.other_tensors)} tensors not compared: {names}[/]", soft_wrap=False)
+    stdout().print()
 
 
 def share(value: float) -> str:

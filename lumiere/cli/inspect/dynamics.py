@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lumiere.data.batches import Batch
-    from lumiere.interpret.dynamics import Dynamics
-    from lumiere.interpret.metrics import Texts
+    from lumiere.interpret.dynamics import Dynamics, Texts
     from lumiere.models.transformer import Transformer
 
 BATCHES, BATCH_SIZE = 8, 32
@@ -46,9 +45,8 @@ def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: 
     from lumiere.interpret.dynamics import follow
     from lumiere.persistence.checkpoint_names import snapshot_steps
     from lumiere.persistence.history import read_history
-    from lumiere.report.dynamics_page import dynamics_page
-    from lumiere.report.dynamics_plot import CAPTION, draw_dynamics
-    from lumiere.report.pictures import Picture
+    from lumiere.report.figures.dynamics import CAPTION, draw_dynamics, dynamics_page
+    from lumiere.report.figures.figure import Picture
 
     names = chosen_metrics(metric)
     run = subject.opened.run
@@ -67,7 +65,10 @@ def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: 
         compute=compute,
         show=lambda result: show(result, top_k),
         draw=lambda result: Picture(
-            draw_dynamics(result), "Along the training", CAPTION, page=lambda title: dynamics_page(result, title)
+            draw_dynamics(result),
+            "Along the training",
+            CAPTION,
+            page=lambda title: dynamics_page(result, title),
         ),
         source=f"{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}" + (f"; {source}" if source else ""),
     )
@@ -79,7 +80,7 @@ def chosen_metrics(names: Sequence[str] | None) -> list[str]:
     Raises:
         LumiereError: there is none of that name.
     """
-    from lumiere.interpret.metrics import DEFAULT_METRICS, METRICS
+    from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS
 
     for name in names or ():
         if name not in METRICS:
@@ -116,8 +117,8 @@ def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tupl
 
     from lumiere.cli.inspect.texts import repeated_sequences
     from lumiere.data.tokenizer import SOT
-    from lumiere.interpret.metrics import METRICS, Texts
-    from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.interpret.dynamics import METRICS, Texts
+    from lumiere.interpret.head_scores import SEQUENCES
 
     if any(value is not None for name, value in subject.text.items() if name != "random"):
         tokens, words = torch.tensor([subject.tokens]), [f"head scores on the {subject.chosen[1]}"]

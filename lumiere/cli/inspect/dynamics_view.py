@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lumiere.cli.console import escape, out
-from lumiere.cli.sparkline import sparkline
-from lumiere.interpret.dynamics import Dynamics
-from lumiere.interpret.metrics import METRICS
-from lumiere.report.dynamics_plot import claims
+from lumiere.cli.console import escape, sparkline, stdout
+from lumiere.interpret.dynamics import METRICS, Dynamics
+from lumiere.report.figures.dynamics import claims
 
 PLACE_WIDTH = 18
 MOST_COLUMNS = 24
@@ -18,11 +16,11 @@ MARK = "bold yellow"
 def show(result: Dynamics, top_k: int) -> None:
     """Each metric: its heads, pairs or matrices that changed most, all on the scale of those that are shown."""
     columns = shown_columns(result)
-    out().print(f"[dim]{'':{PLACE_WIDTH + 3}}{ruler(result.steps[columns].tolist())}[/]")
+    stdout().print(f"[dim]{'':{PLACE_WIDTH + 3}}{ruler(result.steps[columns].tolist())}[/]")
     for metric in dict.fromkeys(result.metrics):
         found = result.series_of(metric)
         show_metric(result, metric, found[:top_k], len(found), columns)
-    out().print(f"[dim]{claims(result)}[/]\n", soft_wrap=False)
+    stdout().print(f"[dim]{claims(result)}[/]\n", soft_wrap=False)
 
 
 def shown_columns(result: Dynamics) -> np.ndarray:
@@ -51,11 +49,13 @@ def show_metric(result: Dynamics, metric: str, series: Sequence[int], count: int
         )
         if part
     )
-    out().print(f"[bold]{metric}[/]: {escape(about.meaning)}" + (f" ({escape(unit)})" if unit else ""), soft_wrap=False)
+    stdout().print(
+        f"[bold]{metric}[/]: {escape(about.meaning)}" + (f" ({escape(unit)})" if unit else ""), soft_wrap=False
+    )
     values = result.values[series]
     finite = values[np.isfinite(values)]
     if not len(finite):
-        out().print("  none: there is no such number in this model\n")
+        stdout().print("  none: there is no such number in this model\n")
         return
     for number in series:
         row = result.values[number]
@@ -64,10 +64,10 @@ def show_metric(result: Dynamics, metric: str, series: Sequence[int], count: int
         ends = row[np.isfinite(row)][[0, -1]] if np.isfinite(row).any() else [np.nan, np.nan]
         phase = phase_of(result, number)
         line = f"  {escape(result.places[number]):{PLACE_WIDTH}} {curve}  {ends[0]:>7.2f} {ends[1]:>7.2f}"
-        out().print(f"{line}  [{MARK}]{phase}[/]" if phase else line)
+        stdout().print(f"{line}  [{MARK}]{phase}[/]" if phase else line)
     if count > len(series):
-        out().print(f"  [dim]and {count - len(series)} that changed less[/]")
-    out().print()
+        stdout().print(f"  [dim]and {count - len(series)} that changed less[/]")
+    stdout().print()
 
 
 def marked(curve: str, result: Dynamics, number: int, columns: np.ndarray) -> str:

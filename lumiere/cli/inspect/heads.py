@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, out, show_note
+from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import Heads, Layers, parse_indices
 from lumiere.errors import LumiereError
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from lumiere.interpret.heads import HeadScores
+    from lumiere.interpret.head_scores import HeadScores
 
 MOST_HEADS = 4
 """Heads that are named for their induction on text; -o FILE has all."""
@@ -36,9 +36,8 @@ def heads(
     import torch
 
     from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
-    from lumiere.interpret.repeats import SEQUENCES
-    from lumiere.interpret.text_repeats import score_heads
-    from lumiere.report.figures.heads import draw_heads
+    from lumiere.interpret.head_scores import SEQUENCES, score_heads
+    from lumiere.report.figures.bars import draw_heads
 
     shape = subject.opened.config.model
     layers = parse_indices(layer, shape.num_layers, "layer")
@@ -78,17 +77,17 @@ def show(result: "HeadScores", averaged_over: str) -> None:
     import numpy as np
 
     names = result.score_names
-    out().print(f"[bold]head     {'  '.join(f'{name:>9}' for name in names)}  copying[/]")
+    stdout().print(f"[bold]head     {'  '.join(f'{name:>9}' for name in names)}  copying[/]")
     for row, column in np.ndindex(len(result.layers), len(result.heads)):
         roles, copying = result.roles[row][column], result.copying[row, column]
         cells = (share(result.scores[row, column, number]) for number in range(len(names)))
         shown = (f"[bold]{cell}[/]" if name in roles else cell for name, cell in zip(names, cells, strict=True))
         label = f"L{result.layers[row]}H{result.heads[column]}"
         copies = "-" if np.isnan(copying) else f"{copying:+.2f}"
-        out().print(f"{label:8} {'  '.join(shown)}  {copies:>7}")
-    out().print(f"[dim]{'uniform':8} {'  '.join(share(value) for value in result.uniform)}  {0:>7}[/]\n")
+        stdout().print(f"{label:8} {'  '.join(shown)}  {copies:>7}")
+    stdout().print(f"[dim]{'uniform':8} {'  '.join(share(value) for value in result.uniform)}  {0:>7}[/]\n")
     show_roles(result)
-    out().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
+    stdout().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
     show_text_repeats(result)
     show_losses(result)
 
@@ -107,7 +106,7 @@ def show_roles(result: "HeadScores") -> None:
     """The heads of each role, the best first, with the score's standard error."""
     import numpy as np
 
-    from lumiere.interpret.heads import FEWEST, NUM_ERRORS
+    from lumiere.interpret.head_scores import FEWEST, NUM_ERRORS
 
     for number, name in enumerate(result.score_names):
         places = [
@@ -120,10 +119,10 @@ def show_roles(result: "HeadScores") -> None:
             for score, row, column in sorted(places, key=lambda place: (-place[0], *place[1:]))
         ]
         if found:
-            out().print(f"{escape(name)} heads: {', '.join(found)}", soft_wrap=False)
+            stdout().print(f"{escape(name)} heads: {', '.join(found)}", soft_wrap=False)
     if not any(roles for layer in result.roles for roles in layer):
-        out().print("no head has a role")
-    out().print(
+        stdout().print("no head has a role")
+    stdout().print(
         f"[dim]a role is a score of {result.threshold:.0%} or more over {FEWEST} tokens or more, above uniform by "
         f"{result.margin * 100:.0f} points and by {NUM_ERRORS} standard errors[/]",
         soft_wrap=False,
@@ -132,8 +131,8 @@ def show_roles(result: "HeadScores") -> None:
         if count:
             tokens = "1 token has" if count == 1 else f"{count:,} tokens have"
             note = f"{tokens} a source of {name} at t - 1, where previous-token heads look too; it is left out"
-            out().print(f"[dim]{note}[/]", soft_wrap=False)
-    out().print()
+            stdout().print(f"[dim]{note}[/]", soft_wrap=False)
+    stdout().print()
 
 
 def show_text_repeats(result: "HeadScores") -> None:
@@ -149,7 +148,7 @@ def show_text_repeats(result: "HeadScores") -> None:
         f"L{result.layers[row]}H{result.heads[column]} {scores[row, column]:.1%}"
         for row, column in zip(*np.unravel_index(best, scores.shape), strict=True)
     )
-    out().print(
+    stdout().print(
         f"induction on repeated names of the validation split ({result.text_repeats:,} in "
         f"{result.text_documents:,} documents): {heads} (uniform {result.text_uniform[number]:.1%}); "
         f"their loss falls by {result.text_gap:.3f} ± {result.text_gap_error:.3f} nats\n",
@@ -166,7 +165,7 @@ def show_losses(result: "HeadScores") -> None:
     if not np.isnan(result.repeat_gap):
         length = len(result.losses) // 2
         first, second = result.losses[1:length].mean(), result.losses[length + 1 :].mean()
-        out().print(
+        stdout().print(
             f"repeat gap {result.repeat_gap:.3f}{spread(result.repeat_gap_error)} nats: tokens 2 to {length} have a "
             f"loss of {first:.3f} in the first copy and {second:.3f} in the second",
             soft_wrap=False,
@@ -175,11 +174,11 @@ def show_losses(result: "HeadScores") -> None:
         early, late = ("{} to {}".format(*band) for band in result.in_context_bands)
         units = counted_documents(result.in_context_documents, are_windows=True)
         before, after = result.in_context_losses
-        out().print(
+        stdout().print(
             f"in-context-learning score {result.in_context_score:+.3f}{spread(result.in_context_error)} nats: "
             f"loss {after:.3f} at positions {late} minus {before:.3f} at positions {early} of "
             f"{result.in_context_windows:,} validation windows ({units})",
             soft_wrap=False,
         )
     elif result.text_repeats is not None:
-        out().print("no in-context-learning score: no validation window is full and has two positions")
+        stdout().print("no in-context-learning score: no validation window is full and has two positions")

@@ -10,7 +10,7 @@ from lumiere.cli.inspect.vocabulary import parse_token
 from lumiere.errors import LumiereError, nearest
 
 if TYPE_CHECKING:
-    from lumiere.interpret.lens import LogitLens
+    from lumiere.interpret.logit_lens import LogitLens
 
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 
@@ -39,8 +39,8 @@ def lens(
     --top-k is for --json and -o.
     """
     from lumiere.cli.inspect.lens_view import show
-    from lumiere.interpret.lens import logit_lens
-    from lumiere.report.figures.lens import draw_lens
+    from lumiere.interpret.logit_lens import logit_lens
+    from lumiere.report.figures.heat_maps import draw_lens
 
     if stat not in STATISTICS:
         guess = nearest(stat, STATISTICS)

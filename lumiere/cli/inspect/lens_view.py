@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rich.text import Text
 
-from lumiere.cli.colour_map import colour_of, show_legend
-from lumiere.cli.console import colours, out, show_note
-from lumiere.cli.heatmap import shade_of
-from lumiere.interpret.lens import LogitLens
-from lumiere.report.figures.lens import stage_name
-from lumiere.report.labels import LABEL_WIDTH, fitted, rank_label
+from lumiere.cli.console import color_support, show_note, stdout
+from lumiere.cli.terminal_plots import color_of, shade_of, show_legend
+from lumiere.interpret.logit_lens import LogitLens
+from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
+from lumiere.report.figures.heat_maps import stage_name
 
 NARROWEST_CELL, WIDEST_CELL = 7, 12
 
@@ -18,7 +17,7 @@ NARROWEST_CELL, WIDEST_CELL = 7, 12
 def show(result: LogitLens, stat: str, label: Callable[[int], str], target: str | None) -> None:
     """A grid of tokens by stages, then what holds on average at each stage."""
     names = [stage_name(stage) for stage in result.stages]
-    columns, width = choose_columns(names, out().width)
+    columns, width = choose_columns(names, stdout().width)
     meaning = {
         "top": "the most probable token, its probability before it; underlined where the text goes on so",
         "probability": f"probability of {target or 'the next token'}",
@@ -26,18 +25,18 @@ def show(result: LogitLens, stat: str, label: Callable[[int], str], target: str 
         "entropy": "entropy in nats",
         "kl": "KL(final || here) in nats",
     }[stat]
-    out().print(f"{meaning}\n", soft_wrap=False, markup=False)
+    stdout().print(f"{meaning}\n", soft_wrap=False, markup=False)
     if len(columns) < len(result.stages):
         show_note(f"the terminal has room for {len(columns)} of {len(result.stages)} stages")
     headings = "".join(names[stage].ljust(width) for stage in columns)
-    out().print(Text(" " * (LABEL_WIDTH + 1) + headings.rstrip(), style="dim"))
+    stdout().print(Text(" " * (LABEL_WIDTH + 1) + headings.rstrip(), style="dim"))
     for row, position in enumerate(result.positions):
         line = Text(fitted(label(result.tokens[position])).rjust(LABEL_WIDTH) + " ", no_wrap=True)
         for stage in columns:
             line.append_text(cell(result, stat, stage, row, width, label))
         line.rstrip()
-        out().print(line)
-    out().print()
+        stdout().print(line)
+    stdout().print()
     show_means(result, names, target)
     if stat == "top":
         show_legend("probability")
@@ -77,9 +76,9 @@ def cell(result: LogitLens, stat: str, stage: int, row: int, width: int, label: 
 
 def probability_mark(probability: float) -> tuple[Text, str]:
     """What stands before a token, and the style of the token: a square, a shade, or the number in a pipe."""
-    if colours() == "many":
-        return Text().append("█", style=colour_of(probability)), ""
-    if colours() == "none":
+    if color_support() == "many":
+        return Text().append("█", style=color_of(probability)), ""
+    if color_support() == "none":
         return Text(f"{probability:.0%} "), ""
     shade, style = shade_of(probability)
     return Text().append(shade, style=style), style
@@ -88,7 +87,7 @@ def probability_mark(probability: float) -> tuple[Text, str]:
 def show_means(result: LogitLens, names: Sequence[str], target: str | None) -> None:
     """One line a stage: what the mean token sees there, and how many are decided."""
     has_target = result.targets >= 0
-    out().print(Text(f"{'mean':>{LABEL_WIDTH}} entropy      KL  decided     loss  median rank  on top", style="dim"))
+    stdout().print(Text(f"{'mean':>{LABEL_WIDTH}} entropy      KL  decided     loss  median rank  on top", style="dim"))
     for stage, name in enumerate(names):
         decided = (result.decision_stages <= stage).mean()
         line = f"{name:>{LABEL_WIDTH}} {result.entropies[stage].mean():7.2f} {result.divergences[stage].mean():7.2f}"
@@ -99,9 +98,9 @@ def show_means(result: LogitLens, names: Sequence[str], target: str | None) -> N
             losses = -np.log(np.maximum(result.target_probabilities[stage][has_target], smallest))
             median = rank_label(float(np.median(result.target_places[stage][has_target])))
             line += f"{losses.mean():9.2f} {median:>12} {result.target_on_top[stage][has_target].mean():7.0%}"
-        out().print(line)
+        stdout().print(line)
     depths = spelled_depths(result.decision_stages.tolist(), names)
-    out().print(
+    stdout().print(
         f"\nloss, rank and on top are those of {target or 'the next token'}; decided: the top token is the final one "
         f"from here on\ndecision depth: {depths}",
         soft_wrap=False,

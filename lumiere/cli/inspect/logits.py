@@ -10,7 +10,7 @@ from lumiere.cli.inspect.vocabulary import parse_token
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.interpret.logits import LogitAttribution
+    from lumiere.interpret.logit_attribution import LogitAttribution
 
 Target = Annotated[
     Optional[str],  # noqa: UP045 (Typer reads this form)
@@ -47,8 +47,8 @@ def logits(
     """
     from lumiere.cli.inspect.logits_view import show
     from lumiere.cli.inspect.texts import averaged_tokens
-    from lumiere.interpret.logits import find_level, logit_attribution
-    from lumiere.report.figures.logits import draw_logits
+    from lumiere.interpret.logit_attribution import find_level, logit_attribution
+    from lumiere.report.figures.bars import draw_logits
 
     level = find_level(by)
     references = {"--raw": raw, "--log-prob": log_prob, "--vs": vs is not None}

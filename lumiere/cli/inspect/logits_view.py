@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lumiere.cli.console import escape, out
-from lumiere.interpret.logits import LogitAttribution
-from lumiere.report.figures.logits import named_parts
+from lumiere.cli.console import escape, stdout
+from lumiere.interpret.logit_attribution import LogitAttribution
+from lumiere.report.figures.bars import named_parts
 
 BAR_WIDTH = 36
 NAME_WIDTH = 16
@@ -22,7 +22,7 @@ def show(result: LogitAttribution, label: Callable[[int], str], top_k: int, aver
             reference = f" less the mean of {averaged_over}"
         elif result.reference == "prediction":
             what, reference = "log-probability", f" plus the entropy {result.entropies[column]:.3f}"
-        out().print(
+        stdout().print(
             f"at position {position}, {label(result.tokens[position])}: the {what} of {label(result.targets[column])} "
             f"({result.targets[column]}){reference} is {result.logits[column]:+.3f}; its probability "
             f"{result.probabilities[column]:.1%}\n",
@@ -30,7 +30,7 @@ def show(result: LogitAttribution, label: Callable[[int], str], top_k: int, aver
             markup=False,
         )
         show_parts(named_parts(result, column, label), top_k)
-        out().print()
+        stdout().print()
 
 
 def show_parts(parts: list[tuple[str, float]], top_k: int) -> None:
@@ -42,11 +42,11 @@ def show_parts(parts: list[tuple[str, float]], top_k: int) -> None:
         show_line(name, added, scale)
     rest = [added for number, (_, added) in enumerate(parts) if number not in set(largest)]
     if rest:
-        out().print(f"[dim]{f'{len(rest):,} others':{NAME_WIDTH}} {sum(rest):+9.3f}[/]")
-    out().print(f"[bold]{'sum':{NAME_WIDTH}} {sum(added for _, added in parts):+9.3f}[/]")
+        stdout().print(f"[dim]{f'{len(rest):,} others':{NAME_WIDTH}} {sum(rest):+9.3f}[/]")
+    stdout().print(f"[bold]{'sum':{NAME_WIDTH}} {sum(added for _, added in parts):+9.3f}[/]")
 
 
 def show_line(name: str, added: float, scale: float) -> None:
     length = round(abs(added) / scale * BAR_WIDTH) if np.isfinite(added) else 0
     bar = f"[cyan]{'█' * length}[/]" if added > 0 else f"[red]{'░' * length}[/]"
-    out().print(f"{escape(name.ljust(NAME_WIDTH))} {added:+9.3f}  {bar}".rstrip())
+    stdout().print(f"{escape(name.ljust(NAME_WIDTH))} {added:+9.3f}  {bar}".rstrip())

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lumiere.cli.completion import complete_run
+from lumiere.cli.options import complete_run
 from lumiere.errors import LumiereError
 
 PAIR_HELP = "A run and, after an @, its checkpoint, such as latest@best, 3ka5@500; without one, as --checkpoint says."

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lumiere.cli.console import escape, out
+from lumiere.cli.console import escape, stdout
 
 NOTES = """
 Below each question stands what the answer establishes, behind it what it takes
@@ -37,6 +37,6 @@ def show_overview(entries: Sequence[Entry]) -> None:
     room = max(len(entry.question) for entry in entries)
     for entry in entries:
         name, question = entry.command.__name__, escape(entry.question)
-        out().print(f"[bold]{name:{width}}[/]{question:{room}} [dim]{entry.cost:>7}[/]")
-        out().print(f"[dim]{'':{width}}{escape(entry.establishes)}[/]")
-    out().print(NOTES)
+        stdout().print(f"[bold]{name:{width}}[/]{question:{room}} [dim]{entry.cost:>7}[/]")
+        stdout().print(f"[dim]{'':{width}}{escape(entry.establishes)}[/]")
+    stdout().print(NOTES)

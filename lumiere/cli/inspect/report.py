@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import guarded, out, show_note, talk
+from lumiere.cli.console import guarded, show_note, stderr, stdout
 from lumiere.cli.inspect.analysis import CHECK_FAILED, Subject
 from lumiere.cli.inspect.options import Seed
 from lumiere.cli.loading import OpenedModel, open_model
@@ -13,7 +13,7 @@ from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.report.inspection import Text
+    from lumiere.report.report_page import Text
 
 WINDOWS = 256
 """Validation windows for the ablation and the neurons."""
@@ -45,12 +45,11 @@ def report(
     word. Without --prompt it shows two texts of the validation split and random tokens that come twice.
     """
     check_page(output)
-    from lumiere.interpret.repeats import SEQUENCES
+    from lumiere.device import keep_freed_memory
+    from lumiere.interpret.head_scores import SEQUENCES
     from lumiere.persistence.atomic import write_atomically
     from lumiere.persistence.history import read_history
-    from lumiere.report.inspection import inspect_model
-    from lumiere.report.report_page import build_page
-    from lumiere.training.memory import keep_freed_memory
+    from lumiere.report.report_page import build_page, inspect_model
 
     keep_freed_memory()
     import torch
@@ -90,9 +89,9 @@ def report(
         write_atomically(output, page.encode())
     except OSError as error:
         raise LumiereError(f"{str(output)!r} cannot be written: {error.strerror}", "choose another place") from error
-    out().print(f"written to {output}, {len(page.encode()) / 1e6:.1f} MB: open it in a browser", markup=False)
+    stdout().print(f"written to {output}, {len(page.encode()) / 1e6:.1f} MB: open it in a browser", markup=False)
     if broken := [name for name, result in inspection.results() if not result.holds]:
-        talk().print(f"failed: the receipts of {'; '.join(broken)}", style="bold red", markup=False)
+        stderr().print(f"failed: the receipts of {'; '.join(broken)}", style="bold red", markup=False)
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -112,7 +111,7 @@ def check_page(path: Path) -> None:
 
 def given_texts(opened: OpenedModel, prompts: list[str]) -> "list[Text]":
     from lumiere.cli.inspect.texts import prompt_tokens
-    from lumiere.report.inspection import Text
+    from lumiere.report.report_page import Text
 
     return [Text(prompt_tokens(opened, prompt), "prompt") for prompt in prompts]
 
@@ -121,7 +120,7 @@ def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
     """Starts of validation windows, spread over the split, and random tokens twice; without a corpus these alone."""
     from lumiere.cli.inspect.texts import DEFAULT_TOKENS, repeated_sequences, validation_window
     from lumiere.cli.loading import open_corpus
-    from lumiere.report.inspection import Text
+    from lumiere.report.report_page import Text
 
     texts = []
     try:

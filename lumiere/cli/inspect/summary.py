@@ -26,7 +26,7 @@ def summary(subject: Subject, windows: NumWindows = 256) -> "Analysis[ModelSumma
     """What is in this model? Parameters, norms, ranks, gains, what each part does, dead neurons, and warnings."""
     from lumiere.cli.inspect.summary_view import show
     from lumiere.interpret.summary import summarize
-    from lumiere.report.figures.summary import draw_summary
+    from lumiere.report.figures.bars import draw_summary
 
     batches, token_counts, source = choose_text(subject, windows)
     return Analysis(

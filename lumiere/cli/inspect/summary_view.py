@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lumiere.cli.console import escape, out
+from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.vocabulary import token_label
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.interpret.summary import Check, ModelSummary
@@ -29,19 +29,19 @@ def show(result: ModelSummary, tokenizer: Tokenizer) -> None:
     if result.writes is not None and result.head_writes is not None:
         show_activity(result, result.writes, result.head_writes)
     show_checks(result.checks, tokenizer)
-    out().print()
+    stdout().print()
 
 
 def show_parameters(result: ModelSummary) -> None:
     total = sum(result.parameters.values())
-    out().print(f"[bold]{'parameters':18}{total:12,}[/]")
+    stdout().print(f"[bold]{'parameters':18}{total:12,}[/]")
     for part, count in result.parameters.items():
         name, remark = PART_NAMES[part]
         if count or part != "positions":
-            out().print(f"  {name:16}{count:12,} {count / total:6.1%}" + (f"  [dim]{remark}[/]" if remark else ""))
+            stdout().print(f"  {name:16}{count:12,} {count / total:6.1%}" + (f"  [dim]{remark}[/]" if remark else ""))
         else:
-            out().print(f"  {name:16}{'':12} {'':6}  [dim]rotary[/]")
-    out().print()
+            stdout().print(f"  {name:16}{'':12} {'':6}  [dim]rotary[/]")
+    stdout().print()
 
 
 def show_table(result: ModelSummary, title: str, values: np.ndarray) -> None:
@@ -50,15 +50,15 @@ def show_table(result: ModelSummary, title: str, values: np.ndarray) -> None:
     smaller = dict(zip(result.matrices, result.shapes.min(axis=1), strict=True))
     is_rank = "rank" in title
     headings = [f"{kind:>8}" for kind in KINDS]
-    out().print(f"[dim]{title:18}{''.join(headings)}[/]")
+    stdout().print(f"[dim]{title:18}{''.join(headings)}[/]")
     for layer in range(len(result.gain_names) // 2):
         names = [matrix_name(layer, kind) for kind in KINDS]
         cells = [f"{by_name[name]:8.1f}" if is_rank else f"{by_name[name]:8.3f}" for name in names]
-        out().print(f"  {f'L{layer}':16}{''.join(cells)}")
+        stdout().print(f"  {f'L{layer}':16}{''.join(cells)}")
     if is_rank:
         limits = "".join(f"{smaller[matrix_name(0, kind)]:8}" for kind in KINDS)
-        out().print(f"[dim]  {'at most':16}{limits}[/]")
-    out().print()
+        stdout().print(f"[dim]  {'at most':16}{limits}[/]")
+    stdout().print()
 
 
 def matrix_name(layer: int, kind: str) -> str:
@@ -68,26 +68,26 @@ def matrix_name(layer: int, kind: str) -> str:
 
 def show_embeddings(result: ModelSummary) -> None:
     ranks = dict(zip(result.matrices, result.effective_ranks, strict=True))
-    out().print(f"[dim]{'embeddings':18}{'norm of a row (smallest to largest)':>38}  effective rank[/]")
+    stdout().print(f"[dim]{'embeddings':18}{'norm of a row (smallest to largest)':>38}  effective rank[/]")
     token_rank = ranks["token_embedding.weight"]
-    out().print(
+    stdout().print(
         f"  {'tokens':16}{spread(result.token_norms):>38}{token_rank:16.1f}"
         f"\n  {'':16}{result.token_mean_share:.1%} of a row's square is the mean row's"
     )
     if result.position_norms is not None:
         position_rank = ranks["position_embedding.weight"]
-        out().print(
+        stdout().print(
             f"  {'positions':16}{spread(result.position_norms):>38}{position_rank:16.1f}"
             f"\n  {'':16}mean cosine of neighbours {result.position_cosine:.3f}"
         )
-    out().print()
+    stdout().print()
 
 
 def show_gains(result: ModelSummary) -> None:
-    out().print(f"[dim]{'gains of the norms':18}{'mean (smallest to largest)':>38}[/]")
+    stdout().print(f"[dim]{'gains of the norms':18}{'mean (smallest to largest)':>38}[/]")
     for name, gains in zip(result.gain_names, result.gains, strict=True):
-        out().print(f"  {gain_name(name):24}{spread(gains):>30}")
-    out().print()
+        stdout().print(f"  {gain_name(name):24}{spread(gains):>30}")
+    stdout().print()
 
 
 def gain_name(name: str) -> str:
@@ -104,16 +104,16 @@ def spread(values: np.ndarray) -> str:
 
 def show_activity(result: ModelSummary, writes: np.ndarray, head_writes: np.ndarray) -> None:
     """How much each part writes, as a share of the stream's norm before it."""
-    out().print(
+    stdout().print(
         f"what is written, as a share of the norm of the stream before it; mean over {result.num_tokens:,} tokens of "
         f"{result.num_windows:,} windows",
         soft_wrap=False,
     )
-    out().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
+    stdout().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
     for layer, (attention, feedforward) in enumerate(writes):
         heads = " ".join(f"{share:.0%}" for share in head_writes[layer])
-        out().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
-    out().print()
+        stdout().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
+    stdout().print()
 
 
 def show_checks(checks: Sequence[Check], tokenizer: Tokenizer) -> None:
@@ -121,11 +121,13 @@ def show_checks(checks: Sequence[Check], tokenizer: Tokenizer) -> None:
     for check in checks:
         verdict, style = ("warning", "yellow") if check.count else ("ok", "green")
         found = f"{check.count:,}" if check.count else "no"
-        out().print(f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})", soft_wrap=False)
+        stdout().print(
+            f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})", soft_wrap=False
+        )
         if check.count:
             places = ["; ".join(named(place, check, tokenizer) for place in check.places[:PLACES_SHOWN])]
             more = check.count - PLACES_SHOWN
-            out().print(
+            stdout().print(
                 f"[dim]{'':8}{escape(places[0])}{f'; and {more:,} more' if more > 0 else ''}[/]", soft_wrap=False
             )
 

@@ -100,7 +100,7 @@ def repeated_sequences(
     import torch
 
     from lumiere.data.tokenizer import SOT
-    from lumiere.interpret.repeats import COPY_LENGTH, longest_copy, repeated_tokens
+    from lumiere.interpret.head_scores import COPY_LENGTH, longest_copy, repeated_tokens
 
     drawable, origin = drawable_tokens(opened)
     longest = longest_copy(opened.model, len(drawable))

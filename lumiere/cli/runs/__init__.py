@@ -5,11 +5,9 @@ import typer
 from lumiere.cli.console import guarded
 from lumiere.cli.runs.card import show_card
 from lumiere.cli.runs.compare import compare_runs
+from lumiere.cli.runs.edit import note_run, prune_runs, remove_runs, tag_run
 from lumiere.cli.runs.ls import list_all
-from lumiere.cli.runs.notes import note_run, tag_run
 from lumiere.cli.runs.plot import plot_runs
-from lumiere.cli.runs.prune import prune_runs
-from lumiere.cli.runs.rm import remove_runs
 from lumiere.cli.runs.show import show_run
 from lumiere.cli.runs.watch import watch_run
 from lumiere.cli.usage import Commands

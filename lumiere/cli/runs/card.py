@@ -14,7 +14,7 @@ from lumiere.persistence.runs import Run, RunStore
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lumiere.evaluation import Evaluation
+    from lumiere.evaluation.loss import Evaluation
 
 
 def show_card(
@@ -33,8 +33,7 @@ def show_card(
     """
     opened = RunStore(runs_dir).open(run)
     path = None if output is None else check_target(output, force)
-    from lumiere.report.card import model_card
-    from lumiere.report.card_facts import card_checkpoint, gather, kept_evaluation
+    from lumiere.report.model_card import card_checkpoint, gather, kept_evaluation, model_card
 
     checkpoint, step = card_checkpoint(opened)
     evaluation = kept_evaluation(opened.record, step) or evaluate_now(opened, checkpoint, device, runs_dir)
@@ -48,7 +47,7 @@ def show_card(
 
 def evaluate_now(run: Run, checkpoint: str, device: str, runs_dir: str | None) -> "Evaluation":
     """The evaluation that the training did not leave, in the way that the training would have made it."""
-    from lumiere.evaluation import evaluate
+    from lumiere.evaluation.loss import evaluate
 
     show_note(f"run {run.id} keeps no evaluation of its checkpoint {checkpoint}: evaluating it now")
     opened = open_model(run.name, checkpoint, device, runs_dir)

@@ -3,9 +3,9 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lumiere.cli.console import print_json, show_note
+from lumiere.cli.console import number, print_json, show_note, table
 from lumiere.cli.options import Json, RunReferences, RunsDir
-from lumiere.cli.runs.cells import facts, number, table
+from lumiere.cli.runs.ls import facts
 from lumiere.errors import printable
 from lumiere.persistence.runs import RunStore
 

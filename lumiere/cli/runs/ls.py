@@ -1,14 +1,22 @@
 """`lumiere runs ls`."""
 
 import sys
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from lumiere.cli.console import print_json, show_note
+from lumiere.cli.console import (
+    LEVELS,
+    age,
+    number,
+    print_json,
+    short_count,
+    show_note,
+    sparkline,
+    status_cell,
+    text_cell,
+)
 from lumiere.cli.options import Json, RunsDir
-from lumiere.cli.runs.cells import age, facts, number, short_count, status_cell, text_cell
-from lumiere.cli.sparkline import LEVELS, sparkline
 from lumiere.persistence.history import sample_losses
 from lumiere.persistence.listing import Entry, list_runs
 from lumiere.persistence.runs import RunStore
@@ -16,6 +24,25 @@ from lumiere.persistence.runs import RunStore
 CURVE_WIDTH = 8
 HEADINGS = ("id", "status", "parameters", "steps", "best loss", "curve", "age", "corpus")
 LEFT = (True, True, False, False, False, True, False, True)
+
+# What a training writes into the record. A script finds each of them, null where a run does not have it (yet).
+RECORD_KEYS = (
+    *("name", "created_at", "command", "device", "precision", "num_parameters", "total_steps", "dataset"),
+    *("corpus_sha256", "step", "epoch", "tokens", "training_seconds", "best_loss", "best_step", "skipped_steps"),
+    *(
+        "splits",
+        "best_evaluation",
+        "resumes",
+        "stop_reason",
+        "error",
+        "pid",
+        "host",
+        "boot_id",
+        "peak_flops",
+        "world_size",
+    ),
+    *("job", "versions", "commit", "machine"),
+)
 
 
 def list_all(
@@ -100,3 +127,11 @@ def curve(entry: Entry) -> str:
     except UnicodeEncodeError:
         return ""
     return sparkline(sample_losses(entry.run.metrics_path, CURVE_WIDTH))
+
+
+def facts(entry: Entry) -> dict[str, Any]:
+    """What a script wants to know of a run: its record, and what is not in it."""
+    run = entry.run
+    names = {"run": run.name, "id": run.id, "path": str(run.path)}
+    record = dict.fromkeys(RECORD_KEYS) | entry.record
+    return names | record | names | {"status": entry.status, "tags": list(entry.notes.tags), "note": entry.notes.text}

@@ -1,15 +1,19 @@
 """`lumiere runs plot`."""
 
+import shutil
+import string
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from lumiere.cli.console import print_json, show_note
+from lumiere.cli.console import duration, is_coloured, print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir
+from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
-from lumiere.persistence.history import Point, read_history
+from lumiere.persistence.history import History, Point, read_history
 from lumiere.persistence.listing import Entry, read_entry
 from lumiere.persistence.removal import distinct
 from lumiere.persistence.runs import RunStore
@@ -31,8 +35,8 @@ def plot_runs(
 
     Of a long training, lines of metrics are left out evenly, so that a curve has 2,000 points at most.
     """
-    from lumiere.report.loss_curves import LossCurves, check_axis, save_loss_curves
-    from lumiere.report.pictures import check_picture
+    from lumiere.report.figures.curves import LossCurves, check_axis, save_loss_curves
+    from lumiere.report.figures.figure import check_picture
 
     check_axis(axis)
     if output is not None:
@@ -63,7 +67,6 @@ def plot_runs(
         save_loss_curves(Path(output), curves, axis)
         show_note(f"wrote {printable(output)}")
         return
-    from lumiere.cli.runs.curves import draw, legend, terminal_width
 
     lines = ["loss, nats a token", *draw(histories, axis, terminal_width()), "", *legend(labels)]
     sys.stdout.write("\n".join(lines) + "\n")
@@ -77,3 +80,56 @@ def label(entry: Entry) -> str:
 def values(points: tuple[Point, ...]) -> dict[str, list[Any]]:
     """Points as columns."""
     return {name: [getattr(point, name) for point in points] for name in Point._fields}
+
+
+# The colours of `report.loss_curves.COLOURS`, as near as the 256 of a terminal come.
+COLOURS = (32, 166, 36, 175, 214, 117)
+CHART_HEIGHT = 18
+
+
+def draw(histories: Sequence[History], axis: str, width: int, height: int = CHART_HEIGHT) -> list[str]:
+    """A line each for training, and marks for validation; in colours where stdout has them, else in letters."""
+    from lumiere.cli.terminal_plots import Curve, chart
+
+    dotted = has_dots()
+    curves = []
+    for index, history in enumerate(histories):
+        training = [(getattr(point, axis), point.loss) for point in history.training]
+        letter = string.ascii_lowercase[index % 26]
+        curves.append(Curve(training, letter, index % len(COLOURS)))
+    for index, history in enumerate(histories):
+        validation = [(getattr(point, axis), point.loss) for point in history.validation]
+        letter = string.ascii_uppercase[index % 26]
+        curves.append(Curve(validation, letter, index % len(COLOURS), is_marked=True))
+    return chart(curves, width, height, X_FORMATS[axis], paint if dotted else None)
+
+
+def legend(labels: Sequence[str]) -> list[str]:
+    """What draws which run."""
+    if has_dots():
+        return [f"{paint('⠉⠉', index % len(COLOURS))} training  {paint('●', index % len(COLOURS))} validation  {label}"
+                for index, label in enumerate(labels)]  # fmt: skip
+    return [
+        f"{string.ascii_lowercase[index % 26]} training  {string.ascii_uppercase[index % 26]} validation  {label}"
+        for index, label in enumerate(labels)
+    ]
+
+
+def has_dots() -> bool:
+    """Whether stdout shows colours and braille."""
+    return is_unicode() and is_coloured()
+
+
+def paint(text: str, colour: int) -> str:
+    return typer.style(text, fg=COLOURS[colour])
+
+
+def terminal_width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+X_FORMATS: dict[str, Callable[[float], str]] = {
+    "step": lambda x: f"step {x:,.0f}",
+    "tokens": lambda x: f"{x:,.0f} tokens",
+    "time": duration,
+}

@@ -3,9 +3,9 @@
 import shlex
 from typing import Any
 
-from lumiere.cli.console import escape, out, print_json
+from lumiere.cli.console import STATUS_STYLES, age, escape, number, print_json, size, stdout, text_cell
 from lumiere.cli.options import Json, RunReference, RunsDir
-from lumiere.cli.runs.cells import STATUS_STYLES, age, facts, number, text_cell
+from lumiere.cli.runs.ls import facts
 from lumiere.errors import ConfigError, printable, shortened
 from lumiere.persistence.listing import Entry, read_entry
 from lumiere.persistence.runs import RunStore
@@ -62,13 +62,12 @@ def original_command(entry: Entry) -> str | None:
 
 
 def show(entry: Entry, details: dict[str, Any]) -> None:
-    from lumiere.cli.plan import size
 
     record, run = entry.record, entry.run
     style = STATUS_STYLES.get(entry.status, "dim")
-    out().print(f"[bold]{run.name}[/]  [{style}]{escape(text_cell(entry.status))}[/]")
+    stdout().print(f"[bold]{run.name}[/]  [{style}]{escape(text_cell(entry.status))}[/]")
     if record.get("error"):
-        out().print(f"  {escape(text_cell(record['error'], MAX_TEXT))}", style="red")
+        stdout().print(f"  {escape(text_cell(record['error'], MAX_TEXT))}", style="red")
     row("tags", " ".join(entry.notes.tags))
     row("note", entry.notes.text)
     row("age", age(run.created_at))
@@ -88,16 +87,16 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
     row("disk", f"{size(details['disk_bytes'])} in {run.path}")
     heading("checkpoints")
     for line in checkpoint_lines(details["checkpoints"]):
-        out().print(f"  {escape(printable(line))}")
+        stdout().print(f"  {escape(printable(line))}")
     if details["evaluations"]:
         heading("evaluations")
         for kept in details["evaluations"]:
-            out().print(f"  {escape(printable(evaluation_line(kept)))}")
+            stdout().print(f"  {escape(printable(evaluation_line(kept)))}")
     heading("repeat")
-    out().print(f"  {escape(printable(details['repeat']))}")
+    stdout().print(f"  {escape(printable(details['repeat']))}")
     if details["original_command"]:
         command = shortened(printable(details["original_command"]), MAX_TEXT)
-        out().print(f"  {escape(command)}  [dim]as it was started[/]")
+        stdout().print(f"  {escape(command)}  [dim]as it was started[/]")
     show_config(details)
 
 
@@ -116,16 +115,16 @@ def show_config(details: dict[str, Any]) -> None:
     """Each setting on a line, those that are not the default with the default beside them."""
     heading("config")
     if details["config"] is None:
-        out().print(f"  {escape(printable(details['config_problem']))}")
+        stdout().print(f"  {escape(printable(details['config_problem']))}")
         return
     width = max(map(len, details["config"]))
     for key, value in details["config"].items():
         line = f"{printable(key):{width}}  {setting(value)}"
         if key in details["changed"]:
             default = setting(details["changed"][key]["default"])
-            out().print(f"  [bold]{escape(line)}[/]  [dim]default {escape(default)}[/]")
+            stdout().print(f"  [bold]{escape(line)}[/]  [dim]default {escape(default)}[/]")
         else:
-            out().print(f"  {escape(line)}")
+            stdout().print(f"  {escape(line)}")
 
 
 def setting(value: Any) -> str:
@@ -137,13 +136,13 @@ def setting(value: Any) -> str:
 
 
 def heading(text: str) -> None:
-    out().print(f"\n[bold]{text}[/]")
+    stdout().print(f"\n[bold]{text}[/]")
 
 
 def row(name: str, value: str) -> None:
     """One line, unless there is nothing to say."""
     if value:
-        out().print(f"[bold]{name:10}[/] {escape(shortened(printable(value), MAX_TEXT))}")
+        stdout().print(f"[bold]{name:10}[/] {escape(shortened(printable(value), MAX_TEXT))}")
 
 
 def progress(details: dict[str, Any]) -> str:
@@ -193,7 +192,6 @@ def pairs(value: Any) -> str:
 
 
 def checkpoint_lines(checkpoints: list[dict[str, Any]]) -> list[str]:
-    from lumiere.cli.plan import size
 
     named = [c for c in checkpoints if not c["name"].startswith("step-")]
     snapshots = [c for c in checkpoints if c["name"].startswith("step-")]

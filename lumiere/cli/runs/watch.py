@@ -4,9 +4,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from lumiere.cli.console import duration, print_json
+from lumiere.cli.console import STATUS_STYLES, duration, number, print_json
 from lumiere.cli.options import Json, RunReference, RunsDir
-from lumiere.cli.runs.cells import STATUS_STYLES, number
 from lumiere.errors import LumiereError, printable
 from lumiere.persistence.following import MetricsFollower
 from lumiere.persistence.history import History, Point, Thinned, point_of
@@ -131,10 +130,10 @@ def watch_as_lines(watched: Watched, as_json: bool) -> None:
 def watch_live(watched: Watched) -> None:
     from rich.live import Live
 
-    from lumiere.cli.console import out
+    from lumiere.cli.console import stdout
 
     # Unredirected, because Rich's stand-in for stdout says that it is no terminal.
-    with Live(console=out(), auto_refresh=False, redirect_stdout=False) as live:
+    with Live(console=stdout(), auto_refresh=False, redirect_stdout=False) as live:
         while True:
             watched.look()
             live.update(view(watched), refresh=True)
@@ -148,7 +147,7 @@ def view(watched: Watched) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    from lumiere.cli.runs.curves import draw, legend, terminal_width
+    from lumiere.cli.runs.plot import draw, legend, terminal_width
 
     title = Text(watched.run.name, style="bold").append("  ")
     title.append(printable(watched.status), style=STATUS_STYLES.get(watched.status, "dim"))

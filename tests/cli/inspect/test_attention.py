@@ -28,8 +28,8 @@ def test_the_kinds_are_those_of_the_library() -> None:
 def shown_colours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A terminal that shows so many colours."""
     # The package's attribute of that name is the command, not the module.
-    for name in ("lumiere.cli.inspect.attention", "lumiere.cli.colour_map"):
-        monkeypatch.setattr(import_module(name), "colours", lambda: request.param)
+    for name in ("lumiere.cli.inspect.attention", "lumiere.cli.terminal_plots"):
+        monkeypatch.setattr(import_module(name), "color_support", lambda: request.param)
     return request.param
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lumiere.cli.inspect.dynamics_view import MOST_COLUMNS, ruler, shown_columns
-from lumiere.interpret.metrics import DEFAULT_METRICS
+from lumiere.interpret.dynamics import DEFAULT_METRICS
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 
@@ -160,7 +160,7 @@ def test_a_damaged_snapshot_is_refused(trained_run: Run, tmp_path: Path) -> None
 
 
 def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.interpret.heads.rounding", lambda model: -1.0)
+    monkeypatch.setattr("lumiere.interpret.head_scores.rounding", lambda model: -1.0)
     result = inspect("dynamics", "--runs-dir", runs_dir, "-m", "induction")
     assert result.exit_code == 3
     assert "rows sum to 1" in result.stderr

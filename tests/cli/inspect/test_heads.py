@@ -12,7 +12,7 @@ import torch
 from lumiere.cli.inspect.heads import show
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SPECIAL_TOKENS
-from lumiere.interpret.heads import SCORES, head_scores
+from lumiere.interpret.head_scores import SCORES, head_scores
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 from tests.interpret.circuits import induction_circuit
@@ -131,7 +131,7 @@ def test_the_view_fits_80_columns_and_says_the_threshold(runs_dir: str) -> None:
 
 def test_a_default_threshold_of_the_library(runs_dir: str) -> None:
     """The command has it again, since its help loads no torch."""
-    from lumiere.interpret.heads import THRESHOLD
+    from lumiere.interpret.head_scores import THRESHOLD
 
     assert shown("--runs-dir", runs_dir)["threshold"] == THRESHOLD
 
@@ -177,7 +177,7 @@ def test_without_the_corpus_the_scores_are_there(
 
 
 def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.interpret.heads.rounding", lambda model: -1.0)
+    monkeypatch.setattr("lumiere.interpret.head_scores.rounding", lambda model: -1.0)
     result = inspect_heads("--runs-dir", runs_dir)
     assert result.exit_code == 3
     assert "rows sum to 1" in result.stderr

@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from lumiere.cli.inspect.lens_view import choose_columns
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.report.figures.lens import stage_name
+from lumiere.report.figures.heat_maps import stage_name
 from tests.cli.inspect.commands import inspect, inspect_json
 
 PROMPT = ("--prompt", "One day a")
@@ -115,7 +115,7 @@ def test_verify_computes_it_again(runs_dir: str) -> None:
 
 
 def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.interpret.lens.rounding", lambda model: -1.0)
+    monkeypatch.setattr("lumiere.interpret.logit_lens.rounding", lambda model: -1.0)
     result = inspect_lens(runs_dir, *PROMPT)
     assert result.exit_code == 3
     assert "no divergence is negative" in result.stderr

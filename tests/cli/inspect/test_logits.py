@@ -136,7 +136,7 @@ def test_verify_computes_it_again(runs_dir: str) -> None:
 
 
 def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.interpret.logits.rounding", lambda model: -1.0)
+    monkeypatch.setattr("lumiere.interpret.logit_attribution.rounding", lambda model: -1.0)
     result = inspect_logits(runs_dir, *PROMPT)
     assert result.exit_code == 3
     assert "by head, the parts sum to the model's logit" in result.stderr

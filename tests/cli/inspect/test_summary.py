@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import LumiereError
-from lumiere.interpret.activity import measure_activity
+from lumiere.interpret.summary import measure_activity
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumiere.baselines.ngrams import BigramModel
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.evaluation.ngrams import BigramModel
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumiere.interpret.diff import ModelDiff, diff
-from lumiere.report.figures.diff import MOST_BARS, draw_diff
-from lumiere.report.pictures import save_picture
+from lumiere.interpret.model_diff import ModelDiff, diff
+from lumiere.report.figures.bars import MOST_DIFFERENT, draw_diff
+from lumiere.report.figures.figure import save_picture
 from tests.interpret.test_diff import BATCHES, nudged, random_model
 
 
@@ -31,7 +31,7 @@ def test_each_panel_has_the_numbers_of_the_result(result: ModelDiff) -> None:
     assert [text.get_text() for text in cka.texts] == [f"{value:.2f}" for value in result.cka.flatten()]
     for axes, values in ((heads, result.heads.match_divergences), (weights, result.weights.relative_changes)):
         widths = [bar.get_width() for bar in axes.patches]  # pyright: ignore[reportAttributeAccessIssue]
-        assert widths == sorted(values.tolist(), reverse=True)[:MOST_BARS]
+        assert widths == sorted(values.tolist(), reverse=True)[:MOST_DIFFERENT]
     worst = int(result.heads.match_divergences.argmax())
     a, b = result.heads.matches[worst]
     assert heads.get_yticklabels()[0].get_text() == f"{result.heads.heads_a[a]} → {result.heads.heads_b[b]}"

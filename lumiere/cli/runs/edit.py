@@ -1,0 +1,179 @@
+"""`lumiere runs tag` and `lumiere runs note`."""
+
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+from lumiere.cli.console import age, number, print_json, size
+from lumiere.cli.options import Json, RunReference, RunReferences, RunsDir
+from lumiere.errors import LumiereError, printable
+from lumiere.persistence.inventory import disk_bytes
+from lumiere.persistence.listing import Entry, read_entry
+from lumiere.persistence.notes import Notes, add_tags, remove_tags, write_note
+from lumiere.persistence.removal import (
+    Pruning,
+    check_removable,
+    distinct,
+    parse_keep,
+    plan_pruning,
+    prune,
+    remove_leftovers,
+    remove_run,
+)
+from lumiere.persistence.runs import Run, RunStore
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, for scripts.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave everything as it is.")]
+
+
+def tag_run(
+    run: RunReference,
+    tags: Annotated[list[str], typer.Argument(metavar="TAG...", help="Letters, digits, dots, hyphens, underscores.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take the tags away.")] = False,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> None:
+    """Give a run tags, which [bold]lumiere runs ls --tag TAG[/] finds; or take them away."""
+    opened = RunStore(runs_dir).open(run)
+    show_labels(opened, remove_tags(opened, tags) if remove else add_tags(opened, tags), as_json)
+
+
+def note_run(
+    run: RunReference,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to remember; an empty text removes the note.")],
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> None:
+    """Write down what you want to remember of a run; [bold]lumiere runs show RUN[/] shows it."""
+    opened = RunStore(runs_dir).open(run)
+    show_labels(opened, write_note(opened, text), as_json)
+
+
+def show_labels(run: Run, notes: Notes, as_json: bool) -> None:
+    if as_json:
+        print_json({"run": run.name, "tags": list(notes.tags), "note": notes.text})
+        return
+    sys.stdout.write(
+        f"{run.name}\n  tags  {' '.join(notes.tags) or 'none'}\n  note  {printable(notes.text) or 'none'}\n"
+    )
+
+
+def remove_runs(
+    runs: RunReferences,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> None:
+    """Delete runs, with all that is in their folders; asks before anything goes. A running one is refused."""
+    store = RunStore(runs_dir)
+    chosen = distinct([store.open(reference) for reference in runs])
+    for run in chosen:
+        check_removable(run)
+    check_answerable(yes, dry_run)
+    sizes = {run: disk_bytes(run.path) for run in chosen}
+    total = sum(sizes.values())
+    for run in chosen:
+        sys.stderr.write(f"{describe_run(read_entry(run), sizes[run])}\n")
+    what = f"{len(chosen)} run{'s' * (len(chosen) > 1)}, {size(total)}"
+    if not dry_run:
+        if not yes:
+            confirm(f"Delete {what}?")
+        remove_leftovers(store)
+        for run in chosen:
+            remove_run(run)
+    if as_json:
+        print_json({"runs": [run.name for run in chosen], "num_bytes": total, "dry_run": dry_run})
+    else:
+        sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {what}\n")
+
+
+def describe_run(entry: Entry, num_bytes: int) -> str:
+    """A run in one line, so that nobody deletes the wrong one."""
+    loss = f"best loss {number(entry.record.get('best_loss'), '.4f')}"
+    tags = "".join(f"  #{tag}" for tag in entry.notes.tags)
+    return f"{entry.run.name}  {printable(entry.status)}  {loss}  {age(entry.run.created_at)}  {size(num_bytes)}{tags}"
+
+
+def prune_runs(
+    runs: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[RUN...]", help="Names, ids or the start of them, or latest. \\[default: all]"),
+    ] = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep", metavar="NAMES", help="What stays: best, latest, previous, snapshots, or steps, with commas."
+        ),
+    ] = "best,latest",
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> None:
+    """Delete the checkpoints of finished runs, all but those that are kept; asks before anything goes.
+
+    Config, metrics and tokenizer stay. Other runs are left alone: one that was interrupted needs its checkpoints to go
+    on. So is a run that has none of those that are kept.
+
+    Examples: [bold]--keep best[/] to generate and inspect, [bold]--keep best,snapshots[/] to see it learn as well.
+    """
+    store = RunStore(runs_dir)
+    names = parse_keep(keep)
+    chosen = distinct([store.open(reference) for reference in runs]) if runs else store.all()
+    check_answerable(yes, dry_run)
+    plans = [plan_pruning(run, names) for run in chosen]
+    for plan in plans:
+        if line := describe_pruning(plan):
+            sys.stderr.write(f"{line}\n")
+    plans = [plan for plan in plans if plan.names]
+    count, total = sum(len(plan.names) for plan in plans), sum(plan.num_bytes for plan in plans)
+    what = f"{count:,} checkpoint{'s' * (count != 1)} of {len(plans):,} run{'s' * (len(plans) != 1)}, {size(total)}"
+    if plans and not dry_run:
+        if not yes:
+            confirm(f"Delete {what}?")
+        for plan in plans:
+            prune(plan)
+    if as_json:
+        pruned = [{"run": plan.run.name, "checkpoints": plan.names, "num_bytes": plan.num_bytes} for plan in plans]
+        print_json({"runs": pruned, "num_bytes": total, "dry_run": dry_run})
+    elif not plans:
+        sys.stdout.write("nothing to delete\n")
+    else:
+        sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {what}\n")
+
+
+def describe_pruning(plan: Pruning) -> str | None:
+    """What becomes of a run; None where there is nothing to say."""
+    if plan.reason is not None:
+        return f"{plan.run.name}  left alone: {plan.reason}"
+    if not plan.names:
+        return None
+    shown = ", ".join(plan.names[:4]) + (f" and {len(plan.names) - 4} more" if len(plan.names) > 4 else "")
+    return f"{plan.run.name}  {shown}  {size(plan.num_bytes)}"
+
+
+def check_answerable(yes: bool, dry_run: bool) -> None:
+    """Refuse to begin where a question would be asked and nobody is there to answer it."""
+    if not (yes or dry_run or is_interactive()):
+        raise LumiereError("nobody is there to ask whether to delete", "give --yes; --dry-run shows what would go")
+
+
+def confirm(question: str) -> None:
+    """Ask.
+
+    Raises:
+        typer.Exit: if the answer is no.
+    """
+    # Not `typer.confirm`, which writes to stdout, where the answer of the command belongs.
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    answer = sys.stdin.readline()
+    if answer.strip().lower() not in ("y", "yes"):
+        sys.stderr.write("nothing was deleted\n")
+        raise typer.Exit(1)
+
+
+def is_interactive() -> bool:
+    return sys.stdin.isatty()

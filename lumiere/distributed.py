@@ -1,0 +1,342 @@
+"""The processes of a training: how they meet, exchange small values, and notice that one is lost.
+
+Small values travel through torch's default group, gloo on the CPU, in float64 or integers, so that all processes take
+the same decisions. A single process sends nothing, and importing this module does not load torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from lumiere.errors import LostProcessError, LumiereError, RankTimeoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed.distributed_c10d import Store
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes of a training.
+
+    Every process must call the methods in the same order: each one waits for all the others.
+
+    Attributes:
+        rank: of this process, counted from 0; 0 is the one that writes and talks.
+        size: processes in all.
+        local_rank: of this process among those of its machine.
+        local_size: processes of its machine.
+        job: names this launch of torchrun and what it trains, through all its restarts; None without torchrun.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    job: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> ProcessGroup:
+        """The processes that torchrun describes in the environment, or `SINGLE_PROCESS`."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not all(os.environ.get(name, "").isdecimal() for name in names) or "MASTER_ADDR" not in os.environ:
+            return cls()
+        rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+        return cls(rank, size, local_rank, local_size)
+
+    def all_reduce_tensor(self, values: Tensor) -> Tensor:
+        """The sum of a tensor on the CPU over all processes, the same bits in each."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def all_reduce_sum(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        if self.size > 1:
+            import torch
+
+            value = self.all_reduce_tensor(torch.tensor(value, dtype=torch.float64)).item()
+        return value
+
+    def all_reduce_max(self, value: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
+            largest = torch.tensor(value)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            value = int(largest)
+        return value
+
+    def broadcast_text(self, text: str | None = None) -> str:
+        """The text that rank 0 gives; the others give none."""
+        if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
+            data = (text or "").encode()
+            length = torch.tensor(len(data))
+            dist.broadcast(length, 0)
+            characters = torch.empty(int(length), dtype=torch.uint8)
+            if data:
+                characters.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            if len(characters):
+                dist.broadcast(characters, 0)
+            text = characters.numpy().tobytes().decode()
+        return text or ""
+
+    def broadcast_tensor(self, tensor: Tensor) -> None:
+        """Overwrite a contiguous tensor on the CPU by that of rank 0."""
+        if self.size > 1 and tensor.numel():
+            import torch.distributed as dist
+
+            dist.broadcast(tensor, 0)
+
+    def barrier(self) -> None:
+        """Until all processes have come here."""
+        self.all_reduce_max(0)
+
+
+SINGLE_PROCESS = ProcessGroup()
+
+
+HEARTBEAT_SECONDS = 5.0
+"""Time between two heartbeats of a process that prepares."""
+HEARTBEAT_TIMEOUT = 120.0
+"""Age in seconds of the last heartbeat after which a process that prepares counts as hung."""
+STORE_TIMEOUT = timedelta(minutes=5)
+"""Limit of one request to the store, none of which waits for another process."""
+POLL_SECONDS = 0.1
+"""Time between two looks at the store."""
+ROLL_CALL_SECONDS = 5.0
+"""How long the processes that timed out wait for each other, to find out which ones are missing."""
+SECONDS_TO_BE_ENDED = 10.0
+"""How long a process that has lost another one waits for torchrun to end it, which then names the one that was lost."""
+
+
+class TorchrunGroup(ProcessGroup):
+    """The processes that torchrun started, and the key-value store that they share.
+
+    Until all are prepared, a process waits for another one as long as that one sends heartbeats: encoding a large
+    corpus may take hours. Then `connect` makes torch's default group, whose operations have a time-out.
+
+    Attributes:
+        rank_timeout: that time-out in seconds; None before `connect`.
+    """
+
+    def __init__(self, processes: ProcessGroup, store: Store) -> None:
+        super().__init__(processes.rank, processes.size, processes.local_rank, processes.local_size, processes.job)
+        self.rank_timeout: float | None = None
+        self._store = store
+        self._num_beats = 0
+        self._connected = threading.Event()
+
+    def send_task(self, text: str) -> None:
+        """Send a text to all other processes, which receive it by `receive_task`; rank 0 calls it once."""
+        self._store.set("task 0", text)
+
+    def receive_task(self) -> str:
+        """Wait for the text of rank 0.
+
+        Raises:
+            LostProcessError: rank 0 sends no heartbeats any more.
+        """
+        self._wait_for("task", [0])
+        return self._store.get("task 0").decode()
+
+    def connect(self, rank_timeout: float) -> None:
+        """Wait until all processes are prepared, then make torch's default group.
+
+        Args:
+            rank_timeout: how long any of its operations waits for all processes, in seconds.
+
+        Raises:
+            LostProcessError: a process sends no heartbeats any more.
+        """
+        import torch.distributed as dist
+
+        self._store.set(f"prepared {self.rank}", "")
+        self._wait_for("prepared", range(self.size))
+        self._connected.set()
+        self.rank_timeout = rank_timeout
+        timeout = timedelta(seconds=rank_timeout)
+        dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=timeout)
+
+    def beat(self) -> None:
+        """Send one heartbeat."""
+        self._num_beats += 1
+        self._store.set(f"heartbeat {self.rank}", str(self._num_beats))
+
+    def send_heartbeats(self) -> None:
+        """Send heartbeats from a thread, until `connect` or the end of torchrun's store."""
+
+        def send() -> None:
+            with suppress(RuntimeError):
+                while not self._connected.is_set():
+                    self.beat()
+                    self._connected.wait(HEARTBEAT_SECONDS)
+
+        threading.Thread(target=send, daemon=True).start()
+
+    def check_arrivals(self, timed_out: bool) -> None:
+        """After an operation of the group failed, find the ranks that hang: those that do not call this as well.
+
+        Args:
+            timed_out: this process waited too long. Otherwise another one has ended, or closed the connection when it
+                timed out itself.
+
+        Raises:
+            RankTimeoutError: ranks did not call this within `ROLL_CALL_SECONDS`; in the first process that timed out.
+        """
+        keys = [f"failed {rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], str(timed_out))
+        if not timed_out or self.rank_timeout is None:
+            return
+        deadline = time.monotonic() + ROLL_CALL_SECONDS
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        failed = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
+        is_first = self.rank == min(rank for rank, value in failed.items() if value == b"True")
+        if is_first and (late := [rank for rank in range(self.size) if rank not in failed]):
+            raise RankTimeoutError(
+                f"{named(late, self.size)} did not arrive within training.rank_timeout ({self.rank_timeout:g} s)",
+                "lumiere train --resume RUN continues from the last save; if these ranks are only slow, raise "
+                "training.rank_timeout",
+            )
+
+    def _wait_for(self, event: str, ranks: Collection[int]) -> None:
+        """Wait until each of `ranks` has set its key of `event`, as long as those that have not send heartbeats."""
+        # By our own clock: those of several machines differ.
+        beats: dict[int, tuple[bytes, float]] = {}
+        while not self._store.check([f"{event} {rank}" for rank in ranks]):
+            now = time.monotonic()
+            missing = [rank for rank in ranks if not self._store.check([f"{event} {rank}"])]
+            for rank in missing:
+                key = f"heartbeat {rank}"
+                beat = self._store.get(key) if self._store.check([key]) else b""
+                if rank not in beats or beats[rank][0] != beat:
+                    beats[rank] = beat, now
+            if silent := [rank for rank in missing if now - beats[rank][1] > HEARTBEAT_TIMEOUT]:
+                raise RankTimeoutError(
+                    f"{named(silent, self.size)} sent no heartbeat for {HEARTBEAT_TIMEOUT:g} s while the processes "
+                    "prepared",
+                    "look for a stopped process or a file system that does not answer on its machine",
+                )
+            time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def joined(purpose: str = "") -> Iterator[ProcessGroup]:
+    """Inside of it, this process is one of those that torchrun started; alone, nothing is done.
+
+    Args:
+        purpose: what this process is to train. The processes's `job` is another one for another purpose.
+
+    Raises:
+        LostProcessError: another one has ended, or hangs, while this one waited for it.
+    """
+    processes = ProcessGroup.from_environment()
+    if processes.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield processes
+        return
+    import torch.distributed as dist
+
+    if processes.size > 1:
+        share_cores(processes)
+    try:
+        with noticing_losses(processes):
+            processes = meet(processes, purpose)
+        with noticing_losses(processes):  # by what the processes share now
+            yield processes
+    except Exception as error:
+        # What rank 0 says suffices where all have the same error, and torchrun names the process that ended first:
+        # it soon ends this one, as nothing handles its signal here. It knows nothing of a process that hangs.
+        if not isinstance(error, RankTimeoutError) and (processes.rank or isinstance(error, LostProcessError)):
+            time.sleep(SECONDS_TO_BE_ENDED)
+        if processes.rank and isinstance(error, LumiereError):
+            raise type(error)(f"process {processes.rank} of {processes.size}: {error.message}", error.hint) from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def meet(processes: ProcessGroup, purpose: str) -> ProcessGroup:
+    """Connect to torchrun's store, and begin to send heartbeats."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    shared, _, _ = next(rendezvous("env://", timeout=STORE_TIMEOUT))
+    job = None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun keeps one store for all its starts (torch 2.9 to 2.13), so the token of the first start stays.
+        token = shared.compare_set("lumiere job", "", secrets.token_hex(16))
+        job = hashlib.blake2b(token + purpose.encode(), digest_size=16).hexdigest()
+    # A prefix of this start: else a process may read the address of one that died in the start before.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    processes = replace(processes, job=job)
+    if processes.size == 1:
+        return processes
+    joined_group = TorchrunGroup(processes, PrefixStore(f"lumiere start {start}", shared))
+    joined_group.send_heartbeats()
+    return joined_group
+
+
+@contextmanager
+def noticing_losses(processes: ProcessGroup) -> Iterator[None]:
+    """Inside of it, an error of torch which means that another process is gone is one that says so.
+
+    Raises:
+        RankTimeoutError: other processes did not arrive in time; only the first of those that did raises it.
+        LostProcessError: another process has ended while this one waited for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo has no class of its own for it; its messages name its source files.
+        if processes.size == 1 or not ("Dist" in type(error).__name__ or "gloo" in str(error)):
+            raise
+        if isinstance(processes, TorchrunGroup):
+            with suppress(RuntimeError):  # the store is gone too
+                processes.check_arrivals(timed_out=any(word in str(error).lower() for word in ("timed out", "timeout")))
+        raise LostProcessError(
+            f"another of the {processes.size} processes has ended, or cannot be reached",
+            "torchrun says which; lumiere train --resume RUN goes on from what was saved",
+        ) from error
+
+
+def named(ranks: Sequence[int], size: int) -> str:
+    """`rank 1 of 2`, or `ranks 1 and 3 of 4`."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} of {size}"
+    return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} of {size}"
+
+
+def share_cores(processes: ProcessGroup) -> None:
+    """Give this process its share of the machine's cores, in place of the one thread that torchrun sets.
+
+    torchrun sets OMP_NUM_THREADS=1 where the user has set nothing, which looks like a user's 1. Any other number is
+    the user's and stays.
+    """
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        import torch
+
+        torch.set_num_threads(max(1, num_cores() // processes.local_size))
+
+
+def num_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

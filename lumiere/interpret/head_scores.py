@@ -1,0 +1,586 @@
+"""Score each attention head: what it attends to, what it copies, and what the model gains from its context.
+
+Shapes: N sequence or window, T position (destination), S position (source), L layer, H head, M score, E embedding_size,
+K d_key, V d_value, C cluster (a sequence, or a token of a single one), Vocab vocab_size; P pair of heads.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lumiere.components.kernels import linear_cross_entropy_losses
+from lumiere.data.tokenizer import PAD, SPECIAL_TOKENS
+from lumiere.evaluation.scoring import clustered_means
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
+from lumiere.models.transformer import Transformer
+
+SEQUENCES = 32
+COPY_LENGTH = 25
+"""As many tokens as Olsson et al. 2022 draw; fewer where the context or the vocabulary is smaller."""
+
+
+def longest_copy(model: Transformer, num_tokens: int) -> int:
+    """How many of `num_tokens` different tokens fit the model twice, after a start token."""
+    return min((model.context_size - 1) // 2, num_tokens)
+
+
+def first_copied(length: int) -> int:
+    """The first position that counts as copied: the second copy's second token. Nothing announces its first one."""
+    return length + 2
+
+
+def repeated_tokens(
+    num_tokens: int, length: int, num_sequences: int, seed: int, *, start: int, first: int
+) -> torch.Tensor:
+    """(N, 2 S + 1) ids: the start token and `length` different random tokens, twice.
+
+    Drawn without replacement, since a token that comes back by chance would be another place to look at.
+
+    Args:
+        num_tokens: how many tokens to draw from: `first`, `first` + 1, and so on.
+        length: S.
+        start: the id of the start token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randperm(num_tokens, generator=generator)[:length] + first for _ in range(num_sequences)]
+    once_NS = torch.stack(drawn)
+    return torch.cat([torch.full((num_sequences, 1), start), once_NS, once_NS], dim=1)
+
+
+COMPOSITION_KINDS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition(Result):
+    """The scores of all pairs of a head and one in a later layer.
+
+    Attributes:
+        kinds: (C,) `COMPOSITION_KINDS`.
+        pairs: (P, 4) layer and head of the earlier one, layer and head of the later one.
+        scores: (P, C) from 0 to 1; NaN where one of the heads writes or looks for nothing.
+        chance: what two matrices without any relation score.
+    """
+
+    kinds: tuple[str, ...]
+    pairs: np.ndarray
+    scores: np.ndarray
+    chance: float
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        columns = ("layer", "head", "later_layer", "later_head")
+        for pair, scores in zip(self.pairs.tolist(), self.scores.tolist(), strict=True):
+            for kind, score in zip(self.kinds, scores, strict=True):
+                yield {**dict(zip(columns, pair, strict=True)), "kind": kind, "score": score, "chance": self.chance}
+
+
+def composition_scores(model: Transformer) -> Composition:
+    """`|W_OV W| / (|W_OV| |W|)`, Frobenius norms, for each head and each head of a later layer.
+
+    Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". W_OV is what the earlier head reads and
+    writes; W is, of the later one, W_QK for Q-composition, its transpose for K-composition, W_OV for V-composition, all
+    (E, E), for row vectors, with the norms' gains in the matrices that read. For matrices that are turned against each
+    other at random, the mean square of the score is 1 / E: `chance` is its root. Other baselines are the scores of
+    random matrices of the same shapes (Elhage et al., who subtract it; the same number, measured) and the mean over
+    other pairs of heads, which takes out what all heads share.
+
+    With rotary positions W_QK is that of a distance of 0.
+
+    No (E, E) matrix is made but for the receipt: with W = a b, the squared norm of a product is a trace of products of
+    (V, V) and (K, K) matrices, in float64.
+    """
+    reads, writes, queries, keys = head_matrices(model)
+    tall = {"q": queries, "k": keys, "v": reads}
+    wide = {"q": keys.swapaxes(-1, -2), "k": queries.swapaxes(-1, -2), "v": writes}
+    own_reads, own_writes = gram(reads.swapaxes(-1, -2)), gram(writes)
+    ov_norms = np.sqrt(np.einsum("lhvw,lhvw->lh", own_reads, own_writes))
+    pairs, columns, errors = pair_list(model.num_layers, model.num_heads), [], [0.0]
+    first, second = tuple(pairs[:, :2].T), tuple(pairs[:, 2:].T)
+    for kind in COMPOSITION_KINDS:
+        later_norms = np.sqrt(np.einsum("lhkj,lhkj->lh", gram(tall[kind].swapaxes(-1, -2)), gram(wide[kind])))
+        joined = writes[first] @ tall[kind][second]
+        squares = np.einsum(
+            "pvw,pvk,pkj,pwj->p", own_reads[first], joined, gram(wide[kind])[second], joined, optimize=True
+        )
+        sizes = ov_norms[first] * later_norms[second]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores = np.where(sizes > 0, np.sqrt(np.maximum(squares, 0)) / sizes, np.nan)
+        columns.append(scores)
+        if np.isfinite(scores).any():
+            best = int(np.nanargmax(scores))
+            earlier, later = (tuple(place) for place in (pairs[best, :2], pairs[best, 2:]))
+            dense_ov, dense = reads[earlier] @ writes[earlier], tall[kind][later] @ wide[kind][later]
+            expected = np.linalg.norm(dense_ov @ dense) / (np.linalg.norm(dense_ov) * np.linalg.norm(dense))
+            errors.append(float(abs(scores[best] - expected)))
+    scores_PC = np.stack(columns, axis=1)
+    beyond = float(np.nanmax(np.abs(scores_PC - 0.5), initial=0.5)) - 0.5
+    return Composition(
+        kinds=COMPOSITION_KINDS,
+        pairs=pairs,
+        scores=scores_PC,
+        chance=model.embedding_size**-0.5,
+        receipts=(
+            Receipt("the strongest compositions are those of the whole matrices", max(errors), FLOAT64_TOLERANCE),
+            Receipt("compositions lie between 0 and 1", beyond, FLOAT64_TOLERANCE),
+        ),
+    )
+
+
+def head_matrices(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K), gains in those that read, in float64."""
+    found: tuple[list[np.ndarray], ...] = ([], [], [], [])
+    for block in model.blocks:
+        attention, gain = block.attention, block.attention_norm.weight.detach().cpu().double().numpy()
+        for matrices, part in zip(found, ("value", "output", "query", "key"), strict=True):
+            weight = getattr(attention, part).weight.detach().cpu().double().numpy()
+            if part == "output":
+                matrices.append(weight.T.reshape(model.num_heads, -1, model.embedding_size))
+            else:
+                heads = (weight * gain).reshape(model.num_heads, -1, model.embedding_size)
+                matrices.append(heads.swapaxes(-1, -2))
+    reads, writes, queries, keys = (np.stack(matrices) for matrices in found)
+    return reads, writes, queries, keys
+
+
+def gram(matrices: np.ndarray) -> np.ndarray:
+    """Of each matrix m the product m m^T."""
+    return matrices @ matrices.swapaxes(-1, -2)
+
+
+def pair_list(num_layers: int, num_heads: int) -> np.ndarray:
+    """(P, 4) layer and head of the earlier one and of the later one, in order; none for a single layer."""
+    pairs = [
+        (*earlier, *later)
+        for earlier in np.ndindex(num_layers, num_heads)
+        for later in np.ndindex(num_layers, num_heads)
+        if later[0] > earlier[0]
+    ]
+    return np.array(pairs, dtype=int).reshape(-1, 4)
+
+
+TOKENS_AT_ONCE = 4096
+"""Tokens of a forward pass, so that long contexts do not take all memory."""
+
+
+def in_context_learning(
+    model: Transformer, windows_NT: torch.Tensor | None, documents_N: np.ndarray | None
+) -> dict[str, Any]:
+    """Mean loss at late minus mean loss at early positions of full windows, and its standard error by document.
+
+    Olsson et al. 2022 take the tokens 500 and 50 of a context of 512. Here they are bands of positions, relative to the
+    context: its last quarter, and 5 % to 15 %. Scores of different context sizes do not compare.
+
+    Args:
+        windows_NT: (N, context_size + 1) ids, `<|pad|>` after the end; only windows without it are used.
+        documents_N: which document each window is cut from; None: each from one of its own.
+    """
+    bands = early, late = position_bands(model.context_size)
+    if windows_NT is None or model.context_size < 2:
+        return no_in_context_learning()
+    is_full_N = windows_NT[:, -1] != PAD
+    if not is_full_N.any():
+        return no_in_context_learning()
+    documents_N = np.arange(len(windows_NT)) if documents_N is None else documents_N
+    weight, found = model.token_embedding.weight, []
+    positions = [position for first, last in bands for position in range(first, last + 1)]
+    for part_NT in windows_NT[is_full_N].split(max(1, TOKENS_AT_ONCE // model.context_size)):
+        part_NT = part_NT.to(weight.device)
+        with torch.inference_mode():
+            # The loss at a position is that of predicting the token there from those before.
+            residual = model.final_residual(part_NT[:, :-1])[:, [position - 1 for position in positions]]
+            losses = linear_cross_entropy_losses(residual.flatten(0, 1), weight, part_NT[:, positions].flatten())
+        found.append(losses.view(len(part_NT), -1).cpu().double().numpy())
+    num_early = early[1] - early[0] + 1
+    loss_NT = np.concatenate(found)
+    losses_2N = np.stack([loss_NT[:, :num_early].mean(1), loss_NT[:, num_early:].mean(1)])
+    score_1N = losses_2N[1:] - losses_2N[:1]
+    (score,), (error,) = clustered_means(score_1N, np.ones(len(loss_NT)), documents_N[is_full_N.numpy()])
+    return {
+        "in_context_positions": ((early[0] + early[1]) // 2, (late[0] + late[1]) // 2),
+        "in_context_bands": bands,
+        "in_context_losses": losses_2N.mean(1),
+        "in_context_score": np.array(score),
+        "in_context_error": np.array(error),
+        "in_context_windows": len(loss_NT),
+        "in_context_documents": len(np.unique(documents_N[is_full_N.numpy()])),
+    }
+
+
+def position_bands(context_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the first and last position of the early and the late band; a position is the number of tokens before."""
+    early = max(1, context_size // 20), max(1, 3 * context_size // 20)
+    return early, (max(2, 3 * context_size // 4), context_size)
+
+
+def no_in_context_learning() -> dict[str, Any]:
+    """The fields without a text, or with a context of one token, which has no two positions."""
+    return {
+        "in_context_positions": None,
+        "in_context_bands": None,
+        "in_context_losses": np.full(2, np.nan),
+        "in_context_score": np.array(np.nan),
+        "in_context_error": np.array(np.nan),
+        "in_context_windows": 0,
+        "in_context_documents": 0,
+    }
+
+
+SCORES = ("previous", "current", "first", "duplicate", "induction")
+THRESHOLD = 0.4
+"""The share above which a head has a role, that of the ARENA course; any such line is a convention."""
+MARGIN = 0.1
+"""How far above the uniform baseline the score of a role has to be."""
+NUM_ERRORS = 2
+"""By how many standard errors it has to be above it."""
+FEWEST = 5
+"""Tokens over which the score of a role has to be a mean: fewer agree by chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadScores(Result):
+    """What each head looks at and whether it copies.
+
+    Attributes:
+        tokens: (N, T) the ids that the model was given.
+        layers: (L,) the layers, counted from 0.
+        heads: (H,) the heads of each layer, counted from 0.
+        score_names: (M,) `SCORES`.
+        scores: (L, H, M) mean share of a head's attention; NaN where no token has such a source.
+        uniform: (M,) what a head that looks at all tokens alike scores.
+        errors: (L, H, M) standard errors of the scores less the uniform baseline: clustered by sequence, or of a single
+            sequence over its tokens; NaN where there are fewer than two of them.
+        num_destinations: (M,) tokens, of all sequences together, over which a score is a mean.
+        num_overlaps: (M,) tokens whose source t - 1 is left out, since a previous-token head looks there too.
+        copying: (L, H) from -1 (suppresses what it sees) to 1 (copies it); NaN for a head that writes nothing.
+        num_averaged: the number of tokens that `copying` is computed over.
+        threshold: the score above which a head has a role.
+        margin: how far above the uniform baseline the score of a role has to be.
+        roles: (L, H) the names of the scores of at least `threshold`, over at least `FEWEST` tokens, and above the
+            uniform baseline by at least `margin` and by more than `NUM_ERRORS` standard errors.
+        losses: (T - 1,) mean loss, in nats, of predicting token 1, 2, ... of the sequences.
+        repeat_gap: () mean loss of tokens 2 to S of the first copy minus that of the same in the second, in nats; NaN
+            where the tokens are not two copies. Token 1 is left out: nothing tells that the second copy begins.
+        repeat_gap_error: () its standard error over the sequences.
+        in_context_positions: the middle of the early and of the late band of positions; None without a text, or where
+            the context has no two.
+        in_context_bands: the first and the last position of both bands.
+        in_context_losses: (2,) mean loss there, in nats.
+        in_context_score: () late minus early: negative where a longer context helps.
+        in_context_error: () its standard error, clustered by document.
+        in_context_windows, in_context_documents: how many windows, of how many documents.
+        text_scores: (L, H, M) the scores at natural repeats of validation windows (`add_text_repeats`); these fields
+            are None without such windows.
+        text_uniform: (M,) what a head that looks at all tokens alike scores there.
+        text_repeats, text_documents: how many repeats, in how many documents.
+        text_gap: () mean loss of a repeated token where it first came, minus that where it comes again, in nats.
+        text_gap_error: () its standard error, clustered by document.
+    """
+
+    tokens: np.ndarray
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    score_names: tuple[str, ...]
+    scores: np.ndarray
+    uniform: np.ndarray
+    errors: np.ndarray
+    num_destinations: np.ndarray
+    num_overlaps: np.ndarray
+    copying: np.ndarray
+    num_averaged: int
+    threshold: float
+    margin: float
+    roles: tuple[tuple[tuple[str, ...], ...], ...]
+    losses: np.ndarray
+    repeat_gap: np.ndarray
+    repeat_gap_error: np.ndarray
+    in_context_positions: tuple[int, int] | None
+    in_context_bands: tuple[tuple[int, int], tuple[int, int]] | None
+    in_context_losses: np.ndarray
+    in_context_score: np.ndarray
+    in_context_error: np.ndarray
+    in_context_windows: int
+    in_context_documents: int
+    text_scores: np.ndarray | None = None
+    text_uniform: np.ndarray | None = None
+    text_repeats: int | None = None
+    text_documents: int | None = None
+    text_gap: np.ndarray | None = None
+    text_gap_error: np.ndarray | None = None
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        for row, column in np.ndindex(len(self.layers), len(self.heads)):
+            place = {"layer": self.layers[row], "head": self.heads[column]}
+            for number, name in enumerate(self.score_names):
+                score, uniform = float(self.scores[row, column, number]), float(self.uniform[number])
+                error, role = float(self.errors[row, column, number]), name in self.roles[row][column]
+                yield {**place, "score": name, "value": score, "uniform": uniform, "error": error, "role": role}
+            copying = float(self.copying[row, column])
+            yield {**place, "score": "copying", "value": copying, "uniform": "", "error": "", "role": ""}
+
+
+def head_scores(
+    model: Transformer,
+    tokens_NT: torch.Tensor,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    threshold: float = THRESHOLD,
+    windows_NT: torch.Tensor | None = None,
+    documents_N: np.ndarray | None = None,
+    averaged: Sequence[int] | None = None,
+) -> HeadScores:
+    """Each head's scores: the mean, over the tokens that have such a source, of the attention that goes there.
+
+    `previous` t - 1, `current` t, `first` 0, `duplicate` all earlier places of token t, `induction` all places just
+    after those (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; the prefix matching score of
+    Olsson et al. 2022, "In-context Learning and Induction Heads"). The last two leave out t - 1, since a previous-token
+    head looks there too: all of induction in a b a b. Position 0 has only itself and never counts. On
+    `repeated_tokens` of length S these are t - S and t - S + 1, for the second copy alone. Others take a diagonal of
+    the whole pattern, which has two entries too many: a perfect induction head then has 0.96, and one that looks at
+    the start token 0.04 (S = 25).
+
+    Args:
+        model: in evaluation mode.
+        tokens_NT: (N, T) ids, at most `context_size` in a row.
+        layers: which layers (None: all).
+        heads: which heads of each (None: all).
+        threshold: the score above which a head has a role, if it is clearly above the uniform baseline too.
+        windows_NT: (N, context_size + 1) ids of real text, for the in-context-learning score; None: leave it out.
+        documents_N: which document each window is cut from; None: each from one of its own.
+        averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
+    """
+    layers = range(model.num_layers) if layers is None else layers
+    heads = range(model.num_heads) if heads is None else heads
+    device, is_many = next(model.parameters()).device, len(tokens_NT) > 1
+    shares, expected, counts, losses, row_error = [], [], [], [], 0.0
+    num_overlaps = np.zeros(len(SCORES), dtype=int)
+    for part_NT in tokens_NT.split(max(1, TOKENS_AT_ONCE // tokens_NT.shape[1])):
+        sources, overlaps = source_masks(part_NT)
+        sources, num_overlaps = sources.to(device), num_overlaps + overlaps.sum((0, 2)).numpy()
+        with torch.inference_mode():
+            output = model(part_NT.to(device))
+            patterns = output.attention_weights[:, list(layers)][:, :, list(heads)]
+            shares_NTLHM = torch.einsum("nlhts,nmts->ntlhm", patterns, sources.to(patterns.dtype)).cpu().double()
+            # A sequence is one observation, a single text as many as it has tokens.
+            shares.append(shares_NTLHM.sum(1).numpy() if is_many else shares_NTLHM[0].numpy())
+            # Not log_softmax, which would write all logits again for the few that are wanted.
+            chosen = output.logits[:, :-1].gather(-1, part_NT[:, 1:, None].to(device))[..., 0]
+            losses.append((output.logits[:, :-1].logsumexp(-1) - chosen).cpu().double().numpy())
+            row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
+        num_sources_NTM = sources.sum(-1).transpose(1, 2).cpu().numpy()
+        expected_NTM = num_sources_NTM / np.arange(1, part_NT.shape[1] + 1)[:, None]
+        expected.append(expected_NTM.sum(1) if is_many else expected_NTM[0])
+        counts.append((num_sources_NTM > 0).sum(1) if is_many else num_sources_NTM[0] > 0)
+    shares_CLHM, expected_CM, counts_CM = map(np.concatenate, (shares, expected, counts))
+    num_destinations = counts_CM.sum(0)
+    with np.errstate(invalid="ignore"):
+        scores, uniform = shares_CLHM.sum(0) / num_destinations, expected_CM.sum(0) / num_destinations
+    errors = clustered_errors(shares_CLHM - expected_CM[:, None, None], counts_CM)
+    loss_NT = np.concatenate(losses)
+    averaged = range(model.vocab_size) if averaged is None else averaged
+    copying, trace_error = copying_scores(model, averaged)
+    return HeadScores(
+        tokens=tokens_NT.cpu().numpy(),
+        layers=tuple(layers),
+        heads=tuple(heads),
+        score_names=SCORES,
+        scores=scores,
+        uniform=uniform,
+        errors=errors,
+        num_destinations=num_destinations,
+        num_overlaps=num_overlaps,
+        copying=copying[np.ix_(layers, heads)],
+        num_averaged=len(averaged),
+        threshold=threshold,
+        margin=MARGIN,
+        roles=roles_of(scores, uniform, errors, num_destinations, threshold),
+        losses=loss_NT.mean(0),
+        **repeat_gap(tokens_NT, loss_NT),
+        **in_context_learning(model, windows_NT, documents_N),
+        receipts=(
+            Receipt("rows sum to 1", row_error, rounding(model)),
+            Receipt("scores are shares", float(np.nanmax(np.abs(scores - 0.5), initial=0.5) - 0.5), rounding(model)),
+            Receipt("OV eigenvalues add up to the trace", trace_error, 1e-8),
+        ),
+    )
+
+
+def clustered_errors(excess_CLHM: np.ndarray, counts_CM: np.ndarray) -> np.ndarray:
+    """(L, H, M) the standard error of the ratio of sums and counts over clusters; NaN of fewer than two."""
+    num_clusters, totals = (counts_CM > 0).sum(0), counts_CM.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        residuals_CLHM = excess_CLHM - excess_CLHM.sum(0) / totals * counts_CM[:, None, None]
+        variance = np.square(residuals_CLHM).sum(0) * num_clusters / (num_clusters - 1)
+        return np.where(num_clusters > 1, np.sqrt(variance) / totals, np.nan)
+
+
+def roles_of(
+    scores: np.ndarray, uniform: np.ndarray, errors: np.ndarray, num_destinations: np.ndarray, threshold: float
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """For each head the names of its scores that are high and clearly above the uniform baseline."""
+    is_clear = (scores - uniform >= MARGIN) & (scores - uniform > NUM_ERRORS * errors)
+    above = (scores >= threshold) & is_clear & (num_destinations >= FEWEST)
+    return tuple(tuple(tuple(np.array(SCORES)[head].tolist()) for head in layer) for layer in above)
+
+
+def source_masks(tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, M, T, S), true where source s is what score m looks for from position t.
+
+    And (N, M, T), true where t - 1 would have been such a source too, and is left out.
+    """
+    num_positions = tokens_NT.shape[1]
+    t_T1, s_S = torch.arange(num_positions)[:, None], torch.arange(num_positions)
+    same_NTS = tokens_NT[:, :, None] == tokens_NT[:, None, :]
+    # Source s follows a token that is equal to token t: the column before, moved by one.
+    follows_NTS = torch.cat([torch.zeros_like(same_NTS[..., :1]), same_NTS[..., :-1]], dim=-1)
+    fixed = [(s_S == t_T1 - 1), (s_S == t_T1) & (t_T1 > 0), (s_S == 0) & (t_T1 > 0)]
+    masks = [mask_TS.expand_as(same_NTS) for mask_TS in fixed]
+    looked_for = torch.stack([*masks, same_NTS & (s_S < t_T1), follows_NTS & (s_S < t_T1)], dim=1)
+    is_copy_M11 = torch.tensor([name in ("duplicate", "induction") for name in SCORES])[:, None, None]
+    left_out = looked_for & is_copy_M11 & (s_S == t_T1 - 1)
+    return looked_for & ~left_out, left_out.any(-1)
+
+
+def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndarray, float]:
+    """sum Re(lambda) / sum |lambda| over the eigenvalues of each head's OV circuit, (L, H), and a receipt's error.
+
+    The circuit W_E W_V W_O W_U, with the norms' gains in W_V and W_U, says how much more likely each token becomes by
+    being looked at (Elhage et al. 2021, "Copying / primitive in-context learning"); (Vocab, Vocab) and of rank V at
+    most, with the rows and columns of the tokens in `averaged` only. AB and BA have the same eigenvalues but for zeros,
+    so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its trace, summed over these tokens, is the independent check:
+    relative to sum |lambda|, the largest of all heads.
+    """
+    embedding = model.token_embedding.weight.detach().cpu().double().numpy()[list(averaged)]
+    unembedding = embedding * model.final_norm.weight.detach().cpu().double().numpy()
+    scores, errors = np.full((model.num_layers, model.num_heads), np.nan), [0.0]
+    for layer, block in enumerate(model.blocks):
+        gain = block.attention_norm.weight.detach().cpu().double().numpy()
+        value = block.attention.value.weight.detach().cpu().double().numpy() * gain
+        output = block.attention.output.weight.detach().cpu().double().numpy()
+        read = (embedding @ value.T).reshape(len(embedding), model.num_heads, -1)
+        written = (unembedding @ output).reshape(len(embedding), model.num_heads, -1)
+        traces = np.einsum("whv,whv->h", read, written)
+        circuits = np.einsum("whu,whv->huv", written, read, optimize=True)
+        for head, eigenvalues in enumerate(np.linalg.eigvals(circuits)):
+            total = np.abs(eigenvalues).sum()
+            size = np.linalg.norm(read[:, head]) * np.linalg.norm(written[:, head])
+            if total > 1e-7 * size:  # below, rounding alone makes such eigenvalues
+                scores[layer, head] = eigenvalues.real.sum() / total
+                errors.append(abs(eigenvalues.sum() - traces[head]) / total)
+    return scores, float(max(errors))
+
+
+def repeat_gap(tokens_NT: torch.Tensor, loss_NT: np.ndarray) -> dict[str, np.ndarray]:
+    """The gap and its standard error; `loss_NT[:, t]` is that of predicting token t + 1."""
+    length, odd = divmod(tokens_NT.shape[1] - 1, 2)
+    if odd or length < 2 or not torch.equal(tokens_NT[:, 1 : length + 1], tokens_NT[:, length + 1 :]):
+        return {"repeat_gap": np.array(np.nan), "repeat_gap_error": np.array(np.nan)}
+    gap_N = loss_NT[:, 1:length].mean(1) - loss_NT[:, first_copied(length) - 1 :].mean(1)
+    return {"repeat_gap": np.array(gap_N.mean()), "repeat_gap_error": np.array(standard_error(gap_N))}
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent values; NaN of a single one."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+MOST_TEXT_TOKENS = 2**15
+RARE = 0.02
+"""The largest share of the documents that a pair may occur in; a single document is always allowed."""
+
+
+def score_heads(
+    model: Transformer,
+    tokens_NT: torch.Tensor,
+    windows: tuple[torch.Tensor, np.ndarray] | None = None,
+    averaged: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    threshold: float = THRESHOLD,
+) -> HeadScores:
+    """Score heads on `tokens_NT` and, where there are windows of real text, on the names that are repeated there.
+
+    Args:
+        windows: (N, context_size + 1) ids, `<|pad|>` after the end, and (N,) the document that each is cut from.
+    """
+    if windows is None:
+        return head_scores(model, tokens_NT, layers, heads, threshold, averaged=averaged)
+    scores = head_scores(model, tokens_NT, layers, heads, threshold, *windows, averaged=averaged)
+    return add_text_repeats(scores, model, *windows)
+
+
+def add_text_repeats(
+    result: HeadScores, model: Transformer, windows_NT: torch.Tensor, documents_N: np.ndarray
+) -> HeadScores:
+    """Return head scores with those on natural repeats added, as the fields `text_...`.
+
+    The scores are those of `head_scores`, with the same sources, but the mean is only over destinations at which a
+    natural repeat starts: token t and t + 1 occurred before, one after the other, so that copying what came next is
+    right. `text_gap` is the mean, over these repeats, of the loss of token t + 1 where the pair first occurred in the
+    window, minus its loss here. A model that reads only the current token has a gap of exactly 0, since it predicts the
+    same at both places.
+
+    Args:
+        result: of the same model; its layers and heads are scored.
+        windows_NT: (N, context_size + 1) ids, `<|pad|>` after the end. Of more than `MOST_TEXT_TOKENS` tokens, every
+            second, third, ... window is read, since attention patterns take longer than losses.
+        documents_N: which document each window is cut from.
+    """
+    every = -(-windows_NT.numel() // MOST_TEXT_TOKENS)
+    windows_NT, documents_N = windows_NT[::every], documents_N[::every]
+    firsts_NC = first_occurrences(windows_NT, documents_N)
+    weight = model.token_embedding.weight
+    totals, uniform, counts, row_error = 0.0, np.zeros(len(SCORES)), np.zeros(len(SCORES)), 0.0
+    gaps = []
+    rows = max(1, TOKENS_AT_ONCE // model.context_size)
+    for part_NT, firsts_BC in zip(windows_NT.split(rows), firsts_NC.split(rows), strict=True):
+        tokens_BT, is_repeat_BT = part_NT[:, :-1], firsts_BC >= 0
+        sources = source_masks(tokens_BT)[0] & is_repeat_BT[:, None, :, None]
+        with torch.inference_mode():
+            output = model(tokens_BT.to(weight.device))
+            patterns = output.attention_weights[:, list(result.layers)][:, :, list(result.heads)]
+            masks = sources.to(patterns.device, patterns.dtype)
+            totals += torch.einsum("nlhts,nmts->lhm", patterns, masks).cpu().double().numpy()
+            chosen = output.logits.gather(-1, part_NT[:, 1:, None].to(weight.device))[..., 0]
+            loss_BT = (output.logits.logsumexp(-1) - chosen).cpu().double()
+            row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
+        num_sources_BMT = sources.sum(-1).numpy()
+        uniform += (num_sources_BMT / np.arange(1, tokens_BT.shape[1] + 1)).sum((0, 2))
+        counts += (num_sources_BMT > 0).sum((0, 2))
+        gaps.append((loss_BT.gather(1, firsts_BC.clamp(min=0)) - loss_BT).where(is_repeat_BT, 0.0).sum(1).numpy())
+    repeats_N = (firsts_NC >= 0).sum(1).numpy()
+    found = repeats_N > 0
+    gap = error = np.full(1, np.nan)
+    if found.any():
+        gap, error = clustered_means(np.concatenate(gaps)[None, found], repeats_N[found], documents_N[found])
+    with np.errstate(invalid="ignore"):
+        return replace(
+            result,
+            text_scores=totals / counts,
+            text_uniform=uniform / counts,
+            text_repeats=int(repeats_N.sum()),
+            text_documents=len(np.unique(documents_N[found])),
+            text_gap=np.array(gap[0]),
+            text_gap_error=np.array(error[0]),
+            receipts=(*result.receipts, Receipt("rows sum to 1 on text", row_error, rounding(model))),
+        )
+
+
+def first_occurrences(windows_NT: torch.Tensor, documents_N: np.ndarray) -> torch.Tensor:
+    """Return where the natural repeat at each position first occurred in the window, (N, C); -1 if there is none."""
+    pairs_NC = windows_NT[:, :-1] * (int(windows_NT.max()) + 1) + windows_NT[:, 1:]
+    is_text_NC = (windows_NT[:, :-1] >= len(SPECIAL_TOKENS)) & (windows_NT[:, 1:] >= len(SPECIAL_TOKENS))
+    same_NCC = (pairs_NC[:, :, None] == pairs_NC[:, None, :]).tril(diagonal=-1)
+    has_earlier_NC = same_NCC.any(-1) & is_text_NC & torch.from_numpy(rare_pairs(pairs_NC.numpy(), documents_N))
+    # Of equal values, the first is the largest's place.
+    return same_NCC.byte().argmax(-1).where(has_earlier_NC, -1)
+
+
+def rare_pairs(pairs_NC: np.ndarray, documents_N: np.ndarray) -> np.ndarray:
+    """Return whether each pair occurs in few of the documents, (N, C)."""
+    numbers, pairs = np.unique(pairs_NC, return_inverse=True)
+    names, documents = np.unique(documents_N, return_inverse=True)
+    occurrences = np.unique(documents[:, None] * len(numbers) + pairs.reshape(pairs_NC.shape))
+    frequencies = np.bincount(occurrences % len(numbers), minlength=len(numbers))
+    return (frequencies <= max(1, int(RARE * len(names))))[pairs].reshape(pairs_NC.shape)

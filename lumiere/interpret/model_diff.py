@@ -1,0 +1,653 @@
+"""Compare two models: predictions, representations, heads and weights.
+
+Shapes: B batch, T position, S source position, Vocab vocab_size, P predicted tokens, K positions with a prediction, A
+and B layers of the two and their embeddings, E and F their widths, H and G their heads, counted through the layers, N
+tokens, M matched heads or tensors.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
+from lumiere.components.short_repr import ShortRepr
+from lumiere.data.batches import Batch, documents_of
+from lumiere.data.dataset import Sizes, TokenizedSplit
+from lumiere.data.tokenizer import PAD
+from lumiere.evaluation.scoring import (
+    DocumentTotals,
+    GroupSums,
+    PairedDifference,
+    document_totals,
+    figures,
+    paired_difference,
+    score,
+    strided_windows,
+)
+from lumiere.interpret.head_scores import head_matrices
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
+from lumiere.models.transformer import Transformer, TransformerOutput
+
+
+def cheapest_assignment(costs: np.ndarray) -> np.ndarray:
+    """(M, 2) rows and columns, each at most once and as many as there can be, with the least sum of costs.
+
+    The Hungarian method (Kuhn 1955, "The Hungarian Method for the Assignment Problem"; Munkres 1957) by shortest
+    augmenting paths, O(n^2 m): rows come in one after the other, and potentials keep all reduced costs from being
+    negative. Every assignment is compared, so no order of the rows and no greedy first choice decides.
+
+    Args:
+        costs: (N, M), finite.
+
+    Raises:
+        ValueError: a cost is not finite.
+    """
+    if not np.isfinite(costs).all():
+        raise ValueError("every cost of an assignment must be a finite number")
+    if costs.shape[0] > costs.shape[1]:
+        pairs = cheapest_assignment(costs.T)[:, ::-1]
+        return pairs[np.argsort(pairs[:, 0])]
+    num_rows, num_columns = costs.shape
+    row_potential, column_potential = np.zeros(num_rows), np.zeros(num_columns + 1)
+    row_of = np.full(num_columns + 1, -1)  # the last column is where a path starts, and belongs to no cost
+    for row in range(num_rows):
+        row_of[num_columns] = row
+        column = num_columns
+        slack, reached_from = np.full(num_columns + 1, np.inf), np.full(num_columns + 1, num_columns)
+        is_used = np.zeros(num_columns + 1, dtype=bool)
+        while row_of[column] >= 0:
+            is_used[column] = True
+            reduced = costs[row_of[column]] - row_potential[row_of[column]] - column_potential[:-1]
+            is_shorter = ~is_used[:-1] & (reduced < slack[:-1])
+            slack[:-1][is_shorter] = reduced[is_shorter]
+            reached_from[:-1][is_shorter] = column
+            following = int(np.where(is_used[:-1], np.inf, slack[:-1]).argmin())
+            step = slack[following]
+            row_potential[row_of[is_used]] += step
+            column_potential[is_used] -= step
+            slack[~is_used] -= step
+            column = following
+        while column != num_columns:
+            row_of[column] = row_of[reached_from[column]]
+            column = int(reached_from[column])
+    columns = np.flatnonzero(row_of[:-1] >= 0)
+    pairs = np.stack([row_of[columns], columns], axis=1)
+    return pairs[np.argsort(pairs[:, 0])]
+
+
+class LinearCka:
+    """Linear CKA of all pairs of layers, from tokens that come in parts.
+
+    `|Y^T X|^2 / (|X^T X| |Y^T Y|)`, Frobenius norms, X (N, E) and Y (N, F) with the mean of each column taken away
+    (Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", equation 5 with a linear kernel).
+    1 for equal representations and for such that are rotated, mirrored or scaled as a whole; other linear maps change
+    it. This is the biased estimate of that paper: two unrelated representations have about (E + F) / N where N is not
+    much larger than the widths, so give it many tokens. The debiased one (Székely & Rizzo 2014; for CKA, Nguyen et al.
+    2021) needs the dot products of all pairs of tokens to be corrected for their own, and is the choice for few tokens.
+
+    Sums are in float64. Columns are measured from the means of the first part, so that a large mean costs no digits.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.shifts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.products: dict[tuple[str, int, int], Tensor] = {}
+
+    def add(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """Takes in the same N tokens of both models: A times (N, E), B times (N, F)."""
+        sides = [[x.cpu().double() for x in side] for side in (first, second)]
+        if not self.num_tokens:
+            self.shifts = ([x.mean(0) for x in sides[0]], [x.mean(0) for x in sides[1]])
+            self.sums = ([torch.zeros_like(x[0]) for x in sides[0]], [torch.zeros_like(x[0]) for x in sides[1]])
+        xs, ys = ([x - shift for x, shift in zip(*pair, strict=True)] for pair in zip(sides, self.shifts, strict=True))
+        for sums, side in zip(self.sums, (xs, ys), strict=True):
+            for total, x in zip(sums, side, strict=True):
+                total += x.sum(0)
+        # One product a pair, all of the same kind: equal representations then give equal sums to the last bit.
+        for a, x in enumerate(xs):
+            self._add_product("aa", a, a, x.T @ x)
+            for b, y in enumerate(ys):
+                self._add_product("ab", a, b, x.T @ y)
+        for b, y in enumerate(ys):
+            self._add_product("bb", b, b, y.T @ y)
+        self.num_tokens += len(xs[0])
+
+    def _add_product(self, kind: str, row: int, column: int, product: Tensor) -> None:
+        key = (kind, row, column)
+        self.products[key] = self.products[key] + product if key in self.products else product
+
+    def similarities(self) -> np.ndarray:
+        """(A, B); NaN where a representation is the same for all tokens."""
+        found = np.empty((len(self.sums[0]), len(self.sums[1])))
+        for a, b in np.ndindex(*found.shape):
+            own = self._alignment("aa", a, a) * self._alignment("bb", b, b)
+            found[a, b] = self._alignment("ab", a, b) / np.sqrt(own) if own > 0 else np.nan
+        return found
+
+    def _alignment(self, kind: str, row: int, column: int) -> float:
+        """The squared Frobenius norm of the centred product."""
+        left, right = (self.sums["ab".index(side)][index] for side, index in zip(kind, (row, column), strict=True))
+        centred = self.products[kind, row, column] - torch.outer(left, right) / self.num_tokens
+        return float(centred.square().sum())
+
+
+def pattern_divergences(first_BHTS: Tensor, second_BGTS: Tensor, is_real_BT: Tensor) -> np.ndarray:
+    """(H, G) Jensen-Shannon divergence of two heads' rows in bits, summed over the rows that count.
+
+    `H((p + q) / 2) - (H(p) + H(q)) / 2` with the entropy H (Lin 1991, "Divergence Measures Based on the Shannon
+    Entropy", equation 4.1): 0 where both look at the same tokens alike, 1 where no token has weight from both.
+
+    Args:
+        first_BHTS, second_BGTS: patterns on the same tokens, rows summing to 1.
+        is_real_BT: the rows that count; others may hold anything.
+    """
+    found = np.empty((first_BHTS.shape[1], second_BGTS.shape[1]))
+    # Each head in memory of its own: the same numbers in the same places make the same entropies to the last bit.
+    firsts, seconds = (
+        [(p_BTS, torch.special.entr(p_BTS)) for p_BTS in (patterns[:, head].contiguous() for head in range(count))]
+        for patterns, count in zip((first_BHTS, second_BGTS), found.shape, strict=True)
+    )
+    for h, (p_BTS, p_entropy) in enumerate(firsts):
+        for g, (q_BTS, q_entropy) in enumerate(seconds):
+            each_BT = (torch.special.entr((p_BTS + q_BTS) / 2) - (p_entropy + q_entropy) / 2).sum(-1)
+            found[h, g] = each_BT.clamp(min=0)[is_real_BT].cpu().sum(dtype=torch.float64).item() / np.log(2)
+    return found
+
+
+@dataclass(frozen=True)
+class WeightChanges(ShortRepr):
+    """The tensors that both models have in the same shape, (M,) each, computed in float64.
+
+    Attributes:
+        tensors: their names in the state dict.
+        change_norms: Frobenius norm of the difference.
+        relative_changes: the same over the norm of A's; NaN where that is 0 and B's is not.
+        spectral_changes: the largest singular value of the difference: how much it can change an input of length 1;
+            of a vector, its length.
+        other_tensors: those that only one has, or both in different shapes.
+    """
+
+    tensors: tuple[str, ...]
+    change_norms: np.ndarray
+    relative_changes: np.ndarray
+    spectral_changes: np.ndarray
+    other_tensors: tuple[str, ...]
+
+
+def weight_changes(first: Transformer, second: Transformer, left_out: Sequence[str] = ()) -> WeightChanges:
+    """`|W_B - W_A|_F`, that over `|W_A|_F`, and `|W_B - W_A|_2` of each tensor.
+
+    The two norms differ where a change has low rank: a change along one direction has both alike, one that is spread
+    over all n directions has a spectral norm smaller by the root of n.
+
+    Args:
+        left_out: tensors not to compare, which are named among the other ones.
+    """
+    sides = [
+        {name: weight.detach().cpu().double().numpy() for name, weight in model.state_dict().items()}
+        for model in (first, second)
+    ]
+    a, b = sides
+    shared = [name for name in a if name in b and a[name].shape == b[name].shape and name not in left_out]
+    differences = [b[name] - a[name] for name in shared]
+    norms = np.array([np.linalg.norm(difference) for difference in differences])
+    return WeightChanges(
+        tensors=tuple(shared),
+        change_norms=norms,
+        relative_changes=np.array([relative(norm, a[name]) for norm, name in zip(norms, shared, strict=True)]),
+        # A matrix has a spectral norm; the largest singular value of a vector is its length.
+        spectral_changes=np.array([np.linalg.norm(difference, 2) for difference in differences]),
+        other_tensors=tuple(name for name in dict.fromkeys([*a, *b]) if name not in shared),
+    )
+
+
+def relative(change: float, weight: np.ndarray) -> float:
+    if change == 0:
+        return 0.0
+    size = np.linalg.norm(weight)
+    return float(change / size) if size > 0 else float("nan")
+
+
+def circuit_changes(first: Transformer, second: Transformer, matches: np.ndarray) -> dict[str, np.ndarray]:
+    """`ov_changes` and `qk_changes`, (M,) each: relative Frobenius changes of the circuits of matched heads; NaN where
+    the widths of the residual streams differ.
+
+    `|C_B - C_A| / |C_A|` with C = W_V W_O or W_Q W_K^T, (E, E) for row vectors, with the norms' gains in the matrices
+    that read (Elhage et al. 2021). Unlike the weights themselves, they stay as they are when a head's own
+    coordinates are turned. They are in the coordinates of the residual stream, so that the comparison means something
+    only for two models with a common past.
+
+    Args:
+        matches: (M, 2) heads of the one and of the other, counted through all layers.
+    """
+    names = ("ov_changes", "qk_changes")
+    if first.embedding_size != second.embedding_size:
+        return {name: np.full(len(matches), np.nan) for name in names}
+    sides = [[part.reshape(-1, *part.shape[2:]) for part in head_matrices(model)] for model in (first, second)]
+
+    def circuits(side: int, head: int) -> list[np.ndarray]:
+        reads, writes, queries, keys = (part[head] for part in sides[side])
+        return [reads @ writes, queries @ keys.T]
+
+    found = np.empty((len(matches), 2))
+    for row, (a, b) in enumerate(matches):
+        for column, (old, new) in enumerate(zip(circuits(0, a), circuits(1, b), strict=True)):
+            found[row, column] = relative(float(np.linalg.norm(new - old)), old)
+    return dict(zip(names, found.T, strict=True))
+
+
+LOGITS_AT_ONCE = 2**20
+"""8 MB in float64."""
+
+
+@dataclass(frozen=True)
+class PredictionDiff(ShortRepr):
+    """Of each predicted token, (P,), in float64 nats.
+
+    Attributes:
+        sequences: which sequence it stands in.
+        positions: its position there: how many tokens come before.
+        targets: its id.
+        losses_a, losses_b: -ln p(token) by A and by B.
+        kl_ab, kl_ba: of the whole predictions there, KL(A || B) and KL(B || A).
+        same_choice: the probability that both choose the same token, if each chooses among its most probable ones.
+        position_numbers: (K,) the positions that have predictions.
+        kl_ab_by_position, kl_ba_by_position: (K,) the means there.
+    """
+
+    sequences: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    losses_a: np.ndarray
+    losses_b: np.ndarray
+    kl_ab: np.ndarray
+    kl_ba: np.ndarray
+    same_choice: np.ndarray
+    position_numbers: np.ndarray
+    kl_ab_by_position: np.ndarray
+    kl_ba_by_position: np.ndarray
+
+    @classmethod
+    def join(cls, parts: "Sequence[PredictedTokens]") -> "PredictionDiff":
+        """Those of all batches, one after the other."""
+        first_rows = np.cumsum([0, *(part.num_sequences for part in parts[:-1])])
+        columns = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("positions", "targets", "losses_a", "losses_b", "kl_ab", "kl_ba", "same_choice")
+        }
+        rows = [part.sequences + first for part, first in zip(parts, first_rows, strict=True)]
+        numbers, places = np.unique(columns["positions"], return_inverse=True)
+        counts = np.bincount(places)
+        means = {f"{name}_by_position": np.bincount(places, columns[name]) / counts for name in ("kl_ab", "kl_ba")}
+        return cls(sequences=np.concatenate(rows), **columns, position_numbers=numbers, **means)
+
+
+@dataclass(frozen=True)
+class PredictedTokens(ShortRepr):
+    """The predicted tokens of one batch, as in `PredictionDiff`."""
+
+    num_sequences: int
+    sequences: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    losses_a: np.ndarray
+    losses_b: np.ndarray
+    kl_ab: np.ndarray
+    kl_ba: np.ndarray
+    same_choice: np.ndarray
+
+
+def compare_predictions(batch: Batch, first_BTVocab: Tensor, second_BTVocab: Tensor) -> PredictedTokens:
+    """What two models say about the targets of a batch, from their logits."""
+    is_real_BT = batch.targets != IGNORED
+    rows, columns = (index.cpu().numpy() for index in is_real_BT.nonzero(as_tuple=True))
+    targets_P = batch.targets[is_real_BT].cpu()
+    size = max(1, LOGITS_AT_ONCE // first_BTVocab.shape[-1])
+    found: list[tuple[Tensor, ...]] = []
+    chunks = (logits[is_real_BT].split(size) for logits in (first_BTVocab, second_BTVocab))
+    for first, second, targets in zip(*chunks, targets_P.split(size), strict=True):
+        log_p, log_q = (logits.cpu().double().log_softmax(-1) for logits in (first, second))
+        ratio = log_p - log_q
+        found.append(
+            (
+                -log_p.gather(1, targets[:, None])[:, 0],
+                -log_q.gather(1, targets[:, None])[:, 0],
+                (log_p.exp() * ratio).sum(-1),
+                (log_q.exp() * -ratio).sum(-1),
+                same_choices(log_p, log_q),
+            )
+        )
+    values = [torch.cat(column).numpy() for column in zip(*found, strict=True)]
+    return PredictedTokens(len(is_real_BT), rows, columns + 1, targets_P.numpy(), *values)
+
+
+def same_choices(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(P,) 0 or 1 but where several tokens are tied for the first place: these share it."""
+    tops_p, tops_q = (values == values.amax(-1, keepdim=True) for values in (log_p, log_q))
+    return (tops_p & tops_q).sum(-1) / (tops_p.sum(-1) * tops_q.sum(-1))
+
+
+def paired_losses(found: PredictionDiff, documents_S: np.ndarray) -> PairedDifference | None:
+    """B's mean loss less A's, and how sure that is, by resampling the documents; None where there is but one.
+
+    Args:
+        documents_S: which document each sequence is cut from.
+    """
+    _, documents = np.unique(documents_S[found.sequences], return_inverse=True)
+    base, other = (loss_totals(documents, losses) for losses in (found.losses_a, found.losses_b))
+    return paired_difference(base, other, "loss")
+
+
+def loss_totals(documents: np.ndarray, losses: np.ndarray) -> DocumentTotals:
+    """The sums of each document; what a mean loss does not need is 0."""
+    nats, counts = np.bincount(documents, losses), np.bincount(documents)
+    unknown = np.zeros(len(nats))
+    return DocumentTotals(nats, counts, unknown, unknown, counts, unknown, unknown, unknown)
+
+
+def evaluation_error(model: Transformer, batch: Batch, losses_P: np.ndarray) -> float:
+    """How far the first losses are from those of the fast path, relative to the largest."""
+    with torch.inference_mode():
+        residual = model.final_residual(batch.tokens)[batch.targets != IGNORED]
+        targets_P = batch.targets[batch.targets != IGNORED]
+        expected = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets_P).cpu().double().numpy()
+    return float(np.abs(losses_P[: len(expected)] - expected).max() / max(1.0, expected.max()))
+
+
+PATTERN_SEQUENCES = 32
+"""Sequences, the first ones, on which patterns are compared: each pair of heads takes as long as a pass."""
+SAME_TOKENS, OTHER_TOKENS = "nats a token", "bits a byte"
+
+
+@dataclass(frozen=True)
+class HeadMatches(ShortRepr):
+    """Heads of A and their partners in B.
+
+    Attributes:
+        heads_a, heads_b: (H,), (G,) layer and head of each, such as `L0H1`.
+        pattern_divergences: (H, G) mean Jensen-Shannon divergence of the rows in bits, from 0 to 1; NaN where the two
+            were not to be matched, being in different layers.
+        matches: (M, 2) places in `heads_a` and `heads_b`; with the least sum of divergences.
+        match_divergences: (M,) of these.
+        ov_changes, qk_changes: (M,) as `circuit_changes`.
+        num_pattern_sequences: over how many sequences.
+    """
+
+    heads_a: tuple[str, ...]
+    heads_b: tuple[str, ...]
+    pattern_divergences: np.ndarray
+    matches: np.ndarray
+    match_divergences: np.ndarray
+    ov_changes: np.ndarray
+    qk_changes: np.ndarray
+    num_pattern_sequences: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDiff(Result):
+    """Everything of `HeadMatches`, `PredictionDiff` and `WeightChanges`; None where the two cannot be compared.
+
+    Attributes:
+        tokens: the ids of each sequence, with its last target; none where the tokenizers differ.
+        not_compared: what was left out, and why.
+        losses: (2,) the mean loss of A and of B.
+        loss_unit: `nats a token`; `bits a byte` where the tokenizers differ.
+        loss_difference: B less A, by the bootstrap over documents; None where there is but one.
+        cka: (A + 1, B + 1) of the residual streams after the embedding and after each block.
+        num_cka_tokens: over how many tokens.
+        across_layers: whether heads were matched across layers.
+    """
+
+    DISCRETE = frozenset({"same_choice"})
+
+    tokens: tuple[tuple[int, ...], ...]
+    not_compared: tuple[str, ...]
+    losses: np.ndarray
+    loss_unit: str
+    loss_difference: PairedDifference | None
+    predictions: PredictionDiff | None
+    cka: np.ndarray | None
+    num_cka_tokens: int
+    across_layers: bool
+    heads: HeadMatches | None
+    weights: WeightChanges
+
+    def as_dict(self) -> dict[str, Any]:
+        """The parts' fields beside the own ones."""
+        values = super().as_dict()
+        parts = [values.pop(name) for name in ("predictions", "heads", "weights")]
+        return values | {name: value for part in parts if part is not None for name, value in vars(part).items()}
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """One number a row: of what, of which place in A and in B. The numbers of single tokens are left out."""
+        for name, value in zip("ab", self.losses.tolist(), strict=True):
+            yield row(f"loss_{name}", "", "", value)
+        if (found := self.predictions) is not None:
+            yield row("kl_ab", "", "", float(found.kl_ab.mean()))
+            yield row("kl_ba", "", "", float(found.kl_ba.mean()))
+            yield row("same_choice", "", "", float(found.same_choice.mean()))
+            for name in ("kl_ab_by_position", "kl_ba_by_position"):
+                for position, value in zip(found.position_numbers.tolist(), getattr(found, name).tolist(), strict=True):
+                    yield row(name, f"{position}", f"{position}", value)
+        if self.cka is not None:
+            names_a, names_b = (stream_names(count - 1) for count in self.cka.shape)
+            for a, b in np.ndindex(*self.cka.shape):
+                yield row("cka", names_a[a], names_b[b], float(self.cka[a, b]))
+        if (heads := self.heads) is not None:
+            for name in ("match_divergences", "ov_changes", "qk_changes"):
+                for (a, b), value in zip(heads.matches, getattr(heads, name).tolist(), strict=True):
+                    yield row(name.removesuffix("s"), heads.heads_a[a], heads.heads_b[b], value)
+        for name in ("relative_changes", "change_norms", "spectral_changes"):
+            for tensor, value in zip(self.weights.tensors, getattr(self.weights, name).tolist(), strict=True):
+                yield row(name.removesuffix("s"), tensor, tensor, value)
+
+
+def row(quantity: str, a: str, b: str, value: float) -> dict[str, Any]:
+    return {"quantity": quantity, "a": a, "b": b, "value": value}
+
+
+def stream_names(num_layers: int) -> list[str]:
+    """The places of the residual stream that are compared."""
+    return ["embedding", *(f"L{layer}" for layer in range(num_layers))]
+
+
+def diff(
+    first: Transformer, second: Transformer, batches: Sequence[Batch], *, across_layers: bool = False
+) -> ModelDiff:
+    """Compares two models on the same tokens, which they read by the same tokenizer. Their sizes may differ.
+
+    Predictions: KL(A || B) = sum p_A ln(p_A / p_B), what is lost by expecting B where A is right, and KL(B || A)
+    (Kullback & Leibler 1951, "On Information and Sufficiency"). Representations: linear CKA (`LinearCka`). Heads: the
+    assignment with the least sum of the divergences of their patterns (`pattern_divergences`, from position 1 on,
+    since position 0 sees only itself), within a layer or across all of them. Others match by the similarity of
+    circuits, which says nothing of two models that were trained apart: these have no coordinates in common, and what
+    a head looks at is comparable all the same. Weights: `weight_changes`.
+
+    Args:
+        first, second: A and B, in evaluation mode, on one device and in one type, with equal vocabularies.
+        batches: sequences; of those that are longer than one of the models takes, the start.
+        across_layers: match heads of any layers; always so where the two have not as many layers.
+
+    Raises:
+        ValueError: the vocabularies differ.
+    """
+    if first.vocab_size != second.vocab_size:
+        raise ValueError(f"the vocabularies have {first.vocab_size} and {second.vocab_size} tokens")
+    length = min(first.context_size, second.context_size)
+    batches = [shortened(batch, length).to(first.token_embedding.weight.device) for batch in batches]
+    across_layers = across_layers or first.num_layers != second.num_layers
+    cka, patterns, parts = LinearCka(), PatternSums(across_layers), []
+    with torch.inference_mode():
+        for batch in batches:
+            outputs = first(batch.tokens), second(batch.tokens)
+            parts.append(compare_predictions(batch, *(output.logits for output in outputs)))
+            is_real_BT = batch.tokens != PAD
+            cka.add(*([stream[is_real_BT] for stream in output.residuals] for output in outputs))
+            patterns.add(*outputs, is_real_BT)
+    predictions = PredictionDiff.join(parts)
+    similarities, weights = cka.similarities(), weight_changes(first, second)
+    heads = match_heads(first, second, patterns)
+    return ModelDiff(
+        tokens=tuple(rows_of(batches)),
+        not_compared=() if heads else ("heads: there is only one position, and a single token to look at",),
+        losses=np.array([predictions.losses_a.mean(), predictions.losses_b.mean()]),
+        loss_unit=SAME_TOKENS,
+        loss_difference=paired_losses(predictions, documents_of(batches)),
+        predictions=predictions,
+        cka=similarities,
+        num_cka_tokens=cka.num_tokens,
+        across_layers=across_layers,
+        heads=heads,
+        weights=weights,
+        receipts=(
+            Receipt(
+                "the losses are those of an evaluation",
+                max(
+                    evaluation_error(first, batches[0], predictions.losses_a),
+                    evaluation_error(second, batches[0], predictions.losses_b),
+                ),
+                rounding(first),
+            ),
+            Receipt("no KL is negative", below_zero(predictions.kl_ab, predictions.kl_ba), FLOAT64_TOLERANCE),
+            Receipt("CKA lies between 0 and 1", beyond_1(similarities), FLOAT64_TOLERANCE),
+            *pattern_receipts(heads, rounding(first)),
+            weight_receipt(weights),
+        ),
+    )
+
+
+def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[TokenizedSplit, Sizes]]) -> ModelDiff:
+    """Compares two models whose tokenizers differ on the same documents: bits per byte, and weights of equal shape.
+
+    Each token is scored once, in windows that share one token.
+
+    Args:
+        first, second: A and B, in evaluation mode.
+        texts: the documents in the tokens of A and of B, and their sizes, from `document_sizes`.
+    """
+    totals = []
+    for model, (split, sizes) in zip((first, second), texts, strict=True):
+        windows, protocol = strided_windows(split, model.context_size, model.context_size)
+        sums = GroupSums(split.facts.num_documents, 3)
+        score(
+            model,
+            windows,
+            protocol.once,
+            {},
+            lambda scores, sums=sums: sums.add(scores.documents, scores.losses, scores.at_1, scores.at_5),
+        )
+        totals.append(document_totals(split, sizes, sums.counts, *sums.sums))
+    weights = weight_changes(first, second, left_out=("token_embedding.weight",))
+    return ModelDiff(
+        tokens=(),
+        not_compared=("predictions, representations and heads: the tokenizers differ, so no two tokens are the same",),
+        losses=np.array([float(figures(total.total).bits_per_byte) for total in totals]),
+        loss_unit=OTHER_TOKENS,
+        loss_difference=paired_difference(totals[0], totals[1], "bits_per_byte"),
+        predictions=None,
+        cka=None,
+        num_cka_tokens=0,
+        across_layers=False,
+        heads=None,
+        weights=weights,
+        receipts=(weight_receipt(weights),),
+    )
+
+
+class PatternSums:
+    """Divergences of the pairs of heads that may be matched, summed over rows."""
+
+    def __init__(self, across_layers: bool) -> None:
+        self.across_layers = across_layers
+        self.sums: dict[tuple[int, int], np.ndarray] = {}
+        self.num_rows = self.num_sequences = 0
+
+    def add(self, first: TransformerOutput, second: TransformerOutput, is_real_BT: torch.Tensor) -> None:
+        """Takes in the patterns of a batch, until there were `PATTERN_SEQUENCES` sequences."""
+        count = min(len(is_real_BT), PATTERN_SEQUENCES - self.num_sequences)
+        counts_BT = is_real_BT[:count].clone()
+        counts_BT[:, 0] = False
+        if not counts_BT.any():
+            return
+        for a, patterns_a in enumerate(first.patterns):
+            for b, patterns_b in enumerate(second.patterns):
+                if self.across_layers or a == b:
+                    found = pattern_divergences(patterns_a[:count], patterns_b[:count], counts_BT)
+                    self.sums[a, b] = self.sums.get((a, b), 0.0) + found
+        self.num_sequences += count
+        self.num_rows += int(counts_BT.sum())
+
+
+def match_heads(first: Transformer, second: Transformer, patterns: PatternSums) -> HeadMatches | None:
+    """The heads' partners; None where no row was compared."""
+    if not patterns.num_rows:
+        return None
+    heads, partners = first.num_heads, second.num_heads
+    found = np.full((first.num_layers * heads, second.num_layers * partners), np.nan)
+    for (a, b), total in patterns.sums.items():
+        found[a * heads : (a + 1) * heads, b * partners : (b + 1) * partners] = total / patterns.num_rows
+    if patterns.across_layers:
+        matches = cheapest_assignment(found)
+    else:
+        corners = [np.array([layer * heads, layer * partners]) for layer in range(first.num_layers)]
+        blocks = [found[a : a + heads, b : b + partners] for a, b in corners]
+        matches = np.concatenate([cheapest_assignment(x) + corner for x, corner in zip(blocks, corners, strict=True)])
+    return HeadMatches(
+        heads_a=head_names(first),
+        heads_b=head_names(second),
+        pattern_divergences=found,
+        matches=matches,
+        match_divergences=found[tuple(matches.T)],
+        **circuit_changes(first, second, matches),
+        num_pattern_sequences=patterns.num_sequences,
+    )
+
+
+def head_names(model: Transformer) -> tuple[str, ...]:
+    return tuple(f"L{layer}H{head}" for layer, head in np.ndindex(model.num_layers, model.num_heads))
+
+
+def shortened(batch: Batch, length: int) -> Batch:
+    """The first `length` positions of a batch."""
+    if batch.tokens.shape[1] <= length:
+        return batch
+    targets = batch.targets[:, :length]
+    return replace(
+        batch,
+        tokens=batch.tokens[:, :length].contiguous(),
+        targets=targets,
+        num_targets=int((targets != IGNORED).sum()),
+    )
+
+
+def rows_of(batches: Sequence[Batch]) -> Iterator[tuple[int, ...]]:
+    """The ids of each sequence, with its last target, without padding."""
+    for batch in batches:
+        for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+            ids = [*tokens, targets[-1] if targets[-1] != IGNORED else PAD]
+            yield tuple(token for token in ids if token != PAD)
+
+
+def below_zero(*values: np.ndarray) -> float:
+    return max(0.0, *(-float(part.min()) for part in values))
+
+
+def beyond_1(values: np.ndarray) -> float:
+    """How far outside of 0 to 1 the numbers go; what is missing counts for nothing."""
+    return float(np.nanmax(np.abs(values - 0.5), initial=0.5)) - 0.5
+
+
+def pattern_receipts(heads: HeadMatches | None, tolerance: float) -> Iterator[Receipt]:
+    if heads is not None:
+        yield Receipt("divergences lie between 0 and 1", beyond_1(heads.pattern_divergences), tolerance)
+
+
+def weight_receipt(weights: WeightChanges) -> Receipt:
+    """||D||_2 <= ||D||_F."""
+    excess = (weights.spectral_changes - weights.change_norms).max(initial=0.0)
+    return Receipt("no spectral norm exceeds the Frobenius norm", float(excess), FLOAT64_TOLERANCE)

@@ -1,0 +1,126 @@
+"""How well each token of a text is predicted.
+
+Shapes: T position, Vocab vocab_size.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lumiere.components.kernels import linear_cross_entropy_losses
+from lumiere.evaluation.ngrams import Baseline
+from lumiere.evaluation.scoring import share_of_top, shared_place
+from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.models.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLosses(Result):
+    """The predictions of all tokens but the first, which has nothing before it. Losses are in nats.
+
+    Attributes:
+        tokens: (T,) the ids that the model was given.
+        losses: (T-1,) -ln P(token | what precedes it).
+        surprisals: (T-1,) the same in bits.
+        entropies: (T-1,) in nats: the loss that the model expects.
+        ranks: (T-1,) how many tokens it holds more likely; 0 is the first choice.
+        ties: (T-1,) how many it holds exactly as likely, the token included.
+        predictions: (T-1,) the token that it holds most likely.
+        probabilities: (T-1,) of that token.
+        unigram_losses: (T-1,) of the token's frequency in training; None where that is not known.
+        bigram_losses: (T-1,) of a model that sees the token before; None where that is not known.
+    """
+
+    tokens: tuple[int, ...]
+    losses: np.ndarray
+    surprisals: np.ndarray
+    entropies: np.ndarray
+    ranks: np.ndarray
+    ties: np.ndarray
+    predictions: np.ndarray
+    probabilities: np.ndarray
+    unigram_losses: np.ndarray | None
+    bigram_losses: np.ndarray | None
+
+    @property
+    def places(self) -> np.ndarray:
+        """(T-1,) the rank, of tied tokens the mean of their ranks."""
+        return shared_place(self.ranks, self.ties)
+
+    @property
+    def on_top(self) -> np.ndarray:
+        """(T-1,) the probability that the token is the first choice, if tied tokens share the first place."""
+        return share_of_top(self.ranks, self.ties, 1)
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        columns = {"loss": self.losses, "surprisal": self.surprisals, "entropy": self.entropies, "rank": self.ranks}
+        columns["ties"] = self.ties
+        columns |= {"prediction": self.predictions, "probability": self.probabilities}
+        for name, losses in (("unigram_loss", self.unigram_losses), ("bigram_loss", self.bigram_losses)):
+            if losses is not None:
+                columns[name] = losses
+        for index, token in enumerate(self.tokens[1:]):
+            numbers = {name: column[index].item() for name, column in columns.items()}
+            yield {"position": index + 1, "token": token, **numbers}
+
+
+def token_losses(
+    model: Transformer, tokens: Sequence[int], unigram: Baseline | None = None, bigram: Baseline | None = None
+) -> TokenLosses:
+    """Surprisal `-log2 P(token | context)` (Shannon 1948; as reading effort: Hale 2001), and what belongs to it.
+
+    The entropy is `-sum P ln P` over the vocabulary: a loss far above it is a surprise, and where both are high the
+    model knew that it did not know.
+
+    Args:
+        model: in evaluation mode.
+        tokens: (T,) ids, 2 to `context_size` of them.
+        unigram: fitted to the training split.
+        bigram: the same.
+
+    Raises:
+        ValueError: there is one token only.
+    """
+    if len(tokens) < 2:
+        raise ValueError("there is one token, and nothing to predict from it")
+    tokens_1T = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    targets_T = tokens_1T[0, 1:]
+    with torch.inference_mode():
+        logits_TVocab = model.logits(tokens_1T)[0, :-1]
+        log_probabilities = logits_TVocab.log_softmax(-1)
+        probabilities = log_probabilities.exp()
+        losses = -log_probabilities.gather(1, targets_T[:, None])[:, 0]
+        entropies = torch.special.entr(probabilities).sum(-1)
+        target_logits = logits_TVocab.gather(1, targets_T[:, None])
+        residual = model.final_residual(tokens_1T)[0, :-1]
+        evaluated = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets_T)
+    tolerance = rounding(model)
+    sums = probabilities.cpu().sum(-1, dtype=torch.float64)
+    difference = (losses - evaluated).abs().max() / evaluated.max().clamp(min=1)
+    values = losses.cpu().numpy()
+    row_1T = np.array([list(tokens)])
+    return TokenLosses(
+        tokens=tuple(tokens),
+        losses=values,
+        surprisals=values / math.log(2),
+        entropies=entropies.cpu().numpy(),
+        ranks=(logits_TVocab > target_logits).sum(-1).cpu().numpy(),
+        ties=(logits_TVocab == target_logits).sum(-1).cpu().numpy(),
+        predictions=logits_TVocab.argmax(-1).cpu().numpy(),
+        probabilities=probabilities.amax(-1).cpu().numpy(),
+        unigram_losses=None if unigram is None else unigram.losses(row_1T)[0],
+        bigram_losses=None if bigram is None else bigram.losses(row_1T)[0],
+        receipts=(
+            Receipt("probabilities sum to 1", float((sums - 1).abs().max()), tolerance),
+            Receipt("the losses are those of an evaluation", float(difference), tolerance),
+            Receipt(
+                "no entropy above ln of the vocabulary",
+                max(0.0, float(entropies.max()) - math.log(model.vocab_size)),
+                tolerance * math.log(model.vocab_size),
+            ),
+        ),
+    )

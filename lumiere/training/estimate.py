@@ -1,0 +1,237 @@
+"""What a training will take on this machine: reckoned from its config, and measured in a few seconds of real steps."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lumiere.data.batches import Windows, batch_at
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
+from lumiere.evaluation.loss import evaluate
+from lumiere.models.transformer import Transformer
+from lumiere.training import costs
+from lumiere.training.costs import Disk, Parameters
+from lumiere.training.loss import Objective, compiled, summed_loss
+from lumiere.training.schedule import earliest_stop, num_evaluations, num_steps, unfinished_warmup
+from lumiere.training.setup import TrainingSetup
+from lumiere.training.sharing import check_shares
+from lumiere.training.state import TrainingState
+from lumiere.training.trainer import train_step
+
+WARMUP_STEPS = 2
+"""Steps that are not counted: the first ones allocate memory and, where asked to, compile."""
+MIN_STEPS = 3
+MEASURED_SECONDS = 5.0
+EVALUATION_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a step holds at once, by what they are for.
+
+    Attributes:
+        weights: float32 in any precision. Of this and the next two, a process has its share with `parallel: fsdp`; the
+            weights of a block and of the embedding that it needs for a moment come on top.
+        gradients: one for each weight.
+        optimizer: its averages.
+        activations: what the forward pass of one accumulation step keeps for the backward pass, as measured. What an
+            operation needs for itself while it runs comes on top.
+        peak: the most that was in use during the measurement: on a CUDA device by tensors, elsewhere by the whole
+            process since it began, with Python, torch and the reading of the corpus (None: the system does not say).
+            The process that measures has all weights.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training takes. Times leave out saving and the reading of the corpus, as those of `metrics.jsonl` do.
+
+    Attributes:
+        flops_per_token: of a trained position, forward and backward.
+        padding_share: share of the positions of all training windows that are padding.
+        epoch_steps: steps of an epoch.
+        total_steps: steps of the training where patience does not end it sooner.
+        earliest_stop: the step at which patience could (None: it cannot).
+        warmup_steps: steps in which the learning rate rises.
+        num_evaluations: in `total_steps`.
+        num_processes: that share each step's windows and each evaluation's batches. Memory is that of each; times are
+            those of one process with its share, while the others rest, so that the exchange of gradients is left out.
+        windows_per_process: of a full batch.
+        peak_flops: FLOP/s of the device in matrix products, as measured, times `num_processes`.
+        measured_steps: steps that the following figures are taken from.
+        seconds_per_step: their median.
+        tokens_per_second: their mean number of targets, padding left out, by that median.
+        mfu: share of `peak_flops` that those tokens take.
+        startup_seconds: by how much the first steps, that are not counted above, were slower.
+        seconds_per_evaluation: extrapolated from the first batches of the validation windows.
+    """
+
+    parameters: Parameters
+    flops_per_token: int
+    memory: Memory
+    disk: Disk
+    num_windows: int
+    padding_share: float
+    epoch_steps: int
+    total_steps: int
+    earliest_stop: int | None
+    warmup_steps: int
+    num_evaluations: int
+    num_processes: int
+    windows_per_process: int
+    device: str
+    precision: str
+    peak_flops: float
+    measured_steps: int
+    seconds_per_step: float
+    tokens_per_second: float
+    mfu: float
+    startup_seconds: float
+    seconds_per_evaluation: float
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all steps and evaluations."""
+        evaluating = self.num_evaluations * self.seconds_per_evaluation
+        return self.startup_seconds + self.total_steps * self.seconds_per_step + evaluating
+
+
+def make_plan(setup: TrainingSetup, warn: Callable[[str], None], processes: ProcessGroup = SINGLE_PROCESS) -> Plan:
+    """Measure some steps and a part of an evaluation on the corpus itself. Nothing is written.
+
+    Args:
+        warn: told where something does not go as asked, such as compiling.
+        processes: the processes that would train; none of the others is needed.
+
+    Raises:
+        LumiereError: if they cannot share the batches or the device.
+    """
+    config, epoch_steps = setup.config, setup.epoch_steps
+    settings = config.training
+    check_shares(settings, setup.device, processes)
+    total_steps = num_steps(settings, epoch_steps)
+    if setup.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    objective = compiled(warn) if settings.compile else summed_loss
+    state = TrainingState.create(config, setup.device, setup.precision)
+    state.model.train()
+    seconds, targets = measure_steps(setup, state, objective, processes.size)
+    seconds_per_step = statistics.median(seconds[WARMUP_STEPS:])
+    tokens_per_second = statistics.mean(targets[WARMUP_STEPS:]) / seconds_per_step
+    flops_per_token = costs.flops_per_token(config)
+    seconds_per_evaluation = measure_evaluation(setup, state.model) / processes.size
+    num_shares = processes.size if settings.parallel == "fsdp" else 1
+    memory = Memory(
+        weights=costs.weight_bytes(config) // num_shares,
+        gradients=costs.weight_bytes(config) // num_shares,
+        optimizer=costs.optimizer_bytes(config) // num_shares,
+        activations=measure_activations(setup, state.model, objective, processes.size),
+        peak=peak_memory(setup.device),
+    )
+    windows = setup.corpus.windows("train", config)
+    if message := unfinished_warmup(settings.warmup_steps, total_steps):
+        warn(message)
+    return Plan(
+        parameters=costs.count_parameters(config),
+        flops_per_token=flops_per_token,
+        memory=memory,
+        disk=costs.disk(config, total_steps),
+        num_windows=len(windows),
+        padding_share=windows.padding_share,
+        epoch_steps=epoch_steps,
+        total_steps=total_steps,
+        earliest_stop=earliest_stop(settings, epoch_steps),
+        warmup_steps=settings.warmup_steps,
+        num_evaluations=num_evaluations(settings, epoch_steps),
+        num_processes=processes.size,
+        windows_per_process=settings.batch_size // processes.size,
+        device=str(setup.device),
+        precision=str(setup.precision).removeprefix("torch."),
+        peak_flops=setup.peak_flops * processes.size,
+        measured_steps=len(seconds) - WARMUP_STEPS,
+        seconds_per_step=seconds_per_step,
+        tokens_per_second=tokens_per_second,
+        mfu=tokens_per_second * flops_per_token / (setup.peak_flops * processes.size),
+        startup_seconds=max(0.0, sum(seconds[:WARMUP_STEPS]) - WARMUP_STEPS * seconds_per_step),
+        seconds_per_evaluation=seconds_per_evaluation,
+    )
+
+
+def measure_steps(
+    setup: TrainingSetup, state: TrainingState, objective: Objective, num_shares: int = 1
+) -> tuple[list[float], list[int]]:
+    """The seconds and the targets of the first steps, each with its batch, for `MEASURED_SECONDS` after the warm-up."""
+    config, settings = setup.config, setup.config.training
+    windows = setup.corpus.windows("train", config)
+    seconds: list[float] = []
+    targets: list[int] = []
+    while len(seconds) < WARMUP_STEPS + MIN_STEPS or sum(seconds[WARMUP_STEPS:]) < MEASURED_SECONDS:
+        started = time.perf_counter()
+        share = batch_at(len(seconds), windows, settings.batch_size, settings.seed, 0, num_shares)
+        batch = share.to(setup.device)
+        # A learning rate of zero takes as long as any other, and cannot spoil the weights.
+        train_step(state, batch, 0.0, settings, setup.precision, objective)
+        seconds.append(time.perf_counter() - started)
+        targets.append(batch.num_targets)
+    return seconds, targets
+
+
+def measure_evaluation(setup: TrainingSetup, model: Transformer) -> float:
+    """The seconds of an evaluation, by those of the first windows of the validation split."""
+    config, batch_size = setup.config, setup.config.training.batch_size
+    split = setup.corpus.splits["validation"]
+    windows = setup.corpus.windows("validation", config)
+    # The beginning of the text, cut after so many tokens, is a text too.
+    end = min(EVALUATION_BATCHES * batch_size * windows.stride, int(windows.offsets[-1]))
+    offsets = np.append(windows.offsets[: np.searchsorted(windows.offsets, end)], end)
+    beginning = Windows(windows.ids, offsets, windows.context_size, windows.sliding_window_size)
+    evaluation = evaluate(model, beginning, split.facts, batch_size)
+    return evaluation.seconds / evaluation.num_windows * len(windows)
+
+
+def measure_activations(setup: TrainingSetup, model: Transformer, objective: Objective, num_shares: int = 1) -> int:
+    """The bytes that autograd keeps from the forward to the backward pass of a batch's first part, weights left out."""
+    config, settings = setup.config, setup.config.training
+    windows = setup.corpus.windows("train", config)
+    batch = batch_at(0, windows, settings.batch_size, settings.seed, 0, num_shares)
+    part = batch.to(setup.device).split(settings.gradient_accumulation_steps)[0]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()  # once, however many operations keep it
+        return tensor
+
+    bfloat16 = setup.precision == torch.bfloat16
+    with (
+        torch.autocast(setup.device.type, torch.bfloat16, enabled=bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        loss = objective(model, part.tokens, part.targets)
+    total = sum(kept.values())
+    del loss  # only now: what it keeps has an address of its own as long as it lives
+    return total
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that were in use, as `Memory.peak` says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
