@@ -1,5 +1,7 @@
-"""Reading files that anybody may have written: never more than is wanted, never what is no file, never half-valid JSON.
+"""Read untrusted files, replace files atomically, and lock a run's folder.
 
+Reading never takes more than is wanted, opens nothing but regular files, and accepts strict JSON only. A write leaves
+either the old file or the whole new one, whenever the power goes.
 Loads nothing but the standard library, because listing runs reads their records.
 """
 
@@ -8,8 +10,12 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lumiere.errors import LumiereError, RunBusyError
 
 MAX_DEPTH = 32  # of nested lists and mappings; ours have 5
 MAX_INTEGER = 2**63 - 1
@@ -57,7 +63,7 @@ def parse_json(data: bytes | str) -> Any:
         value = _DECODER.decode(data if isinstance(data, str) else data.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    _check(value, MAX_DEPTH)
+    _check(value)
     return value
 
 
@@ -77,20 +83,23 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _check(value: Any, depth: int) -> None:
-    match value:
-        case dict() | list() if depth == 0:
-            raise ValueError("nested too deeply")
-        case dict():
-            for item in value.values():
-                _check(item, depth - 1)
-        case list():
-            for item in value:
-                _check(item, depth - 1)
-        case int() if abs(value) > MAX_INTEGER:
-            raise ValueError("an integer is out of range")
-        case float() if not math.isfinite(value):  # 1e999
-            raise ValueError("a number is out of range")
+def _check(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        below: list[Any] = []
+        for item in level:
+            match item:
+                case dict() | list() if depth == MAX_DEPTH:
+                    raise ValueError("nested too deeply")
+                case dict():
+                    below += item.values()
+                case list():
+                    below += item
+                case int() if abs(item) > MAX_INTEGER:
+                    raise ValueError("an integer is out of range")
+                case float() if not math.isfinite(item):  # 1e999
+                    raise ValueError("a number is out of range")
+        level, depth = below, depth + 1
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
@@ -109,3 +118,128 @@ def is_writable(folder: str) -> bool:
             return True
     except OSError:
         return False
+
+
+UNSUPPORTED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
+"""Errors of fsync on a directory by file systems that do not support it (some network and FUSE file systems)."""
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes `data` to `path` so that no reader and no crash ever sees a part of it.
+
+    Raises:
+        OSError: as writing does; up to the moment of the replacement the old file is untouched.
+    """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a new file that replaces the one at `path` when the block ends without an error.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    import secrets
+
+    path = Path(path)
+    # Beside the target, because a replacement is atomic within one file system only.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable, where the file system supports it; Windows needs no request."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(path: str | Path, error: OSError) -> LumiereError:
+    """Return the error to raise when a file of a run cannot be written."""
+    return LumiereError(
+        f"{str(path)!r} cannot be written: {error.strerror or error}",
+        "make room or check the folder; lumiere train --resume RUN goes on from what was saved before",
+    )
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Raise `unwritable(path)` for every OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+LOCK_NAME = ".lock"
+PATIENCE = 2.0  # seconds; a look by `is_locked` holds the lock for an instant
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside of it, no other process holds the lock of the run in `folder`.
+
+    Raises:
+        RunBusyError: another process holds it.
+        LumiereError: the folder cannot be written to.
+    """
+    # Here and below: half of the time of `lumiere runs ls`, which needs it only where a run says that it is running.
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.stat()  # the lock would make a folder where there is none
+        lock = FileLock(folder / LOCK_NAME)
+        lock.acquire(timeout=PATIENCE, poll_interval=0.05)
+    except Timeout:
+        raise RunBusyError(
+            f"{folder.name} is being trained by another process",
+            f"lumiere runs show {folder.name} says where; wait for its end, or stop it",
+        ) from None
+    except OSError as error:
+        raise LumiereError(
+            f"{str(folder)!r} cannot be locked: {error.strerror or error}", "check the folder and its permissions"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process of this machine holds the lock of the run in `folder`.
+
+    None stands for unknown: there is no lock file, or it cannot be locked. A process of another machine may hold the
+    lock without being seen.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / LOCK_NAME
+    if not path.is_file():  # and a look leaves no file behind
+        return None
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:
+        return None
+    lock.release()
+    return False

@@ -293,13 +293,15 @@ def check_vocabulary(vocab: dict[str, int]) -> None:
 
 def agree(saved: Any, expected: Any) -> bool:
     """Whether two JSON values are the same, but for keys that only one of them has: versions of the library differ."""
+    if saved == expected:
+        return True
     match saved, expected:
         case dict(), dict():
             return all(agree(saved[key], expected[key]) for key in saved.keys() & expected.keys())
         case list(), list():
             return len(saved) == len(expected) and all(map(agree, saved, expected))
         case _:
-            return saved == expected
+            return False
 
 
 def byte_characters() -> list[str]:

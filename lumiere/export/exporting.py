@@ -18,9 +18,9 @@ from lumiere.export.transformer_lens import (
     folder_files,
     stated_tokens,
 )
+from lumiere.files import sync_folder, write_atomically
 from lumiere.interpret.result import Receipt
 from lumiere.models.transformer import Transformer
-from lumiere.persistence.atomic import sync_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def export_model(
         for receipt in receipts:
             if not receipt.holds:
                 raise FailedCheckError(
-                    f"{receipt.law}: off by {receipt.error:.0e}, allowed {receipt.tolerance:.0e}; nothing was written",
+                    f"{receipt.check}: error {receipt.error:.0e} (tolerance {receipt.tolerance:.0e}), nothing written",
                     "this is a bug of Lumiere, or of the library: please report it",
                 )
     return Exported(tuple(files), tuple(tokens_BT[0].tolist()), receipts, found.count(None))

@@ -26,7 +26,7 @@ from lumiere.interpret.result import Result
 from lumiere.interpret.summary import ModelSummary, summarize
 from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
-from lumiere.persistence.history import History, Point
+from lumiere.persistence.metrics import History, Point
 from lumiere.report.model_card import corpus_name
 from lumiere.training.costs import count_parameters
 
@@ -418,7 +418,13 @@ def signed(value: float, decimals: int) -> str:
 
 def receipt_table(inspection: Inspection) -> str:
     rows = [
-        (name, receipt.law, f"{receipt.error:.0e}", f"{receipt.tolerance:.0e}", "holds" if receipt.holds else "FAILED")
+        (
+            name,
+            receipt.check,
+            f"{receipt.error:.0e}",
+            f"{receipt.tolerance:.0e}",
+            "holds" if receipt.holds else "FAILED",
+        )
         for name, result in inspection.results()
         for receipt in result.receipts
     ]
