@@ -53,12 +53,12 @@ class TransformerOutput(ShortRepr):
     """(B, T, Vocab)."""
     residuals: tuple[Tensor, ...]
     """(B, T, E) before each block and after the last."""
-    _patterns: Sequence[Tensor | tuple[Tensor, Tensor, Tensor | None]]
+    kept_patterns: Sequence[Tensor | tuple[Tensor, Tensor, Tensor | None]]
 
     @cached_property
     def patterns(self) -> tuple[Tensor, ...]:
         """(B, H, T, S) of each layer."""
-        return tuple(kept if isinstance(kept, Tensor) else attention_pattern(*kept) for kept in self._patterns)
+        return tuple(kept if isinstance(kept, Tensor) else attention_pattern(*kept) for kept in self.kept_patterns)
 
     @cached_property
     def attention_weights(self) -> Tensor:
