@@ -1,6 +1,6 @@
-"""Watching and changing activations: named identity modules, and `with` blocks that act on them.
+"""Reading and changing activations: named identity modules, and `with` blocks that set functions on them.
 
-A `HookPoint` marks a place in the model's watching path. Its public name is the one TransformerLens gives the same
+A `HookPoint` marks a place in the model's forward pass. Its public name is the one TransformerLens gives the same
 place, so that knowledge and scripts carry over; the module's own path follows Lumiere's glossary.
 """
 
@@ -108,7 +108,7 @@ def _hooked(points: Mapping[str, HookPoint], hooks: Mapping[str, Hook]) -> Itera
 def run_with_cache(
     model: nn.Module, tokens_BT: Tensor, names: Iterable[str] | None = None
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Run the watching path and keep activations.
+    """Run the model and keep activations.
 
     Args:
         model: any module that holds hook points, called as `model(tokens_BT)`.

@@ -84,10 +84,10 @@ class Transformer(nn.Module):
         d_value: width of a head's values.
         d_ff: neurons in each block's feed-forward part.
         dropout: share of the embedding sum and of each part's output that is dropped while training.
-        padding_id: the id of padding, which the watching path then hides by itself; None: no id is padding.
+        padding_id: the id of padding, which `model(tokens)` hides by itself; None: no id is padding.
         positions: `learned` embeddings, or `rotary`, which makes the model a Llama (Touvron et al. 2023).
         zero_output_init: start the matrices that write to the residual stream at zero.
-        activation_checkpointing: on the fast path, keep only what each block reads, and compute the block again in the
+        activation_checkpointing: in training, keep only what each block reads, and compute the block again in the
             backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"), with the same dropout.
 
     Raises:
