@@ -249,7 +249,7 @@ def stated_tokens(context_size: int, ids: range) -> Tensor:
 
 @torch.inference_mode()
 def logits_of(model: Transformer, tokens_BT: Tensor) -> Tensor:
-    """(B, T, Vocab), by the same forward pass as all analyses."""
+    """(B, T, Vocab)."""
     return model(tokens_BT).logits
 
 
