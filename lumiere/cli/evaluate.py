@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,23 +26,21 @@ def evaluate(
     runs: RunReferences,
     checkpoint: CheckpointName = "best",
     split: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--split", help="train, validation or test. \\[default: validation]"),
+        str | None, typer.Option("--split", help="train, validation or test. \\[default: validation]")
     ] = None,
     text: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split; - is stdin."),
     ] = None,
     dataset: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option("--dataset", metavar="NAME", help="Score a split of this dataset: stories, on the Hub, a folder."),
     ] = None,
     subset: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--subset", metavar="NAME", help="Of the dataset, such as wikitext-2-raw-v1."),
+        str | None, typer.Option("--subset", metavar="NAME", help="Of the dataset, such as wikitext-2-raw-v1.")
     ] = None,
     stride: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             "--stride",
             metavar="N",
@@ -51,7 +49,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             "--batch-size",
             min=1,
@@ -62,7 +60,7 @@ def evaluate(
         bool, typer.Option("--baselines/--no-baselines", help="Compare with models that count the training split.")
     ] = True,
     output: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--output",
             "-o",

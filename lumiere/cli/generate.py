@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ FAILED_CHECK = 3
 
 def generate(
     prompt: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--prompt",
             "-p",
@@ -36,7 +36,7 @@ def generate(
         ),
     ] = None,
     prompts: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "--prompts", metavar="FILE", help="A prompt a line, or .jsonl with a key prompt; the answer is JSON Lines."
         ),
@@ -50,52 +50,40 @@ def generate(
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest text, in tokens.")
     ] = 200,
     temperature: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--temperature", "-t", help="0 takes the likeliest token. \\[default: 0.8]"),
+        float | None, typer.Option("--temperature", "-t", help="0 takes the likeliest token. \\[default: 0.8]")
     ] = None,
-    top_k: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--top-k", help="Draw from the k likeliest tokens."),
-    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--top-p", help="Draw from the likeliest tokens that hold this probability."),
+        float | None, typer.Option("--top-p", help="Draw from the likeliest tokens that hold this probability.")
     ] = None,
     min_p: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option("--min-p", help="Leave out tokens below this share of the likeliest one's probability."),
     ] = None,
     typical_p: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--typical-p", help="Draw from the most typical tokens that hold this probability."),
+        float | None, typer.Option("--typical-p", help="Draw from the most typical tokens that hold this probability.")
     ] = None,
     repetition_penalty: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--repetition-penalty", help="Above 1: what was said becomes less likely."),
+        float | None, typer.Option("--repetition-penalty", help="Above 1: what was said becomes less likely.")
     ] = None,
     no_repeat_ngram_size: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--no-repeat-ngram-size", help="No so many tokens in a row come twice."),
+        int | None, typer.Option("--no-repeat-ngram-size", help="No so many tokens in a row come twice.")
     ] = None,
     stop: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--stop", metavar="TEXT", help="End before this text. Repeatable."),
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text. Repeatable.")
     ] = None,
     num_return_sequences: Annotated[
         int, typer.Option("--num-return-sequences", min=1, help="Texts for each prompt.")
     ] = 1,
-    seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--seed", min=0, help="The same seed gives the same text."),
-    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="The same seed gives the same text.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     num_beams: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option("--num-beams", min=2, help="Search for the likeliest text with so many beams, and draw nothing."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts that are made at once.")] = 64,
     logprobs: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             "--logprobs",
             min=0,

@@ -9,7 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -76,17 +76,14 @@ CONFIG_HELP = "A YAML or TOML file, or a shipped config's name: tiny, induction,
 RUN_HELP = "A run's name, its id or the start of it, or latest."
 
 Config = Annotated[str, typer.Argument(help=CONFIG_HELP, autocompletion=complete_config)]
-OptionalConfig = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Argument(help=CONFIG_HELP, autocompletion=complete_config),
-]
+OptionalConfig = Annotated[str | None, typer.Argument(help=CONFIG_HELP, autocompletion=complete_config)]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 (Typer reads this form)
+    list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as model.num_layers=6. Repeatable."),
 ]
 # Text and not a Path, for which Typer would load pydantic: `runs ls` is to answer at once.
 RunsDir = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--runs-dir", metavar="DIR", help="Where the runs are. \\[default: $LUMIERE_RUNS_DIR or runs]"),
 ]
 RunReference = Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]

@@ -1,6 +1,6 @@
 """`lumiere tokenize`."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,8 +19,7 @@ def tokenize(
     config: Config,
     overrides: Overrides = None,
     text: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--text", metavar="TEXT", help="Show how this text is split into tokens."),
+        str | None, typer.Option("--text", metavar="TEXT", help="Show how this text is split into tokens.")
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the ids in the cache with their checksums.")

@@ -4,7 +4,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,19 +41,16 @@ def train(
     config: OptionalConfig = None,
     overrides: Overrides = None,
     max_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--max-steps", help="Stop after so many steps (training.max_steps)."),
+        int | None, typer.Option("--max-steps", help="Stop after so many steps (training.max_steps).")
     ] = None,
     device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps (training.device)."),
+        str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps (training.device).")
     ] = None,
     seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--seed", help="Seed of weights, dropout and data order (training.seed)."),
+        int | None, typer.Option("--seed", help="Seed of weights, dropout and data order (training.seed).")
     ] = None,
     resume: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--resume",
             metavar="RUN",

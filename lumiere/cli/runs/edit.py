@@ -1,7 +1,7 @@
 """`lumiere runs tag` and `lumiere runs note`."""
 
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -98,7 +98,7 @@ def describe_run(entry: Entry, num_bytes: int) -> str:
 
 def prune_runs(
     runs: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(metavar="[RUN...]", help="Names, ids or the start of them, or latest. \\[default: all]"),
     ] = None,
     keep: Annotated[

@@ -1,7 +1,7 @@
 """`lumiere runs ls`."""
 
 import sys
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -47,7 +47,7 @@ RECORD_KEYS = (
 
 def list_all(
     statuses: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             "--status",
             metavar="STATUS",
@@ -55,7 +55,7 @@ def list_all(
         ),
     ] = None,
     tags: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option("--tag", metavar="TAG", help="Only runs with this tag. Repeatable: with all of them."),
     ] = None,
     sort: Annotated[
@@ -68,8 +68,7 @@ def list_all(
         ),
     ] = "age",
     limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--limit", "-n", metavar="N", help="At most so many, after sorting."),
+        int | None, typer.Option("--limit", "-n", metavar="N", help="At most so many, after sorting.")
     ] = None,
     runs_dir: RunsDir = None,
     as_json: Json = False,

@@ -5,7 +5,7 @@ import string
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ def plot_runs(
     runs: RunReferences,
     axis: Annotated[str, typer.Option("--x", metavar="AXIS", help="step, tokens or time (of training).")] = "step",
     output: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .html (needs lumiere\\[plot])."
         ),
