@@ -1,5 +1,7 @@
-"""Reading files that anybody may have written: never more than is wanted, never what is no file, never half-valid JSON.
+"""Read untrusted files, replace files atomically, and lock a run's folder.
 
+Reading never takes more than is wanted, opens nothing but regular files, and accepts strict JSON only. A write leaves
+either the old file or the whole new one, whenever the power goes.
 Loads nothing but the standard library, because listing runs reads their records.
 """
 
@@ -8,8 +10,12 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from lumiere.errors import LumiereError, RunBusyError
 
 MAX_DEPTH = 32  # of nested lists and mappings; ours have 5
 MAX_INTEGER = 2**63 - 1
@@ -109,3 +115,128 @@ def is_writable(folder: str) -> bool:
             return True
     except OSError:
         return False
+
+
+UNSUPPORTED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
+"""Errors of fsync on a directory by file systems that do not support it (some network and FUSE file systems)."""
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes `data` to `path` so that no reader and no crash ever sees a part of it.
+
+    Raises:
+        OSError: as writing does; up to the moment of the replacement the old file is untouched.
+    """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a new file that replaces the one at `path` when the block ends without an error.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    import secrets
+
+    path = Path(path)
+    # Beside the target, because a replacement is atomic within one file system only.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable, where the file system supports it; Windows needs no request."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(path: str | Path, error: OSError) -> LumiereError:
+    """Return the error to raise when a file of a run cannot be written."""
+    return LumiereError(
+        f"{str(path)!r} cannot be written: {error.strerror or error}",
+        "make room or check the folder; lumiere train --resume RUN goes on from what was saved before",
+    )
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Raise `unwritable(path)` for every OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+LOCK_NAME = ".lock"
+PATIENCE = 2.0  # seconds; a look by `is_locked` holds the lock for an instant
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside of it, no other process holds the lock of the run in `folder`.
+
+    Raises:
+        RunBusyError: another process holds it.
+        LumiereError: the folder cannot be written to.
+    """
+    # Here and below: half of the time of `lumiere runs ls`, which needs it only where a run says that it is running.
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.stat()  # the lock would make a folder where there is none
+        lock = FileLock(folder / LOCK_NAME)
+        lock.acquire(timeout=PATIENCE, poll_interval=0.05)
+    except Timeout:
+        raise RunBusyError(
+            f"{folder.name} is being trained by another process",
+            f"lumiere runs show {folder.name} says where; wait for its end, or stop it",
+        ) from None
+    except OSError as error:
+        raise LumiereError(
+            f"{str(folder)!r} cannot be locked: {error.strerror or error}", "check the folder and its permissions"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process of this machine holds the lock of the run in `folder`.
+
+    None stands for unknown: there is no lock file, or it cannot be locked. A process of another machine may hold the
+    lock without being seen.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / LOCK_NAME
+    if not path.is_file():  # and a look leaves no file behind
+        return None
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:
+        return None
+    lock.release()
+    return False

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lumiere.persistence import atomic
+from lumiere import files as atomic
 
 CALLS = ("open", "mkdir", "fsync", "replace", "rename", "link")
 
@@ -48,7 +48,9 @@ class Failing:
 
         return call
 
-    def _open(self, *arguments: Any, **options: Any) -> "FailingFile":
+    def _open(self, *arguments: Any, **options: Any) -> Any:
+        if arguments[1] == "rb":
+            return builtins.open(*arguments, **options)
         self._come_to("open")
         return FailingFile(builtins.open(*arguments, **options), lambda: self._come_to("write"))
 

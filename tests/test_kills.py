@@ -22,7 +22,7 @@ def test_twenty_kills_lose_nothing() -> None:
 BREAK = """
 import runpy, sys
 sys.path.insert(0, {root!r})
-from lumiere.persistence import atomic
+from lumiere import files as atomic
 {how}
 sys.argv = ["kills.py", "--kills", "20"]
 runpy.run_path({program!r}, run_name="__main__")

@@ -19,6 +19,8 @@ from lumiere.programs import program
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lumiere.persistence.loading import OpenedModel
+
 
 INTERRUPTED = 130
 COMMAND = re.compile(r"\blumiere(?= (?:tokenize|train|eval|generate|export|inspect|runs)\b)")
@@ -199,3 +201,11 @@ def scaled(number: float) -> str:
 def short_time(seconds: float) -> str:
     """`55.7 ms`, `4.4 s`."""
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> "OpenedModel":
+    """Open a checkpoint of a run, with notes and progress on stderr; see `lumiere.persistence.loading.open_model`."""
+    from lumiere.cli.progress import CorpusProgress
+    from lumiere.persistence import loading
+
+    return loading.open_model(reference, checkpoint, device, runs_dir, show_note, CorpusProgress)

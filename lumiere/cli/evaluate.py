@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lumiere.cli.console import print_json, show_note
-from lumiere.cli.loading import OpenedModel, open_corpus, open_model
+from lumiere.cli.console import open_model, print_json, show_note
 from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir
 from lumiere.errors import DataError, LumiereError, nearest, printable
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     from lumiere.cli.scores import Evaluated
@@ -180,7 +180,7 @@ def draw(evaluated: list["Evaluated"], output: str) -> None:
 def keep(one: "Evaluated") -> None:
     """Keeps an evaluation with its run; where that cannot be, the answer is given all the same."""
     from lumiere.cli.scores import values_of
-    from lumiere.persistence.evaluations import evaluation_name, save_evaluation
+    from lumiere.persistence.notes import evaluation_name, save_evaluation
 
     facts = one.about
     name = evaluation_name(facts["checkpoint"], facts["corpus"], facts["corpus_sha256"], facts["protocol"])

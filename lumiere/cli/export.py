@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, print_error, print_json, show_note, stdout
+from lumiere.cli.console import escape, open_model, print_error, print_json, show_note, stdout
 from lumiere.cli.inspect.analysis import CHECK_FAILED, show_receipts
-from lumiere.cli.loading import open_model
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
 from lumiere.errors import FailedCheckError
 
 if TYPE_CHECKING:
-    from lumiere.cli.loading import OpenedModel
     from lumiere.export.exporting import Exported
+    from lumiere.persistence.loading import OpenedModel
 
 
 def export(

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lumiere.cli.console import print_error, print_json, show_note, stdout
-from lumiere.cli.loading import open_model
+from lumiere.cli.console import open_model, print_error, print_json, show_note, stdout
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
 from lumiere.errors import LumiereError, nearest, printable
 from lumiere.files import parse_json, read_file

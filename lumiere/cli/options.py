@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from lumiere.config.presets import SUFFIXES, shipped_configs
-from lumiere.persistence.checkpoint_names import checkpoint_names
+from lumiere.persistence.checkpoint_manager import checkpoint_names
 from lumiere.persistence.runs import RunStore
 
 HARMLESS = re.compile(r"[\w./%+,-]+")

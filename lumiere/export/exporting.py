@@ -18,9 +18,9 @@ from lumiere.export.transformer_lens import (
     folder_files,
     stated_tokens,
 )
+from lumiere.files import sync_folder, write_atomically
 from lumiere.interpret.result import Receipt
 from lumiere.models.transformer import Transformer
-from lumiere.persistence.atomic import sync_folder, write_atomically
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,29 @@ from typing import Any
 
 from lumiere.distributed import ProcessGroup
 from lumiere.errors import CheckpointError, nearest
+from lumiere.files import sync_folder
 from lumiere.persistence import placing
-from lumiere.persistence.atomic import sync_folder
-from lumiere.persistence.checkpoint import load_checkpoint, save_checkpoint
-from lumiere.persistence.checkpoint_format import GROUPS, Checkpoint, unwritable
-from lumiere.persistence.checkpoint_names import checkpoint_names
+from lumiere.persistence.checkpoint import GROUPS, Checkpoint, load_checkpoint, save_checkpoint, unwritable
 from lumiere.persistence.placing import NAME_PATTERN, SUFFIX
 from lumiere.persistence.runs import Run, RunStore
+
+NAMES = ("best", "latest", "previous")
+
+
+def checkpoint_names(run: Run) -> list[str]:
+    """The checkpoints that a run has: `best`, `latest`, `previous`, then the snapshots by step."""
+    names = placing.found(run.checkpoints_dir)
+    return [name for name in NAMES if name in names] + sorted(names - set(NAMES), key=_step)
+
+
+def snapshot_steps(run: Run) -> list[int]:
+    """The steps whose weights the run has kept, rising."""
+    return [_step(name) for name in checkpoint_names(run) if name not in NAMES]
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
 
 OLD_NAMES = {"latest": "previous"}
 """What a checkpoint is called when another one has taken its name."""
@@ -138,6 +154,16 @@ class CheckpointManager:
     def names(self, run: Run | str) -> list[str]:
         """The checkpoints that a run has: `best`, `latest`, `previous`, then the snapshots by step."""
         return checkpoint_names(self._open(run))
+
+    def resolve(self, run: Run | str, name: str) -> str:
+        """Return the checkpoint to use for `name`: `latest` for a `best` that does not exist (the run stopped early).
+
+        Any other name is returned unchanged, whether or not it exists.
+        """
+        folder = self._open(run).checkpoints_dir
+        if name == "best" and not placing.is_there(folder, "best") and placing.is_there(folder, "latest"):
+            return "latest"
+        return name
 
     def remove(self, run: Run | str, name: str) -> None:
         """Deletes a checkpoint.

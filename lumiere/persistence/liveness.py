@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumiere.errors import RunBusyError
-from lumiere.persistence.lock import is_locked
+from lumiere.files import is_locked
 
 if TYPE_CHECKING:
     from lumiere.persistence.runs import Run

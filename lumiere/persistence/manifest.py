@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from lumiere.errors import CheckpointError, shortened
 from lumiere.files import parse_json, read_file
-from lumiere.persistence.checkpoint_format import (
+from lumiere.persistence.checkpoint import (
     DAMAGE_HINT,
     FORMAT_NUMBER,
     GROUPS,

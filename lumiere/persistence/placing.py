@@ -13,7 +13,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from lumiere.persistence.atomic import sync_folder
+from lumiere.files import sync_folder
 
 SUFFIX = ".safetensors"
 NAME_PATTERN = re.compile(r"best|latest|previous|step-[0-9]{8,}")

@@ -15,9 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumiere.errors import DataError, LumiereError, RunNotFoundError, nearest
-from lumiere.files import parse_json, read_file
-from lumiere.persistence.atomic import write_atomically, writing
+from lumiere.errors import LumiereError, RunNotFoundError, nearest
+from lumiere.files import parse_json, read_file, write_atomically, writing
 from lumiere.persistence.metrics import to_json
 
 if TYPE_CHECKING:
@@ -135,49 +134,27 @@ class Run:
         return load_config_file(self.config_path)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the run was trained with.
+        """Return the tokenizer that the run was trained with.
 
         Raises:
-            DataError: it cannot be read, or has more tokens than the model has rows.
+            DataError: It cannot be read, or has more tokens than the model has rows.
         """
-        from lumiere.data.tokenizer import Tokenizer
+        from lumiere.persistence.loading import load_tokenizer
 
-        tokenizer, rows = Tokenizer.load(self.tokenizer_path), self.load_config().tokenizer.vocab_size
-        if len(tokenizer) > rows:
-            raise DataError(
-                f"{str(self.tokenizer_path)!r} has {len(tokenizer):,} tokens, the model in config.yaml {rows:,}",
-                "restore the tokenizer that the run was trained with",
-            )
-        return tokenizer
-
-    def resolve_checkpoint(self, name: str) -> str:
-        """The checkpoint that `name` really gives: `latest` where `best` does not exist (the run was killed early).
-
-        Any other name is given back as it is, whether or not there is such a checkpoint.
-        """
-        from lumiere.persistence.placing import is_there
-
-        has_best, has_latest = (is_there(self.checkpoints_dir, known) for known in ("best", "latest"))
-        return "latest" if name == "best" and not has_best and has_latest else name
+        return load_tokenizer(self)
 
     def load_model(self, checkpoint: str = "best") -> Transformer:
-        """The model with the weights of `checkpoint`, on the CPU, in evaluation mode.
+        """Return the model with the weights of `checkpoint`, on the CPU, in evaluation mode.
 
-        Of the checkpoint, reads nothing but the weights. Where there is no `best` yet, `latest` is taken.
+        Only the weights are read. If there is no `best` yet, `latest` is used.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it is damaged, `config.yaml` describes another model, or
-                `tokenizer.json`, if it is there, is another tokenizer than it was trained with.
+            CheckpointError: The checkpoint does not exist or is damaged, `config.yaml` describes another model, or
+                `tokenizer.json`, if it exists, is not the tokenizer that the checkpoint was trained with.
         """
-        from lumiere.persistence.checkpoint_manager import CheckpointManager
-        from lumiere.persistence.fitting import check_tokenizer, load_weights
+        from lumiere.persistence.loading import load_model
 
-        name, config = self.resolve_checkpoint(checkpoint), self.load_config()
-        loaded = CheckpointManager(self.path.parent).load(self, name, groups=("model",))
-        described = f"checkpoint {name!r} of run {self.id}"
-        if self.tokenizer_path.exists():
-            check_tokenizer(self, self.load_tokenizer(), loaded, described)
-        return load_weights(config, loaded, described)
+        return load_model(self, checkpoint)
 
     def _recorded_time(self) -> datetime | None:
         try:

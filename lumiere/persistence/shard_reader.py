@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from lumiere.files import open_file
-from lumiere.persistence.checkpoint_format import Header, check_memory, damaged, decode, read_header, unreadable
+from lumiere.persistence.checkpoint import Header, check_memory, damaged, decode, read_header, unreadable
 from lumiere.persistence.manifest import Manifest, Shard, ShardedTensor, check_lengths, hash_file
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard as Rows
 
 from lumiere.distributed import ProcessGroup
 from lumiere.files import parse_json
-from lumiere.persistence.checkpoint_format import read_header, unwritable
+from lumiere.persistence.checkpoint import read_header, unwritable
 from lumiere.persistence.manifest import Shard, ShardedTensor, ShardFile, hash_file
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lumiere.distributed import ProcessGroup
 from lumiere.errors import CheckpointError
-from lumiere.persistence.atomic import sync_folder
-from lumiere.persistence.checkpoint_format import GROUPS, Checkpoint, check_groups, unwritable
+from lumiere.files import sync_folder
+from lumiere.persistence.checkpoint import GROUPS, Checkpoint, check_groups, unwritable
 from lumiere.persistence.manifest import MANIFEST_NAME, MAX_BYTES, Manifest, read_manifest
 from lumiere.persistence.placing import clear, place
 

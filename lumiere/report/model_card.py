@@ -58,8 +58,9 @@ def card_checkpoint(run: Run) -> tuple[str, int]:
     Raises:
         CheckpointError: the run has none, or it is damaged.
     """
-    name = run.resolve_checkpoint("best")
-    return name, CheckpointManager(run.path.parent).load(run, name, groups=()).step
+    manager = CheckpointManager(run.path.parent)
+    name = manager.resolve(run, "best")
+    return name, manager.load(run, name, groups=()).step
 
 
 def kept_evaluation(record: Mapping[str, Any], step: int) -> Evaluation | None:

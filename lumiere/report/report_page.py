@@ -26,7 +26,7 @@ from lumiere.interpret.result import Result
 from lumiere.interpret.summary import ModelSummary, summarize
 from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
-from lumiere.persistence.history import History, Point
+from lumiere.persistence.metrics import History, Point
 from lumiere.report.model_card import corpus_name
 from lumiere.training.costs import count_parameters
 

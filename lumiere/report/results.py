@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lumiere.errors import LumiereError, nearest
+from lumiere.files import write_atomically
 from lumiere.interpret.result import Result
-from lumiere.persistence.atomic import write_atomically
 from lumiere.persistence.metrics import to_json
 from lumiere.report.figures.figure import SUFFIXES, Picture, check_drawing, check_place, save_picture
 

@@ -12,7 +12,7 @@ import torch
 from lumiere.config.schema import TrainingConfig
 from lumiere.data.batches import Windows, documents_at
 from lumiere.errors import NonFiniteError
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.events import Event, WarningEvent
 from lumiere.training.state import TrainingState

@@ -22,7 +22,7 @@ from torch import Size, Tensor, nn
 from lumiere.distributed import ProcessGroup, TorchrunGroup
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.models.transformer import Transformer
-from lumiere.persistence.checkpoint_format import DAMAGE_HINT, GROUPS, Checkpoint
+from lumiere.persistence.checkpoint import DAMAGE_HINT, GROUPS, Checkpoint
 from lumiere.training.loss import BatchLoss, Objective
 
 if TYPE_CHECKING:

@@ -22,12 +22,11 @@ from lumiere.config.loader import dump_config
 from lumiere.config.schema import RunConfig
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, noticing_losses
 from lumiere.errors import CheckpointError, LumiereError
-from lumiere.persistence.atomic import write_atomically, writing
-from lumiere.persistence.checkpoint_format import DAMAGE_HINT, Checkpoint
+from lumiere.files import locked, write_atomically, writing
+from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.fitting import check_fit
 from lumiere.persistence.liveness import beating, check_not_elsewhere, this_process
-from lumiere.persistence.lock import locked
+from lumiere.persistence.loading import check_compatible
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.placing import clear, delete
 from lumiere.persistence.runs import Run, RunStore
@@ -133,7 +132,7 @@ def resume(
         checkpoint, name = newest_checkpoint(run, outlined=setup.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0
         if checkpoint is not None:
-            check_fit(setup.config, checkpoint, f"the {name} checkpoint of run {run.id}")
+            check_compatible(setup.config, checkpoint, f"the {name} checkpoint of run {run.id}")
         check_schedule(run.load_config().training, setup.config.training, setup.epoch_steps, step)
         if checkpoint and name != "latest":
             # A process may be killed after it has saved `best`, and before `latest` of the same step.

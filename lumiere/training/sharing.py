@@ -10,7 +10,7 @@ from lumiere.config.loader import validate
 from lumiere.config.schema import TrainingConfig
 from lumiere.distributed import ProcessGroup, TorchrunGroup
 from lumiere.errors import ConfigError, LumiereError
-from lumiere.persistence.checkpoint_format import GROUPS, Checkpoint
+from lumiere.persistence.checkpoint import GROUPS, Checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.training.parallel import own_device
 from lumiere.training.setup import TrainingSetup, set_up

@@ -11,7 +11,7 @@ import torch
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.training.optim import Optimizers, WeightAverage
 from lumiere.training.parallel import load_weights
 

@@ -18,7 +18,7 @@ from lumiere.data.batches import Batch, batch_at, steps_per_epoch
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.evaluation.loss import Evaluation, evaluate
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.training.costs import flops_per_token

@@ -11,7 +11,7 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.persistence.lock import locked
+from lumiere.files import locked
 from lumiere.persistence.runs import Run
 from lumiere.training import loggers
 

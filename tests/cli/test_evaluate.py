@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.files import locked
+from lumiere.persistence.catalog import disk_bytes
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.evaluations import MAX_FILES, evaluation_name, read_evaluations, save_evaluation
-from lumiere.persistence.inventory import disk_bytes
-from lumiere.persistence.lock import locked
+from lumiere.persistence.notes import MAX_FILES, evaluation_name, read_evaluations, save_evaluation
 from lumiere.persistence.runs import Run
 from tests.cli.test_runs import key_paths
 

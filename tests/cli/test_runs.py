@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 from lumiere.cli import app
 from lumiere.cli.runs import edit
 from lumiere.config.loader import load_config
+from lumiere.persistence.catalog import disk_bytes
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.inventory import disk_bytes
 from lumiere.persistence.metrics import read_metrics
 from lumiere.persistence.notes import read_notes
 from lumiere.persistence.runs import Run, RunStore
@@ -310,7 +310,7 @@ def test_the_width_of_a_terminal_is_used(run: Run, monkeypatch: pytest.MonkeyPat
 
 def test_without_unicode_there_is_no_curve(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from lumiere.cli.runs.ls import curve
-    from lumiere.persistence.listing import read_entry
+    from lumiere.persistence.catalog import read_entry
 
     entry = read_entry(run)
     assert curve(entry)

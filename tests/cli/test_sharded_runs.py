@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.distributed import SINGLE_PROCESS
+from lumiere.persistence.catalog import disk_bytes
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.inventory import disk_bytes
 from lumiere.persistence.runs import Run, RunStore
 
 

@@ -16,7 +16,7 @@ from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.result import Receipt
 from lumiere.interpret.summary import matrix_facts
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.persistence.checkpoint_names import checkpoint_names, snapshot_steps
+from lumiere.persistence.checkpoint_manager import checkpoint_names, snapshot_steps
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit
 

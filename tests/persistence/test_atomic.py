@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lumiere.persistence.atomic import write_atomically
+from lumiere.files import write_atomically
 
 KILLED_WHILE_WRITING = """
 import os, sys
-from lumiere.persistence.atomic import write_atomically
+from lumiere.files import write_atomically
 setattr(os, sys.argv[2], lambda *arguments: os._exit(9))
 write_atomically(sys.argv[1], b"new")
 """

@@ -17,9 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lumiere.errors import CheckpointError
-from lumiere.persistence import checkpoint_format
-from lumiere.persistence.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence import checkpoint as checkpoint_format
+from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, read_metadata, save_checkpoint
 from tests.persistence.shards import assert_same
 
 GROUPS = ("model", "optimizer", "rng")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lumiere.errors import CheckpointError, RunNotFoundError
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
 from tests.persistence.watching import watch

@@ -8,7 +8,7 @@ import pytest
 
 from lumiere.config.loader import dump_config, validate
 from lumiere.errors import ConfigError, LumiereError
-from lumiere.persistence.comparison import changed_values, compare, config_values, flatten
+from lumiere.persistence.catalog import changed_values, compare, config_values, flatten
 from lumiere.persistence.metrics import MetricsWriter
 from lumiere.persistence.runs import Run, RunStore
 

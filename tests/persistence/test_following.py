@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lumiere.persistence.following import MetricsFollower
-from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
+from lumiere.persistence.metrics import MetricsFollower, MetricsWriter, truncate_metrics
 
 
 @pytest.fixture
@@ -79,6 +78,6 @@ def test_nothing_is_read_twice(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         parsed.append(line)
         return json.loads(line)
 
-    monkeypatch.setattr("lumiere.persistence.following.parse_line", parse)
+    monkeypatch.setattr("lumiere.persistence.metrics.parse_line", parse)
     assert poll(follower) == [1000]
     assert len(parsed) == 1

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.persistence import history
-from lumiere.persistence.history import (
-    BLOCK_BYTES,
+from lumiere.persistence import metrics as history
+from lumiere.persistence.metrics import (
+    SAMPLE_BYTES,
     Point,
     Thinned,
     last_records,
     points_at,
     read_history,
+    read_metrics,
     sample_losses,
 )
-from lumiere.persistence.metrics import read_metrics
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_sampling_reads_a_bounded_part_of_any_file(path: Path) -> None:
     write(path, *(training(1000 + step) for step in range(100)))
     with open(path, "r+b") as file:
         file.truncate(2**40)
-        file.seek(2**40 - BLOCK_BYTES)
+        file.seek(2**40 - SAMPLE_BYTES)
         file.write((json.dumps(training(8)) + "\n").encode())
     assert sample_losses(path, 8) == [125.0, 1.0]
 

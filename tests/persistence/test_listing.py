@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lumiere.errors import LumiereError
-from lumiere.persistence.listing import SORTS, list_runs
+from lumiere.persistence.catalog import SORTS, list_runs
 from lumiere.persistence.notes import add_tags
 from lumiere.persistence.runs import Run, RunStore
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from lumiere.errors import RunBusyError
+from lumiere.files import LOCK_NAME, locked
 from lumiere.persistence import liveness
+from lumiere.persistence.catalog import check_removable, remove_run
 from lumiere.persistence.liveness import FRESH_SECONDS, HEARTBEAT_NAME, beating, this_process
-from lumiere.persistence.lock import LOCK_NAME, locked
-from lumiere.persistence.removal import check_removable, remove_run
 from lumiere.persistence.runs import Run, RunStore
 
 ELSEWHERE = {"host": "node7", "pid": 4242, "boot_id": "0f1e2d3c"}

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from lumiere import files as lock_module
 from lumiere.errors import LumiereError, RunBusyError
-from lumiere.persistence import lock as lock_module
-from lumiere.persistence.lock import is_locked, locked
+from lumiere.files import is_locked, locked
 from lumiere.persistence.runs import RunStore
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from lumiere.persistence.lock import locked
+from lumiere.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

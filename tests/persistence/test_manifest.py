@@ -14,8 +14,7 @@ import torch
 from lumiere.distributed import SINGLE_PROCESS
 from lumiere.errors import CheckpointError
 from lumiere.persistence import sharded
-from lumiere.persistence.checkpoint import load_checkpoint
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint
 from lumiere.persistence.manifest import MANIFEST_NAME, read_manifest
 from lumiere.persistence.sharded import save_shards
 from tests.persistence.shards import flip, make_folder, read, seal, shared_out

@@ -11,8 +11,15 @@ import pytest
 
 from lumiere.errors import LumiereError
 from lumiere.persistence import metrics
-from lumiere.persistence.history import last_records, read_history
-from lumiere.persistence.metrics import MetricsWriter, as_number, read_metrics, to_json, truncate_metrics
+from lumiere.persistence.metrics import (
+    MetricsWriter,
+    as_number,
+    last_records,
+    read_history,
+    read_metrics,
+    to_json,
+    truncate_metrics,
+)
 
 
 @pytest.fixture

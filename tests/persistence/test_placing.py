@@ -14,7 +14,7 @@ import torch
 from lumiere.distributed import SINGLE_PROCESS
 from lumiere.errors import CheckpointError
 from lumiere.persistence import placing
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
 from tests.persistence.watching import watch
@@ -204,10 +204,10 @@ def test_names_and_steps_of_folders(run: Run, manager: CheckpointManager) -> Non
     (run.checkpoints_dir / "previous").write_bytes(b"a file, and no checkpoint without its suffix")
     assert manager.names(run) == ["best", "latest", "step-00000064", "step-00000512"]
     assert step_of(run, "512") == 5
-    assert run.resolve_checkpoint("best") == "best"
+    assert CheckpointManager().resolve(run, "best") == "best"
     manager.remove(run, "best")
     assert manager.names(run) == ["latest", "step-00000064", "step-00000512"]
-    assert run.resolve_checkpoint("best") == "latest"
+    assert CheckpointManager().resolve(run, "best") == "latest"
     with pytest.raises(CheckpointError, match=r"has no checkpoint 'best' \(it has latest, step-00000064"):
         manager.load(run, "best")
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from lumiere import files as lock
 from lumiere.errors import LumiereError, RunBusyError
-from lumiere.persistence import lock, removal
-from lumiere.persistence.inventory import checkpoint_files, checkpoint_path, disk_bytes
-from lumiere.persistence.lock import locked
-from lumiere.persistence.removal import (
+from lumiere.files import locked
+from lumiere.persistence import catalog as removal
+from lumiere.persistence.catalog import (
     check_removable,
+    checkpoint_files,
+    checkpoint_path,
+    disk_bytes,
     parse_keep,
     plan_pruning,
     prune,

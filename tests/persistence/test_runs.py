@@ -22,7 +22,7 @@ from lumiere.config.loader import dump_config, validate
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import CheckpointError, DataError, LumiereError, RunNotFoundError
 from lumiere.models.transformer import build_model
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
 
@@ -370,12 +370,12 @@ def test_a_failed_update_keeps_the_record(store: RunStore, monkeypatch: pytest.M
 
 def test_latest_stands_in_for_a_best_that_does_not_exist(store: RunStore) -> None:
     run = store.create()
-    assert run.resolve_checkpoint("best") == "best"
+    assert CheckpointManager().resolve(run, "best") == "best"
     (run.checkpoints_dir / "latest.safetensors").write_bytes(b"")
-    assert run.resolve_checkpoint("best") == "latest"
-    assert [run.resolve_checkpoint(name) for name in ("latest", "bset", "../x")] == ["latest", "bset", "../x"]
+    assert CheckpointManager().resolve(run, "best") == "latest"
+    assert [CheckpointManager().resolve(run, name) for name in ("latest", "bset", "../x")] == ["latest", "bset", "../x"]
     (run.checkpoints_dir / "best.safetensors").write_bytes(b"")
-    assert run.resolve_checkpoint("best") == "best"
+    assert CheckpointManager().resolve(run, "best") == "best"
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.errors import CheckpointError
 from lumiere.persistence import shard_writer, sharded
-from lumiere.persistence.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, read_metadata, save_checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore
 from lumiere.persistence.sharded import load_shards, save_shards

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lumiere.errors import LumiereError
-from lumiere.persistence.history import History, Point
+from lumiere.persistence.metrics import History, Point
 from lumiere.report.figures.curves import LossCurves, draw_loss_curves, save_loss_curves
 from lumiere.report.figures.figure import COLOURS
 

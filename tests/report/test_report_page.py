@@ -13,7 +13,7 @@ import torch
 from lumiere.data.batches import batch_at
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.interpret.head_scores import head_scores, score_heads
-from lumiere.persistence.history import History, Point, read_history
+from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import Run
 from lumiere.report.report_page import (
     CANDIDATES,

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lumiere import files as lock_module
 from lumiere.config.loader import dump_config, validate
 from lumiere.config.schema import TrainingConfig
 from lumiere.distributed import ProcessGroup
 from lumiere.errors import ConfigError, RunBusyError
-from lumiere.persistence import lock as lock_module
-from lumiere.persistence.lock import locked
+from lumiere.files import locked
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, StepEvent
 from lumiere.training.run import resume

@@ -16,7 +16,7 @@ from lumiere.data.dataset import TokenizedCorpus
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.errors import CheckpointError
 from lumiere.evaluation.loss import evaluate
-from lumiere.persistence.checkpoint_format import GROUPS
+from lumiere.persistence.checkpoint import GROUPS
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import RunStore
 from lumiere.training.loss import Objective, summed_loss

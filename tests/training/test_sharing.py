@@ -11,7 +11,7 @@ from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, joined, noticing_l
 from lumiere.errors import ConfigError, LostProcessError, LumiereError
 from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import build_model
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.training.parallel import own_device, seed_dropout
 from lumiere.training.run import inexactness
 from lumiere.training.sharing import check_shares

@@ -10,8 +10,7 @@ import torch
 
 from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError
-from lumiere.persistence.checkpoint import load_checkpoint, save_checkpoint
-from lumiere.persistence.checkpoint_format import Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lumiere.training.state import COUNTERS, TrainingState
 
 CPU = torch.device("cpu")

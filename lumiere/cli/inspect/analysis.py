@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import typer
 
-from lumiere.cli.console import escape, guarded, print_json, show_note, stderr, stdout
+from lumiere.cli.console import escape, guarded, open_model, print_json, show_note, stderr, stdout
 from lumiere.cli.inspect import options
 from lumiere.cli.inspect.options import Output, Verify
 from lumiere.cli.inspect.vocabulary import token_label
-from lumiere.cli.loading import OpenedModel, open_model
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel
 
 if TYPE_CHECKING:
     from lumiere.interpret.result import Receipt, Result
@@ -211,7 +211,7 @@ def last_snapshot(reference: str, runs_dir: str | None) -> str:
     Raises:
         LumiereError: there is no such run, or it has kept none.
     """
-    from lumiere.persistence.checkpoint_names import NAMES, checkpoint_names
+    from lumiere.persistence.checkpoint_manager import NAMES, checkpoint_names
     from lumiere.persistence.runs import RunStore
 
     run = RunStore(runs_dir).open(reference)

@@ -29,7 +29,7 @@ def choose_batches(subject: Subject, num_batches: int, batch_size: int) -> tuple
 
 
 def validation_batches(subject: Subject, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
-    from lumiere.cli.loading import open_corpus
+    from lumiere.persistence.loading import open_corpus
 
     corpus = open_corpus(subject.opened, "restore it as it was, or give a text with --prompt, --file or --random")
     return drawn_batches(subject, corpus, num_batches, batch_size)

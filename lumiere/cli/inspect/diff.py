@@ -6,8 +6,8 @@ import typer
 
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
 from lumiere.cli.inspect.options import TopK
-from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     from lumiere.data.text import Part

@@ -4,7 +4,6 @@ import numpy as np
 
 from lumiere.cli.console import escape, sparkline, stdout
 from lumiere.cli.inspect.batches import counted_documents
-from lumiere.cli.loading import OpenedModel
 from lumiere.interpret.model_diff import (
     SAME_TOKENS,
     HeadMatches,
@@ -13,6 +12,7 @@ from lumiere.interpret.model_diff import (
     WeightChanges,
     stream_names,
 )
+from lumiere.persistence.loading import OpenedModel
 
 WIDTH = 80
 MOST_LAYERS = 10

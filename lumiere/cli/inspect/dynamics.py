@@ -43,8 +43,8 @@ def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: 
     from lumiere.cli.inspect.texts import averaged_tokens
     from lumiere.cli.progress import SnapshotProgress
     from lumiere.interpret.dynamics import follow
-    from lumiere.persistence.checkpoint_names import snapshot_steps
-    from lumiere.persistence.history import read_history
+    from lumiere.persistence.checkpoint_manager import snapshot_steps
+    from lumiere.persistence.metrics import read_history
     from lumiere.report.figures.dynamics import CAPTION, draw_dynamics, dynamics_page
     from lumiere.report.figures.figure import Picture
 
@@ -99,7 +99,7 @@ def thinned(steps: Sequence[int], every: int) -> list[int]:
 def snapshot(subject: Subject, step: int, like: "Transformer") -> "Transformer":
     """The model at a step, in the type and on the device of another one."""
     from lumiere.persistence.checkpoint_manager import CheckpointManager
-    from lumiere.persistence.fitting import load_weights
+    from lumiere.persistence.loading import load_weights
 
     opened, weight = subject.opened, like.token_embedding.weight
     loaded = CheckpointManager(opened.run.path.parent).load(opened.run, str(step), groups=("model",))

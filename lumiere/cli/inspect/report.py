@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lumiere.cli.console import guarded, show_note, stderr, stdout
+from lumiere.cli.console import guarded, open_model, show_note, stderr, stdout
 from lumiere.cli.inspect.analysis import CHECK_FAILED, Subject
 from lumiere.cli.inspect.options import Seed
-from lumiere.cli.loading import OpenedModel, open_model
 from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel
 
 if TYPE_CHECKING:
     from lumiere.report.report_page import Text
@@ -46,9 +46,9 @@ def report(
     """
     check_page(output)
     from lumiere.device import keep_freed_memory
+    from lumiere.files import write_atomically
     from lumiere.interpret.head_scores import SEQUENCES
-    from lumiere.persistence.atomic import write_atomically
-    from lumiere.persistence.history import read_history
+    from lumiere.persistence.metrics import read_history
     from lumiere.report.report_page import build_page, inspect_model
 
     keep_freed_memory()
@@ -119,7 +119,7 @@ def given_texts(opened: OpenedModel, prompts: list[str]) -> "list[Text]":
 def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
     """Starts of validation windows, spread over the split, and random tokens twice; without a corpus these alone."""
     from lumiere.cli.inspect.texts import DEFAULT_TOKENS, repeated_sequences, validation_window
-    from lumiere.cli.loading import open_corpus
+    from lumiere.persistence.loading import open_corpus
     from lumiere.report.report_page import Text
 
     texts = []

@@ -44,7 +44,7 @@ def choose_text(subject: Subject, num_windows: int) -> "tuple[list[Batch], np.nd
     """
     from lumiere.cli.inspect.batches import drawn_batches
     from lumiere.cli.inspect.vocabulary import count_tokens
-    from lumiere.cli.loading import open_corpus
+    from lumiere.persistence.loading import open_corpus
 
     try:
         corpus = open_corpus(subject.opened, "restore it as it was")

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lumiere.cli.loading import OpenedModel
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,7 +147,7 @@ def occurring_tokens(opened: OpenedModel) -> list[int] | None:
     A model has learned of the others, such as most single bytes, only that they never occur.
     """
     from lumiere.cli.inspect.vocabulary import count_tokens
-    from lumiere.cli.loading import open_corpus
+    from lumiere.persistence.loading import open_corpus
 
     try:
         ids = open_corpus(opened, "restore it as it was").splits["train"].ids
@@ -164,7 +164,7 @@ def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
     """
     import numpy as np
 
-    from lumiere.cli.loading import open_corpus
+    from lumiere.persistence.loading import open_corpus
 
     corpus = open_corpus(opened, "restore it as it was, or give a text with --prompt or --file")
     windows = corpus.windows("validation", opened.config)
@@ -187,7 +187,7 @@ def spread_windows(opened: OpenedModel, most_tokens: int = MOST_SCORED) -> "tupl
     import numpy as np
     import torch
 
-    from lumiere.cli.loading import open_corpus
+    from lumiere.persistence.loading import open_corpus
 
     windows = open_corpus(opened, "restore it as it was").windows("validation", opened.config)
     count = min(max(1, most_tokens // windows.context_size), len(windows))
@@ -204,7 +204,7 @@ def full_windows(opened: OpenedModel, count: int) -> "Tensor":
     import numpy as np
     import torch
 
-    from lumiere.cli.loading import open_corpus
+    from lumiere.persistence.loading import open_corpus
 
     windows = open_corpus(opened, "restore it as it was").windows("validation", opened.config)
     # Most documents end in a window that is not full; a split may be too large to cut it all.

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.cli.loading import OpenedModel, open_corpus
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     from lumiere.data.tokenizer import Tokenizer

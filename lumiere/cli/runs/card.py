@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import show_note
-from lumiere.cli.loading import open_corpus, open_model
+from lumiere.cli.console import open_model, show_note
 from lumiere.cli.options import Device, RunReference, RunsDir
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import open_corpus
 from lumiere.persistence.runs import Run, RunStore
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def check_target(output: str, force: bool) -> "Path":
 
 def write_card(path: "Path", card: str) -> None:
     """Write the whole card, or nothing."""
-    from lumiere.persistence.atomic import write_atomically
+    from lumiere.files import write_atomically
 
     try:
         write_atomically(path, card.encode())

@@ -10,7 +10,7 @@ from lumiere.errors import printable
 from lumiere.persistence.runs import RunStore
 
 if TYPE_CHECKING:
-    from lumiere.persistence.comparison import Comparison, Reached
+    from lumiere.persistence.catalog import Comparison, Reached
 
 
 def compare_runs(
@@ -23,8 +23,7 @@ def compare_runs(
     Equal tokens are as many as each run has an evaluation at or before. The losses there are the last ones that were
     measured at or before that count; nothing is interpolated, and the tokens at which each was measured stand below it.
     """
-    from lumiere.persistence.comparison import compare
-    from lumiere.persistence.removal import distinct
+    from lumiere.persistence.catalog import compare, distinct
 
     store = RunStore(runs_dir)
     comparison = compare(distinct([store.open(reference) for reference in runs]))

@@ -8,19 +8,20 @@ import typer
 from lumiere.cli.console import age, number, print_json, size
 from lumiere.cli.options import Json, RunReference, RunReferences, RunsDir
 from lumiere.errors import LumiereError, printable
-from lumiere.persistence.inventory import disk_bytes
-from lumiere.persistence.listing import Entry, read_entry
-from lumiere.persistence.notes import Notes, add_tags, remove_tags, write_note
-from lumiere.persistence.removal import (
+from lumiere.persistence.catalog import (
+    Entry,
     Pruning,
     check_removable,
+    disk_bytes,
     distinct,
     parse_keep,
     plan_pruning,
     prune,
+    read_entry,
     remove_leftovers,
     remove_run,
 )
+from lumiere.persistence.notes import Notes, add_tags, remove_tags, write_note
 from lumiere.persistence.runs import Run, RunStore
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, for scripts.")]

@@ -17,8 +17,8 @@ from lumiere.cli.console import (
     text_cell,
 )
 from lumiere.cli.options import Json, RunsDir
-from lumiere.persistence.history import sample_losses
-from lumiere.persistence.listing import Entry, list_runs
+from lumiere.persistence.catalog import Entry, list_runs
+from lumiere.persistence.metrics import sample_losses
 from lumiere.persistence.runs import RunStore
 
 CURVE_WIDTH = 8

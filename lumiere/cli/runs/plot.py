@@ -13,9 +13,8 @@ from lumiere.cli.console import duration, is_coloured, print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
-from lumiere.persistence.history import History, Point, read_history
-from lumiere.persistence.listing import Entry, read_entry
-from lumiere.persistence.removal import distinct
+from lumiere.persistence.catalog import Entry, distinct, read_entry
+from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import RunStore
 
 

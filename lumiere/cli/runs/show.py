@@ -7,7 +7,7 @@ from lumiere.cli.console import STATUS_STYLES, age, escape, number, print_json, 
 from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.cli.runs.ls import facts
 from lumiere.errors import ConfigError, printable, shortened
-from lumiere.persistence.listing import Entry, read_entry
+from lumiere.persistence.catalog import Entry, read_entry
 from lumiere.persistence.runs import RunStore
 
 MAX_TEXT = 2000  # characters of one value
@@ -29,10 +29,9 @@ def describe(entry: Entry) -> dict[str, Any]:
     """The facts of `runs ls`, and all that takes longer to find out."""
     from dataclasses import asdict
 
-    from lumiere.persistence.comparison import changed_values, config_values
-    from lumiere.persistence.evaluations import read_evaluations
-    from lumiere.persistence.history import last_records
-    from lumiere.persistence.inventory import checkpoint_files, disk_bytes
+    from lumiere.persistence.catalog import changed_values, checkpoint_files, config_values, disk_bytes
+    from lumiere.persistence.metrics import last_records
+    from lumiere.persistence.notes import read_evaluations
 
     run = entry.run
     training, evaluation = last_records(run.metrics_path)

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lumiere.cli.console import STATUS_STYLES, duration, number, print_json
 from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.errors import LumiereError, printable
-from lumiere.persistence.following import MetricsFollower
-from lumiere.persistence.history import History, Point, Thinned, point_of
-from lumiere.persistence.metrics import as_number
+from lumiere.persistence.metrics import History, MetricsFollower, Point, Thinned, as_number, point_of
 from lumiere.persistence.runs import Run, RunStore
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumiere.errors import LumiereError, nearest
-from lumiere.persistence.history import History
+from lumiere.persistence.metrics import History
 from lumiere.report.figures.figure import (
     COLOURS,
     INK,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumiere.errors import LumiereError
-from lumiere.persistence.atomic import write_atomically
+from lumiere.files import write_atomically
 from lumiere.programs import install_command
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lumiere.models.transformer import Transformer
-from lumiere.persistence import fitting
+from lumiere.persistence import loading
 from lumiere.persistence.runs import Run
 
 
@@ -20,11 +20,11 @@ def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def uniform_model(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command opens the trained model with an embedding of zeros: all 320 tokens are always tied."""
-    load = fitting.load_weights
+    load = loading.load_weights
 
     def load_zeros(*arguments: Any) -> Transformer:
         model = load(*arguments)
         model.token_embedding.weight.data.zero_()
         return model
 
-    monkeypatch.setattr(fitting, "load_weights", load_zeros)
+    monkeypatch.setattr(loading, "load_weights", load_zeros)

@@ -73,7 +73,7 @@ def test_without_windows_or_corpus_the_weights_are_told(runs_dir: str, monkeypat
     def gone(*arguments: Any) -> None:
         raise LumiereError("the corpus is gone")
 
-    monkeypatch.setattr("lumiere.cli.loading.open_corpus", gone)
+    monkeypatch.setattr("lumiere.persistence.loading.open_corpus", gone)
     result = inspect_summary(runs_dir)
     assert result.exit_code == 0
     assert "the corpus is gone: what needs a text is left out" in " ".join(result.stderr.split())

@@ -12,8 +12,8 @@ from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import build_model, empty_model
-from lumiere.persistence.checkpoint_format import Checkpoint
-from lumiere.persistence.fitting import check_fit, load_weights
+from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.loading import check_compatible, load_weights
 
 MODEL = {
     "embedding_size": 8,
@@ -66,7 +66,7 @@ def test_what_an_older_checkpoint_does_not_say_is_not_held_against_it(saved: Che
 @pytest.mark.parametrize("config", [None, 7, [], {"model": []}, {"model": {"num_heads": "2"}}, {"tokenizer": "a"}])
 def test_a_config_that_is_none_is_refused(saved: Checkpoint, config: Any) -> None:
     with pytest.raises(CheckpointError, match="does not fit"):
-        check_fit(config_of(), replace(saved, metadata={"config": config}), "it")
+        check_compatible(config_of(), replace(saved, metadata={"config": config}), "it")
 
 
 @pytest.mark.parametrize(
