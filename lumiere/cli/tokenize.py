@@ -88,12 +88,12 @@ def show_summary(corpus: "TokenizedCorpus", config: "RunConfig") -> None:
     title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
     stdout().print(f"[bold]{escape(title)}[/]")
     stdout().print(
-        f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes per token':>13}  {'windows':>9}  {'padding':>7}"
+        f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes per token':>15}  {'windows':>9}  {'padding':>7}"
     )
     for name, split in facts["splits"].items():
         stdout().print(
             f"{name:11}  {split['documents']:>9,}  {split['tokens']:>12,}  "
-            f"{split['bytes_per_token']:>13.2f}  {split['windows']:>9,}  {split['padding_share']:>7.1%}"
+            f"{split['bytes_per_token']:>15.2f}  {split['windows']:>9,}  {split['padding_share']:>7.1%}"
         )
     used, rows = facts["num_tokens_used"], facts["vocab_size"]
     stdout().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))

@@ -83,7 +83,7 @@ def test_ls_filters_and_sorts(run: Run, other: Run) -> None:
     assert ids("--sort", "loss") == ids("--sort", "steps") == [run.id, "zzzzzzzz"]
     assert ids("--sort", "loss", "-n", "1") == ids("--status", "finished") == ids("--tag", "mine") == [run.id]
     assert ids("--status", "finished", "--status", "interrupted") == ["zzzzzzzz", run.id]
-    assert "no such runs" in invoke("ls", "--tag", "none").stderr
+    assert "no matching runs" in invoke("ls", "--tag", "none").stderr
 
 
 DAMAGE: list[Callable[[Run], object]] = [
@@ -237,7 +237,7 @@ def test_prune_keeps_the_best_and_the_latest_of_finished_runs(run: Run, other: R
     planned = read_json("prune", "--dry-run")
     assert disk_bytes(Path("runs")) == before
     result = invoke("prune", "--yes")
-    assert f"{OTHER}  left alone: it is interrupted, not finished" in result.stderr
+    assert f"{OTHER}  skipped: it is interrupted" in result.stderr
     assert before - disk_bytes(Path("runs")) == planned["num_bytes"]
     manager = CheckpointManager()
     assert manager.names(run) == ["best", "latest"]

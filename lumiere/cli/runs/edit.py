@@ -171,8 +171,8 @@ def check_answerable(yes: bool, dry_run: bool) -> None:
     """Raise `LumiereError` if a confirmation is needed and stdin is not a terminal."""
     if not (yes or dry_run or is_interactive()):
         raise LumiereError(
-            "cannot ask for confirmation: stdin is not a terminal",
-            "delete without asking with --yes, or look with --dry-run",
+            "stdin is not a terminal, so nobody can confirm",
+            "delete without asking with --yes, or preview with --dry-run",
         )
 
 
