@@ -40,9 +40,7 @@ def trained(setup: TrainingSetup, sizes: list[int]) -> tuple[int, float]:
         while seen < end:
             batch = batch_at(seen // size, windows, size, settings.seed)
             place = min(total_steps, -(-(seen + size) // settings.batch_size))
-            factor = learning_rate_factor(
-                place, total_steps, settings.warmup_steps, settings.schedule, settings.decay_fraction
-            )
+            factor = learning_rate_factor(place, total_steps, settings)
             train_step(state, batch, factor, settings, setup.precision, summed_loss)
             state.step += 1
             seen += size

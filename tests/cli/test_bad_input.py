@@ -230,7 +230,7 @@ def test_empty_prompt(runs: Path) -> None:
         (["eval", "latest", "--text", "none.txt", "--dataset", "stories"], "--text and --dataset"),
         (["eval", "latest", "--subset", "raw"], "--subset"),
         (["eval", "latest", "--text", "none.txt", "--split", "test"], "--split"),
-        (["eval", "latest", "--dataset", "text"], "'text' reads files, which nothing names here"),
+        (["eval", "latest", "--dataset", "text"], "'text' reads files"),
         (["eval", "latest", "--dataset", "./no-such-folder"], "there is no dataset folder './no-such-folder'"),
         (["eval", "latest", "--dataset", "stories", "--split", "tset"], "the corpus has no split 'tset'"),
         (["eval", "latest", "--stride", "0"], "a stride of 0 does not fit windows of 16 tokens"),
@@ -333,7 +333,7 @@ def test_card_needs_a_checkpoint_and_its_corpus(trained_run: Run, runs: Path) ->
     record.write_text('{"status": "finished", "corpus_sha256": "another"}')
     error, hint = refuse_after_a_note(["runs", "card", "latest", "-o", "card.md"])
     assert "the corpus 'stories' is not the one" in error
-    assert "the card has no figures" in hint
+    assert "restore it" in hint
     shutil.rmtree(runs / trained_run.name / "checkpoints")
     assert f"run {trained_run.id} has no checkpoint 'best'" in refuse(["runs", "card", "latest", "-o", "card.md"])[0]
     assert not Path("card.md").exists()

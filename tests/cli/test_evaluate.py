@@ -80,7 +80,10 @@ def test_strided_counts_each_token_once_and_says_so(run: Run, tiny_corpus: Token
     assert once["num_tokens"] == tiny_corpus.splits["validation"].facts.num_targets < twice["num_tokens"]
     assert (twice["protocol"], once["protocol"], once["stride"]) == ("windows", "stride-8", 8)
     printed = invoke("eval", run.id, "--stride", "8").stdout
-    assert "strided: windows of 16 tokens, each 8 after the one before\neach token is scored once, with 9" in printed
+    assert (
+        "strided: windows of 16 tokens, each 8 after the one before\neach token is scored once, with at least 9"
+        in printed
+    )
     assert "the card's loss" not in printed, "which is over other tokens"
 
 
@@ -126,7 +129,7 @@ def test_a_text_needs_no_corpus_but_for_the_baselines(run: Run) -> None:
     found = json.loads(result.stdout)
     assert math.isfinite(found["loss"])
     assert found["baselines"] is found["by_frequency"] is None
-    assert "no baselines, and no losses by frequency" in result.stderr
+    assert "skipping baselines" in result.stderr
 
 
 def test_a_dataset_is_scored_in_the_tokens_of_the_model(run: Run) -> None:
@@ -183,7 +186,7 @@ def test_runs_with_other_windows_are_compared_by_bytes(run: Run, early: Run) -> 
     ]
     assert "loss" not in compared["differences"][0]
     printed = invoke("eval", run.id, early.id, "-o", "eval.svg").stdout
-    assert "the windows differ, so the losses are over other contexts" in printed
+    assert "the windows differ" in printed
     assert [*re.findall("16, [0-9]+ apart", printed)] == ["16, 13 apart", "16, 17 apart"]
     assert "windows of" not in Path("eval.svg").read_text(encoding="utf-8")
 

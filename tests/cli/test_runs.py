@@ -130,7 +130,7 @@ def test_show_says_how_it_went_and_how_to_repeat_it(run: Run) -> None:
         f"training loss {training['loss']:.4f} at step 12",
         f"validation loss {evaluation['val_loss']:.4f}",
         f"  lumiere train {run.config_path}\n",
-        "  lumiere train  as it was started",
+        "  lumiere train  original command",
     ):
         assert expected in shown
     assert re.search(r"model.context_size +16  default 64", shown)
