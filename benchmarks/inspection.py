@@ -178,18 +178,18 @@ def compare_passes(
 def analyses(run: str, runs_dir: str, console: Console) -> dict[str, float]:
     """Return the seconds of each command after its model is loaded: medians after one warm-up."""
     from lumiere.cli import app
-    from lumiere.cli.inspect import analysis as ground
     from lumiere.cli.inspect import app as inspect_app
+    from lumiere.cli.inspect import command as shared
 
     loaded: list[float] = []
-    open_model = ground.open_model
+    open_model = shared.open_model
 
     def opened(*arguments: Any) -> Any:
         model = open_model(*arguments)
         loaded.append(time.perf_counter())
         return model
 
-    ground.open_model = opened
+    shared.open_model = opened
     table = Table("lumiere inspect", "seconds", "exit code", title=f"after loading, {torch.get_num_threads()} threads")
     figures: dict[str, float] = {}
     for command in inspect_app.registered_commands:

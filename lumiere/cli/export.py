@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lumiere.cli.console import escape, open_model, print_error, print_json, show_note, stdout
-from lumiere.cli.inspect.analysis import CHECK_FAILED, show_receipts
+from lumiere.cli.inspect.command import CHECK_FAILED, show_receipts
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
 from lumiere.errors import FailedCheckError
 

@@ -418,7 +418,13 @@ def signed(value: float, decimals: int) -> str:
 
 def receipt_table(inspection: Inspection) -> str:
     rows = [
-        (name, receipt.law, f"{receipt.error:.0e}", f"{receipt.tolerance:.0e}", "holds" if receipt.holds else "FAILED")
+        (
+            name,
+            receipt.check,
+            f"{receipt.error:.0e}",
+            f"{receipt.tolerance:.0e}",
+            "holds" if receipt.holds else "FAILED",
+        )
         for name, result in inspection.results()
         for receipt in result.receipts
     ]

@@ -25,9 +25,13 @@ def payload(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         about: where the result comes from: analysis, run, checkpoint, step, hashes, tokens.
     """
-    receipts = [asdict(receipt) | {"holds": receipt.holds} for receipt in result.receipts]
     values = {name: plain(value) for name, value in result.as_dict().items()}
-    return {"schema_version": SCHEMA_VERSION, **about, **values, "receipts": receipts}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **about,
+        **values,
+        "receipts": [receipt.as_dict() for receipt in result.receipts],
+    }
 
 
 def plain(value: Any) -> Any:

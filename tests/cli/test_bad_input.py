@@ -50,7 +50,7 @@ TRAINING = [
     ("dataset.name=./no-such-folder", "there is no dataset folder './no-such-folder'"),
     ("dataset.name=nobody/nothing", "dataset 'nobody/nothing' is not on this machine"),
     ("dataset={name: text, data_files: none.txt}", "there is no file 'none.txt'"),
-    ("dataset={name: text}", "dataset 'text' needs files to read"),
+    ("dataset={name: text}", "dataset 'text' needs dataset.data_files"),
     ("dataset={name: text, data_files: empty.txt}", "holds no text"),
     ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'"),
     ("dataset={name: parquet, data_files: no-text-column.parquet}", "has no column 'text', it has body"),
@@ -146,7 +146,7 @@ def test_train_plans_a_new_training_or_nothing() -> None:
     error, hint = refuse(["train", "--plan", "--resume", "latest"])
     assert "--plan and --resume" in error
     assert "lumiere runs show latest" in hint
-    assert "--plan is about" in refuse(["train", "tiny", "--plan", "--resume", "latest", "--print-config"])[0]
+    assert "--plan and --resume" in refuse(["train", "tiny", "--plan", "--resume", "latest", "--print-config"])[0]
     assert "--plan and --print-config" in refuse(["train", "tiny", "--plan", "--print-config"])[0]
     assert "no config given" in refuse(["train", "--plan"])[0]
     assert "unknown key model.n_embd" in refuse(["train", "tiny", "--plan", "--set", "model.n_embd=4"])[0]
@@ -233,8 +233,8 @@ def test_empty_prompt(runs: Path) -> None:
         (["eval", "latest", "--dataset", "text"], "'text' reads files"),
         (["eval", "latest", "--dataset", "./no-such-folder"], "there is no dataset folder './no-such-folder'"),
         (["eval", "latest", "--dataset", "stories", "--split", "tset"], "the corpus has no split 'tset'"),
-        (["eval", "latest", "--stride", "0"], "a stride of 0 does not fit windows of 16 tokens"),
-        (["eval", "latest", "--stride", "17"], "a stride of 17 does not fit windows of 16 tokens"),
+        (["eval", "latest", "--stride", "0"], "1 to 16 for windows of 16 tokens, got 0"),
+        (["eval", "latest", "--stride", "17"], "1 to 16 for windows of 16 tokens, got 17"),
         (["eval", "latest", "-o", "eval.gif"], "'eval.gif' is no picture"),
         (["eval", "latest", "-o", "none/eval.png"], "there is no folder 'none'"),
         (["eval", "latest", "--device", "tpu"], "there is no device 'tpu'"),

@@ -61,7 +61,7 @@ def test_patterns_are_those_of_the_model(model: Transformer) -> None:
 
 
 def errors(result: AttentionPatterns | CombinedAttention) -> dict[str, float]:
-    return {receipt.law: receipt.error for receipt in result.receipts}
+    return {receipt.check: receipt.error for receipt in result.receipts}
 
 
 @given(st.lists(st.integers(3, 300), min_size=1, max_size=16))

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lumiere.interpret.model_diff import ModelDiff, diff
+from lumiere.interpret.model_diff import ModelDiff, diff_models
 from lumiere.report.figures.bars import MOST_DIFFERENT, draw_diff
 from lumiere.report.figures.figure import save_picture
-from tests.interpret.test_diff import BATCHES, nudged, random_model
+from tests.interpret.test_model_diff import BATCHES, nudged, random_model
 
 
 @pytest.fixture
 def result() -> ModelDiff:
     model = random_model()
-    return diff(model, nudged(model), BATCHES)
+    return diff_models(model, nudged(model), BATCHES)
 
 
 def test_each_panel_has_the_numbers_of_the_result(result: ModelDiff) -> None:
@@ -52,4 +52,4 @@ def test_it_is_written_in_every_form(result: ModelDiff, suffix: str) -> None:
     save_picture(path, draw_diff(result), "two runs")
     assert path.stat().st_size > 1000
     model = random_model()
-    save_picture(path, draw_diff(diff(model, deepcopy(model), BATCHES)), "one run twice")
+    save_picture(path, draw_diff(diff_models(model, deepcopy(model), BATCHES)), "one run twice")
