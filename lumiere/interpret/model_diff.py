@@ -23,7 +23,7 @@ from lumiere.evaluation.scoring import (
     GroupSums,
     PairedDifference,
     document_totals,
-    figures,
+    metrics,
     paired_difference,
     score,
     strided_windows,
@@ -534,7 +534,7 @@ def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[To
     return ModelDiff(
         tokens=(),
         not_compared=("predictions, representations and heads: the tokenizers differ, so no two tokens are the same",),
-        losses=np.array([float(figures(total.total).bits_per_byte) for total in totals]),
+        losses=np.array([float(metrics(total.total).bits_per_byte) for total in totals]),
         loss_unit=OTHER_TOKENS,
         loss_difference=paired_difference(totals[0], totals[1], "bits_per_byte"),
         predictions=None,
