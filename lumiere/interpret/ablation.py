@@ -149,11 +149,11 @@ def stream_after(model: Transformer, layer: int, stage: Stage, resid_BTE: Tensor
         resid_BTE: (B, T, E).
     """
     if stage == "pre":
-        return model.final_residual_from(resid_BTE, layer)
+        return model.continue_from(resid_BTE, layer)
     if stage == "mid":
         block = model.blocks[layer]
         resid_BTE = resid_BTE + block.feedforward(block.feedforward_norm(resid_BTE))
-    return model.final_residual_from(resid_BTE, layer + 1)
+    return model.continue_from(resid_BTE, layer + 1)
 
 
 TOKENS_AT_ONCE = 2048

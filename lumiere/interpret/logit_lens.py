@@ -129,7 +129,7 @@ def logit_lens(
         # One stage at a time: the very operations of the model on the same shape, which makes the last stage equal bit
         # for bit, and never more than a few matrices of T x Vocab.
         for stage in stages:
-            logits_BTV = model.token_embedding.unembed(model.final_norm.watch(cache[stage]))
+            logits_BTV = model.token_embedding.unembed(model.final_norm(cache[stage]))
             difference = float((logits_BTV - output.logits).abs().max())
             stage_PV = log_probabilities(logits_BTV, columns)
             top = stage_PV.topk(top_k, dim=-1)

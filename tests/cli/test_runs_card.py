@@ -52,7 +52,7 @@ def test_an_older_run_is_evaluated_once_and_that_is_said(trained_run: Run, older
 def test_a_run_that_was_killed_early_has_a_card_of_latest(older_run: Run) -> None:
     (older_run.checkpoints_dir / "best.safetensors").unlink()
     text, _ = card("latest")
-    assert "the checkpoint `latest` (step 12)" in text
+    assert "checkpoint `latest` (step 12)" in text
     assert f'load_checkpoint("{older_run.name}", "latest")' in text
 
 

@@ -82,7 +82,7 @@ def test_receipts_show_what_is_wrong(model: Transformer, monkeypatch: pytest.Mon
     broken = output.attention_weights.clone()
     broken[0, 1, 0, 2, 3] = 0.25
     broken[0, 2, 1, 3, 0] += 0.5
-    monkeypatch.setattr(model, "forward", lambda tokens: dataclasses.replace(output, patterns=broken.unbind(1)))
+    monkeypatch.setattr(model, "forward", lambda tokens: dataclasses.replace(output, kept_patterns=broken.unbind(1)))
     result = attention_patterns(model, TOKENS)
     assert not any(receipt.holds for receipt in result.receipts)
     assert errors(result)["no weight on a later token"] == 0.25

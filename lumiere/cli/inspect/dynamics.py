@@ -53,8 +53,7 @@ def dynamics(target: InspectTarget, metric: Metrics = None, every: Every = 1, to
     from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS, follow
     from lumiere.persistence.checkpoint_manager import snapshot_steps
     from lumiere.persistence.metrics import read_history
-    from lumiere.report.figures.dynamics import CAPTION, draw_dynamics, dynamics_page
-    from lumiere.report.figures.figure import Picture
+    from lumiere.report.figures.dynamics import draw_dynamics
 
     for name in metric or ():
         check_choice("metric", name, METRICS)
@@ -75,9 +74,7 @@ def dynamics(target: InspectTarget, metric: Metrics = None, every: Every = 1, to
     return Analysis(
         compute=compute,
         show=lambda result: show_dynamics(result, top_k),
-        draw=lambda result: Picture(
-            draw_dynamics(result), "Along the training", CAPTION, page=lambda title: dynamics_page(result, title)
-        ),
+        draw=draw_dynamics,
         source=f"{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}" + (f"; {source}" if source else ""),
     )
 
