@@ -253,7 +253,7 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback)
         facts[split] = asdict(encode_split(folder, split, read, tokenizer, emit_facts))
     for split, rows in corpus.rows.items():
         if rows.num_empty:
-            note = f"{split}: skipped {rows.num_empty:,} empty rows of {rows.num_rows:,}"
+            note = f"{split}: skipped {rows.num_empty:,} of {rows.num_rows:,} rows, which are empty"
             emit(Progress(note, is_note=True))
     write_durably(folder / "splits.json", json.dumps(facts, indent=2))
     for journal in folder.glob("*.journal"):

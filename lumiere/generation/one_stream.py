@@ -1,6 +1,6 @@
 """A faster step for one stream on a CPU, where a token is mostly the dispatch of operations, not arithmetic.
 
-`Transformer.final_residual` with a cache computes the same function in about three times as many operations. Here the
+`Transformer.final_residual` with a cache computes the same function in 3.4 times the CPU time. Here the
 matrices that read the same vector are joined, the gains of the norms are multiplied into them, everything is stored in
 the layout in which it is read, and the views of every position are made once. docs/performance.md has the measurement.
 
