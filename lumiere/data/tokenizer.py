@@ -214,7 +214,7 @@ class Tokenizer:
     def _bytes(self) -> list[bytes]:
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = (self._backend.id_to_token(i) or "" for i in range(len(SPECIAL_TOKENS), len(self)))
-        return [b""] * len(SPECIAL_TOKENS) + [bytes(byte_of[c] for c in piece) for piece in pieces]
+        return [b""] * len(SPECIAL_TOKENS) + [bytes(map(byte_of.__getitem__, piece)) for piece in pieces]
 
 
 def not_a_character() -> LumiereError:
