@@ -122,7 +122,7 @@ def test_each_snapshot_is_loaded_once_and_the_last_again(trained_run: Run, texts
         loaded.append(step)
         return trained_run.load_model(str(step))
 
-    follow([0, 4, 8], load, ALL, texts, tell=told.append)
+    follow([0, 4, 8], load, ALL, texts, emit=told.append)
     assert loaded == [0, 4, 8, 8]
     assert told == [1, 2, 3]
 
