@@ -6,7 +6,7 @@ Everything in it is derived from the run. What comes from files stands in code s
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from lumiere import __version__
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.training.costs import count_parameters, weight_bytes
 
@@ -40,7 +41,7 @@ class CardFacts:
     run_name: str
     status: str
     config: RunConfig
-    record: Mapping[str, Any]
+    record: RunRecord
     checkpoint: str
     step: int
     evaluation: Evaluation
@@ -63,14 +64,14 @@ def card_checkpoint(run: Run) -> tuple[str, int]:
     return name, manager.load(run, name, groups=()).step
 
 
-def kept_evaluation(record: Mapping[str, Any], step: int) -> Evaluation | None:
+def kept_evaluation(record: RunRecord, step: int) -> Evaluation | None:
     """The evaluation of the checkpoint of `step` that the training left in the record.
 
     Returns:
         None where there is none: the run is older than that, was killed between two writes, or is damaged.
     """
-    kept = record.get("best_evaluation")
-    if not isinstance(kept, dict) or kept.get("step") != step:
+    kept = record.best_evaluation
+    if kept.get("step") != step:
         return None
     values: dict[str, Any] = {}
     for field in fields(Evaluation):
@@ -307,8 +308,8 @@ def limitations(facts: CardFacts) -> str:
             f"In {code(subset)} rare words are replaced by `<unk>`, which makes it easier than the raw text: its "
             "figures must not be compared with those of a raw subset, and the model writes `<unk>` itself."
         )
-    epoch = record.get("epoch")
-    if isinstance(epoch, int | float) and not isinstance(epoch, bool) and 0 <= epoch < 1:
+    epoch = record.epoch
+    if epoch is not None and 0 <= epoch < 1:
         items.append(f"Training saw {epoch:.0%} of the training windows, each once: it could go on for longer.")
     if facts.status != "finished":
         items.append(
@@ -319,10 +320,7 @@ def limitations(facts: CardFacts) -> str:
 
 def bytes_of_context(facts: CardFacts) -> str:
     """About how much text the context holds; empty where the record does not say what a token is worth."""
-    splits = facts.record.get("splits")
-    split = splits.get("train") if isinstance(splits, Mapping) else None
-    if not isinstance(split, Mapping):
-        return ""
+    split = facts.record.splits.get("train", {})
     size, tokens = split.get("num_bytes"), split.get("num_tokens")
     if not (type(size) is int and type(tokens) is int and 0 < tokens <= size < 2**63):
         return ""
@@ -343,12 +341,11 @@ def dataset(facts: CardFacts) -> str:
         rows.append(("A document starts at each line that matches", code(settings.document_start)))
     size, overlap = facts.config.model.context_size + 1, settings.sliding_window_size
     rows.append(("Windows", f"{size} tokens of one document, each sharing {overlap} with the one before"))
-    if isinstance(fingerprint := facts.record.get("corpus_sha256"), str):
+    if (fingerprint := facts.record.corpus_sha256) is not None:
         rows.append(("Fingerprint of the encoded corpus", code(fingerprint)))
     parts = [table(["", ""], rows)]
-    splits = facts.record.get("splits")
-    if isinstance(splits, Mapping):
-        known = [(name, splits[name]) for name in SPLITS if isinstance(splits.get(name), Mapping)]
+    if splits := facts.record.splits:
+        known = [(name, splits[name]) for name in SPLITS if name in splits]
         columns = ("num_documents", "num_tokens", "num_bytes")
         counts = [(name, *(number(split.get(key), ",") for key in columns)) for name, split in known]
         parts.append(table(["Split", "Documents", "Tokens", "Bytes of text"], counts))
@@ -370,13 +367,12 @@ def tokenization(facts: CardFacts) -> str:
 
 def training(facts: CardFacts) -> str:
     record = facts.record
-    versions = record.get("versions")
-    versions = versions if isinstance(versions, Mapping) else {}
+    versions = record.versions
     done = [
-        ("Trained", f"{number(record.get('step'), ',')} steps, {number(record.get('epoch'), '.2f')} epochs"),
-        ("Tokens", f"{number(record.get('tokens'), ',')}, padding left out"),
-        ("Time", f"{number(record.get('training_seconds'), ',.0f')} s, evaluating and saving left out"),
-        ("Computed", f"in {text(record.get('precision'))} on {text(record.get('device'))}"),
+        ("Trained", f"{number(record.step, ',')} steps, {number(record.epoch, '.2f')} epochs"),
+        ("Tokens", f"{number(record.tokens, ',')}, padding left out"),
+        ("Time", f"{number(record.training_seconds, ',.0f')} s, evaluating and saving left out"),
+        ("Computed", f"in {text(record.precision)} on {text(record.device)}"),
         ("Versions", f"Lumiere {text(versions.get('lumiere'))}, torch {text(versions.get('torch'))}"),
     ]
     settings = facts.config.training.model_dump()
@@ -522,8 +518,7 @@ def licence(facts: CardFacts) -> str:
 
 def citation(facts: CardFacts) -> str:
     """What CITATION.cff says, as BibTeX; that file is not part of an installed package."""
-    versions = facts.record.get("versions")
-    version = versions.get("lumiere") if isinstance(versions, dict) else None
+    version = facts.record.versions.get("lumiere")
     version = version if isinstance(version, str) and version.replace(".", "").isalnum() else __version__
     return fenced(
         "@software{lumiere,\n"

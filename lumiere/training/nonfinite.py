@@ -73,7 +73,7 @@ class NonFiniteGuard:
             raise self._error(problem)
         if settings.on_nonfinite == "stop":
             # By the record, which each save brings up to date.
-            step = self._run.record.get("step", 0)
+            step = self._run.record.step or 0
             start = f"from the last good checkpoint, step {step}" if step else "from the start: nothing was saved yet"
             command = self._run.command("train", "--resume", self._run.id, "--set", "training.on_nonfinite=skip")
             raise self._error(problem, f"; {command} leaves out such steps and goes on {start}")

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -25,10 +25,11 @@ from lumiere.errors import CheckpointError, LumiereError
 from lumiere.files import locked, write_atomically, writing
 from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.liveness import beating, check_not_elsewhere, this_process
+from lumiere.persistence.liveness import beating, this_process
 from lumiere.persistence.loading import check_compatible
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.placing import clear, delete
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk
 from lumiere.training.events import Callback, WarningEvent
@@ -128,7 +129,7 @@ def resume(
     with locked(run.path):
         # A restart by torchrun may be on another host, and the processes before it have ended.
         if processes.job is None or token(run) != processes.job:
-            check_not_elsewhere(run)
+            run.check_not_elsewhere()
         checkpoint, name = newest_checkpoint(run, outlined=setup.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0
         if checkpoint is not None:
@@ -150,10 +151,8 @@ def resume(
         # Where nothing was saved, every line goes.
         truncate_metrics(run.metrics_path, step if checkpoint else -1)
         changed = changes(run.load_config(), setup.config)
-        earlier = run.record.get("resumes")
-        resumes = earlier if isinstance(earlier, list) else []  # a file that was edited may hold anything
         entry = {"at": now(), "step": step, "changed": list(map(str, changed)), "warnings": warnings}
-        run.update(resumes=[*resumes, entry])
+        run.update(resumes=[*run.record.resumes, entry])
         if changed:
             with writing(run.config_path):
                 write_atomically(run.config_path, dump_config(setup.config).encode())
@@ -182,7 +181,7 @@ def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, pro
 
 
 def resume_warnings(
-    checkpoint: Checkpoint, name: str, setup: TrainingSetup, record: Mapping[str, Any], processes: ProcessGroup
+    checkpoint: Checkpoint, name: str, setup: TrainingSetup, record: RunRecord, processes: ProcessGroup
 ) -> list[str]:
     """Return the reasons why a resumed run will not be bit-identical to an uninterrupted one.
 
@@ -248,7 +247,7 @@ def stop_reason(run: Run) -> str | None:
         CheckpointError: the checkpoint is damaged.
     """
     # The record first: `runs prune` may have left a finished run no more than an earlier checkpoint.
-    reason = run.record.get("stop_reason")
+    reason = run.record.stop_reason
     if run.status == "finished" and reason in STOP_REASONS:
         return reason
     checkpoint, _ = newest_checkpoint(run, outlined=True)
@@ -373,5 +372,4 @@ def restarted_run(store: RunStore, processes: ProcessGroup) -> Run | None:
 
 def token(run: Run) -> str | None:
     """The token of the launch that trained the run last, by its record."""
-    recorded = run.record.get("job")
-    return recorded.get("token") if isinstance(recorded, dict) else None
+    return run.record.job.get("token")

@@ -1,7 +1,7 @@
 """Everything resolved before training starts: config, corpus, device, precision, and what a resume may change."""
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
 from lumiere.errors import CheckpointError, ConfigError, LumiereError
 from lumiere.persistence.checkpoint import DAMAGE_HINT
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.training.loggers import check_packages
 from lumiere.training.schedule import learning_rate_factor, num_steps
@@ -76,7 +77,7 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
     return [Change(path, old[path], value) for path, value in new.items() if value != old[path]]
 
 
-def inexact_changes(before: RunConfig, setup: "TrainingSetup", record: Mapping[str, Any]) -> list[Change]:
+def inexact_changes(before: RunConfig, setup: "TrainingSetup", record: RunRecord) -> list[Change]:
     """Return the changes after which the weights are no longer bit-identical to those of an uninterrupted run.
 
     Args:
@@ -84,7 +85,8 @@ def inexact_changes(before: RunConfig, setup: "TrainingSetup", record: Mapping[s
         record: contents of `run.json`, with the device and the precision so far.
     """
     taken = {"device": str(setup.device), "precision": str(setup.precision).removeprefix("torch.")}
-    moved = [Change(key, record[key], value) for key, value in taken.items() if record.get(key, value) != value]
+    recorded = {"device": record.device, "precision": record.precision}
+    moved = [Change(key, recorded[key], value) for key, value in taken.items() if recorded[key] not in (None, value)]
     return moved + [change for change in changes(before, setup.config) if change.path in INEXACT]
 
 
@@ -206,7 +208,7 @@ def set_up_resume(
             "restore the corpus and the version of tokenizers that run.json names, or start a new run",
         )
     # A run that was killed while it was made has no record to compare with, and no checkpoint either.
-    if setup.corpus.fingerprint != record.get("corpus_sha256", setup.corpus.fingerprint):
+    if setup.corpus.fingerprint != (record.corpus_sha256 or setup.corpus.fingerprint):
         raise LumiereError(
             f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
             "restore it as it was, or start a new run",
@@ -214,7 +216,7 @@ def set_up_resume(
     return replace(setup, config=config)
 
 
-def with_recorded_device(config: RunConfig, record: Mapping[str, Any], given: Collection[str]) -> RunConfig:
+def with_recorded_device(config: RunConfig, record: RunRecord, given: Collection[str]) -> RunConfig:
     """Return `config` with the device and the precision to resume a run with.
 
     A recorded device is kept if it is there, and the recorded precision if the device is of the same kind.
@@ -230,7 +232,8 @@ def with_recorded_device(config: RunConfig, record: Mapping[str, Any], given: Co
         values = config.model_dump()
         return validate(values | {"training": values["training"] | taken})
 
-    taken = {key: record[key] for key in ("device", "precision") if key in record}
+    recorded = {"device": record.device, "precision": record.precision}
+    taken = {key: value for key, value in recorded.items() if value is not None}
     wanted = having(**{key: value for key, value in taken.items() if f"training.{key}" not in given})
     if "device" not in taken:
         return wanted

@@ -160,8 +160,8 @@ def test_a_resume_of_a_run_whose_small_things_are_odd(run: Run) -> None:
     (run.checkpoints_dir / ".odd.tmp").mkdir()
     result = CliRunner().invoke(app, RESUME)
     assert result.exit_code == 0, result.output
-    assert [resumed["step"] for resumed in run.record["resumes"]] == [8]
-    assert (run.status, run.record["step"]) == ("finished", 12)
+    assert [resumed["step"] for resumed in run.record.resumes] == [8]
+    assert (run.status, run.record.step) == ("finished", 12)
 
 
 def test_a_lock_that_is_a_link_is_not_written_through(run: Run) -> None:

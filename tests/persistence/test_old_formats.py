@@ -52,13 +52,13 @@ def test_what_it_says_of_itself(run: Run) -> None:
     assert metadata["config"]["model"]["embedding_size"] == 4
     lines = read_metrics(run.metrics_path)
     assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8, 9, 10]
-    assert lines[-2]["val_loss"] == metadata["best_loss"] == run.record["best_loss"]
+    assert lines[-2]["val_loss"] == metadata["best_loss"] == run.record.best_loss
     assert run.load_config().training.max_steps == 12
 
 
 def test_it_can_be_resumed(run: Run) -> None:
     result = resume(set_up_resume(run), run)
-    assert (result.state.step, run.record["status"]) == (GOLDEN["resumed"]["step"], "finished")
+    assert (result.state.step, run.record.status) == (GOLDEN["resumed"]["step"], "finished")
     lines = read_metrics(run.metrics_path)
     assert [line["step"] for line in lines] == GOLDEN["resumed"]["steps"]
     assert lines[-1]["val_loss"] == pytest.approx(GOLDEN["resumed"]["val_loss"], abs=1e-4)

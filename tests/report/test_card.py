@@ -20,6 +20,7 @@ from lumiere.config.schema import RunConfig
 from lumiere.data.corpus import BUILT_IN
 from lumiere.evaluation.loss import Evaluation
 from lumiere.models.transformer import Transformer
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.report.model_card import BUILT_IN as BUILT_IN_CARDS
 from lumiere.report.model_card import (
@@ -61,7 +62,7 @@ def card_facts() -> CardFacts:
         run_name="run_hiq6ihsb_20250819_001808",
         status="finished",
         config=load_config("small"),
-        record=RECORD,
+        record=RunRecord.from_json(RECORD),
         checkpoint="best",
         step=18_590,
         evaluation=SCORES,
@@ -189,7 +190,7 @@ def test_every_built_in_corpus_has_words_for_a_card() -> None:
 
 
 def test_limitations_tell_of_a_training_without_an_end(card_facts: CardFacts) -> None:
-    short = dataclasses.replace(card_facts, status="interrupted", record=RECORD | {"epoch": 0.25})
+    short = dataclasses.replace(card_facts, status="interrupted", record=RunRecord.from_json(RECORD | {"epoch": 0.25}))
     limits = section(model_card(short), "Limitations")
     assert "its status was `interrupted`" in limits
     assert "25% of the training windows" in limits
@@ -210,7 +211,10 @@ def test_text_from_files_breaks_nothing(card_facts: CardFacts) -> None:
         "corpus_sha256": NASTY,
         "versions": {"lumiere": NASTY, "torch": NASTY},
     }
-    card = model_card(dataclasses.replace(card_facts, config=config, record=record, status=NASTY, on_hub=False))
+    facts = dataclasses.replace(
+        card_facts, config=config, record=RunRecord.from_json(record), status=NASTY, on_hub=False
+    )
+    card = model_card(facts)
     assert headings(card) == ["Lumiere hiq6ihsb", *SECTIONS]
     assert all(line.isprintable() for line in card.splitlines())
     data = ModelCard(card).data
@@ -240,12 +244,13 @@ def test_a_damaged_record_crashes_nothing(damaged: dict[str, Any], split: Any) -
         RECORD | damaged,
         RECORD | {"splits": {"train": split, "validation": COUNTS | {"num_tokens": split}}},
     ):
-        kept_evaluation(record, 5)
+        recorded = RunRecord.from_json(record)
+        kept_evaluation(recorded, 5)
         facts = CardFacts(
             "run_hiq6ihsb_20250819_001808",
-            str(record["status"]),
+            recorded.status,
             load_config("tiny"),
-            record,
+            recorded,
             "best",
             5,
             SCORES,
@@ -258,18 +263,19 @@ def test_a_damaged_record_crashes_nothing(damaged: dict[str, Any], split: Any) -
 @given(name=st.sampled_from([field.name for field in dataclasses.fields(Evaluation)]), value=json_values)
 def test_a_kept_evaluation_is_whole_or_none(name: str, value: Any) -> None:
     kept = json.loads(json.dumps({"step": 5} | dataclasses.asdict(SCORES) | {name: value}))
-    evaluation = kept_evaluation({"best_evaluation": kept}, 5)
+    evaluation = kept_evaluation(RunRecord.from_json({"best_evaluation": kept}), 5)
     if evaluation is not None:
         assert {type(number) for number in dataclasses.astuple(evaluation)} <= {int, float}
         assert f"{getattr(evaluation, name):,.2f}" != "nan"
 
 
 def test_an_evaluation_of_another_step_is_not_taken() -> None:
-    record = {"best_evaluation": {"step": 5} | dataclasses.asdict(SCORES)}
+    kept = {"step": 5} | dataclasses.asdict(SCORES)
+    record = RunRecord(best_evaluation=kept)
     assert kept_evaluation(record, 5) == SCORES
     assert kept_evaluation(record, 6) is None
-    assert kept_evaluation({}, 5) is None
-    record["best_evaluation"]["word_perplexity"] = None
+    assert kept_evaluation(RunRecord(), 5) is None
+    kept["word_perplexity"] = None
     assert kept_evaluation(record, 5) == dataclasses.replace(SCORES, word_perplexity=float("inf"))
 
 
@@ -283,7 +289,7 @@ def test_the_python_of_the_card_runs(trained_run: Run, capsys: pytest.CaptureFix
     checkpoint, step = card_checkpoint(trained_run)
     evaluation = kept_evaluation(trained_run.record, step)
     assert evaluation is not None
-    assert evaluation.loss == trained_run.record["best_loss"]
+    assert evaluation.loss == trained_run.record.best_loss
     blocks = re.findall(
         r"```python\n(.*?)```", model_card(gather(trained_run, checkpoint, step, evaluation)), flags=re.DOTALL
     )

@@ -250,7 +250,7 @@ def facts(name: str, subject: Subject, described: Analysis[Any]) -> dict[str, An
         "step": opened.step,
         "weights_sha256": opened.weights_sha256,
         "tokenizer_sha256": opened.tokenizer.fingerprint,
-        "corpus_sha256": opened.run.record.get("corpus_sha256"),
+        "corpus_sha256": opened.run.record.corpus_sha256,
         "device": str(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "seed": subject.seed,
@@ -263,7 +263,7 @@ def facts(name: str, subject: Subject, described: Analysis[Any]) -> dict[str, An
             "step": subject.other.step,
             "weights_sha256": subject.other.weights_sha256,
             "tokenizer_sha256": subject.other.tokenizer.fingerprint,
-            "corpus_sha256": subject.other.run.record.get("corpus_sha256"),
+            "corpus_sha256": subject.other.run.record.corpus_sha256,
         }
     if subject.has_text:
         about |= {"source": subject.chosen[1], "token_ids": list(subject.tokens), "token_labels": subject.labels}

@@ -92,7 +92,7 @@ def remove_runs(
 
 def describe_run(entry: Entry, num_bytes: int) -> str:
     """A run in one line, so that nobody deletes the wrong one."""
-    loss = f"best loss {number(entry.record.get('best_loss'), '.4f')}"
+    loss = f"best loss {number(entry.record.best_loss, '.4f')}"
     tags = "".join(f"  #{tag}" for tag in entry.notes.tags)
     return f"{entry.run.name}  {printable(entry.status)}  {loss}  {age(entry.run.created_at)}  {size(num_bytes)}{tags}"
 

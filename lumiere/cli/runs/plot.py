@@ -73,7 +73,7 @@ def plot_runs(
 
 def label(entry: Entry) -> str:
     """The run and its corpus: a loss says nothing without what it is over."""
-    return printable(f"{entry.run.id} on {entry.record.get('dataset', '?')}")
+    return printable(f"{entry.run.id} on {entry.record.dataset or '?'}")
 
 
 def values(points: tuple[Point, ...]) -> dict[str, list[Any]]:

@@ -1,6 +1,7 @@
 """`lumiere runs show`."""
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from lumiere.cli.console import STATUS_STYLES, age, escape, number, print_json, size, stdout, text_cell
@@ -56,8 +57,7 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 def original_command(entry: Entry) -> str | None:
     """What the user typed, as a shell reads it."""
-    command = entry.record.get("command")
-    return shlex.join(map(str, command)) if isinstance(command, list) and command else None
+    return shlex.join(entry.record.command) or None
 
 
 def show(entry: Entry, details: dict[str, Any]) -> None:
@@ -65,24 +65,24 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
     record, run = entry.record, entry.run
     style = STATUS_STYLES.get(entry.status, "dim")
     stdout().print(f"[bold]{run.name}[/]  [{style}]{escape(text_cell(entry.status))}[/]")
-    if record.get("error"):
-        stdout().print(f"  {escape(text_cell(record['error'], MAX_TEXT))}", style="red")
+    if record.error:
+        stdout().print(f"  {escape(text_cell(record.error, MAX_TEXT))}", style="red")
     row("tags", " ".join(entry.notes.tags))
     row("note", entry.notes.text)
     row("age", age(run.created_at))
-    row("model", f"{number(record.get('num_parameters'), ',')} parameters")
-    row("corpus", f"{text_cell(record.get('dataset'))} ({text_cell(record.get('corpus_sha256'))[:16]})")
+    row("model", f"{number(record.num_parameters, ',')} parameters")
+    row("corpus", f"{text_cell(record.dataset)} ({text_cell(record.corpus_sha256)[:16]})")
     row("progress", progress(details))
     row(
         "best",
-        f"validation loss {number(record.get('best_loss'), '.4f')} at step {number(record.get('best_step'), ',')}",
+        f"validation loss {number(record.best_loss, '.4f')} at step {number(record.best_step, ',')}",
     )
     row("last", last(details))
     row("speed", speed(details))
-    row("computed", f"in {record.get('precision', '?')} on {record.get('device', '?')}")
-    row("machine", machine(record.get("machine")))
-    row("versions", pairs(record.get("versions")))
-    row("commit", str(record.get("commit") or ""))
+    row("computed", f"in {record.precision or '?'} on {record.device or '?'}")
+    row("machine", machine(record.machine))
+    row("versions", pairs(record.versions))
+    row("commit", record.commit or "")
     row("disk", f"{size(details['disk_bytes'])} in {run.path}")
     heading("checkpoints")
     for line in checkpoint_lines(details["checkpoints"]):
@@ -177,8 +177,8 @@ def speed(details: dict[str, Any]) -> str:
     return f"{speed} tokens/s, {mfu} mfu, at last"
 
 
-def machine(value: Any) -> str:
-    if not isinstance(value, dict):
+def machine(value: Mapping[str, Any]) -> str:
+    if not value:
         return ""
     gpus = value.get("gpus") or []
     names = ", ".join(map(str, gpus)) if isinstance(gpus, list) else str(gpus)
@@ -186,8 +186,8 @@ def machine(value: Any) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-def pairs(value: Any) -> str:
-    return ", ".join(f"{key} {version}" for key, version in value.items()) if isinstance(value, dict) else ""
+def pairs(value: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {version}" for key, version in value.items())
 
 
 def checkpoint_lines(checkpoints: list[dict[str, Any]]) -> list[str]:
