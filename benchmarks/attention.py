@@ -1,10 +1,10 @@
-"""Compare the two ways of attention on a CPU, forward and backward, with one thread and with all.
+"""Compare the speed of two CPU attention implementations, forward and backward, with one thread and with all.
 
     python benchmarks/attention.py
 
-Prints how many times as fast torch's `scaled_dot_product_attention` is as the hand-written batched products, for
-float32 and bfloat16 and several lengths: the median of the ratios of alternating rounds. `is_fused` of
-`lumiere/components/kernels.py` goes by these figures.
+Prints the speed of torch's `scaled_dot_product_attention` relative to batched matrix products, for float32 and
+bfloat16 and several lengths: medians of the ratios of alternating rounds. `is_fused` in
+`lumiere/components/kernels.py` is based on these numbers.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ROUNDS, WARM_UP = 25, 5
 
 
 def seconds(num_positions: int, dtype: torch.dtype, is_fused: bool) -> float:
-    """The time of a forward and a backward pass of about `TOKENS` tokens."""
+    """Return the time of a forward and backward pass over about `TOKENS` tokens."""
     shape = (max(1, TOKENS // num_positions), num_positions, HEADS, WIDTH)
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
     gradient = torch.randn(shape, dtype=dtype)

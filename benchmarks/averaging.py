@@ -1,6 +1,6 @@
-"""Whether the mean of a run's last snapshots is better than its last one: `python benchmarks/averaging.py RUN`.
+"""Test whether the mean of a run's last snapshots beats the last one: `python benchmarks/averaging.py RUN`.
 
-Prints the validation loss of the mean of the weights of the last 1, 2, 4 and 8 snapshots (Izmailov et al. 2018).
+Prints the validation loss of the mean weights of the last 1, 2, 4 and 8 snapshots (Izmailov et al. 2018).
 """
 
 import argparse
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("run", help="an id, or latest")
     parser.add_argument("--runs-dir", default=None)
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--until", type=int, default=None, help="look only at the snapshots up to this step")
+    parser.add_argument("--until", type=int, default=None, help="use only snapshots up to this step")
     arguments = parser.parse_args()
 
     run = RunStore(arguments.runs_dir).open(arguments.run)

@@ -1,9 +1,9 @@
-"""Whether batches that grow while training goes on pay: `python benchmarks/batch_growth.py DATASET`.
+"""Test whether growing the batch size during training pays: `python benchmarks/batch_growth.py DATASET`.
 
-DATASET is a local folder of WikiText-2. Trains one epoch of `wikitext-2-v1` by the recipe of small-fast, with batches
-that change at even distances of the text (Smith et al. 2018, "Don't Decay the Learning Rate, Increase the Batch Size",
-but with the recipe's falling rate), and prints the last validation losses. Every window is seen once, in the same
-order, and the learning rate is that of the same place in the text. Growing batches are no setting of Lumiere's.
+DATASET is a local folder of WikiText-2. Trains one epoch of `wikitext-2-v1` with the small-fast recipe, changes the
+batch size at equal distances in the text (Smith et al. 2018, "Don't Decay the Learning Rate, Increase the Batch Size",
+but with the recipe's decay), and prints the final validation losses. Every window is seen once, in the same order, at
+the learning rate of its position. Lumiere has no setting for growing batches.
 """
 
 import argparse
@@ -26,13 +26,13 @@ PLANS = ("32", "16-32", "16-32-64", "32-64", "64")
 
 
 def trained(setup: TrainingSetup, sizes: list[int]) -> tuple[int, float]:
-    """The steps of an epoch with batches of these sizes one after the other, and the validation loss at its end."""
+    """Train one epoch with these batch sizes in order; return its steps and final validation loss."""
     config, settings = setup.config, setup.config.training
     windows = setup.corpus.windows("train", config)
     state = TrainingState.create(config, setup.device, setup.precision)
     state.model.train()
     total_steps = setup.epoch_steps
-    # Each change where a batch of any size may begin.
+    # Change where a batch of any size can begin.
     unit = max(sizes)
     ends = [len(windows) * number // len(sizes) // unit * unit for number in range(1, len(sizes))] + [len(windows)]
     seen = 0
@@ -40,9 +40,7 @@ def trained(setup: TrainingSetup, sizes: list[int]) -> tuple[int, float]:
         while seen < end:
             batch = batch_at(seen // size, windows, size, settings.seed)
             place = min(total_steps, -(-(seen + size) // settings.batch_size))
-            factor = learning_rate_factor(
-                place, total_steps, settings.warmup_steps, settings.schedule, settings.decay_fraction
-            )
+            factor = learning_rate_factor(place, total_steps, settings)
             train_step(state, batch, factor, settings, setup.precision, summed_loss)
             state.step += 1
             seen += size
@@ -55,7 +53,7 @@ def trained(setup: TrainingSetup, sizes: list[int]) -> tuple[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
-    parser.add_argument("--batches", nargs="+", default=PLANS, help="sizes in their order, such as 16-32-64")
+    parser.add_argument("--batches", nargs="+", default=PLANS, help="batch sizes in order, such as 16-32-64")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     options = parser.parse_args()
     table = Table("batches", "seed", "steps", "validation loss")

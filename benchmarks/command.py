@@ -1,9 +1,9 @@
-"""What `lumiere train` adds to its own training step: `python benchmarks/command.py`.
+"""Measure what `lumiere train` adds to its own training step: `python benchmarks/command.py`.
 
-Three contenders take turns, each in a process of its own: the bare step on one batch of random tokens; the command with
-its output in a pipe; the command on a terminal, where it draws the progress bar. The table has the time inside the
-step, the time from the start of a step to the start of the next (as medians, which leave out evaluations and saves),
-and the share of the time that Python's garbage collector takes. Ratios are medians of the rounds' ratios.
+Three contenders take turns, each in its own process: the bare step on one batch of random tokens; the command with
+its output in a pipe; the command on a terminal, where it draws the progress bar. The table shows the time inside the
+step, the time between the starts of two steps (medians, which exclude evaluations and saves), and the fraction of time
+spent in Python's garbage collector. Ratios are medians of the rounds' ratios.
 
     python benchmarks/command.py
     python benchmarks/command.py --config small --set dataset.name=path/to/wikitext --set dataset.subset=wikitext-2-v1
@@ -35,7 +35,7 @@ BARE, PIPE, TERMINAL = "bare step", "command, pipe", "command, terminal"
 
 
 class Stopwatch:
-    """Wraps a step and notes when it runs, and how long the garbage collector does."""
+    """Wrap a step and record when it runs and how long the garbage collector takes."""
 
     def __init__(self, step: Any) -> None:
         self._step = step
@@ -67,7 +67,7 @@ class Stopwatch:
 
 
 def run_bare(config_name: str, settings: list[str], steps: int, path: str) -> None:
-    """The step of the command's model, precision and batch size on one batch of random tokens."""
+    """Run the step with the command's model, precision and batch size on one batch of random tokens."""
     sleep_while_waiting()
     import torch
 
@@ -94,7 +94,7 @@ def run_bare(config_name: str, settings: list[str], steps: int, path: str) -> No
 
 
 def run_command(config_name: str, settings: list[str], steps: int, path: str) -> None:
-    sleep_while_waiting()  # before torch is imported, as the command does it
+    sleep_while_waiting()  # before torch is imported, as the command does
     from lumiere.training import trainer
 
     stopwatch = Stopwatch(trainer.train_step)
@@ -120,11 +120,11 @@ def measured(contender: str, config: str, settings: list[str], steps: int) -> di
 
 
 def run_on_terminal(command: list[str]) -> None:
-    """Run a command on a terminal whose output nobody sees."""
+    """Run a command on a pseudo-terminal and discard its output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    with contextlib.suppress(OSError):  # how a terminal ends
+    with contextlib.suppress(OSError):  # how a closed pseudo-terminal reports its end
         while os.read(ours, 65536):
             pass
     os.close(ours)

@@ -1,9 +1,8 @@
-"""One process with all cores beside one process a core: `python benchmarks/distributed.py [CONFIG]`.
+"""Compare one process using all cores with one process per core: `python benchmarks/distributed.py [CONFIG]`.
 
-Trains CONFIG (tiny) for some steps each way, in turns: by one process, and by several with all weights in each (ddp)
-and with a share of them in each (fsdp). Prints the tokens per second after the first third, as `metrics.jsonl` has
-them, medians over the rounds; their ratio; and the most memory that a process took, torch included. All see the same
-batches.
+Trains CONFIG (tiny) for some steps in turns: with one process, with several that hold all weights (ddp), and with
+several that hold a shard each (fsdp). Prints tokens per second after the first third, from `metrics.jsonl` (medians
+over rounds), their ratio, and the peak memory of a process, torch included. All see the same batches.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from lumiere.persistence.runs import RunStore
 
 
 class Way(NamedTuple):
-    """How a config is trained."""
+    """One way of training a config."""
 
     num_processes: int
     parallel: str
@@ -33,7 +32,7 @@ class Way(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What one training took."""
+    """Cost of one training run."""
 
     tokens_per_second: float
     peak_bytes: float
@@ -41,7 +40,7 @@ class Measured(NamedTuple):
 
 
 def measure(config: str, way: Way, steps: int, overrides: list[str]) -> Measured:
-    """Of one training; its first third is left out of the speed."""
+    """Measure one training run; its first third does not count towards speed."""
     start = [sys.executable, "-m"]
     if way.num_processes > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(way.num_processes), "-m"]
@@ -57,7 +56,7 @@ def measure(config: str, way: Way, steps: int, overrides: list[str]) -> Measured
         command = [*start, "lumiere", "train", config, "--runs-dir", runs_dir, *options]
         null = subprocess.DEVNULL
         process = subprocess.Popen(command, env=environment, stdout=null, stderr=null)
-        _, status, usage = os.wait4(process.pid, 0)  # of it and of all that it has waited for
+        _, status, usage = os.wait4(process.pid, 0)  # of the process and all children it has waited for
         if status:
             raise SystemExit(f"failed: {' '.join(command)}")
         written = map(json.loads, RunStore(runs_dir).open("latest").metrics_path.read_text().splitlines())

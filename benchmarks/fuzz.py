@@ -1,9 +1,9 @@
-"""Feed Lumiere's readers with damaged and hostile files: `python benchmarks/fuzz.py [--target config] [--runs 100000]`.
+"""Feed Lumiere's readers damaged and hostile files: `python benchmarks/fuzz.py [--target config] [--runs 100000]`.
 
-Atheris (libFuzzer) keeps every input that reaches new code and mutates it further. It starts from valid files; half of
-the mutations are of their structure: a value in the JSON is exchanged and the hashes are made right again, so that the
-code behind them is reached. Each input must give a value or a `LumiereError` of printable lines, within 10 seconds and
-2 GB; what does not is kept in a temporary folder. Needs Linux and `pip install -e '.[fuzz]'`.
+Atheris (libFuzzer) keeps each input that reaches new code and mutates it further, starting from valid files. Half of
+the mutations are structural: a JSON value is replaced and the hashes are repaired, so that the code behind them is
+reached. Each input must give a value or a `LumiereError` of printable lines within 10 seconds and 2 GB; failing
+inputs are kept in a temporary folder. Needs Linux and `pip install -e '.[fuzz]'`.
 """
 
 import argparse
@@ -90,13 +90,13 @@ ODD = [
 
 @dataclass(frozen=True)
 class Target:
-    """A reader of files.
+    """A reader under test.
 
     Attributes:
-        file: where in the folder the input is put.
+        file: where the input is placed in the folder.
         read: reads the folder.
         seeds: valid inputs.
-        mutate: one change of the structure of an input that still has some.
+        mutate: one structural change of an input that is still well-formed.
     """
 
     file: Callable[[bytes], str]
@@ -106,10 +106,10 @@ class Target:
 
 
 def run_input(target: Target, folder: Path, data: bytes) -> bool:
-    """Let `target` read `data`, and say whether it was accepted. Whatever is raised is a failure.
+    """Let `target` read `data`; return whether it was accepted. Any exception is a failure.
 
     Raises:
-        AssertionError: a message or an output would steer the terminal.
+        AssertionError: a message or output contains terminal control characters.
     """
     from lumiere.errors import LumiereError
 
@@ -139,7 +139,7 @@ def config_file(data: bytes) -> str:
 
 
 def read_config(folder: Path) -> None:
-    """The file, and its first line as an override too."""
+    """Read the file, and its first line as an override."""
     from lumiere.config.loader import assign, load_config_file, parse_override, validate
     from lumiere.errors import LumiereError
 
@@ -180,7 +180,7 @@ def read_checkpoint(folder: Path) -> None:
 
 
 def go_on_from(path: Path) -> None:
-    """All that a checkpoint goes through until a training goes on."""
+    """Do everything that happens to a checkpoint before training resumes."""
     import torch
 
     from lumiere.config.loader import validate
@@ -202,7 +202,7 @@ def go_on_from(path: Path) -> None:
 
 
 def trained_state() -> Any:
-    """The checkpoint of a model that has made one step."""
+    """Return the checkpoint of a model after one step."""
     import torch
 
     from lumiere.config.loader import validate
@@ -233,7 +233,7 @@ def checkpoint_seeds() -> list[bytes]:
 
 @functools.cache
 def shards() -> dict[str, bytes]:
-    """The files of a checkpoint that is a folder, its manifest among them."""
+    """Return the files of a sharded checkpoint, including its manifest."""
     from lumiere.distributed import SINGLE_PROCESS
     from lumiere.persistence.sharded import save_shards
 
@@ -250,18 +250,18 @@ def read_shards(folder: Path) -> None:
 
 
 def mutate_manifest(data: bytes, draw: random.Random) -> bytes:
-    """A change of a value, with the hash made right again."""
+    """Change a value and repair the hash."""
     manifest = json.loads(data)
     del manifest["sha256"]
     manifest = changed(manifest, draw)
-    with contextlib.suppress(Exception):  # of a manifest that is none any more
+    with contextlib.suppress(Exception):  # the manifest is no longer well-formed
         text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
         manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     return json.dumps(manifest).encode()
 
 
 def mutate_checkpoint(data: bytes, draw: random.Random) -> bytes:
-    """A change in the header, in the metadata, or in the tensors, with the hashes made right again."""
+    """Change the header, the metadata or the tensors and repair the hashes."""
     start = 8 + int.from_bytes(data[:8], "little")
     header, tensors = json.loads(data[8:start]), data[start:]
     texts = header["__metadata__"]
@@ -276,7 +276,7 @@ def mutate_checkpoint(data: bytes, draw: random.Random) -> bytes:
         header[draw.choice(list(header))]["dtype"] = draw.choice(
             ["F64", "F16", "I32", "BOOL", "F8_E4M3", "F4", "C64", "U16"]
         )
-    with contextlib.suppress(Exception):  # of a header that is none any more
+    with contextlib.suppress(Exception):  # the header is no longer well-formed
         texts["sha256.metadata"] = hashlib.sha256(texts["metadata"].encode("utf-8", "surrogatepass")).hexdigest()
         for group in ("model", "optimizer", "rng"):
             texts[f"sha256.{group}"] = group_hash(header, tensors, group)
@@ -285,7 +285,7 @@ def mutate_checkpoint(data: bytes, draw: random.Random) -> bytes:
 
 
 def group_hash(header: dict[str, Any], data: bytes, group: str) -> str:
-    """The hash that `lumiere.persistence.checkpoint` keeps of a group: over names, types, shapes and bytes."""
+    """Return the hash of a group as in `lumiere.persistence.checkpoint`: over names, types, shapes and bytes."""
     import safetensors.torch
 
     digest = hashlib.sha256()
@@ -351,7 +351,7 @@ def mutate_metrics(data: bytes, draw: random.Random) -> bytes:
 
 
 def read_record(folder: Path) -> None:
-    """What `runs ls` and `runs show` print, in words and as JSON; and what is written after it."""
+    """Do what `runs ls` and `runs show` do, as text and as JSON, and what is written afterwards."""
     from lumiere.cli.runs.ls import list_all
     from lumiere.cli.runs.show import show_run
     from lumiere.persistence.runs import RunStore
@@ -376,11 +376,11 @@ def mutate_json(data: bytes, draw: random.Random) -> bytes:
     return text.encode("utf-8", errors="surrogatepass")
 
 
-# Kept evaluations
+# Stored evaluations
 
 
 def read_evaluation(folder: Path) -> None:
-    """What `runs show` prints of them, in words and as JSON."""
+    """Do what `runs show` does with evaluations, as text and as JSON."""
     from lumiere.cli.runs.show import show_run
 
     for as_json in (False, True):
@@ -430,7 +430,7 @@ TARGETS = {
 
 
 def changed(value: Any, draw: random.Random) -> Any:
-    """`value` with one thing in it exchanged, removed, doubled, renamed, or wrapped, at any depth."""
+    """Return `value` with one item replaced, removed, duplicated, renamed or wrapped, at any depth."""
     children = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     if not children or draw.random() < 0.1:
         odd = draw.choice([*ODD, [], {}, [value], {"a": value}, [value] * 3, value])
@@ -456,7 +456,7 @@ def changed(value: Any, draw: random.Random) -> Any:
 
 
 def work(name: str, runs: int, seed: int, folder: Path) -> None:
-    """Fuzz one target in this process, which ends with it; writes `summary.json` and the inputs that failed."""
+    """Fuzz one target and exit; writes `summary.json` and the failing inputs."""
     import atheris
 
     with atheris.instrument_imports(include=INSTRUMENTED):
@@ -465,7 +465,7 @@ def work(name: str, runs: int, seed: int, folder: Path) -> None:
         import lumiere.config.loader
         import lumiere.data.tokenizer
         import lumiere.persistence.loading
-    import lumiere.training.state  # noqa: F401 (and not instrumented: torch is slow enough)
+    import lumiere.training.state  # noqa: F401 (not instrumented: torch is slow enough)
 
     target, corpus, failures = TARGETS[name], folder / "corpus", {}
     corpus.mkdir()
@@ -483,7 +483,7 @@ def work(name: str, runs: int, seed: int, folder: Path) -> None:
             accepted += run_input(target, place, data)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a panic of Rust's is no `Exception`
+        except BaseException as error:  # a Rust panic is not an `Exception`
             frames = traceback.extract_tb(error.__traceback__)
             where = f"{type(error).__name__} at {Path(frames[-1].filename).name}:{frames[-1].lineno}"
             if where not in failures:
@@ -509,18 +509,18 @@ def work(name: str, runs: int, seed: int, folder: Path) -> None:
         if draw.random() < 0.5:
             try:
                 return target.mutate(data, draw)[:max_size]
-            except Exception:  # nothing is left of the structure
+            except Exception:  # no structure left
                 return target.mutate(draw.choice(structured), draw)[:max_size]
         return atheris.Mutate(data, max_size)
 
     limits = [f"-max_len={MAX_BYTES}", f"-timeout={TIMEOUT_SECONDS}", f"-rss_limit_mb={MEMORY_MB}", f"-seed={seed}"]
-    limits.append("-mutate_depth=1")  # a second mutation would often undo the first one's care for the structure
+    limits.append("-mutate_depth=1")  # a second mutation would often break the structure that the first one preserved
     atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={folder}/", str(corpus)], test, custom_mutator=mutate)
     atheris.Fuzz()
 
 
 def can_mutate(target: Target, data: bytes) -> bool:
-    """Whether `data` has the structure that `target.mutate` changes."""
+    """Return whether `data` has the structure that `target.mutate` changes."""
     try:
         target.mutate(data, random.Random(0))
     except Exception:
@@ -529,7 +529,7 @@ def can_mutate(target: Target, data: bytes) -> bool:
 
 
 def fuzz(name: str, runs: int, seed: int) -> bool:
-    """Fuzz one target in a process of its own, print what came of it, and say whether nothing failed."""
+    """Fuzz one target in a separate process, print the outcome, and return whether nothing failed."""
     folder = Path(tempfile.mkdtemp(prefix=f"lumiere-fuzz-{name}-"))
     options = ["--worker", str(folder), "--target", name, "--runs", str(runs), "--seed", str(seed)]
     done = subprocess.run(
@@ -557,7 +557,7 @@ def fuzz(name: str, runs: int, seed: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="all")
-    parser.add_argument("--runs", type=int, default=100_000, help="inputs for each target")
+    parser.add_argument("--runs", type=int, default=100_000, help="inputs per target")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

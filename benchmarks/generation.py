@@ -1,15 +1,15 @@
-# ruff: noqa: E402 (how threads wait must be said before torch is imported)
-"""How fast text is written, beside peers: `python benchmarks/generation.py`.
+# ruff: noqa: E402 (thread waiting must be configured before torch is imported)
+"""Compare the speed of text generation with other implementations: `python benchmarks/generation.py`.
 
-The model is the card's: 4 blocks, width 128, 4 heads, context 64, vocabulary 4,096, random weights, float32. Everybody
-writes 60 tokens after prompts of 4, drawing with temperature 1, top-k 50 and top-p 0.95; nobody ends a text. All take
-turns in rounds, so that a busy moment of the machine hits all of them; figures are medians over the rounds, ratios
-medians of the rounds' ratios. The peers may take one thread or all, and are shown with what was faster for them.
+The model is that of the original model card: 4 blocks, width 128, 4 heads, context 64, vocabulary 4,096, random
+weights, float32. Each contender generates 60 tokens after prompts of 4, at temperature 1, top-k 50 and top-p 0.95,
+without an end token. Contenders take turns in rounds, so that load affects all of them; times are medians over
+rounds, ratios medians of the rounds' ratios. Peers use one thread or all, whichever is faster.
 
     pip install -e '.[benchmark]'
     python benchmarks/generation.py             # one stream and 64 prompts
-    python benchmarks/generation.py --compile   # also through torch.compile
-    python benchmarks/generation.py --cpu-time  # one thread each, seconds of its CPU: for a machine that is busy
+    python benchmarks/generation.py --compile   # also with torch.compile
+    python benchmarks/generation.py --cpu-time  # one thread each, CPU time: for a busy machine
 """
 
 import argparse
@@ -22,7 +22,7 @@ from random import Random
 
 from lumiere.cli import sleep_while_waiting
 
-sleep_while_waiting()  # as the command does; it must come before torch
+sleep_while_waiting()  # as the command does, before torch
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +43,7 @@ Write = Callable[[int], None]
 
 
 class Text:
-    """Stands in for a tokenizer: every token is a letter."""
+    """Stand-in for a tokenizer: every token is a letter."""
 
     def token_bytes(self, token: int) -> bytes:
         return b"a"
@@ -55,7 +55,7 @@ def prompts(num_rows: int) -> list[list[int]]:
 
 
 def ours(model: Transformer, sampling: Sampling, is_compiled: bool, num_tokens: int = NEW_TOKENS) -> Write:
-    # One for each number of rows, because a decoder makes its cache and the views of it anew where that changes.
+    # One per number of rows, because a decoder rebuilds its cache when that changes.
     decoders = {
         n: CachedDecoder(model, [SOT, EOT, PAD], compiled_step(print) if is_compiled else None) for n in (1, 64)
     }
@@ -77,7 +77,7 @@ def ours(model: Transformer, sampling: Sampling, is_compiled: bool, num_tokens: 
 
 
 def plain_loop(model: Transformer) -> Write:
-    """A loop as most would write it: a full forward pass for each token, and `torch.multinomial`."""
+    """Generate in the obvious way: a full forward pass per token and `torch.multinomial`."""
 
     @torch.inference_mode()
     def write(num_rows: int) -> None:
@@ -114,7 +114,7 @@ def hugging_face() -> Write:
 
 
 def floor_flops() -> float:
-    """FLOP/s of one matrix product of training's floor, the best of a few."""
+    """Return the FLOP/s of one matrix product of the training floor, best of a few."""
     left, right = torch.randn(FLOOR_ROWS, FLOOR_READ), torch.randn(FLOOR_READ, FLOOR_WRITTEN)
     seconds = []
     for _ in range(20):
@@ -125,7 +125,7 @@ def floor_flops() -> float:
 
 
 def contenders(with_compiled: bool, all_threads: int) -> dict[str, tuple[Write, int, int, list[int]]]:
-    """By name: what writes, tokens a row, threads (0: as it likes), at which numbers of rows."""
+    """Return the contenders by name: generator, tokens per row, threads (0: its own choice), numbers of rows."""
     torch.manual_seed(0)
     model = build_model(load_config("small")).eval()
     theirs, loop = hugging_face(), plain_loop(model)
@@ -142,7 +142,7 @@ def contenders(with_compiled: bool, all_threads: int) -> dict[str, tuple[Write, 
 
 
 def measure(rounds: int, with_compiled: bool, in_cpu_time: bool) -> dict[int, dict[str, list[float]]]:
-    """Tokens a second in each round, by number of rows and contender."""
+    """Return tokens per second in each round, by number of rows and contender."""
     clock = time.process_time if in_cpu_time else time.perf_counter
     entrants = contenders(with_compiled, 1 if in_cpu_time else torch.get_num_threads())
     speeds: dict[int, dict[str, list[float]]] = {1: {}, 64: {}}
@@ -153,7 +153,7 @@ def measure(rounds: int, with_compiled: bool, in_cpu_time: bool) -> dict[int, di
                 start = clock()
                 write(num_rows)
                 speed = num_rows * num_tokens / (clock() - start)
-                if number >= 0:  # the first round only warms up
+                if number >= 0:  # the first round is warm-up
                     speeds[num_rows].setdefault(name, []).append(speed)
     return speeds
 
@@ -182,9 +182,9 @@ def show(speeds: dict[int, dict[str, list[float]]]) -> dict[str, dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="also through torch.compile")
-    parser.add_argument("--cpu-time", action="store_true", help="one thread each, measured in its CPU's time")
-    parser.add_argument("--json", action="store_true", help="the figures as JSON at the end")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread each, measured in CPU time")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON at the end")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     flops = floor_flops()

@@ -1,14 +1,13 @@
-"""A training step of ours beside Hugging Face's over sizes: `python benchmarks/grid.py`.
+"""Compare a training step with `LlamaForCausalLM` over sizes: `python benchmarks/grid.py`.
 
 Grid: width 128 and 384, context 64, 256, 500 and 1,024, vocabulary 4,096, 32,000 and 50,304, float32 and bfloat16; 4
-blocks, heads of width 32, batches of 2,048 tokens, AdamW, no dropout. The peer is `LlamaForCausalLM` of transformers,
-used as its documentation shows, with clipping and fused AdamW. Each cell runs in a process of its own, in which both
-models alternate, so that both meet the same moments of the machine. The ratio is the median of the rounds' ratios;
-above 1, ours is faster.
+blocks, heads of width 32, batches of 2,048 tokens, AdamW, no dropout. The peer is used as its documentation shows,
+with clipping and fused AdamW. Each cell runs in its own process, in which both models alternate. The ratio is the
+median of the rounds' ratios; above 1, Lumiere is faster.
 
     pip install -e '.[benchmark]'
     python benchmarks/grid.py                                          # all 48 cells, some hours
-    python benchmarks/grid.py --widths 128 --contexts 64 --vocabs 4096 # the card's shape
+    python benchmarks/grid.py --widths 128 --contexts 64 --vocabs 4096 # the shape of the original model card
     python benchmarks/grid.py --threads 1 --rounds 5
 """
 
@@ -92,10 +91,10 @@ def peer_step(width: int, context: int, vocab: int, precision: str) -> Callable[
 
 
 def measure(cell: tuple[int, int, int, str], rounds: int, steps: int) -> tuple[list[float], list[float]]:
-    """The seconds of a step in each round, ours and the peer's."""
+    """Return the seconds per step in each round, of Lumiere and the peer."""
     from lumiere.device import keep_freed_memory
 
-    keep_freed_memory()  # for both of them: they share the process
+    keep_freed_memory()  # for both, since they share the process
     contenders = [our_step(*cell), peer_step(*cell)]
     seconds: list[list[float]] = [[], []]
     for number in range(rounds + 1):
@@ -103,13 +102,13 @@ def measure(cell: tuple[int, int, int, str], rounds: int, steps: int) -> tuple[l
             start = time.perf_counter()
             for _ in range(steps):
                 step()
-            if number:  # the first round warms up
+            if number:  # the first round is warm-up
                 times.append((time.perf_counter() - start) / steps)
     return seconds[0], seconds[1]
 
 
 def measured(cell: tuple[int, int, int, str], rounds: int, steps: int) -> tuple[list[float], list[float]]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a separate process."""
     command = [sys.executable, __file__, "--cell", json.dumps(cell), "--rounds", str(rounds), "--steps", str(steps)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -121,8 +120,8 @@ def main() -> None:
     parser.add_argument("--vocabs", nargs="+", type=int, default=VOCABS)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=2, help="of each contender in a round")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each contender per round")
+    parser.add_argument("--threads", type=int, help="torch threads (default: its own choice)")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:

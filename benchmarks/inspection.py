@@ -1,15 +1,15 @@
-"""What looking inside costs: `python benchmarks/inspection.py`. (A script called inspect.py would hide Python's own.)
+"""Measure the cost of inspection: `python benchmarks/inspection.py`. (`inspect.py` would shadow the standard library.)
 
-Three questions, on the card's model (4 blocks, width 128, context 64, vocabulary 4,096), 1 window and 32, one thread:
-what the hook points cost a pass that nobody watches, beside a copy of the model whose code has none; what keeping all
-activations costs, relative to a pass without; and the same of TransformerLens on the same weights, as `lumiere export`
-writes them. Then, with all threads, how long each command of `lumiere inspect` takes on a run after loading its model.
+On the model of the original model card (4 blocks, width 128, context 64, vocabulary 4,096), 1 window and 32, one
+thread: hook points without functions, against a copy of the model whose code has none; caching all activations,
+against a pass without; and the same for TransformerLens on the same weights, as `lumiere export` writes them. Then,
+with all threads, the time of each `lumiere inspect` command on a run after loading its model.
 
-A script gets memory from the C library as it comes; `lumiere inspect` asks it to keep what is freed (as training does),
-which spares a pass fresh pages. All contenders are measured both ways.
+`lumiere inspect`, like training, asks the C library to keep freed memory, which spares a pass fresh pages; a plain
+script does not. All contenders are measured both ways.
 
-Passes take turns, and a figure is the median of the rounds, in CPU time: a busy machine makes a process wait, and that
-wait is nobody's cost. Ratios are medians of the rounds' ratios.
+Passes take turns, and times are medians over rounds in CPU time, which excludes waiting on a busy machine. Ratios are
+medians of the rounds' ratios.
 
     pip install -e '.[test,transformer-lens]'
     python benchmarks/inspection.py --run latest
@@ -44,7 +44,7 @@ from lumiere.models.transformer import Transformer, build_model
 
 WINDOWS = (1, 32)
 WARM_UP_ROUNDS = 3
-# What a command takes beside its defaults; a new analysis needs no entry.
+# Arguments other than the defaults; a new analysis needs no entry.
 OPTIONS: dict[str, list[str]] = {}
 ANALYSIS_REPEATS = 5
 FAST, WATCHED, BARE, CACHED = "fast pass", "watching pass", "watching pass without hook points", "all activations kept"
@@ -54,11 +54,11 @@ Pass = Callable[[], object]
 
 
 def without_hook_points(model: Transformer) -> Transformer:
-    """A copy of `model` made of classes in whose code no call of a hook point stands."""
+    """Return a copy of `model` whose classes call no hook points."""
     names = ["lumiere.components.layers", "lumiere.models.transformer"]
     originals = {name: sys.modules[name] for name in names}
     try:
-        for name in names:  # each imports those before it
+        for name in names:  # each imports the previous ones
             tree = WithoutHooks().visit(ast.parse(inspect.getsource(originals[name])))
             sys.modules[name] = ModuleType(name)
             exec(compile(tree, name, "exec"), sys.modules[name].__dict__)
@@ -77,7 +77,7 @@ def build_with(cls: type[Transformer], model: Transformer) -> Transformer:
 
 
 class WithoutHooks(ast.NodeTransformer):
-    """`self.hook_q(x)` becomes `x`, and `self.hook_q = HookPoint()` goes."""
+    """Replace `self.hook_q(x)` by `x` and remove `self.hook_q = HookPoint()`."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -91,7 +91,7 @@ class WithoutHooks(ast.NodeTransformer):
 
 
 def transformer_lens_twin(model: Transformer) -> Any:
-    """The same model as TransformerLens boots it, or None where that is not installed."""
+    """Return the same model in TransformerLens, or None if that is not installed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "exported"
         exported = export_model(find_target("transformer-lens"), path, model, b"{}", range(3, model.vocab_size), {})
@@ -113,14 +113,14 @@ def passes(model: Transformer, bare: Transformer, bridge: Any, tokens_BT: torch.
 
 
 def measure(contenders: dict[str, Pass], rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU time, a number a round."""
+    """Return seconds of CPU time, one per round."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + WARM_UP_ROUNDS):
         for name, run in contenders.items():
             start = time.process_time()
             result = run()
             taken = time.process_time() - start
-            del result  # freed outside of the measurement, for all alike
+            del result  # freed outside the measurement, for all contenders
             if number >= WARM_UP_ROUNDS:
                 seconds[name].append(taken)
     return seconds
@@ -153,7 +153,7 @@ def compare_passes(
         for count in WINDOWS:
             tokens_BT = torch.randint(3, model.vocab_size, (count, model.context_size))
             torch.testing.assert_close(bare(tokens_BT).logits, model(tokens_BT).logits, rtol=0, atol=0)
-            # A pass of one window is quick and its figure shakes more.
+            # One window is quick, so its time varies more.
             times[count] = measure(passes(model, bare, bridge, tokens_BT), rounds * max(1, 8 // count))
     for name in times[WINDOWS[0]]:
         medians = [1e3 * statistics.median(times[count][name]) for count in WINDOWS]
@@ -176,7 +176,7 @@ def compare_passes(
 
 
 def analyses(run: str, runs_dir: str, console: Console) -> dict[str, float]:
-    """Seconds of each command from the moment that its model is loaded; medians, after one that warms the caches."""
+    """Return the seconds of each command after its model is loaded: medians after one warm-up."""
     from lumiere.cli import app
     from lumiere.cli.inspect import analysis as ground
     from lumiere.cli.inspect import app as inspect_app
@@ -207,12 +207,12 @@ def analyses(run: str, runs_dir: str, console: Console) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=25, help="of 32 windows; eight times as many of one")
-    parser.add_argument("--run", help="a run on which each analysis is timed; none if left out")
+    parser.add_argument("--rounds", type=int, default=25, help="rounds with 32 windows; eight times as many with one")
+    parser.add_argument("--run", help="a run on which to time each analysis; default: none")
     parser.add_argument("--runs-dir", default=os.environ.get("LUMIERE_RUNS_DIR") or "runs")
-    parser.add_argument("--json", action="store_true", help="the figures as JSON at the end")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON at the end")
     arguments = parser.parse_args()
-    logging.disable()  # TransformerLens tells what it does
+    logging.disable()  # TransformerLens logs what it does
     console = Console(width=100)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,12 +1,12 @@
-"""Whether a training survives being killed anywhere: `python benchmarks/kills.py --kills 100`.
+"""Test that a training run survives kills at any moment: `python benchmarks/kills.py --kills 100`.
 
-Trains a tiny model to its end, undisturbed. Then trains it again and again as a process that is ended with SIGKILL: at
-random moments, and inside every stage of writing a file, where the write is held open until the kill has come. After
-every kill, `lumiere runs ls` must work, every checkpoint that is there must load, and no unfinished files may pile
-up; then the run is resumed, to be killed again. When it comes to its end, its weights must be those of the undisturbed
-run, bit for bit, and its metrics must have every step once.
+Trains a tiny model without interruption, then trains it repeatedly in a process that is ended with SIGKILL, at random
+moments and inside every stage of writing a file, where the write is held open until the kill arrives. After every
+kill, `lumiere runs ls` must work, every checkpoint must load, and unfinished files must not pile up; then the run is
+resumed, to be killed again. When it finishes, its weights must equal those of the uninterrupted run bit for bit, and
+its metrics must contain every step once.
 
-The processes are forks of this one, which has loaded torch already: a kill then takes a second and not five.
+Processes are forks of this one, which has loaded torch already: a kill then takes one second instead of five.
 """
 
 import argparse
@@ -34,19 +34,19 @@ training: {batch_size: 8, max_steps: 60, learning_rate: 0.01, warmup_steps: 4, e
 """
 NUM_STEPS = 60
 STAGES = ("write", "half", "written", "fsync", "fsynced", "replace", "replaced", "link", "unlink")
-MOST_LEFTOVERS = 3  # of one killed process: a checkpoint, a link of the one before it, a record
+MOST_LEFTOVERS = 3  # per killed process: a checkpoint, a link to the previous one, a record
 HELD = b"h"
 
 
 class LostError(Exception):
-    """What must not happen happened."""
+    """A guarantee was broken."""
 
 
-# --- the process that is killed ---------------------------------------------------------------------------------------
+# --- the killed process -----------------------------------------------------------------------------------------------
 
 
 def in_child(act: Callable[[], int], hold_at: tuple[str, int] | None = None) -> tuple[int, int]:
-    """Fork, and run `act` in the child: the child's id, and a pipe that gives `HELD` where it holds a write open."""
+    """Fork and run `act` in the child; return its id and a pipe that receives `HELD` when it holds a write open."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:
@@ -74,7 +74,7 @@ def in_child(act: Callable[[], int], hold_at: tuple[str, int] | None = None) -> 
 
 
 def hold(stage: str, number: int, pipe: int) -> None:
-    """Make this process stop for good when it comes to a stage of writing a file for the time `number`."""
+    """Suspend this process when it reaches a stage of writing a file for the `number`-th time."""
     from lumiere import files as atomic
 
     left = number
@@ -97,7 +97,7 @@ def hold(stage: str, number: int, pipe: int) -> None:
         return call
 
     class SlowFile:
-        """A file whose writing can be caught in the middle."""
+        """A file whose writing can be interrupted in the middle."""
 
         def __init__(self, file: Any) -> None:
             self._file = file
@@ -124,7 +124,7 @@ def hold(stage: str, number: int, pipe: int) -> None:
             return builtins.open(*arguments, **options)
         return SlowFile(builtins.open(*arguments, **options))
 
-    setattr(atomic, "open", open_slowly)  # noqa: B010 (the module has no such name of its own)
+    setattr(atomic, "open", open_slowly)  # noqa: B010 (the module does not define this name)
     os.fsync = around(os.fsync, "fsync", "fsynced")
     os.replace = around(os.replace, "replace", "replaced")
     os.link = around(os.link, "link")
@@ -132,7 +132,7 @@ def hold(stage: str, number: int, pipe: int) -> None:
 
 
 def lumiere(*arguments: str) -> Callable[[], int]:
-    """The command, as its entry point runs it."""
+    """Run the command like its entry point."""
 
     def run() -> int:
         from lumiere.cli import app
@@ -144,24 +144,24 @@ def lumiere(*arguments: str) -> Callable[[], int]:
     return run
 
 
-# --- what is looked at ------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def ended(child: int, pipe: int) -> int:
-    """Wait for the child's own end: its exit code."""
+    """Wait for the child to exit; return its exit code."""
     os.close(pipe)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def succeed(*arguments: str) -> None:
-    """Run a command in a process of its own, which must succeed."""
+    """Run a command in a separate process, which must succeed."""
     code = ended(*in_child(lumiere(*arguments)))
     if code != 0:
         raise LostError(f"lumiere {' '.join(arguments)} left with {code}: {Path('errors.txt').read_text()[-2000:]}")
 
 
 def outcome(run: Any) -> dict[str, Any]:
-    """The bits of a finished run that may depend on nothing but its config."""
+    """Return the parts of a finished run that depend only on its config."""
     import hashlib
 
     from safetensors.numpy import load_file
@@ -183,7 +183,7 @@ def outcome(run: Any) -> dict[str, Any]:
 
 
 def check_after_a_kill(run: Any) -> None:
-    """All that must hold at once, before anything is mended."""
+    """Check what must hold right after a kill, before anything is repaired."""
     from lumiere.persistence.checkpoint_manager import CheckpointManager
 
     manager = CheckpointManager(run.path.parent)
@@ -201,18 +201,18 @@ def check_after_a_kill(run: Any) -> None:
 
 
 def kill_one(arguments: list[str], hold_at: tuple[str, int] | None, seconds: float) -> bool:
-    """Start the command and kill it, in the held stage or after so many seconds: whether that was before its end."""
+    """Start the command and kill it in the held stage or after a delay; return whether it was still running."""
     import select
 
     child, pipe = in_child(lumiere(*arguments), hold_at)
-    select.select([pipe], [], [], 60 if hold_at else seconds)  # a child that ends closes the pipe, which wakes us too
+    select.select([pipe], [], [], 60 if hold_at else seconds)  # an exiting child closes the pipe, which wakes us too
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     return ended(child, pipe) == -signal.SIGKILL
 
 
 def moments(generator: random.Random, whole_seconds: float) -> Iterator[tuple[tuple[str, int] | None, float]]:
-    """Without end: every stage of writing in turn, for a random one of its times, and random moments between them."""
+    """Yield kill moments forever: each stage of writing in turn, at a random occurrence, then a random moment."""
     while True:
         for stage in STAGES:
             yield (stage, generator.randint(1, 12)), 0.0
@@ -220,15 +220,15 @@ def moments(generator: random.Random, whole_seconds: float) -> Iterator[tuple[tu
 
 
 def survive(num_kills: int, seed: int, tell: Callable[[str], None]) -> dict[str, int]:
-    """Kill trainings so many times, in the current folder, which must be empty.
+    """Kill training runs this many times, in the current folder, which must be empty.
 
     Returns:
-        How many kills there were, by where they came; and how many runs came to their end.
+        The number of kills by moment, and the number of finished runs.
 
     Raises:
-        LostError: if anything was lost.
+        LostError: anything was lost.
     """
-    # What the children need, loaded once for all of them; torch loads its compiler with its optimizers.
+    # Load what the children need once; torch loads its compiler with its optimizers.
     import torch
     import torch._dynamo
 
@@ -237,7 +237,7 @@ def survive(num_kills: int, seed: int, tell: Callable[[str], None]) -> dict[str,
     torch.set_num_threads(1)
     Path("config.yaml").write_text(CONFIG, encoding="utf-8")
     os.environ["LUMIERE_CACHE_DIR"] = str(Path("cache").absolute())
-    succeed("train", "config.yaml", "--runs-dir", "whole")  # which fills the cache of the corpus
+    succeed("train", "config.yaml", "--runs-dir", "whole")  # fills the corpus cache
     start = time.perf_counter()
     succeed("train", "config.yaml", "--runs-dir", "whole")
     whole_seconds = time.perf_counter() - start
@@ -259,11 +259,11 @@ def survive(num_kills: int, seed: int, tell: Callable[[str], None]) -> dict[str,
         if was_killed:
             counts[hold_at[0] if hold_at else "random"] += 1
             if run is None:
-                continue  # before the run was there
+                continue  # before the run existed
             check_after_a_kill(run)
             tell(f"killed {'in ' + hold_at[0] if hold_at else f'after {seconds:.2f} s'}: {run.id} is {run.status}")
             if not run.config_path.exists():
-                run = None  # while the run was made: nothing was trained, and nothing can be resumed
+                run = None  # while the run was created: nothing was trained or can be resumed
         elif run and run.status == "finished":
             counts["finished"] += check_the_end(run, expected)
             run = None

@@ -1,10 +1,10 @@
-"""Measure how often `lumiere inspect dynamics` claims a phase change that is not there, and finds one that is.
+"""Measure how often `lumiere inspect dynamics` claims a phase change, falsely or correctly.
 
     python benchmarks/phases.py --curves 1000
 
-Each row is a family of curves, sampled at the snapshot steps of trainings of several lengths: the percentage of them
-for which a phase change is claimed. Smooth curves rise from 0 to 1 and have Gaussian noise of the given standard
-deviation; a birth is a logistic curve over steps whose width is a share of the step of its center.
+Each row is a family of curves, sampled at the snapshot steps of training runs of several lengths, with the percentage
+for which a phase change is claimed. Smooth curves rise from 0 to 1 with Gaussian noise of the given standard
+deviation; a transition is a logistic curve over steps whose width is a fraction of its center's step.
 
 Shapes: C curve, N snapshot.
 """
@@ -24,12 +24,12 @@ BIRTH_WIDTHS = (0.05, 0.1, 0.15)
 
 
 def snapshot_steps(last: int) -> np.ndarray:
-    """(N,) the snapshots that a training of `last` steps keeps."""
+    """Return (N,) the snapshot steps of a run of `last` steps."""
     return np.array([step for step in range(last + 1) if is_snapshot(step, last)])
 
 
 def smooth_curves(steps: np.ndarray, num_curves: int, seed: int) -> Mapping[str, np.ndarray]:
-    """By name (C, N) curves that grow evenly, and noise around a constant: none of them has a phase change."""
+    """Return (C, N) curves by name that have no phase change: smooth growth, and noise around a constant."""
     draw, last = np.random.default_rng(seed), steps[-1]
     time_constants = np.exp(draw.uniform(np.log(2), np.log(last), (num_curves, 1)))
     shapes = {
@@ -49,14 +49,14 @@ def smooth_curves(steps: np.ndarray, num_curves: int, seed: int) -> Mapping[str,
 
 
 def random_walks(steps: np.ndarray, num_curves: int, seed: int) -> Mapping[str, np.ndarray]:
-    """By name (C, N) sums of independent increments: one at each snapshot, or one at each step."""
+    """Return (C, N) sums of independent increments by name: one per snapshot, or one per step."""
     increments = np.random.default_rng(seed).normal(0, 1, (num_curves, len(steps)))
     by_step = increments * np.sqrt(np.diff(steps, prepend=0))
     return {"random walk over snapshots": increments.cumsum(1), "random walk over steps": by_step.cumsum(1)}
 
 
 def births(steps: np.ndarray, num_curves: int, seed: int) -> Mapping[str, np.ndarray]:
-    """By name (C, N) rises from 0 to 0.8 with noise of 0.02, centered between step 24 and the third-last snapshot."""
+    """Return (C, N) rises from 0 to 0.8 by name, noise 0.02, centered between step 24 and the third-last snapshot."""
     draw = np.random.default_rng(seed)
     centers = np.exp(draw.uniform(np.log(24), np.log(steps[-3]), (num_curves, 1)))
     return {
@@ -67,13 +67,13 @@ def births(steps: np.ndarray, num_curves: int, seed: int) -> Mapping[str, np.nda
 
 
 def share_claimed(steps: np.ndarray, curves: np.ndarray) -> float:
-    """The share of the curves for which a phase change is claimed."""
+    """Return the fraction of curves for which a phase change is claimed."""
     return float(np.mean([find_phase_change(steps, curve, NOTICEABLE) is not None for curve in curves]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--curves", type=int, default=1000, help="curves of each family and length")
+    parser.add_argument("--curves", type=int, default=1000, help="curves per family and length")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print(f"{'last step':32}" + "".join(f"{last:>8,}" for last in LAST_STEPS))

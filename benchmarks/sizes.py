@@ -1,8 +1,8 @@
-"""Whether the rates and steps of small-fast hold for other sizes: `python benchmarks/sizes.py`.
+"""Test whether the learning rates and steps of small-fast suit other sizes: `python benchmarks/sizes.py`.
 
-Trains models of 0.3, 1.5 and 9.8 million parameters on the built-in stories by the recipe of small-fast, at multiples
-of its two learning rates and for several numbers of steps, and prints each one's last validation loss. All of it takes
-some hours; a part of it is asked for by name:
+Trains models of 0.3, 1.5 and 9.8 million parameters on the built-in stories with the small-fast recipe, at multiples
+of its two learning rates and for several numbers of steps, and prints the final validation losses. Everything takes
+some hours; options select a part:
 
     python benchmarks/sizes.py --sizes 0.3M 1.5M --rates 0.5 1 2 --steps 600
 """
@@ -20,9 +20,9 @@ from rich.table import Table
 
 from lumiere.config.loader import load_config
 
-# The shape: width, layers, heads of 32, neurons.
+# Width, layers, heads of width 32, neurons.
 SIZES = {"0.3M": (64, 4, 2, 160), "1.5M": (160, 4, 5, 400), "9.8M": (352, 6, 11, 960)}
-NUM_DOCUMENTS = 60_000  # enough that 2,000 steps see no story twice
+NUM_DOCUMENTS = 60_000  # 2,000 steps see no story twice
 
 
 def settings(size: str, rate: float, steps: int, seed: int) -> list[str]:
@@ -48,7 +48,7 @@ def settings(size: str, rate: float, steps: int, seed: int) -> list[str]:
 
 
 def trained(size: str, rate: float, steps: int, seed: int) -> tuple[float, float]:
-    """The last validation loss, in nats a token, and the seconds of it all."""
+    """Train one model; return its final validation loss in nats per token, and the seconds it took."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "lumiere", "train", "small-fast", "--runs-dir", folder]
@@ -64,7 +64,7 @@ def trained(size: str, rate: float, steps: int, seed: int) -> tuple[float, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0], help="times small-fast's")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0], help="x those of small-fast")
     parser.add_argument("--steps", nargs="+", type=int, default=[300, 600, 1200])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

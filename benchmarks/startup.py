@@ -1,8 +1,8 @@
-"""How long the light commands take, as whole processes: `python benchmarks/startup.py`.
+"""Time the light commands as whole processes: `python benchmarks/startup.py`.
 
-Prints medians of several interleaved repeats, beside what starting Python and importing torch take on the machine.
-Promised: `lumiere runs ls` with 1,000 runs under 0.3 s, also where one has 1 GB of metrics, and within 5 s the news
-that there is no network.
+Prints medians of interleaved repeats, next to the start-up of Python and the import of torch on this machine.
+Requirements: `lumiere runs ls` with 1,000 runs takes less than 0.3 s, also if one has 1 GB of metrics; a missing
+network is reported within 5 s.
 """
 
 import json
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def metrics(num_lines: int) -> bytes:
-    """As many lines of metrics as a real training writes, every twentieth an evaluation."""
+    """Return metrics lines like those of a real run, every twentieth an evaluation."""
     lines = []
     for i in range(num_lines):
         step, loss = 10 * (i + 1), 4 + 4 / (1 + i / 10)
@@ -45,7 +45,7 @@ def metrics(num_lines: int) -> bytes:
 
 
 def make_runs(folder: Path) -> None:
-    """A thousand finished runs with the record, the metrics and the tags of a real one; the last has a gigabyte."""
+    """Create a thousand finished runs with realistic records, metrics and tags; the last has 1 GB of metrics."""
     record = {
         "status": "finished",
         "num_parameters": 1_188_992,
@@ -71,7 +71,7 @@ def make_runs(folder: Path) -> None:
 
 
 def seconds(command: list[str], folder: Path) -> float:
-    # A port that nobody listens at: what a machine without a network answers soonest.
+    # A closed port, which fails as fast as a machine without a network.
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)}
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)

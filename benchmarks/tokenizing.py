@@ -1,11 +1,11 @@
-"""A corpus larger than one likes to hold in memory: `python benchmarks/tokenizing.py --gigabytes 2`.
+"""Tokenize a corpus larger than memory: `python benchmarks/tokenizing.py --gigabytes 2`.
 
-Makes a corpus of built-in stories in JSON Lines, streams it through `lumiere tokenize` in a process of its own, and
-prints its time and its peak memory, beside the import of the libraries; the speed of the tokenizers' `encode_batch`
-alone on documents that are in memory already; and how long a training's first batch takes, after start-up.
+Writes a corpus of built-in stories as JSON Lines, streams it through `lumiere tokenize` in a separate process, and
+prints its time and peak memory, next to importing the libraries; the speed of the tokenizers' `encode_batch` alone on
+documents in memory; and the time to the first training batch after start-up.
 
 With `--one-document`, the stories are one file of plain text, which is one document. Prints the peak memory of
-`lumiere tokenize` and, on the first `--eval-megabytes` of it, of `lumiere eval --text`.
+`lumiere tokenize` and, on its first `--eval-megabytes`, of `lumiere eval --text`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SETTINGS = [
     "tokenizer.vocab_size=4096",
 ]
 STORIES_AT_ONCE = 2000
-ALONE_BYTES = 40_000_000  # of documents that `encode_batch` gets at once, and of each call as many as Lumiere's
+ALONE_BYTES = 40_000_000  # documents per `encode_batch` call, as many as in Lumiere
 CODE_OF_IMPORTS = "import torch, numpy, tokenizers, lumiere.cli.tokenize, lumiere.data.dataset"
 CODE_OF_FIRST_BATCH = """
 import sys, time
@@ -50,7 +50,7 @@ def tell(first: int) -> str:
 
 def make_corpus(path: Path, num_bytes: int) -> None:
     with open(path, "w", encoding="utf-8") as file, multiprocessing.Pool() as pool:
-        firsts = range(0, num_bytes // 100, STORIES_AT_ONCE)  # a story has some hundred bytes at least
+        firsts = range(0, num_bytes // 100, STORIES_AT_ONCE)  # a story has at least a few hundred bytes
         for text in pool.imap(tell, firsts):
             file.write(text)
             if file.tell() >= num_bytes:
@@ -59,7 +59,7 @@ def make_corpus(path: Path, num_bytes: int) -> None:
 
 
 def process(command: list[str], cache: Path) -> tuple[str, float, float]:
-    """Its output, its seconds, and its peak memory in MB."""
+    """Run a process; return its output, seconds, and peak memory in MB."""
     environment = os.environ | {"LUMIERE_CACHE_DIR": str(cache)}
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as file:
@@ -74,7 +74,7 @@ def process(command: list[str], cache: Path) -> tuple[str, float, float]:
 
 
 def alone(corpus: Path, cache: Path) -> float:
-    """Bytes a second of `encode_batch` on documents in memory, with the tokenizer that Lumiere trained."""
+    """Return bytes per second of `encode_batch` on documents in memory, with the tokenizer that Lumiere trained."""
     import tokenizers
 
     [path] = cache.glob("corpora/*/tokenizer.json")
@@ -92,7 +92,7 @@ def alone(corpus: Path, cache: Path) -> float:
 
 
 def make_document(path: Path, num_bytes: int) -> None:
-    """Write the same stories again and again: only the length matters for the memory."""
+    """Write the same stories repeatedly: only the length matters for memory."""
     stories = "\n\n".join(story("train", index) for index in range(200)) + "\n\n"
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < num_bytes:

@@ -1,13 +1,13 @@
-"""How fast a step of training is, beside peers and beside what the machine could do: `python benchmarks/training.py`.
+"""Compare a training step with other implementations and with the machine's limit: `python benchmarks/training.py`.
 
-The model is the card's: 4 blocks, width 128, 4 heads, context 64, vocabulary 4,096, batches of 32. Every contender
-lives in a process of its own, as its users run it, and all take turns in rounds, so that a busy moment of the machine
-hits all of them; idle ones wait for their turn. Figures are medians over the rounds.
+The model is that of the original model card: 4 blocks, width 128, 4 heads, context 64, vocabulary 4,096, batches of
+32. Each contender runs in its own process and they take turns in rounds, so that load affects all of them; idle ones
+wait. Times are medians over rounds.
 
     pip install -e '.[benchmark]'
-    python benchmarks/training.py                # the contenders that need no compiler, the floor, evaluation, data
-    python benchmarks/training.py --compile      # with those that do
-    python benchmarks/training.py --steps 5000   # drift of the step time and of the memory, of our own step alone
+    python benchmarks/training.py                # contenders without a compiler, the floor, evaluation, data
+    python benchmarks/training.py --compile      # also those with a compiler
+    python benchmarks/training.py --steps 5000   # drift of step time and memory of Lumiere's step
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH, CONTEXT, VOCAB, WIDTH, HIDDEN, LAYERS, HEADS, HEAD_WIDTH = 32, 64, 4096, 
 TOKENS = BATCH * CONTEXT
 WARM_UP_STEPS = 5
 STEPS_A_TURN = 5
-PAUSE = 0.3  # seconds between turns, in which the threads of the one before fall asleep
+PAUSE = 0.3  # seconds between turns, in which the previous contender's threads fall asleep
 
 HF, PLAIN, OURS = "Hugging Face Llama", "plain PyTorch", "Lumiere"
 # Name: (who, type, dropout, compiled).
@@ -44,7 +44,7 @@ COMPILED = {f"{name}-compiled": (who, precision, dropout, True) for name, (who, 
 EVALUATION = {"evaluation-float32": "float32"}
 FLOORS = {"floor-float32": "float32", "floor-bfloat16": "bfloat16"}
 EVALUATION_FLOOR = "floor-evaluation"
-# Of a forward pass: matrices, rows, columns read, columns written, how many times.
+# Per forward pass: matrices, rows, input columns, output columns, count.
 PRODUCTS = [
     (1, TOKENS, WIDTH, 3 * WIDTH, LAYERS),
     (1, TOKENS, WIDTH, WIDTH, LAYERS),
@@ -59,7 +59,7 @@ FORWARD_FLOPS = sum(2 * matrices * rows * read * written * times for matrices, r
 Step = Callable[[], object]
 
 
-# --- the contenders, each in a process of its own ---------------------------------------------------------------------
+# --- the contenders, each in its own process --------------------------------------------------------------------------
 
 
 def make_step(name: str) -> Step:
@@ -82,7 +82,7 @@ def random_tokens():
 
 
 def optimizing_step(model, loss, precision: str) -> Step:
-    """A step as a careful user of torch writes it: autocast, clipping, fused AdamW."""
+    """A step as a careful torch user writes it: autocast, clipping, fused AdamW."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
@@ -112,7 +112,7 @@ def hugging_face_step(precision: str, dropout: float, is_compiled: bool) -> Step
 
 
 def plain_step(precision: str, dropout: float, is_compiled: bool) -> Step:
-    """Our model as most would write it: SDPA, `F.cross_entropy`, `nn.Dropout`, `F.rms_norm`."""
+    """The model in plain PyTorch: SDPA, `F.cross_entropy`, `nn.Dropout`, `F.rms_norm`."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -204,7 +204,7 @@ def our_evaluation() -> Step:
 
 
 def random_windows(num_windows: int):
-    """Full windows of random words, with the overlap of the card."""
+    """Return full windows of random words, with the overlap of the original model card."""
     import numpy as np
 
     from lumiere.data.batches import Windows
@@ -214,7 +214,7 @@ def random_windows(num_windows: int):
 
 
 def floor(precision: str, backward: bool = True) -> Step:
-    """The matrix products of a step, or of its forward pass, and nothing else, into memory that is there already."""
+    """Compute only the matrix products of a step, or of its forward pass, into allocated memory."""
     import torch
 
     dtype = getattr(torch, precision)
@@ -235,9 +235,9 @@ def floor(precision: str, backward: bool = True) -> Step:
 
 
 def serve(name: str) -> None:
-    """Answer every line of stdin with the seconds of a step, the median of a turn's, on stdout."""
+    """Answer each line of stdin on stdout with the median seconds per step of one turn."""
     step = make_step(name)
-    turns = 1 if name in EVALUATION else STEPS_A_TURN  # an evaluation is a turn's batches
+    turns = 1 if name in EVALUATION else STEPS_A_TURN  # an evaluation covers the batches of one turn
     for _ in range(WARM_UP_STEPS):
         step()
     print("ready", flush=True)
@@ -254,7 +254,7 @@ def serve(name: str) -> None:
 
 
 class Contender:
-    """A process that runs a turn when asked."""
+    """A process that runs a turn on request."""
 
     def __init__(self, name: str) -> None:
         self.seconds: list[float] = []
@@ -283,13 +283,13 @@ class Contender:
 
     @property
     def spread(self) -> float:
-        """Half the distance of the quartiles, as a share of the median."""
+        """Return half the interquartile range as a fraction of the median."""
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / 2 / self.median
 
 
 def ratio(first: Contender, second: Contender) -> float:
-    """How many times as fast the first is: the median of the rounds' ratios, since a round is one moment."""
+    """Return the speed of the first relative to the second: the median of the rounds' ratios."""
     return statistics.median(b / a for a, b in zip(first.seconds, second.seconds, strict=True))
 
 
@@ -364,7 +364,7 @@ def show(contenders: dict[str, Contender]) -> dict:
 
 
 def data_seconds() -> float:
-    """One batch of a corpus as long as WikiText-2, medians of many steps."""
+    """Return the seconds to assemble one batch from a corpus as long as WikiText-2, a median of many steps."""
     from lumiere.data.batches import batch_at
 
     windows = random_windows(53_670)
@@ -377,7 +377,7 @@ def data_seconds() -> float:
 
 
 def drift(num_steps: int, precision: str) -> dict:
-    """Step times and resident memory along many steps."""
+    """Print step time and resident memory over many steps."""
     step = our_step(precision, 0.1, False)
     seconds, memory = [], []
     for number in range(num_steps):
@@ -398,10 +398,10 @@ def drift(num_steps: int, precision: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--compile", action="store_true", help="also those that go through torch.compile")
-    parser.add_argument("--steps", type=int, help="only our own step, so many times: does it drift?")
+    parser.add_argument("--compile", action="store_true", help="also contenders with torch.compile")
+    parser.add_argument("--steps", type=int, help="run only our own step this many times, to measure drift")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of --steps")
-    parser.add_argument("--json", action="store_true", help="the figures as JSON at the end")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON at the end")
     parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:

@@ -1,9 +1,9 @@
-"""What variants of the architecture bring, by the recipe of small-fast: `python benchmarks/variants.py DATASET`.
+"""Measure architecture variants with the small-fast recipe: `python benchmarks/variants.py DATASET`.
 
-DATASET is a local folder of WikiText-2. Trains one epoch of `wikitext-2-v1` with the card's architecture, with rotary
-positions, with normalised queries and keys (Henry et al. 2020, "Query-Key Normalization for Transformers", without its
-learned scale; it is no setting of Lumiere's, and is patched in here), and with both, and prints the last validation
-losses. Each takes some minutes; a variant is asked for by name.
+DATASET is a local folder of WikiText-2. Trains one epoch of `wikitext-2-v1` with the architecture of the original
+model card, with rotary positions, with normalized queries and keys (Henry et al. 2020, "Query-Key Normalization for
+Transformers", without its learned scale; patched in here, not a setting of Lumiere), and with both, and prints the
+final validation losses. Each takes some minutes; variants can be selected by name.
 """
 
 import argparse
@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 def normalize_queries_and_keys() -> None:
-    """Divide each head's query and key by its root mean square, before any rotation."""
+    """Divide each head's query and key by its root mean square, before rotation."""
     project = Attention.project
 
     def normalized(self: Attention, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def command(variant: str, dataset: str, seed: int, epochs: int, runs_dir: str) -
 
 
 def trained(variant: str, dataset: str, seed: int, epochs: int) -> float:
-    """The last validation loss, in nats a token, of a training in a process of its own."""
+    """Train in a separate process; return the final validation loss in nats per token."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [variant, *command(variant, dataset, seed, epochs, folder)]
         subprocess.run([sys.executable, __file__, "--in-process", *arguments], check=True, stdout=subprocess.DEVNULL)

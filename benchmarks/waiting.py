@@ -1,9 +1,9 @@
-"""What a busy machine costs, by how long threads spin before they sleep: `python benchmarks/waiting.py`.
+"""Measure the effect of thread spinning on a busy machine: `python benchmarks/waiting.py`.
 
-PyTorch's threads wait for each other after every operation. GNU's OpenMP lets them spin for some milliseconds first: on
-an idle machine nothing is quicker, but where another program wants the core, the spinning takes the time in which it
-would have finished. Measures training steps of the card's model in the precision that `auto` takes, alone and beside as
-many busy processes as there are cores, for several values of GOMP_SPINCOUNT; 300,000 is OpenMP's own default,
+PyTorch's threads wait for each other after every operation. GNU OpenMP first lets them spin for some milliseconds,
+which is fastest on an idle machine; if another program needs the core, spinning takes the time in which it would have
+finished. Measures training steps of the original model card's model in the precision that `auto` selects, alone and
+next to as many busy processes as there are cores, for several values of GOMP_SPINCOUNT. 300,000 is OpenMP's default,
 `lumiere.cli.SPIN_COUNT` that of Lumiere. `--forward` measures forward passes instead.
 """
 
@@ -20,7 +20,7 @@ from rich.table import Table
 
 
 def measure(seconds: float, forward: bool) -> float:
-    """The median milliseconds of a step of 32 windows, or of its forward pass, in this process."""
+    """Return the median milliseconds of a step of 32 windows, or of its forward pass, in this process."""
     import torch
 
     from lumiere.config.loader import load_config
@@ -69,7 +69,7 @@ def be_busy() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--spin-counts", nargs="+", type=int, default=[300_000, 10_000, 3_000, 1_000, 0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds per measurement")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--forward", action="store_true", help="forward passes instead of training steps")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)

@@ -82,12 +82,12 @@ class ProcessGroup:
         return value
 
     def broadcast_text(self, text: str | None = None) -> str:
-        """The text that rank 0 gives; the others give none."""
+        """Return the text of rank 0; those of other ranks are ignored."""
         if self.size > 1:
             import torch
             import torch.distributed as dist
 
-            data = (text or "").encode()
+            data = (text or "").encode() if self.rank == 0 else b""
             length = torch.tensor(len(data))
             dist.broadcast(length, 0)
             characters = torch.empty(int(length), dtype=torch.uint8)
@@ -97,13 +97,6 @@ class ProcessGroup:
                 dist.broadcast(characters, 0)
             text = characters.numpy().tobytes().decode()
         return text or ""
-
-    def broadcast_tensor(self, tensor: Tensor) -> None:
-        """Overwrite a contiguous tensor on the CPU by that of rank 0."""
-        if self.size > 1 and tensor.numel():
-            import torch.distributed as dist
-
-            dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         """Until all processes have come here."""
@@ -144,18 +137,18 @@ class TorchrunGroup(ProcessGroup):
         self._num_beats = 0
         self._connected = threading.Event()
 
-    def send_task(self, text: str) -> None:
-        """Send a text to all other processes, which receive it by `receive_task`; rank 0 calls it once."""
-        self._store.set("task 0", text)
+    def send_choice(self, text: str) -> None:
+        """Send rank 0's choice of the run to the other ranks. Rank 0 calls this once."""
+        self._store.set("choice 0", text)
 
-    def receive_task(self) -> str:
-        """Wait for the text of rank 0.
+    def receive_choice(self) -> str:
+        """Wait for rank 0's choice.
 
         Raises:
-            LostProcessError: rank 0 sends no heartbeats any more.
+            RankTimeoutError: Rank 0 sends no heartbeats.
         """
-        self._wait_for("task", [0])
-        return self._store.get("task 0").decode()
+        self._wait_for("choice", [0])
+        return self._store.get("choice 0").decode()
 
     def connect(self, rank_timeout: float) -> None:
         """Wait until all processes are prepared, then make torch's default group.

@@ -1,4 +1,4 @@
-"""Fixtures of all tests. No test touches the user's files, the network, or another test's files."""
+"""Shared fixtures. No test touches the user's files, the network, or another test's files."""
 
 import os
 import sysconfig
@@ -16,7 +16,7 @@ from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.run import start
 from lumiere.training.setup import set_up
 
-# Slowness is the machine's, not the test's: a busy machine must not fail a law.
+# A busy machine must not fail a property test.
 settings.register_profile("lumiere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lumiere")
 
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], str]:
-    """Reads a file of tests/golden; `pytest --update-golden` writes the second argument there before."""
+    """Read a file of tests/golden. With `--update-golden`, first write the second argument to it."""
 
     def read(name: str, computed: str) -> str:
         path = Path(__file__).parent / "golden" / name
@@ -72,26 +72,26 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus_cache: Pat
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging-face"))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
-    # As in an active environment, so that commands are printed by their names.
+    # As in an active environment, so that hints print `lumiere` without a path.
     monkeypatch.setenv("PATH", os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"])))
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny models gain nothing from threads, and tests that run side by side lose."""
+    """Tiny models gain nothing from threads, and parallel tests lose."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def corpus_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where encoded corpora go: the same for all tests, since a corpus is found by its fingerprint."""
+    """One cache of tokenized corpora for all tests, since corpora are found by fingerprint."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def tiny_config() -> RunConfig:
-    """A run of a second: two layers of width 16 on ten stories."""
+    """A config that trains in a second: two layers of width 16 on ten stories."""
     return validate(TINY)
 
 
@@ -106,7 +106,7 @@ def tiny_corpus(tiny_config: RunConfig, corpus_cache: Path) -> Iterator[Tokenize
 def trained_run(
     tiny_config: RunConfig, tiny_corpus: TokenizedCorpus, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path
 ) -> Run:
-    """A finished run in a runs directory of its own. Read-only: tests that change it copy it first."""
+    """A finished run in its own runs directory. Read-only: copy it before changing it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
         store = RunStore(tmp_path_factory.mktemp("trained") / "runs")
@@ -115,7 +115,7 @@ def trained_run(
 
 @pytest.fixture(scope="session")
 def other_tokenizer_run(tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Run:
-    """A finished run on the same stories with a smaller vocabulary, in a runs directory of its own. Read-only."""
+    """A finished run on the same stories with a smaller vocabulary. Read-only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
         store = RunStore(tmp_path_factory.mktemp("other_tokenizer") / "runs")
@@ -125,8 +125,8 @@ def other_tokenizer_run(tmp_path_factory: pytest.TempPathFactory, corpus_cache: 
 
 @pytest.fixture(scope="session")
 def wikitext() -> Path:
-    """The folder of real WikiText-2, which is never copied into the project."""
+    """The folder of WikiText-2, which is not part of the project."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext"
     if not folder.is_dir():
-        pytest.skip(f"no WikiText-2 beside the checkout, at {folder}")
+        pytest.skip(f"WikiText-2 is not at {folder}")
     return folder

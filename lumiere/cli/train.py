@@ -1,5 +1,6 @@
 """`lumiere train`."""
 
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -75,54 +76,86 @@ def train(
 
     Examples: [bold]lumiere train tiny[/], [bold]lumiere train configs/small.yaml --set model.num_layers=6[/]
     """
-    from lumiere.distributed import ProcessGroup
-
-    if ProcessGroup.from_environment().rank:
-        if not (plan or print_config):
-            follow_first()
-        return
     from lumiere.config.loader import dump_config, load_config
+    from lumiere.distributed import ProcessGroup, TorchrunGroup, joined
     from lumiere.persistence.runs import RunStore
 
+    launched = ProcessGroup.from_environment()
+    if launched.rank and (plan or print_config):
+        return
     store = RunStore(runs_dir)
     flags = {"training.max_steps": max_steps, "training.device": device, "training.seed": seed}
+    changes = [*(overrides or ()), *(f"{path}={value}" for path, value in flags.items() if value is not None)]
+
+    def read_config() -> "RunConfig | None":
+        """Return the config of the command line; None if a run is resumed, which has its own."""
+        if resume is not None:
+            if config or print_config:
+                hint = f"give no other one: lumiere train --resume {resume}"
+                raise LumiereError("a resumed run keeps its own config", hint)
+            return None
+        if config is None:
+            raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to resume a run")
+        check_readable_by_all(config, launched)
+        return load_config(config, overrides or (), flags)
+
     if plan:
         check_plan_is_alone(resume, print_config)
-    if resume is not None:
-        if config or print_config:
-            raise LumiereError(
-                "a resumed run keeps its own config", f"give no other one: lumiere train --resume {resume}"
-            )
-        given = [f"{path}={value}" for path, value in flags.items() if value is not None]
-        from lumiere.distributed import joined
+    if plan or print_config:
+        resolved = read_config()
+        assert resolved is not None
+        if plan:
+            print_plan(resolved, store.runs_dir, as_json)
+        else:
+            sys.stdout.write(printable(dump_config(resolved, allow_unicode=is_unicode()), keep="\n"))
+        return
+
+    with joined(f"{resume or config} {changes}") as processes:
+        resolved = read_config()
+        if processes.rank and isinstance(processes, TorchrunGroup):
+            from lumiere.training.run import follow
+
+            result = follow(resolved, store, changes, processes)
+        else:
+            result = start_or_resume(resolved, resume, changes, store, as_json, processes)
+    if result and not processes.rank:
+        finish(result, as_json)
+    elif result and result.signal_number is not None:
+        raise typer.Exit(exit_code(result.signal_number))
+
+
+def check_readable_by_all(config: str, processes: "ProcessGroup") -> None:
+    """Refuse a config that only one of several processes could read.
+
+    Raises:
+        LumiereError: It is a pipe or standard input.
+    """
+    if processes.size > 1 and (
+        config == "-" or (os.path.exists(config) and not os.path.isfile(config) and not os.path.isdir(config))
+    ):
+        raise LumiereError(
+            f"the config {config!r} is no file, and each of the {processes.size} processes reads it for itself",
+            "write it into a file",
+        )
+
+
+def start_or_resume(
+    config: "RunConfig | None",
+    resume: str | None,
+    changes: list[str],
+    store: "RunStore",
+    as_json: bool,
+    processes: "ProcessGroup",
+) -> "TrainingResult | None":
+    """Train in a single process or as rank 0; after a restart by torchrun, resume the run of the start before."""
+    run = None
+    if processes.job is not None:  # otherwise torch loads later, after the corpus has been found
         from lumiere.training.run import restarted_run
 
-        changes = [*(overrides or ()), *given]
-        with joined(f"{resume} {changes}") as processes:
-            result = resume_training(restarted_run(store, processes) or store.open(resume), changes, as_json, processes)
-        if result:
-            finish(result, as_json)
-        return
-    if config is None:
-        raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to go on with a run")
-    resolved = load_config(config, overrides or (), flags)
-    if print_config:
-        sys.stdout.write(printable(dump_config(resolved, allow_unicode=is_unicode()), keep="\n"))
-        return
-    if plan:
-        print_plan(resolved, store.runs_dir, as_json)
-        return
-
-    from lumiere.distributed import joined
-    from lumiere.training.run import restarted_run
-
-    with joined(dump_config(resolved)) as processes:
-        if run := restarted_run(store, processes):
-            result = resume_training(run, [], as_json, processes)
-        else:
-            result = start_training(resolved, store, processes)
-    if result:
-        finish(result, as_json)
+        run = restarted_run(store, processes)
+    if config is not None and run is None:
+        return start_training(config, store, processes)
+    return resume_training(run or store.open(resume or ""), [] if config else changes, as_json, processes)
 
 
 def start_training(config: "RunConfig", store: "RunStore", processes: "ProcessGroup") -> "TrainingResult":
@@ -143,9 +176,8 @@ def resume_training(
 ) -> "TrainingResult | None":
     """Go on with `run`, or say that it is over and return None."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.run import resume, stop_reason
+    from lumiere.training.run import dismiss, resume, stop_reason
     from lumiere.training.setup import changed_settings, set_up_resume
-    from lumiere.training.sharing import dismiss
 
     reason = stop_reason(run)
     # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
@@ -161,18 +193,6 @@ def resume_training(
         show_note(f"not as it was trained so far: {change}")
     with TrainingProgress() as progress:
         return resume(setup, run, callbacks=[progress], processes=processes)
-
-
-def follow_first() -> None:
-    """Train what the process of rank 0 hands out, which does all the talking."""
-    from lumiere.distributed import TorchrunGroup, joined
-
-    with joined() as processes:
-        from lumiere.training.sharing import follow
-
-        result = follow(processes) if isinstance(processes, TorchrunGroup) else None
-    if result is not None and result.signal_number is not None:
-        raise typer.Exit(exit_code(result.signal_number))
 
 
 def finish(result: "TrainingResult", as_json: bool) -> None:

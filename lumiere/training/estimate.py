@@ -17,8 +17,7 @@ from lumiere.training import costs
 from lumiere.training.costs import Disk, Parameters
 from lumiere.training.loss import Objective, compiled, summed_loss
 from lumiere.training.schedule import earliest_stop, num_evaluations, num_steps, unfinished_warmup
-from lumiere.training.setup import TrainingSetup
-from lumiere.training.sharing import check_shares
+from lumiere.training.setup import TrainingSetup, check_shares
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import train_step
 

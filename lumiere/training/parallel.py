@@ -1,11 +1,13 @@
-"""Several processes that train one model: how their gradients become one.
+"""Training one model by several processes: DDP and FSDP2, and tensors that are sharded by rows.
 
-Data parallel (Li et al. 2020, "PyTorch Distributed"): each process has all weights and computes the gradients of its
-share of a batch; torch's DDP sums them while the backward pass still runs. So every process makes the same update.
+DDP (Li et al. 2020, "PyTorch Distributed"): each process has all weights and computes the gradients of its share of a
+batch. Torch sums them while the backward pass runs, so every process makes the same update.
 
-Fully sharded (Rajbhandari et al. 2020, "ZeRO", stage 3; Zhao et al. 2023, "PyTorch FSDP"): each process keeps its rows
-of every weight, and of what the optimizer keeps of it. Torch's FSDP2 puts a block's weights together when the block is
-computed, forward and backward, and gives each process the sum of the gradients of its rows.
+FSDP (Rajbhandari et al. 2020, "ZeRO", stage 3; Zhao et al. 2023, "PyTorch FSDP"): each process keeps its rows of every
+weight and of its optimizer state, as DTensors. Torch gathers a block's weights when the block is computed, forward and
+backward, and gives each process the summed gradients of its rows.
+
+With one process no tensor is sharded, and the functions on DTensors pass plain tensors through.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ if TYPE_CHECKING:
 
 
 WATCHDOG_MARGIN = 60.0
-"""How many seconds later than the processes themselves torch's watchdog gives up a GPU's wait for the others."""
+"""Seconds by which torch's watchdog for GPUs waits longer than the processes themselves."""
 
 
-def own_device(device: torch.device, processes: ProcessGroup) -> torch.device:
-    """The device of this process: of several on one machine, each has the GPU of its own number.
+def local_device(device: torch.device, processes: ProcessGroup) -> torch.device:
+    """Return the device of this process: with several processes on a machine, the GPU of its local rank.
 
     Raises:
-        LumiereError: there are not enough of them, or processes cannot share that kind.
+        LumiereError: There are too few GPUs, or processes cannot share this kind of device.
     """
     if processes.size == 1 or device.type == "cpu":
         return device
@@ -58,19 +60,19 @@ def own_device(device: torch.device, processes: ProcessGroup) -> torch.device:
 
 
 def seed_dropout(seed: int, step: int, processes: ProcessGroup) -> None:
-    """Seed torch's generators for a step: each process drops something else, and a resumed one the same again.
+    """Seed torch's generators for a step, such that ranks draw different masks and a resumed rank the same ones.
 
-    One process alone draws on from where it is, and its checkpoints keep where that was.
+    A single process keeps its generator, whose state is in its checkpoints.
     """
     if processes.size > 1:
         digest = hashlib.blake2b(f"dropout {seed} {step} {processes.rank}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-class SharedObjective:
-    """An objective whose gradients, after the backward pass, are the sum of those of all processes.
+class DdpObjective:
+    """An objective whose gradients, after the backward pass, are summed over all processes.
 
-    The parameters are those of the model itself, so that its names and its checkpoints know nothing of it.
+    The parameters stay the model's own, so that names and checkpoints do not change.
     """
 
     def __init__(self, model: Transformer, objective: Objective, device: torch.device, processes: ProcessGroup) -> None:
@@ -83,19 +85,19 @@ class SharedObjective:
 
     def __call__(self, model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
         loss = self._module(tokens, targets)
-        # DDP gives the mean over the processes, and the objective is a sum.
+        # DDP averages over the processes, but the objective is a sum.
         loss.register_hook(lambda gradient: gradient * self._size)
         return loss
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around the forward pass of a part of a batch: the last one's backward pass sums the gradients of all."""
+        """Context of the forward pass of one part of a batch. The last part's backward pass sums the gradients."""
         return nullcontext() if is_last else self._module.no_sync()
 
 
-class ShardedObjective:
-    """An objective of a model whose weights it shares out, and whose gradients are this process' rows of the sums.
+class FsdpObjective:
+    """An objective that shards the weights of a model; the gradients are this process' rows of the sums.
 
-    Every part of a batch has its gradients summed: otherwise each process would keep gradients of all weights.
+    Gradients are summed in every part of a batch: otherwise each process would keep gradients of all weights.
     """
 
     def __init__(self, model: Transformer, objective: Objective, device: torch.device, processes: ProcessGroup) -> None:
@@ -104,10 +106,10 @@ class ShardedObjective:
 
         mesh = DeviceMesh.from_group(gradient_group(device, processes), device.type)
         module = BatchLoss(model, objective)
-        # The embedding and the last norm belong to the module itself: they are needed from the beginning to the end.
+        # The embedding and the last norm belong to the module itself: they are needed throughout.
         for part in (*model.blocks, module):
             sharded = fully_shard(part, mesh=mesh)
-            # A sum, and not FSDP's mean. Gloo cannot do the multiplication on the way that a factor asks for.
+            # A sum instead of FSDP's mean. Gloo cannot multiply while it reduces, which another factor would need.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
         self._module = cast("FSDPModule", module)
@@ -117,7 +119,7 @@ class ShardedObjective:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside of it, methods of the model may be called that are not the objective."""
+        """Context in which other methods of the model than the objective can be called."""
         self._module.unshard()
         try:
             yield
@@ -125,77 +127,77 @@ class ShardedObjective:
             self._module.reshard()
 
 
-def distributed(
+def parallelize(
     model: Transformer,
     objective: Objective,
     parallel: Literal["ddp", "fsdp"],
     device: torch.device,
     processes: ProcessGroup,
 ) -> Objective:
-    """The objective whose gradients are those of all processes' shares; itself where there is one process.
+    """Move the model, or this process' shard of it, to the device; return the objective that sums gradients.
 
-    The model comes from the CPU, and goes to this process' device: all of it, or this process' share.
+    With one process that is `objective` itself.
     """
     if processes.size > 1 and parallel == "fsdp":
-        return ShardedObjective(model, objective, device, processes)
+        return FsdpObjective(model, objective, device, processes)
     model.to(device)
-    return objective if processes.size == 1 else SharedObjective(model, objective, device, processes)
+    return objective if processes.size == 1 else DdpObjective(model, objective, device, processes)
 
 
 def gradient_group(device: torch.device, processes: ProcessGroup) -> TorchProcessGroup:
-    """The processes, by what the device can send gradients with."""
+    """Return torch's process group for gradients on this kind of device."""
     import torch.distributed as dist
 
-    # On CPUs the default group will do: each further one is another round of connections, which can fail.
+    # On CPUs the default group suffices: each further group is another round of connections, which can fail.
     if device.type != "cuda":
         return cast("TorchProcessGroup", dist.group.WORLD)
-    # Later than the default group, whose time-out names the ranks that hang; torch's watchdog for nccl only aborts.
+    # Longer than the default group, whose timeout names the ranks that hang; torch's watchdog for nccl only aborts.
     limit = processes.rank_timeout if isinstance(processes, TorchrunGroup) else None
     timeout = None if limit is None else timedelta(seconds=limit + WATCHDOG_MARGIN)
     return cast("TorchProcessGroup", dist.new_group(backend="nccl", timeout=timeout))
 
 
 def accumulating(objective: Objective, is_last: bool) -> AbstractContextManager[None]:
-    """Around the forward pass of a part of a batch, for any objective."""
-    return objective.accumulating(is_last) if isinstance(objective, SharedObjective) else nullcontext()
+    """Context of the forward pass of one part of a batch, for any objective."""
+    return objective.accumulating(is_last) if isinstance(objective, DdpObjective) else nullcontext()
 
 
 def evaluating(objective: Objective) -> AbstractContextManager[None]:
-    """Around what a training does with its model besides the objective."""
-    return objective.evaluating() if isinstance(objective, ShardedObjective) else nullcontext()
+    """Context in which the model can be called outside the objective, for any objective."""
+    return objective.evaluating() if isinstance(objective, FsdpObjective) else nullcontext()
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether this process has some of its rows only."""
-    # By an attribute: to import the class takes half a second, which one process alone need not wait.
+    """Return whether the tensor is sharded over processes."""
+    # By an attribute: importing the class takes half a second, which a single process need not spend.
     return hasattr(tensor, "device_mesh")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of its rows. Every process must ask for them."""
+    """Return all rows of a tensor. Collective: every process must call it."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def distribute_like(value: Tensor, reference: Tensor) -> Tensor:
-    """A copy of `value` on the device of `reference`, and shared out as it is.
+    """Copy `value` to the device of `reference`, sharded like it.
 
     Args:
-        value: whole, and the same in all processes; or shared out already.
+        value: Full, and the same in all processes; or sharded already.
     """
     if not is_dtensor(reference) or is_dtensor(value):
         return value.to(reference.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
-    # Nothing is sent. The copy, because a view would keep all rows alive.
+    # Nothing is sent. Cloned, because a view would keep all rows alive.
     value = value.to(reference.device)
     return distribute_tensor(value, reference.device_mesh, reference.placements, src_data_rank=None).clone()
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`model.load_state_dict`, whether or not the model's weights are shared out.
+    """Load full or sharded weights into a model that may be sharded.
 
     Raises:
-        RuntimeError: as `load_state_dict`.
+        RuntimeError: As `load_state_dict`.
     """
     mine = model.state_dict()
     model.load_state_dict(
@@ -204,9 +206,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def gather_checkpoint(checkpoint: Checkpoint, processes: ProcessGroup) -> Checkpoint:
-    """The checkpoint with whole tensors in the process that writes, rank 0, and with none in the others.
+    """Return the checkpoint with full tensors on rank 0 and with none on the others. Collective.
 
-    Every process must call it. One tensor at a time is whole in the others.
+    The other ranks hold one full tensor at a time.
     """
 
     def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,12 +223,10 @@ def gather_checkpoint(checkpoint: Checkpoint, processes: ProcessGroup) -> Checkp
 
 
 def local_rows(checkpoint: Checkpoint, model: nn.Module, processes: ProcessGroup) -> Checkpoint:
-    """The checkpoint itself; of one whose numbers are still in its folder, this process' rows of them.
-
-    Every process must call it.
+    """Return the checkpoint; if its numbers are still in its folder, with this process' rows of them. Collective.
 
     Raises:
-        CheckpointError: this or another process cannot read its part.
+        CheckpointError: This or another process cannot read its part.
     """
     if checkpoint.folder is None:
         return checkpoint
@@ -235,7 +235,7 @@ def local_rows(checkpoint: Checkpoint, model: nn.Module, processes: ProcessGroup
     weights = model.state_dict()
 
     def memory(name: str, shape: Size, dtype: torch.dtype) -> Tensor:
-        """As the weight that a tensor is about: `optimizer.<weight>.exp_avg`, or `optimizer.trained.<weight>`."""
+        """Like the weight in a tensor's name: `optimizer.<weight>.exp_avg`, or `optimizer.trained.<weight>`."""
         for weight, tensor in weights.items():
             if f".{weight}." in f"{name}." and tensor.shape == shape:
                 return torch.empty_like(tensor, dtype=dtype)
@@ -253,16 +253,16 @@ def local_rows(checkpoint: Checkpoint, model: nn.Module, processes: ProcessGroup
 
 
 def nbytes(checkpoint: Checkpoint) -> int:
-    """Of all tensors, whole."""
+    """Return the size of all full tensors of a checkpoint."""
     tensors = [tensor for group in GROUPS for tensor in getattr(checkpoint, group).values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def apply_to_full(function: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
-    """`function(tensors)`, for a function that needs all rows of a tensor and gives one of the same shape for each.
+    """Return `function(tensors)` for a function of full tensors that returns one of the same shape for each.
 
-    Where they are shared out, tensor i goes to process i modulo their number, which calls `function`, and what comes of
-    it comes back: each process does its share of the work, and holds no more whole tensors than its share.
+    If they are sharded, tensor i is sent to process i modulo their number, which calls `function`; the result is sent
+    back. Each process does its share of the work, and holds no more full tensors than its share.
     """
     if not tensors or not is_dtensor(tensors[0]):
         return function(tensors)
@@ -271,11 +271,11 @@ def apply_to_full(function: Callable[[list[Tensor]], list[Tensor]], tensors: lis
     sharded = cast("list[DTensor]", tensors)
     mesh = sharded[0].device_mesh
     rank, size, group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
-    # By owner, what I have of its tensors; and by process, what it has of mine.
+    # By owner, my rows of its tensors; and by process, its rows of mine.
     sent = [[tensor.to_local() for tensor in sharded[owner::size]] for owner in range(size)]
     shapes = [[shard_shape(tensor.shape, other, size) for tensor in sharded[rank::size]] for other in range(size)]
-    wholes = [torch.cat(parts) for parts in zip(*exchange(sent, shapes, group), strict=True)]
-    results = function(wholes)
+    full = [torch.cat(parts) for parts in zip(*exchange(sent, shapes, group), strict=True)]
+    results = function(full)
     answers = [[result[rows_of(len(result), other, size)] for result in results] for other in range(size)]
     answered = exchange(answers, [[tensor.shape for tensor in theirs] for theirs in sent], group)
     found = list(tensors)
@@ -291,7 +291,7 @@ def apply_to_full(function: Callable[[list[Tensor]], list[Tensor]], tensors: lis
 def exchange(
     sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Size]], group: TorchProcessGroup
 ) -> list[list[Tensor]]:
-    """What each process sends to this one, of the given shapes, for what this one sends to each: by process."""
+    """Send tensors to each process; return what each sends to this one, of the given shapes."""
     import torch.distributed as dist
 
     sizes = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
@@ -306,12 +306,12 @@ def exchange(
 
 
 def rows_of(length: int, rank: int, size: int) -> slice:
-    """The rows that a process has of a tensor of that length: those of `torch.chunk`, as FSDP2 shares out."""
+    """Return the rows of a tensor that a process holds: those of `torch.chunk`, as in FSDP2."""
     each = -(-length // size)
     return slice(min(rank * each, length), min((rank + 1) * each, length))
 
 
 def shard_shape(shape: Size, rank: int, size: int) -> Size:
-    """The shape of what a process has of a tensor."""
+    """Return the shape of a process' shard of a tensor."""
     rows = rows_of(shape[0], rank, size)
     return Size((rows.stop - rows.start, *shape[1:]))

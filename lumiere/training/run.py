@@ -1,14 +1,20 @@
-"""Start a training run, or resume one from its newest checkpoint."""
+"""Start a training run, or resume one from its newest checkpoint.
+
+Under torchrun every rank reads its own command line, config, corpus and checkpoint. Rank 0 creates or chooses the run,
+resolves `auto`, writes and reports. It sends the others the run's name and what `auto` became, and all compare one
+fingerprint.
+"""
 
 import contextlib
+import hashlib
+import json
 import os
 import platform
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +26,7 @@ import torch
 import lumiere
 from lumiere.config.loader import dump_config
 from lumiere.config.schema import RunConfig
-from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, noticing_losses
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, TorchrunGroup, noticing_losses
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.files import locked, write_atomically, writing
 from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
@@ -34,12 +40,19 @@ from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk
 from lumiere.training.events import Callback, WarningEvent
 from lumiere.training.loggers import MetricsLog, opened_loggers
-from lumiere.training.parallel import own_device
 from lumiere.training.schedule import num_steps
-from lumiere.training.setup import TrainingSetup, changes, check_schedule, inexact_changes, trained_config
-from lumiere.training.sharing import check_shares, hand_out
+from lumiere.training.setup import (
+    TrainingSetup,
+    changes,
+    check_schedule,
+    check_shares,
+    inexact_changes,
+    set_up_rank,
+    trained_config,
+    with_overrides,
+)
 from lumiere.training.state import NUMERICS, STOP_REASONS
-from lumiere.training.trainer import TrainingResult, progress, train
+from lumiere.training.trainer import Trainer, TrainingResult
 
 
 def start(
@@ -49,20 +62,19 @@ def start(
     callbacks: Sequence[Callback] = (),
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> TrainingResult:
-    """Make a run and train it.
+    """Create a run and train it. Called by rank 0; the other ranks call `follow`.
 
     Args:
-        command: what the user typed, for the record.
-        processes: the processes that train it together; this one has rank 0, the others call `follow`.
+        command: What the user typed, for the record.
 
     Raises:
-        LumiereError: if the disk has no room, or the runs directory cannot be written to, or the processes cannot
-            share the batches.
+        LumiereError: The disk is too small, the runs directory cannot be written to, or the processes cannot share the
+            batches.
     """
     check_shares(setup.config.training, setup.device, processes)
     check_room(store.runs_dir, setup)
     run = store.create()
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(run.path))
             write_files(setup, run, command)
@@ -74,7 +86,158 @@ def start(
                 hint = "make room, or choose another folder with --runs-dir; no run was made"
                 raise LumiereError(error.message, hint) from error
             raise
-        return run_training(setup, run, callbacks, None, processes)
+        return run_training(setup, run, callbacks, None, processes, resumes=False)
+
+
+def resume(
+    setup: TrainingSetup, run: Run, callbacks: Sequence[Callback] = (), processes: ProcessGroup = SINGLE_PROCESS
+) -> TrainingResult:
+    """Resume a run from its newest checkpoint, or from step 0 if it has none. Called by rank 0, as `start`.
+
+    The config of `setup` becomes the run's.
+
+    Raises:
+        RunBusyError: Another process is training it.
+        CheckpointError: The checkpoint is damaged, or belongs to another model.
+        ConfigError: The schedule cannot change its length any more, or the processes cannot share the batches.
+    """
+    check_shares(setup.config.training, setup.device, processes)
+    with locked(run.path):
+        # After a restart by torchrun the run may be on another host, and its earlier processes have ended.
+        if processes.job is None or token(run) != processes.job:
+            run.check_not_elsewhere()
+        checkpoint, name = newest_checkpoint(run, outlined=setup.config.training.parallel == "fsdp")
+        step = checkpoint.step if checkpoint else 0
+        before = run.load_config()
+        if checkpoint is not None:
+            check_compatible(setup.config, checkpoint, f"the {name} checkpoint of run {run.id}")
+        check_schedule(before.training, setup.config.training, setup.epoch_steps, step)
+        warnings = []
+        if checkpoint and name:
+            warnings = resume_warnings(checkpoint, name, setup, run.record, processes)
+        shown = list(warnings)
+        if checkpoint and name != "latest":
+            # A kill can leave a new `best` without the `latest` of the same step.
+            exists = "latest" in CheckpointManager(run.path.parent).names(run)
+            problem = "the latest checkpoint is damaged" if exists else "there is no latest checkpoint"
+            message = f"{problem}; resuming from {name} (step {step:,})"
+            shown.insert(0, message)
+        for message in shown:
+            for callback in callbacks:
+                callback(WarningEvent(step, message))
+        with writing(run.path):
+            remove_leftovers(run)
+        # Without a checkpoint, every line goes.
+        truncate_metrics(run.metrics_path, step if checkpoint else -1)
+        changed = changes(before, setup.config)
+        entry = {"at": now(), "step": step, "changed": list(map(str, changed)), "warnings": warnings}
+        run.update(resumes=[*run.record.resumes, entry])
+        if changed:
+            with writing(run.config_path):
+                write_atomically(run.config_path, dump_config(setup.config).encode())
+        record_start(setup, run, processes)
+        return run_training(setup, run, callbacks, checkpoint, processes, resumes=True)
+
+
+def follow(
+    config: RunConfig | None, store: RunStore, overrides: Sequence[str], processes: TorchrunGroup
+) -> TrainingResult | None:
+    """Train the run that rank 0 starts or resumes; None if there is nothing to train.
+
+    Args:
+        config: Of this rank's command line. None: a run is resumed, with its own config and `overrides`.
+
+    Raises:
+        LumiereError: As `set_up` and `Trainer.train`, or this rank reads other files than rank 0.
+    """
+    choice = json.loads(processes.receive_choice())
+    if choice is None:
+        return None
+    try:
+        run = store.open(choice["run"])
+    except LumiereError as error:
+        hint = f"{store.runs_dir} must be one folder that all machines see"
+        raise LumiereError(f"rank {processes.rank} does not find the run of rank 0: {error.message}", hint) from error
+    checkpoint = None
+    if config is None or choice["resumes"]:
+        config = with_overrides(run.load_config(), () if config else overrides)
+        checkpoint, _ = newest_checkpoint(run, outlined=config.training.parallel == "fsdp")
+    setup = set_up_rank(config, choice)
+    return connected_trainer(setup, run, (), checkpoint, processes).train()
+
+
+def dismiss(processes: ProcessGroup) -> None:
+    """Let the other ranks know that there is nothing to train."""
+    if isinstance(processes, TorchrunGroup):
+        processes.send_choice(json.dumps(None))
+
+
+def run_training(
+    setup: TrainingSetup,
+    run: Run,
+    callbacks: Sequence[Callback],
+    checkpoint: Checkpoint | None,
+    processes: ProcessGroup,
+    resumes: bool,
+) -> TrainingResult:
+    """Train, and keep the status in the run's record correct however training ends."""
+    try:
+        with (
+            beating(run.path),
+            MetricsWriter(run.metrics_path) as writer,
+            opened_loggers(setup.config, run, [MetricsLog(writer), *callbacks]) as all_callbacks,
+            noticing_losses(processes),
+        ):
+            if isinstance(processes, TorchrunGroup):
+                processes.send_choice(json.dumps({"run": run.name, "resumes": resumes} | setup.resolved))
+            trainer = connected_trainer(setup, run, all_callbacks, checkpoint, processes)
+            result = trainer.train()
+    except BaseException as error:
+        # Also for KeyboardInterrupt: a second Ctrl-C exits at once with what was saved before.
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        # A full disk or a removed folder cannot be recorded: the run then counts as crashed.
+        with contextlib.suppress(LumiereError):
+            run.update(status=status, error=f"{type(error).__name__}: {error}")
+        raise
+    status = "finished" if result.signal_number is None else "interrupted"
+    # The progress again: the process of the last save may have been killed before it recorded it.
+    run.update(status=status, stop_reason=result.state.stop_reason, **trainer.progress())
+    return result
+
+
+def connected_trainer(
+    setup: TrainingSetup,
+    run: Run,
+    callbacks: Sequence[Callback],
+    checkpoint: Checkpoint | None,
+    processes: ProcessGroup,
+) -> Trainer:
+    """Connect the ranks, check that all of them read the same, and return the trainer of this one."""
+    if isinstance(processes, TorchrunGroup):
+        processes.connect(setup.config.training.rank_timeout)
+        metadata = json.dumps(checkpoint.metadata if checkpoint else None, sort_keys=True)
+        facts = setup.fingerprint() | {"checkpoint": hashlib.sha256(metadata.encode()).hexdigest()}
+        check_agreement(facts, processes)
+    return Trainer(setup, run, callbacks=callbacks, checkpoint=checkpoint, processes=processes)
+
+
+def check_agreement(facts: Mapping[str, str], processes: ProcessGroup) -> None:
+    """Check that all ranks state the same facts.
+
+    Raises:
+        LumiereError: In all ranks, naming one that differs from rank 0.
+    """
+    for name, fact in facts.items():
+        differs = processes.broadcast_text(fact) != fact
+        rank = processes.all_reduce_max(processes.rank if differs else 0)
+        if rank:
+            raise LumiereError(
+                f"rank {rank} of {processes.size} reads another {name} than rank 0",
+                "give all ranks the same command line and config, and the same files at the same paths",
+            )
+
+
+# What a run records
 
 
 def write_files(setup: TrainingSetup, run: Run, command: Sequence[str]) -> None:
@@ -102,8 +265,7 @@ def record_start(setup: TrainingSetup, run: Run, processes: ProcessGroup) -> Non
     run.update(
         status="running",
         error=None,
-        device=str(setup.device),
-        precision=str(setup.precision).removeprefix("torch."),
+        **setup.resolved,
         total_steps=num_steps(setup.config.training, setup.epoch_steps),
         **this_process(),
         world_size=processes.size,
@@ -112,213 +274,8 @@ def record_start(setup: TrainingSetup, run: Run, processes: ProcessGroup) -> Non
     )
 
 
-def resume(
-    setup: TrainingSetup, run: Run, callbacks: Sequence[Callback] = (), processes: ProcessGroup = SINGLE_PROCESS
-) -> TrainingResult:
-    """Go on with a run from its newest checkpoint, or from step 0 where it was killed before the first.
-
-    The config of `setup` becomes the run's, where it is another one.
-
-    Raises:
-        RunBusyError: another process is training it.
-        CheckpointError: if the checkpoint is damaged, or belongs to another model.
-        ConfigError: if the schedule cannot be brought to another length any more, or the processes cannot share the
-            batches.
-    """
-    check_shares(setup.config.training, setup.device, processes)
-    with locked(run.path):
-        # A restart by torchrun may be on another host, and the processes before it have ended.
-        if processes.job is None or token(run) != processes.job:
-            run.check_not_elsewhere()
-        checkpoint, name = newest_checkpoint(run, outlined=setup.config.training.parallel == "fsdp")
-        step = checkpoint.step if checkpoint else 0
-        if checkpoint is not None:
-            check_compatible(setup.config, checkpoint, f"the {name} checkpoint of run {run.id}")
-        check_schedule(run.load_config().training, setup.config.training, setup.epoch_steps, step)
-        if checkpoint and name != "latest":
-            # A process may be killed after it has saved `best`, and before `latest` of the same step.
-            there = "latest" in CheckpointManager(run.path.parent).names(run)
-            problem = "the latest checkpoint is damaged" if there else "there is no latest checkpoint"
-            message = f"{problem}, training goes on from {name} (step {step:,})"
-            for callback in callbacks:
-                callback(WarningEvent(step, message))
-        warnings = resume_warnings(checkpoint, name, setup, run.record, processes) if checkpoint and name else []
-        for message in warnings:
-            for callback in callbacks:
-                callback(WarningEvent(step, message))
-        with writing(run.path):
-            remove_leftovers(run)
-        # Where nothing was saved, every line goes.
-        truncate_metrics(run.metrics_path, step if checkpoint else -1)
-        changed = changes(run.load_config(), setup.config)
-        entry = {"at": now(), "step": step, "changed": list(map(str, changed)), "warnings": warnings}
-        run.update(resumes=[*run.record.resumes, entry])
-        if changed:
-            with writing(run.config_path):
-                write_atomically(run.config_path, dump_config(setup.config).encode())
-        record_start(setup, run, processes)
-        return run_training(setup, run, callbacks, checkpoint, processes)
-
-
-def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, processes: ProcessGroup) -> str | None:
-    """What a training that other processes go on with cannot keep as it was; None where all is kept.
-
-    Args:
-        before: the config that the checkpoint was trained with.
-        after: the config to go on with.
-    """
-    size = checkpoint.metadata.get("world_size", 1)
-    old, new = process_count(size, before), process_count(processes.size, after)
-    if old == new:
-        return None
-    # The masks depend on the seed, the step and the rank.
-    masks = after.model.dropout > 0.0 and size != processes.size
-    lost = "the dropout masks and the order of its sums" if masks else "the order of its sums"
-    return (
-        f"trained so far with {old}, now with {new}: the data and its order stay, {lost} do not, so the weights will "
-        f"differ from those of never having stopped"
-    )
-
-
-def resume_warnings(
-    checkpoint: Checkpoint, name: str, setup: TrainingSetup, record: RunRecord, processes: ProcessGroup
-) -> list[str]:
-    """Return the reasons why a resumed run will not be bit-identical to an uninterrupted one.
-
-    Args:
-        name: of the checkpoint to resume from.
-        record: contents of `run.json`, with the device and the precision so far.
-    """
-    before = trained_config(checkpoint.metadata.get("config"), name)
-    warnings = [inexactness(checkpoint, before, setup.config, processes), other_numerics(checkpoint)]
-    if changed := inexact_changes(before, setup, record):
-        warnings.append(
-            f"{', '.join(map(str, changed))}: the data and its order stay the same, but the weights will not be "
-            f"bit-identical to those of an uninterrupted run"
-        )
-    return [warning for warning in warnings if warning]
-
-
-def other_numerics(checkpoint: Checkpoint) -> str | None:
-    """A warning where another version of Lumiere, which rounds differently, trained the checkpoint; None elsewhere."""
-    if checkpoint.metadata.get("numerics", 1) == NUMERICS:
-        return None
-    version = checkpoint.metadata.get("lumiere_version", "unknown")
-    return (
-        f"trained so far with another Lumiere (version {version}), whose training steps round differently: the weights "
-        f"may differ in their last bits from those of an uninterrupted run"
-    )
-
-
-def process_count(size: int, config: RunConfig) -> str:
-    """`2 processes (fsdp)`."""
-    return "1 process" if size == 1 else f"{size} processes ({config.training.parallel})"
-
-
-def now() -> str:
-    """The time in UTC, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def remove_leftovers(run: Run) -> None:
-    """Remove the unfinished files of a process that was killed while it wrote into the run."""
-    clear(run.checkpoints_dir)
-    for leftover in run.path.rglob(".*.tmp"):
-        if not leftover.is_dir():
-            leftover.unlink(missing_ok=True)
-
-
-def newest_checkpoint(run: Run, outlined: bool = False) -> tuple[Checkpoint, str] | tuple[None, None]:
-    """The state to go on from and its name; None where the run was killed before it saved one.
-
-    Args:
-        outlined: as in `CheckpointManager.load`.
-    """
-    manager = CheckpointManager(run.path.parent)
-    if not {"latest", "previous", "best"} & set(manager.names(run)):
-        return None, None
-    return manager.load_latest(run, outlined)
-
-
-def stop_reason(run: Run) -> str | None:
-    """Why a run is over, by its record or its newest checkpoint; None where it can go on.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged.
-    """
-    # The record first: `runs prune` may have left a finished run no more than an earlier checkpoint.
-    reason = run.record.stop_reason
-    if run.status == "finished" and reason in STOP_REASONS:
-        return reason
-    checkpoint, _ = newest_checkpoint(run, outlined=True)
-    reason = checkpoint.metadata.get("stop_reason") if checkpoint else None
-    if reason is not None and reason not in STOP_REASONS:
-        raise CheckpointError(f"the newest checkpoint of run {run.id} gives no reason why it ended", DAMAGE_HINT)
-    return reason
-
-
-def run_training(
-    setup: TrainingSetup,
-    run: Run,
-    callbacks: Sequence[Callback],
-    checkpoint: Checkpoint | None,
-    processes: ProcessGroup,
-) -> TrainingResult:
-    """Train, and keep the run's status true however it ends."""
-    try:
-        with (
-            beating(run.path),
-            MetricsWriter(run.metrics_path) as writer,
-            opened_loggers(setup.config, run, [MetricsLog(writer), *callbacks]) as all_listeners,
-            noticing_losses(processes),
-        ):
-            hand_out(setup, run, checkpoint, processes)
-            result = train(
-                setup.config,
-                setup.corpus,
-                run,
-                own_device(setup.device, processes),
-                setup.precision,
-                setup.peak_flops * processes.size,
-                all_listeners,
-                checkpoint,
-                processes,
-            )
-            processes.barrier()
-    except BaseException as error:
-        # Also for KeyboardInterrupt: a second Ctrl-C leaves at once, with what was saved before.
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        # A full disk, or a folder that is gone, can be told of no longer: the run then counts as crashed.
-        with contextlib.suppress(LumiereError):
-            run.update(status=status, error=f"{type(error).__name__}: {error}")
-        raise
-    status = "finished" if result.signal_number is None else "interrupted"
-    # The progress once more: a process that was killed right after its last save may not have come to write it down.
-    progressed = progress(result.state, setup.epoch_steps)
-    run.update(status=status, stop_reason=result.state.stop_reason, **progressed)
-    return result
-
-
-def check_room(runs_dir: Path, setup: TrainingSetup) -> None:
-    """Refuse a run whose checkpoints the disk has no room for."""
-    config = setup.config
-    needed = disk(config, num_steps(config.training, setup.epoch_steps)).total
-    folder, free = free_room(runs_dir)
-    if free < needed:
-        raise CheckpointError(
-            f"the disk of {folder} has {free / 1e6:,.0f} MB free, the checkpoints need {needed / 1e6:,.0f} MB",
-            "make room, choose another disk with --runs-dir, or do without snapshots: --set training.snapshots=false",
-        )
-
-
-def free_room(runs_dir: Path) -> tuple[Path, int]:
-    """The folder that is there of a runs directory that may not be, and the bytes that are free on its disk."""
-    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if os.path.exists(folder))
-    return existing, shutil.disk_usage(existing).free
-
-
 def environment() -> dict[str, Any]:
-    """Versions, machine and the commit of a checkout, as `run.json` keeps them."""
+    """Return versions, machine and the commit of a checkout, as `run.json` keeps them."""
     packages = ("torch", "numpy", "tokenizers", "datasets", "safetensors")
     return {
         "versions": {
@@ -339,7 +296,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that Lumiere runs from; None for an installed package."""
+    """Return the commit of the checkout that Lumiere runs from; None for an installed package."""
     folder = Path(lumiere.__file__).parent
     if not (folder.parent / ".git").exists():
         return None
@@ -349,6 +306,14 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def now() -> str:
+    """Return the time in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+# Restarts by torchrun (`--max-restarts`)
 
 
 def job(processes: ProcessGroup) -> dict[str, Any] | None:
@@ -364,12 +329,128 @@ def job(processes: ProcessGroup) -> dict[str, Any] | None:
 
 
 def restarted_run(store: RunStore, processes: ProcessGroup) -> Run | None:
-    """Return the run that an earlier start of this very launch has made or resumed; None if there is none."""
+    """Return the run that an earlier start of this very launch has created or resumed; None if there is none."""
     if processes.job is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     return next((run for run in store.all() if run.config_path.exists() and token(run) == processes.job), None)
 
 
 def token(run: Run) -> str | None:
-    """The token of the launch that trained the run last, by its record."""
+    """Return the token of the launch that trained the run last, by its record."""
     return run.record.job.get("token")
+
+
+# What a resume starts from
+
+
+def newest_checkpoint(run: Run, outlined: bool = False) -> tuple[Checkpoint, str] | tuple[None, None]:
+    """Return the state to resume from and its name; None if the run was killed before it saved one.
+
+    Args:
+        outlined: As in `CheckpointManager.load`.
+    """
+    manager = CheckpointManager(run.path.parent)
+    if not {"latest", "previous", "best"} & set(manager.names(run)):
+        return None, None
+    return manager.load_latest(run, outlined)
+
+
+def stop_reason(run: Run) -> str | None:
+    """Return why a run is over, by its record or its newest checkpoint; None if it can be resumed.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+    """
+    # The record first: `runs prune` may have left only an earlier checkpoint of a finished run.
+    reason = run.record.stop_reason
+    if run.status == "finished" and reason in STOP_REASONS:
+        return reason
+    checkpoint, _ = newest_checkpoint(run, outlined=True)
+    reason = checkpoint.metadata.get("stop_reason") if checkpoint else None
+    if reason is not None and reason not in STOP_REASONS:
+        raise CheckpointError(f"the newest checkpoint of run {run.id} gives no reason why it ended", DAMAGE_HINT)
+    return reason
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove the unfinished files of a process that was killed while it wrote into the run."""
+    clear(run.checkpoints_dir)
+    for leftover in run.path.rglob(".*.tmp"):
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
+
+
+def resume_warnings(
+    checkpoint: Checkpoint, name: str, setup: TrainingSetup, record: RunRecord, processes: ProcessGroup
+) -> list[str]:
+    """Return the reasons why a resumed run will not be bit-identical to an uninterrupted one.
+
+    Args:
+        name: Of the checkpoint to resume from.
+        record: Contents of `run.json`, with the device and the precision so far.
+    """
+    before = trained_config(checkpoint.metadata.get("config"), name)
+    warnings = [inexactness(checkpoint, before, setup.config, processes), other_numerics(checkpoint)]
+    if changed := inexact_changes(before, setup, record):
+        warnings.append(
+            f"{', '.join(map(str, changed))}: the data and its order stay the same, but the weights will not be "
+            f"bit-identical to those of an uninterrupted run"
+        )
+    return [warning for warning in warnings if warning]
+
+
+def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, processes: ProcessGroup) -> str | None:
+    """Return what another number of processes, or another way to share, changes; None if nothing.
+
+    Args:
+        before: The config that the checkpoint was trained with.
+        after: The config to resume with.
+    """
+    size = checkpoint.metadata.get("world_size", 1)
+    old, new = process_count(size, before), process_count(processes.size, after)
+    if old == new:
+        return None
+    # The masks depend on the seed, the step and the rank.
+    masks = after.model.dropout > 0.0 and size != processes.size
+    lost = "the dropout masks and the order of sums" if masks else "the order of sums"
+    return (
+        f"trained so far with {old}, now with {new}: the data and its order stay the same, {lost} do not, so the "
+        f"weights will differ from those of an uninterrupted run"
+    )
+
+
+def other_numerics(checkpoint: Checkpoint) -> str | None:
+    """Return a warning if a version of Lumiere that rounds differently trained the checkpoint."""
+    if checkpoint.metadata.get("numerics", 1) == NUMERICS:
+        return None
+    trained_by = checkpoint.metadata.get("lumiere_version", "unknown")
+    return (
+        f"trained so far with another Lumiere (version {trained_by}), whose training steps round differently: the "
+        f"weights may differ in their last bits from those of an uninterrupted run"
+    )
+
+
+def process_count(size: int, config: RunConfig) -> str:
+    """`2 processes (fsdp)`."""
+    return "1 process" if size == 1 else f"{size} processes ({config.training.parallel})"
+
+
+# Room on the disk
+
+
+def check_room(runs_dir: Path, setup: TrainingSetup) -> None:
+    """Refuse a run whose checkpoints do not fit on the disk."""
+    config = setup.config
+    needed = disk(config, num_steps(config.training, setup.epoch_steps)).total
+    folder, free = free_room(runs_dir)
+    if free < needed:
+        raise CheckpointError(
+            f"the disk of {folder} has {free / 1e6:,.0f} MB free, the checkpoints need {needed / 1e6:,.0f} MB",
+            "make room, choose another disk with --runs-dir, or keep no snapshots: --set training.snapshots=false",
+        )
+
+
+def free_room(runs_dir: Path) -> tuple[Path, int]:
+    """Return the closest existing folder of a runs directory, and the free bytes on its disk."""
+    existing = next(folder for folder in (runs_dir.absolute(), *runs_dir.absolute().parents) if os.path.exists(folder))
+    return existing, shutil.disk_usage(existing).free

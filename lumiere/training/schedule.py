@@ -1,39 +1,38 @@
-"""What happens at which step: the learning rate, evaluations, the end, and the snapshots that are kept."""
+"""Schedules: learning rate, evaluations, the last step, and which snapshots are kept.
+
+Snapshots are kept at powers of two up to 512 (Biderman et al. 2023, "Pythia"), then evenly, with at most 64 later ones.
+When these are full, the spacing doubles and every other one is removed.
+"""
 
 import math
-from typing import Literal
 
 from lumiere.config.schema import TrainingConfig
 
+LAST_POWER = 512
+MAX_LATER = 64
 
-def learning_rate_factor(
-    step: int,
-    total_steps: int,
-    warmup_steps: int,
-    schedule: Literal["cosine", "linear", "constant"],
-    decay_fraction: float = 1.0,
-) -> float:
-    """The share of the peak learning rate that the update number `step` uses.
 
-    The rate rises in a line and is at its peak at update `warmup_steps`; from there, or for the last `decay_fraction`
-    of the way, it falls so that the update after the last one would have rate zero. Cosine: Loshchilov & Hutter 2017,
-    "SGDR"; a peak that lasts and then a fall: Hu et al. 2024, "MiniCPM", section 4.
+def learning_rate_factor(step: int, total_steps: int, settings: TrainingConfig) -> float:
+    """Return the fraction of the peak learning rate that an update uses.
+
+    The rate rises linearly to its peak at update `warmup_steps`. From there, or over the last `decay_fraction` of the
+    remaining steps, it decays such that the update after the last one would have rate zero. Cosine: Loshchilov & Hutter
+    2017, "SGDR". Warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4.
 
     Args:
-        step: the update, counted from 1.
-        total_steps: updates of the whole training.
-        warmup_steps: updates of the warm-up.
-        schedule: what follows the warm-up.
-        decay_fraction: share of what follows in which the rate falls, above 0; without effect on `constant`.
+        step: The update, counted from 1.
+        total_steps: Updates of the whole training.
+        settings: `warmup_steps`, `schedule` and `decay_fraction`, which has no effect on `constant`.
 
     Returns:
         A number in (0, 1].
     """
+    warmup_steps, decay_fraction = settings.warmup_steps, settings.decay_fraction
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / (total_steps + 1 - warmup_steps) if step > warmup_steps else 0.0
     progress = max(0.0, progress - (1.0 - decay_fraction)) / decay_fraction
-    match schedule:
+    match settings.schedule:
         case "constant":
             return 1.0
         case "linear":
@@ -43,7 +42,7 @@ def learning_rate_factor(
 
 
 def unfinished_warmup(warmup_steps: int, total_steps: int) -> str | None:
-    """What to warn of if the warm-up is longer than training; None if it is not."""
+    """Return a warning if the warm-up is longer than training."""
     if warmup_steps <= total_steps:
         return None
     return (
@@ -53,12 +52,12 @@ def unfinished_warmup(warmup_steps: int, total_steps: int) -> str | None:
 
 
 def num_steps(settings: TrainingConfig, epoch_steps: int) -> int:
-    """Steps of a training that patience does not end sooner."""
+    """Return the number of steps, unless patience ends training earlier."""
     return settings.max_steps or settings.max_epochs * epoch_steps
 
 
 def num_evaluations(settings: TrainingConfig, epoch_steps: int) -> int:
-    """Evaluations of that training: at the ends of epochs, every `eval_interval`, and at the last step."""
+    """Return the number of evaluations: after each epoch, every `eval_interval` steps, and at the last step."""
     total_steps = num_steps(settings, epoch_steps)
     intervals = {epoch_steps, settings.eval_interval or epoch_steps}
     before_the_last = total_steps - 1
@@ -68,9 +67,9 @@ def num_evaluations(settings: TrainingConfig, epoch_steps: int) -> int:
 
 
 def earliest_stop(settings: TrainingConfig, epoch_steps: int) -> int | None:
-    """The step at which patience could end that training at the earliest; None where it cannot end it sooner.
+    """Return the first step at which patience could end training; None if it cannot end it early.
 
-    The first epoch sets the loss that the following ones fail to beat.
+    The first epoch sets the loss that the following epochs fail to beat.
     """
     if settings.patience is None:
         return None
@@ -78,12 +77,8 @@ def earliest_stop(settings: TrainingConfig, epoch_steps: int) -> int | None:
     return step if step < num_steps(settings, epoch_steps) else None
 
 
-LAST_POWER = 512
-MAX_LATER = 64
-
-
 def spacing(step: int) -> int:
-    """The distance between the later snapshots once training has come to `step`."""
+    """Return the distance between later snapshots after `step` steps."""
     distance = LAST_POWER
     while step > distance * MAX_LATER:
         distance *= 2
@@ -91,17 +86,17 @@ def spacing(step: int) -> int:
 
 
 def is_snapshot(step: int, reached: int) -> bool:
-    """Whether the snapshot of `step` is kept when training has come to the step `reached`."""
+    """Return whether the snapshot of `step` is kept after `reached` steps."""
     if step <= LAST_POWER:
         return step & (step - 1) == 0
     return step % spacing(reached) == 0
 
 
 def most_snapshots(total_steps: int) -> int:
-    """The most snapshots that a training of `total_steps` ever keeps at once: at its end, or when they were full."""
+    """Return the largest number of snapshots that exist at once: at the end, or when they were last full."""
 
     def kept(reached: int) -> int:
-        powers = 1 + min(reached, LAST_POWER).bit_length()  # step 0 is one too
+        powers = 1 + min(reached, LAST_POWER).bit_length()  # and step 0
         return powers + max(0, reached // spacing(reached) - LAST_POWER // spacing(reached))
 
     last_full = spacing(total_steps) // 2 * MAX_LATER

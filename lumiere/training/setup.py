@@ -1,7 +1,9 @@
 """Everything resolved before training starts: config, corpus, device, precision, and what a resume may change."""
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from lumiere.training.schedule import learning_rate_factor, num_steps
 if TYPE_CHECKING:
     import torch
 
+    from lumiere.distributed import ProcessGroup
 
 CHANGEABLE = (
     "max_epochs",
@@ -41,109 +44,21 @@ CHANGEABLE = (
     "activation_checkpointing",
     "compile",
 )
-"""Settings of `training` that say how long it goes on, what is watched, and who computes a step and how."""
-
+"""Settings of `training` that a resume may change: the length, what is reported, and who computes a step and how."""
 INEXACT = ("training.gradient_accumulation_steps", "training.compile")
-"""Changeable settings on which the rounding of a step depends; of device and precision, what was taken counts."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting that is no longer what the run was trained with so far."""
-
-    path: str
-    before: Any
-    after: Any
-
-    def __str__(self) -> str:
-        return f"{self.path}: {text(self.before)} -> {text(self.after)}"
-
-
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The config with `section.key=value` texts, as `--set` takes them, applied from left to right.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    values = config.model_dump()
-    for override in overrides:
-        assign(values, *parse_override(override))
-    return validate(values)
-
-
-def changes(before: RunConfig, after: RunConfig) -> list[Change]:
-    """The settings that differ."""
-    old, new = flat_settings(before), flat_settings(after)
-    return [Change(path, old[path], value) for path, value in new.items() if value != old[path]]
-
-
-def inexact_changes(before: RunConfig, setup: "TrainingSetup", record: RunRecord) -> list[Change]:
-    """Return the changes after which the weights are no longer bit-identical to those of an uninterrupted run.
-
-    Args:
-        before: the config of the checkpoint to resume from.
-        record: contents of `run.json`, with the device and the precision so far.
-    """
-    taken = {"device": str(setup.device), "precision": str(setup.precision).removeprefix("torch.")}
-    recorded = {"device": record.device, "precision": record.precision}
-    moved = [Change(key, recorded[key], value) for key, value in taken.items() if recorded[key] not in (None, value)]
-    return moved + [change for change in changes(before, setup.config) if change.path in INEXACT]
-
-
-def check_changes(changed: Sequence[Change], run_id: str) -> None:
-    """Refuse what would make another training of what was trained so far.
-
-    Raises:
-        ConfigError: naming the first such setting.
-    """
-    for change in changed:
-        section, _, name = change.path.partition(".")
-        if section != "training" or name not in CHANGEABLE:
-            raise ConfigError(
-                f"run {run_id} was trained with {change.path} {text(change.before)}, which cannot become "
-                f"{text(change.after)} on the way: the steps so far would have been others",
-                f"start a new run with it; on the way may change: {', '.join(CHANGEABLE)}",
-            )
-
-
-def check_schedule(before: TrainingConfig, after: TrainingConfig, epoch_steps: int, step: int) -> None:
-    """Refuse another length of a schedule that has begun to fall.
-
-    A run that goes on to a longer end must have come through the rates of that longer schedule. As rates never rise
-    again once they fall, and the warm-up does not depend on the length, the newest step tells for all of them.
-
-    Args:
-        epoch_steps: steps of an epoch.
-        step: the steps trained so far.
-
-    Raises:
-        ConfigError: if some of these steps had other learning rates than the new schedule gives them.
-    """
-    if step == 0 or before.schedule == "constant":
-        return
-    plan = (before.warmup_steps, before.schedule, before.decay_fraction)
-    old, new = num_steps(before, epoch_steps), num_steps(after, epoch_steps)
-    if step > new or learning_rate_factor(step, old, *plan) != learning_rate_factor(step, new, *plan):
-        raise ConfigError(
-            f"the {before.schedule} schedule of {old:,} steps cannot become one of {new:,} at step {step:,}: "
-            f"the learning rate already fell, and the steps so far would have had other rates",
-            "start a new run of that length; a run that is to be extended needs training.schedule=constant, or "
-            "training.decay_fraction below 1 and an extension before the fall",
-        )
-
-
-def text(value: Any) -> str:
-    """A value as a config shows it."""
-    return "empty" if value is None else str(value)
+"""Changeable settings that alter the rounding of a step. So do device and precision, compared as resolved."""
+LOCAL = ("device", "precision", "loggers")
+"""Settings of `training` that may differ between the ranks of a job: rank 0's resolved device and precision count."""
+MAX_SUGGESTIONS = 8
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """All that a training needs and that could not be had for granted.
+    """Everything resolved before training starts.
 
     Attributes:
-        precision: type of the matrix products.
-        peak_flops: FLOP/s that the device reaches in them, measured just now.
+        precision: Type of the matrix products; the weights are float32.
+        peak_flops: Measured FLOP/s of the device in matrix products of that type.
     """
 
     config: RunConfig
@@ -155,22 +70,36 @@ class TrainingSetup:
 
     @property
     def epoch_steps(self) -> int:
-        """Steps in which every training window is seen once."""
+        """Steps per epoch: one pass over the training windows."""
         from lumiere.data.batches import steps_per_epoch
 
         return steps_per_epoch(self.corpus.windows("train", self.config), self.config.training.batch_size)
 
+    @property
+    def resolved(self) -> dict[str, str]:
+        """Device and precision as `run.json` records them."""
+        return {"device": str(self.device), "precision": str(self.precision).removeprefix("torch.")}
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what all ranks of a job must agree on."""
+        config = self.config.model_dump(exclude={"training": set(LOCAL)})
+        return {
+            "corpus": self.corpus.fingerprint,
+            "tokenizer": self.corpus.tokenizer.fingerprint,
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        }
+
 
 def set_up(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> TrainingSetup:
-    """Find the device, read and tokenize the corpus, and measure the model and the device.
+    """Tokenize the corpus, resolve device and precision, and measure the device.
 
     Raises:
-        LumiereError: if the device or a logger's package is not there, or the corpus cannot be used.
+        LumiereError: The device or the package of a logger is missing, or the corpus cannot be used.
     """
     check_packages(config.training.loggers)
     source = load_corpus(config.dataset)
     config = config.model_copy(update={"dataset": recorded(config.dataset)})
-    # Torch takes seconds to load: whoever has no network is told before that, and not after.
+    # Torch takes seconds to import; a missing network is reported before that.
     from lumiere.device import keep_freed_memory, peak_flops, resolve_device, resolve_precision
     from lumiere.models.transformer import empty_model
 
@@ -185,29 +114,29 @@ def set_up(config: RunConfig, progress: Callable[[Progress], None] | None = None
 def set_up_resume(
     run: Run, progress: Callable[[Progress], None] | None = None, overrides: Sequence[str] = ()
 ) -> TrainingSetup:
-    """`prepare` for a run that exists: with its own config, on the device and in the precision that it took.
+    """Set up a run that exists with its own config, on the device and in the precision recorded for it.
 
     Args:
-        overrides: `section.key=value` texts for settings that may change on the way. A device or a precision among
-            them replaces the recorded one, and so does `auto` a recorded device that is not there.
+        overrides: `section.key=value` texts for settings that a resume may change. A device or precision among them
+            replaces the recorded one. A recorded device that is missing becomes `auto`.
 
     Raises:
-        ConfigError: if one of them may not, or config.yaml is no longer what the run was trained with.
-        LumiereError: if the device that is asked for is not there, or the corpus or the tokenizer is another one.
+        ConfigError: An override is not allowed, or config.yaml is not what the run was trained with.
+        LumiereError: The device is missing, or the corpus or the tokenizer differs.
     """
     config = with_overrides(run.load_config(), overrides)
     check_changes(changed_settings(run, config), run.id)
     record = run.record
     given = {parse_override(override)[0] for override in overrides}
     setup = set_up(with_recorded_device(config, record, given), progress)
-    # A run that was killed while it was made may have no tokenizer yet, and then nothing was trained with another one.
-    made = run.tokenizer_path.exists() or CheckpointManager(run.path.parent).names(run)
-    if made and setup.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
+    # A run that was killed while it was created may lack a tokenizer, and was not trained yet.
+    exists = run.tokenizer_path.exists() or CheckpointManager(run.path.parent).names(run)
+    if exists and setup.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
         raise LumiereError(
             f"the tokenizer of '{config.dataset.name}' is not the one that run {run.id} was trained with",
             "restore the corpus and the version of tokenizers that run.json names, or start a new run",
         )
-    # A run that was killed while it was made has no record to compare with, and no checkpoint either.
+    # Such a run has no record to compare with either.
     if setup.corpus.fingerprint != (record.corpus_sha256 or setup.corpus.fingerprint):
         raise LumiereError(
             f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
@@ -216,26 +145,87 @@ def set_up_resume(
     return replace(setup, config=config)
 
 
+def set_up_rank(config: RunConfig, chosen: Mapping[str, str]) -> TrainingSetup:
+    """Set up a rank other than 0: quietly, without loggers, with the device and precision that rank 0 chose."""
+    taken = {"loggers": [], "device": chosen["device"].partition(":")[0], "precision": chosen["precision"]}
+    settings = config.training.model_copy(update=taken)
+    return set_up(config.model_copy(update={"training": settings}))
+
+
+def check_shares(settings: TrainingConfig, device: "torch.device", processes: "ProcessGroup") -> None:
+    """Check that the processes can share each batch, and the devices of a machine.
+
+    Raises:
+        ConfigError: The batch size is no multiple of processes times accumulation steps.
+        LumiereError: The processes cannot share this kind of device.
+    """
+    from lumiere.training.parallel import local_device
+
+    local_device(device, processes)
+    size, parts = settings.batch_size, settings.gradient_accumulation_steps
+    unit = processes.size * parts
+    if size % unit == 0:
+        return
+    each = f" with {parts} accumulation steps each" if parts > 1 else ""
+    fitting = [number for number in range(1, size // parts + 1) if size % (number * parts) == 0][-MAX_SUGGESTIONS:]
+    sizes = sorted({max(1, size // unit) * unit, -(-size // unit) * unit})
+    raise ConfigError(
+        f"training.batch_size {size} cannot be shared evenly by {processes.size} processes{each}",
+        f"numbers of processes that fit: {', '.join(map(str, fitting))}; batch sizes that fit: "
+        f"{', '.join(map(str, sizes))}",
+    )
+
+
+# What a resume may change
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs from what the run was trained with so far."""
+
+    path: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {text(self.before)} -> {text(self.after)}"
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Apply `section.key=value` texts to the config, from left to right.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    if not overrides:
+        return config
+    values = config.model_dump()
+    for override in overrides:
+        assign(values, *parse_override(override))
+    return validate(values)
+
+
 def with_recorded_device(config: RunConfig, record: RunRecord, given: Collection[str]) -> RunConfig:
     """Return `config` with the device and the precision to resume a run with.
 
-    A recorded device is kept if it is there, and the recorded precision if the device is of the same kind.
+    A recorded device is kept if it exists, and the recorded precision if the device is of the same kind.
 
     Args:
-        record: contents of `run.json`.
-        given: keys that the user set, whose values in `config` are kept.
+        record: Contents of `run.json`.
+        given: Keys that the user set, whose values in `config` are kept.
     """
     from lumiere.device import resolve_device
 
     def having(**taken: Any) -> RunConfig:
-        # Read as strictly as a config: the record is a file too.
+        # Validated like a config: the record is a file too.
         values = config.model_dump()
         return validate(values | {"training": values["training"] | taken})
 
-    recorded = {"device": record.device, "precision": record.precision}
-    taken = {key: value for key, value in recorded.items() if value is not None}
-    wanted = having(**{key: value for key, value in taken.items() if f"training.{key}" not in given})
-    if "device" not in taken:
+    found = {"device": record.device, "precision": record.precision}
+    recorded = {key: value for key, value in found.items() if value is not None}
+    taken = {key: value for key, value in recorded.items() if f"training.{key}" not in given}
+    wanted = having(**taken) if taken else config
+    if "device" not in recorded:
         return wanted
     try:
         device = resolve_device(wanted.training.device)
@@ -244,13 +234,13 @@ def with_recorded_device(config: RunConfig, record: RunRecord, given: Collection
             raise
         wanted = having(**wanted.training.model_dump(include={"precision"}), device="auto")
         device = resolve_device("auto")
-    if device.type == taken["device"].partition(":")[0] or "training.precision" in given:
+    if device.type == recorded["device"].partition(":")[0] or "training.precision" in given:
         return wanted
     return having(device=wanted.training.device)
 
 
 def changed_settings(run: Run, config: RunConfig) -> list[Change]:
-    """What differs in `config` from what the run was trained with, by its newest checkpoint."""
+    """Return what differs in `config` from what the run was trained with, by its newest checkpoint."""
     manager = CheckpointManager(run.path.parent)
     for name in ("latest", "previous", "best"):
         if name in manager.names(run):
@@ -261,12 +251,77 @@ def changed_settings(run: Run, config: RunConfig) -> list[Change]:
 
 
 def trained_config(saved: Any, name: str) -> RunConfig:
-    """The config in the metadata of the checkpoint `name`.
+    """Return the config in the metadata of the checkpoint `name`.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: It is not a config.
     """
     try:
         return validate(saved)
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {name} holds no config: {error.message}", DAMAGE_HINT) from None
+
+
+def changes(before: RunConfig, after: RunConfig) -> list[Change]:
+    """Return the settings that differ."""
+    old, new = flat_settings(before), flat_settings(after)
+    return [Change(path, old[path], value) for path, value in new.items() if value != old[path]]
+
+
+def inexact_changes(before: RunConfig, setup: TrainingSetup, record: RunRecord) -> list[Change]:
+    """Return the changes after which the weights are no longer bit-identical to those of an uninterrupted run.
+
+    Args:
+        before: The config of the checkpoint to resume from.
+        record: Contents of `run.json`, with the device and the precision so far.
+    """
+    recorded = {"device": record.device, "precision": record.precision}
+    moved = [
+        Change(key, recorded[key], value) for key, value in setup.resolved.items() if recorded[key] not in (None, value)
+    ]
+    return moved + [change for change in changes(before, setup.config) if change.path in INEXACT]
+
+
+def check_changes(changed: Sequence[Change], run_id: str) -> None:
+    """Check that a resume changes nothing that the steps so far depend on.
+
+    Raises:
+        ConfigError: Naming the first such setting.
+    """
+    for change in changed:
+        section, _, name = change.path.partition(".")
+        if section != "training" or name not in CHANGEABLE:
+            raise ConfigError(
+                f"run {run_id} was trained with {change.path} {text(change.before)}, which a resume cannot change to "
+                f"{text(change.after)}",
+                f"start a new run with it; a resume may change: {', '.join(CHANGEABLE)}",
+            )
+
+
+def check_schedule(before: TrainingConfig, after: TrainingConfig, epoch_steps: int, step: int) -> None:
+    """Check that the steps so far had the learning rates that a schedule of the new length gives them.
+
+    Once the rate decays it never rises again, and the warm-up does not depend on the length, so the newest step decides
+    for all of them.
+
+    Args:
+        step: The steps trained so far.
+
+    Raises:
+        ConfigError: Some of them had other learning rates.
+    """
+    if step == 0 or before.schedule == "constant":
+        return
+    old, new = num_steps(before, epoch_steps), num_steps(after, epoch_steps)
+    if step > new or learning_rate_factor(step, old, before) != learning_rate_factor(step, new, before):
+        raise ConfigError(
+            f"the {before.schedule} schedule of {old:,} steps cannot become one of {new:,} at step {step:,}: "
+            f"the learning rate has decayed already, and the steps so far would have had other rates",
+            "start a new run of that length; to extend a run, train with training.schedule=constant, or with "
+            "training.decay_fraction below 1 and extend it before the decay",
+        )
+
+
+def text(value: Any) -> str:
+    """Format a value as a config shows it."""
+    return "empty" if value is None else str(value)

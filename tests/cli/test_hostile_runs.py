@@ -110,7 +110,7 @@ def test_a_config_that_describes_another_model_of_the_same_shapes(run: Run) -> N
     recorded(run, stop_reason=None)
     for command in USES:
         assert "does not fit the model in its config.yaml" in refuse(command)
-    assert "was trained with model.num_heads 2, which cannot become 4" in refuse(RESUME)
+    assert "was trained with model.num_heads 2, which a resume cannot change to 4" in refuse(RESUME)
 
 
 @pytest.mark.parametrize("change", ["d_ff: 1000000", "d_ff: 10000000000000", "d_ff: .nan", "d_ff: &a [*a]"])

@@ -29,6 +29,5 @@ def test_alone_everything_is_what_it_was() -> None:
     assert SINGLE_PROCESS.all_reduce_sum(0.1) == 0.1
     assert SINGLE_PROCESS.all_reduce_max(3) == 3
     assert SINGLE_PROCESS.broadcast_text("text") == "text"
-    SINGLE_PROCESS.broadcast_tensor(values)
     SINGLE_PROCESS.barrier()
     assert values.tolist() == [1.0, 2.0]

@@ -111,7 +111,7 @@ def test_a_folder_that_is_removed_is_not_made_again(configure, launch, tmp_path:
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting and resuming do all but train."""
-    monkeypatch.setattr(run_module, "run_training", lambda *arguments: None)
+    monkeypatch.setattr(run_module, "run_training", lambda *arguments, **keywords: None)
 
 
 def attempts(act: Callable[[], object], code: int = errno.ENOSPC) -> Iterator[LumiereError | None]:

@@ -53,10 +53,10 @@ def test_a_rank_that_sends_heartbeats_is_waited_for(clock: Clock, ranks: list[To
         if now < 10 * HEARTBEAT_TIMEOUT:
             ranks[0].beat()
         else:
-            ranks[0].send_task("train")
+            ranks[0].send_choice("train")
 
     clock.during = prepare
-    assert ranks[1].receive_task() == "train"
+    assert ranks[1].receive_choice() == "train"
     assert clock.now >= 10 * HEARTBEAT_TIMEOUT
 
 
@@ -64,12 +64,12 @@ def test_a_rank_that_sends_heartbeats_is_waited_for(clock: Clock, ranks: list[To
 def test_a_rank_that_falls_silent_is_named(clock: Clock, ranks: list[TorchrunGroup], last_beat: float) -> None:
     clock.during = lambda now: ranks[0].beat() if now <= last_beat else None
     with pytest.raises(RankTimeoutError, match="rank 0 of 4"):
-        ranks[1].receive_task()
+        ranks[1].receive_choice()
     assert clock.now == pytest.approx(last_beat + HEARTBEAT_TIMEOUT, abs=1)
 
 
 def test_only_the_ranks_that_have_not_prepared_are_named(clock: Clock, ranks: list[TorchrunGroup]) -> None:
-    ranks[1].send_task("")  # done, and silent since
+    ranks[1].send_choice("")  # done, and silent since
     with pytest.raises(RankTimeoutError, match="ranks 1, 2 and 3 of 4"):
         ranks[0].connect(600)
 

@@ -384,7 +384,7 @@ def test_where_latest_and_the_one_before_are_damaged_best_is_gone_on_from(config
     events: list[Event] = []
     go_on(run, events.append)
     assert isinstance(events[0], WarningEvent)
-    assert events[0].message.endswith(f"goes on from best (step {best})")
+    assert events[0].message.endswith(f"best (step {best})")
     assert outcome(run) == straight[0]
 
 
@@ -395,7 +395,7 @@ def test_where_latest_was_not_saved_yet_it_is_not_called_damaged(configure, laun
     events: list[Event] = []
     go_on(run, events.append)
     assert isinstance(events[0], WarningEvent)
-    assert events[0].message.startswith("there is no latest checkpoint, training goes on from best")
+    assert events[0].message.startswith("there is no latest checkpoint")
 
 
 def test_what_a_killed_process_left_behind_goes(configure, launch) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+from lumiere.config.schema import TrainingConfig
 from lumiere.training.schedule import learning_rate_factor
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -35,7 +36,8 @@ BY_HAND: dict[Schedule, list[float]] = {
 
 def factors(total_steps: int, warmup_steps: int, schedule: Schedule) -> list[float]:
     """The factor of each update of a training."""
-    return [learning_rate_factor(step, total_steps, warmup_steps, schedule) for step in range(1, total_steps + 1)]
+    settings = TrainingConfig(warmup_steps=warmup_steps, schedule=schedule)
+    return [learning_rate_factor(step, total_steps, settings) for step in range(1, total_steps + 1)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -81,12 +83,14 @@ def test_there_is_no_jump_at_the_peak_nor_at_the_end(schedule: Schedule) -> None
 
 
 def test_the_last_update_of_a_long_training_still_moves() -> None:
-    assert learning_rate_factor(1_000_000, 1_000_000, 500, "cosine") > 0
+    settings = TrainingConfig(warmup_steps=500, schedule="cosine")
+    assert learning_rate_factor(1_000_000, 1_000_000, settings) > 0
 
 
 def test_a_share_of_the_way_is_spent_at_the_peak() -> None:
     def values(schedule: Schedule, decay_fraction: float) -> list[float]:
-        return [learning_rate_factor(step, 11, 2, schedule, decay_fraction) for step in range(1, 12)]
+        settings = TrainingConfig(warmup_steps=2, schedule=schedule, decay_fraction=decay_fraction)
+        return [learning_rate_factor(step, 11, settings) for step in range(1, 12)]
 
     # The update after the last one, 12, would have rate 0; a half of the ten from 2 to 12 is the way down.
     assert values("linear", 0.5) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])

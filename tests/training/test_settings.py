@@ -171,12 +171,12 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
 
         def share(model: Any, objective: Any, parallel: str, *others: Any) -> Any:
             shared.append(parallel)
-            return distributed(model, objective, parallel, *others)
+            return parallelize(model, objective, parallel, *others)
 
-        summed_loss, distributed, read_opened = trainer.summed_loss, trainer.distributed, hub.opened
+        summed_loss, parallelize, read_opened = trainer.summed_loss, trainer.parallelize, hub.opened
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "summed_loss", objective)
-            patch.setattr(trainer, "distributed", share)
+            patch.setattr(trainer, "parallelize", share)
             patch.setattr(TorchrunGroup, "connect", lambda processes, rank_timeout: rank_timeouts.append(rank_timeout))
             patch.setattr(device_module, "resolve_device", resolve)
             patch.setattr(torch, "compile", compile_function)

@@ -23,12 +23,12 @@ from lumiere.training.loss import Objective, summed_loss
 from lumiere.training.parallel import (
     apply_to_full,
     distribute_like,
-    distributed,
     evaluating,
     full_tensor,
     gather_checkpoint,
     is_dtensor,
     local_rows,
+    parallelize,
     rows_of,
     shard_shape,
 )
@@ -72,7 +72,7 @@ def sharded(config: RunConfig) -> tuple[TrainingState, Objective]:
     """A training whose weights are shared out, though to one process."""
     model = new_model(config)
     # Two, so that they are; the group has one, and nothing else asks the processes.
-    objective = distributed(model, summed_loss, config.training.parallel, CPU, ProcessGroup(0, 2))
+    objective = parallelize(model, summed_loss, config.training.parallel, CPU, ProcessGroup(0, 2))
     return TrainingState.around(model, config.training), objective
 
 

@@ -12,9 +12,9 @@ from lumiere.errors import ConfigError, LostProcessError, LumiereError
 from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint import Checkpoint
-from lumiere.training.parallel import own_device, seed_dropout
+from lumiere.training.parallel import local_device, seed_dropout
 from lumiere.training.run import inexactness
-from lumiere.training.sharing import check_shares
+from lumiere.training.setup import check_shares
 
 CPU = torch.device("cpu")
 
@@ -94,13 +94,13 @@ def test_a_gpu_for_each_process_or_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert own_device(torch.device("cuda"), ProcessGroup(3, 4, 1, 2)) == torch.device("cuda:1")
+    assert local_device(torch.device("cuda"), ProcessGroup(3, 4, 1, 2)) == torch.device("cuda:1")
     assert taken == [torch.device("cuda:1")]
-    assert own_device(torch.device("cuda:1"), SINGLE_PROCESS) == torch.device("cuda:1")
+    assert local_device(torch.device("cuda:1"), SINGLE_PROCESS) == torch.device("cuda:1")
     with pytest.raises(LumiereError, match="3 processes on a machine with 2 GPUs"):
-        own_device(torch.device("cuda"), ProcessGroup(2, 3, 2, 3))
+        local_device(torch.device("cuda"), ProcessGroup(2, 3, 2, 3))
     with pytest.raises(LumiereError, match="not on mps"):
-        own_device(torch.device("mps"), ProcessGroup(0, 2))
+        local_device(torch.device("mps"), ProcessGroup(0, 2))
 
 
 @pytest.mark.parametrize(("asked", "threads"), [("1", 4), ("3", None), (None, None)])
@@ -136,7 +136,7 @@ def test_only_an_error_about_another_process_is_called_one() -> None:
         ({"world_size": 2}, "ddp", 2, "ddp", 0.1, None),
         ({"world_size": 1}, "ddp", 1, "fsdp", 0.1, None),  # one process shares with nobody
         ({}, "ddp", 1, "ddp", 0.1, None),  # what was saved before there were several
-        ({}, "ddp", 2, "ddp", 0.1, "the dropout masks and the order of its sums"),
+        ({}, "ddp", 2, "ddp", 0.1, "the dropout masks and the order of sums"),
         ({"world_size": 4}, "fsdp", 1, "fsdp", 0.0, "4 processes (fsdp), now with 1 process: the data and its order"),
         (
             {"world_size": 2},
@@ -144,7 +144,7 @@ def test_only_an_error_about_another_process_is_called_one() -> None:
             2,
             "ddp",
             0.1,
-            "(fsdp), now with 2 processes (ddp): the data and its order stay, the",
+            "(fsdp), now with 2 processes (ddp): the data and its order stay the same, the",
         ),
     ],
 )
