@@ -61,7 +61,7 @@ def test_a_schedule_that_fell_keeps_its_length(configure, launch, tensor_hashes,
         go_on(run, "training.max_epochs=3")
     assert "schedule=constant" in (caught.value.hint or "")
     assert (tensor_hashes(run, "latest"), run.config_path.read_text()) == (before, config)
-    assert (run.record.status, run.record.resumes) == ("finished", None)
+    assert (run.record.status, run.record.resumes) == ("finished", ())
 
 
 def test_a_schedule_is_lengthened_before_it_falls(configure, launch, tensor_hashes, stop_at) -> None:

@@ -20,6 +20,7 @@ from lumiere.config.messages import setting_paths
 from lumiere.data.dataset import tokenize_corpus
 from lumiere.errors import CheckpointError, DataError, LumiereError
 from lumiere.persistence.liveness import HEARTBEAT_NAME
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import run as run_module
 from lumiere.training.events import Event, StepEvent
@@ -160,7 +161,7 @@ def test_the_record(configure, launch, store: RunStore) -> None:
 
 
 def test_the_command_is_recorded(trained_run: Run) -> None:
-    assert trained_run.record.command == ["lumiere", "train"]
+    assert trained_run.record.command == ("lumiere", "train")
 
 
 def test_the_config_is_complete_and_repeats_the_run(configure, launch, tensor_hashes) -> None:
@@ -199,7 +200,7 @@ def test_preparing_measures_the_model_and_makes_nothing(configure, tmp_path: Pat
 
 
 def test_running_then_finished(configure, launch, store: RunStore) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[RunRecord] = []
     beats: list[bool] = []
 
     def look() -> None:
@@ -208,7 +209,7 @@ def test_running_then_finished(configure, launch, store: RunStore) -> None:
         beats.append((run.path / HEARTBEAT_NAME).exists())
 
     run = launch(configure({}), [at_step(2, look)]).run
-    assert (seen[0]["status"], seen[0]["pid"], seen[0]["step"]) == ("running", os.getpid(), 0)
+    assert (seen[0].status, seen[0].pid, seen[0].step) == ("running", os.getpid(), 0)
     assert run.record.status == "finished"
     assert (beats, (run.path / HEARTBEAT_NAME).exists()) == ([True], False)
 
