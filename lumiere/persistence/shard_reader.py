@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from lumiere.errors import shortened
 from lumiere.files import open_file
 from lumiere.persistence.checkpoint import check_memory, damaged, open_safetensors
 from lumiere.persistence.manifest import Manifest, Shard, ShardedTensor, check_lengths, hash_file
@@ -156,4 +155,4 @@ def _torch_type(folder: Path, name: str) -> torch.dtype:
     try:
         return safetensors.torch.load(len(header).to_bytes(8, "little") + header)["tensor"].dtype
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-        raise damaged(folder, f"there is no type {shortened(name, 20)!r}") from None
+        raise damaged(folder, "a tensor's type and shape do not match its bytes") from None
