@@ -59,7 +59,7 @@ def without_hook_points(model: Transformer) -> Transformer:
     originals = {name: sys.modules[name] for name in names}
     try:
         for name in names:  # each imports the previous ones
-            tree = WithoutHooks().visit(ast.parse(inspect.getsource(originals[name])))
+            tree = ast.fix_missing_locations(WithoutHooks().visit(ast.parse(inspect.getsource(originals[name]))))
             sys.modules[name] = ModuleType(name)
             exec(compile(tree, name, "exec"), sys.modules[name].__dict__)
         copy = build_with(sys.modules[names[-1]].Transformer, model)
@@ -80,9 +80,18 @@ class WithoutHooks(ast.NodeTransformer):
     """Replace `self.hook_q(x)` by `x` and remove `self.hook_q = HookPoint()`."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
         is_hook = isinstance(node.func, ast.Attribute) and node.func.attr.startswith("hook_")
+        self.generic_visit(node)
         return node.args[0] if is_hook else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """Read `self.hook_q` as None and `self.hook_q.is_set` as False."""
+        if isinstance(node.ctx, ast.Load) and node.attr.startswith("hook_"):
+            return ast.Constant(None)
+        if node.attr == "is_set":
+            return ast.Constant(False)
+        self.generic_visit(node)
+        return node
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
         self.generic_visit(node)
@@ -178,18 +187,18 @@ def compare_passes(
 def analyses(run: str, runs_dir: str, console: Console) -> dict[str, float]:
     """Return the seconds of each command after its model is loaded: medians after one warm-up."""
     from lumiere.cli import app
-    from lumiere.cli.inspect import analysis as ground
     from lumiere.cli.inspect import app as inspect_app
+    from lumiere.cli.inspect import command as shared
 
     loaded: list[float] = []
-    open_model = ground.open_model
+    open_model = shared.open_model
 
     def opened(*arguments: Any) -> Any:
         model = open_model(*arguments)
         loaded.append(time.perf_counter())
         return model
 
-    ground.open_model = opened
+    shared.open_model = opened
     table = Table("lumiere inspect", "seconds", "exit code", title=f"after loading, {torch.get_num_threads()} threads")
     figures: dict[str, float] = {}
     for command in inspect_app.registered_commands:

@@ -9,18 +9,18 @@ import torch
 
 from lumiere.errors import LumiereError
 
-# On a CPU the work between the matrix products is done in float32 either way, and the conversions cost time: only
-# products that are this much faster make a faster step.
+# On a CPU the operations between the matrix products are float32 either way, and conversions cost time: a faster step
+# needs products that are this much faster.
 BFLOAT16_MIN_GAIN = 1.4
 PEAK_SECONDS = 0.1
 PEAK_MIN_REPEATS = 3
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the first CUDA device, or else the CPU.
+    """Return the device called `name`; `auto` is the first CUDA device, or else the CPU.
 
     Raises:
-        LumiereError: if it is not there.
+        LumiereError: The device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,10 +38,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """The type of the matrix products.
+    """Return the type of the matrix products.
 
-    `auto` is bfloat16 where the device computes in it, or else float32. A CPU is asked by a measurement of a few
-    milliseconds: some emulate bfloat16, and on some that have it, it is still slower than float32.
+    `auto` is bfloat16 if the device computes in it faster, else float32. On a CPU this is measured, in a tenth of a
+    second: some emulate bfloat16, and on some that have it, it is slower than float32.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -54,18 +54,18 @@ def resolve_precision(name: Literal["auto", "float32", "bfloat16"], device: torc
 
 
 def prefers_hand_written(x: torch.Tensor) -> bool:
-    """Whether a component's own forward and backward are faster for `x` than torch's operations.
+    """Return whether our own kernels are faster for `x` than torch's operations.
 
     They are on a CPU, where each pass over memory counts. Accelerators have fused kernels of their own, and
-    `torch.compile` fuses better what it sees written plainly.
+    `torch.compile` fuses plain operations better.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the matrix product: the best of some products of two square matrices, multiply and add as two.
+    """Measure the FLOP/s of matrix products, counting multiply and add as two.
 
-    The best, because other processes only ever slow it down.
+    The best of several products counts, because other processes can only slow them down.
     """
     size = 512 if device.type == "cpu" else 4096
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -85,14 +85,14 @@ LARGEST_TRIM_THRESHOLD = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep what is freed for the next step, where it would give it back to the system each time.
+    """Make glibc keep freed memory for the next step instead of returning it to the system.
 
-    A step frees all its activations at its end. Given back, they come again as fresh pages that the system must clear
-    and map one by one, thousands a step: on some machines that takes a quarter of the time of a training step. The
-    memory in use at a step's peak stays the same; it only no longer shrinks in between.
+    A step frees all its activations at its end. Returned memory comes back as fresh pages that the system must clear
+    and map one by one, thousands per step: on some machines that takes a quarter of a training step. The peak stays the
+    same; memory only no longer shrinks between steps.
 
     Returns:
-        Whether it could be asked: not where the C library is another one.
+        Whether it worked; False with another C library.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -26,16 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a training.
-
-    Every process must call the methods in the same order: each one waits for all the others.
+    """The processes of a training run. All methods are collective: every process calls them in the same order.
 
     Attributes:
-        rank: of this process, counted from 0; 0 is the one that writes and talks.
-        size: processes in all.
-        local_rank: of this process among those of its machine.
-        local_size: processes of its machine.
-        job: names this launch of torchrun and what it trains, through all its restarts; None without torchrun.
+        rank: Of this process, from 0. Rank 0 writes and reports.
+        size: Number of processes.
+        local_rank: Of this process on its machine.
+        local_size: Number of processes on its machine.
+        job: Identifies this launch of torchrun and its arguments, through all restarts. None without torchrun.
     """
 
     rank: int = 0
@@ -46,7 +44,7 @@ class ProcessGroup:
 
     @classmethod
     def from_environment(cls) -> ProcessGroup:
-        """The processes that torchrun describes in the environment, or `SINGLE_PROCESS`."""
+        """Return the group that torchrun describes in the environment, or `SINGLE_PROCESS`."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         if not all(os.environ.get(name, "").isdecimal() for name in names) or "MASTER_ADDR" not in os.environ:
             return cls()
@@ -54,7 +52,7 @@ class ProcessGroup:
         return cls(rank, size, local_rank, local_size)
 
     def all_reduce_tensor(self, values: Tensor) -> Tensor:
-        """The sum of a tensor on the CPU over all processes, the same bits in each."""
+        """Return the sum of a CPU tensor over all processes, with the same bits in each."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -63,7 +61,7 @@ class ProcessGroup:
         return values
 
     def all_reduce_sum(self, value: float) -> float:
-        """The sum of a number over all processes."""
+        """Return the sum of a number over all processes."""
         if self.size > 1:
             import torch
 
@@ -71,7 +69,7 @@ class ProcessGroup:
         return value
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of the processes' numbers."""
+        """Return the largest number of all processes."""
         if self.size > 1:
             import torch
             import torch.distributed as dist
@@ -99,7 +97,7 @@ class ProcessGroup:
         return text or ""
 
     def barrier(self) -> None:
-        """Until all processes have come here."""
+        """Wait for all processes."""
         self.all_reduce_max(0)
 
 
@@ -107,27 +105,27 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 HEARTBEAT_SECONDS = 5.0
-"""Time between two heartbeats of a process that prepares."""
+"""Time between two heartbeats of a process that sets up."""
 HEARTBEAT_TIMEOUT = 120.0
-"""Age in seconds of the last heartbeat after which a process that prepares counts as hung."""
+"""Age in seconds of the last heartbeat after which a process that sets up counts as hung."""
 STORE_TIMEOUT = timedelta(minutes=5)
-"""Limit of one request to the store, none of which waits for another process."""
+"""Limit of one request to the store; requests do not wait for other processes."""
 POLL_SECONDS = 0.1
-"""Time between two looks at the store."""
+"""Time between two polls of the store."""
 ROLL_CALL_SECONDS = 5.0
-"""How long the processes that timed out wait for each other, to find out which ones are missing."""
+"""How long the processes that timed out wait for each other, to find the missing ones."""
 SECONDS_TO_BE_ENDED = 10.0
-"""How long a process that has lost another one waits for torchrun to end it, which then names the one that was lost."""
+"""How long a process that lost another one waits for torchrun to end it; torchrun then names the lost one."""
 
 
 class TorchrunGroup(ProcessGroup):
-    """The processes that torchrun started, and the key-value store that they share.
+    """The processes that torchrun started, with the key-value store that they share.
 
-    Until all are prepared, a process waits for another one as long as that one sends heartbeats: encoding a large
-    corpus may take hours. Then `connect` makes torch's default group, whose operations have a time-out.
+    During setup, a process waits for another one as long as that one sends heartbeats: tokenizing a large corpus may
+    take hours. Then `connect` creates torch's default group, whose operations have a timeout.
 
     Attributes:
-        rank_timeout: that time-out in seconds; None before `connect`.
+        rank_timeout: That timeout in seconds; None before `connect`.
     """
 
     def __init__(self, processes: ProcessGroup, store: Store) -> None:
@@ -151,13 +149,13 @@ class TorchrunGroup(ProcessGroup):
         return self._store.get("choice 0").decode()
 
     def connect(self, rank_timeout: float) -> None:
-        """Wait until all processes are prepared, then make torch's default group.
+        """Wait until all processes are set up, then create torch's default group.
 
         Args:
-            rank_timeout: how long any of its operations waits for all processes, in seconds.
+            rank_timeout: How long each of its operations waits for all processes, in seconds.
 
         Raises:
-            LostProcessError: a process sends no heartbeats any more.
+            RankTimeoutError: A process sends no heartbeats.
         """
         import torch.distributed as dist
 
@@ -185,14 +183,14 @@ class TorchrunGroup(ProcessGroup):
         threading.Thread(target=send, daemon=True).start()
 
     def check_arrivals(self, timed_out: bool) -> None:
-        """After an operation of the group failed, find the ranks that hang: those that do not call this as well.
+        """After an operation of the group failed, find the ranks that hang: those that do not call this too.
 
         Args:
-            timed_out: this process waited too long. Otherwise another one has ended, or closed the connection when it
+            timed_out: This process waited too long. Otherwise another one has ended, or closed the connection when it
                 timed out itself.
 
         Raises:
-            RankTimeoutError: ranks did not call this within `ROLL_CALL_SECONDS`; in the first process that timed out.
+            RankTimeoutError: In the first process that timed out: ranks did not call this within `ROLL_CALL_SECONDS`.
         """
         keys = [f"failed {rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], str(timed_out))
@@ -211,8 +209,8 @@ class TorchrunGroup(ProcessGroup):
             )
 
     def _wait_for(self, event: str, ranks: Collection[int]) -> None:
-        """Wait until each of `ranks` has set its key of `event`, as long as those that have not send heartbeats."""
-        # By our own clock: those of several machines differ.
+        """Wait until each of `ranks` has set its key of `event`, while the missing ones send heartbeats."""
+        # By this machine's clock: clocks of several machines differ.
         beats: dict[int, tuple[bytes, float]] = {}
         while not self._store.check([f"{event} {rank}" for rank in ranks]):
             now = time.monotonic()
@@ -233,13 +231,13 @@ class TorchrunGroup(ProcessGroup):
 
 @contextmanager
 def joined(purpose: str = "") -> Iterator[ProcessGroup]:
-    """Inside of it, this process is one of those that torchrun started; alone, nothing is done.
+    """Context in which this process has joined those that torchrun started; `SINGLE_PROCESS` without torchrun.
 
     Args:
-        purpose: what this process is to train. The processes's `job` is another one for another purpose.
+        purpose: What to train. Another purpose in the same launch is another `job`.
 
     Raises:
-        LostProcessError: another one has ended, or hangs, while this one waited for it.
+        LostProcessError: Another process ended or hung while this one waited for it.
     """
     processes = ProcessGroup.from_environment()
     if processes.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -268,7 +266,7 @@ def joined(purpose: str = "") -> Iterator[ProcessGroup]:
 
 
 def meet(processes: ProcessGroup, purpose: str) -> ProcessGroup:
-    """Connect to torchrun's store, and begin to send heartbeats."""
+    """Connect to torchrun's store, and start to send heartbeats."""
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -290,11 +288,11 @@ def meet(processes: ProcessGroup, purpose: str) -> ProcessGroup:
 
 @contextmanager
 def noticing_losses(processes: ProcessGroup) -> Iterator[None]:
-    """Inside of it, an error of torch which means that another process is gone is one that says so.
+    """Context that translates torch's errors about lost processes.
 
     Raises:
-        RankTimeoutError: other processes did not arrive in time; only the first of those that did raises it.
-        LostProcessError: another process has ended while this one waited for it.
+        RankTimeoutError: Other processes did not arrive in time; only the first one that did arrive raises it.
+        LostProcessError: Another process ended while this one waited for it.
     """
     try:
         yield
@@ -307,7 +305,7 @@ def noticing_losses(processes: ProcessGroup) -> Iterator[None]:
                 processes.check_arrivals(timed_out=any(word in str(error).lower() for word in ("timed out", "timeout")))
         raise LostProcessError(
             f"another of the {processes.size} processes has ended, or cannot be reached",
-            "torchrun says which; lumiere train --resume RUN goes on from what was saved",
+            "torchrun says which; resume with lumiere train --resume RUN",
         ) from error
 
 
@@ -319,9 +317,9 @@ def named(ranks: Sequence[int], size: int) -> str:
 
 
 def share_cores(processes: ProcessGroup) -> None:
-    """Give this process its share of the machine's cores, in place of the one thread that torchrun sets.
+    """Use this process' share of the machine's cores instead of the single thread that torchrun sets.
 
-    torchrun sets OMP_NUM_THREADS=1 where the user has set nothing, which looks like a user's 1. Any other number is
+    torchrun sets OMP_NUM_THREADS=1 if the user has set nothing, indistinguishable from a user's 1. Any other number is
     the user's and stays.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1":
@@ -331,5 +329,5 @@ def share_cores(processes: ProcessGroup) -> None:
 
 
 def num_cores() -> int:
-    """Those that this process may run on."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

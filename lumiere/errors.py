@@ -1,6 +1,6 @@
 """The errors that a user can fix; anything else that escapes is a bug and keeps its traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class LumiereError(Exception):
@@ -79,6 +79,18 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     close = [candidate for candidate in candidates if abs(len(candidate) - len(name)) <= limit]
     best = min(((edits(name.lower(), candidate.lower()), candidate) for candidate in close), default=(limit + 1, None))
     return best[1] if best[0] <= limit else None
+
+
+def check_choice(kind: str, name: str, choices: Collection[str]) -> None:
+    """Refuse a name that is none of the choices.
+
+    Raises:
+        LumiereError: with the nearest choice as hint, or all of them.
+    """
+    if name not in choices:
+        guess = nearest(name, choices)
+        hint = f"did you mean {guess}?" if guess else f"choose one of {', '.join(choices)}"
+        raise LumiereError(f"there is no {kind} {name!r}", hint)
 
 
 def edits(a: str, b: str) -> int:

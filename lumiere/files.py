@@ -63,7 +63,7 @@ def parse_json(data: bytes | str) -> Any:
         value = _DECODER.decode(data if isinstance(data, str) else data.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    _check(value, MAX_DEPTH)
+    _check(value)
     return value
 
 
@@ -83,20 +83,23 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _check(value: Any, depth: int) -> None:
-    match value:
-        case dict() | list() if depth == 0:
-            raise ValueError("nested too deeply")
-        case dict():
-            for item in value.values():
-                _check(item, depth - 1)
-        case list():
-            for item in value:
-                _check(item, depth - 1)
-        case int() if abs(value) > MAX_INTEGER:
-            raise ValueError("an integer is out of range")
-        case float() if not math.isfinite(value):  # 1e999
-            raise ValueError("a number is out of range")
+def _check(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        below: list[Any] = []
+        for item in level:
+            match item:
+                case dict() | list() if depth == MAX_DEPTH:
+                    raise ValueError("nested too deeply")
+                case dict():
+                    below += item.values()
+                case list():
+                    below += item
+                case int() if abs(item) > MAX_INTEGER:
+                    raise ValueError("an integer is out of range")
+                case float() if not math.isfinite(item):  # 1e999
+                    raise ValueError("a number is out of range")
+        level, depth = below, depth + 1
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)

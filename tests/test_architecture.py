@@ -71,7 +71,7 @@ def test_files_stay_small() -> None:
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
 
 
-HEAVY = {"torch", "datasets", "tokenizers", "numpy", "safetensors"}
+HEAVY = {"torch", "datasets", "tokenizers", "numpy", "safetensors", "jinja2"}
 # What takes a tenth of a second each: a list or a label is to be there at once.
 SLOW = HEAVY | {"pydantic", "rich", "yaml", "matplotlib"}
 RUN = "run_aaaaaaaa_20250819_001808"

@@ -77,9 +77,9 @@ def test_the_search_finds_what_it_looks_for(source: str) -> None:
     assert dangers(source)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_file_of_the_package_runs_data(path: Path) -> None:
-    assert dangers(path.read_text(encoding="utf-8")) == []
+def test_no_file_of_the_package_runs_data() -> None:
+    found = {path.name: dangers(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    assert {name: own for name, own in found.items() if own} == {}
 
 
 class Payload:

@@ -104,7 +104,7 @@ def test_without_a_network_training_the_card_says_so_in_two_lines(offline: str) 
         "error: dataset 'Salesforce/wikitext' is not on this machine, and the Hugging Face Hub cannot be reached"
     )
     assert "--set dataset.name=" in hint
-    assert "configs/tiny.yaml" in hint
+    assert "lumiere train tiny" in hint
     assert not Path("runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""The `lumiere` command. It only assembles: each command is a file, and nothing heavy loads before one runs."""
+"""The `lumiere` command. Each command is a file; nothing heavy is imported before a command runs."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from lumiere.cli.usage import Commands
 from lumiere.files import is_writable
 
 SPIN_COUNT = 10_000
-"""Rounds that a thread of OpenMP spins while it waits for the others, before it sleeps."""
+"""Rounds that a waiting OpenMP thread spins before it sleeps."""
 
 app = typer.Typer(
     cls=Commands,
@@ -47,29 +47,28 @@ def print_version(wanted: bool) -> None:
 @app.callback()
 def about(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Train small GPT-style transformers and look inside them.
 
-    Begin with [bold]lumiere train tiny[/]: two minutes, no network.
+    Start with [bold]lumiere train tiny[/]: two minutes, no network.
     """
 
 
 def sleep_while_waiting() -> None:
-    """Let waiting threads sleep sooner than OpenMP's own 300,000 rounds, unless the user has chosen how they wait.
+    """Let waiting threads sleep after fewer rounds than OpenMP's default of 300,000, unless the user chose otherwise.
 
-    Beside other busy processes, spinning takes the core from the thread that is waited for: with OpenMP's own count, a
-    step takes 1.3 times as long as with 10,000 rounds. On an idle machine, sleeping too early costs more than waking:
-    3,000 rounds make a step 1.2 times as long, 10,000 make it 1.05 times as long (benchmarks/waiting.py). OpenMP reads
-    the count once, when torch is imported.
+    On a busy machine, spinning takes the core from the thread that is waited for: the default makes a step 1.3 times
+    as slow as 10,000 rounds. On an idle machine, waking costs time: 10,000 rounds make a step 1.05 times as slow, 3,000
+    rounds 1.2 times (benchmarks/waiting.py). OpenMP reads the count once, when torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
 def move_caches() -> None:
-    """Let the Hugging Face libraries and Matplotlib use `LUMIERE_CACHE_DIR` if the home folder cannot be written to.
+    """Point Hugging Face libraries and Matplotlib to `LUMIERE_CACHE_DIR` if the home folder is not writable.
 
     They read these variables once, when they are imported.
     """
@@ -85,7 +84,7 @@ def move_caches() -> None:
 
 
 def main() -> None:
-    """The entry point of the installed command."""
+    """Run the command line and exit."""
     sleep_while_waiting()
     move_caches()
     open_streams()
@@ -98,7 +97,7 @@ def main() -> None:
 
 
 def run_app() -> int:
-    """Run the command that the arguments name; return its exit code once all output is written."""
+    """Run the command; return its exit code after flushing stdout."""
     code = 0
     try:
         try:
@@ -114,10 +113,10 @@ def run_app() -> int:
 
 
 def leave_at_once(code: int) -> None:
-    """End this process without the interpreter's own ending.
+    """Exit without the interpreter's cleanup.
 
-    Threads of torch live on after a training by several processes. Now and then a process was aborted while it ended
-    ("terminate called without an active exception"), which torchrun takes for the failure of a training that succeeded.
+    Threads of torch outlive distributed training and sometimes abort the process during cleanup ("terminate called
+    without an active exception"), which torchrun would report as a failed run.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 COMMAND = re.compile(r"\blumiere(?= (?:tokenize|train|eval|generate|export|inspect|runs)\b)")
 
-# Rich is imported only where something is drawn with it: `runs ls` and `--version` are to answer at once.
+# Rich is imported where it is used, so that `runs ls` and `--version` start fast.
 
 
 @functools.cache
@@ -45,10 +45,9 @@ def stderr() -> "Console":
 
 
 def color_support() -> Literal["many", "few", "none"]:
-    """What stdout can show: squares of any colour; 16 colours or none, where characters have to tell; or only text.
+    """Return what stdout can show: `many` colors, `few` (16 or none: shades must be characters), or `none` (text only).
 
-    A pipe, a file or a terminal without Unicode gets text, numbers in place of pictures. `NO_COLOR` and `FORCE_COLOR`
-    are respected.
+    Pipes, files and terminals without Unicode get text. `NO_COLOR` and `FORCE_COLOR` are respected.
     """
     console = stdout()
     if not (console.is_terminal and console.encoding.startswith("utf")):
@@ -57,14 +56,14 @@ def color_support() -> Literal["many", "few", "none"]:
 
 
 def escape(text: str) -> str:
-    """`text` with what Rich would read as markup made plain, and what would steer the terminal made visible."""
+    """Escape Rich markup, and make control characters visible."""
     from rich.markup import escape as rich_escape
 
     return rich_escape(printable(text, keep="\n\t"))
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with exit code 2 for what the user can fix, and 130 for Ctrl-C; a bug keeps its traceback."""
+    """Return `command` with exit code 2 for a `LumiereError` and 130 for Ctrl-C; bugs keep their traceback."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -86,7 +85,7 @@ def print_error(error: LumiereError) -> None:
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """Print `value` as standard JSON; NaN and infinity become null. Escape what stdout's encoding may lack."""
+    """Print `value` as standard JSON: NaN and infinity as null, non-ASCII escaped unless stdout is Unicode."""
     from lumiere.persistence.metrics import to_json
 
     sys.stdout.write(to_json(value, indent, ensure_ascii=not is_unicode()) + "\n")
@@ -98,12 +97,12 @@ def show_note(text: str) -> None:
 
 
 def as_typed(text: str) -> str:
-    """`text` with each of our commands in it as a shell finds it: by its path, if the environment is not active."""
+    """Replace `lumiere` in commands by its path if the Python environment is not active."""
     return COMMAND.sub(lambda _: program("lumiere"), text)
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03`, or `2:03` under an hour."""
+    """Format seconds as `1:02:03`, or `2:03` under an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -118,19 +117,19 @@ STATUS_STYLES = {
 }
 
 
-def is_coloured() -> bool:
-    """Whether stdout is a terminal whose user wants colours."""
+def is_colored() -> bool:
+    """Return whether stdout is a terminal whose user wants colors."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def status_cell(status: str, width: int = 0) -> str:
-    """The status in its colour, padded to `width`."""
+    """Return the status in its color, padded to `width`."""
     cell = text_cell(status).ljust(width)
-    return typer.style(cell, fg=STATUS_STYLES[status]) if is_coloured() and status in STATUS_STYLES else cell
+    return typer.style(cell, fg=STATUS_STYLES[status]) if is_colored() and status in STATUS_STYLES else cell
 
 
 def table(rows: Sequence[Sequence[str]], left: frozenset[int] = frozenset({0})) -> str:
-    """Rows of cells as lines; the columns of `left` begin at the left, the others end at the right."""
+    """Format rows as an aligned table; columns in `left` are left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(
@@ -143,18 +142,18 @@ def table(rows: Sequence[Sequence[str]], left: frozenset[int] = frozenset({0})) 
 
 
 def text_cell(value: Any, length: int = 60) -> str:
-    """A value of the record as short, printable text, or a question mark where it is not known."""
+    """Format a recorded value as short, printable text; `?` if unknown."""
     return "?" if value is None else shortened(printable(str(value)), length)
 
 
 def number(value: Any, form: str) -> str:
-    """A number in `form`, or a dash where it is not known."""
+    """Format a number; `-` if unknown."""
     known = as_number(value)
     return "-" if known is None else format(known, form)
 
 
 def short_count(value: Any) -> str:
-    """`1.19 M`, `850 K`."""
+    """Format a count as `1.19 M` or `850 K`; `-` if unknown."""
     known = as_number(value)
     if known is None:
         return "-"
@@ -162,7 +161,7 @@ def short_count(value: Any) -> str:
 
 
 def age(created_at: datetime) -> str:
-    """`3 min`, `5 h`, `12 d`."""
+    """Format the time since `created_at` as `3 min`, `5 h` or `12 d`."""
     minutes = max(0.0, (datetime.now(UTC) - created_at).total_seconds() / 60)
     if minutes < 120:
         return f"{minutes:.0f} min"
@@ -173,10 +172,10 @@ LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], low: float | None = None, high: float | None = None) -> str:
-    """One character a value, from the lowest of them to the highest; a flat curve is low. What is no number is a space.
+    """Draw one character per value; NaN and infinity are spaces, a constant curve is at the bottom.
 
     Args:
-        low, high: the ends of the scale, where several curves share one.
+        low, high: Ends of the scale. Default: the extremes of `values`.
     """
     numbers = [value for value in values if math.isfinite(value)]
     low = min(numbers, default=0.0) if low is None else low
@@ -186,20 +185,20 @@ def sparkline(values: Sequence[float], low: float | None = None, high: float | N
 
 
 def size(num_bytes: int) -> str:
-    """`4.8 MB`."""
+    """Format a number of bytes as `4.8 MB`."""
     return f"{scaled(num_bytes)}B"
 
 
 def scaled(number: float) -> str:
-    """Three digits and the prefix of a unit: `4.76 M`, `157 G`."""
+    """Format with three digits and an SI prefix: `4.76 M`, `157 G`."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * factor:  # what three digits round to the next prefix
+        if number >= 0.9995 * factor:  # rounds up to the next prefix
             return f"{number / factor:.3g} {prefix}"
     return f"{number:.3g} "
 
 
 def short_time(seconds: float) -> str:
-    """`55.7 ms`, `4.4 s`."""
+    """Format seconds as `55.7 ms` or `4.4 s`."""
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,57 +26,58 @@ def evaluate(
     runs: RunReferences,
     checkpoint: CheckpointName = "best",
     split: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--split", help="train, validation or test. \\[default: validation]"),
+        str | None, typer.Option("--split", help="Score train, validation or test. \\[default: validation]")
     ] = None,
     text: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split; - is stdin."),
+        str | None,
+        typer.Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split; - reads stdin."),
     ] = None,
     dataset: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--dataset", metavar="NAME", help="Score a split of this dataset: stories, on the Hub, a folder."),
+        str | None,
+        typer.Option("--dataset", metavar="NAME", help="Score a dataset: stories, a Hub name or a folder."),
     ] = None,
     subset: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--subset", metavar="NAME", help="Of the dataset, such as wikitext-2-raw-v1."),
+        str | None,
+        typer.Option("--subset", metavar="NAME", help="Its subset, for example wikitext-2-raw-v1."),
     ] = None,
     stride: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             "--stride",
             metavar="N",
-            help="Score each token once, in windows N tokens apart: a smaller N gives longer contexts and takes "
-            "longer. \\[default: the windows of training, tokens in their overlap scored twice]",
+            help="Score each token once, in windows N tokens apart. A smaller N gives longer contexts, slower. "
+            "\\[default: the windows of training, which score overlaps twice]",
         ),
     ] = None,
     batch_size: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             "--batch-size",
             min=1,
-            help="Windows of a batch, for the card's two averages. \\[default: the batch size of the run's training]",
+            help="Average over batches of this many windows, as the model card does. \\[default: as in training]",
         ),
     ] = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines/--no-baselines", help="Compare with models that count the training split.")
+        bool, typer.Option("--baselines/--no-baselines", help="Compare with n-gram models of the training split.")
     ] = True,
     output: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--output",
             "-o",
             metavar="FILE",
-            help="Draw losses by position and frequency, and reliability: .png, .svg or .html (needs lumiere\\[plot]).",
+            help="Plot losses by position and frequency, and calibration: .png, .svg or .html (needs lumiere\\[plot]).",
         ),
     ] = None,
     device: Device = "auto",
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Score checkpoints: loss, perplexity, bits per byte, accuracy, calibration, beside models that count.
+    """Score checkpoints: loss, perplexity, bits per byte, accuracy, calibration, and n-gram baselines.
 
-    Several runs are compared document by document. What is found is kept in the run's folder eval/.
+    Several runs are compared document by document. Results are saved in the run's folder eval/.
+
+    Example: [bold]lumiere eval latest --split test[/]
     """
     if output is not None:
         from lumiere.report.figures.figure import check_drawing, check_picture
@@ -124,7 +125,7 @@ def evaluate_one(
     fitted = None
     if with_baselines and train is not None:
         fitted = fit_baselines(train.ids, train.offsets, opened.model.vocab_size)
-    # As the training evaluated it, so that the run's card and `eval` print the same averages.
+    # As in training, so that the run's card and `eval` print the same averages.
     batch_size = batch_size or opened.config.training.batch_size
     return evaluate_in_detail(
         opened.model, scored.split, scored.sizes, windows, protocol, batch_size, train, baselines=fitted
@@ -132,7 +133,7 @@ def evaluate_one(
 
 
 def about(opened: OpenedModel, scored: "ScoredText", stride: int | None) -> dict[str, Any]:
-    """What was scored, and how."""
+    """Describe what was scored, and how."""
     config = opened.config
     overlap = config.dataset.sliding_window_size if stride is None else config.model.context_size + 1 - stride
     return {
@@ -154,7 +155,7 @@ def about(opened: OpenedModel, scored: "ScoredText", stride: int | None) -> dict
 
 
 def tokens_scored(overlap: int, once: bool) -> str:
-    """How often tokens are scored, in words. Of two windows that share a single token, none is predicted twice."""
+    """Describe how often tokens are scored. Windows that share a single token predict none twice."""
     if once or overlap == 1:
         return "each token is scored once"
     return "tokens in an overlap are scored twice" if overlap else "the first token of a window is not scored"
@@ -163,8 +164,8 @@ def tokens_scored(overlap: int, once: bool) -> str:
 def check_same_text(first: "Evaluated", opened: OpenedModel, scored: "ScoredText") -> None:
     if scored.split.facts.sha256 != first.about["corpus_sha256"]:
         raise LumiereError(
-            f"the {scored.corpus} of run {opened.run.id} is another text than that of run {first.run.id}",
-            "score both on the same: --text FILE or --dataset NAME",
+            f"{scored.corpus} differs between run {opened.run.id} and run {first.run.id}",
+            "score both on the same text with --text FILE or --dataset NAME",
         )
 
 
@@ -180,7 +181,7 @@ def draw(evaluated: list["Evaluated"], output: str) -> None:
 
 
 def keep(one: "Evaluated") -> None:
-    """Keeps an evaluation with its run; where that cannot be, the answer is given all the same."""
+    """Save an evaluation in its run's folder, or note why that failed."""
     from lumiere.cli.scores import values_of
     from lumiere.persistence.notes import evaluation_name, save_evaluation
 
@@ -189,9 +190,9 @@ def keep(one: "Evaluated") -> None:
     try:
         path = save_evaluation(one.run, name, values_of(one))
     except LumiereError as error:
-        show_note(f"not kept: {error.message}")
+        show_note(f"not saved: {error.message}")
     else:
-        show_note(f"kept as {path.relative_to(one.run.path.parent)}")
+        show_note(f"saved as {path.relative_to(one.run.path.parent)}")
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ class ScoredText:
     """A text in a model's tokens.
 
     Attributes:
-        corpus: what it is called.
-        sizes: of each document.
-        train: the split that the model was trained on; None where it is not at hand.
+        corpus: Name of the text.
+        sizes: Sizes of each document.
+        train: Split that the model was trained on; None if it is not available.
     """
 
     corpus: str
@@ -212,12 +213,12 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class TextChoice:
-    """What the user named; at most one of `text` and `dataset`.
+    """The text options; at most one of `text` and `dataset` is set.
 
     Attributes:
-        text: a file, or `-` for stdin.
-        dataset, subset: as in the config.
-        split: of the dataset, or of the run's own corpus.
+        text: A file, or `-` for stdin.
+        dataset, subset: As in the config.
+        split: Split of the dataset, or of the run's own corpus.
     """
 
     text: str | None
@@ -230,18 +231,18 @@ Opener = Callable[[OpenedModel], ScoredText]
 
 
 def opener(choice: TextChoice) -> Opener:
-    """A function that gives the text in the tokens of any run's model; what is read once is read here.
+    """Return a function that reads the chosen text in the tokens of a run's model.
 
     Raises:
-        LumiereError: the choice contradicts itself, or the text cannot be read.
+        LumiereError: The options contradict each other, or the text cannot be read.
     """
     if choice.text is not None and choice.dataset is not None:
-        raise LumiereError("--text and --dataset both name a text", "give one of them")
+        raise LumiereError("--text and --dataset exclude each other", "use one of them")
     if choice.subset is not None and choice.dataset is None:
-        raise LumiereError("--subset belongs to a dataset", "name it with --dataset")
+        raise LumiereError("--subset needs --dataset", "name the dataset")
     if choice.text is not None:
         if choice.split is not None:
-            raise LumiereError("a text has no splits", "leave --split away")
+            raise LumiereError("--split does not apply to --text", "leave it out")
         read = document_reader(choice.text)
         name = "stdin" if choice.text == "-" else choice.text
         return lambda opened: whole_text(opened, read, name)
@@ -252,7 +253,7 @@ def opener(choice: TextChoice) -> Opener:
 
 
 def whole_text(opened: OpenedModel, read: Callable[[], Iterator["Part"]], name: str) -> ScoredText:
-    """A text as one document."""
+    """Read a text as one document."""
     from lumiere.data.dataset import document_sizes, tokenize_parts
 
     split = tokenize_parts(read(), opened.tokenizer)
@@ -260,10 +261,10 @@ def whole_text(opened: OpenedModel, read: Callable[[], Iterator["Part"]], name: 
 
 
 def own_split(opened: OpenedModel, split: str) -> ScoredText:
-    """A split of the corpus that the model was trained on."""
+    """Read a split of the corpus that the model was trained on."""
     from lumiere.data.dataset import document_sizes, source_parts
 
-    corpus = open_corpus(opened, "restore it as it was, or score a text with --text FILE")
+    corpus = open_corpus(opened, "restore it, or score a text with --text FILE")
     check_split(split, corpus.splits)
     dataset = opened.config.dataset
     documents, are_decoded = source_parts(dataset, corpus, split)
@@ -272,17 +273,17 @@ def own_split(opened: OpenedModel, split: str) -> ScoredText:
 
 
 def dataset_split(opened: OpenedModel, choice: TextChoice, split: str) -> ScoredText:
-    """A split of any dataset, in the model's tokens; nothing is kept of it."""
+    """Read a split of any dataset without caching it."""
     from lumiere.config.loader import validate
     from lumiere.data.corpus import load_corpus
     from lumiere.data.dataset import document_sizes, tokenize_parts
     from lumiere.data.sources import BUILDERS
 
     if choice.dataset in BUILDERS:
-        raise LumiereError(f"{choice.dataset!a} reads files, which nothing names here", "score one with --text FILE")
+        raise LumiereError(f"{choice.dataset!a} reads files, and none is named", "score a file with --text FILE")
     own = opened.config.dataset
     values = {"name": choice.dataset, "subset": choice.subset, "sliding_window_size": own.sliding_window_size}
-    if own.name == choice.dataset:  # how its rows make documents is known
+    if own.name == choice.dataset:  # its rows form documents in the same way
         values |= {"document_start": own.document_start, "text_column": own.text_column}
     dataset = validate({"dataset": values, "model": {"context_size": opened.config.model.context_size}}).dataset
     corpus = load_corpus(dataset)
@@ -293,11 +294,11 @@ def dataset_split(opened: OpenedModel, choice: TextChoice, split: str) -> Scored
 
 
 def training_split(opened: OpenedModel) -> "TokenizedSplit | None":
-    """What the model was trained on, if it can be had: only the comparison with counting needs it."""
+    """Return the split that the model was trained on, or None: only n-gram baselines need it."""
     try:
         return open_corpus(opened, "").splits["train"]
     except LumiereError as error:
-        show_note(f"{error.message}: no baselines, and no losses by frequency")
+        show_note(f"{error.message}: skipping baselines and losses by frequency")
         return None
 
 
@@ -326,5 +327,5 @@ def document_reader(path: str) -> Callable[[], Iterator["Part"]]:
         return parts(blocks(path) if data is None else decoded(io.BytesIO(data), "stdin"))
 
     if next(read(), None) is None:
-        raise DataError("the text is empty", "give some text")
+        raise DataError("the text is empty", "score a text that is not")
     return read

@@ -1,4 +1,4 @@
-"""`lumiere export`: a model in another library's form."""
+"""`lumiere export`: write a model for another library."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lumiere.cli.console import escape, open_model, print_error, print_json, show_note, stdout
-from lumiere.cli.inspect.analysis import CHECK_FAILED, show_receipts
+from lumiere.cli.inspect.command import CHECK_FAILED, show_receipts
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
 from lumiere.errors import FailedCheckError
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 def export(
     run: RunReference,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or an empty one.")],
-    to: Annotated[str, typer.Option("--to", metavar="LIBRARY", help="The library: transformer-lens.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    to: Annotated[str, typer.Option("--to", metavar="LIBRARY", help="Export to this library: transformer-lens.")],
     checkpoint: CheckpointName = "best",
     as_json: Json = False,
     runs_dir: RunsDir = None,
 ) -> None:
-    """Write a model for another library, with the logits that it must compute.
+    """Write a model for another library, with logits to check it against.
 
-    Nothing is written if a logit differs, by the library's equations or, where it is installed, by the library.
+    Nothing is written if a logit differs, computed by the library's equations or, if installed, by the library itself.
 
     Example: [bold]lumiere export latest --to transformer-lens my-model[/]
     """
@@ -47,11 +47,11 @@ def export(
     else:
         show(folder, exported)
     if exported.skipped:
-        show_note(f"{to} is not installed, so the check by the library itself was left out")
+        show_note(f"{to} is not installed; skipped the check by the library itself")
 
 
 def facts(opened: "OpenedModel") -> dict[str, str | int]:
-    """Where the model comes from."""
+    """Return the provenance of the model."""
     from lumiere import __version__
 
     return {

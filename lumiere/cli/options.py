@@ -1,15 +1,15 @@
-"""What a shell offers after TAB: runs, checkpoints and configs.
+"""Options and arguments that several commands share, with their shell completion.
 
-A shell calls these in a process of its own at each TAB, so they load neither torch nor pydantic, and print nothing.
-Names of files are offered only if they are harmless: Typer's script for zsh hands them to `eval`, the one for bash
-splits and expands them.
+A shell runs a completion in a new process at each TAB, so completions load neither torch nor pydantic and print
+nothing. They offer only file names without special characters: Typer's zsh script passes them to `eval`, and its bash
+script splits and expands them.
 """
 
 import functools
 import os
 import re
 from collections.abc import Callable
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -23,7 +23,7 @@ Complete = Callable[[typer.Context, str], list[str]]
 
 
 def quietly(complete: Complete) -> Complete:
-    """`complete` without a word where it fails, and with only those names that begin with what is typed."""
+    """Return `complete` without its errors, and without names that do not start with what is typed."""
 
     @functools.wraps(complete)
     def names(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -38,7 +38,7 @@ def quietly(complete: Complete) -> Complete:
 
 @quietly
 def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The ids of the runs, newest first; their full names once `run_` is typed."""
+    """Return the ids of the runs, newest first, or their full names once `run_` is typed."""
     runs = RunStore(ctx.params.get("runs_dir")).all()
     if incomplete.startswith("run_"):
         return [run.name for run in runs]
@@ -47,20 +47,20 @@ def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
 
 @quietly
 def complete_checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The checkpoints of the run that stands on the line, or of the newest."""
-    # Parsing stops at the option that has no value yet, before arguments are given their names.
+    """Return the checkpoints of the run on the command line, or of the newest."""
+    # Parsing stops at the option without a value, before arguments are named.
     reference = ctx.params.get("run") or next(iter(ctx.args), "latest")
     return checkpoint_names(RunStore(ctx.params.get("runs_dir")).open(reference))
 
 
 @quietly
 def complete_config(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The shipped configs by name, and the config files in the folder that is typed and in those one below it."""
+    """Return the presets, and the config files up to one folder below the typed one."""
     return [*shipped_configs(), *config_files(os.path.dirname(incomplete), depth=2)]
 
 
 def config_files(folder: str, depth: int) -> list[str]:
-    """Config files in `folder`, as they would be typed, and `depth - 1` levels below it; nothing that is hidden."""
+    """Return the config files in `folder` and `depth - 1` levels below it, as typed, without hidden ones."""
     try:
         entries = sorted((e for e in os.scandir(folder or ".") if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError:
@@ -72,27 +72,26 @@ def config_files(folder: str, depth: int) -> list[str]:
     return files
 
 
-CONFIG_HELP = "A YAML or TOML file, or a shipped config's name: tiny, induction, small, small-fast."
-RUN_HELP = "A run's name, its id or the start of it, or latest."
+CONFIG_HELP = "A YAML or TOML file, or a preset: tiny, induction, small, small-fast."
+RUN_HELP = "Run name, id, unique start of an id, or latest."
 
 Config = Annotated[str, typer.Argument(help=CONFIG_HELP, autocompletion=complete_config)]
-OptionalConfig = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Argument(help=CONFIG_HELP, autocompletion=complete_config),
-]
+OptionalConfig = Annotated[str | None, typer.Argument(help=CONFIG_HELP, autocompletion=complete_config)]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 (Typer reads this form)
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as model.num_layers=6. Repeatable."),
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, for example model.num_layers=6. Repeatable."),
 ]
-# Text and not a Path, for which Typer would load pydantic: `runs ls` is to answer at once.
+# A str, because Typer imports pydantic for a Path, which would slow down `runs ls`.
 RunsDir = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--runs-dir", metavar="DIR", help="Where the runs are. \\[default: $LUMIERE_RUNS_DIR or runs]"),
+    str | None,
+    typer.Option("--runs-dir", metavar="DIR", help="Use the runs in DIR. \\[default: $LUMIERE_RUNS_DIR or runs]"),
 ]
 RunReference = Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
 RunReferences = Annotated[
     list[str],
-    typer.Argument(metavar="RUN...", help="Names, ids or the start of them, or latest.", autocompletion=complete_run),
+    typer.Argument(
+        metavar="RUN...", help="Run names, ids, unique starts of ids, or latest.", autocompletion=complete_run
+    ),
 ]
 RunOption = Annotated[str, typer.Option("--run", "-r", metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
 CheckpointName = Annotated[
@@ -101,9 +100,9 @@ CheckpointName = Annotated[
         "--checkpoint",
         "-c",
         metavar="NAME",
-        help="best, latest, previous, or a step with a snapshot.",
+        help="Use this checkpoint: best, latest, previous, or a step with a snapshot.",
         autocompletion=complete_checkpoint,
     ),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, for scripts.")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Compute on auto, cpu, cuda, cuda:1 or mps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

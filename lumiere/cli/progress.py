@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a bar on a terminal, and lines where the output goes to a file."""
+"""Progress of training and tokenizing: a bar on a terminal, lines in a file."""
 
 import time
 from types import TracebackType
@@ -19,11 +19,11 @@ from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, Sta
 
 SECONDS_BETWEEN_LINES = 15.0
 REFRESHES_PER_SECOND = 2
-"""Of the bar. Rich's own 10 take the core from a training step that often."""
+"""Rich's default of 10 takes time from training."""
 
 
 class Display:
-    """A bar that is there while it is entered; none where the output is no terminal."""
+    """Context manager that shows a progress bar if stderr is a terminal."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
         self._bar = Progress(
@@ -49,7 +49,7 @@ class TrainingProgress(Display):
 
     def __init__(self) -> None:
         super().__init__(
-            BarColumn(bar_width=8),  # so that the line fits into 80 columns, also on a GPU
+            BarColumn(bar_width=8),  # the line must fit into 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
@@ -82,7 +82,7 @@ class TrainingProgress(Display):
             f"(peak {event.peak_flops / 1e9:,.0f} GFLOP/s)"
         )
         if event.step:
-            stderr().print(f"going on from step {event.step:,}")
+            stderr().print(f"resuming from step {event.step:,}")
 
     def _step(self, event: StepEvent) -> None:
         speed = f"{event.tokens_per_second:,.0f} tok/s  {event.mfu:.0%} mfu"
@@ -132,7 +132,7 @@ class CorpusProgress(Display):
 
 
 class SnapshotProgress(Display):
-    """Counts the snapshots of a run that are done."""
+    """Show how many snapshots are done."""
 
     def __init__(self, total: int) -> None:
         super().__init__(TextColumn("snapshots"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
@@ -143,5 +143,5 @@ class SnapshotProgress(Display):
 
 
 def show_warning(message: str) -> None:
-    """A line of talk about something that did not go as asked."""
+    """Print a warning to stderr."""
     stderr().print(f"[bold yellow]warning:[/] {escape(message)}")

@@ -1,4 +1,4 @@
-"""How evaluations are written, in words and in JSON."""
+"""Evaluations as tables and as JSON."""
 
 import sys
 from dataclasses import asdict, dataclass
@@ -15,11 +15,11 @@ SHOWN_POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A run, and how its model did.
+    """A run and its evaluation.
 
     Attributes:
-        tokenizer: fingerprint of its tokenizer.
-        about: what was scored, and how, as it stands in the JSON.
+        tokenizer: Fingerprint of the tokenizer.
+        about: What was scored, and how, as in the JSON.
     """
 
     run: Run
@@ -29,7 +29,7 @@ class Evaluated:
 
 
 def values_of(one: Evaluated) -> dict[str, Any]:
-    """An evaluation as JSON; `word_perplexity`, `byte_perplexity` and `bits_per_byte` as lm-eval calls them."""
+    """Return an evaluation as JSON values, with the names of lm-eval."""
     found = one.found
     return {
         **one.about,
@@ -49,7 +49,7 @@ def values_of(one: Evaluated) -> dict[str, Any]:
 
 
 def as_values(evaluated: list[Evaluated]) -> dict[str, Any]:
-    """One evaluation, or several with the differences of each from the first."""
+    """Return one evaluation, or several with their differences from the first."""
     if len(evaluated) == 1:
         return values_of(evaluated[0])
     first, *others = evaluated
@@ -71,7 +71,7 @@ def windowing(one: Evaluated) -> tuple[Any, ...]:
 
 
 def differences(first: Evaluated, other: Evaluated) -> dict[str, PairedDifference | None]:
-    """Of bits per byte; of the loss too where it is over the same tokens in the same windows."""
+    """Return differences in bits per byte, and in loss if tokens and windows are the same."""
     is_alike = (first.tokenizer, windowing(first)) == (other.tokenizer, windowing(other))
     figures = ("bits_per_byte", "loss") if is_alike else ("bits_per_byte",)
     return {figure: paired_difference(first.found.totals, other.found.totals, figure) for figure in figures}
@@ -89,15 +89,17 @@ def show_one(one: Evaluated) -> None:
     stdout().print(f"[bold]{about['run']}[/], checkpoint {about['checkpoint']} (step {about['step']:,})")
     show_corpus(about)
     if found.normalized_share:
-        stdout().print(f"normalization changes {share(found.normalized_share)} of its bytes; per byte means: after it")
+        stdout().print(
+            f"normalization changes {share(found.normalized_share)} of the bytes; bytes are counted after it"
+        )
     show_windows(about)
     rows = [
-        ("loss", "loss", ".4f", "nats a token"),
+        ("loss", "loss", ".4f", "nats per token"),
         ("perplexity", "perplexity", ",.2f", "exp(loss)"),
         ("bits per byte", "bits_per_byte", ".4f", "comparable between tokenizers"),
-        ("word perplexity", "word_perplexity", ",.1f", "words by white space, line ends counted"),
-        ("accuracy", "accuracy", ".2%", "the most probable token was right"),
-        ("accuracy at 5", "accuracy_at_5", ".2%", "it was among the 5 most probable"),
+        ("word perplexity", "word_perplexity", ",.1f", "words split at white space, line ends counted"),
+        ("accuracy", "accuracy", ".2%", "top-1"),
+        ("accuracy at 5", "accuracy_at_5", ".2%", "top-5"),
     ]
     for name, key, form, meaning in rows:
         value = getattr(found, key) if hasattr(found, key) else getattr(evaluation, key)
@@ -105,9 +107,9 @@ def show_one(one: Evaluated) -> None:
         print_row(name, f"{value:{form}}", error, meaning)
     print_row("calibration error", f"{found.calibration.ece:.2%}", "", "ECE, 15 bins")
     if about["protocol"] == "windows":
-        print_row("mean batch loss", f"{evaluation.mean_batch_loss:.4f}", "", "the card's loss (4.4180)")
+        print_row("mean batch loss", f"{evaluation.mean_batch_loss:.4f}", "", "the model card's loss (4.4180)")
         perplexity = f"{evaluation.mean_batch_perplexity:,.2f}"
-        print_row("mean batch perplexity", perplexity, "", "the card's perplexity (85.01)")
+        print_row("mean batch perplexity", perplexity, "", "the model card's perplexity (85.01)")
     if found.standard_errors is not None:
         num_documents = found.totals.num_documents
         stdout().print(
@@ -115,9 +117,9 @@ def show_one(one: Evaluated) -> None:
             f"{'' if num_documents >= FEW_DOCUMENTS else f'; few documents: {num_documents}'}[/]"
         )
     show_baselines(one)
-    show_groups("by tokens before it in the window", sampled_positions(found.by_position))
+    show_groups("by position in the window", sampled_positions(found.by_position))
     if found.by_frequency is not None:
-        show_groups("by the token's count in training", found.by_frequency)
+        show_groups("by token frequency in training", found.by_frequency)
     stdout().print(
         f"\n{evaluation.num_tokens:,} tokens in {evaluation.num_windows:,} windows, "
         f"{evaluation.num_batches:,} batches of {evaluation.batch_size}, {evaluation.seconds:.1f} s"
@@ -132,12 +134,12 @@ def show_corpus(about: dict[str, Any]) -> None:
 
 
 def share(value: float) -> str:
-    """A share above 0, which never reads as 0."""
+    """Format a positive share; never as 0."""
     return f"{value:.2%}" if value >= 0.0001 else "less than 0.01%"
 
 
 def heading(about: dict[str, Any], with_windows: bool) -> str:
-    """What was scored, and how, in a line."""
+    """Describe what was scored, and how, in one line."""
     corpus = f"{about['corpus']} ({about['corpus_sha256'][:8]})"
     if not with_windows:
         return corpus
@@ -153,7 +155,7 @@ def show_windows(about: dict[str, Any]) -> None:
     else:
         stdout().print(f"strided: windows of {size} tokens, each {stride} after the one before")
         stdout().print(
-            f"{about['tokens_scored']}, with {size + 1 - stride} tokens before it or more, where there are\n"
+            f"{about['tokens_scored']}, with at least {size + 1 - stride} tokens of context where available\n"
         )
 
 
@@ -165,14 +167,14 @@ def show_baselines(one: Evaluated) -> None:
     if one.found.baselines is None:
         return
     evaluation = one.found.evaluation
-    rows = [["beside counting", "loss", "perplexity", "bits per byte"]]
+    rows = [["n-gram baselines", "loss", "perplexity", "bits per byte"]]
     for name, it in (*((b.name, b) for b in one.found.baselines), ("this model", evaluation)):
         rows.append([name, f"{it.loss:.4f}", f"{it.perplexity:,.2f}", f"{it.bits_per_byte:.4f}"])
     sys.stdout.write("\n" + table(rows))
 
 
 def sampled_positions(groups: LossByGroup) -> LossByGroup:
-    """Ranges of positions, each twice as long as the one before, whose means can be read."""
+    """Average over ranges of positions, each twice as long as the one before."""
     edges = [edge for edge in SHOWN_POSITIONS if edge <= len(groups.names)]
     edges.append(len(groups.names) + 1)
     names, losses, counts = [], [], []
@@ -199,7 +201,7 @@ def show_several(evaluated: list[Evaluated]) -> None:
     if all(windowing(one) == windowing(first) for one in others):
         show_windows(first.about)
     else:
-        stdout().print("the windows differ, so the losses are over other contexts\n")
+        stdout().print("the windows differ, so losses have different contexts\n")
     names = ["", *(one.run.id for one in evaluated)]
     rows = [names, ["checkpoint", *(f"{one.about['checkpoint']} ({one.about['step']:,})" for one in evaluated)]]
     rows.append(["windows", *(f"{one.about['context_size']}, {one.about['stride']} apart" for one in evaluated)])
@@ -231,21 +233,21 @@ def show_several(evaluated: list[Evaluated]) -> None:
     if first.found.totals.num_documents > 1:
         stdout().print(f"[dim]interval: {CONFIDENCE:.0%}, {interval_method(first.found.totals.num_documents)}[/]")
     if any(one.tokenizer != first.tokenizer for one in others):
-        sys.stdout.write("\nthe tokenizers differ, so only bits per byte and word perplexity compare\n")
+        sys.stdout.write("\nthe tokenizers differ; compare only bits per byte and word perplexity\n")
 
 
 def interval_method(num_documents: int) -> str:
-    """How the interval of a paired difference is computed."""
+    """Describe how the interval of a paired difference is computed."""
     if num_documents < FEW_DOCUMENTS:
         return f"Student's t; few documents: {num_documents}"
     return f"paired bootstrap, {NUM_RESAMPLES:,} resamples of documents"
 
 
 def show_differences(first: Evaluated, other: Evaluated) -> None:
-    rows = [[f"{other.run.id} less {first.run.id}", "difference", "interval", "lower on"]]
+    rows = [[f"{other.run.id} - {first.run.id}", "difference", "interval", "lower on"]]
     for figure, found in differences(first, other).items():
         if found is None:
-            sys.stdout.write("\none document is too few for a paired difference\n")
+            sys.stdout.write("\na paired difference needs two documents or more\n")
             return
         interval = f"{found.low:+.4f} to {found.high:+.4f}"
         lower = f"{found.num_lower:,} of {found.num_documents:,} documents"

@@ -1,4 +1,4 @@
-"""stdout and stderr: replace characters that the encoding lacks, and report a failed write without a traceback."""
+"""Wrap stdout and stderr: replace unencodable characters, and report failed writes without a traceback."""
 
 import codecs
 import errno
@@ -11,7 +11,7 @@ from typing import TypeVar
 from lumiere.errors import LumiereError
 
 CLOSED_PIPE = 141
-"""Exit code when the reader of stdout is gone: 128 + SIGPIPE, what a shell reports of `yes | head`."""
+"""Exit code when the reader of stdout is gone: 128 + SIGPIPE, as in `yes | head`."""
 
 LOOKALIKES = {
     **dict(zip("▁▂▃▄▅▆▇█▀░▒▓·●│─¶–—−×‘’“”", "_.-~=+*##:+*_*|-P---x''\"\"", strict=True)),
@@ -22,15 +22,15 @@ LOOKALIKES = {
     "↵": "/",
     "⇥": ">",
 }
-"""ASCII for what maps, bars, curves and tables are drawn with, and for common punctuation; the rest becomes `?`."""
+"""ASCII for the characters of plots and tables and for punctuation; others become `?`."""
 
 
 class OutputError(Exception):
-    """stdout cannot be written: its reader is gone, or its device is full. Not an OSError, which a file can raise too.
+    """A failed write to stdout. Not an OSError, which files raise too.
 
     Attributes:
         exit_code: `CLOSED_PIPE`, or 2.
-        problem: what to tell the user; None if the reader is gone, which is no problem.
+        problem: The error to report; None if the reader is gone.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -39,13 +39,13 @@ class OutputError(Exception):
         self.problem = None
         if not is_closed_pipe:
             reason = error.strerror or str(error)
-            hint = "files and runs are complete; only what goes to stdout is missing"
+            hint = "files and runs are complete; only the output is missing"
             self.problem = LumiereError(f"cannot write to stdout: {reason}", hint)
         super().__init__(str(error))
 
 
 class Stdout(io.TextIOWrapper):
-    """Raises `OutputError` where a write fails, and drops all that follows."""
+    """Raise `OutputError` on a failed write, and drop all later ones."""
 
     def write(self, text: str) -> int:
         try:
@@ -67,7 +67,7 @@ class Stdout(io.TextIOWrapper):
 
 
 class Stderr(io.TextIOWrapper):
-    """Ignores writes that fail: a lost progress line must not end a training run."""
+    """Ignore failed writes: a lost progress line must not end training."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -85,8 +85,8 @@ Stream = TypeVar("Stream", Stdout, Stderr)
 def open_streams() -> None:
     """Replace `sys.stdout` and `sys.stderr`; connect closed standard streams to the null device.
 
-    Without the latter, the first file that is opened would take the closed descriptor's number, and receive whatever a
-    library prints. The null device is opened in the order of the descriptors, so each gets its own number.
+    Otherwise the next opened file would take the closed descriptor's number and receive what libraries print. Opening
+    in the order of the descriptors gives each its own number.
     """
     codecs.register_error("lookalike", replace_unencodable)
     if sys.stdin is None:
@@ -96,7 +96,7 @@ def open_streams() -> None:
 
 
 def wrapped(stream: object, kind: type[Stream]) -> Stream:
-    """`stream` as a `kind`, with the same bytes below it; the null device for a stream that is closed."""
+    """Wrap the binary stream below `stream`; the null device if it is closed."""
     if stream is None:
         return kind(open(os.devnull, "wb"), encoding="utf-8")
     assert isinstance(stream, io.TextIOWrapper)
@@ -110,12 +110,12 @@ def wrapped(stream: object, kind: type[Stream]) -> Stream:
 
 
 def replace_unencodable(error: UnicodeError) -> tuple[str, int]:
-    """An error handler of `codecs`: a lookalike in ASCII for each character that cannot be encoded, or `?`."""
+    """Replace unencodable characters by ASCII lookalikes or `?`; an error handler for `codecs`."""
     assert isinstance(error, UnicodeEncodeError)
     characters = error.object[error.start : error.end]
     return "".join(LOOKALIKES.get(character, "?") for character in characters), error.end
 
 
 def is_unicode() -> bool:
-    """Whether stdout takes every character."""
+    """Return whether stdout encodes every character."""
     return (sys.stdout.encoding or "ascii").lower().startswith("utf")

@@ -1,4 +1,8 @@
-"""A matrix of weights as characters: readable at 80 columns, in 16 colours, and without any."""
+"""Heat maps and line plots in a terminal.
+
+Rich has no plots, and plotext keeps global state and colors files too. Heat maps use shades or colors, curves use
+braille dots in colors or letters, so that nothing is lost without colors.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -21,16 +25,16 @@ LEGEND = " ".join(f"{shade} <{limit:.0%}" for limit, shade, _ in SHADES) + f" {F
 HEADING_HEIGHT = 6
 MAX_CELL_WIDTH = 3
 THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT = 18, 9
-"""A character of a terminal is about twice as high as it is wide."""
+"""Terminal characters are about twice as high as wide."""
 
 
 def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
-    """Rows look at columns; both carry their tokens, columns from top to bottom.
+    """Draw attention of rows (queries) to columns (keys) in shades, with vertical column labels.
 
     Args:
-        weights: (T, T), zero above the diagonal, which is left blank.
-        labels: (T,) the tokens.
-        width: of the terminal; the cells take what it gives, one to three characters.
+        weights: (T, T), zero above the diagonal, which stays blank.
+        labels: (T,) tokens.
+        width: Terminal width; cells take one to three characters.
     """
     size = len(labels)
     cell_width = max(1, min(MAX_CELL_WIDTH, (width - LABEL_WIDTH - 1) // size))
@@ -47,10 +51,10 @@ def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
 
 
 def thumbnail(weights: "np.ndarray") -> list[Text]:
-    """The shape of a matrix in `THUMBNAIL_HEIGHT` lines: each character is the largest weight of its part.
+    """Downsample a matrix to `THUMBNAIL_HEIGHT` lines by taking maxima.
 
     Args:
-        weights: (T, T), zero above the diagonal; where it is smaller than the picture, characters repeat.
+        weights: (T, T), zero above the diagonal; smaller matrices repeat characters.
     """
     size = len(weights)
     lines = []
@@ -59,7 +63,7 @@ def thumbnail(weights: "np.ndarray") -> list[Text]:
         text = Text(no_wrap=True)
         for place in range(THUMBNAIL_WIDTH):
             left, right = part(place, THUMBNAIL_WIDTH, size)
-            if left >= last:  # all of it lies above the diagonal
+            if left >= last:  # above the diagonal
                 text.append(" ")
             else:
                 shade, style = shade_of(float(weights[first:last, left:right].max()))
@@ -69,24 +73,24 @@ def thumbnail(weights: "np.ndarray") -> list[Text]:
 
 
 def part(number: int, count: int, size: int) -> tuple[int, int]:
-    """Where part `number` of `count` parts of `size` things begins and ends; it has one thing at least."""
+    """Return start and end of part `number` of `count` of `size` items; at least one item."""
     first = number * size // count
     return first, max(first + 1, (number + 1) * size // count)
 
 
 def column_headings(labels: Sequence[str], cell_width: int) -> list[str]:
-    """The labels written downwards, ending just above their columns."""
+    """Write labels vertically, bottom-aligned."""
     columns = [label[:HEADING_HEIGHT].rjust(HEADING_HEIGHT) for label in labels]
     lines = ("".join(column[line].ljust(cell_width) for column in columns) for line in range(HEADING_HEIGHT))
     return [line.rstrip() for line in lines if line.strip()]
 
 
 def shade_of(weight: float) -> tuple[str, str]:
-    """The character and the colour of a weight in [0, 1]."""
+    """Return the character and the color of a weight in [0, 1]."""
     return next(((shade, style) for limit, shade, style in SHADES if weight < limit), FULL)
 
 
-# Viridis (van der Walt and Smith 2015), as the pictures have it: also read by the colour-blind, and in grey.
+# Viridis (van der Walt and Smith 2015), as in pictures: readable with color blindness and in gray.
 RAMP = (
     (68, 1, 84),
     (71, 44, 122),
@@ -99,12 +103,12 @@ RAMP = (
     (253, 231, 37),
 )
 TALLEST = 24
-"""Rows that get a line each; of more, two share a line."""
+"""Up to this many rows have a line each; more share a line in pairs."""
 THUMBNAIL_SIZE = 18
 
 
 def color_of(weight: float) -> str:
-    """The colour of a weight in [0, 1]: by its square root, so that small shares can be told apart."""
+    """Return the color of a weight in [0, 1], by its square root to separate small weights."""
     place = sqrt(min(max(weight, 0.0), 1.0)) * (len(RAMP) - 1)
     lower = min(int(place), len(RAMP) - 2)
     share = place - lower
@@ -113,19 +117,19 @@ def color_of(weight: float) -> str:
 
 
 def room(width: int) -> int:
-    """Tokens that a map in a terminal of this width has room for."""
+    """Return how many tokens a map fits in a terminal of this width."""
     return max(1, width - 2 * (LABEL_WIDTH + 1))
 
 
 def color_map(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
-    """Rows look at columns; both carry their tokens, columns from top to bottom.
+    """Draw attention of rows (queries) to columns (keys) in colors, with vertical column labels.
 
-    Where two rows share a line, the label of the upper one stands on the left, that of the lower one on the right.
+    If two rows share a line, the upper one is labeled on the left, the lower one on the right.
 
     Args:
-        weights: (T, T), zero above the diagonal, which is left blank.
-        labels: (T,) the tokens, as many as `room` has.
-        width: of the terminal.
+        weights: (T, T), zero above the diagonal, which stays blank.
+        labels: (T,) tokens, at most `room(width)`.
+        width: Terminal width.
     """
     size = len(labels)
     cell_width = 2 if size <= TALLEST and LABEL_WIDTH + 1 + 2 * size <= width else 1
@@ -147,11 +151,11 @@ def color_map(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
 
 
 def half_blocks(rows: "np.ndarray", first: int) -> Text:
-    """One or two rows of a map in one line, the upper one in the upper half of each character.
+    """Draw one or two rows in a line, the upper one in the upper half of each character.
 
     Args:
         rows: (1 or 2, T).
-        first: the number of the first row; a row ends at its own column.
+        first: Index of the first row; a row ends at the diagonal.
     """
     text = Text(no_wrap=True)
     for column in range(first + len(rows)):
@@ -165,10 +169,10 @@ def half_blocks(rows: "np.ndarray", first: int) -> Text:
 
 
 def color_thumbnail(weights: "np.ndarray") -> list[Text]:
-    """The shape of a matrix in half as many lines as columns: each square is the largest weight of its part.
+    """Downsample a matrix to colored squares by taking maxima, two rows a line.
 
     Args:
-        weights: (T, T), zero above the diagonal; where it is smaller than the picture, squares repeat.
+        weights: (T, T), zero above the diagonal; smaller matrices repeat squares.
     """
     import numpy as np
 
@@ -182,7 +186,7 @@ def color_thumbnail(weights: "np.ndarray") -> list[Text]:
 
 
 def show_legend(meaning: str) -> None:
-    """What colours or characters stand for; where numbers are written, nothing."""
+    """Print a legend of colors or shades; nothing if maps are printed as numbers."""
     if color_support() == "few":
         stdout().print(f"{meaning}: {LEGEND}")
     if color_support() != "many":
@@ -207,32 +211,32 @@ ROWS_PER_LABEL = 4
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve.
+    """A curve.
 
     Attributes:
         points: (x, y) with rising x.
-        letter: what draws it where there are no colours.
-        colour: index of its colour, which `paint` knows.
-        is_marked: whether each point is a mark of its own, joined by nothing.
+        letter: Drawn instead of dots without colors.
+        color: Index of the color, for `paint`.
+        is_marked: Draw separate marks instead of a line.
     """
 
     points: Points
     letter: str
-    colour: int
+    color: int
     is_marked: bool = False
 
 
 def chart(
     curves: Sequence[Curve], width: int, height: int, x_format: Callable[[float], str], paint: Paint | None
 ) -> list[str]:
-    """The curves on common axes, as lines of at most `width` characters.
+    """Plot curves on common axes, as lines of at most `width` characters.
 
-    Where many points of a line share a column, their mean is drawn.
+    Points of a line that share a column are averaged. Later curves are drawn over earlier ones.
 
     Args:
-        curves: at least one has points. Later ones lie above earlier ones.
-        x_format: writes the two ends of the x-axis.
-        paint: gives a text the colour of a number, with braille; None for letters alone.
+        curves: At least one has points.
+        x_format: Formats the two ends of the x-axis.
+        paint: Colors a text by color index and enables braille; None for letters.
     """
     canvas = Canvas(max(MIN_WIDTH, width - AXIS_WIDTH - 2), height, curves, with_dots=paint is not None)
     for curve in curves:
@@ -248,7 +252,7 @@ def chart(
 
 
 class Canvas:
-    """A grid of characters, each 2 x 4 dots where there are dots."""
+    """A grid of characters, each of 2 x 4 dots in braille."""
 
     def __init__(self, width: int, height: int, curves: Sequence[Curve], *, with_dots: bool) -> None:
         xs = [x for curve in curves for x, _ in curve.points]
@@ -260,7 +264,7 @@ class Canvas:
         self._cells: list[list[tuple[str, int]]] = [[(" ", -1)] * width for _ in range(height)]
 
     def draw(self, curve: Curve) -> None:
-        """Its marks, or its line: the mean of each column, joined to the next."""
+        """Draw marks, or a line through the mean of each column."""
         if curve.is_marked:
             for x, y in curve.points:
                 self._mark(self._column(x), self._row(y), curve)
@@ -282,17 +286,17 @@ class Canvas:
                         self._dot(column + i + 1, between, curve)
 
     def value_of(self, row: int) -> float:
-        """The y in the middle of a row of characters."""
+        """Return the y in the middle of a row."""
         share = row / max(self.height - 1, 1)
         return self.top + (self.bottom - self.top) * share
 
     def line(self, row: int, paint: Paint | None) -> str:
-        """A row as text, each stretch of one colour painted at once."""
-        text, stretch, colour = "", "", -1
+        """Return a row as text, painting each run of one color at once."""
+        text, stretch, color = "", "", -1
         for character, owner in [*self._cells[row], ("", -2)]:
-            if owner != colour:
-                text += paint(stretch, colour) if paint and colour >= 0 else stretch
-                stretch, colour = "", owner
+            if owner != color:
+                text += paint(stretch, color) if paint and color >= 0 else stretch
+                stretch, color = "", owner
             stretch += character
         return text.rstrip()
 
@@ -306,17 +310,17 @@ class Canvas:
 
     def _dot(self, column: int, row: int, curve: Curve) -> None:
         if not self._with_dots:
-            self._cells[row][column] = (curve.letter, curve.colour)
+            self._cells[row][column] = (curve.letter, curve.color)
             return
         cell_row, cell_column = row // 4, column // 2
         character, owner = self._cells[cell_row][cell_column]
-        # A cell has one colour: the later curve takes it.
-        is_own = owner == curve.colour and ord(character) >= BRAILLE
+        # A cell has one color, that of the later curve.
+        is_own = owner == curve.color and ord(character) >= BRAILLE
         bits = (ord(character) if is_own else BRAILLE) | DOTS[row % 4][column % 2]
-        self._cells[cell_row][cell_column] = (chr(bits), curve.colour)
+        self._cells[cell_row][cell_column] = (chr(bits), curve.color)
 
     def _mark(self, column: int, row: int, curve: Curve) -> None:
         if self._with_dots:
-            self._cells[row // 4][column // 2] = ("●", curve.colour)
+            self._cells[row // 4][column // 2] = ("●", curve.color)
         else:
-            self._cells[row][column] = (curve.letter, curve.colour)
+            self._cells[row][column] = (curve.letter, curve.color)

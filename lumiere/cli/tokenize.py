@@ -1,6 +1,6 @@
 """`lumiere tokenize`."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,18 +18,15 @@ TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow")
 def tokenize(
     config: Config,
     overrides: Overrides = None,
-    text: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--text", metavar="TEXT", help="Show how this text is split into tokens."),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compare the ids in the cache with their checksums.")
-    ] = False,
+    text: Annotated[str | None, typer.Option("--text", metavar="TEXT", help="Show the tokens of this text.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the cached ids against their checksums.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train the tokenizer of a config and encode its corpus, once; a second call takes the cache.
+    """Train the tokenizer of a config and encode its corpus, or show what is cached.
 
-    [bold]lumiere train[/] does the same by itself. Special characters are shown as · (space), ↵ and ⇥.
+    [bold]lumiere train[/] does this by itself. Tokens show a space as ·, a line end as ↵ and a tab as ⇥.
+
+    Example: [bold]lumiere tokenize tiny --text "Once upon a time"[/]
     """
     from lumiere.cli.progress import CorpusProgress
     from lumiere.config.loader import load_config
@@ -47,7 +44,7 @@ def tokenize(
 
 
 def show_text(text: str, tokenizer: "Tokenizer", as_json: bool) -> None:
-    """Each token of `text` with its id, without the start token that every document begins with."""
+    """Print the tokens of `text` and their ids, without the start token of a document."""
     from lumiere.data.text import plain
 
     text = plain(text)
@@ -56,15 +53,15 @@ def show_text(text: str, tokenizer: "Tokenizer", as_json: bool) -> None:
     if as_json:
         print_json({"text": text, "tokens": labels, "ids": ids})
         return
-    # Two colours in turn, so that borders show; without colours the bars do.
+    # Alternating colors show the borders of tokens; without colors the bars do.
     pieces = [f"[{TOKEN_STYLES[i % 2]}]{escape(label)}[/]" for i, label in enumerate(labels)]
     stdout().print("|".join(pieces))
     stdout().print(" ".join(map(str, ids)))
-    show_note(f"{len(ids)} tokens, {len(text.encode()) / max(len(ids), 1):.2f} bytes a token")
+    show_note(f"{len(ids)} tokens, {len(text.encode()) / max(len(ids), 1):.2f} bytes per token")
 
 
 def summary(corpus: "TokenizedCorpus", config: "RunConfig") -> dict[str, Any]:
-    """What was encoded, split by split."""
+    """Return the facts of the encoded corpus, split by split."""
     return {
         "dataset": config.dataset.name,
         "subset": config.dataset.subset,
@@ -91,12 +88,12 @@ def show_summary(corpus: "TokenizedCorpus", config: "RunConfig") -> None:
     title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
     stdout().print(f"[bold]{escape(title)}[/]")
     stdout().print(
-        f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes a token':>13}  {'windows':>9}  {'padding':>7}"
+        f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes per token':>15}  {'windows':>9}  {'padding':>7}"
     )
     for name, split in facts["splits"].items():
         stdout().print(
             f"{name:11}  {split['documents']:>9,}  {split['tokens']:>12,}  "
-            f"{split['bytes_per_token']:>13.2f}  {split['windows']:>9,}  {split['padding_share']:>7.1%}"
+            f"{split['bytes_per_token']:>15.2f}  {split['windows']:>9,}  {split['padding_share']:>7.1%}"
         )
     used, rows = facts["num_tokens_used"], facts["vocab_size"]
     stdout().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))

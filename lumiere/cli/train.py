@@ -5,7 +5,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -42,37 +42,38 @@ def train(
     config: OptionalConfig = None,
     overrides: Overrides = None,
     max_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--max-steps", help="Stop after so many steps (training.max_steps)."),
+        int | None, typer.Option("--max-steps", metavar="N", help="Stop after N steps (training.max_steps).")
     ] = None,
     device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps (training.device)."),
+        str | None,
+        typer.Option("--device", help="Train on auto, cpu, cuda, cuda:1 or mps (training.device)."),
     ] = None,
     seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--seed", help="Seed of weights, dropout and data order (training.seed)."),
+        int | None, typer.Option("--seed", metavar="N", help="Seed weights, dropout and data order (training.seed).")
     ] = None,
     resume: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--resume",
             metavar="RUN",
-            help="Resume a run from its latest checkpoint. On a CPU, the result is bit-identical to an uninterrupted "
-            "run. --set may lengthen it (training.max_epochs), --device may move it.",
+            help="Continue a run from its latest checkpoint. On a CPU, the result is bit-identical to an uninterrupted "
+            "run. Extend it with --set training.max_epochs=N; move it with --device.",
             autocompletion=complete_run,
         ),
     ] = None,
     runs_dir: RunsDir = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and leave.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print parameters, memory, disk and time, measured in 5 seconds, and leave.")
+        bool,
+        typer.Option(
+            "--plan", help="Estimate parameters, memory, disk and time from a five-second dry run, then exit."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model and record the run.
 
-    Ctrl-C finishes the step and saves; [bold]lumiere train --resume RUN[/] goes on from there.
+    Ctrl-C finishes the step and saves a checkpoint; [bold]lumiere train --resume RUN[/] resumes there.
 
     Examples: [bold]lumiere train tiny[/], [bold]lumiere train configs/small.yaml --set model.num_layers=6[/]
     """
@@ -91,7 +92,7 @@ def train(
         """Return the config of the command line; None if a run is resumed, which has its own."""
         if resume is not None:
             if config or print_config:
-                hint = f"give no other one: lumiere train --resume {resume}"
+                hint = f"use: lumiere train --resume {resume}"
                 raise LumiereError("a resumed run keeps its own config", hint)
             return None
         if config is None:
@@ -100,7 +101,10 @@ def train(
         return load_config(config, overrides or (), flags)
 
     if plan:
-        check_plan_is_alone(resume, print_config)
+        if resume is not None:
+            raise LumiereError("--plan and --resume exclude each other", f"lumiere runs show {resume} shows its config")
+        if print_config:
+            raise LumiereError("--plan and --print-config exclude each other", "use one of them")
     if plan or print_config:
         resolved = read_config()
         assert resolved is not None
@@ -159,7 +163,7 @@ def start_or_resume(
 
 
 def start_training(config: "RunConfig", store: "RunStore", processes: "ProcessGroup") -> "TrainingResult":
-    """Make a run and train it."""
+    """Train a new run."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.setup import set_up
 
@@ -174,13 +178,13 @@ def start_training(config: "RunConfig", store: "RunStore", processes: "ProcessGr
 def resume_training(
     run: "Run", overrides: list[str], as_json: bool, processes: "ProcessGroup"
 ) -> "TrainingResult | None":
-    """Go on with `run`, or say that it is over and return None."""
+    """Resume `run`; return None if it is finished already."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.run import dismiss, resume, stop_reason
     from lumiere.training.setup import changed_settings, set_up_resume
 
     reason = stop_reason(run)
-    # One that was killed at its very end does not say that it is finished yet: it is brought to an end below.
+    # A run that was killed after its last step is not marked as finished yet: resuming completes it.
     if reason is not None and not overrides and run.status == "finished":
         dismiss(processes)
         show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
@@ -190,17 +194,17 @@ def resume_training(
     with CorpusProgress() as corpus_progress:
         setup = set_up_resume(run, corpus_progress, overrides)
     for change in changed_settings(run, setup.config):
-        show_note(f"not as it was trained so far: {change}")
+        show_note(f"changed since the run started: {change}")
     with TrainingProgress() as progress:
         return resume(setup, run, callbacks=[progress], processes=processes)
 
 
 def finish(result: "TrainingResult", as_json: bool) -> None:
-    """Print how the training ended, and leave with the exit code of the signal that stopped it."""
+    """Print how training ended; after a signal, exit with its code."""
     run, state = result.run, result.state
     if result.signal_number is not None:
         command = escape(as_typed(run.command("train", "--resume", run.id)))
-        stderr().print(f"interrupted at step {state.step:,} and saved; go on with {command}")
+        stderr().print(f"interrupted at step {state.step:,} and saved; resume with {command}")
         raise typer.Exit(exit_code(result.signal_number))
     if as_json:
         print_json({"run": run.name} | run.record.to_json())
@@ -211,13 +215,13 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
     speed = state.tokens / state.seconds if state.seconds else 0.0
     stdout().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
     print_sample(run)
-    stdout().print("\nTry next:")
+    stdout().print("\nNext steps:")
     for command in next_commands(run):
         stdout().print(f"  {escape(as_typed(command))}", style="bold")
 
 
 def next_commands(run: "Run") -> list[str]:
-    """What to do with a trained model."""
+    """Return commands to try on a trained model."""
     last_layer = run.load_config().model.num_layers - 1
     split = "test" if "test" in run.record.splits else "validation"
     return [
@@ -228,12 +232,12 @@ def next_commands(run: "Run") -> list[str]:
 
 
 def exit_code(signal_number: int) -> int:
-    """What the shell is told after a signal that was obeyed."""
+    """Return the exit code that a shell expects after a signal."""
     return TERMINATED if signal_number == signal.SIGTERM else INTERRUPTED
 
 
 def print_sample(run: "Run") -> None:
-    """A text by the best checkpoint, as a first impression."""
+    """Print a text that the best checkpoint generates."""
     from lumiere.generation.decoding import generate
     from lumiere.generation.sampling import Sampling
 
@@ -244,36 +248,21 @@ def print_sample(run: "Run") -> None:
         sampling=Sampling(temperature=SAMPLE_TEMPERATURE),
         seed=0,
     )
-    stdout().print("\nIt writes:\n")
+    stdout().print("\nSample:\n")
     stdout().print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
 
 
 def explain(reason: str) -> str:
-    """A stop reason in words."""
+    """Describe a stop reason."""
     return {
-        "max_steps": "all steps are done",
-        "max_epochs": "all epochs are done",
-        "patience": "the validation loss no longer improves",
-    }.get(reason, "its record says so")
-
-
-def check_plan_is_alone(resume: str | None, print_config: bool) -> None:
-    """Refuse what does not go with `--plan`.
-
-    Raises:
-        LumiereError: if there is a run to resume, or the config is to be printed.
-    """
-    if resume is not None:
-        raise LumiereError(
-            "--plan is about a training that has not begun, --resume about one that has",
-            f"lumiere runs show {resume} shows the config that the run would go on with",
-        )
-    if print_config:
-        raise LumiereError("--plan and --print-config both answer instead of training", "give one of them at a time")
+        "max_steps": "reached max_steps",
+        "max_epochs": "reached max_epochs",
+        "patience": "validation loss stopped improving",
+    }.get(reason, "as recorded")
 
 
 def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
-    """Measure and print what a training of `config` takes; nothing is made in `runs_dir`."""
+    """Estimate what training `config` takes from a dry run, without writing to `runs_dir`."""
     from lumiere.cli.progress import CorpusProgress, show_warning
     from lumiere.distributed import ProcessGroup, share_cores
     from lumiere.training.setup import set_up
@@ -286,7 +275,7 @@ def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
     from lumiere.training.estimate import MEASURED_SECONDS, make_plan
     from lumiere.training.run import free_room
 
-    show_note(f"measuring for {MEASURED_SECONDS:.0f} seconds, nothing is written")
+    show_note(f"measuring for {MEASURED_SECONDS:.0f} seconds; nothing is written")
     plan = make_plan(setup, show_warning, processes)
     _, free = free_room(runs_dir)
     if as_json:
@@ -297,7 +286,7 @@ def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
 
 
 def show_plan(config: "RunConfig", plan: "Plan", free: int) -> None:
-    """Each figure, and what it means or where it comes from."""
+    """Print each estimate, and what it means or where it comes from."""
     from lumiere.cli.progress import duration
     from lumiere.training.costs import NUM_CHECKPOINTS
 
@@ -311,49 +300,46 @@ def show_plan(config: "RunConfig", plan: "Plan", free: int) -> None:
     row("  attention", f"{parameters.attention:,}")
     row("  feed-forward", f"{parameters.feedforward:,}")
     row("  norms", f"{parameters.norms:,}")
-    row("FLOPs a token", f"{scaled(plan.flops_per_token)}FLOP", "matrix products, forward and backward")
+    row("FLOPs per token", f"{scaled(plan.flops_per_token)}FLOP", "matrix products, forward and backward")
 
     if plan.num_processes > 1:
-        weights = "its share of the" if settings.parallel == "fsdp" else "all"
-        each = f"each has {plan.windows_per_process} of a step's {settings.batch_size} windows, and {weights} weights"
+        weights = "its shard of the" if settings.parallel == "fsdp" else "all"
+        each = f"{plan.windows_per_process} of {settings.batch_size} windows per step and {weights} weights each"
         row("processes", f"{plan.num_processes}", each)
-    row("memory", size(held), "and what single operations need for a moment")
+    row("memory", size(held), "plus temporary buffers")
     row("  weights", size(memory.weights))
     row("  gradients", size(memory.gradients))
     row("  optimizer", size(memory.optimizer), settings.optimizer)
     row("  activations", size(memory.activations), "kept for the backward pass, measured")
     if memory.peak is not None:
         on_gpu = plan.device.startswith("cuda")
-        row("  peak", size(memory.peak), "all tensors, measured" if on_gpu else "this whole process, torch included")
+        row("  peak", size(memory.peak), "all tensors, measured" if on_gpu else "the whole process, with torch")
 
-    row("disk", size(disk.total), f"at most; {size(free)} are free")
+    row("disk", size(disk.total), f"at most; {size(free)} free")
     row("  checkpoints", f"{NUM_CHECKPOINTS} x {size(disk.checkpoint)}", "best, latest, previous, one being written")
-    row("  snapshots", f"{disk.num_snapshots} x {size(disk.snapshot)}", "the weights of some steps")
+    row("  snapshots", f"{disk.num_snapshots} x {size(disk.snapshot)}", "weights only")
 
-    row("speed", f"{plan.tokens_per_second:,.0f} tok/s", f"{plan.mfu:.0%} mfu: of the peak below")
+    row("speed", f"{plan.tokens_per_second:,.0f} tok/s", f"{plan.mfu:.0%} of the peak (MFU)")
     if plan.num_processes > 1:
-        row("  of all", "", "as one does its share alone; the exchange of gradients left out")
-    row("  a step", short_time(plan.seconds_per_step), f"median of {plan.measured_steps:,}")
+        row("  all processes", "", "extrapolated from one, without communication")
+    row("  per step", short_time(plan.seconds_per_step), f"median of {plan.measured_steps:,}")
     row("  peak", f"{scaled(plan.peak_flops)}FLOP/s", f"{plan.precision} on {plan.device}, measured")
 
-    row("  padding", f"{plan.padding_share:.1%}", "of all positions: computed, but not scored")
+    row("  padding", f"{plan.padding_share:.1%}", "of all positions; computed but not scored")
 
     row("steps", f"{plan.total_steps:,}", f"{plan.total_steps / plan.epoch_steps:,.1f} epochs of {plan.epoch_steps:,}")
     if plan.warmup_steps:
-        row(
-            "  warm-up",
-            f"{plan.warmup_steps:,}",
-            "longer than training" if plan.warmup_steps > plan.total_steps else "",
-        )
+        is_cut = plan.warmup_steps > plan.total_steps
+        row("  warm-up", f"{plan.warmup_steps:,}", "longer than training" if is_cut else "")
     if plan.earliest_stop is not None:
-        row("  at least", f"{plan.earliest_stop:,}", f"where patience ({settings.patience}) ends it early")
-    row("time", duration(plan.total_seconds), "of all steps; saving left out")
-    row("  starting", short_time(plan.startup_seconds), "by which the first steps were slower")
+        row("  at least", f"{plan.earliest_stop:,}", f"if patience ({settings.patience}) stops it early")
+    row("time", duration(plan.total_seconds), "without saving")
+    row("  starting", short_time(plan.startup_seconds), "extra time of the first steps")
     row("  steps", duration(plan.total_steps * plan.seconds_per_step))
     row("  evaluations", duration(evaluating), f"{plan.num_evaluations:,} x {short_time(plan.seconds_per_evaluation)}")
 
 
 def row(figure: str, value: str, meaning: str = "") -> None:
-    """One line; what is indented is a part of what stands above."""
+    """Print one row; indented rows are parts of the row above."""
     style = "not bold" if figure.startswith(" ") else "bold"
     stdout().print(f"[{style}]{figure:17}[/]  {value:>15}" + (f"  [dim]{meaning}[/]" if meaning else ""))

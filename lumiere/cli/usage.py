@@ -1,4 +1,4 @@
-"""Command lines that cannot be parsed: two lines that name what exists, exit code 2."""
+"""Errors of the command line: an error and a hint that names what exists, exit code 2."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from lumiere.cli.console import print_error
 from lumiere.errors import LumiereError, nearest
 
 PROGRAM = "lumiere"
-NO_PATCHING = "activation patching is not available; lumiere inspect ablate measures the loss without each part"
-NO_FEATURES = "not available; lumiere inspect cache -o FILE.npz saves activations for an analysis of your own"
+NO_PATCHING = "activation patching is not available; lumiere inspect ablate measures the loss without each component"
+NO_FEATURES = "not available; lumiere inspect cache -o FILE.npz saves activations for your own analysis"
 NO_PRETRAINED = "training starts from random weights; --resume RUN continues a run"
 
 COMMANDS_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
@@ -48,23 +48,23 @@ COMMANDS_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("tail", "follow", "logs"), "lumiere runs watch RUN"),
     },
 }
-"""What other tools and the literature call a command, by the group that it was looked for in: what exists instead."""
+"""Names of commands elsewhere, by group, with what exists here."""
 
 OPTIONS_ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("--init-from", "--from", "--from-pretrained", "--pretrained", "--finetune"), NO_PRETRAINED),
     **dict.fromkeys(("--model", "--model-path", "--ckpt", "--run-id"), "name the run: RUN, or --run RUN"),
     **dict.fromkeys(("--checkpoint-name",), "--checkpoint NAME"),
-    **dict.fromkeys(("--out-dir", "--output-dir"), "--runs-dir DIR is where runs are"),
+    **dict.fromkeys(("--out-dir", "--output-dir"), "--runs-dir DIR"),
     **dict.fromkeys(("--config",), "give the config without an option: lumiere train FILE"),
     **dict.fromkeys(("--num-samples",), "--num-return-sequences N"),
     **dict.fromkeys(("--max-tokens", "--max-length", "--length"), "--max-new-tokens N"),
     **dict.fromkeys(("--do-sample",), "sampling is the default; --greedy turns it off"),
 }
-"""What other tools call an option: what exists instead."""
+"""Names of options elsewhere, with what exists here."""
 
 
 class Commands(TyperGroup):
-    """A group of commands whose usage errors are two lines, as all other errors are."""
+    """A group of commands that reports usage errors like all others."""
 
     def main(
         self,
@@ -75,7 +75,7 @@ class Commands(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run a command and exit; `prog_name` and `standalone_mode` are always ours."""
+        """Run a command and exit, ignoring `prog_name` and `standalone_mode`."""
         try:
             code = super().main(args, PROGRAM, complete_var, False, windows_expand_args, **extra)
         except typer.TyperException as error:
@@ -94,21 +94,21 @@ class Commands(TyperGroup):
         raise LumiereError(f"there is no command {ctx.command_path} {name}", self._hint(ctx.command_path, name))
 
     def _hint(self, path: str, name: str) -> str:
-        """What exists instead of the command `name`."""
+        """Suggest a command instead of `name`."""
         if instead := COMMANDS_ELSEWHERE.get(path, {}).get(name.lower()):
             return instead
         for command, group in self.commands.items():
             if isinstance(group, Commands) and name in group.commands:
                 return f"it is {path} {command} {name}"
         guess = nearest(name, self.commands)
-        return f"did you mean {guess}?" if guess else f"there are {', '.join(self.commands)}"
+        return f"did you mean {guess}?" if guess else f"choose from {', '.join(self.commands)}"
 
 
 def usage_error(error: typer.TyperException) -> LumiereError:
-    """One of Typer's errors as message and hint."""
+    """Convert one of Typer's errors."""
     ctx: typer.Context | None = getattr(error, "ctx", None)
     if ctx is None:
-        return LumiereError(error.format_message().rstrip("."), "--help lists the options and what they take")
+        return LumiereError(error.format_message().rstrip("."), "--help lists the options")
     name: str | None = getattr(error, "option_name", None)
     if name is not None and hasattr(error, "possibilities"):  # which only an unknown option has
         return LumiereError(f"{ctx.command_path} has no option {name}", option_hint(ctx, name))
@@ -120,7 +120,7 @@ def usage_error(error: typer.TyperException) -> LumiereError:
 
 
 def option_hint(ctx: typer.Context, name: str) -> str:
-    """What exists instead of the option `name`."""
+    """Suggest an option instead of `name`."""
     name = name.replace("_", "-")
     options = {option: parameter for parameter in ctx.command.params for option in parameter.opts}
     if name in options:
@@ -134,7 +134,7 @@ def option_hint(ctx: typer.Context, name: str) -> str:
 
 
 def setting(name: str) -> str | None:
-    """The dotted path of the setting that is called `name` here or in another trainer."""
+    """Return the dotted path of a setting by its name here or in another trainer."""
     from lumiere.config.messages import SYNONYMS, setting_paths
 
     if name in SYNONYMS:

@@ -1,6 +1,6 @@
-"""Watching and changing activations: named identity modules, and `with` blocks that act on them.
+"""Reading and changing activations: named identity modules, and `with` blocks that set functions on them.
 
-A `HookPoint` marks a place in the model's watching path. Its public name is the one TransformerLens gives the same
+A `HookPoint` marks a place in the model's forward pass. Its public name is the one TransformerLens gives the same
 place, so that knowledge and scripts carry over; the module's own path follows Lumiere's glossary.
 """
 
@@ -30,11 +30,14 @@ class HookPoint(nn.Module):
         super().__init__()
         self.hook: Hook | None = None
 
+    @property
+    def is_set(self) -> bool:
+        """Whether a function is set, by `hooked` or by torch's own `register_*_hook`."""
+        return self.hook is not None or bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+
     def __call__(self, activation: Tensor) -> Tensor:
-        # A module's own call looks for a dozen things first, and takes four times as long.
-        if self.hook is None and not (self._forward_hooks or self._forward_pre_hooks or self._backward_hooks):
-            return activation
-        return super().__call__(activation)
+        # A module's own call checks a dozen things first and takes four times as long.
+        return super().__call__(activation) if self.is_set else activation
 
     def forward(self, activation: Tensor) -> Tensor:
         if self.hook is None:
@@ -52,11 +55,14 @@ def hook_points(model: nn.Module) -> dict[str, HookPoint]:
     }
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a function is set on any hook point of the model."""
+    return any(isinstance(module, HookPoint) and module.is_set for module in model.modules())
+
+
 @contextmanager
 def hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     """Set hooks for the length of a `with` block.
-
-    Hooks act on the watching path, `model(tokens)`; `model.logits(tokens)` does not pass through them.
 
         with hooked(model, {"blocks.1.attn.hook_z": torch.zeros_like}):
             output = model(tokens)
@@ -95,14 +101,14 @@ def _hooked(points: Mapping[str, HookPoint], hooks: Mapping[str, Hook]) -> Itera
     if silent := [name for name in hooks if name not in fired]:
         raise LumiereError(
             f"no activation reached {', '.join(repr(name) for name in silent)}",
-            "hooks act in model(tokens), inside the with block; model.logits(tokens) does not pass through them",
+            "run the model inside the with block",
         )
 
 
 def run_with_cache(
     model: nn.Module, tokens_BT: Tensor, names: Iterable[str] | None = None
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Run the watching path and keep activations.
+    """Run the model and keep activations.
 
     Args:
         model: any module that holds hook points, called as `model(tokens_BT)`.

@@ -1,11 +1,11 @@
-"""Cross-entropy of a linear layer's outputs, in chunks of rows, so that the logits never exist all at once.
+"""The arithmetic of the layers: norms, attention, gated units, dropout and the loss, as functions.
 
-At 2,048 tokens and 4,096 words, the logits and their gradient are 33 MB each: more than a CPU's cache, and written and
-read several times. Here a chunk of logits becomes loss and gradients while it is in the cache, in the forward pass:
-nothing is computed twice, and the backward only scales what is there. The idea is that of Liger-Kernel (Hsu et al.
-2024, arXiv:2410.10989, section 3.2).
+Where torch's own operations are slow on a CPU, a function here has a forward and a backward of its own. Accelerators
+have fused kernels, and `torch.compile` fuses better what it sees written plainly, so both take torch's operations
+(`prefers_hand_written`).
 
-Shapes: N rows (tokens), M rows of one chunk, E embedding_size, Vocab vocab_size.
+Shapes: B batch, T position of the query, S position of the key, E embedding_size, H head, K d_key, V d_value, F d_ff,
+Vocab vocab_size, N rows (heads of sequences in attention, tokens in the loss), M rows of one chunk.
 """
 
 import math
@@ -25,23 +25,28 @@ EPSILON = 1e-6
 
 
 def rms_norm(x_BTE: Tensor, gain_E: Tensor) -> Tensor:
-    """RMSNorm over the last axis, times `gain_E`; same shape as `x_BTE`."""
+    """Return `x / sqrt(mean(x^2) + EPSILON) * gain` over the last axis; same shape as `x_BTE`."""
     if prefers_hand_written(x_BTE):
-        return _RMSNorm.apply(x_BTE, gain_E)
+        return _RMSNorm.apply(x_BTE, gain_E) if torch.is_grad_enabled() else normalized(x_BTE)[0] * gain_E
     return F.rms_norm(x_BTE, gain_E.shape, gain_E, EPSILON)
+
+
+def normalized(x_BTE: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x / s(x)` and `1 / s(x)`, (B, T, 1), with `s(x) = sqrt(mean(x^2) + EPSILON)`."""
+    mean_square_BT1 = torch.linalg.vector_norm(x_BTE, dim=-1, keepdim=True).square_().div_(x_BTE.shape[-1])
+    inverse_scale_BT1 = mean_square_BT1.add_(EPSILON).rsqrt_()
+    return x_BTE * inverse_scale_BT1, inverse_scale_BT1
 
 
 class _RMSNorm(Function):
     """`F.rms_norm`, forward and backward in half its time on a CPU: fewer and cheaper passes over the stream.
 
-    With n = x / s(x) and g the gradient of n * gain, that of x is `(g gain - n mean(g gain n)) / s(x)`.
+    With n = x / s(x) and g the gradient of n * gain, the gradient of x is `(g gain - n mean(g gain n)) / s(x)`.
     """
 
     @staticmethod
     def forward(ctx: Any, x_BTE: Tensor, gain_E: Tensor) -> Tensor:
-        mean_square_BT1 = torch.linalg.vector_norm(x_BTE, dim=-1, keepdim=True).square_().div_(x_BTE.shape[-1])
-        inverse_scale_BT1 = mean_square_BT1.add_(EPSILON).rsqrt_()
-        normalized_BTE = x_BTE * inverse_scale_BT1
+        normalized_BTE, inverse_scale_BT1 = normalized(x_BTE)
         ctx.save_for_backward(normalized_BTE, inverse_scale_BT1, gain_E)
         return normalized_BTE * gain_E
 
@@ -63,15 +68,57 @@ class _RMSNorm(Function):
 BFLOAT16_FUSED_MIN_POSITIONS = 512
 
 
-def masked_scores(q_BTHK: Tensor, k_BTHK: Tensor, visible_B1TS: Tensor) -> Tensor:
-    """`q k^T / sqrt(d_key)`, -inf where a key is hidden: (B, H, T, S), in one pass over them."""
-    num_heads = q_BTHK.shape[2]
-    q_NTK, k_NSK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BTHK))  # N is B * H
-    hidden_B1TS = q_BTHK.new_zeros(visible_B1TS.shape).masked_fill_(~visible_B1TS, -math.inf)
-    is_shared = len(hidden_B1TS) == 1
-    hidden_NTS = hidden_B1TS[0] if is_shared else hidden_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
-    scores_NTS = torch.baddbmm(hidden_NTS, q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
+def attention_mask(positions_BT: Tensor, num_keys: int, dtype: torch.dtype, real_BS: Tensor | None = None) -> Tensor:
+    """Return what is added to attention scores, (B, 1, T, S): 0 where a query may see a key, -inf elsewhere.
+
+    A query sees the real tokens at its own position and before. It always sees itself, so that the row of a padding
+    token is not empty: a softmax over nothing is NaN, and NaN times zero would spread from there.
+
+    Args:
+        positions_BT: Position of each query; B may be 1.
+        num_keys: S.
+        dtype: Of the scores.
+        real_BS: True where the key is a real token, False where it is padding.
+    """
+    columns_S = torch.arange(num_keys, device=positions_BT.device)
+    hidden_BTS = columns_S > positions_BT[..., None]
+    if real_BS is not None:
+        hidden_BTS = hidden_BTS | (~real_BS[:, None] & (columns_S != positions_BT[..., None]))
+    return torch.zeros(hidden_BTS.shape, dtype=dtype, device=columns_S.device).masked_fill_(hidden_BTS, -math.inf)[
+        :, None
+    ]
+
+
+def masked_scores(q_BTHK: Tensor, k_BSHK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+    """Return `q k^T / sqrt(d_key) + mask`, (B, H, T, S), in one pass over them. Without a mask: causal."""
+    num_heads, num_keys = q_BTHK.shape[2], k_BSHK.shape[1]
+    q_NTK, k_NSK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BSHK))  # N is B * H
+    if mask_B1TS is None:
+        mask_B1TS = attention_mask(torch.arange(num_keys, device=q_BTHK.device)[None], num_keys, q_BTHK.dtype)
+    mask_NTS = mask_B1TS[0] if len(mask_B1TS) == 1 else mask_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
+    scores_NTS = torch.baddbmm(mask_NTS.to(q_NTK.dtype), q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
     return scores_NTS.unflatten(0, (-1, num_heads))
+
+
+def attention_pattern(q_BTHK: Tensor, k_BSHK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+    """Return the attention weights, (B, H, T, S), in float32 or wider: each row sums to 1."""
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    return masked_scores(q_BTHK, k_BSHK, mask_B1TS).softmax(dim=-1, dtype=dtype)
+
+
+def attention(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+    """Return the weighted values of each head, (B, T, H, V), by the fastest way for the device, type and length.
+
+    Args:
+        mask_B1TS: From `attention_mask`. None: causal, where queries and keys are those of the same positions.
+    """
+    if mask_B1TS is None:
+        return causal_attention(q_BTHK, k_BSHK, v_BSHV)
+    if q_BTHK.shape[1] == 1:  # on a CPU, torch's fused attention takes twice the time for a single query
+        pattern_BHTS = masked_scores(q_BTHK, k_BSHK, mask_B1TS).softmax(dim=-1)
+        return (pattern_BHTS @ v_BSHV.transpose(1, 2)).transpose(1, 2)
+    heads = (q_BTHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHV.transpose(1, 2))
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask_B1TS.to(q_BTHK.dtype)).transpose(1, 2)
 
 
 def causal_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:
@@ -128,27 +175,9 @@ class _CausalAttention(Function):
         return q_BTHK, k_BTHK, v_BTHV, None
 
 
-def visible_keys(num_positions: int, device: torch.device, real_BT: Tensor | None = None) -> Tensor:
-    """Where a query may look at a key: (B, 1, T, S), or (1, 1, T, S) without padding; True is visible.
-
-    A query sees the real tokens at its own position and before. It always sees itself, so that the row of a padding
-    token is not empty: a softmax over nothing is NaN, and NaN times zero would spread from there.
-
-    Args:
-        num_positions: T.
-        device: of the mask.
-        real_BT: True where there is a real token, False where there is padding.
-    """
-    causal_TS = torch.ones(num_positions, num_positions, dtype=torch.bool, device=device).tril()
-    if real_BT is None:
-        return causal_TS[None, None]
-    itself_TS = torch.eye(num_positions, dtype=torch.bool, device=device)
-    return causal_TS & (real_BT[:, None, None, :] | itself_TS)
-
-
 def gated_silu(branches_BTF: Tensor) -> Tensor:
     """`silu(gate) * linear` of the two branches side by side: (B, T, 2 F) to (B, T, F)."""
-    if prefers_hand_written(branches_BTF):
+    if prefers_hand_written(branches_BTF) and torch.is_grad_enabled():
         return _GatedSilu.apply(branches_BTF)
     gate_BTF, linear_BTF = branches_BTF.chunk(2, dim=-1)
     return F.silu(gate_BTF) * linear_BTF
@@ -176,41 +205,39 @@ class _GatedSilu(Function):
         return joined
 
 
-COINS_A_WORD = 4  # of 16 bits each
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Return `x` with each number zero with probability `rate`, or else divided by `1 - rate`."""
+    if x.device.type != "cpu" or rate == 1.0:
+        return F.dropout(x, rate)
+    seed = torch.randint(2**63 - 1, ())
+    make_mask = dropout_mask_op if torch.compiler.is_compiling() else dropout_mask
+    return x * make_mask(seed, x.shape, rate, x.dtype)
 
 
-def kept(x: Tensor, share: float) -> Tensor:
-    """What dropout multiplies `x` by: of its shape and type, 0 with probability `share`, else `1 / (1 - share)`.
+def dropout_mask(seed: Tensor, shape: Sequence[int], rate: float, dtype: torch.dtype) -> Tensor:
+    """Return what dropout multiplies by: 0 with probability `rate`, else `1 / (1 - rate)`.
+
+    The random words are those of SFC64 (Doty-Humphrey's PractRand), twice as fast as torch's generator on a CPU; each
+    gives four numbers of 16 bits.
 
     Args:
-        share: more than 0 and less than 1.
-    """
-    seed = torch.randint(2**63 - 1, ())
-    if torch.compiler.is_compiling():
-        return factors_op(seed, x.shape, share, x.dtype)
-    return factors(seed, x.shape, share, x.dtype)
-
-
-def factors(seed: Tensor, shape: Sequence[int], share: float, dtype: torch.dtype) -> Tensor:
-    """`kept` for a shape, a type and a seed.
-
-    The random words are those of SFC64 (Doty-Humphrey's PractRand), twice as fast as torch's generator on a CPU.
+        rate: More than 0 and less than 1.
     """
     numel = math.prod(shape)
-    words = np.random.SFC64(int(seed)).random_raw(numel // COINS_A_WORD + 1)
-    coins = torch.from_numpy(words.view(np.int16))[:numel].view(shape)
-    first_kept = min(max(round(share * 2**16), 1), 2**16 - 1) - 2**15
-    # Whole numbers of 0 and 1, because booleans are slow to make and slower to convert.
-    is_kept = coins.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1)
-    return is_kept.to(dtype).mul_(1.0 / (1.0 - share))
+    words = np.random.SFC64(int(seed)).random_raw(numel // 4 + 1)
+    uniforms = torch.from_numpy(words.view(np.int16))[:numel].view(shape)
+    first_kept = min(max(round(rate * 2**16), 1), 2**16 - 1) - 2**15
+    # Integers 0 and 1, because booleans are slow to make and slower to convert.
+    is_kept = uniforms.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1)
+    return is_kept.to(dtype).mul_(1.0 / (1.0 - rate))
 
 
-# What a compiler calls: it would lose its way in numpy, and makes slow code of numbers of 16 bits.
-factors_op = library.custom_op("lumiere::dropout_factors", factors, mutates_args=(), device_types="cpu")
+# For the compiler, which cannot trace numpy and makes slow code of 16-bit numbers.
+dropout_mask_op = library.custom_op("lumiere::dropout_mask", dropout_mask, mutates_args=(), device_types="cpu")
 
 
-@factors_op.register_fake
-def _(seed: Tensor, shape: Sequence[int], share: float, dtype: torch.dtype) -> Tensor:
+@dropout_mask_op.register_fake
+def _(seed: Tensor, shape: Sequence[int], rate: float, dtype: torch.dtype) -> Tensor:
     return seed.new_empty(shape, dtype=dtype)
 
 

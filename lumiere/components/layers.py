@@ -1,8 +1,13 @@
-"""A transformer block: attention, then the feed-forward part, each adding to the residual stream what it read from it.
+"""The layers of a decoder-only transformer: embeddings, positions, norms, attention, feed-forward part, block.
 
-Shapes: B batch, T position of the query, S position of the key, E embedding_size, H head.
+Each layer has one definition. Its hook points are identities until `lumiere.components.hooks` sets a function on them;
+the arithmetic is in `lumiere.components.kernels`.
+
+Shapes: B batch, T position of the query, S position of the key, C capacity of a cache, E embedding_size, H head,
+K d_key, V d_value, F d_ff, Vocab vocab_size.
 """
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -10,15 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumiere.components.hooks import HookPoint
-from lumiere.components.kernels import EPSILON, causal_attention, gated_silu, kept, masked_scores, rms_norm
+from lumiere.components.kernels import (
+    EPSILON,
+    attention,
+    dropout,
+    gated_silu,
+    masked_scores,
+    rms_norm,
+)
+
+ROTARY_BASE = 10_000.0
 
 
 class TokenEmbedding(nn.Module):
-    """One table of vectors, read by row on the way in and multiplied by on the way out.
+    """The token embedding, which is also the output head (weight tying, Press & Wolf 2017).
 
     Args:
-        vocab_size: rows, one a token.
-        embedding_size: width of a row.
+        vocab_size: Number of rows, one per token.
+        embedding_size: Width of a row.
     """
 
     def __init__(self, vocab_size: int, embedding_size: int) -> None:
@@ -26,23 +40,20 @@ class TokenEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, embedding_size))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Each token's row, (B, T, E)."""
+        """Return the row of each token, (B, T, E)."""
         return F.embedding(tokens_BT, self.weight)
 
     def unembed(self, residual_BTE: Tensor) -> Tensor:
-        """The dot product with every row: logits, (B, T, Vocab)."""
+        """Return the dot product with every row: logits, (B, T, Vocab)."""
         return F.linear(residual_BTE, self.weight)
 
 
-ROTARY_BASE = 10_000.0
-
-
 class LearnedPositions(nn.Module):
-    """A learned vector for each position, to be added to the token embeddings.
+    """A learned vector for each position, added to the token embeddings.
 
     Args:
-        context_size: number of positions.
-        embedding_size: width of a vector.
+        context_size: Number of positions.
+        embedding_size: Width of a vector.
     """
 
     def __init__(self, context_size: int, embedding_size: int) -> None:
@@ -50,27 +61,27 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(context_size, embedding_size))
 
     def forward(self, positions_T: Tensor) -> Tensor:
-        """Each position's vector, (T, E)."""
+        """Return the vector of each position, (T, E)."""
         return F.embedding(positions_T, self.weight)
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines that turn queries and keys, both (T, 1, K): one row a position, the same for all heads."""
+    """Cosines and sines that rotate queries and keys, both (T, 1, K) or (B, T, 1, K), shared by all heads."""
 
     cos: Tensor
     sin: Tensor
 
 
 def rotation_at(positions_T: Tensor, d_key: int, dtype: torch.dtype) -> Rotation:
-    """The rotations of RoPE (Su et al. 2021, equation 34) at `positions_T`.
+    """Return the rotations of RoPE (Su et al. 2021, equation 34) at `positions_T`.
 
     Pair i of a query or key turns by `position * 10000^(-2i / d_key)`. The pairs are (i, i + d_key/2), the "half-split"
-    convention of Llama in `transformers`; the paper's pairs are neighbours, the same up to a permutation.
+    convention of Llama in `transformers`; the paper pairs neighbors, which is the same up to a permutation.
 
     Args:
-        positions_T: whole numbers from 0, of any shape that ends in T.
-        d_key: width of queries and keys, even.
-        dtype: of the tables; float32 or wider, because an angle grows with the position.
+        positions_T: Integers from 0, of any shape that ends in T.
+        d_key: Width of queries and keys; even.
+        dtype: Type of the tables: float32 or wider, because an angle grows with the position.
     """
     exponents = torch.arange(0, d_key, 2, dtype=dtype, device=positions_T.device) / d_key
     angles = positions_T[..., None].to(dtype) / ROTARY_BASE**exponents
@@ -79,82 +90,129 @@ def rotation_at(positions_T: Tensor, d_key: int, dtype: torch.dtype) -> Rotation
 
 
 def rotate(x_BTHK: Tensor, rotation: Rotation) -> Tensor:
-    """Queries or keys, turned by their position; same shape and dtype."""
+    """Rotate queries or keys by their position; same shape and type."""
     first, second = x_BTHK.chunk(2, dim=-1)
     quarter_turn_BTHK = torch.cat([-second, first], dim=-1)
     return (x_BTHK * rotation.cos + quarter_turn_BTHK * rotation.sin).to(x_BTHK.dtype)
 
 
 class Dropout(nn.Module):
-    """`x` with a share of its numbers at zero and the others divided by `1 - share`; `x` itself in evaluation.
+    """Dropout (Srivastava et al. 2014): zero each number with probability `rate`, divide the others by `1 - rate`.
 
-    On a CPU the coins are tossed with 16 bits each, in a tenth of the time that torch takes, so the probability is
-    `share` rounded to a multiple of 2^-16. Their seed is a number of torch's generator, whose seed repeats them.
+    The identity in evaluation mode. On a CPU the mask takes 16 random bits per number and a tenth of torch's time, so
+    the probability is `rate` rounded to a multiple of 2^-16. Its seed comes from torch's generator.
 
     Args:
-        share: probability of a zero, 0 to 1.
+        rate: Probability of a zero, 0 to 1.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, rate: float) -> None:
         super().__init__()
-        self.share = share
+        self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.share == 0.0:
-            return x
-        if x.device.type != "cpu" or self.share == 1.0:
-            return F.dropout(x, self.share)
-        return x * kept(x, self.share)
+        return dropout(x, self.rate) if self.training and self.rate else x
 
     def extra_repr(self) -> str:
-        return f"share={self.share}"
+        return f"rate={self.rate}"
 
 
 class RMSNorm(nn.Module):
-    """Divides each position's vector by its root mean square and multiplies by a learned gain.
+    """RMSNorm (Zhang & Sennrich 2019): `x / s(x) * gain` with `s(x) = sqrt(mean(x^2) + epsilon)`, over the last axis.
 
     Args:
-        embedding_size: width of the vectors.
+        embedding_size: Width of the vectors.
+        has_hooks: Add hook points: `hook_scale` sees s(x), (B, T, 1), and `hook_normalized` sees `x / s(x)`,
+            (B, T, E), before the gain, as in TransformerLens 4.3.
     """
 
-    def __init__(self, embedding_size: int) -> None:
+    def __init__(self, embedding_size: int, has_hooks: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(embedding_size))
+        self.hook_scale = HookPoint() if has_hooks else None
+        self.hook_normalized = HookPoint() if has_hooks else None
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        return rms_norm(x_BTE, self.weight)
+        scale, normalized = self.hook_scale, self.hook_normalized
+        if scale is None or normalized is None or not (scale.is_set or normalized.is_set):
+            return rms_norm(x_BTE, self.weight)
+        scale_BT1 = scale((x_BTE.square().mean(-1, keepdim=True) + EPSILON).sqrt())
+        return normalized(x_BTE / scale_BT1) * self.weight
 
 
-class WatchedRMSNorm(RMSNorm):
-    """RMSNorm with hook points; the one before the output, whose scale attribution of logits freezes.
+class LayerCache(NamedTuple):
+    """The part of a `KVCache` that one block's attention reads and writes during one forward pass."""
 
-    `hook_scale` sees s(x), (B, T, 1). `hook_normalized` sees `x / s(x)`, (B, T, E): before the gain, as in
-    TransformerLens 4.3.
+    keys: Tensor
+    """(B, H, C, K)."""
+    values: Tensor
+    """(B, H, C, V)."""
+    positions: tuple[Tensor, slice, Tensor] | None
+    """Where this pass writes: rows (B, 1), all heads, positions (B, T). None: from position 0, with nothing before."""
+    num_keys: int
+    """Columns to attend to, S."""
+
+    def append(self, k_BTHK: Tensor, v_BTHV: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values; return those of all S positions, (B, S, H, K) and (B, S, H, V)."""
+        keys, values = self.keys[:, :, : self.num_keys], self.values[:, :, : self.num_keys]
+        if self.positions is None:
+            keys.copy_(k_BTHK.transpose(1, 2))
+            values.copy_(v_BTHV.transpose(1, 2))
+            return k_BTHK, v_BTHV
+        self.keys[self.positions] = k_BTHK
+        self.values[self.positions] = v_BTHV
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions that each row of a batch already has.
+
+    A forward pass writes its keys and values from `lengths` on, and leaves `lengths` for the caller to update.
+
+    Attributes:
+        keys: (B, H, C, K) per layer, of any strides.
+        values: (B, H, C, V) per layer.
+        lengths: (B,) number of positions in each row, int64.
+        num_keys: Columns to attend to: at least the longest row after the pass.
     """
 
-    def __init__(self, embedding_size: int) -> None:
-        super().__init__(embedding_size)
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor
+    num_keys: int
 
-    def watch(self, x_BTE: Tensor) -> Tensor:
-        """`forward`, through the hook points."""
-        scale_BT1 = self.hook_scale((x_BTE.square().mean(-1, keepdim=True) + EPSILON).sqrt())
-        return self.hook_normalized(x_BTE / scale_BT1) * self.weight
+    def layers(self, positions_BT: Tensor) -> list[LayerCache]:
+        """Return the part of each layer, for a pass over `positions_BT`."""
+        where = None
+        if positions_BT.shape[1] < self.num_keys:
+            where = (torch.arange(len(positions_BT), device=positions_BT.device)[:, None], slice(None), positions_BT)
+        return [LayerCache(k, v, where, self.num_keys) for k, v in zip(self.keys, self.values, strict=True)]
+
+
+@dataclass
+class ForwardRecord:
+    """What a forward pass keeps for `TransformerOutput`."""
+
+    residuals: list[Tensor] = field(default_factory=list)
+    """(B, T, E) before each block."""
+    patterns: list[Tensor | tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    """(B, H, T, S) of each layer, or what `attention_pattern` computes it from."""
 
 
 class Attention(nn.Module):
-    """Each position reads from itself and the positions before it. Nothing has a bias.
+    """Causal multi-head self-attention (Vaswani et al. 2017): `softmax(q k^T / sqrt(d_key)) v`, joined by `output`.
 
-    Hook points, named as in TransformerLens: `hook_q`, `hook_k`, `hook_v` (B, T, H, K or V) before any rotation,
-    `hook_attn_scores` (B, H, T, S) scaled and with -inf where a key is hidden, `hook_pattern` (B, H, T, S), and
-    `hook_z` (B, T, H, V), each head's output before the heads are joined.
+    No biases. Hook points, named as in TransformerLens: `hook_q`, `hook_k`, `hook_v` (B, T, H, K or V) before any
+    rotation, `hook_attn_scores` (B, H, T, S) scaled and with -inf where a key is hidden, `hook_pattern` (B, H, T, S),
+    and `hook_z` (B, T, H, V), the output of each head before the heads are joined. Scores and pattern exist only while
+    one of their hook points is set.
 
     Args:
-        embedding_size: width of the residual stream.
-        num_heads: number of heads.
-        d_key: width of a head's queries and keys.
-        d_value: width of a head's values.
+        embedding_size: Width of the residual stream.
+        num_heads: Number of heads.
+        d_key: Width of a head's queries and keys.
+        d_value: Width of a head's values.
     """
 
     def __init__(self, embedding_size: int, num_heads: int, d_key: int, d_value: int) -> None:
@@ -166,6 +224,8 @@ class Attention(nn.Module):
         self.key = nn.Linear(embedding_size, num_heads * d_key, bias=False)
         self.value = nn.Linear(embedding_size, num_heads * d_value, bias=False)
         self.output = nn.Linear(num_heads * d_value, embedding_size, bias=False)
+        self.joined: Tensor | None = None  # a copy, set by `join_weights` for generation
+        self._widths = [num_heads * d_key, num_heads * d_key, num_heads * d_value]
         self.hook_q = HookPoint()
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
@@ -173,54 +233,68 @@ class Attention(nn.Module):
         self.hook_pattern = HookPoint()
         self.hook_z = HookPoint()
 
+    def joined_weight(self) -> Tensor:
+        """Return the weights of queries, keys and values in one matrix.
+
+        One product copies the weights and is still faster for many tokens: the products are small.
+        """
+        if self.joined is not None:
+            return self.joined
+        return torch.cat([self.query.weight, self.key.weight, self.value.weight])
+
     def project(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H, K), keys (B, T, H, K) and values (B, T, H, V), before any rotation."""
-        # One product for the three, which copies the weights and is still faster: the products are small.
-        weights = [self.query.weight, self.key.weight, self.value.weight]
-        q, k, v = F.linear(x_BTE, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+        """Return queries (B, T, H, K), keys (B, T, H, K) and values (B, T, H, V), before any rotation."""
+        q, k, v = F.linear(x_BTE, self.joined_weight()).split(self._widths, dim=-1)
         return (
             q.unflatten(-1, (self.num_heads, self.d_key)),
             k.unflatten(-1, (self.num_heads, self.d_key)),
             v.unflatten(-1, (self.num_heads, self.d_value)),
         )
 
-    def forward(self, x_BTE: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """The fast path: the joined heads' output, (B, T, E), with no mask but the causal one."""
-        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTE)
-        if rotation is not None:
-            q_BTHK, k_BTHK = rotate(q_BTHK, rotation), rotate(k_BTHK, rotation)
-        return self.output(causal_attention(q_BTHK, k_BTHK, v_BTHV).flatten(-2))
-
-    def watch(self, x_BTE: Tensor, visible_B1TS: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
-        """The same through the hook points, with the pattern.
+    def forward(
+        self,
+        x_BTE: Tensor,
+        rotation: Rotation | None = None,
+        mask_B1TS: Tensor | None = None,
+        cache: LayerCache | None = None,
+        record: ForwardRecord | None = None,
+    ) -> Tensor:
+        """Return the output of the joined heads, (B, T, E).
 
         Args:
-            x_BTE: what the heads read.
-            visible_B1TS: True where a query may look at a key, from `visible_keys`.
-            rotation: turns queries and keys, where positions are rotary.
-
-        Returns:
-            The output (B, T, E) and the pattern (B, H, T, S), whose rows sum to 1.
+            x_BTE: What the heads read.
+            rotation: Rotates queries and keys where positions are rotary.
+            mask_B1TS: Added to the scores, from `attention_mask`. None: causal, over the positions of `x_BTE`.
+            cache: Keys and values of earlier positions; receives the new ones.
+            record: Receives the pattern.
         """
         q_BTHK, k_BTHK, v_BTHV = self.project(x_BTE)
-        q_BTHK, k_BTHK, v_BTHV = self.hook_q(q_BTHK), self.hook_k(k_BTHK), self.hook_v(v_BTHV)
+        q_BTHK, k_BSHK, v_BSHV = self.hook_q(q_BTHK), self.hook_k(k_BTHK), self.hook_v(v_BTHV)
         if rotation is not None:
-            q_BTHK, k_BTHK = rotate(q_BTHK, rotation), rotate(k_BTHK, rotation)
-        scores_BHTS = self.hook_attn_scores(masked_scores(q_BTHK, k_BTHK, visible_B1TS))
-        pattern_BHTS = self.hook_pattern(scores_BHTS.softmax(dim=-1))
-        z_BTHV = self.hook_z(torch.einsum("bhts,bshv->bthv", pattern_BHTS, v_BTHV))
-        return self.output(z_BTHV.flatten(-2)), pattern_BHTS
+            q_BTHK, k_BSHK = rotate(q_BTHK, rotation), rotate(k_BSHK, rotation)
+        if cache is not None:
+            k_BSHK, v_BSHV = cache.append(k_BSHK, v_BSHV)
+        if self.hook_attn_scores.is_set or self.hook_pattern.is_set:
+            scores_BHTS = self.hook_attn_scores(masked_scores(q_BTHK, k_BSHK, mask_B1TS))
+            pattern_BHTS = self.hook_pattern(scores_BHTS.softmax(dim=-1))
+            z_BTHV = (pattern_BHTS @ v_BSHV.transpose(1, 2)).transpose(1, 2)
+        else:
+            pattern_BHTS = None
+            z_BTHV = attention(q_BTHK, k_BSHK, v_BSHV, mask_B1TS)
+        if record is not None:
+            record.patterns.append(pattern_BHTS if pattern_BHTS is not None else (q_BTHK, k_BSHK, mask_B1TS))
+        return self.output(self.hook_z(z_BTHV).flatten(-2))
 
 
 class SwiGLU(nn.Module):
-    """`(silu(x W_gate) * (x W_up)) W_down`, at each position alone.
+    """The feed-forward part, SwiGLU (Shazeer 2020, equation 6): `(silu(x W_gate) * (x W_up)) W_down`. No biases.
 
-    Hook points, named as in TransformerLens, all (B, T, F): `hook_pre` is the gate before the silu, `hook_pre_linear`
+    Hook points, named as in TransformerLens, all (B, T, F): `hook_pre` sees the gate before the silu, `hook_pre_linear`
     the linear branch, `hook_post` their product, the neurons' activations.
 
     Args:
-        embedding_size: width of the residual stream.
-        d_ff: number of neurons.
+        embedding_size: Width of the residual stream.
+        d_ff: Number of neurons.
     """
 
     def __init__(self, embedding_size: int, d_ff: int) -> None:
@@ -228,46 +302,37 @@ class SwiGLU(nn.Module):
         self.gate = nn.Linear(embedding_size, d_ff, bias=False)
         self.up = nn.Linear(embedding_size, d_ff, bias=False)
         self.down = nn.Linear(d_ff, embedding_size, bias=False)
+        self.joined: Tensor | None = None  # a copy, set by `join_weights` for generation
         self.hook_pre = HookPoint()
         self.hook_pre_linear = HookPoint()
         self.hook_post = HookPoint()
 
+    def joined_weight(self) -> Tensor:
+        """Return the weights of both branches in one matrix."""
+        return self.joined if self.joined is not None else torch.cat([self.gate.weight, self.up.weight])
+
     def forward(self, x_BTE: Tensor) -> Tensor:
-        """The fast path: one product for both branches."""
-        branches_BTF = F.linear(x_BTE, torch.cat([self.gate.weight, self.up.weight]))
-        return self.down(gated_silu(branches_BTF))
-
-    def watch(self, x_BTE: Tensor) -> Tensor:
-        """The same, through the hook points."""
-        gate_BTF = self.hook_pre(self.gate(x_BTE))
-        linear_BTF = self.hook_pre_linear(self.up(x_BTE))
-        return self.down(self.hook_post(F.silu(gate_BTF) * linear_BTF))
-
-
-class WatchedBlock(NamedTuple):
-    """What a block read, what it looked at and what it left, with every replacement by a hook in it."""
-
-    resid_pre: Tensor
-    """(B, T, E)."""
-    pattern: Tensor
-    """(B, H, T, S)."""
-    resid_post: Tensor
-    """(B, T, E)."""
+        branches_BTF = F.linear(x_BTE, self.joined_weight())
+        if self.hook_pre.is_set or self.hook_pre_linear.is_set:
+            gate_BTF, linear_BTF = branches_BTF.chunk(2, dim=-1)
+            branches_BTF = torch.cat([self.hook_pre(gate_BTF), self.hook_pre_linear(linear_BTF)], dim=-1)
+        return self.down(self.hook_post(gated_silu(branches_BTF)))
 
 
 class Block(nn.Module):
-    """One layer, normalised before each part (Xiong et al. 2020) by RMSNorm.
+    """One layer: attention, then the feed-forward part, each adding to the residual stream what it read from it.
 
-    Hook points, all (B, T, E): `hook_resid_pre`, `hook_attn_out`, `hook_resid_mid`, `hook_mlp_out`, `hook_resid_post`.
-    The two `_out` are what is added to the stream, so after dropout while training.
+    Normalized before each part (Xiong et al. 2020) by RMSNorm. Hook points, all (B, T, E): `hook_resid_pre`,
+    `hook_attn_out`, `hook_resid_mid`, `hook_mlp_out`, `hook_resid_post`. The two `_out` are what is added to the
+    stream: after dropout during training.
 
     Args:
-        embedding_size: width of the residual stream.
-        num_heads: attention heads.
-        d_key: width of a head's queries and keys.
-        d_value: width of a head's values.
-        d_ff: neurons of the feed-forward part.
-        dropout: share of each part's output that is dropped while training.
+        embedding_size: Width of the residual stream.
+        num_heads: Number of attention heads.
+        d_key: Width of a head's queries and keys.
+        d_value: Width of a head's values.
+        d_ff: Number of neurons of the feed-forward part.
+        dropout: Rate of the dropout of each part's output.
     """
 
     def __init__(
@@ -285,16 +350,19 @@ class Block(nn.Module):
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
-    def forward(self, resid_BTE: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """The fast path: the residual stream after the block."""
-        resid_BTE = resid_BTE + self.dropout(self.attention(self.attention_norm(resid_BTE), rotation))
-        return resid_BTE + self.dropout(self.feedforward(self.feedforward_norm(resid_BTE)))
-
-    def watch(self, resid_BTE: Tensor, visible_B1TS: Tensor, rotation: Rotation | None = None) -> WatchedBlock:
-        """The same through the hook points; `visible_B1TS` is the mask of `visible_keys`."""
-        pre_BTE = self.hook_resid_pre(resid_BTE)
-        attention_BTE, pattern_BHTS = self.attention.watch(self.attention_norm(pre_BTE), visible_B1TS, rotation)
-        mid_BTE = self.hook_resid_mid(pre_BTE + self.hook_attn_out(self.dropout(attention_BTE)))
-        feedforward_BTE = self.feedforward.watch(self.feedforward_norm(mid_BTE))
-        post_BTE = self.hook_resid_post(mid_BTE + self.hook_mlp_out(self.dropout(feedforward_BTE)))
-        return WatchedBlock(pre_BTE, pattern_BHTS, post_BTE)
+    def forward(
+        self,
+        resid_BTE: Tensor,
+        rotation: Rotation | None = None,
+        mask_B1TS: Tensor | None = None,
+        cache: LayerCache | None = None,
+        record: ForwardRecord | None = None,
+    ) -> Tensor:
+        """Return the residual stream after the block. The other arguments are those of `Attention`."""
+        resid_BTE = self.hook_resid_pre(resid_BTE)
+        if record is not None:
+            record.residuals.append(resid_BTE)
+        attention_BTE = self.attention(self.attention_norm(resid_BTE), rotation, mask_B1TS, cache, record)
+        resid_BTE = self.hook_resid_mid(resid_BTE + self.hook_attn_out(self.dropout(attention_BTE)))
+        feedforward_BTE = self.feedforward(self.feedforward_norm(resid_BTE))
+        return self.hook_resid_post(resid_BTE + self.hook_mlp_out(self.dropout(feedforward_BTE)))

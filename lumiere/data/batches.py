@@ -1,4 +1,4 @@
-"""Which windows a step trains on: a pure function of the seed and the step."""
+"""Windows of documents, and which of them a step trains on: a pure function of the seed and the step."""
 
 import hashlib
 import os
@@ -16,66 +16,25 @@ from lumiere.data.tokenizer import PAD
 from lumiere.errors import DataError, LumiereError
 
 ROUNDS = 8
-
-
-def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Where each index goes.
-
-    Args:
-        indices: (N,) integers in `range(size)`.
-        size: how many numbers are permuted.
-        key: chooses the permutation.
-
-    Returns:
-        (N,) int64, distinct for distinct indices.
-    """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = round_keys(key)
-    images = feistel(indices.astype(np.uint64), half_bits, keys)
-    # The domain is less than four times `size`, so a few walks do.
-    while (outside := images >= size).any():
-        images[outside] = feistel(images[outside], half_bits, keys)
-    return images.astype(np.int64)
-
-
-def feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
-    """One pass through the network: a permutation of the numbers of `2 * half_bits` bits, whatever `mix` is."""
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (mix(right, key) & mask)
-    return (left << shift) | right
-
-
-def mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """SplitMix64's finalizer of each value and the key (Steele et al. 2014)."""
-    values = values ^ key
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def round_keys(key: str) -> np.ndarray:
-    """(ROUNDS,) uint64, one independent key a round."""
-    return np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
-
-
+"""Rounds of the Feistel network."""
 COUNT_TYPE = np.dtype(np.int64)
 DOCUMENTS_AT_ONCE = 2**20
-"""Documents whose windows are counted in memory; of more, the counts are kept in a file."""
+"""Maximum number of documents whose window counts are kept in memory; beyond it, they are kept in a file."""
 
 
 class Windows:
-    """The windows of a split, addressed by index and cut only when they are asked for.
+    """Documents cut into overlapping windows of `context_size + 1` tokens, on demand and by index.
+
+    A window never crosses a document.
 
     Args:
-        ids: (num_tokens,) all documents one after the other.
-        offsets: (num_documents + 1,) where each document starts in `ids`, and where the last one ends.
-        context_size: inputs of a window; with the targets it spans one token more.
-        sliding_window_size: tokens that a window shares with the one before it in the same document.
-        shifts: whether `batch_at` cuts them at other places in each epoch.
-        vocab_size: ids are less than this; None where that is known.
-        path: of the split's files, without their endings, where they come from a file.
+        ids: (num_tokens,), all documents concatenated.
+        offsets: (num_documents + 1,), where each document starts in `ids`, and where the last one ends.
+        context_size: Inputs of a window; with the targets it spans one token more.
+        sliding_window_size: Tokens shared with the previous window of the document.
+        shifts: Whether `batch_at` shifts the windows each epoch.
+        vocab_size: Ids are checked to be less than this; None if they are known to be.
+        path: Path of the split's files without their endings, if it has files.
     """
 
     def __init__(
@@ -98,12 +57,12 @@ class Windows:
 
     @property
     def stride(self) -> int:
-        """Tokens from the start of a window to the start of the next."""
+        """Tokens between the starts of consecutive windows."""
         return self.context_size + 1 - self.sliding_window_size
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """(num_documents,) windows of all documents up to and with each one; from a file where they are many."""
+        """(num_documents,), cumulative number of windows; memory-mapped if there are many documents."""
         num_documents = len(self.offsets) - 1
         if self._path is None or num_documents <= DOCUMENTS_AT_ONCE:
             return self._count(0, num_documents)
@@ -113,7 +72,7 @@ class Windows:
         return np.asarray(np.memmap(path, dtype=COUNT_TYPE, mode="r"))
 
     def _write_ends(self, path: Path, num_documents: int) -> None:
-        # Of this process' own name: two may write at once, and both write the same.
+        # Named after the process: two may write at once, and both write the same.
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
@@ -124,19 +83,18 @@ class Windows:
                     before = int(ends[-1])
             os.replace(temporary, path)
         except OSError as error:
-            raise LumiereError(
-                f"the cache {str(path.parent)!r} cannot be written: {error.strerror}", "set LUMIERE_CACHE_DIR"
-            ) from None
+            problem = f"the cache {str(path.parent)!r} cannot be written: {error.strerror}"
+            raise LumiereError(problem, "set LUMIERE_CACHE_DIR") from None
         finally:
             temporary.unlink(missing_ok=True)
 
     def _count(self, first: int, last: int) -> np.ndarray:
-        """(last - first,) windows of the documents from `first` on, up to and with each one."""
+        """Return the cumulative number of windows of documents `first` to `last` (exclusive)."""
         lengths = np.diff(self.offsets[first : last + 1])
         if lengths.min() < 1:
             raise self._damaged("a document without a token")
         beyond_first = lengths - (self.context_size + 1)
-        # Without overlap a single token left over has nothing before it to be predicted from.
+        # Without overlap, a single leftover token has no token before it to be predicted from.
         needed = beyond_first - (self.sliding_window_size == 0)
         return np.cumsum(1 + np.maximum(-(-needed // self.stride), 0), dtype=COUNT_TYPE)
 
@@ -149,15 +107,14 @@ class Windows:
 
     @cached_property
     def padding_share(self) -> float:
-        """Share of the positions of an epoch that are padding. Shifted windows are padded in short documents only."""
+        """Fraction of the positions of an epoch that are padding."""
         num_targets, before = 0, 0
         for first in range(0, len(self.offsets) - 1, DOCUMENTS_AT_ONCE):
-            documents = slice(first, first + DOCUMENTS_AT_ONCE)
             lengths = np.diff(self.offsets[first : first + DOCUMENTS_AT_ONCE + 1])
-            ends = self._ends[documents]
+            ends = self._ends[first : first + DOCUMENTS_AT_ONCE]
             counts = np.diff(ends, prepend=before)
             before = int(ends[-1])
-            # All windows of a document but the last are full.
+            # All windows of a document but the last are full; shifted ones are padded in short documents only.
             last = np.minimum(lengths - (counts - 1) * self.stride, self.context_size + 1)
             if self.shifts:
                 last = np.where(counts > 1, self.context_size + 1, last)
@@ -165,36 +122,36 @@ class Windows:
         return 1 - num_targets / (len(self) * self.context_size)
 
     def documents(self, indices: np.ndarray) -> np.ndarray:
-        """(N,) the document that each window is cut from."""
+        """Return the document of each window, (N,)."""
         return np.searchsorted(self._ends, indices, side="right")
 
     def cut(self, indices: np.ndarray, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """The windows at `indices`.
+        """Return the windows at `indices`.
 
         Args:
-            shift: how many tokens further on, or back, to cut. Windows stay within their document, and then end where
-                it ends, instead of being padded.
+            shift: Number of tokens to move the windows by, forward or back. They stay within their document, and end
+                where it ends instead of being padded.
 
         Returns:
             tokens: (N, context_size + 1) int64, padded at the end with `PAD`.
-            lengths: (N,) how many of them are real.
+            lengths: (N,), number of real tokens.
         """
         start, lengths = self._place(indices, shift)
         column = np.arange(self.context_size + 1)
         real = column < lengths[:, None]
-        # Positions beyond a document are read from its first token and then overwritten.
+        # Positions beyond a document are read from its first token, then overwritten.
         tokens = self.ids[np.where(real, start[:, None] + column, start[:, None])].astype(np.int64)
         if self._vocab_size is not None and tokens.max() >= self._vocab_size:
-            raise self._damaged(f"the id {tokens.max()}, which is none of its tokenizer's")
+            raise self._damaged(f"the id {tokens.max()}, which its tokenizer does not have")
         tokens[~real] = PAD
         return tokens, lengths
 
     def lengths(self, indices: np.ndarray, shift: int = 0) -> np.ndarray:
-        """(N,) how many tokens of each window are real, without reading them; arguments as those of `cut`."""
+        """Return the number of real tokens of each window, (N,), without reading them. Arguments as in `cut`."""
         return self._place(indices, shift)[1]
 
     def _place(self, indices: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the windows at `indices` start in `ids`, and how many tokens of each are real: (N,) both."""
+        """Return where each window starts in `ids`, and its number of real tokens: (N,) both."""
         document = self.documents(indices)
         first_window = np.where(document > 0, self._ends[document - 1], 0)
         start = self.offsets[document] + (indices - first_window) * self.stride
@@ -206,13 +163,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class Batch(ShortRepr):
-    """Inputs, and the same shifted by one.
+    """Inputs and targets, which are the inputs shifted by one.
 
     Attributes:
         tokens: (B, T) int64.
         targets: (B, T) int64, `IGNORED` where there is nothing to predict.
-        num_targets: positions that are no padding, over all shares of a step where several processes share it.
-        documents: (B,) which document of the split each window is cut from; None: each is a text of its own.
+        num_targets: Number of targets, over all ranks that share the step.
+        documents: (B,), document of the split that each window is from. None: each is a text of its own.
     """
 
     tokens: torch.Tensor
@@ -224,13 +181,13 @@ class Batch(ShortRepr):
         return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device))
 
     def split(self, num_parts: int, fills: bool = False) -> list["Batch"]:
-        """The same windows in at most `num_parts` smaller batches, for gradient accumulation.
+        """Split into at most `num_parts` micro-batches, for gradient accumulation.
 
         Each keeps the `num_targets` of all of them, since counting its own would wait for the device.
 
         Args:
-            fills: give that many in any case, where windows are lacking ones without targets: processes that compute
-                together need as many forward passes each.
+            fills: Return exactly `num_parts`, filling up with fully masked batches: ranks that compute together need
+                the same number of forward passes.
         """
         split = zip(self.tokens.tensor_split(num_parts), self.targets.tensor_split(num_parts), strict=True)
         parts = [Batch(tokens, targets, self.num_targets) for tokens, targets in split if len(tokens)]
@@ -239,7 +196,7 @@ class Batch(ShortRepr):
 
 
 def make_batch(windows: Windows, indices: np.ndarray, shift: int = 0) -> Batch:
-    """The windows at `indices`, cut `shift` tokens further on, as inputs and targets."""
+    """Return the windows at `indices`, moved by `shift` tokens, as inputs and targets."""
     tokens, lengths = windows.cut(indices, shift)
     targets = tokens[:, 1:].copy()
     targets[np.arange(windows.context_size) >= lengths[:, None] - 1] = IGNORED
@@ -251,8 +208,13 @@ def make_batch(windows: Windows, indices: np.ndarray, shift: int = 0) -> Batch:
     )
 
 
+def without_targets(batch: Batch) -> Batch:
+    """Return the batch with every target masked, for a rank without data."""
+    return Batch(batch.tokens, torch.full_like(batch.targets, IGNORED), 0)
+
+
 def documents_of(batches: Sequence[Batch]) -> np.ndarray:
-    """(S,) the document of each sequence of all batches, one after the other; other numbers where it is not known."""
+    """Return the document of each sequence of all batches, (S,); unique negative numbers where unknown."""
     found, unknown = [], -1
     for batch in batches:
         count = len(batch.tokens)
@@ -262,12 +224,12 @@ def documents_of(batches: Sequence[Batch]) -> np.ndarray:
 
 
 def steps_per_epoch(windows: Windows, batch_size: int) -> int:
-    """Steps in which every window is seen once; the last batch of an epoch may be smaller."""
+    """Return the number of steps that see every window once; the last batch may be smaller."""
     return -(-len(windows) // batch_size)
 
 
 def indices_at(step: int, windows: Windows, batch_size: int, seed: int) -> np.ndarray:
-    """(B,) the windows of a step, counted from 0. Each epoch is another permutation of all windows."""
+    """Return the windows of a step, (B,), counted from 0. Each epoch permutes all windows anew."""
     epoch, position = divmod(step, steps_per_epoch(windows, batch_size))
     first = position * batch_size
     places = np.arange(first, min(first + batch_size, len(windows)))
@@ -275,16 +237,16 @@ def indices_at(step: int, windows: Windows, batch_size: int, seed: int) -> np.nd
 
 
 def documents_at(step: int, windows: Windows, batch_size: int, seed: int) -> list[int]:
-    """The documents that the windows of a step are cut from, by number in the split, each once and in order."""
+    """Return the numbers of the documents in the windows of a step, sorted and unique."""
     return np.unique(windows.documents(indices_at(step, windows, batch_size, seed))).tolist()
 
 
 def batch_at(step: int, windows: Windows, batch_size: int, seed: int, rank: int = 0, num_shares: int = 1) -> Batch:
-    """The batch of a step, counted from 0, without a loader's state to save.
+    """Return the batch of a step, counted from 0. There is no loader state to save.
 
     Args:
-        rank: which share of its windows is wanted, of `num_shares`; `num_targets` counts those of all shares. Where
-            there are fewer windows than shares, a share without one has a window without targets.
+        rank: Which of `num_shares` shares of its windows to return. `num_targets` counts those of all shares. If there
+            are fewer windows than shares, a share without one gets a window with all targets masked.
     """
     shift = shift_at(step // steps_per_epoch(windows, batch_size), windows.stride, seed) if windows.shifts else 0
     indices = indices_at(step, windows, batch_size, seed)
@@ -296,27 +258,22 @@ def batch_at(step: int, windows: Windows, batch_size: int, seed: int, rank: int 
     return Batch(share.tokens, share.targets, int(lengths.sum()) - len(lengths))
 
 
-def without_targets(batch: Batch) -> Batch:
-    """The batch with nothing to predict, for a process that only keeps the others company."""
-    return Batch(batch.tokens, torch.full_like(batch.targets, IGNORED), 0)
-
-
 def shift_at(epoch: int, stride: int, seed: int) -> int:
-    """How far the windows of an epoch are shifted: any of `stride` neighbouring numbers around 0, by chance.
+    """Return the window offset of an epoch: uniform among the `stride` integers around 0.
 
-    Over the epochs, a token that is far from its document's ends comes to stand at every position of a window.
+    Over the epochs, a token far from the ends of its document appears at every position of a window.
     """
     digest = hashlib.blake2b(f"shift {seed} {epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % stride - stride // 2
 
 
 def batches_in_order(windows: Windows, batch_size: int, rank: int = 0, num_shares: int = 1) -> Iterator[Batch]:
-    """Every window once, in the order of the text, as an evaluation reads them.
+    """Yield every window once in the order of the text, for evaluation.
 
     Args:
-        rank: of `num_shares` processes, each of which gets every `num_shares`-th batch. All get as many, because a
-            model whose weights are shared out needs all processes in each forward pass: where there is no batch left
-            for one, it gets a window without targets.
+        rank: Rank among `num_shares` processes, each of which gets every `num_shares`-th batch. All get the same
+            number, because sharded models need all ranks in every forward pass: a rank without a batch gets a window
+            with all targets masked.
     """
     num_batches = steps_per_epoch(windows, batch_size)
     for number in range(rank, -(-num_batches // num_shares) * num_shares, num_shares):
@@ -325,3 +282,43 @@ def batches_in_order(windows: Windows, batch_size: int, rank: int = 0, num_share
             yield make_batch(windows, np.arange(first, min(first + batch_size, len(windows))))
         else:
             yield without_targets(make_batch(windows, np.zeros(1, dtype=np.int64)))
+
+
+def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:
+    """Permute `range(size)`, index by index and in constant memory.
+
+    A balanced Feistel network permutes a range of 4^k numbers; an image outside `range(size)` is permuted again until
+    it falls inside ("cycle-walking", Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). The order of an
+    epoch is therefore never stored, saved, or sent to other processes.
+
+    Args:
+        indices: (N,), integers in `range(size)`.
+        key: Selects the permutation.
+
+    Returns:
+        (N,) int64, distinct for distinct indices.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
+    images = feistel(indices.astype(np.uint64), half_bits, keys)
+    # The domain is less than four times `size`, so a few walks suffice.
+    while (outside := images >= size).any():
+        images[outside] = feistel(images[outside], half_bits, keys)
+    return images.astype(np.int64)
+
+
+def feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
+    """Pass through the network: a permutation of the integers of `2 * half_bits` bits, whatever `mix` is."""
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (mix(right, key) & mask)
+    return (left << shift) | right
+
+
+def mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Apply SplitMix64's finalizer (Steele et al. 2014) to each value and the key."""
+    values = values ^ key
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,13 +1,12 @@
-"""A built-in corpus for one purpose: texts that nothing but an induction head can predict.
+"""Built-in corpus of texts that only an induction head can predict.
 
-Each text has a rule of its own: it takes 3 to 12 letters, and for each of them another one (or itself) that follows.
-It then walks along that rule, and at one letter in five it jumps to any of its letters instead. What follows which
-letter can only be read from the text itself, where the same letter stood before: a Markov chain that is to be learned
-in context, as in Edelman et al. 2024, "The Evolution of Statistical Induction Heads"; of them is the idea, ours are the
-sparse rule and the number of letters that varies.
+Each text has its own rule: it picks 3 to 12 letters, and for each of them a successor, possibly itself. It then follows
+that rule, and jumps to any of its letters one time in five. The successor of a letter can only be read from earlier
+occurrences in the text: a Markov chain learned in context. The idea is that of Edelman et al. 2024, "The Evolution of
+Statistical Induction Heads"; the sparse rule and the varying number of letters are ours.
 
-Copying a repeated text is not enough for that. There, letters come back at a distance that is the same throughout a
-text, and a head that only counts positions can do well; here it cannot.
+Copying a repeated text would be too easy: there, letters recur at a constant distance within a text, so a head that
+only counts positions can do well.
 """
 
 import string
@@ -15,19 +14,19 @@ from collections.abc import Iterator
 from random import Random
 
 CHAINS_VERSION = 1
-"""Raised whenever a text changes, so that caches of the old text are not used again."""
+"""Raised whenever a text changes, so that caches of the old text are not reused."""
 LETTERS = string.ascii_lowercase
 FEWEST, MOST = 3, 12
-"""Letters of a text."""
+"""Minimum and maximum number of letters of a text."""
 FOLLOWING = 0.8
-"""How often the rule is followed; a jump may come to the same letter."""
+"""Probability of following the rule; a jump may lead to the same letter."""
 LENGTH = 63
-"""With the start and the end token, a window of a context of 64: a text is one window."""
+"""With the start and end tokens, a text fills one window of a context of 64."""
 
 
 def chain(split: str, index: int, seed: int = 0) -> str:
-    """Text `index` of a split: a pure function of its arguments."""
-    # Random.random() gives the same numbers in every version of Python; choice() and sample() do not promise it.
+    """Return text `index` of a split: a pure function of its arguments."""
+    # Random.random() is the same in every version of Python; choice() and sample() do not promise it.
     draw = Random(f"{seed}/chains/{split}/{index}").random
     letters = list(LETTERS)
     count = FEWEST + int(draw() * (MOST - FEWEST + 1))
@@ -43,5 +42,5 @@ def chain(split: str, index: int, seed: int = 0) -> str:
 
 
 def chains(split: str, num_documents: int, seed: int = 0) -> Iterator[str]:
-    """The first `num_documents` texts of a split, one by one; splits differ in their draws only."""
+    """Yield the first `num_documents` texts of a split. Splits differ only in their random draws."""
     return (chain(split, index, seed) for index in range(num_documents))

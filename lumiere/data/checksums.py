@@ -1,4 +1,4 @@
-"""SHA-256 of files, computed again only when a file may have changed; and of the files of an encoded corpus."""
+"""SHA-256 of files, recomputed only when a file may have changed, and of the files of an encoded corpus."""
 
 import contextlib
 import hashlib
@@ -17,22 +17,22 @@ from lumiere.files import open_file, parse_json, read_file
 CHECKSUMS = "checksums.json"
 MAX_RECORD_BYTES = 10_000
 SETTLED_SECONDS = 2.0
-"""A file that changed less than this long ago may change again without a new time stamp."""
+"""A file that changed more recently than this may change again within one time stamp."""
 
 
 def cache_dir() -> Path:
-    """Where encoded corpora are kept between runs; `LUMIERE_CACHE_DIR` overrides it."""
+    """Return the folder of encoded corpora; `LUMIERE_CACHE_DIR` overrides it."""
     return Path(os.environ.get("LUMIERE_CACHE_DIR") or platformdirs.user_cache_dir("lumiere"))
 
 
 def file_sha256(path: str | Path, fresh: bool = False) -> str:
     """Return the SHA-256 of a file's contents.
 
-    A file with the size, the inode and the times (also of its inode, which no user can set) of an earlier call is not
-    read again.
+    A file is not read again if its size, inode and times are those of an earlier call. They include the inode's change
+    time, which users cannot set.
 
     Args:
-        fresh: Read it in any case.
+        fresh: Read the file in any case.
 
     Raises:
         OSError: The file cannot be read.
@@ -50,8 +50,7 @@ def file_sha256(path: str | Path, fresh: bool = False) -> str:
         started = time.time()
         sha256 = hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
     if started - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
-        # A cache that cannot be written only costs the time to read the file again.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # without a writable cache, the file is only read again
             write_record(record_path, {"stamp": stamp, "sha256": sha256})
     return sha256
 
@@ -59,36 +58,41 @@ def file_sha256(path: str | Path, fresh: bool = False) -> str:
 def write_record(path: Path, record: Mapping[str, object]) -> None:
     """Write a small JSON file that other processes may read or write at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write_durably(path, json.dumps(record), suffix=f".{os.getpid()}.tmp")
+
+
+def write_durably(path: Path, text: str, suffix: str = "-new") -> None:
+    """Replace a small file atomically: after a crash it has the old or the complete new content."""
+    temporary = path.with_name(path.name + suffix)
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def checksums_of(folder: Path, fresh: bool = False) -> dict[str, str]:
-    """Return the SHA-256 of the ids and offsets in the folder of an encoded corpus, by name.
+    """Return the SHA-256 of the ids and offsets in the folder of an encoded corpus, by file name.
 
     Args:
-        fresh: Read every file, also where its size and times are those of an earlier call.
+        fresh: Read every file, even if its size and times are those of an earlier call.
 
     Raises:
-        OSError: They cannot be read.
+        OSError: A file cannot be read.
     """
     paths = sorted([*folder.glob("*.ids"), *folder.glob("*.offsets")])
     return {path.name: file_sha256(path, fresh) for path in paths}
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of an encoded corpus beside it."""
+    """Write the checksums of an encoded corpus into its folder."""
     write_record(folder / CHECKSUMS, checksums_of(folder))
 
 
 def changed_files(folder: Path, fresh: bool = False) -> list[str]:
-    """Return the names of the ids and offsets that are not those that were written.
+    """Return the names of the ids and offsets that changed since they were written.
 
-    Folders of older versions have no checksums; they get those of their files as they are now.
+    Folders of older versions have no checksums; they get those of their current files.
 
     Raises:
         OSError, ValueError: The files or the checksums cannot be read.
@@ -97,7 +101,7 @@ def changed_files(folder: Path, fresh: bool = False) -> list[str]:
     try:
         written = parse_json(read_file(folder / CHECKSUMS, MAX_RECORD_BYTES))
     except FileNotFoundError:
-        with contextlib.suppress(OSError):  # a cache may be read-only
+        with contextlib.suppress(OSError):  # the cache may be read-only
             write_record(folder / CHECKSUMS, found)
         return []
     if not isinstance(written, dict):

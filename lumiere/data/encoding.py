@@ -1,7 +1,7 @@
-"""Documents into ids on disk, batch by batch; an encoding that was stopped goes on where it was, also in a document.
+"""Encode documents into ids on disk, batch by batch; an interrupted pass resumes where it stopped, even in a document.
 
-A split becomes two files, `train.ids` and `train.offsets`, that grow as the documents come, and a journal of how far
-they are whole. One file of any size is as good to map into memory as many small ones, and cheaper to address.
+A split becomes two growing files, `train.ids` and `train.offsets`, and a journal of how much of them is complete. One
+file of any size can be memory-mapped as well as many small ones, and is easier to address.
 """
 
 import hashlib
@@ -16,28 +16,29 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from lumiere.data.checksums import write_durably
 from lumiere.data.text import Part
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer, not_a_character
 from lumiere.files import parse_json, read_file
 
 BATCH_BYTES = 4_000_000
-"""Text encoded in one call: enough to keep all cores busy, little enough to hold its ids beside it."""
+"""Text encoded in one call: enough to keep all cores busy, while its ids still fit in memory beside it."""
 BATCH_PARTS = 1024
 JOURNAL_BYTES = 64_000_000
-"""Text after which the files are flushed, and the journal says so: at most this much is encoded twice."""
+"""Text between journal entries, hence the most that is encoded twice after an interruption."""
 MAX_JOURNAL_BYTES = 10_000
 OFFSET_TYPE = np.int64
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """What is known of a split's text.
+    """Size and identity of the text of a split.
 
     Attributes:
         num_bytes: UTF-8 bytes of its documents, before normalization.
-        num_words: words by white space, line ends counted as words.
-        sha256: of its documents.
-        num_normalized_bytes: UTF-8 bytes after the tokenizer's normalizer, which are those that its tokens stand for.
+        num_words: White-space separated words, line ends counted as words.
+        sha256: Hash of its documents.
+        num_normalized_bytes: UTF-8 bytes after the tokenizer's normalizer, which are the bytes that its tokens spell.
     """
 
     num_documents: int
@@ -49,23 +50,23 @@ class SplitFacts:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that a model predicts, each counted once: all but each document's first."""
+        """Tokens to predict, each counted once: all but the first of each document."""
         return self.num_tokens - self.num_documents
 
     @property
-    def is_sound(self) -> bool:
-        """Whether these are facts at all: of a file that anybody may have written, they are what stood there."""
+    def is_valid(self) -> bool:
+        """Whether the values have the right types and signs; they may come from a damaged file."""
         counts = (self.num_documents, self.num_tokens, self.num_bytes, self.num_words, self.num_normalized_bytes)
         return all(isinstance(count, int) and count > 0 for count in counts) and isinstance(self.sha256, str)
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a split is encoded. Tokens, bytes and words of a document that has not ended are among the facts.
+    """How much of a split is encoded. The facts include the unfinished last document, except in `num_documents`.
 
     Attributes:
-        num_parts: parts of documents that are done.
-        is_within: whether the last of them ended no document.
+        num_parts: Number of encoded parts of documents.
+        is_within: Whether the last of them does not end its document.
     """
 
     facts: SplitFacts
@@ -73,11 +74,11 @@ class State:
     is_within: bool
 
     @property
-    def is_sound(self) -> bool:
-        """Whether this is a state at all; in the first document, none has ended."""
+    def is_valid(self) -> bool:
+        """Whether the values have the right types and signs; within the first document, `num_documents` is 0."""
         facts = replace(self.facts, num_documents=self.facts.num_documents + 1)
         counts = (self.num_parts, self.facts.num_documents)
-        return facts.is_sound and all(isinstance(count, int) and count >= 0 for count in counts)
+        return facts.is_valid and all(isinstance(count, int) and count >= 0 for count in counts)
 
 
 EMPTY = State(SplitFacts(0, 0, 0, 0, hashlib.sha256().hexdigest(), 0), 0, False)
@@ -85,18 +86,18 @@ EMPTY = State(SplitFacts(0, 0, 0, 0, hashlib.sha256().hexdigest(), 0), 0, False)
 
 @dataclass(frozen=True)
 class Batch:
-    """Parts to be encoded together, and the state after them, but for what the tokens tell."""
+    """Parts to encode together, and the state after them, except for what depends on their tokens."""
 
     parts: Sequence[Part]
     state: State
 
 
 class ChangedError(Exception):
-    """What was encoded before is not what comes now, or not what is on the disk."""
+    """The documents or files are not those that were encoded before."""
 
 
 def id_type(vocab_size: int) -> type[np.unsignedinteger[Any]]:
-    """The smallest type that holds every id."""
+    """Return the smallest integer type that holds every id."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
@@ -105,24 +106,24 @@ def encode_split(
     split: str,
     read: Callable[[], Iterator[Part]],
     tokenizer: Tokenizer,
-    tell: Callable[[SplitFacts], None],
+    emit: Callable[[SplitFacts], None],
 ) -> SplitFacts:
-    """Write the ids and offsets of a split into `folder`, or what is missing of them.
+    """Write the ids and offsets of a split into `folder`, or the rest of them after an interruption.
 
-    The result is the same, byte for byte, however often it was stopped on the way.
+    The result is the same, byte for byte, however often it was interrupted.
 
     Args:
-        read: starts to read its documents.
-        tell: called with the facts so far.
+        read: Starts reading the documents.
+        emit: Called with the facts so far, after each batch.
     """
     journal = Journal(folder / f"{split}.journal")
     state, done = journal.read()
     if done:
         return state.facts
     try:
-        return write_split(folder, split, read(), tokenizer, state, journal, tell)
+        return write_split(folder, split, read(), tokenizer, state, journal, emit)
     except ChangedError:
-        return write_split(folder, split, read(), tokenizer, EMPTY, journal, tell)
+        return write_split(folder, split, read(), tokenizer, EMPTY, journal, emit)
 
 
 def write_split(
@@ -132,12 +133,12 @@ def write_split(
     tokenizer: Tokenizer,
     state: State,
     journal: "Journal",
-    tell: Callable[[SplitFacts], None],
+    emit: Callable[[SplitFacts], None],
 ) -> SplitFacts:
-    """Go on writing after `state`.
+    """Resume writing after `state`.
 
     Raises:
-        ChangedError: if the documents up to there, or the files, are not those of `state`.
+        ChangedError: The documents up to there, or the files, are not those of `state`.
     """
     dtype = id_type(len(tokenizer))
     sizes = np.array(tokenizer.token_sizes)
@@ -146,22 +147,20 @@ def write_split(
     with (
         open(folder / f"{split}.ids", "ab") as ids_file,
         open(folder / f"{split}.offsets", "ab") as offsets_file,
-        # One thread reads and measures the next batch while the tokenizer, which needs no GIL, encodes this one.
+        # A thread reads the next batch while the tokenizer, which releases the GIL, encodes this one.
         ThreadPoolExecutor(max_workers=1) as pool,
     ):
-        cut(ids_file, facts.num_tokens * np.dtype(dtype).itemsize)
-        cut(offsets_file, (facts.num_documents + 1) * np.dtype(OFFSET_TYPE).itemsize if state.num_parts else 0)
+        truncate(ids_file, facts.num_tokens * np.dtype(dtype).itemsize)
+        truncate(offsets_file, (facts.num_documents + 1) * np.dtype(OFFSET_TYPE).itemsize if state.num_parts else 0)
         if not state.num_parts:
             offsets_file.write(np.zeros(1, OFFSET_TYPE).tobytes())
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            encoded = encode_parts(batch.parts, state.is_within, tokenizer)
-            ends = facts.num_tokens + np.cumsum(list(map(len, encoded)), dtype=OFFSET_TYPE)
-            is_last = np.array([part.is_last for part in batch.parts])
-            ids = np.concatenate([np.array(ids, dtype=dtype) for ids in encoded])
+        upcoming = pool.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(next, batches, None)
+            ids, ends = encode_parts(batch.parts, state.is_within, tokenizer)
+            ends += facts.num_tokens
             ids_file.write(ids.tobytes())
-            offsets_file.write(ends[is_last].tobytes())
+            offsets_file.write(ends[[part.is_last for part in batch.parts]].tobytes())
             num_normalized = facts.num_normalized_bytes + int(sizes[ids].sum())
             facts = replace(batch.state.facts, num_tokens=int(ends[-1]), num_normalized_bytes=num_normalized)
             state = replace(batch.state, facts=facts)
@@ -169,17 +168,21 @@ def write_split(
                 flush(ids_file, offsets_file)
                 journal.write(state)
                 flushed = facts
-            tell(facts)
+            emit(facts)
         flush(ids_file, offsets_file)
     journal.write(state, done=True)
     return facts
 
 
-def encode_parts(parts: Sequence[Part], is_within: bool, tokenizer: Tokenizer) -> list[list[int]]:
-    """Return the ids of each part, with the tokens that mark the start and the end of a document.
+def encode_parts(parts: Sequence[Part], is_within: bool, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Encode parts of documents, with the tokens that mark the start and end of a document.
 
     Args:
-        is_within: whether the first of them goes on with a document.
+        is_within: Whether the first part continues a document.
+
+    Returns:
+        ids: (num_tokens,), all parts concatenated.
+        ends: (num_parts,) int64, where each part ends in `ids`.
     """
     encoded = tokenizer.encode_batch([part.text for part in parts])
     for part, ids in zip(parts, encoded, strict=True):
@@ -188,55 +191,56 @@ def encode_parts(parts: Sequence[Part], is_within: bool, tokenizer: Tokenizer) -
         if part.is_last:
             ids.append(EOT)
         is_within = not part.is_last
-    return encoded
+    dtype = id_type(len(tokenizer))
+    joined = np.concatenate([np.array(ids, dtype=dtype) for ids in encoded])
+    return joined, np.cumsum(list(map(len, encoded)), dtype=OFFSET_TYPE)
 
 
 def measured_batches(parts: Iterator[Part], before: State) -> Iterator[Batch]:
-    """The parts after those of `before`, in batches.
+    """Yield the parts after those of `before` in batches.
 
     Raises:
-        ChangedError: if the text of those before is another one now.
+        ChangedError: The text of the parts before differs from what `before` describes.
     """
     digest = hashlib.sha256()
 
-    def take_in(part: Part) -> None:
+    def update(part: Part) -> None:
         digest.update(utf_8(part.text) + (b"\0" if part.is_last else b""))
 
     for part in islice(parts, before.num_parts):
-        take_in(part)
+        update(part)
     if digest.hexdigest() != before.facts.sha256:
         raise ChangedError
-    state = before
-    batch: list[Part] = []
-    batch_bytes = batch_words = 0
+    state, batch = before, []
+    num_bytes = num_words = 0
 
-    def whole() -> Batch:
+    def complete() -> Batch:
         facts = replace(
             state.facts,
             num_documents=state.facts.num_documents + sum(part.is_last for part in batch),
-            num_bytes=state.facts.num_bytes + batch_bytes,
-            num_words=state.facts.num_words + batch_words,
+            num_bytes=state.facts.num_bytes + num_bytes,
+            num_words=state.facts.num_words + num_words,
             sha256=digest.hexdigest(),
         )
         return Batch(batch, State(facts, state.num_parts + len(batch), not batch[-1].is_last))
 
     for part in parts:
-        take_in(part)
+        update(part)
         part_bytes, part_words = measure(part.text)
         batch.append(part)
-        batch_bytes, batch_words = batch_bytes + part_bytes, batch_words + part_words
-        if len(batch) == BATCH_PARTS or batch_bytes >= BATCH_BYTES:
-            yield (done := whole())
-            state, batch, batch_bytes, batch_words = done.state, [], 0, 0
+        num_bytes, num_words = num_bytes + part_bytes, num_words + part_words
+        if len(batch) == BATCH_PARTS or num_bytes >= BATCH_BYTES:
+            yield (done := complete())
+            state, batch, num_bytes, num_words = done.state, [], 0, 0
     if batch:
-        yield whole()
+        yield complete()
 
 
 def utf_8(text: str) -> bytes:
-    """The bytes of `text`.
+    """Encode text as UTF-8.
 
     Raises:
-        LumiereError: if it holds half of a surrogate pair, which is no character.
+        LumiereError: It contains half of a surrogate pair.
     """
     try:
         return text.encode()
@@ -245,15 +249,15 @@ def utf_8(text: str) -> bytes:
 
 
 def measure(text: str) -> tuple[int, int]:
-    """UTF-8 bytes, and words by white space with line ends counted."""
+    """Return the number of UTF-8 bytes, and of white-space separated words with line ends counted as words."""
     return len(text.encode()), len(text.split()) + text.count("\n")
 
 
-def cut(file: BinaryIO, size: int) -> None:
-    """Drop what was written after the journal's last entry.
+def truncate(file: BinaryIO, size: int) -> None:
+    """Drop what was written after the last journal entry.
 
     Raises:
-        ChangedError: if less was written than the journal says.
+        ChangedError: The file is shorter than the journal says.
     """
     if os.fstat(file.fileno()).st_size < size:
         raise ChangedError
@@ -261,33 +265,24 @@ def cut(file: BinaryIO, size: int) -> None:
 
 
 def flush(*files: IO[Any]) -> None:
-    """Return when what was written is on the disk."""
+    """Return when everything written is on disk."""
     for file in files:
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is the old one or the whole new one, also after a crash."""
-    temporary = path.with_name(path.name + "-new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        flush(file)
-    os.replace(temporary, path)
-
-
 class Journal:
-    """How far a split is encoded, written only when the files behind it are on the disk."""
+    """How much of a split is encoded. Written only after the files it describes are on disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> tuple[State, bool]:
-        """The state, and whether that is all of the split; `EMPTY` where nothing can be gone on from."""
+        """Return the state, and whether the split is complete; `EMPTY` if there is nothing to resume."""
         try:
             entry: Mapping[str, Any] = parse_json(read_file(self._path, MAX_JOURNAL_BYTES))
             state = State(SplitFacts(**entry["facts"]), entry["num_parts"], entry["is_within"] is True)
-            return (state, entry["done"] is True) if state.is_sound else (EMPTY, False)
+            return (state, entry["done"] is True) if state.is_valid else (EMPTY, False)
         except (OSError, ValueError, TypeError, KeyError):
             return EMPTY, False
 

@@ -1,6 +1,6 @@
-"""Datasets that `datasets` resolves or reads: the Hub's, folders with a README, Parquet and Arrow files.
+"""Datasets that the `datasets` library resolves or reads: from the Hub, folders with a README, Parquet and Arrow files.
 
-Of its builders only those of plain data are used: others run what they read (`pandas` unpickles).
+Only its builders for plain data are used. Others may run code that they read: `pandas` unpickles.
 """
 
 import logging
@@ -9,6 +9,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,21 +24,21 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
-from lumiere.data.sources import BUILDERS, Source, checked_sha256, has_subsets, local, plain_folder
+from lumiere.data.sources import BUILDERS, Source, as_list, checked_sha256, has_subsets, local, plain_folder
 from lumiere.data.tables import no_column
 from lumiere.errors import DataError, nearest, shortened
 from lumiere.files import is_writable
 
 TEXT = "text"
 PREPARED = "cache"
-"""What `datasets` calls its own copy, in Arrow files, of what it prepared before; it takes it where the Hub is away."""
+"""Builder of the Arrow files that `datasets` prepared before, which it falls back to offline."""
 NO_NETWORK_SECONDS = 2.0
-"""How long to wait for the Hub's host before it counts as out of reach."""
+"""Timeout for connecting to the Hub."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One column of one split, read again at each iteration and never whole in memory."""
+    """One column of one split, read again at each iteration and never held in memory."""
 
     dataset: datasets.Dataset | datasets.IterableDataset
     column: str
@@ -45,7 +46,7 @@ class Rows:
     def __iter__(self) -> Iterator[str]:
         outer, *inner = path_of(self.column, self.dataset)
         batches = iter(self.dataset.select_columns(outer).iter(batch_size=1000))
-        while (batch := next_of(batches)) is not None:
+        while batch := next_of(batches):
             for row in batch[outer]:
                 for key in inner:
                     row = None if row is None else row[key]
@@ -53,18 +54,13 @@ class Rows:
 
 
 def dataset_rows(config: DatasetConfig, source: Source) -> tuple[dict[str, Iterable[str]], str]:
-    """Return the rows of each split of what `datasets` reads, and a fingerprint of where they come from.
+    """Return the rows of each split, and the identity of their source.
 
     Raises:
         DataError: It cannot be read, or lacks the text column.
     """
-    quiet()
-    try:
+    with errors_in_our_words(config):
         loaded = opened(config, source)
-    except DataError:
-        raise
-    except Exception as error:
-        raise data_error(config, error, offline=False) from None
     for dataset in loaded.values():
         check_column(config, columns_of(dataset))
     prepared = {split: dataset for split, dataset in loaded.items() if isinstance(dataset, datasets.Dataset)}
@@ -78,10 +74,10 @@ def dataset_rows(config: DatasetConfig, source: Source) -> tuple[dict[str, Itera
 def opened(
     config: DatasetConfig, source: Source
 ) -> Mapping[Any, datasets.Dataset] | Mapping[Any, datasets.IterableDataset]:
-    """Return the splits of a source that `datasets` reads."""
+    """Open the splits of a source with `datasets`."""
     builder = source.hub
     if builder is None:
-        # By their contents: its own cache goes by the names and the times of files.
+        # Identified by contents: the cache of `datasets` goes by names and times of files.
         files = {
             split: DataFilesList(paths, [(checked_sha256(path),) for path in paths])
             for split, paths in source.files.items()
@@ -97,14 +93,21 @@ def opened(
     return loaded
 
 
-def quiet() -> None:
-    """Show neither progress nor errors of `datasets`: it logs them before it raises them."""
+@contextmanager
+def errors_in_our_words(config: DatasetConfig, offline: bool = False) -> Iterator[None]:
+    """Turn exceptions of `datasets` into `DataError`; silence its progress bars and its log, which repeats them."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise data_error(config, error, offline) from None
 
 
 def check_column(config: DatasetConfig, columns: Mapping[str, str]) -> None:
-    """Raise a DataError unless the text column is there and holds text."""
+    """Raise a DataError unless the text column exists and holds text."""
     kind = columns.get(config.text_column)
     texts = [name for name, kind in columns.items() if kind == TEXT]
     if kind is None:
@@ -117,10 +120,10 @@ def check_column(config: DatasetConfig, columns: Mapping[str, str]) -> None:
 
 
 def next_of(iterator: Iterator[Any]) -> Any:
-    """The next row, or batch of rows; None after the last.
+    """Return the next row or batch of rows; None after the last.
 
     Raises:
-        DataError: a stream may break off, by whatever error its source raises.
+        DataError: A stream broke off, with any exception of its source.
     """
     try:
         return next(iterator, None)
@@ -128,15 +131,15 @@ def next_of(iterator: Iterator[Any]) -> Any:
         reason = shortened(" ".join(str(error).split()) or type(error).__name__)
         raise DataError(
             f"the dataset cannot be read to its end: {reason}",
-            "mend the file, or try again where it was the network: what was encoded so far is kept",
+            "fix the file, or try again if it was the network: what was encoded so far is kept",
         ) from None
 
 
 def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> dict[str, str]:
-    """Return the type of each column, nested ones by their dotted names."""
+    """Return the type of each column, nested columns by dotted name."""
     if dataset.features is not None:
         return flat_types(dataset.features)
-    # Some builders do not know before the first row is read.
+    # Some builders know their columns only after the first row.
     row: dict[str, Any] = next_of(iter(dataset)) or {}
     return {name: TEXT if isinstance(value, str) else type(value).__name__ for name, value in row.items()}
 
@@ -154,7 +157,7 @@ def flat_types(features: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def path_of(column: str, dataset: datasets.Dataset | datasets.IterableDataset) -> list[str]:
-    """Return the keys that lead to a column: one, or several of a nested column."""
+    """Return the keys that lead to a column: several if it is nested."""
     if column in (dataset.column_names or [column]):
         return [column]
     outer, _, inner = column.partition(".")
@@ -162,23 +165,17 @@ def path_of(column: str, dataset: datasets.Dataset | datasets.IterableDataset) -
 
 
 def described_folder(config: DatasetConfig, folder: str) -> Source:
-    """Return the source of a folder whose README says which files make which subset and split."""
-    quiet()
-    try:
+    """Return the source of a folder whose README assigns files to subsets and splits."""
+    with errors_in_our_words(config):
         builder = resolved_builder(config, folder)
         files = {str(split): list(map(local, paths)) for split, paths in (builder.config.data_files or {}).items()}
         return Source(builder_name(config, builder), files, separator_of(config, builder))
-    except DataError:
-        raise
-    except Exception as error:
-        raise data_error(config, error, offline=False) from None
 
 
 def hub_source(config: DatasetConfig) -> Source:
-    """Return the source of a dataset on the Hub; files that Lumiere reads itself are downloaded."""
-    quiet()
+    """Return the source of a dataset on the Hub, downloading the files that Lumiere reads itself."""
     offline = bool(huggingface_hub.constants.HF_HUB_OFFLINE) or not hub_reachable()
-    try:
+    with errors_in_our_words(config, offline):
         if offline:
             go_offline()
         try:
@@ -186,7 +183,7 @@ def hub_source(config: DatasetConfig) -> Source:
         except DataError:
             raise
         except Exception:
-            # Files that were downloaded, but that `datasets` did not prepare since Lumiere reads them itself.
+            # Files that Lumiere reads itself are downloaded, but never prepared by `datasets`.
             if not offline or not (folder := downloaded(config.name)):
                 raise
             return described_folder(config, folder) if has_subsets(folder) else plain_folder(config, folder)
@@ -196,27 +193,23 @@ def hub_source(config: DatasetConfig) -> Source:
             manager = datasets.DownloadManager(dataset_name=config.name, download_config=datasets.DownloadConfig())
             return Source(name, {split: manager.download(paths) for split, paths in files.items()}, separator)
         return Source(name, files, separator, builder)
-    except DataError:
-        raise
-    except Exception as error:
-        raise data_error(config, error, offline) from None
 
 
 def downloaded(name: str) -> str | None:
-    """Return the folder of what the Hub's library has downloaded of a dataset, if there is any."""
+    """Return the folder of a dataset that was downloaded from the Hub, or None."""
     try:
         return huggingface_hub.snapshot_download(name, repo_type="dataset", local_files_only=True)
-    except Exception:  # it raises errors of several families
+    except Exception:  # errors of several families
         return None
 
 
 def resolved_builder(config: DatasetConfig, path: str) -> datasets.DatasetBuilder:
-    """Return the builder that `datasets` chooses for a folder or a Hub name, before it has read any data."""
+    """Return the builder that `datasets` resolves for a folder or a Hub name, before it reads any data."""
     files = config.data_files
-    for pattern in [files] if isinstance(files, str) else files.values() if isinstance(files, dict) else files or []:
-        for one in [pattern] if isinstance(pattern, str) else pattern:
-            local(one)  # refuses URLs
-    with warnings.catch_warnings(action="ignore"):  # that a builder, which is then refused, is deprecated
+    for entries in files.values() if isinstance(files, dict) else [files or []]:
+        for entry in as_list(entries):
+            local(entry)  # rejects URLs
+    with warnings.catch_warnings(action="ignore"):  # deprecations of builders, which are rejected below anyway
         builder = datasets.load_dataset_builder(path, config.subset, data_files=files)
     builder_name(config, builder)
     return builder
@@ -226,23 +219,23 @@ def builder_name(config: DatasetConfig, builder: datasets.DatasetBuilder) -> str
     """Return the name of a builder.
 
     Raises:
-        DataError: It is none of those that only read plain data, and might run code.
+        DataError: It is not one of those that only read plain data, and might run code.
     """
     module = type(builder).__module__
     name = module.rpartition(".")[2]
     if name not in (*BUILDERS, PREPARED) or module != f"datasets.packaged_modules.{name}.{name}":
         raise DataError(
-            f"dataset '{config.name}' needs the builder '{name}' of datasets, which Lumiere does not run",
-            f"convert it to one of these: {', '.join(BUILDERS)}",
+            f"dataset '{config.name}' needs the builder '{name}' of datasets, which might run code",
+            f"convert it to one of these formats: {', '.join(BUILDERS)}",
         )
     return name
 
 
 def separator_of(config: DatasetConfig, builder: datasets.DatasetBuilder) -> str | None:
-    """Return the separator of CSV files, if the dataset names one.
+    """Return the separator of CSV files, if the dataset sets one.
 
     Raises:
-        DataError: The dataset asks `datasets` for another way of reading, which would be left out.
+        DataError: The dataset sets other options of the builder, which Lumiere would ignore.
     """
     name = builder_name(config, builder)
     kept = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
@@ -251,27 +244,27 @@ def separator_of(config: DatasetConfig, builder: datasets.DatasetBuilder) -> str
         if option.name not in kept and value != option.default and name != PREPARED:
             raise DataError(
                 f"dataset '{config.name}' sets the option '{option.name}' of the builder '{name}'",
-                "Lumiere does not read it so: convert the dataset to parquet",
+                "Lumiere does not support it: convert the dataset to parquet",
             )
     separator = getattr(builder.config, "sep", ",")
     return None if separator == "," else separator
 
 
 def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataError:
-    """What went wrong in `datasets`, in our words.
+    """Describe an exception of `datasets`.
 
-    Raised classes differ between its versions (`DatasetNotFoundError`, `FileNotFoundError`, `ConnectionError`,
-    `ValueError` for a subset), so the cases are told apart by what was asked for, not by class alone.
+    Exception classes differ between its versions (`DatasetNotFoundError`, `FileNotFoundError`, `ConnectionError`,
+    `ValueError` for a subset), so cases are distinguished by what was asked for, not by class alone.
     """
-    # The class that says what was going on when a file could not be read names the reason as its cause.
-    told = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
+    # `DatasetGenerationError` has the reason as its cause.
+    cause = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
     cache = str(datasets.config.HF_DATASETS_CACHE)
-    if isinstance(told, OSError) and not is_writable(cache):
+    if isinstance(cause, OSError) and not is_writable(cache):
         return DataError(
-            f"the cache of datasets, {cache!r}, cannot be written: {told.strerror or told}",
-            "set LUMIERE_CACHE_DIR, or HF_HOME, to a folder that can be written to",
+            f"the cache of datasets, {cache!r}, cannot be written: {cause.strerror or cause}",
+            "set LUMIERE_CACHE_DIR or HF_HOME to a writable folder",
         )
-    reason = " ".join(str(told).split()) or type(told).__name__
+    reason = " ".join(str(cause).split()) or type(cause).__name__
     if "BuilderConfig" in reason and config.subset is not None:
         available = reason.partition("Available:")[2].strip(" []").replace("'", "").split(", ")
         guess = nearest(config.subset, available) or available[0]
@@ -282,31 +275,30 @@ def data_error(config: DatasetConfig, error: Exception, offline: bool) -> DataEr
     if "Config name is missing" in reason:
         subsets = reason.partition("among the available configs:")[2].partition("]")[0].strip(" [")
         return DataError(
-            f"dataset '{config.name}' has several subsets: {subsets}",
-            "choose one with --set dataset.subset=...",
+            f"dataset '{config.name}' has several subsets: {subsets}", "choose one with --set dataset.subset=..."
         )
     if config.name in BUILDERS:
         return DataError(
             f"dataset.data_files={config.data_files} cannot be read as {config.name}: {shortened(reason)}",
-            f"name files that exist and hold {config.name}: --set dataset.data_files=...",
+            f"name {config.name} files that exist: --set dataset.data_files=...",
         )
     if offline:
         return DataError(
             f"dataset '{config.name}' is not on this machine, and the Hugging Face Hub cannot be reached",
-            "use a local copy with --set dataset.name=path/to/copy, or train configs/tiny.yaml, which needs no network",
+            "use a local copy with --set dataset.name=path/to/copy, or lumiere train tiny, which needs no network",
         )
     if isinstance(error, FileNotFoundError | HFValidationError) and not os.path.exists(config.name):
         return DataError(
-            f"there is no dataset '{config.name}', neither as a local folder nor on the Hugging Face Hub",
-            "check dataset.name; the built-in corpus is called stories",
+            f"dataset '{config.name}' exists neither as a local folder nor on the Hugging Face Hub",
+            "check dataset.name; the built-in corpora are stories and chains",
         )
-    return DataError(f"dataset '{config.name}' cannot be read: {shortened(reason)}", "check the section dataset")
+    return DataError(f"dataset '{config.name}' cannot be read: {shortened(reason)}", "check the dataset section")
 
 
 def hub_reachable() -> bool:
-    """Whether the Hub's host takes connections. Behind a proxy only a request could tell, so that counts as yes.
+    """Return whether the Hub accepts connections; True behind a proxy, where only a request could tell.
 
-    `datasets` retries for half a minute, with a warning each time, before it admits that there is no network.
+    `datasets` itself retries for half a minute, with a warning each time.
     """
     url = urlsplit(os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT)
     if url.scheme in getproxies() or url.hostname is None:
@@ -321,7 +313,7 @@ def hub_reachable() -> bool:
         except OSError:
             pass
 
-    # In a thread, because a look-up of the name has no time limit of its own.
+    # In a thread, because name resolution has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(NO_NETWORK_SECONDS)
@@ -329,6 +321,6 @@ def hub_reachable() -> bool:
 
 
 def go_offline() -> None:
-    """Let this process read the local cache only. Both libraries have read the environment already."""
+    """Restrict this process to the local cache. Both libraries have already read the environment."""
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True

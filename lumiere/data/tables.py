@@ -1,4 +1,4 @@
-"""One column of CSV and JSON files, read by the standard library: no value is guessed, dropped or converted."""
+"""One column of CSV and JSON files, read with the standard library: no value is guessed, dropped or converted."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def csv_rows(paths: Iterable[str], column: str, separator: str | None = None) ->
     Raises:
         DataError: A file cannot be read, its header lacks the column, or a row has another number of fields.
     """
-    # The default, 131,072 characters, is shorter than a book. It can only be set for the whole process.
+    # The default limit of 131,072 characters is shorter than a book. It is global to the process.
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     for path in paths:
         with opened(path) as file:
@@ -38,51 +38,44 @@ def csv_rows(paths: Iterable[str], column: str, separator: str | None = None) ->
             line = 1
             try:
                 for fields in reader:
+                    # Extra empty fields are trailing separators.
+                    if fields and (len(fields) < width or any(fields[width:])):
+                        raise DataError(
+                            f"{path!r}, line {line}: the row has {len(fields)} fields, the header has {width}",
+                            f'quote texts that contain the separator: "one{found} two"',
+                        )
                     if line > 1:
-                        yield field(path, line, fields, index, width, found)
+                        yield fields[index] if fields else ""
                     line = reader.line_num + 1
             except csv.Error as error:
                 raise unreadable(path, line, str(error)) from None
 
 
 def read_header(path: str, file: TextIO, column: str, separator: str | None) -> tuple[str, int, int]:
-    """Return the separator, the place of the column and the number of fields of a CSV file's header."""
-    headers = {}
+    """Return the separator, the index of the column, and the number of fields in the header of a CSV file."""
+    names: list[str] = []
     for candidate in (separator,) if separator else SEPARATORS:
         file.seek(0)
         try:
-            names = [name.strip() for name in next(csv.reader(file, delimiter=candidate), [])]
+            header = [name.strip() for name in next(csv.reader(file, delimiter=candidate), [])]
         except csv.Error as error:
             raise unreadable(path, 1, str(error)) from None
-        if names.count(column) > 1:
+        if header.count(column) > 1:
             raise DataError(f"{path!r} has several columns '{column}'", "rename one of them in the first line")
-        if column in names:
-            return candidate, names.index(column), len(names)
-        headers[candidate] = names
-    names = max(headers.values(), key=len)
+        if column in header:
+            return candidate, header.index(column), len(header)
+        names = max(names, header, key=len)
     raise no_column(path, column, [name for name in names if name])
 
 
-def field(path: str, line: int, fields: Sequence[str], index: int, width: int, separator: str) -> str:
-    """Return one field of a row that has as many as the header; separators after the last one do not count."""
-    if not fields:
-        return ""
-    if len(fields) < width or any(fields[width:]):
-        raise DataError(
-            f"{path!r}, line {line}: the row has {len(fields)} fields, the header has {width}",
-            f'quote texts that contain the separator: "one{separator} two"',
-        )
-    return fields[index]
-
-
 def json_rows(paths: Iterable[str], column: str) -> Iterator[str]:
-    """Yield the text of `column` in each object of JSON files: one object a line, or a list of objects.
+    """Yield the text of `column` in each object of JSON files: one object per line, or a list of objects.
 
-    `doc.text` is the key `text` of the object in `doc`, unless there is a key with this very name. Null and a missing
-    key are an empty row.
+    `doc.text` is the key `text` of the object in `doc`, unless there is a key of that exact name. Null and missing keys
+    are empty rows.
 
     Raises:
-        DataError: A file cannot be read or is not JSON, the column holds something else than text, or no row has it.
+        DataError: A file cannot be read or is not JSON, a value of the column is not text, or no row has the column.
     """
     first: tuple[str, Mapping[str, Any]] | None = None
     has_column = False
@@ -93,29 +86,31 @@ def json_rows(paths: Iterable[str], column: str) -> Iterator[str]:
                 has_column = has_column or found
                 first = first or (path, row)
                 if value is not None and not isinstance(value, str):
-                    raise no_text(f"{path!r}, {place}", row, column, KINDS[type(value)])
+                    texts = text_columns(row)
+                    raise DataError(
+                        f"{path!r}, {place}: the column '{column}' holds {KINDS[type(value)]}, not text",
+                        f"columns with text: {', '.join(texts)}" if texts else "choose another file or column",
+                    )
                 yield value or ""
     if first is not None and not has_column:
         raise no_column(first[0], column, list(first[1]), text_columns(first[1]))
 
 
 def json_objects(path: str, file: TextIO) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the objects of a JSON file, each with its place in words."""
+    """Yield the objects of a JSON file, each with its position in words."""
     beginning = file.read(CHUNK_CHARACTERS)
     if beginning.lstrip().startswith("["):
-        values = json_list(path, file, beginning)
-        places = "item"
+        unit, values = "item", json_list(path, file, beginning)
     else:
         file.seek(0)
-        values = json_lines(path, file)
-        places = "line"
+        unit, values = "line", json_lines(path, file)
     for number, value in values:
         if not isinstance(value, dict):
             raise DataError(
-                f"{path!r}, {places} {number}: {KINDS.get(type(value), 'a text')} is no row",
-                'write an object a line, such as {"text": "..."}, or a list of objects',
+                f"{path!r}, {unit} {number}: {KINDS.get(type(value), 'a text')} is no row",
+                'write one object per line, such as {"text": "..."}, or a list of objects',
             )
-        yield f"{places} {number}", value
+        yield f"{unit} {number}", value
 
 
 def json_lines(path: str, file: TextIO) -> Iterator[tuple[int, Any]]:
@@ -128,42 +123,43 @@ def json_lines(path: str, file: TextIO) -> Iterator[tuple[int, Any]]:
 
 
 def json_list(path: str, file: TextIO, text: str) -> Iterator[tuple[int, Any]]:
-    """Yield the items of a list, of which `text` is the beginning, holding a few at a time."""
+    """Yield the items of a list that starts with `text`, a few in memory at a time."""
     decode, number = json.JSONDecoder().raw_decode, 1
     at = after_space(text, text.index("[") + 1)
     while True:
         try:
             value, end = decode(text, at)
             end = after_space(text, end)
-            # What follows an item shows that it is whole: `1` may be the beginning of `12`.
+            # An item is complete only if something follows: `1` may be the start of `12`.
             if end == len(text):
                 raise ValueError("the list does not end")
         except (ValueError, RecursionError) as error:
-            # An item that is not whole yet. Read as much again, so that each character is looked at twice on average.
+            # Perhaps incomplete. Read as much again, so that each character is parsed twice on average.
             if more := file.read(max(CHUNK_CHARACTERS, len(text) - at)):
                 text = text[at:] + more
                 at = after_space(text, 0)
                 continue
             if number == 1 and text[at : at + 1] == "]":
                 return
+            reason = shortened(str(error))
             raise DataError(
-                f"{path!r}, item {number}: {shortened(str(error))}", "mend the file, or write an object a line"
+                f"{path!r}, item {number}: {reason}", "fix the file, or write one object per line"
             ) from None
         yield number, value
         if text[end] == "]":
             return
         if text[end] != ",":
-            raise DataError(f"{path!r}: a comma is missing after item {number}", "mend the file")
+            raise DataError(f"{path!r}: a comma is missing after item {number}", "fix the file")
         at, number = after_space(text, end + 1), number + 1
 
 
 def after_space(text: str, at: int) -> int:
-    """Return where white space that begins at `at` ends."""
+    """Return the end of the white space that starts at `at`."""
     return cast("re.Match[str]", SPACE.match(text, at)).end()
 
 
 def value_at(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
-    """Return whether a row has the column, and its value, which is None where it is null or missing."""
+    """Return whether a row has the column, and its value: None if null or missing."""
     if column in row:
         return True, row[column]
     outer, dot, inner = column.partition(".")
@@ -173,7 +169,7 @@ def value_at(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
 
 
 def text_columns(row: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the columns of a row that hold text, nested ones too."""
+    """Return the columns of a row that hold text, nested ones included."""
     columns = []
     for name, value in row.items():
         if isinstance(value, str):
@@ -183,21 +179,12 @@ def text_columns(row: Mapping[str, Any], prefix: str = "") -> list[str]:
     return columns
 
 
-def no_text(where: str, row: Mapping[str, Any], column: str, kind: str) -> DataError:
-    """Return the error for a column that holds something else than text."""
-    texts = text_columns(row)
-    return DataError(
-        f"{where}: the column '{column}' holds {kind}, not text",
-        f"columns with text: {', '.join(texts)}" if texts else "choose another file, or write the column as text",
-    )
-
-
 def no_column(name: str, column: str, columns: Sequence[str], texts: Sequence[str] | None = None) -> DataError:
     """Return the error for a missing column.
 
     Args:
         columns: All columns.
-        texts: Those that hold text. Default: all.
+        texts: Columns that hold text. Default: all.
     """
     texts = columns if texts is None else texts
     nested = [name for name in texts if name.rpartition(".")[2] == column]
@@ -211,12 +198,12 @@ def no_column(name: str, column: str, columns: Sequence[str], texts: Sequence[st
 
 
 def unreadable(path: str, line: int, reason: str) -> DataError:
-    return DataError(f"{path!r}, line {line}: {shortened(reason)}", "mend the file at that line")
+    return DataError(f"{path!r}, line {line}: {shortened(reason)}", "fix the file at that line")
 
 
 @contextmanager
 def opened(path: str) -> Iterator[TextIO]:
-    """Open a text file, compressed or remote ones too.
+    """Open a text file, which may be compressed or remote.
 
     Raises:
         DataError: It cannot be read, or is not UTF-8.
@@ -224,7 +211,7 @@ def opened(path: str) -> Iterator[TextIO]:
     import fsspec
 
     try:
-        # `newline=""` leaves line ends inside quoted fields as they are.
+        # `newline=""` preserves line ends inside quoted fields.
         with fsspec.open(path, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
             yield file  # pyright: ignore[reportReturnType]
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
-"""Plain text: the one place that decodes bytes, normalizes line ends and cuts long documents into pieces.
+"""Plain text: the one place that decodes bytes, normalizes line ends and splits long documents into pieces.
 
-Corpora, `--text`, `--file`, prompts and stop strings all pass through here, so that a model is asked about the
-characters that it was trained on.
+Corpora, `--text`, `--file`, prompts and stop strings all pass through here, so that models see the same characters as
+in training.
 """
 
 import bz2
@@ -20,9 +20,9 @@ from lumiere.errors import DataError
 from lumiere.files import open_file
 
 PIECE_CHARACTERS = 2**16
-"""Longest piece that is encoded in one call, if it has a place to cut: the tokenizer needs 150 bytes a character."""
+"""Characters encoded in one call, if the text can be split: the tokenizer needs 150 bytes per character."""
 MAX_PIECE_CHARACTERS = 2**24
-"""Longest piece without a place to cut."""
+"""Maximum characters without a place to split."""
 BLOCK_BYTES = 2**20
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -32,26 +32,26 @@ WIDE_ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-"""By byte-order mark; the longer marks first, because one begins with a shorter one."""
+"""Encodings by byte-order mark; longer marks first, because one of them starts with a shorter one."""
 
 CUT = re.compile(r"(?<=\S)[ \n](?=\w)")
-"""Where a text can be cut without changing the ids of our byte-level tokenizer: before a single space or line end
-between two characters that are no space, the second of them no combining mark.
+"""Where a text can be split without changing its ids in our byte-level tokenizer: before a single space or line end
+between two non-space characters, the second of which is no combining mark.
 
-No pre-token of `ByteLevel` spans this place, and its only lookahead, which is at the end of white space, does not see
-across it. Normalization does not act across it either: a space or line end neither composes with what precedes it nor
-is it reordered."""
+No pre-token of `ByteLevel` spans this place, and its only lookahead, at the end of white space, does not see across it.
+Normalization does not act across it either: a space or line end neither composes with the character before it nor is
+reordered."""
 
 
 class Part(NamedTuple):
-    """A piece of a document, and whether the document ends with it."""
+    """A piece of a document, and whether it is the last one."""
 
     text: str
     is_last: bool
 
 
 def plain(text: str) -> str:
-    """Return `text` as the decoder gives it: line ends as `\\n`, without a byte-order mark at the beginning."""
+    """Normalize `text` as the decoder does: line ends become `\\n`, a leading byte-order mark is dropped."""
     return text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -70,7 +70,7 @@ def read_text(path: str | Path) -> str:
 
 
 def blocks(path: str) -> Iterator[str]:
-    """Yield the text of a file, a block at a time.
+    """Yield the text of a file block by block.
 
     Raises:
         DataError: It cannot be read, or is not UTF-8.
@@ -84,7 +84,7 @@ def blocks(path: str) -> Iterator[str]:
 
 
 def uncompressed(file: BinaryIO, path: str) -> BinaryIO:
-    """Return what a compressed file holds; the file itself if its name has no such ending."""
+    """Return a reader of the decompressed file, chosen by its ending; the file itself if it is not compressed."""
     match Path(path).suffix.lower():
         case ".gz":
             return cast("BinaryIO", gzip.open(file))
@@ -97,10 +97,10 @@ def uncompressed(file: BinaryIO, path: str) -> BinaryIO:
 
 
 def decoded(file: BinaryIO, name: str) -> Iterator[str]:
-    """Decode UTF-8 a block at a time: line ends become `\\n`, a byte-order mark at the beginning is dropped.
+    """Decode UTF-8 block by block: line ends become `\\n`, a leading byte-order mark is dropped.
 
     Args:
-        name: Of the file, for the error.
+        name: Name of the file, for the error.
 
     Raises:
         DataError: The bytes are not UTF-8. The hint names `iconv`.
@@ -139,33 +139,33 @@ def lines(path: str) -> Iterator[str]:
 
 
 def parts(document: Iterable[str]) -> Iterator[Part]:
-    """Yield a document, given in strings of any lengths, in the parts that are encoded one by one; none if it is blank.
+    """Split a document, given in strings of any lengths, into the parts that are encoded one by one; none if blank.
 
     Raises:
-        DataError: It has `MAX_PIECE_CHARACTERS` without a place to cut.
+        DataError: It has `MAX_PIECE_CHARACTERS` without a place to split.
     """
     held: str | None = None
     for piece in pieces(document):
         if held is not None:
             yield Part(held, is_last=False)
         held = piece
-    # A piece that is not the last one ends with a character that is no space.
+    # Only the last piece can be blank: all others end with a non-space character.
     if held is not None and held.strip():
         yield Part(held, is_last=True)
 
 
 def pieces(text: Iterable[str]) -> Iterator[str]:
-    """Cut a text, given in strings of any lengths, into pieces whose ids, one after the other, are those of the whole.
+    """Split a text, given in strings of any lengths, into pieces whose concatenated ids are those of the whole text.
 
     Raises:
-        DataError: It has `MAX_PIECE_CHARACTERS` without a place to cut.
+        DataError: It has `MAX_PIECE_CHARACTERS` without a place to split.
     """
     held, searched = "", 0
     for block in chain.from_iterable(map(sliced, text)):
         held += block
         if len(held) < PIECE_CHARACTERS:
             continue
-        # What was searched before had no place but at its very end, where the next character was not known.
+        # Resume the search one character back: at the end, the next character was unknown.
         if cut := last_cut(held, max(searched - 1, 0)):
             yield held[:cut]
             held = held[cut:]
@@ -184,7 +184,7 @@ def sliced(text: str) -> Iterator[str]:
 
 
 def last_cut(text: str, first: int) -> int:
-    """Return the last place to cut at or after `first`; 0 if there is none."""
+    """Return the last place to split at or after `first`; 0 if none."""
     for begin in (max(first, len(text) - 1024), first):
         cut = 0
         for match in CUT.finditer(text, begin):

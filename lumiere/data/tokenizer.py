@@ -1,4 +1,4 @@
-"""Byte-level BPE: any text in, token ids out, and the same text back (up to Unicode normalization)."""
+"""Byte-level BPE tokenizer: lossless up to Unicode normalization."""
 
 import hashlib
 import json
@@ -19,16 +19,16 @@ from lumiere.errors import DataError, LumiereError, printable, shortened
 from lumiere.files import parse_json, read_file
 
 SOT, EOT, PAD = 0, 1, 2
-"""Start of a document, end of a document, padding after its end."""
+"""Ids of the tokens for the start and end of a document, and for padding."""
 SPECIAL_TOKENS = ("<|sot|>", "<|eot|>", "<|pad|>")
 
-MAX_BYTES = 200_000_000  # some millions of tokens
+MAX_BYTES = 200_000_000  # millions of tokens
 
 FORMS: Mapping[str, Literal["NFKC", "NFC"] | None] = {"nfkc": "NFKC", "nfc": "NFC", "none": None}
-"""What `tokenizer.normalizer` may be."""
+"""Unicode normalization forms by value of `tokenizer.normalizer`."""
 
 MAX_LEARNED_BYTES = 1024
-"""Longer pre-tokens are cut while merges are learned, in time quadratic in their length. Encoding cuts none."""
+"""Longer pre-tokens are split while learning merges, which is quadratic in their length. Encoding splits none."""
 SECONDS_BETWEEN_CALLS = 0.1
 
 VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
@@ -37,12 +37,12 @@ VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 class Tokenizer:
     """A trained tokenizer. `len(tokenizer)` is the number of ids in use.
 
-    Special tokens are added by id, around documents; text that spells one is ordinary text. Every command begins a text
-    with the start token, so give a model `encode(text, start=True)`.
+    Special tokens are added around documents by id; text that spells one is ordinary text. All commands start a text
+    with the start token, so pass `encode(text, start=True)` to a model.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        # Not part of the saved file, so it is set wherever a tokenizer comes from.
+        # Not saved in the file, so set wherever a tokenizer comes from.
         backend.encode_special_tokens = True
         self._backend = backend
 
@@ -53,17 +53,17 @@ class Tokenizer:
         vocab_size: int,
         min_frequency: int,
         normalizer: str = "nfkc",
-        tell: Callable[[int], None] = lambda _: None,
+        emit: Callable[[int], None] = lambda _: None,
     ) -> "Tokenizer":
-        """Learn merges from `texts` until there are `vocab_size` tokens, or none is frequent enough.
+        """Learn merges from `texts` until there are `vocab_size` tokens, or no pair is frequent enough.
 
         Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", on bytes. Pre-tokens are
-        cut after `MAX_LEARNED_BYTES`, so that a text without spaces does not take hours.
+        split after `MAX_LEARNED_BYTES`, so that text without spaces does not take hours.
 
         Args:
             texts: Whole documents, or the pieces of `lumiere.data.text.pieces`.
             normalizer: `nfkc`, `nfc` or `none`.
-            tell: Called with the number of bytes read so far, some times a second.
+            emit: Called with the number of bytes read so far, several times per second.
         """
         backend = pipeline(models.BPE(), normalizer)
         whole = backend.pre_tokenizer
@@ -84,19 +84,19 @@ class Tokenizer:
                 yield text
                 num_bytes += len(text.encode(errors="replace"))
 
-        run_in_thread(lambda: backend.train_from_iterator(counted(), trainer), lambda: tell(num_bytes))
+        run_in_thread(lambda: backend.train_from_iterator(counted(), trainer), lambda: emit(num_bytes))
         backend.pre_tokenizer = whole  # pyright: ignore[reportAttributeAccessIssue]
         return cls(backend)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a `tokenizer.json`.
+        """Load a `tokenizer.json`.
 
-        Nothing but the vocabulary and the merges is taken from it. The library would take everything: patterns that
-        never end, padding of gigabytes, a limit of length that drops text without a word.
+        Uses only its vocabulary, merges and normalizer. The library would accept everything: patterns that backtrack
+        forever, gigabytes of padding, a length limit that silently truncates text.
 
         Raises:
-            DataError: if the file is missing, damaged, or another kind of tokenizer.
+            DataError: The file is missing, damaged, or another kind of tokenizer.
         """
         try:
             saved = parse_json(read_file(path, MAX_BYTES))
@@ -109,25 +109,22 @@ class Tokenizer:
             backend = pipeline(models.BPE(saved["model"]["vocab"], merges), normalizer_name(saved["normalizer"]))
             backend.add_special_tokens(list(SPECIAL_TOKENS))
             expected = json.loads(backend.to_str())
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the merges
+        except Exception as error:  # the library raises bare Exception for invalid merges
             reason = shortened(f"{type(error).__name__}: {error}")
-            raise DataError(
-                f"{str(path)!r} is not one of Lumiere's tokenizers ({reason})", "restore the file"
-            ) from None
+            raise DataError(f"{str(path)!r} is not a Lumiere tokenizer ({reason})", "restore the file") from None
         if differs := [key for key in expected if key in saved and not agree(saved[key], expected[key])]:
             raise DataError(
-                f"{str(path)!r} is not one of Lumiere's tokenizers: it has another {', '.join(differs)}",
-                "restore the file",
+                f"{str(path)!r} is not a Lumiere tokenizer: it has another {', '.join(differs)}", "restore the file"
             )
         return cls(backend)
 
     def to_json(self) -> str:
-        """The tokenizer as `tokenizers` and `transformers` load it."""
+        """Return the tokenizer in the format of `tokenizers` and `transformers`."""
         return self._backend.to_str(pretty=True)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides how text is split."""
+        """SHA-256 of everything that determines how text is tokenized."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -135,14 +132,14 @@ class Tokenizer:
 
     @cached_property
     def normalizer(self) -> str:
-        """What is done to a text first: `nfkc`, `nfc` or `none`."""
+        """Unicode normalization: `nfkc`, `nfc` or `none`."""
         return normalizer_name(json.loads(self._backend.to_str())["normalizer"])
 
     def normalize(self, text: str) -> str:
-        """Return the text that `decode(encode(text))` gives back.
+        """Return the text that `decode(encode(text))` returns.
 
         Raises:
-            LumiereError: `text` has half of a surrogate pair.
+            LumiereError: `text` contains half of a surrogate pair.
         """
         if self._backend.normalizer is None:
             return text
@@ -152,9 +149,9 @@ class Tokenizer:
             raise not_a_character() from None
 
     def num_bytes_changed(self, text: str) -> int:
-        """Return how many UTF-8 bytes of `text` belong to characters that the normalizer changes.
+        """Return the number of UTF-8 bytes of `text` in characters that the normalizer changes.
 
-        Characters that combine with the one before, such as accents, count as one with it.
+        Combining characters, such as accents, count together with the character before.
         """
         form = FORMS[self.normalizer]
         if form is None or text.isascii() or unicodedata.is_normalized(form, text):
@@ -174,16 +171,16 @@ class Tokenizer:
         """Return the ids of `text`.
 
         Args:
-            start: Put the start token `<|sot|>` first, as training, `generate`, `eval` and `inspect` do. A model has
-                never seen a document without it.
+            start: Prepend the start token `<|sot|>`, as training, `generate`, `eval` and `inspect` do: models never saw
+                a document without it.
 
         Raises:
-            LumiereError: `text` has half of a surrogate pair, which is no character.
+            LumiereError: `text` contains half of a surrogate pair.
         """
         return [*([SOT] if start else []), *chain.from_iterable(self.encode_batch(list(pieces([text]))))]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, computed in parallel."""
+        """Return the ids of each text, computed in parallel."""
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (UnicodeError, TypeError):
@@ -191,45 +188,46 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
-        """The ids of each document between the tokens that mark its start and its end."""
+        """Return the ids of each document between its start and end token."""
         return [[SOT, *ids, EOT] for ids in self.encode_batch(documents)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `tokens` without special tokens; invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for; none for special tokens and unused ids."""
+        """Return the bytes of one token; none for special tokens and unused ids."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
 
     def label(self, token: int) -> str:
-        """One token in printable form: spaces as ·, line ends as ↵, lone bytes as \\xe2."""
+        """Return a token in printable form: spaces as ·, line ends as ↵, lone bytes as \\xe2."""
         if 0 <= token < len(SPECIAL_TOKENS):
             return SPECIAL_TOKENS[token]
         return printable(self.token_bytes(token).decode("utf-8", errors="backslashreplace").translate(VISIBLE))
 
     @cached_property
     def token_sizes(self) -> list[int]:
-        """The number of bytes that each token stands for."""
+        """The number of bytes of each token."""
         return list(map(len, self._bytes))
 
     @cached_property
     def _bytes(self) -> list[bytes]:
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = (self._backend.id_to_token(i) or "" for i in range(len(SPECIAL_TOKENS), len(self)))
-        return [b""] * len(SPECIAL_TOKENS) + [bytes(byte_of[c] for c in piece) for piece in pieces]
+        return [b""] * len(SPECIAL_TOKENS) + [bytes(map(byte_of.__getitem__, piece)) for piece in pieces]
 
 
 def not_a_character() -> LumiereError:
     return LumiereError(
-        "the text holds half of a surrogate pair, which is no character", "read it with errors='replace', or remove it"
+        "the text contains half of a surrogate pair, which is no character",
+        "read it with errors='replace', or remove it",
     )
 
 
 def run_in_thread(work: Callable[[], None], wait: Callable[[], None]) -> None:
-    """Call `work` in a thread, and `wait` some times a second until it is done.
+    """Call `work` in a thread, and `wait` several times per second until it is done.
 
-    An interrupt raises here at once, though the library never looks for one; the thread then ends with the process.
+    An interrupt raises here at once, although the library never checks for one; the thread ends with the process.
     """
     errors: list[BaseException] = []
 
@@ -252,7 +250,7 @@ def normalizer_name(saved: dict[str, Any] | None) -> str:
     """Return the name of a normalizer in a saved tokenizer.
 
     Raises:
-        ValueError: It is none of ours.
+        ValueError: Lumiere does not have it.
     """
     name = "none" if saved is None else str(saved["type"]).lower()
     if name not in FORMS:
@@ -266,7 +264,7 @@ def combines(character: str) -> bool:
 
 
 def pipeline(model: models.BPE, normalizer: str) -> tokenizers.Tokenizer:
-    """`model` with all that comes before and after it."""
+    """Return `model` with its normalizer, pre-tokenizer and decoder."""
     backend = tokenizers.Tokenizer(model)
     if form := FORMS[normalizer]:
         backend.normalizer = getattr(normalizers, form)()
@@ -276,10 +274,10 @@ def pipeline(model: models.BPE, normalizer: str) -> tokenizers.Tokenizer:
 
 
 def check_vocabulary(vocab: dict[str, int]) -> None:
-    """Whether a vocabulary is one that `Tokenizer.train` could have made.
+    """Check that `Tokenizer.train` could have produced a vocabulary.
 
     Raises:
-        ValueError: its ids are not 0, 1, 2, ...; or special tokens, a byte, or the bytes of a token are missing.
+        ValueError: Its ids are not 0, 1, 2, ..., or it lacks a special token, a byte, or the bytes of a token.
     """
     tokens = sorted(vocab, key=vocab.__getitem__)
     if [vocab[token] for token in tokens] != list(range(len(tokens))) or not all(tokens):
@@ -292,20 +290,22 @@ def check_vocabulary(vocab: dict[str, int]) -> None:
 
 
 def agree(saved: Any, expected: Any) -> bool:
-    """Whether two JSON values are the same, but for keys that only one of them has: versions of the library differ."""
+    """Return whether two JSON values are equal, except for keys that only one has: library versions differ."""
+    if saved == expected:
+        return True
     match saved, expected:
         case dict(), dict():
             return all(agree(saved[key], expected[key]) for key in saved.keys() & expected.keys())
         case list(), list():
             return len(saved) == len(expected) and all(map(agree, saved, expected))
         case _:
-            return saved == expected
+            return False
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table).
+    """Return the printable character for each byte in a byte-level vocabulary (GPT-2's table).
 
-    Printable Latin-1 bytes stand for themselves, the others for the characters from U+0100 on.
+    Printable Latin-1 bytes map to themselves, the others to the characters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)

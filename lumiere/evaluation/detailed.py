@@ -1,4 +1,4 @@
-"""All that one pass tells of a model on a text: averages, accuracy, calibration, where the loss is, how sure it is."""
+"""Detailed evaluation in one pass: averages, accuracy, calibration, loss by group, baselines and standard errors."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -19,26 +19,26 @@ from lumiere.evaluation.scoring import (
     Protocol,
     Scores,
     document_totals,
-    figures,
+    metrics,
     score,
     standard_errors,
 )
 from lumiere.models.transformer import Transformer
 
 NUM_BINS = 15
-"""Of the reliability table, as in Guo et al. 2017."""
+"""Number of bins of the reliability table, as in Guo et al. 2017."""
 
 
 @dataclass(frozen=True)
 class Calibration(ShortRepr):
-    """How far the probability of the likeliest token is how often it is right (Guo et al. 2017, arXiv:1706.04599).
+    """Calibration of the top-1 probability against top-1 accuracy (Guo et al. 2017, arXiv:1706.04599).
 
     Attributes:
-        ece: expected calibration error: the mean over tokens of the distance between confidence and accuracy of the
-            token's bin (equation 3), with `NUM_BINS` bins of equal width.
-        counts: tokens of each bin, from low to high confidence.
-        confidences: mean confidence of each bin; NaN where it is empty.
-        accuracies: share of each bin's tokens whose likeliest token was right; NaN where it is empty.
+        ece: Expected calibration error: mean over tokens of |confidence - accuracy| of their bin (equation 3), with
+            `NUM_BINS` bins of equal width.
+        counts: Tokens per bin, from low to high confidence.
+        confidences: Mean confidence per bin; NaN if empty.
+        accuracies: Top-1 accuracy per bin; NaN if empty.
     """
 
     ece: float
@@ -49,12 +49,11 @@ class Calibration(ShortRepr):
 
 @dataclass(frozen=True)
 class LossByGroup(ShortRepr):
-    """The mean loss of groups of tokens, in nats; NaN where a group has none.
+    """Mean loss per group of tokens, in nats; NaN for empty groups.
 
     Attributes:
-        names: a position, or a range of counts.
-        losses: of each group.
-        counts: scored tokens of each group.
+        names: A position, or a range of counts.
+        counts: Scored tokens per group.
     """
 
     names: list[str]
@@ -64,7 +63,7 @@ class LossByGroup(ShortRepr):
 
 @dataclass(frozen=True)
 class LossByDocument(ShortRepr):
-    """Of each document, in the order of the split."""
+    """Losses and sizes of the documents, in the order of the split."""
 
     losses: list[float]
     bits_per_byte: list[float]
@@ -74,7 +73,7 @@ class LossByDocument(ShortRepr):
 
 @dataclass(frozen=True)
 class BaselineScore:
-    """A model that counts, on the same tokens with the same contexts."""
+    """Result of an n-gram baseline on the same tokens with the same contexts."""
 
     name: str
     loss: float
@@ -84,20 +83,20 @@ class BaselineScore:
 
 @dataclass(frozen=True)
 class DetailedEvaluation(ShortRepr):
-    """The losses of one pass over a text, and what else it shows.
+    """Result of `evaluate_in_detail`.
 
     Attributes:
-        evaluation: the averages, as `evaluate` gives them.
+        evaluation: The averages, as from `evaluate`.
         byte_perplexity: 2 to the power of the bits per byte.
-        normalized_share: share of the text's bytes that the tokenizer's normalizer changed.
-        accuracy: share of the tokens that were the likeliest one.
-        accuracy_at_5: share of the tokens that were among the 5 likeliest.
-        by_position: by the number of tokens of the window that came before.
-        by_frequency: by how often the token was to be predicted in the training split; None without that split.
-        standard_errors: by the name of the figure, from a bootstrap over documents; None for a single document.
-        num_resamples, seed: of the bootstrap.
-        baselines: from the training split; None without it.
-        totals: the sums of each document, for `paired_difference`.
+        normalized_share: Fraction of the bytes of the text that the tokenizer's normalizer changed.
+        accuracy: Top-1 accuracy.
+        accuracy_at_5: Top-5 accuracy.
+        by_position: Loss by number of preceding tokens in the window.
+        by_frequency: Loss by how often the token is a target in the training split; None without that split.
+        standard_errors: By metric, from a bootstrap over documents; None for a single document.
+        num_resamples, seed: Parameters of the bootstrap.
+        baselines: N-gram baselines fitted to the training split; None without it.
+        totals: Sums per document, for `paired_difference`.
     """
 
     evaluation: Evaluation
@@ -126,16 +125,16 @@ def evaluate_in_detail(
     train: TokenizedSplit | None = None,
     baselines: Mapping[str, Baseline] | None = None,
 ) -> DetailedEvaluation:
-    """Scores a text.
+    """Score a text.
 
     Args:
-        model: on any device; it is left in the mode in which it came.
-        split: the text.
-        sizes: of its documents, from `document_sizes`.
-        windows, protocol: from `training_windows` or `strided_windows`.
-        batch_size: of the two averages over batches; nothing else depends on it.
-        train: where the model's training counted tokens.
-        baselines: models that were fitted to it.
+        model: On any device. Its training mode is restored.
+        split: The text.
+        sizes: Sizes of its documents, from `document_sizes`.
+        windows, protocol: From `training_windows` or `strided_windows`.
+        batch_size: Windows per batch of the two averages over batches; nothing else depends on it.
+        train: The split that the model was trained on, to group tokens by frequency.
+        baselines: N-gram baselines fitted to it.
     """
     start = time.perf_counter()
     baselines = baselines or {}
@@ -150,8 +149,8 @@ def evaluate_in_detail(
     score(model, windows, protocol.once, baselines, take)
     nats, at_1, at_5, *baseline_nats = sums.documents.sums
     totals = document_totals(split, sizes, sums.documents.counts, nats, at_1, at_5)
-    found = figures(totals.total)
-    per_document = figures(totals)
+    found = metrics(totals.total)
+    per_document = metrics(totals)
     [means] = sums.batches.means
     with np.errstate(over="ignore"):
         mean_batch_perplexity = float(np.exp(means).mean())
@@ -195,7 +194,7 @@ def evaluate_in_detail(
 
 
 class Sums:
-    """What an evaluation is made of, added up group of windows by group of windows."""
+    """Running sums over the scores of a text."""
 
     def __init__(
         self, num_documents: int, num_windows: int, context_size: int, batch_size: int, num_baselines: int
@@ -215,11 +214,11 @@ class Sums:
 
 
 class FrequencySums:
-    """By the power of ten of the token's count among the targets of the training split, and never seen."""
+    """Running sums by how often a token is a target in the training split: never, or by powers of ten."""
 
     def __init__(self, train: TokenizedSplit, vocab_size: int) -> None:
         counts = target_counts(train.ids, train.offsets, vocab_size)
-        # By the number of digits, which no rounding can get wrong; 0 has none.
+        # By number of digits, which is exact; 0 has none.
         self._digits = np.array([len(str(count)) if count else 0 for count in counts.tolist()])
         powers = range(self._digits.max())
         self.names = ["0", *(f"{10**power:,} to {10 ** (power + 1) - 1:,}" for power in powers)]
@@ -230,15 +229,15 @@ class FrequencySums:
 
 
 def bins_of(confidences: np.ndarray) -> np.ndarray:
-    """Return the bin of the reliability table of each probability above 0: open below and closed above (the paper)."""
+    """Return the bin of each probability above 0: open below and closed above, as in the paper."""
     return np.clip(np.ceil(confidences * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
 
 
 def calibration(bins: GroupSums) -> Calibration:
-    """The reliability table and its summary.
+    """Return the reliability table and its summary.
 
     Args:
-        bins: sums of the probability of the likeliest token, and of whether it was the one that came (0 to 1).
+        bins: Sums of the top-1 probability, and of whether it was right (0 to 1).
     """
     confidence, right = bins.sums
     means = bins.means.tolist()
@@ -250,5 +249,5 @@ def by_group(sums: GroupSums, names: list[str]) -> LossByGroup:
 
 
 def baseline_score(name: str, totals: DocumentTotals) -> BaselineScore:
-    total = figures(totals.total)
+    total = metrics(totals.total)
     return BaselineScore(name, float(total.loss), float(total.perplexity), float(total.bits_per_byte))

@@ -1,4 +1,4 @@
-"""How good a model is on a text: loss, perplexity, and the averages that others report, each under its own name."""
+"""Evaluate a model on a text: loss, perplexity, and the averages that others report, each under its own name."""
 
 import math
 import time
@@ -15,22 +15,20 @@ from lumiere.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses of one pass over all windows of a text. Losses are in nats.
+    """Result of one pass over all windows of a text. Losses are in nats.
 
     Attributes:
-        loss: mean over all predicted tokens.
+        loss: Mean over all predicted tokens.
         perplexity: exp(loss).
-        mean_batch_loss: mean of the batches' mean losses, which the Lumiére card reports as 4.4180.
-        mean_batch_perplexity: mean of the batches' perplexities, which the card reports as 85.01. By Jensen's
-            inequality it is never less than exp(mean_batch_loss).
-        bits_per_byte: loss in bits per UTF-8 byte of the text after the tokenizer's normalizer, comparable between
-            tokenizers with the same normalizer.
-        word_perplexity: perplexity of a word, line ends counted as words.
-        num_tokens: predicted tokens; those in the overlap of two windows are counted in each.
-        num_windows: windows.
-        num_batches: batches.
-        batch_size: windows of a batch, on which the card's two averages depend.
-        seconds: how long the evaluation took.
+        mean_batch_loss: Mean of the mean losses of batches; the original Lumière model card reports 4.4180.
+        mean_batch_perplexity: Mean of the perplexities of batches; the card reports 85.01. By Jensen's inequality it is
+            at least exp(mean_batch_loss).
+        bits_per_byte: Loss in bits per UTF-8 byte of the normalized text, comparable between tokenizers with the same
+            normalizer.
+        word_perplexity: Perplexity per white-space separated word, line ends counted as words.
+        num_tokens: Predicted tokens; those in the overlap of two windows count twice.
+        batch_size: Windows per batch, which the two averages over batches depend on.
+        seconds: Duration of the evaluation.
     """
 
     loss: float
@@ -52,11 +50,10 @@ def evaluate(
     """Score `windows` without dropout, in the precision of the model's weights.
 
     Args:
-        model: on any device; it is left in the mode in which it came.
-        windows: the text.
-        facts: of the same text, for the figures a byte and a word.
-        batch_size: windows scored at once; only the two averages over batches depend on it.
-        processes: processes that share the batches out; the result is that of one process.
+        model: On any device. Its training mode is restored.
+        facts: Sizes of the same text, for the metrics per byte and per word.
+        batch_size: Windows scored at once. Only the two averages over batches depend on it.
+        processes: Processes that divide the batches among them. The result is that of a single process.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
@@ -69,22 +66,21 @@ def evaluate(
                 residual = model.final_residual(batch.tokens.to(device)).flatten(0, 1)
                 targets = batch.targets.to(device).flatten()
                 losses = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets)
-                # Summed in float64, so that the result does not depend on how the windows are batched; on the CPU,
-                # since not every device has float64.
+                # In float64, so that sums do not depend on the batches; on the CPU, as not every device has it.
                 sums.append(losses.cpu().double().sum())
                 counts.append(batch.num_targets)
-        # Each batch is one process' number and nobody else's, so that the addition rounds nothing.
+        # Every entry is nonzero in one process only, so the all-reduce does not round.
         by_batch = torch.zeros(2, -(-len(windows) // batch_size), dtype=torch.float64)
         mine = by_batch[:, processes.rank :: processes.size]
         columns = torch.tensor([[total.item() for total in sums], counts], dtype=torch.float64)
-        mine.copy_(columns[:, : mine.shape[1]])  # one more where this process only kept the others company
+        mine.copy_(columns[:, : mine.shape[1]])  # drops the batch without targets of a rank without data
         totals, num_targets = processes.all_reduce_tensor(by_batch)
     finally:
         model.train(was_training)
     means = totals / num_targets
     num_tokens = int(num_targets.sum())
     loss = totals.sum().item() / num_tokens
-    # The mean loss is taken for every token of the text once, also for those that two windows share.
+    # The mean loss, counted once for every token of the text, also for those in two windows.
     nats = loss * facts.num_targets
     return Evaluation(
         loss=loss,
@@ -102,5 +98,5 @@ def evaluate(
 
 
 def exponential(nats: float) -> float:
-    """exp(nats), infinite where that is beyond a float."""
+    """Return exp(nats), or infinity if that overflows."""
     return math.exp(nats) if nats < 700 else math.inf

@@ -1,9 +1,9 @@
-"""Models that only count: what a transformer has to beat before it has learned anything beyond counting.
+"""N-gram baselines: what a transformer has to beat before it has learned anything beyond counting.
 
-Each is fitted to a training split and gives every token of the vocabulary a probability above zero in every context;
-these sum to 1. What precedes a token in its own row is all that a model sees, as a transformer sees its window.
+Each is fitted to a training split, and assigns every token a nonzero probability in every context; these sum to 1. Its
+context is the preceding tokens of a row, as a transformer sees its window.
 
-Shapes: N rows, T tokens of a row, G n-grams that were seen, Vocab vocab_size.
+Shapes: N rows, T tokens per row, G observed n-grams, Vocab vocab_size.
 """
 
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ from typing import NamedTuple, Protocol, Self
 import numpy as np
 
 ORDER = 5
-"""Of Kneser-Ney: the token and the four before it."""
+"""Order of Kneser-Ney: the token and the four before it."""
 
 
 class Baseline(Protocol):
-    """A fitted model."""
+    """A fitted baseline."""
 
     def losses(self, tokens_NT: np.ndarray) -> np.ndarray:
-        """The loss of each token but a row's first, in nats: (N, T-1)."""
+        """Return the loss of each token but the first of a row, in nats: (N, T-1)."""
         ...
 
 
 def target_counts(ids: np.ndarray, offsets: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token is to be predicted, (Vocab,): all but each document's first.
+    """Count how often each token is a target, (Vocab,): in all positions but the first of a document.
 
     Args:
-        ids: (num_tokens,) all documents one after the other.
-        offsets: (num_documents + 1,) where each document starts in `ids`, and where the last one ends.
-        vocab_size: rows of the vocabulary, above every id.
+        ids: (num_tokens,), all documents concatenated.
+        offsets: (num_documents + 1,), where each document starts in `ids`, and where the last one ends.
+        vocab_size: Size of the vocabulary; ids are less than this.
     """
     firsts = ids[offsets[:-1]]
     return np.bincount(ids, minlength=vocab_size) - np.bincount(firsts, minlength=vocab_size)
@@ -37,46 +37,44 @@ def target_counts(ids: np.ndarray, offsets: np.ndarray, vocab_size: int) -> np.n
 
 @dataclass(frozen=True)
 class UniformModel:
-    """Every token is as likely as any other: the perplexity is `vocab_size`."""
+    """Uniform distribution, whose perplexity is `vocab_size`."""
 
     vocab_size: int
 
     def losses(self, tokens_NT: np.ndarray) -> np.ndarray:
-        """The loss of each token but a row's first, in nats: (N, T-1)."""
         return np.full((len(tokens_NT), tokens_NT.shape[1] - 1), np.log(self.vocab_size))
 
 
 @dataclass(frozen=True)
 class UnigramModel:
-    """The frequency of each token in training, one added to every count (Laplace): (c(w) + 1) / (sum of c + Vocab)."""
+    """Token frequencies with add-one (Laplace) smoothing: (c(w) + 1) / (sum of c + Vocab)."""
 
     log_probabilities: np.ndarray
     """(Vocab,), in nats."""
 
     @classmethod
     def fit(cls, ids: np.ndarray, offsets: np.ndarray, vocab_size: int) -> Self:
-        """Counts the tokens of a split. Arguments as for `target_counts`."""
+        """Count the tokens of a split. Arguments as in `target_counts`."""
         counts = target_counts(ids, offsets, vocab_size)
         return cls(np.log(counts + 1) - np.log(counts.sum() + vocab_size))
 
     def losses(self, tokens_NT: np.ndarray) -> np.ndarray:
-        """The loss of each token but a row's first, in nats: (N, T-1)."""
         return -self.log_probabilities[tokens_NT[:, 1:]]
 
 
 @dataclass(frozen=True)
 class BigramModel:
-    """The token before, interpolated with `UnigramModel` after Witten and Bell (1991).
+    """Bigrams interpolated with `UnigramModel` (Witten and Bell 1991).
 
     P(w | h) = (c(h, w) + t(h) P(w)) / (c(h) + t(h)), where c(h, w) counts the pair, c(h) is its sum over w, and t(h) is
-    how many different tokens followed h. Where h was never followed by anything, it is P(w).
+    the number of different tokens after h. If nothing ever followed h, it is P(w).
     """
 
     unigram: UnigramModel
     keys: np.ndarray
-    """(G,) the pairs that were seen, `h * Vocab + w`, in order."""
+    """(G,), the observed pairs `h * Vocab + w`, sorted."""
     counts: np.ndarray
-    """(G,) how often."""
+    """(G,), their counts."""
     context_counts: np.ndarray
     """(Vocab,) c(h)."""
     context_types: np.ndarray
@@ -84,7 +82,7 @@ class BigramModel:
 
     @classmethod
     def fit(cls, ids: np.ndarray, offsets: np.ndarray, vocab_size: int) -> Self:
-        """Counts the pairs of a split; none crosses a document. Arguments as for `target_counts`."""
+        """Count the pairs of a split; none crosses a document. Arguments as in `target_counts`."""
         is_target = np.ones(len(ids), dtype=bool)
         is_target[offsets[:-1]] = False
         targets = np.flatnonzero(is_target)
@@ -99,7 +97,6 @@ class BigramModel:
         )
 
     def losses(self, tokens_NT: np.ndarray) -> np.ndarray:
-        """The loss of each token but a row's first, in nats: (N, T-1)."""
         before, targets = tokens_NT[:, :-1].astype(np.int64), tokens_NT[:, 1:]
         found = find(self.keys, before * len(self.context_counts) + targets)
         counts = np.where(found >= 0, self.counts[found], 0)
@@ -111,16 +108,16 @@ class BigramModel:
 
 
 class Level(NamedTuple):
-    """The n-grams of one order. An n-gram's number is its place in `keys`; it stands for a context one order up."""
+    """The n-grams of one order. The index of an n-gram in `keys` is its number as a context one order up."""
 
     keys: np.ndarray
-    """(G,) the number of the first n-1 tokens, times Vocab, plus the last token; in order."""
+    """(G,), number of the first n-1 tokens, times Vocab, plus the last token; sorted."""
     discounted: np.ndarray
-    """(G,) the count less its discount."""
+    """(G,), counts minus their discounts."""
     totals: np.ndarray
-    """(contexts,) the sum of the counts of all that followed; 1 where nothing did."""
+    """(contexts,), sum of the counts of all that followed; 1 if nothing did."""
     backoff: np.ndarray
-    """(contexts,) the probability that the discounts took, and that goes to the order below."""
+    """(contexts,), probability removed by the discounts, which goes to the order below."""
 
 
 @dataclass(frozen=True)
@@ -128,27 +125,27 @@ class KneserNey:
     """Interpolated modified Kneser-Ney (Chen and Goodman 1998, "An Empirical Study of Smoothing Techniques").
 
     P_n(w | h) = (a(h w) - D(a(h w))) / a(h) + backoff(h) P_{n-1}(w | h without its first token), down to 1 / Vocab
-    below the unigrams. In the highest order a is the count. Below, it is in how many different contexts an n-gram was
-    seen: the number of different tokens before it. Nothing stands before the first tokens of a document, so an n-gram
-    there is counted as often as it occurs, as KenLM does after `<s>` (Heafield et al. 2013). Discounts are those of
-    `discounts`. A context that is shorter than the order, or was not seen, leaves its order out.
+    below the unigrams. In the highest order a is the count. In lower orders it is the number of different tokens before
+    the n-gram; at the start of a document, where nothing precedes it, its occurrences are counted instead, as in KenLM
+    after `<s>` (Heafield et al. 2013). D is computed by `discounts`. An order is skipped if the context is shorter or
+    was not observed.
     """
 
     vocab_size: int
     levels: tuple[Level, ...]
-    """From the unigrams up, as far as there are any."""
+    """From unigrams up, as far as observed."""
 
     @classmethod
     def fit(cls, ids: np.ndarray, offsets: np.ndarray, vocab_size: int, order: int = ORDER) -> Self:
-        """Counts the n-grams of a split; none crosses a document. Arguments as for `target_counts`.
+        """Count the n-grams of a split; none crosses a document. Arguments as in `target_counts`.
 
         Raises:
             ValueError: `order` is below 2.
         """
         if order < 2:
-            raise ValueError(f"order must be at least 2, not {order}")
+            raise ValueError(f"order must be at least 2, got {order}")
         places = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
-        # The number of the n-gram that ends at each token. Of a single token it is the token, seen or not.
+        # Number of the n-gram that ends at each token. That of a unigram is its id, observed or not.
         numbers = np.asarray(ids, dtype=np.int64)
         keys, num_contexts = np.arange(vocab_size), 1
         levels = []
@@ -157,7 +154,7 @@ class KneserNey:
             longer_keys, firsts, inverse = np.unique(
                 numbers[ends - 1] * vocab_size + ids[ends], return_index=True, return_inverse=True
             )
-            # Each longer n-gram is one context of the shorter one that it ends with.
+            # Each longer n-gram is one context of its suffix.
             counts = np.bincount(numbers[ends[firsts]], minlength=len(keys))
             if length > 1:
                 counts += np.bincount(numbers[places == length - 1], minlength=len(keys))
@@ -170,10 +167,9 @@ class KneserNey:
         return cls(vocab_size, tuple(level for level in levels if len(level.keys)))
 
     def losses(self, tokens_NT: np.ndarray) -> np.ndarray:
-        """The loss of each token but a row's first, in nats: (N, T-1)."""
         tokens_NT = tokens_NT.astype(np.int64)
         probabilities = np.full((len(tokens_NT), tokens_NT.shape[1] - 1), 1 / self.vocab_size)
-        # The number of the n-gram before each token, -1 where it was not seen; and the column of the first such token.
+        # Number of the n-gram before each token, -1 if not observed.
         contexts = np.zeros_like(probabilities, dtype=np.int64)
         for length, (keys, discounted, totals, backoff) in enumerate(self.levels, start=1):
             skipped = max(0, length - 2)
@@ -184,13 +180,13 @@ class KneserNey:
             lower = probabilities[:, skipped:]
             own = np.where(found >= 0, discounted[found], 0) / totals[contexts]
             lower[:] = np.where(contexts >= 0, own + backoff[contexts] * lower, lower)
-            # What ends at a token is what stands before the next one.
+            # The n-gram that ends at a token is the context of the next one.
             contexts = tokens_NT[:, :-1] if length == 1 else found[:, :-1]
         return -np.log(probabilities)
 
 
 def make_level(keys: np.ndarray, counts: np.ndarray, vocab_size: int, num_contexts: int) -> Level:
-    """What one order needs, from its n-grams and their counts."""
+    """Return the level of one order from its n-grams and their counts."""
     contexts = keys // vocab_size
     taken = np.array([0.0, *discounts(counts)])[np.minimum(counts, 3)]
     totals = np.bincount(contexts, weights=counts, minlength=num_contexts)
@@ -200,10 +196,10 @@ def make_level(keys: np.ndarray, counts: np.ndarray, vocab_size: int, num_contex
 
 
 def discounts(counts: np.ndarray) -> tuple[float, float, float]:
-    """What is taken from the counts 1, 2, and 3 or more (Chen and Goodman 1998, equation 26).
+    """Return the discounts of the counts 1, 2, and 3 or more (Chen and Goodman 1998, equation 26).
 
-    With n_k the number of n-grams that have the count k, and Y = n_1 / (n_1 + 2 n_2): k - (k + 1) Y n_{k+1} / n_k.
-    A corpus that is too small for that, or too odd, has 0.5, 1 and 1.5, KenLM's way out.
+    With n_k the number of n-grams of count k, and Y = n_1 / (n_1 + 2 n_2): k - (k + 1) Y n_{k+1} / n_k. Falls back to
+    0.5, 1 and 1.5, as KenLM does, if the corpus is too small for that.
     """
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
     if (n[1:5] == 0).any():
@@ -214,13 +210,13 @@ def discounts(counts: np.ndarray) -> tuple[float, float, float]:
 
 
 def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The place of each wanted key in the sorted `keys`, -1 where it is not there."""
+    """Return the index of each wanted key in the sorted `keys`, or -1."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, places, -1)
 
 
 def fit_baselines(ids: np.ndarray, offsets: np.ndarray, vocab_size: int) -> dict[str, Baseline]:
-    """All of them, by name, the weakest first. Arguments as for `target_counts`."""
+    """Fit all baselines, by name, weakest first. Arguments as in `target_counts`."""
     bigram = BigramModel.fit(ids, offsets, vocab_size)
     return {
         "uniform": UniformModel(vocab_size),

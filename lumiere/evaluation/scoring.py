@@ -1,9 +1,12 @@
-"""One pass of a model over a text that keeps, for each token that is scored, all that an evaluation is made of.
+"""Score every token of a text, sum the scores per document, and estimate standard errors of the resulting metrics.
 
-Slower than `lumiere.evaluation.evaluate`, which a training calls; what it gives does not depend on how many windows a
-caller puts into a batch, since the windows go through the model in groups of their own.
+Slower than `lumiere.evaluation.loss.evaluate`, which training calls. Results do not depend on a batch size.
 
-Shapes: S scored tokens, M rows of a chunk, N rows, T tokens of a row, E embedding_size, Vocab vocab_size.
+Documents are the sampling unit of all standard errors: tokens and windows of one document resemble each other, so
+treating them as independent would make errors too small.
+
+Shapes: S scored tokens or sequences, M rows of a chunk, N rows, T tokens per row, E embedding_size, Vocab vocab_size,
+D documents, R resamples, U quantities.
 """
 
 import math
@@ -24,9 +27,9 @@ from lumiere.evaluation.ngrams import Baseline
 from lumiere.models.transformer import Transformer
 
 TOKENS_AT_ONCE = 2048
-"""Tokens that go through the model together. Fixed, because another number gives other rounding errors."""
+"""Tokens per forward pass. Fixed, because the number affects rounding."""
 LOGITS_AT_ONCE = 2**21
-"""8 MB in float32, which stay in the cache."""
+"""8 MB in float32, which fit into the cache."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Protocol:
     """Which windows are scored, and which of their tokens.
 
     Attributes:
-        stride: tokens from the start of a window to the start of the next in a document.
-        once: a token that two windows share is scored in the first of them only; otherwise in each.
+        stride: Tokens between the starts of consecutive windows of a document.
+        once: Whether a token in two windows is scored only in the first of them.
     """
 
     stride: int
@@ -47,42 +50,40 @@ class Protocol:
 
 
 def training_windows(split: TokenizedSplit, context_size: int, overlap: int) -> tuple[Windows, Protocol]:
-    """The windows of training, tokens in the overlap of two scored in both: as `evaluate`, and the Lumiére card."""
+    """Return the training windows, scoring overlaps twice as `evaluate` and the original model card do."""
     windows = split.windows(context_size, overlap)
     return windows, Protocol(windows.stride, once=False)
 
 
 def strided_windows(split: TokenizedSplit, context_size: int, stride: int) -> tuple[Windows, Protocol]:
-    """Windows that begin `stride` tokens apart, each token scored once.
+    """Return windows that start `stride` tokens apart, scoring each token once.
 
-    Every token sees at least `context_size - stride + 1` tokens before it, or all of its document; with a stride of 1
-    that is the longest context that the model can have.
+    Every token is predicted from at least `context_size - stride + 1` tokens, or all that precede it in the document. A
+    stride of 1 gives every token the longest context that the model can have.
 
     Raises:
         LumiereError: `stride` is not between 1 and `context_size`.
     """
     if not 1 <= stride <= context_size:
         raise LumiereError(
-            f"a stride of {stride:,} does not fit windows of {context_size:,} tokens",
-            f"give 1 to {context_size:,}; the smaller, the longer the contexts and the time",
+            f"the stride must be 1 to {context_size:,} for windows of {context_size:,} tokens, got {stride:,}",
+            "smaller strides give longer contexts and take longer",
         )
     return split.windows(context_size, context_size + 1 - stride), Protocol(stride, once=True)
 
 
 @dataclass(frozen=True)
 class Scores(ShortRepr):
-    """What is kept of each scored token, in the order of the windows: arrays (S,).
+    """Scores of each token in the order of the windows: arrays (S,).
 
     Attributes:
-        losses: in nats, float64.
-        at_1, at_5: the probability that the token is among the 1 or 5 likeliest. It is 0 or 1 but where several tokens
-            are exactly as likely as it: these share the places that they have together.
-        confidences: the probability of the likeliest token.
-        positions: how many tokens of the window came before.
-        tokens: the id.
-        documents: the document.
-        windows: the window.
-        baselines: the losses of models that count, on the same tokens with the same contexts.
+        losses: In nats, float64.
+        at_1, at_5: Whether the token is among the top 1 or 5: 0 or 1, or a fraction for tokens of equal probability,
+            which share their places.
+        confidences: Probability of the top-1 token.
+        positions: Number of preceding tokens in the window.
+        tokens, documents, windows: Id of the token, and numbers of its document and window.
+        baselines: Losses of the n-gram baselines on the same tokens with the same contexts.
     """
 
     losses: np.ndarray
@@ -97,7 +98,7 @@ class Scores(ShortRepr):
 
 
 class ModelScores(NamedTuple):
-    """The part of `Scores` that comes from logits: (S,), float64 on the CPU."""
+    """The scores that are computed from logits: (S,), float64 on the CPU."""
 
     losses: Tensor
     at_1: Tensor
@@ -111,10 +112,10 @@ def score(
     """Score the windows without dropout, in the precision of the model's weights.
 
     Args:
-        model: on any device; it is left in the mode in which it came.
-        once: as `Protocol.once`.
-        baselines: fitted models, by name.
-        take: called with the scores of each group of windows, in order. A long text has too many to keep.
+        model: On any device. Its training mode is restored.
+        once: See `Protocol.once`.
+        baselines: Fitted baselines by name.
+        take: Called with the scores of each group of windows, in order. Long texts have too many to keep.
     """
     was_training = model.training
     model.eval()
@@ -140,7 +141,7 @@ def score_parts(
         if once:
             continues = documents == windows.documents(indices - 1)
             continues[indices == 0] = False
-            # All but the last `stride` targets stand in the window before too.
+            # All but the last `stride` targets are also in the window before.
             is_scored[continues, : windows.context_size - windows.stride] = False
         rows, columns = np.nonzero(is_scored)
         residual_SE = model.final_residual(batch.tokens.to(device))[torch.from_numpy(is_scored).to(device)]
@@ -159,7 +160,7 @@ def score_parts(
 
 
 def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -> ModelScores:
-    """The scores of tokens by the logits `residual @ weight.T`, of which only a chunk exists at a time."""
+    """Score tokens by the logits `residual @ weight.T`, computed in chunks."""
     size = max(1, LOGITS_AT_ONCE // len(weight_VocabE))
     wide = torch.float64 if residual_SE.device.type == "cpu" else torch.float32  # not every device has float64
     parts = []
@@ -168,7 +169,7 @@ def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits -= logits.amax(1, keepdim=True)
         own_M1 = logits.gather(1, tokens_M.unsqueeze(1))
-        # Counted in float32, which is exact up to 2**24 and several times as fast as adding up booleans.
+        # Count in float32, which is exact up to 2**24 and several times faster than summing booleans.
         marks = torch.empty_like(logits)
         num_above = torch.gt(logits, own_M1, out=marks).sum(1)
         num_equal = torch.eq(logits, own_M1, out=marks).sum(1)
@@ -182,17 +183,17 @@ Counts = TypeVar("Counts", Tensor, np.ndarray)
 
 
 def share_of_top(num_above: Counts, num_equal: Counts, k: int) -> Counts:
-    """The probability that a token is among the k most probable, if tied tokens share their places.
+    """Return the probability that a token is in the top k, if tied tokens share their places.
 
     Args:
-        num_above: how many tokens are more probable.
-        num_equal: how many are exactly as probable, the token itself included.
+        num_above: Number of more probable tokens.
+        num_equal: Number of equally probable tokens, including the token itself.
     """
     return ((k - num_above) / num_equal).clip(0, 1)
 
 
 def shared_place(num_above: Counts, num_equal: Counts) -> Counts:
-    """The mean of the places that tied tokens have together, counted from 0."""
+    """Return the mean rank of tied tokens, counted from 0."""
     return num_above + (num_equal - 1) / 2
 
 
@@ -200,11 +201,11 @@ class DocumentTotals(NamedTuple):
     """Sums over the tokens of each document: arrays (D,).
 
     Attributes:
-        nats: losses.
-        num_scored: tokens that were scored; those that were scored twice count twice.
-        at_1, at_5: as in `Scores`.
-        num_targets: tokens that there are to predict, each once: all but the first.
-        num_bytes, num_words, num_normalized_bytes: as in `Sizes`.
+        nats: Losses.
+        num_scored: Scored tokens; those scored twice count twice.
+        at_1, at_5: See `Scores`.
+        num_targets: Tokens to predict, each counted once: all but the first.
+        num_bytes, num_words, num_normalized_bytes: See `Sizes`.
     """
 
     nats: np.ndarray
@@ -222,12 +223,12 @@ class DocumentTotals(NamedTuple):
 
     @property
     def total(self) -> "DocumentTotals":
-        """All documents as one: numbers without an axis."""
+        """The sums over all documents: scalars."""
         return DocumentTotals(*(column.sum() for column in self))
 
 
-class Figures(NamedTuple):
-    """Of each document, or of each resample; see `DetailedEvaluation` for what they are."""
+class Metrics(NamedTuple):
+    """Metrics of each document, or of each resample; see `Evaluation` and `DetailedEvaluation`."""
 
     loss: np.ndarray
     perplexity: np.ndarray
@@ -239,10 +240,10 @@ class Figures(NamedTuple):
 
 
 class GroupSums:
-    """Sums of columns over the tokens of each group, added up part by part.
+    """Running sums of columns over the tokens of each group.
 
     Attributes:
-        counts: (num_groups,) tokens.
+        counts: (num_groups,), tokens.
         sums: (num_columns, num_groups).
     """
 
@@ -251,10 +252,10 @@ class GroupSums:
         self.sums = np.zeros((num_columns, num_groups))
 
     def add(self, groups: np.ndarray, *columns: np.ndarray) -> None:
-        """Add some tokens: (S,) their groups, and a value of each in every column."""
+        """Add tokens: their groups (S,), and their values (S,) in every column."""
         if not len(groups):
             return
-        # Only as wide as the groups that are met: there may be a million documents.
+        # Touch only the range of these groups: there may be a million documents.
         first = groups.min()
         met = np.s_[first : groups.max() + 1]
         self.counts[met] += np.bincount(groups - first)
@@ -263,7 +264,7 @@ class GroupSums:
 
     @property
     def means(self) -> np.ndarray:
-        """(num_columns, num_groups), NaN where a group has no token."""
+        """(num_columns, num_groups), NaN for empty groups."""
         with np.errstate(invalid="ignore"):
             return self.sums / self.counts
 
@@ -271,11 +272,11 @@ class GroupSums:
 def document_totals(
     split: TokenizedSplit, sizes: Sizes, counts: np.ndarray, nats: np.ndarray, at_1: np.ndarray, at_5: np.ndarray
 ) -> DocumentTotals:
-    """The sums of a split's documents: (D,) each.
+    """Return the sums of the documents of a split.
 
     Args:
-        sizes: of each document, from `document_sizes`.
-        counts, nats, at_1, at_5: scored tokens, and the sums of their columns in `Scores`.
+        sizes: Sizes of the documents, from `document_sizes`.
+        counts, nats, at_1, at_5: Scored tokens, and the sums of their columns in `Scores`: (D,) each.
     """
     return DocumentTotals(
         nats=nats,
@@ -289,14 +290,14 @@ def document_totals(
     )
 
 
-def figures(totals: DocumentTotals) -> Figures:
-    """What the sums come to. A document without words or without anything to predict gives NaN."""
+def metrics(totals: DocumentTotals) -> Metrics:
+    """Compute the metrics of sums: for documents, for all of them, or for resamples. Empty documents give NaN."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         loss = totals.nats / totals.num_scored
-        # The mean loss is taken for every token of the text once, also for those that two windows share.
+        # The mean loss, counted once for every token of the text, also for those in two windows.
         nats = loss * totals.num_targets
         bits_per_byte = nats / math.log(2) / totals.num_normalized_bytes
-        return Figures(
+        return Metrics(
             loss=loss,
             perplexity=np.exp(loss),
             bits_per_byte=bits_per_byte,
@@ -315,14 +316,13 @@ WEIGHTS_AT_ONCE = 2**21
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A figure of one model less that of another, on the same documents.
+    """Difference of a metric between two models on the same documents.
 
     Attributes:
-        standard_error: standard deviation of the difference over the resamples.
-        low, high: the middle `confidence` of the resamples; with fewer than `FEW_DOCUMENTS` documents, whose
-            resamples vary too little, the interval of Student's t around the difference.
-        num_documents: documents in each resample.
-        num_lower: documents on which the figure is lower.
+        standard_error: Standard deviation of the difference over the resamples.
+        low, high: Central interval of the resamples with probability `confidence`; with fewer than `FEW_DOCUMENTS`
+            documents, whose resamples vary too little, Student's t interval around the difference.
+        num_lower: Number of documents on which the metric is lower.
     """
 
     difference: float
@@ -337,24 +337,26 @@ class PairedDifference:
 
 
 def standard_errors(totals: DocumentTotals) -> Mapping[str, float] | None:
-    """The standard deviation of each of the `Figures` over resamples of the documents; None where there is but one."""
+    """Return the standard error of each metric by bootstrap over documents (Efron 1979); None for a single document."""
     if totals.num_documents < 2:
         return None
-    resamples = [figures(resampled) for resampled in resample(totals)]
-    columns = {name: np.concatenate([getattr(part, name) for part in resamples]) for name in Figures._fields}
-    # A perplexity may be infinite; then so is its error.
+    resamples = [metrics(resampled) for resampled in resample(totals)]
+    columns = {name: np.concatenate([getattr(part, name) for part in resamples]) for name in Metrics._fields}
+    # An infinite perplexity has an infinite error.
     with np.errstate(invalid="ignore"):
         return {name: float(np.std(values, ddof=1)) for name, values in columns.items()}
 
 
-def paired_difference(base: DocumentTotals, other: DocumentTotals, figure: str) -> PairedDifference | None:
-    """`figure` of `other` less that of `base`, both over the same resamples; None where there is but one document.
+def paired_difference(base: DocumentTotals, other: DocumentTotals, metric: str) -> PairedDifference | None:
+    """Return a metric of `other` minus that of `base`, by paired bootstrap; None for a single document.
+
+    Both use the same resamples of documents, as in Koehn 2004 for translation.
 
     Args:
-        figure: a field of `Figures`.
+        metric: A field of `Metrics`.
 
     Raises:
-        ValueError: the documents are not the same.
+        ValueError: The documents differ.
     """
     if not np.array_equal(base.num_bytes, other.num_bytes):
         raise ValueError("a paired difference needs the same documents")
@@ -362,17 +364,17 @@ def paired_difference(base: DocumentTotals, other: DocumentTotals, figure: str) 
         return None
 
     def values(totals: DocumentTotals) -> np.ndarray:
-        return np.concatenate([getattr(figures(resampled), figure) for resampled in resample(totals)])
+        return np.concatenate([getattr(metrics(resampled), metric) for resampled in resample(totals)])
 
     differences = values(other) - values(base)
-    difference = float(getattr(figures(other.total), figure) - getattr(figures(base.total), figure))
+    difference = float(getattr(metrics(other.total), metric) - getattr(metrics(base.total), metric))
     standard_error = float(np.std(differences, ddof=1))
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     if (count := base.num_documents) < FEW_DOCUMENTS:
-        # The variance over resamples of D documents is (D - 1) / D of the unbiased one.
+        # The variance over resamples of D documents is (D - 1) / D of the unbiased variance.
         reach = half_width(count) * standard_error * np.sqrt(count / (count - 1))
         low, high = difference - reach, difference + reach
-    each = getattr(figures(other), figure) - getattr(figures(base), figure)
+    each = getattr(metrics(other), metric) - getattr(metrics(base), metric)
     return PairedDifference(
         difference=difference,
         standard_error=standard_error,
@@ -387,9 +389,9 @@ def paired_difference(base: DocumentTotals, other: DocumentTotals, figure: str) 
 
 
 def resample(totals: DocumentTotals) -> Iterator[DocumentTotals]:
-    """`NUM_RESAMPLES` draws of all documents with replacement, each summed up; a part of them at a time.
+    """Yield the sums of `NUM_RESAMPLES` resamples of the documents with replacement, several at a time.
 
-    The draws depend on the number of documents only, so that those of two models on the same documents are pairs.
+    The draws depend only on the number of documents, so those of two models on the same documents are paired.
     """
     draw = np.random.default_rng(SEED)
     count = totals.num_documents
@@ -401,21 +403,17 @@ def resample(totals: DocumentTotals) -> Iterator[DocumentTotals]:
 
 
 FEW_DOCUMENTS = 20
-"""Below this, intervals use Student's t, and the output says that the documents are few."""
+"""With fewer documents, intervals use Student's t, and the output notes it."""
 NORMAL_975 = 1.960
 T_975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262),
     *(2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101),
 )
-"""The 97.5 % quantiles of Student's t distribution with 1 to 18 degrees of freedom."""
+"""97.5 % quantiles of Student's t distribution with 1 to 18 degrees of freedom."""
 
 
 def half_width(num_documents: int) -> float:
-    """Return how many standard errors a 95 % interval extends to each side.
-
-    Args:
-        num_documents: at least 2.
-    """
+    """Return the half width of a 95 % interval in standard errors, for at least 2 documents."""
     return T_975[num_documents - 2] if num_documents < FEW_DOCUMENTS else NORMAL_975
 
 
@@ -428,12 +426,12 @@ def clustered_means(
     `sqrt(D / (D - 1) sum (sum_d - mean count_d)^2) / sum count_d`.
 
     Args:
-        sums_US: the sum of each quantity over the tokens of each sequence.
-        counts_S: the number of these tokens.
-        documents_S: which document each sequence is cut from.
+        sums_US: Sum of each quantity over the tokens of each sequence.
+        counts_S: Number of these tokens.
+        documents_S: Document of each sequence.
 
     Returns:
-        means, standard errors: (U,) both; the errors are NaN for a single document.
+        Means and standard errors, (U,) both; the errors are NaN for a single document.
     """
     numbers, documents_S = np.unique(documents_S, return_inverse=True)
     order = np.argsort(documents_S, kind="stable")

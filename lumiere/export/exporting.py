@@ -105,7 +105,7 @@ def export_model(
         for receipt in receipts:
             if not receipt.holds:
                 raise FailedCheckError(
-                    f"{receipt.law}: off by {receipt.error:.0e}, allowed {receipt.tolerance:.0e}; nothing was written",
+                    f"{receipt.check}: error {receipt.error:.0e} (tolerance {receipt.tolerance:.0e}), nothing written",
                     "this is a bug of Lumiere, or of the library: please report it",
                 )
     return Exported(tuple(files), tuple(tokens_BT[0].tolist()), receipts, found.count(None))

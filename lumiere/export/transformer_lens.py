@@ -311,7 +311,7 @@ def stated_tokens(context_size: int, ids: range) -> Tensor:
 
 @torch.inference_mode()
 def logits_of(model: Transformer, tokens_BT: Tensor) -> Tensor:
-    """(B, T, Vocab), through the watching path, which all analyses take."""
+    """(B, T, Vocab)."""
     return model(tokens_BT).logits
 
 

@@ -1,7 +1,7 @@
 """From the logits of the next token to the next token.
 
 Names, meaning and order of effect are those of `transformers`: first what changes logits (repetition penalty, n-grams;
-`lumiere.generation.repetition`), then temperature, top-k, top-p, min-p, typical-p.
+`Repetition`), then temperature, top-k, top-p, min-p, typical-p.
 
 Shapes: B rows, V vocabulary, N candidates of a row, M of all rows, G groups of ids.
 """

@@ -7,7 +7,7 @@ P predictions of R rows.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from lumiere.components.hooks import hooked, run_with_cache
 from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.tokenizer import PAD
-from lumiere.errors import LumiereError, nearest
+from lumiere.errors import LumiereError, check_choice
 from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
@@ -36,7 +36,7 @@ these units, and of no other, adds to the stream."""
 
 @dataclass(frozen=True)
 class Unit:
-    """A kind of part.
+    """A kind of part that can be ablated.
 
     Attributes:
         label: how unit `index` of a layer is called.
@@ -58,24 +58,24 @@ class Unit:
 
 
 def write_head(model: Transformer, layer: int, difference_BTHV: Tensor, heads: Sequence[int]) -> Tensor:
-    """Each head has its own rows of the output projection."""
+    """Multiply by the head's own rows of the output projection."""
     weight_HVE = model.blocks[layer].attention.output.weight.T.unflatten(0, (model.num_heads, model.d_value))
     return torch.einsum("btnv,nve->nbte", difference_BTHV[:, :, list(heads)], weight_HVE[list(heads)])
 
 
 def write_neuron(model: Transformer, layer: int, difference_BTF1: Tensor, neurons: Sequence[int]) -> Tensor:
-    """Each neuron has its own row of the second feed-forward matrix."""
+    """Multiply by the neuron's own row of the second feed-forward matrix."""
     weight_NE = model.blocks[layer].feedforward.down.weight.T[list(neurons)]
     return torch.einsum("btn,ne->nbte", difference_BTF1[:, :, list(neurons), 0], weight_NE)
 
 
 def write_stream(model: Transformer, layer: int, difference_BT1E: Tensor, indices: Sequence[int]) -> Tensor:
-    """What is read where it enters the stream is written as it is."""
+    """Return the change itself: it is read where it enters the stream."""
     return difference_BT1E.permute(2, 0, 1, 3)[list(indices)]
 
 
 def write_position(model: Transformer, layer: int, difference_BT1E: Tensor, positions: Sequence[int]) -> Tensor:
-    """The stream changes at one position and at no other."""
+    """Return the change at one position, and zero at the others."""
     written_NBTE = difference_BT1E.new_zeros(len(positions), *difference_BT1E[:, :, 0].shape)
     for row, position in enumerate(positions):
         written_NBTE[row, :, position] = difference_BT1E[:, position, 0]
@@ -132,30 +132,28 @@ UNITS: Mapping[str, Unit] = {
 
 
 def find_unit(name: str) -> Unit:
-    """The unit of that name.
+    """Return the unit of that name.
 
     Raises:
-        LumiereError: there is none.
+        LumiereError: there is no such unit.
     """
-    if name not in UNITS:
-        guess = nearest(name, UNITS)
-        raise LumiereError(f"there is no unit {name!r}", f"did you mean {guess}?" if guess else ", ".join(UNITS))
+    check_choice("unit", name, UNITS)
     return UNITS[name]
 
 
 def stream_after(model: Transformer, layer: int, stage: Stage, resid_BTE: Tensor) -> Tensor:
-    """The normalised final residual stream, given the stream at a stage of a block.
+    """Return the normalized final residual stream, given the stream at a stage of a block.
 
     Args:
         model: in evaluation mode.
         resid_BTE: (B, T, E).
     """
     if stage == "pre":
-        return model.final_residual_from(resid_BTE, layer)
+        return model.continue_from(resid_BTE, layer)
     if stage == "mid":
         block = model.blocks[layer]
         resid_BTE = resid_BTE + block.feedforward(block.feedforward_norm(resid_BTE))
-    return model.final_residual_from(resid_BTE, layer + 1)
+    return model.continue_from(resid_BTE, layer + 1)
 
 
 TOKENS_AT_ONCE = 2048
@@ -163,7 +161,7 @@ TOKENS_AT_ONCE = 2048
 
 
 class Trial:
-    """One batch: the activations of the model, what replaces them, and the losses with and without.
+    """One batch: the model's activations, their replacements, and the losses with and without each unit.
 
     Args:
         means: by layer, from `mean_activations`; of mode `mean`.
@@ -195,7 +193,7 @@ class Trial:
             self.differences[layer] = new_BTDW - old_BTDW
 
     def _losses(self, residual_RTE: Tensor) -> Tensor:
-        """(N, B) the sum of the losses of each sequence, for each copy of the batch along R, in float64 on the CPU."""
+        """Sum the losses of each sequence, (N, B), for each copy of the batch along R, in float64 on the CPU."""
         targets_BT = self.batch.targets
         num_copies = len(residual_RTE) // len(targets_BT)
         is_real_RT = (targets_BT != IGNORED).repeat(num_copies, 1)
@@ -207,11 +205,11 @@ class Trial:
         return sums_R.view(num_copies, -1)
 
     def _loss(self, losses_B: Tensor) -> Tensor:
-        """The mean over the tokens."""
+        """Return the mean over the tokens."""
         return losses_B.sum(-1) / self.batch.num_targets
 
     def ablated(self, layer: int, indices: Sequence[int]) -> Tensor:
-        """(N, B) the sum of each sequence's losses without each of the units of a layer, one at a time."""
+        """Sum each sequence's losses without each unit of a layer, one at a time, (N, B)."""
         stream_BTE = self.activations[layer][f"hook_resid_{self.kind.stage}"]
         at_once = max(1, TOKENS_AT_ONCE // self.batch.tokens.numel())
         losses = []
@@ -223,7 +221,7 @@ class Trial:
         return torch.cat(losses)
 
     def alone(self, layer: int, index: int) -> Tensor:
-        """The loss without one unit, by a hook in a whole forward pass."""
+        """Return the loss without one unit, by a hook in a whole forward pass."""
         name, place = f"blocks.{layer}.{self.kind.hooks[0]}", self.kind.place(index)
 
         def replace(activation: Tensor) -> Tensor:
@@ -242,7 +240,7 @@ class Trial:
         return losses / self.batch.num_targets
 
     def receipts(self, indices: Sequence[int], ablated_UB: Tensor) -> tuple[Receipt, ...]:
-        """That nothing but the ablation changes the loss, and that the strongest one is what a hook does."""
+        """Check that nothing but the ablation changes the loss, and recompute the strongest ablation by a hook."""
         clean, ablated_U = self._loss(self.losses_B), self._loss(ablated_UB)
         layers, stage = list(self.activations), self.kind.stage
         unchanged = [self.activations[layer][f"hook_resid_{stage}"] for layer in layers]
@@ -273,7 +271,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 def caches(model: Transformer, batch: Batch, kind: Unit, layers: Sequence[int]) -> dict[int, Cache]:
-    """By layer the activations that the unit needs, by their names within the block."""
+    """Return for each layer the activations that the unit needs, by their names within the block."""
     leaves = (*kind.hooks, f"hook_resid_{kind.stage}")
     _, cache = run_with_cache(model, batch.tokens, {f"blocks.{layer}.{leaf}" for layer in layers for leaf in leaves})
     return {layer: {leaf: cache[f"blocks.{layer}.{leaf}"] for leaf in leaves} for layer in layers}
@@ -282,7 +280,7 @@ def caches(model: Transformer, batch: Batch, kind: Unit, layers: Sequence[int]) 
 def mean_activations(
     model: Transformer, batches: Sequence[Batch], kind: Unit, layers: Sequence[int]
 ) -> dict[int, Tensor]:
-    """By layer the mean over all tokens of all batches, padding left out, (D, W); summed in float64."""
+    """Return for each layer the mean over all tokens but padding, (D, W), summed in float64."""
     sums: dict[int, Tensor] = {}
     for batch in batches:
         real_BT = batch.tokens != PAD
@@ -295,7 +293,7 @@ def mean_activations(
 
 
 def draw_donors(real_BT: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, T) whose activation comes in place of each sequence's own: the next one in a circle drawn by chance.
+    """Draw the sequence whose activation replaces each sequence's own, (B, T): the next one in a random circle.
 
     Where the next one has ended, it is the first one after it that has not; where all others have, the sequence itself.
     """
@@ -314,20 +312,20 @@ def draw_donors(real_BT: Tensor, generator: torch.Generator) -> Tensor:
     return donors_BT
 
 
-Mode = Literal["mean", "zero", "resample"]
+MODES = ("mean", "zero", "resample")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablations(Result):
-    """What each ablation does to the loss, in nats a token: positive where the part was of use.
+    """The effect of each ablation on the loss, in nats per token: positive if the part was of use.
 
     Attributes:
-        unit: what is taken away, a name of `UNITS`.
-        mode: what is put in its place.
+        unit: what is ablated, a name of `UNITS`.
+        mode: its replacement, one of `MODES`.
         labels: (U,) such as L1H3.
         layers: (U,) counted from 0.
         indices: (U,) which of the layer's units, counted from 0.
-        changes: (U,) mean loss with the ablation less that without.
+        changes: (U,) mean loss with the ablation minus the mean loss without.
         standard_errors: (U,) of `changes`, clustered by document; NaN for a single document.
         documents: (S,) which document each sequence is cut from; sequences that are texts of their own have numbers
             below 0.
@@ -379,7 +377,7 @@ def ablate(
     indices: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Ablations:
-    """The change of the mean loss, `loss(ablated) - loss(clean)`, when the activation of one unit is replaced.
+    """Measure the change of the mean loss, `loss(ablated) - loss(clean)`, when one unit's activation is replaced.
 
     The units are the heads' outputs (`hook_z`), what a feed-forward part or a whole layer adds to the residual stream,
     the neurons' activations (`hook_post`), and the residual stream before a layer at one position. In their place comes
@@ -400,7 +398,7 @@ def ablate(
         model: in evaluation mode.
         batches: inputs and targets, of one width T, padded on the right.
         unit: a name of `UNITS`.
-        mode: what comes in its place.
+        mode: its replacement, one of `MODES`.
         layers: which layers (None: all).
         indices: which heads, neurons or positions of each (None: all).
         seed: of `resample`.
@@ -409,7 +407,7 @@ def ablate(
         LumiereError: no such unit or mode; `resample` with a batch of one sequence.
     """
     kind = find_unit(unit)
-    check_mode(mode)
+    check_choice("mode", mode, MODES)
     if mode == "resample" and min(len(batch.tokens) for batch in batches) < 2:
         raise LumiereError(
             "resample takes activations from another sequence of the batch, and a batch has one only",
@@ -456,19 +454,7 @@ def ablate(
     )
 
 
-def check_mode(mode: str) -> None:
-    """Refuses what is no mode.
-
-    Raises:
-        LumiereError: so it is.
-    """
-    modes = get_args(Mode)
-    if mode not in modes:
-        guess = nearest(mode, modes)
-        raise LumiereError(f"there is no mode {mode!r}", f"did you mean {guess}?" if guess else ", ".join(modes))
-
-
 def whole_rows(batch: Batch) -> np.ndarray:
-    """(B, T + 1) the inputs and the last target, `<|pad|>` where there is none."""
+    """Return the inputs and the last target, (B, T + 1); `<|pad|>` for a target that is ignored."""
     last_B1 = batch.targets[:, -1:]
     return torch.cat([batch.tokens, last_B1.where(last_B1 != IGNORED, PAD)], dim=1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""What a model computes on a text, at every place that has a name.
+"""The activations of a model on a text, by the names of its hook points.
 
 Shapes: T position (destination), S position (source), E embedding_size, H head, K d_key, V d_value, F d_ff.
 """
@@ -33,7 +33,7 @@ AXES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Activations(Result):
-    """The activations of a text by name. As a table, and as JSON, they are listed without their values.
+    """The activations of a text by name. Tables and JSON list them without their values.
 
     Attributes:
         tokens: (T,) the ids that the model was given.
@@ -63,11 +63,10 @@ class Activations(Result):
 
 
 def activations(model: Transformer, tokens: Sequence[int], patterns: Sequence[str] = ("*",)) -> Activations:
-    """The activations whose names match any of `patterns`; only these are kept.
+    """Return the activations whose names match any of `patterns`.
 
-    Two laws are checked: the embeddings and what each part adds make the residual stream (Elhage et al. 2021, "A
-    Mathematical Framework for Transformer Circuits"), and the model that is watched computes the logits that it
-    computes unwatched.
+    Two invariants are checked: the embeddings and the outputs of the parts sum to the residual stream (Elhage et al.
+    2021, "A Mathematical Framework for Transformer Circuits"), and the logits are the same with and without hooks.
 
     Args:
         model: in evaluation mode.
@@ -101,7 +100,7 @@ def activations(model: Transformer, tokens: Sequence[int], patterns: Sequence[st
 
 
 def matching_names(model: Transformer, patterns: Sequence[str]) -> list[str]:
-    """The names of activations that match any of the patterns.
+    """Return the names of activations that match any of the patterns.
 
     Raises:
         LumiereError: none matches one of them.
@@ -119,5 +118,5 @@ def matching_names(model: Transformer, patterns: Sequence[str]) -> list[str]:
 
 
 def relative_error(values: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest number."""
+    """Return the largest difference, relative to the largest expected value."""
     return float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

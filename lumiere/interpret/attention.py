@@ -1,6 +1,6 @@
-"""Where each head of each layer looks, and what all heads together take from where.
+"""Attention patterns of each head, optionally weighted by what is read, and the heads of a layer combined.
 
-A weight says where information is taken from, not what it does there (Jain & Wallace 2019, "Attention is not
+A weight says where information is read from, not what it does there (Jain & Wallace 2019, "Attention is not
 Explanation"; Wiegreffe & Pinter 2019, "Attention is not not Explanation").
 
 Shapes: L layer, H head, T position (destination), S position (source), V d_value, E embedding_size.
@@ -25,7 +25,7 @@ COMBINED = ("mean", "max", "rollout")
 class AttentionPatterns(Result):
     """The attention of a text, head by head.
 
-    The statistics are means over the positions from 1 on, since position 0 can only look at itself; they are NaN for a
+    The statistics are means over the positions from 1 on, since position 0 can only attend to itself; NaN for a
     text of one token.
 
     Attributes:
@@ -33,11 +33,11 @@ class AttentionPatterns(Result):
         kind: one of `WEIGHTED`.
         layers: (L,) the layers, counted from 0.
         heads: (H,) the heads of each layer, counted from 0.
-        patterns: (L, H, T, S); row t says which share token t takes from each token s.
-        entropy: (L, H, T) of each row, in nats: from 0 (one token) to ln(t + 1) (all alike).
-        distance: (L, H, T) how many tokens back each row looks on average.
+        patterns: (L, H, T, S); row t is the share of each source s in what token t reads.
+        entropy: (L, H, T) of each row, in nats: from 0 (one source) to ln(t + 1) (uniform).
+        distance: (L, H, T) mean distance to the source, in tokens.
         normalized_entropy: (L, H) mean of entropy / ln(t + 1): 0 is one token, 1 is uniform.
-        mean_distance: (L, H); 1 for a head that looks at the previous token.
+        mean_distance: (L, H); 1 for a previous-token head.
         first: (L, H) mean share of token 0, the attention sink (Xiao et al. 2023).
         previous: (L, H) mean share of the token before.
         current: (L, H) mean share of the token itself.
@@ -68,13 +68,13 @@ class AttentionPatterns(Result):
                 }
 
     def cell(self, *index: int) -> Mapping[str, Any]:
-        """The columns of one weight; `index` is (layer, head, destination, source)."""
+        """Return the columns of one weight; `index` is (layer, head, destination, source)."""
         return {"weight": float(self.patterns[index])}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedPatterns(AttentionPatterns):
-    """Attention weighted by the size of what is taken.
+    """Attention weighted by the size of what is read.
 
     Attributes:
         norms: (L, H, T, S) the sizes; `patterns` are their shares of each row, zero where a row moves nothing.
@@ -88,7 +88,7 @@ class WeightedPatterns(AttentionPatterns):
 
 @dataclass(frozen=True, kw_only=True)
 class CombinedAttention(Result):
-    """The attention of a text, all heads of a layer in one.
+    """The attention of a text, with the heads of a layer combined.
 
     Attributes:
         tokens: (T,) the ids that the model was given.
@@ -118,7 +118,7 @@ def attention_patterns(
     heads: Sequence[int] | None = None,
     kind: str = "pattern",
 ) -> AttentionPatterns:
-    """Each head's pattern, or the same weighted by what the head takes.
+    """Return each head's pattern, optionally weighted by what the head reads.
 
     `pattern`: softmax(q k^T / sqrt(d_key)) under the causal mask (Vaswani et al. 2017, "Attention Is All You Need",
     equation 1). `value-weighted`: pattern times the norm of the source's value, ||A[t, s] v_s||, as CircuitsVis draws
@@ -141,7 +141,7 @@ def attention_patterns(
     heads = range(model.num_heads) if heads is None else heads
     chosen = np.ix_(layers, heads)
     common: dict[str, Any] = {"tokens": tuple(tokens), "kind": kind, "layers": tuple(layers), "heads": tuple(heads)}
-    patterns, cache = watch(model, tokens, () if kind == "pattern" else ("hook_v", "hook_z", "hook_attn_out"))
+    patterns, cache = run_attention(model, tokens, () if kind == "pattern" else ("hook_v", "hook_z", "hook_attn_out"))
     if kind == "pattern":
         patterns = patterns[chosen]
         receipts = (rows_sum_to_one(model, patterns), looks_back(patterns))
@@ -162,7 +162,7 @@ def combined_attention(
     heads: Sequence[int] | None = None,
     kind: str = "mean",
 ) -> CombinedAttention:
-    """All heads of each layer in one: `mean`, `max`, or `rollout`.
+    """Combine the heads of each layer: `mean`, `max`, or `rollout`.
 
     Rollout (Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3): R_l = (A_l + I)/2 R_(l-1),
     where A_l is the mean over the heads, I stands for the residual connection and R_(-1) = I. It starts at layer 0,
@@ -182,29 +182,29 @@ def combined_attention(
         raise ValueError(f"kind must be one of {', '.join(COMBINED)}, not {kind!r}")
     layers = range(model.num_layers) if layers is None else layers
     heads = range(model.num_heads) if heads is None else heads
-    patterns = watch(model, tokens, ())[0][:, list(heads)]
+    patterns = run_attention(model, tokens, ())[0][:, list(heads)]
     mean = patterns.mean(axis=1)
     weights = {"mean": lambda: mean, "max": lambda: patterns.max(axis=1), "rollout": lambda: rollout(mean)}[kind]()
     weights = weights[list(layers)]
     if kind == "max":
         below = float(np.maximum(mean[list(layers)] - weights, 0).max())
-        law = Receipt("the largest is no less than the mean", below, rounding(model))
+        check = Receipt("the largest is no less than the mean", below, rounding(model))
     else:
-        law = rows_sum_to_one(model, weights)
+        check = rows_sum_to_one(model, weights)
     return CombinedAttention(
         tokens=tuple(tokens),
         kind=kind,
         layers=tuple(layers),
         heads=tuple(heads),
         weights=weights,
-        receipts=(law, looks_back(weights)),
+        receipts=(check, looks_back(weights)),
     )
 
 
-def watch(
+def run_attention(
     model: Transformer, tokens: Sequence[int], leaves: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-    """The patterns (L, H, T, S) of one forward pass, and the activations `leaves` of every layer, (1, T, ...)."""
+    """Return the patterns of one forward pass, (L, H, T, S), and the activations `leaves` by layer, (1, T, ...)."""
     device = next(model.parameters()).device
     names = [
         f"blocks.{layer}.{'' if leaf == 'hook_attn_out' else 'attn.'}{leaf}"
@@ -219,7 +219,7 @@ def watch(
 def value_sizes(
     model: Transformer, cache: Mapping[str, torch.Tensor], patterns: np.ndarray, projected: bool
 ) -> tuple[np.ndarray, float]:
-    """The norm of what each head has to give at each source, (L, H, S), and by how much its weighted sum is missed.
+    """Return the norm of each head's value at each source, (L, H, S), and the error of the weighted sums.
 
     Args:
         projected: whether after the head's output matrix, v W_O (E numbers), or before, v (V numbers).
@@ -241,7 +241,7 @@ def value_sizes(
 
 
 def rollout(mean: np.ndarray) -> np.ndarray:
-    """The rollout after each layer, (L, T, S), of each layer's mean pattern."""
+    """Return the rollout after each layer, (L, T, S), from each layer's mean pattern."""
     reached, found = np.eye(mean.shape[-1], dtype=mean.dtype), []
     for pattern in mean:
         reached = (pattern @ reached + reached) / 2
@@ -250,7 +250,7 @@ def rollout(mean: np.ndarray) -> np.ndarray:
 
 
 def statistics(patterns: np.ndarray) -> dict[str, Any]:
-    """The statistics of `AttentionPatterns`, by name."""
+    """Return the statistics of `AttentionPatterns` by name."""
     size = patterns.shape[-1]
     logarithms = np.log(patterns, out=np.zeros_like(patterns), where=patterns > 0)
     entropy = np.maximum(-(patterns * logarithms).sum(-1), 0)

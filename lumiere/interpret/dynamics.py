@@ -125,7 +125,7 @@ def find_phase_change(
 
 
 def candidates(steps_N: np.ndarray, positions_N: np.ndarray, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The pairs of snapshots that overlap a stretch, are close enough, and have a snapshot before and enough after."""
+    """Yield the pairs of snapshots that overlap a stretch, are close enough, and have enough snapshots around them."""
     for first in range(1, end):
         for last in range(max(first, start) + 1, len(steps_N) - 1):
             if last > first + 2 and positions_N[last] - positions_N[first] > LONGEST:
@@ -135,7 +135,7 @@ def candidates(steps_N: np.ndarray, positions_N: np.ndarray, start: int, end: in
 
 
 def is_faster(steps_N: np.ndarray, positions_N: np.ndarray, values_N: np.ndarray, first: int, last: int) -> bool:
-    """Whether a curve changes faster, over steps, between two snapshots than before and after them."""
+    """Return whether a curve changes faster, over steps, between two snapshots than before and after them."""
 
     def rate(start: int, end: int) -> float:
         return abs(values_N[end] - values_N[start]) / (steps_N[end] - steps_N[start])
@@ -150,7 +150,7 @@ def is_faster(steps_N: np.ndarray, positions_N: np.ndarray, values_N: np.ndarray
 
 
 def is_between_levels(positions_N: np.ndarray, values_N: np.ndarray, first: int, last: int) -> bool:
-    """Whether a curve, before and after a change, stays near the values where the change starts and ends."""
+    """Return whether a curve, before and after a change, stays near the values at its start and end."""
     allowed = LEVEL * (values_N[last] - values_N[first])
     before = np.abs(values_N[:first] - values_N[first]) <= allowed * np.maximum(
         positions_N[first] - positions_N[:first], 1
@@ -160,7 +160,7 @@ def is_between_levels(positions_N: np.ndarray, values_N: np.ndarray, first: int,
 
 
 def stretches(positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each begins and where it ends: at the first snapshot `SPAN` later; the last ones have none."""
+    """Return where each stretch starts and ends: at the first snapshot `SPAN` later; the last snapshots start none."""
     lasts = np.searchsorted(positions_N, positions_N + SPAN - 1e-9)
     firsts = np.flatnonzero(lasts < len(positions_N))
     return firsts, lasts[firsts]
@@ -180,13 +180,13 @@ DEFAULT_METRICS = (
 
 @dataclass(frozen=True)
 class Texts:
-    """What all snapshots are given alike.
+    """The inputs that are the same for all snapshots.
 
     Attributes:
         tokens: (N, T) ids for the head scores and the repeat gap, such as `repeated_tokens`.
         windows: for the in-context-learning score and natural repeats, as `score_heads` takes them; None: there are
             none.
-        batches: for the validation loss; none: there is no corpus.
+        batches: for the validation loss; empty without a corpus.
         lens_rows: texts whose decision depths are averaged.
         averaged: the tokens that copying is computed over; None: all.
     """
@@ -200,7 +200,7 @@ class Texts:
 
 @dataclass
 class SnapshotMetrics:
-    """One snapshot, and the analyses of it that were asked for, each made once."""
+    """One snapshot and its analyses, each computed once when it is first needed."""
 
     model: Transformer
     texts: Texts
@@ -243,7 +243,7 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number, or one for each head, pair of heads or matrix.
+    """A number of the model, or one for each head, pair of heads or matrix.
 
     Attributes:
         name: on the command line.
@@ -251,11 +251,11 @@ class Metric:
         unit: of the values: share, nats, stages; or what they are a multiple or a number of.
         noticeable: the least change that can be a phase change.
         measure: takes it from a snapshot.
-        baseline: what chance gives; NaN where nothing can be said.
+        baseline: the value by chance; NaN if it is unknown.
         error: the standard error of a number of the whole model; NaN where it is not known.
         needs_corpus: whether it is a number of the validation split.
         zero_is_missing: whether a value of 0 is that of a matrix of zeros, which has no level to rise from.
-        needs_tokens: whether it is a result of `head_scores`, which looks at the tokens of `Texts`.
+        needs_tokens: whether it is a result of `head_scores`, which reads the tokens of `Texts`.
     """
 
     name: str
@@ -319,7 +319,7 @@ def matrix_metric(name: str, field_name: str, meaning: str, unit: str, noticeabl
 
 
 def mean_loss(model: Transformer, batches: Sequence[Batch]) -> tuple[float, float]:
-    """The mean over all targets, summed in float64, and its standard error, clustered by document."""
+    """Return the mean over all targets, summed in float64, and its standard error, clustered by document."""
     weight, sums = model.token_embedding.weight, []
     for batch in batches:
         with torch.inference_mode():
@@ -333,7 +333,7 @@ def mean_loss(model: Transformer, batches: Sequence[Batch]) -> tuple[float, floa
 
 
 def mean_depth(subject: SnapshotMetrics) -> Values:
-    """The mean, over all positions of the texts, of the stage at which the logit lens has decided."""
+    """Return the mean decision depth of the logit lens over all positions of the texts."""
     return {"": float(np.concatenate([lens.decision_stages for lens in subject.lenses]).mean())}
 
 
@@ -402,7 +402,7 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric(
             "copying",
-            "how much more likely a head makes the tokens that it looks at, from its weights",
+            "how much more probable a head makes the tokens that it attends to, from its weights",
             "from -1 to 1",
             0.2,
             lambda subject: by_head(subject.heads.copying),
@@ -428,27 +428,27 @@ METRICS: Mapping[str, Metric] = {
 
 
 NEAR_UNIFORM = 0.1
-"""How far an untrained head's score may be from that of a head that looks at all tokens alike."""
+"""How far an untrained head's score may be from that of uniform attention."""
 NEAR_NOTHING = 0.1
 """How many nats an untrained model may gain or lose where a trained one learns to look back."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamics(Result):
-    """Values along a training.
+    """Metrics along the snapshots of a run.
 
     Attributes:
         steps: (N,) of the snapshots, rising.
         metrics: (M,) the metric of each series.
         places: (M,) its head (L1H0), pair of heads (L0H1>L1H0) or matrix; empty for a number of the whole model.
         units: (M,) of its values.
-        values: (M, N); NaN where there is no such number, as of a head that writes nothing.
-        errors: (M, N) standard errors of the values; NaN where they are not known.
-        baselines: (M,) what chance gives; NaN where nothing can be said.
-        phase_starts, phase_ends: (M,) the steps between which its phase change lies, or -1 where none is claimed.
-        phase_sizes: (M,) change of the value between them; NaN where none is claimed.
+        values: (M, N); NaN if there is no such number, as for a head that writes nothing.
+        errors: (M, N) standard errors of the values; NaN if unknown.
+        baselines: (M,) the value by chance; NaN if it is unknown.
+        phase_starts, phase_ends: (M,) the steps between which its phase change lies, or -1 without one.
+        phase_sizes: (M,) change of the value between them; NaN without one.
         num_tried: series that were searched for a phase change; the others have too few values.
-        curve_steps, curve_losses: (P,) the training loss, as it was measured while training, to stand beside.
+        curve_steps, curve_losses: (P,) the training loss, as it was logged by the training run.
     """
 
     steps: np.ndarray
@@ -473,13 +473,13 @@ class Dynamics(Result):
                 yield {"metric": metric, "place": place, "step": step, "value": value, "in_phase_change": in_phase}
 
     def series_of(self, metric: str) -> list[int]:
-        """The series of a metric, those first that changed most from their first to their last value."""
+        """Return the series of a metric, ordered by their change from the first to the last value."""
         found = [number for number, name in enumerate(self.metrics) if name == metric]
         return sorted(found, key=lambda number: -abs(total_change(self.values[number])))
 
 
 def total_change(values_N: np.ndarray) -> float:
-    """The last number less the first, 0 where there are none."""
+    """Return the last finite value minus the first; 0 if there is none."""
     numbers = values_N[np.isfinite(values_N)]
     return float(numbers[-1] - numbers[0]) if len(numbers) else 0.0
 
@@ -490,20 +490,20 @@ def follow(
     metrics: Sequence[str],
     texts: Texts,
     curve: Sequence[tuple[int, float]] = (),
-    tell: Callable[[int], None] = lambda number: None,
+    emit: Callable[[int], None] = lambda number: None,
 ) -> Dynamics:
-    """Each metric at each snapshot. A snapshot is loaded once, and each analysis made once, whatever asks for it.
+    """Compute each metric at each snapshot. Each snapshot is loaded once, and each analysis computed once.
 
     Olsson et al. 2022, "In-context Learning and Induction Heads", follow head scores and losses so; Biderman et al.
     2023, "Pythia", keep the snapshots so. Phase changes are those of `find_phase_change`.
 
     Args:
         steps: of the snapshots, rising, at least one.
-        load: gives the model at a step, in evaluation mode.
+        load: returns the model at a step, in evaluation mode.
         metrics: names of `METRICS`, without those that need a corpus where `texts` has none.
-        texts: what all snapshots are given.
+        texts: the inputs of all snapshots.
         curve: (P) steps and losses of the training.
-        tell: called with the number of snapshots done.
+        emit: called with the number of snapshots done.
     """
     chosen = [METRICS[name] for name in metrics]
     columns, errors, worst = [], [], {}
@@ -513,8 +513,8 @@ def follow(
         errors.append({metric.name: metric.error(subject) for metric in chosen})
         found = [*subject.receipts, *(untrained(subject, chosen) if step == 0 else ())]
         for receipt in found:
-            worst[receipt.law] = worse(receipt, worst.get(receipt.law))
-        tell(number + 1)
+            worst[receipt.check] = worse(receipt, worst.get(receipt.check))
+        emit(number + 1)
     last = SnapshotMetrics(load(steps[-1]), texts)
     labels = list(columns[0])
     values_MN = np.array([[column[label] for column in columns] for label in labels]).reshape(len(labels), len(steps))
@@ -549,22 +549,22 @@ def follow(
 
 
 def measure(subject: SnapshotMetrics, metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
-    """By metric and place."""
+    """Return the values by metric and place."""
     return {(metric.name, place): value for metric in metrics for place, value in metric.measure(subject).items()}
 
 
 def searched(metric: Metric, values_N: np.ndarray) -> np.ndarray:
-    """The values that are searched for a phase change: without those of matrices that are still zero."""
+    """Return the values to search for a phase change, without those of matrices that are still zero."""
     return np.where(values_N == 0, np.nan, values_N) if metric.zero_is_missing else values_N
 
 
 def worse(receipt: Receipt, other: Receipt | None) -> Receipt:
-    """The one of the same law with the larger error; an error that is no number is larger than any."""
+    """Return the receipt with the larger error; NaN counts as larger than any number."""
     return receipt if other is None or not receipt.error <= other.error else other
 
 
 def untrained(subject: SnapshotMetrics, metrics: Sequence[Metric]) -> Iterator[Receipt]:
-    """What must hold before the first update, for those of the metrics that were chosen."""
+    """Yield what must hold before the first update, for the chosen metrics."""
     names = {metric.name for metric in metrics}
     scores = [METRICS[name] for name in names & {"previous", "current", "first", "duplicate", "induction"}]
     errors = [
@@ -588,6 +588,6 @@ def untrained(subject: SnapshotMetrics, metrics: Sequence[Metric]) -> Iterator[R
 
 
 def difference(values_M: np.ndarray, expected_M: np.ndarray) -> float:
-    """The largest; what is missing in both does not differ."""
+    """Return the largest difference; values missing in both do not differ."""
     same = (values_M == expected_M) | (np.isnan(values_M) & np.isnan(expected_M))
     return float(np.abs(np.where(same, 0.0, values_M - expected_M)).max(initial=0.0))

@@ -23,19 +23,20 @@ COPY_LENGTH = 25
 
 
 def longest_copy(model: Transformer, num_tokens: int) -> int:
-    """How many of `num_tokens` different tokens fit the model twice, after a start token."""
+    """Return how many of `num_tokens` different tokens fit the model twice, after a start token."""
     return min((model.context_size - 1) // 2, num_tokens)
 
 
 def first_copied(length: int) -> int:
-    """The first position that counts as copied: the second copy's second token. Nothing announces its first one."""
+    """Return the first position that counts as copied: the second token of the second copy, since nothing announces the
+    first."""
     return length + 2
 
 
 def repeated_tokens(
     num_tokens: int, length: int, num_sequences: int, seed: int, *, start: int, first: int
 ) -> torch.Tensor:
-    """(N, 2 S + 1) ids: the start token and `length` different random tokens, twice.
+    """Return the start token and `length` different random tokens, twice, (N, 2 S + 1).
 
     Drawn without replacement, since a token that comes back by chance would be another place to look at.
 
@@ -55,7 +56,7 @@ COMPOSITION_KINDS = ("q", "k", "v")
 
 @dataclass(frozen=True, kw_only=True)
 class Composition(Result):
-    """The scores of all pairs of a head and one in a later layer.
+    """Composition scores of every head with every head of a later layer.
 
     Attributes:
         kinds: (C,) `COMPOSITION_KINDS`.
@@ -77,7 +78,7 @@ class Composition(Result):
 
 
 def composition_scores(model: Transformer) -> Composition:
-    """`|W_OV W| / (|W_OV| |W|)`, Frobenius norms, for each head and each head of a later layer.
+    """Compute `|W_OV W| / (|W_OV| |W|)`, Frobenius norms, for each head and each head of a later layer.
 
     Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". W_OV is what the earlier head reads and
     writes; W is, of the later one, W_QK for Q-composition, its transpose for K-composition, W_OV for V-composition, all
@@ -129,7 +130,7 @@ def composition_scores(model: Transformer) -> Composition:
 
 
 def head_matrices(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K), gains in those that read, in float64."""
+    """Return W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K), norm gains included, in float64."""
     found: tuple[list[np.ndarray], ...] = ([], [], [], [])
     for block in model.blocks:
         attention, gain = block.attention, block.attention_norm.weight.detach().cpu().double().numpy()
@@ -145,12 +146,12 @@ def head_matrices(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def gram(matrices: np.ndarray) -> np.ndarray:
-    """Of each matrix m the product m m^T."""
+    """Return m m^T of each matrix m."""
     return matrices @ matrices.swapaxes(-1, -2)
 
 
 def pair_list(num_layers: int, num_heads: int) -> np.ndarray:
-    """(P, 4) layer and head of the earlier one and of the later one, in order; none for a single layer."""
+    """Return layer and head of the earlier and of the later head, (P, 4), in order; empty for a single layer."""
     pairs = [
         (*earlier, *later)
         for earlier in np.ndindex(num_layers, num_heads)
@@ -167,7 +168,8 @@ TOKENS_AT_ONCE = 4096
 def in_context_learning(
     model: Transformer, windows_NT: torch.Tensor | None, documents_N: np.ndarray | None
 ) -> dict[str, Any]:
-    """Mean loss at late minus mean loss at early positions of full windows, and its standard error by document.
+    """Compute mean loss at late minus mean loss at early positions of full windows, with its standard error by
+    document.
 
     Olsson et al. 2022 take the tokens 500 and 50 of a context of 512. Here they are bands of positions, relative to the
     context: its last quarter, and 5 % to 15 %. Scores of different context sizes do not compare.
@@ -215,7 +217,7 @@ def position_bands(context_size: int) -> tuple[tuple[int, int], tuple[int, int]]
 
 
 def no_in_context_learning() -> dict[str, Any]:
-    """The fields without a text, or with a context of one token, which has no two positions."""
+    """Return the fields without a text, or with a context of one token, which has no two positions."""
     return {
         "in_context_positions": None,
         "in_context_bands": None,
@@ -240,19 +242,19 @@ FEWEST = 5
 
 @dataclass(frozen=True, kw_only=True)
 class HeadScores(Result):
-    """What each head looks at and whether it copies.
+    """What each head attends to and whether it copies.
 
     Attributes:
         tokens: (N, T) the ids that the model was given.
         layers: (L,) the layers, counted from 0.
         heads: (H,) the heads of each layer, counted from 0.
         score_names: (M,) `SCORES`.
-        scores: (L, H, M) mean share of a head's attention; NaN where no token has such a source.
-        uniform: (M,) what a head that looks at all tokens alike scores.
+        scores: (L, H, M) mean share of a head's attention; NaN if no token has such a source.
+        uniform: (M,) the scores of uniform attention.
         errors: (L, H, M) standard errors of the scores less the uniform baseline: clustered by sequence, or of a single
             sequence over its tokens; NaN where there are fewer than two of them.
         num_destinations: (M,) tokens, of all sequences together, over which a score is a mean.
-        num_overlaps: (M,) tokens whose source t - 1 is left out, since a previous-token head looks there too.
+        num_overlaps: (M,) tokens whose source t - 1 is left out, since a previous-token head attends there too.
         copying: (L, H) from -1 (suppresses what it sees) to 1 (copies it); NaN for a head that writes nothing.
         num_averaged: the number of tokens that `copying` is computed over.
         threshold: the score above which a head has a role.
@@ -261,7 +263,7 @@ class HeadScores(Result):
             uniform baseline by at least `margin` and by more than `NUM_ERRORS` standard errors.
         losses: (T - 1,) mean loss, in nats, of predicting token 1, 2, ... of the sequences.
         repeat_gap: () mean loss of tokens 2 to S of the first copy minus that of the same in the second, in nats; NaN
-            where the tokens are not two copies. Token 1 is left out: nothing tells that the second copy begins.
+            where the tokens are not two copies. Token 1 is left out: nothing announces the second copy.
         repeat_gap_error: () its standard error over the sequences.
         in_context_positions: the middle of the early and of the late band of positions; None without a text, or where
             the context has no two.
@@ -272,7 +274,7 @@ class HeadScores(Result):
         in_context_windows, in_context_documents: how many windows, of how many documents.
         text_scores: (L, H, M) the scores at natural repeats of validation windows (`add_text_repeats`); these fields
             are None without such windows.
-        text_uniform: (M,) what a head that looks at all tokens alike scores there.
+        text_uniform: (M,) the scores of uniform attention there.
         text_repeats, text_documents: how many repeats, in how many documents.
         text_gap: () mean loss of a repeated token where it first came, minus that where it comes again, in nats.
         text_gap_error: () its standard error, clustered by document.
@@ -309,8 +311,14 @@ class HeadScores(Result):
     text_gap: np.ndarray | None = None
     text_gap_error: np.ndarray | None = None
 
+    def places(self) -> Iterator[tuple[int, int, str]]:
+        """Yield the row, the column and the name of each head, such as `L0H1`."""
+        for row, layer in enumerate(self.layers):
+            for column, head in enumerate(self.heads):
+                yield row, column, f"L{layer}H{head}"
+
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for row, column in np.ndindex(len(self.layers), len(self.heads)):
+        for row, column, _ in self.places():
             place = {"layer": self.layers[row], "head": self.heads[column]}
             for number, name in enumerate(self.score_names):
                 score, uniform = float(self.scores[row, column, number]), float(self.uniform[number])
@@ -330,14 +338,14 @@ def head_scores(
     documents_N: np.ndarray | None = None,
     averaged: Sequence[int] | None = None,
 ) -> HeadScores:
-    """Each head's scores: the mean, over the tokens that have such a source, of the attention that goes there.
+    """Score each head: the mean attention to a kind of source, over the tokens that have such a source.
 
     `previous` t - 1, `current` t, `first` 0, `duplicate` all earlier places of token t, `induction` all places just
     after those (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; the prefix matching score of
     Olsson et al. 2022, "In-context Learning and Induction Heads"). The last two leave out t - 1, since a previous-token
-    head looks there too: all of induction in a b a b. Position 0 has only itself and never counts. On
+    head attends there too: all of induction in a b a b. Position 0 has only itself and never counts. On
     `repeated_tokens` of length S these are t - S and t - S + 1, for the second copy alone. Others take a diagonal of
-    the whole pattern, which has two entries too many: a perfect induction head then has 0.96, and one that looks at
+    the whole pattern, which has two entries too many: a perfect induction head then has 0.96, and one that attends to
     the start token 0.04 (S = 25).
 
     Args:
@@ -407,7 +415,7 @@ def head_scores(
 
 
 def clustered_errors(excess_CLHM: np.ndarray, counts_CM: np.ndarray) -> np.ndarray:
-    """(L, H, M) the standard error of the ratio of sums and counts over clusters; NaN of fewer than two."""
+    """Return the standard error of a ratio of sums over clusters, (L, H, M); NaN for fewer than two clusters."""
     num_clusters, totals = (counts_CM > 0).sum(0), counts_CM.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         residuals_CLHM = excess_CLHM - excess_CLHM.sum(0) / totals * counts_CM[:, None, None]
@@ -418,14 +426,14 @@ def clustered_errors(excess_CLHM: np.ndarray, counts_CM: np.ndarray) -> np.ndarr
 def roles_of(
     scores: np.ndarray, uniform: np.ndarray, errors: np.ndarray, num_destinations: np.ndarray, threshold: float
 ) -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """For each head the names of its scores that are high and clearly above the uniform baseline."""
+    """Return for each head the names of its scores that are high and clearly above the uniform baseline."""
     is_clear = (scores - uniform >= MARGIN) & (scores - uniform > NUM_ERRORS * errors)
     above = (scores >= threshold) & is_clear & (num_destinations >= FEWEST)
     return tuple(tuple(tuple(np.array(SCORES)[head].tolist()) for head in layer) for layer in above)
 
 
 def source_masks(tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, M, T, S), true where source s is what score m looks for from position t.
+    """Return (N, M, T, S), true where source s is what score m looks for from position t.
 
     And (N, M, T), true where t - 1 would have been such a source too, and is left out.
     """
@@ -443,10 +451,10 @@ def source_masks(tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndarray, float]:
-    """sum Re(lambda) / sum |lambda| over the eigenvalues of each head's OV circuit, (L, H), and a receipt's error.
+    """Return sum Re(lambda) / sum |lambda| over the eigenvalues of each OV circuit, (L, H), and a receipt's error.
 
-    The circuit W_E W_V W_O W_U, with the norms' gains in W_V and W_U, says how much more likely each token becomes by
-    being looked at (Elhage et al. 2021, "Copying / primitive in-context learning"); (Vocab, Vocab) and of rank V at
+    The circuit W_E W_V W_O W_U, with the norms' gains in W_V and W_U, says how much more probable each token becomes by
+    being attended to (Elhage et al. 2021, "Copying / primitive in-context learning"); (Vocab, Vocab) and of rank V at
     most, with the rows and columns of the tokens in `averaged` only. AB and BA have the same eigenvalues but for zeros,
     so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its trace, summed over these tokens, is the independent check:
     relative to sum |lambda|, the largest of all heads.
@@ -472,7 +480,7 @@ def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndar
 
 
 def repeat_gap(tokens_NT: torch.Tensor, loss_NT: np.ndarray) -> dict[str, np.ndarray]:
-    """The gap and its standard error; `loss_NT[:, t]` is that of predicting token t + 1."""
+    """Return the repeat gap and its standard error; `loss_NT[:, t]` is the loss of token t + 1."""
     length, odd = divmod(tokens_NT.shape[1] - 1, 2)
     if odd or length < 2 or not torch.equal(tokens_NT[:, 1 : length + 1], tokens_NT[:, length + 1 :]):
         return {"repeat_gap": np.array(np.nan), "repeat_gap_error": np.array(np.nan)}
@@ -481,7 +489,7 @@ def repeat_gap(tokens_NT: torch.Tensor, loss_NT: np.ndarray) -> dict[str, np.nda
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values; NaN of a single one."""
+    """Return the standard error of the mean of independent values; NaN for a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
@@ -499,7 +507,7 @@ def score_heads(
     heads: Sequence[int] | None = None,
     threshold: float = THRESHOLD,
 ) -> HeadScores:
-    """Score heads on `tokens_NT` and, where there are windows of real text, on the names that are repeated there.
+    """Score heads on `tokens_NT` and, given windows of text, on the names that are repeated there.
 
     Args:
         windows: (N, context_size + 1) ids, `<|pad|>` after the end, and (N,) the document that each is cut from.

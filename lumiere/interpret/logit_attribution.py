@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lumiere.components.hooks import run_with_cache
-from lumiere.errors import LumiereError, nearest
+from lumiere.errors import check_choice
 from lumiere.interpret.result import Receipt, Result, rounding
 from lumiere.models.transformer import Transformer
 
@@ -30,7 +30,7 @@ class LogitAttribution(Result):
         positions: (P,) the positions whose logits are explained.
         by: the level of detail of `rows`.
         targets: (P,) the tokens whose logits are explained.
-        reference: what is subtracted from each logit: that of the `token` in `versus`, the `mean` of many, the mean
+        reference: what is subtracted from each logit: the logit of the `token` `versus`, the `mean` of many, the mean
             under the model's own `prediction`, or `none`.
         versus: that token, or None.
         num_averaged: the number of tokens in that mean; 0 where the reference is `token` or `none`.
@@ -68,7 +68,7 @@ class LogitAttribution(Result):
     neurons: np.ndarray
 
     def parts(self, level: Level) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """All that is added up at a level, in the order of the computation: what it is, and (P,) what it adds."""
+        """Yield each part of a level, in the order of the computation, and its contributions, (P,)."""
         yield {"part": "embed"}, self.embed
         if self.pos_embed is not None:
             yield {"part": "pos_embed"}, self.pos_embed
@@ -98,17 +98,13 @@ class LogitAttribution(Result):
 
 
 def find_level(name: str) -> Level:
-    """The level of that name.
+    """Return the level of that name.
 
     Raises:
-        LumiereError: there is none.
+        LumiereError: there is no such level.
     """
-    for level in LEVELS:
-        if level == name:
-            return level
-    guess = nearest(name, LEVELS)
-    hint = f"did you mean {guess}?" if guess else f"there are {', '.join(LEVELS)}"
-    raise LumiereError(f"there is no level {name!r}", hint)
+    check_choice("level", name, LEVELS)
+    return next(level for level in LEVELS if level == name)
 
 
 def numbered(values_PHS: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
@@ -127,14 +123,14 @@ def logit_attribution(
     averaged: Sequence[int] | None = None,
     log_probability: bool = False,
 ) -> LogitAttribution:
-    """`(c / s * gain) . d` for each part c of the final residual stream: their sum is the logit along d.
+    """Compute `(c / s * gain) . d` for each part c of the final residual stream; the sum is the logit along d.
 
     Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; logit differences: Wang et al. 2022,
     "Interpretability in the Wild". The stream is the sum of all that was written to it, and the final norm is linear
     once its scale s is frozen at its value, so that the sum is exact. It is the direct effect only: what a part does
     through later parts is counted as theirs, and so is its effect on the scale.
 
-    The direction d is `W_U[target] - W_U[versus]`, or without `versus` the centred `W_U[target] - mean(W_U)`. A plain
+    The direction d is `W_U[target] - W_U[versus]`, or without `versus` the centered `W_U[target] - mean(W_U)`. A plain
     logit can be moved by any vector added to all of W_U, which changes no probability, and so its parts say little.
     With `log_probability` it is `W_U[target] - sum_v p_v W_U[v]`, with the model's own prediction p held fixed: the
     gradient of ln p(target). Since ln sum exp(logits) is `sum_v p_v logits_v` plus the entropy of p, the parts sum to
@@ -149,7 +145,7 @@ def logit_attribution(
         centred: without `versus`, subtract the mean of the logits of `averaged`.
         by: the level of detail of the table; all levels are computed.
         averaged: the tokens whose logits are averaged, such as those that occur in training (None: all).
-        log_probability: without `versus`, explain ln p(target) instead of the centred logit.
+        log_probability: without `versus`, explain ln p(target) instead of the centered logit.
     """
     positions = [len(tokens) - 1] if positions is None else list(positions)
     device = model.token_embedding.weight.device
@@ -200,7 +196,7 @@ def logit_attribution(
 
 
 def hook_names(model: Transformer) -> list[str]:
-    """The activations that are taken apart."""
+    """Return the activations that the attribution reads."""
     leaves = ("attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
     names = ["hook_embed", *(["hook_pos_embed"] if model.position_embedding is not None else [])]
     names += [f"blocks.{layer}.{leaf}" for layer in range(model.num_layers) for leaf in leaves]
@@ -208,7 +204,7 @@ def hook_names(model: Transformer) -> list[str]:
 
 
 def frozen_directions(model: Transformer, targets_P: Tensor, weights_PV: Tensor) -> Tensor:
-    """(P, E) the direction whose product with a part of the stream, over the scale, is what it adds to the logit.
+    """Return the direction, (P, E), whose product with a part of the stream, over the scale, is its contribution.
 
     Args:
         weights_PV: of the logits that are subtracted, (P, Vocab), or (1, Vocab) where they are the same everywhere.
@@ -220,7 +216,7 @@ def frozen_directions(model: Transformer, targets_P: Tensor, weights_PV: Tensor)
 def attribute(
     model: Transformer, activations: Mapping[str, Tensor], positions: Sequence[int], direction_PE: Tensor
 ) -> dict[str, np.ndarray]:
-    """What every part adds along a direction at each position. The direction goes back through each output matrix."""
+    """Project every part on a direction at each position, by mapping the direction back through each output matrix."""
 
     def along(name: str) -> Tensor:
         return (activations[name][positions] * direction_PE).sum(-1)
@@ -246,7 +242,7 @@ def attribute(
 
 
 def sum_receipt(result: LogitAttribution, level: Level, tolerance: float) -> Receipt:
-    """That the parts of a level sum to what is explained, relative to the larger of 1 and the largest part."""
+    """Check that the parts of a level sum to the logit, relative to the larger of 1 and the largest part."""
     parts = np.stack([added_P for _, added_P in result.parts(level)])
     scale = np.maximum(1.0, np.abs(parts).max(axis=0))
     error = float((np.abs(parts.sum(axis=0) - result.logits) / scale).max())

@@ -1,4 +1,4 @@
-"""What the model would say if it stopped early: the logit lens.
+"""The logit lens: what the model would predict if it stopped early.
 
 Shapes: B batch, T position, P chosen position, R stage of the residual stream, K top tokens, E embedding_size, Vocab
 vocab_size.
@@ -26,16 +26,16 @@ class LogitLens(Result):
 
     Attributes:
         tokens: (T,) the ids that the model was given.
-        positions: (P,) the positions that were looked at.
+        positions: (P,) the positions that were read.
         stages: (R,) hook points, from the embeddings to the last block's output.
         top_tokens: (R, P, K) the most probable tokens, the best first.
         top_probabilities: (R, P, K).
         targets: (P,) the token that is asked for, by default the next of the text; -1 where the text ends.
-        target_probabilities: (R, P), NaN where there is no target.
-        target_ranks: (R, P) how many tokens are more probable than the target; -1 where there is none.
-        target_ties: (R, P) how many are exactly as probable, the target included; 0 where there is none.
+        target_probabilities: (R, P), NaN without a target.
+        target_ranks: (R, P) how many tokens are more probable than the target; -1 without a target.
+        target_ties: (R, P) how many are exactly as probable, the target included; 0 without a target.
         entropies: (R, P) of the stage's distribution.
-        divergences: (R, P) KL(final || stage), what is lost by stopping there.
+        divergences: (R, P) KL(final || stage).
         decision_stages: (P,) the decision depth as an index into `stages`: the first from which on the top token is
             the model's final one at every stage.
     """
@@ -55,12 +55,12 @@ class LogitLens(Result):
 
     @property
     def target_places(self) -> np.ndarray:
-        """(R, P) the target's rank, of tied tokens the mean of their ranks; NaN where there is no target."""
+        """The target's rank, (R, P); the mean rank of tied tokens; NaN without a target."""
         return np.where(self.targets == NO_TARGET, np.nan, shared_place(self.target_ranks, self.target_ties))
 
     @property
     def target_on_top(self) -> np.ndarray:
-        """(R, P) the probability that the target is the top token, if tied tokens share the first place; or NaN."""
+        """The probability, (R, P), that the target is the top token if tied tokens share the first place; or NaN."""
         num_equal = np.where(self.targets == NO_TARGET, np.nan, self.target_ties)
         return share_of_top(self.target_ranks, num_equal, 1)
 
@@ -91,7 +91,7 @@ def logit_lens(
     target: int | None = None,
     top_k: int = 1,
 ) -> LogitLens:
-    """`softmax(RMSNorm(r) W_U)` for the residual stream r before, between and after the blocks.
+    """Predict the next token from the residual stream before, between and after the blocks: `softmax(RMSNorm(r) W_U)`.
 
     nostalgebraist 2020, "interpreting GPT: the logit lens". The final norm takes its scale from each stage's own
     stream; the scale of the last stage would only change the temperature of the others. The output head is the token
@@ -99,7 +99,7 @@ def logit_lens(
 
     The decision depth is the prediction depth of Belrose et al. 2023, "Eliciting Latent Predictions from Transformers
     with the Tuned Lens", here by the logit lens (Geva et al. 2022 call it the saturation of the top token). Others are
-    the depth by nearest neighbours (Baldock et al. 2021), the first stage that has the token on top even if a later
+    the depth by nearest neighbors (Baldock et al. 2021), the first stage that has the token on top even if a later
     one loses it, and the first whose confidence passes a threshold (Schuster et al. 2022).
 
     Args:
@@ -129,7 +129,7 @@ def logit_lens(
         # One stage at a time: the very operations of the model on the same shape, which makes the last stage equal bit
         # for bit, and never more than a few matrices of T x Vocab.
         for stage in stages:
-            logits_BTV = model.token_embedding.unembed(model.final_norm.watch(cache[stage]))
+            logits_BTV = model.token_embedding.unembed(model.final_norm(cache[stage]))
             difference = float((logits_BTV - output.logits).abs().max())
             stage_PV = log_probabilities(logits_BTV, columns)
             top = stage_PV.topk(top_k, dim=-1)
@@ -166,7 +166,7 @@ def logit_lens(
 
 
 def stage_names(num_layers: int, sublayers: bool) -> list[str]:
-    """Hook points of the residual stream, in the order of the computation."""
+    """Return the hook points of the residual stream, in the order of the computation."""
     parts = ("mid", "post") if sublayers else ("post",)
     return [
         "blocks.0.hook_resid_pre",
@@ -175,17 +175,17 @@ def stage_names(num_layers: int, sublayers: bool) -> list[str]:
 
 
 def log_probabilities(logits_BTV: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-    """(P, Vocab) of the first sequence, in float64, and so on the CPU, since not every device has it."""
+    """Return (P, Vocab) of the first sequence, in float64 on the CPU, since not every device has float64."""
     return logits_BTV[0, positions].cpu().double().log_softmax(-1)
 
 
 def decisions(top_tokens_RP: np.ndarray) -> np.ndarray:
-    """(P,) the first stage from which on the top token is that of the last stage."""
+    """Return the first stage, (P,), from which on the top token is that of the last stage."""
     differs_RP = top_tokens_RP != top_tokens_RP[-1]
     stages_R1 = np.arange(1, len(top_tokens_RP) + 1)[:, None]
     return (differs_RP * stages_R1).max(axis=0)
 
 
 def beyond(excess: np.ndarray) -> float:
-    """By how much the largest value is above 0; NaN if one is."""
+    """Return how far the largest value exceeds 0; NaN if one is NaN."""
     return float(np.maximum(excess.max(), 0.0))

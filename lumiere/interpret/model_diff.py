@@ -23,7 +23,7 @@ from lumiere.evaluation.scoring import (
     GroupSums,
     PairedDifference,
     document_totals,
-    figures,
+    metrics,
     paired_difference,
     score,
     strided_windows,
@@ -34,7 +34,7 @@ from lumiere.models.transformer import Transformer, TransformerOutput
 
 
 def cheapest_assignment(costs: np.ndarray) -> np.ndarray:
-    """(M, 2) rows and columns, each at most once and as many as there can be, with the least sum of costs.
+    """Assign rows to columns, (M, 2), each at most once and as many as possible, with the smallest sum of costs.
 
     The Hungarian method (Kuhn 1955, "The Hungarian Method for the Assignment Problem"; Munkres 1957) by shortest
     augmenting paths, O(n^2 m): rows come in one after the other, and potentials keep all reduced costs from being
@@ -80,9 +80,9 @@ def cheapest_assignment(costs: np.ndarray) -> np.ndarray:
 
 
 class LinearCka:
-    """Linear CKA of all pairs of layers, from tokens that come in parts.
+    """Linear CKA of all pairs of layers, accumulated over batches of tokens.
 
-    `|Y^T X|^2 / (|X^T X| |Y^T Y|)`, Frobenius norms, X (N, E) and Y (N, F) with the mean of each column taken away
+    `|Y^T X|^2 / (|X^T X| |Y^T Y|)`, Frobenius norms, X (N, E) and Y (N, F) with the mean of each column subtracted
     (Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", equation 5 with a linear kernel).
     1 for equal representations and for such that are rotated, mirrored or scaled as a whole; other linear maps change
     it. This is the biased estimate of that paper: two unrelated representations have about (E + F) / N where N is not
@@ -122,7 +122,7 @@ class LinearCka:
         self.products[key] = self.products[key] + product if key in self.products else product
 
     def similarities(self) -> np.ndarray:
-        """(A, B); NaN where a representation is the same for all tokens."""
+        """Return (A, B); NaN for a representation that is the same for all tokens."""
         found = np.empty((len(self.sums[0]), len(self.sums[1])))
         for a, b in np.ndindex(*found.shape):
             own = self._alignment("aa", a, a) * self._alignment("bb", b, b)
@@ -130,14 +130,14 @@ class LinearCka:
         return found
 
     def _alignment(self, kind: str, row: int, column: int) -> float:
-        """The squared Frobenius norm of the centred product."""
+        """Return the squared Frobenius norm of the centered product."""
         left, right = (self.sums["ab".index(side)][index] for side, index in zip(kind, (row, column), strict=True))
         centred = self.products[kind, row, column] - torch.outer(left, right) / self.num_tokens
         return float(centred.square().sum())
 
 
 def pattern_divergences(first_BHTS: Tensor, second_BGTS: Tensor, is_real_BT: Tensor) -> np.ndarray:
-    """(H, G) Jensen-Shannon divergence of two heads' rows in bits, summed over the rows that count.
+    """Sum the Jensen-Shannon divergences of two heads' rows, (H, G), in bits, over the rows that count.
 
     `H((p + q) / 2) - (H(p) + H(q)) / 2` with the entropy H (Lin 1991, "Divergence Measures Based on the Shannon
     Entropy", equation 4.1): 0 where both look at the same tokens alike, 1 where no token has weight from both.
@@ -161,7 +161,7 @@ def pattern_divergences(first_BHTS: Tensor, second_BGTS: Tensor, is_real_BT: Ten
 
 @dataclass(frozen=True)
 class WeightChanges(ShortRepr):
-    """The tensors that both models have in the same shape, (M,) each, computed in float64.
+    """The tensors that both models have in the same shape, (M,), computed in float64.
 
     Attributes:
         tensors: their names in the state dict.
@@ -180,7 +180,7 @@ class WeightChanges(ShortRepr):
 
 
 def weight_changes(first: Transformer, second: Transformer, left_out: Sequence[str] = ()) -> WeightChanges:
-    """`|W_B - W_A|_F`, that over `|W_A|_F`, and `|W_B - W_A|_2` of each tensor.
+    """Compute `|W_B - W_A|_F`, the same relative to `|W_A|_F`, and `|W_B - W_A|_2` of each tensor.
 
     The two norms differ where a change has low rank: a change along one direction has both alike, one that is spread
     over all n directions has a spectral norm smaller by the root of n.
@@ -214,8 +214,8 @@ def relative(change: float, weight: np.ndarray) -> float:
 
 
 def circuit_changes(first: Transformer, second: Transformer, matches: np.ndarray) -> dict[str, np.ndarray]:
-    """`ov_changes` and `qk_changes`, (M,) each: relative Frobenius changes of the circuits of matched heads; NaN where
-    the widths of the residual streams differ.
+    """Return relative Frobenius changes of the circuits of matched heads, `ov_changes` and `qk_changes`, (M,) each; NaN
+    if the widths of the residual streams differ.
 
     `|C_B - C_A| / |C_A|` with C = W_V W_O or W_Q W_K^T, (E, E) for row vectors, with the norms' gains in the matrices
     that read (Elhage et al. 2021). Unlike the weights themselves, they stay as they are when a head's own
@@ -247,7 +247,7 @@ LOGITS_AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class PredictionDiff(ShortRepr):
-    """Of each predicted token, (P,), in float64 nats.
+    """Predictions of both models for each predicted token, (P,), in float64 nats.
 
     Attributes:
         sequences: which sequence it stands in.
@@ -273,37 +273,23 @@ class PredictionDiff(ShortRepr):
     kl_ba_by_position: np.ndarray
 
     @classmethod
-    def join(cls, parts: "Sequence[PredictedTokens]") -> "PredictionDiff":
-        """Those of all batches, one after the other."""
-        first_rows = np.cumsum([0, *(part.num_sequences for part in parts[:-1])])
-        columns = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("positions", "targets", "losses_a", "losses_b", "kl_ab", "kl_ba", "same_choice")
-        }
-        rows = [part.sequences + first for part, first in zip(parts, first_rows, strict=True)]
+    def join(cls, parts: Sequence[Mapping[str, np.ndarray]]) -> "PredictionDiff":
+        """Concatenate the columns of `compare_predictions` over all batches."""
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         numbers, places = np.unique(columns["positions"], return_inverse=True)
         counts = np.bincount(places)
         means = {f"{name}_by_position": np.bincount(places, columns[name]) / counts for name in ("kl_ab", "kl_ba")}
-        return cls(sequences=np.concatenate(rows), **columns, position_numbers=numbers, **means)
+        return cls(**columns, position_numbers=numbers, **means)
 
 
-@dataclass(frozen=True)
-class PredictedTokens(ShortRepr):
-    """The predicted tokens of one batch, as in `PredictionDiff`."""
+def compare_predictions(
+    batch: Batch, first_BTVocab: Tensor, second_BTVocab: Tensor, first_sequence: int
+) -> dict[str, np.ndarray]:
+    """Compare two models on the targets of a batch, from their logits; return columns of `PredictionDiff`, (P,).
 
-    num_sequences: int
-    sequences: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    losses_a: np.ndarray
-    losses_b: np.ndarray
-    kl_ab: np.ndarray
-    kl_ba: np.ndarray
-    same_choice: np.ndarray
-
-
-def compare_predictions(batch: Batch, first_BTVocab: Tensor, second_BTVocab: Tensor) -> PredictedTokens:
-    """What two models say about the targets of a batch, from their logits."""
+    Args:
+        first_sequence: the number of the batch's first sequence.
+    """
     is_real_BT = batch.targets != IGNORED
     rows, columns = (index.cpu().numpy() for index in is_real_BT.nonzero(as_tuple=True))
     targets_P = batch.targets[is_real_BT].cpu()
@@ -322,18 +308,19 @@ def compare_predictions(batch: Batch, first_BTVocab: Tensor, second_BTVocab: Ten
                 same_choices(log_p, log_q),
             )
         )
-    values = [torch.cat(column).numpy() for column in zip(*found, strict=True)]
-    return PredictedTokens(len(is_real_BT), rows, columns + 1, targets_P.numpy(), *values)
+    names = ("losses_a", "losses_b", "kl_ab", "kl_ba", "same_choice")
+    values = {name: torch.cat(column).numpy() for name, column in zip(names, zip(*found, strict=True), strict=True)}
+    return {"sequences": rows + first_sequence, "positions": columns + 1, "targets": targets_P.numpy(), **values}
 
 
 def same_choices(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(P,) 0 or 1 but where several tokens are tied for the first place: these share it."""
+    """Return whether the top tokens agree, (P,): 0 or 1, or a fraction if tokens are tied for the first place."""
     tops_p, tops_q = (values == values.amax(-1, keepdim=True) for values in (log_p, log_q))
     return (tops_p & tops_q).sum(-1) / (tops_p.sum(-1) * tops_q.sum(-1))
 
 
 def paired_losses(found: PredictionDiff, documents_S: np.ndarray) -> PairedDifference | None:
-    """B's mean loss less A's, and how sure that is, by resampling the documents; None where there is but one.
+    """Return B's mean loss minus A's with an interval, by resampling documents; None for a single document.
 
     Args:
         documents_S: which document each sequence is cut from.
@@ -344,14 +331,14 @@ def paired_losses(found: PredictionDiff, documents_S: np.ndarray) -> PairedDiffe
 
 
 def loss_totals(documents: np.ndarray, losses: np.ndarray) -> DocumentTotals:
-    """The sums of each document; what a mean loss does not need is 0."""
+    """Return the sums of each document; fields that a mean loss does not need are 0."""
     nats, counts = np.bincount(documents, losses), np.bincount(documents)
     unknown = np.zeros(len(nats))
     return DocumentTotals(nats, counts, unknown, unknown, counts, unknown, unknown, unknown)
 
 
 def evaluation_error(model: Transformer, batch: Batch, losses_P: np.ndarray) -> float:
-    """How far the first losses are from those of the fast path, relative to the largest."""
+    """Return the error of the first losses against those of the fused loss, relative to the largest."""
     with torch.inference_mode():
         residual = model.final_residual(batch.tokens)[batch.targets != IGNORED]
         targets_P = batch.targets[batch.targets != IGNORED]
@@ -390,7 +377,7 @@ class HeadMatches(ShortRepr):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDiff(Result):
-    """Everything of `HeadMatches`, `PredictionDiff` and `WeightChanges`; None where the two cannot be compared.
+    """The fields of `HeadMatches`, `PredictionDiff` and `WeightChanges`; None if the models cannot be compared.
 
     Attributes:
         tokens: the ids of each sequence, with its last target; none where the tokenizers differ.
@@ -418,13 +405,13 @@ class ModelDiff(Result):
     weights: WeightChanges
 
     def as_dict(self) -> dict[str, Any]:
-        """The parts' fields beside the own ones."""
+        """Return the fields with those of the parts."""
         values = super().as_dict()
         parts = [values.pop(name) for name in ("predictions", "heads", "weights")]
         return values | {name: value for part in parts if part is not None for name, value in vars(part).items()}
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """One number a row: of what, of which place in A and in B. The numbers of single tokens are left out."""
+        """Yield one number a row: a quantity and its places in A and B, without the numbers of single tokens."""
         for name, value in zip("ab", self.losses.tolist(), strict=True):
             yield row(f"loss_{name}", "", "", value)
         if (found := self.predictions) is not None:
@@ -452,21 +439,21 @@ def row(quantity: str, a: str, b: str, value: float) -> dict[str, Any]:
 
 
 def stream_names(num_layers: int) -> list[str]:
-    """The places of the residual stream that are compared."""
+    """Return the compared places of the residual stream."""
     return ["embedding", *(f"L{layer}" for layer in range(num_layers))]
 
 
-def diff(
+def diff_models(
     first: Transformer, second: Transformer, batches: Sequence[Batch], *, across_layers: bool = False
 ) -> ModelDiff:
-    """Compares two models on the same tokens, which they read by the same tokenizer. Their sizes may differ.
+    """Compare two models with the same tokenizer on the same tokens. Their sizes may differ.
 
     Predictions: KL(A || B) = sum p_A ln(p_A / p_B), what is lost by expecting B where A is right, and KL(B || A)
     (Kullback & Leibler 1951, "On Information and Sufficiency"). Representations: linear CKA (`LinearCka`). Heads: the
     assignment with the least sum of the divergences of their patterns (`pattern_divergences`, from position 1 on,
     since position 0 sees only itself), within a layer or across all of them. Others match by the similarity of
     circuits, which says nothing of two models that were trained apart: these have no coordinates in common, and what
-    a head looks at is comparable all the same. Weights: `weight_changes`.
+    a head attends to is comparable nonetheless. Weights: `weight_changes`.
 
     Args:
         first, second: A and B, in evaluation mode, on one device and in one type, with equal vocabularies.
@@ -481,11 +468,12 @@ def diff(
     length = min(first.context_size, second.context_size)
     batches = [shortened(batch, length).to(first.token_embedding.weight.device) for batch in batches]
     across_layers = across_layers or first.num_layers != second.num_layers
-    cka, patterns, parts = LinearCka(), PatternSums(across_layers), []
+    cka, patterns, parts, num_sequences = LinearCka(), PatternSums(across_layers), [], 0
     with torch.inference_mode():
         for batch in batches:
             outputs = first(batch.tokens), second(batch.tokens)
-            parts.append(compare_predictions(batch, *(output.logits for output in outputs)))
+            parts.append(compare_predictions(batch, outputs[0].logits, outputs[1].logits, num_sequences))
+            num_sequences += len(batch.tokens)
             is_real_BT = batch.tokens != PAD
             cka.add(*([stream[is_real_BT] for stream in output.residuals] for output in outputs))
             patterns.add(*outputs, is_real_BT)
@@ -522,7 +510,7 @@ def diff(
 
 
 def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[TokenizedSplit, Sizes]]) -> ModelDiff:
-    """Compares two models whose tokenizers differ on the same documents: bits per byte, and weights of equal shape.
+    """Compare two models with different tokenizers on the same documents: bits per byte, and weights of equal shape.
 
     Each token is scored once, in windows that share one token.
 
@@ -546,7 +534,7 @@ def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[To
     return ModelDiff(
         tokens=(),
         not_compared=("predictions, representations and heads: the tokenizers differ, so no two tokens are the same",),
-        losses=np.array([float(figures(total.total).bits_per_byte) for total in totals]),
+        losses=np.array([float(metrics(total.total).bits_per_byte) for total in totals]),
         loss_unit=OTHER_TOKENS,
         loss_difference=paired_difference(totals[0], totals[1], "bits_per_byte"),
         predictions=None,
@@ -584,7 +572,7 @@ class PatternSums:
 
 
 def match_heads(first: Transformer, second: Transformer, patterns: PatternSums) -> HeadMatches | None:
-    """The heads' partners; None where no row was compared."""
+    """Match the heads; None if no row was compared."""
     if not patterns.num_rows:
         return None
     heads, partners = first.num_heads, second.num_heads
@@ -613,7 +601,7 @@ def head_names(model: Transformer) -> tuple[str, ...]:
 
 
 def shortened(batch: Batch, length: int) -> Batch:
-    """The first `length` positions of a batch."""
+    """Return the first `length` positions of a batch."""
     if batch.tokens.shape[1] <= length:
         return batch
     targets = batch.targets[:, :length]
@@ -626,7 +614,7 @@ def shortened(batch: Batch, length: int) -> Batch:
 
 
 def rows_of(batches: Sequence[Batch]) -> Iterator[tuple[int, ...]]:
-    """The ids of each sequence, with its last target, without padding."""
+    """Yield the ids of each sequence, with its last target, without padding."""
     for batch in batches:
         for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
             ids = [*tokens, targets[-1] if targets[-1] != IGNORED else PAD]
@@ -638,7 +626,7 @@ def below_zero(*values: np.ndarray) -> float:
 
 
 def beyond_1(values: np.ndarray) -> float:
-    """How far outside of 0 to 1 the numbers go; what is missing counts for nothing."""
+    """Return how far the values leave 0 to 1; NaN is ignored."""
     return float(np.nanmax(np.abs(values - 0.5), initial=0.5)) - 0.5
 
 
@@ -648,6 +636,6 @@ def pattern_receipts(heads: HeadMatches | None, tolerance: float) -> Iterator[Re
 
 
 def weight_receipt(weights: WeightChanges) -> Receipt:
-    """||D||_2 <= ||D||_F."""
+    """Check ||D||_2 <= ||D||_F."""
     excess = (weights.spectral_changes - weights.change_norms).max(initial=0.0)
     return Receipt("no spectral norm exceeds the Frobenius norm", float(excess), FLOAT64_TOLERANCE)

@@ -22,19 +22,19 @@ NO_EXAMPLE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronExamples(Result):
-    """The strongest moments of neurons. At most one of a window counts, so that a text that repeats fills no list.
+    """The strongest activations of neurons, at most one in a window, so that a repetitive text does not fill the list.
 
     Attributes:
         tokens: (W, T) the ids of the windows, `<|pad|>` after the end of one.
         neurons: (L, N) which neurons of each layer, those that write most first.
         activations: (L, N, K) signed, the largest absolute value first; NaN where no window is left.
-        windows: (L, N, K) the window of each; -1 where there is none.
+        windows: (L, N, K) the window of each; -1 without one.
         positions: (L, N, K) the place in it.
         around: (L, N, K, A) the activations at the positions from `before` tokens before to `after` tokens after, NaN
             beyond the window.
         before, after: tokens of context.
         promoted: (L, N, P) the tokens whose logits rise most where the neuron is as in its first example.
-        num_tokens: that were looked at.
+        num_tokens: tokens that were read.
     """
 
     tokens: np.ndarray
@@ -72,7 +72,7 @@ def neuron_examples(
     before: int = 8,
     after: int = 3,
 ) -> NeuronExamples:
-    """The tokens at which each neuron's activation (`hook_post`) is largest in absolute value, one a window.
+    """Find the tokens at which each neuron's activation (`hook_post`) is largest in absolute value, one in a window.
 
     The first token of a window never counts: it has no context, and many neurons answer to that alone.
 
@@ -155,7 +155,7 @@ def neuron_examples(
 
 
 def neuron_activations(model: Transformer, tokens_BT: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """(L, B, T, F) the neurons' activations, on the CPU."""
+    """Return the neurons' activations, (L, B, T, F), on the CPU."""
     _, cache = run_with_cache(model, tokens_BT, names)
     return torch.stack([cache[name].cpu() for name in names])
 
@@ -163,7 +163,7 @@ def neuron_activations(model: Transformer, tokens_BT: torch.Tensor, names: Seque
 def promoted(
     model: Transformer, layer: int, neurons_N: torch.Tensor, activations_N: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """(N, count) the tokens whose logits rise most by what each neuron writes, up to the final norm's scale."""
+    """Return the tokens whose logits rise most by what each neuron writes, (N, count), up to the final norm's scale."""
     written_NE = model.blocks[layer].feedforward.down.weight.detach().T.cpu()[neurons_N] * activations_N.sign()[:, None]
     gain_E = model.final_norm.weight.detach().cpu()
     return ((written_NE * gain_E) @ model.token_embedding.weight.detach().cpu().T).topk(count, dim=-1).indices
@@ -171,7 +171,7 @@ def promoted(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMap(Result):
-    """A flat map of tokens.
+    """A map of tokens in two dimensions.
 
     Attributes:
         tokens: (N,) the ids on the map.
@@ -196,9 +196,9 @@ class TokenMap(Result):
 
 
 def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5) -> TokenMap:
-    """Principal components of the embeddings of `tokens` (Pearson 1901; Hotelling 1933), and nearest neighbours.
+    """Compute principal components of the embeddings of `tokens` (Pearson 1901; Hotelling 1933), and nearest neighbors.
 
-    A flat map of E dimensions hides most of them: what is near on it need not be near. The neighbours are computed in
+    A flat map of E dimensions hides most of them: points near on it may be far apart. The neighbors are computed in
     all dimensions, by the cosine of embeddings less their mean, since one shared direction makes all cosines large
     (Mu and Viswanath 2018, "All-but-the-Top"). The sign of a component means nothing; here the largest absolute
     coordinate is positive, so that a map comes out the same every time.
@@ -206,23 +206,23 @@ def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5
     Args:
         model: any.
         tokens: at least one id, each once. The coordinates along missing components are 0.
-        num_neighbours: of each token, fewer where there are fewer.
+        num_neighbours: neighbors of each token; fewer if there are fewer tokens.
     """
     table_NE = model.token_embedding.weight.detach().cpu().double().numpy()[list(tokens)]
-    centred_NE = table_NE - table_NE.mean(0)
-    left, sizes, directions = np.linalg.svd(centred_NE, full_matrices=False)
+    centered_NE = table_NE - table_NE.mean(0)
+    left, sizes, directions = np.linalg.svd(centered_NE, full_matrices=False)
     # One token, or a width of one, has a single component.
     lacking = max(0, 2 - len(sizes))
     left, sizes = np.pad(left, ((0, 0), (0, lacking))), np.pad(sizes, (0, lacking))
     directions = np.pad(directions, ((0, lacking), (0, 0)))
     points_N2 = left[:, :2] * sizes[:2]
     points_N2 *= np.sign(points_N2[np.abs(points_N2).argmax(0), [0, 1]])
-    total = max(np.square(centred_NE).sum(), np.finfo(float).tiny)
-    unit_NE = centred_NE / np.maximum(np.linalg.norm(centred_NE, axis=1, keepdims=True), np.finfo(float).tiny)
+    total = max(np.square(centered_NE).sum(), np.finfo(float).tiny)
+    unit_NE = centered_NE / np.maximum(np.linalg.norm(centered_NE, axis=1, keepdims=True), np.finfo(float).tiny)
     cosine_NN = unit_NE @ unit_NE.T
     np.fill_diagonal(cosine_NN, -np.inf)
     order = np.argsort(-cosine_NN, axis=1, kind="stable")[:, : min(num_neighbours, len(tokens) - 1)]
-    projected_N2 = centred_NE @ directions[:2].T
+    projected_N2 = centered_NE @ directions[:2].T
     missed = np.abs(np.abs(projected_N2) - np.abs(points_N2)).max() / max(1.0, float(np.abs(points_N2).max()))
     return TokenMap(
         tokens=tuple(tokens),
@@ -234,7 +234,7 @@ def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5
             Receipt("the map is a projection of the embeddings", float(missed), FLOAT64_TOLERANCE),
             Receipt(
                 "the directions hold all variance",
-                abs(float((np.square(sizes).sum() - np.square(centred_NE).sum()) / total)),
+                abs(float((np.square(sizes).sum() - np.square(centered_NE).sum()) / total)),
                 1e-10,
             ),
         ),

@@ -1,4 +1,4 @@
-"""What every analysis returns: arrays, labels, and receipts for the laws that they obey."""
+"""The base of all results: arrays, labels, and receipts of the invariants that were checked."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -17,15 +17,15 @@ VERIFIED_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Receipt:
-    """A law that a result must obey, and by how much it misses it.
+    """An invariant that a result must satisfy, with its error.
 
     Attributes:
-        law: in words, such as "rows sum to 1".
-        error: how far it is from holding; 0 is exact.
-        tolerance: the error that rounding may make.
+        check: in words, such as "rows sum to 1".
+        error: the deviation; 0 is exact.
+        tolerance: the largest error that rounding explains.
     """
 
-    law: str
+    check: str
     error: float
     tolerance: float
 
@@ -33,13 +33,17 @@ class Receipt:
     def holds(self) -> bool:
         return self.error <= self.tolerance  # false for NaN
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the receipt as it stands in JSON."""
+        return {"law": self.check, "error": self.error, "tolerance": self.tolerance, "holds": self.holds}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result(ShortRepr, ABC):
-    """The ground of all results. Subclasses are frozen dataclasses too.
+    """The base of all results. Subclasses are frozen dataclasses too.
 
     Attributes:
-        receipts: the laws that were checked.
+        receipts: the checks with their errors.
         DISCRETE: names of arrays that rounding may change by a whole step, such as which of two numbers is larger.
     """
 
@@ -48,11 +52,11 @@ class Result(ShortRepr, ABC):
 
     @property
     def holds(self) -> bool:
-        """Whether every law does."""
+        """Whether every check holds."""
         return all(receipt.holds for receipt in self.receipts)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields that are arrays, by name."""
+        """Return the fields that are arrays, by name."""
         return {name: value for name, value in self.as_dict().items() if isinstance(value, np.ndarray)}
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,16 +65,16 @@ class Result(ShortRepr, ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """The result as a table, one observation a row (Wickham 2014, "Tidy Data")."""
+        """Yield the result as a table, one observation a row (Wickham 2014, "Tidy Data")."""
 
 
 def rounding(model: nn.Module) -> float:
-    """The relative error that rounding may make in what `model` computes."""
+    """Return the relative error that rounding may make in what `model` computes."""
     return FLOAT64_TOLERANCE if next(model.parameters()).dtype.itemsize == 8 else FLOAT32_TOLERANCE
 
 
 def agreement(result: Result, exact: Result) -> Receipt:
-    """How far a result's numbers are from those of the same analysis in float64.
+    """Compare a result's numbers with those of the same analysis in float64.
 
     Relative to the largest number of each array. A difference that rounding does not explain is a bug, or a quantity
     that rounding decides, such as the largest of two equal numbers.

@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class MatrixFacts(ShortRepr):
-    """The sizes of a model's matrices, all (M,), computed in float64; NaN for a matrix that is not finite.
+    """Norms and ranks of a model's matrices, all (M,), computed in float64; NaN for a matrix that is not finite.
 
     Attributes:
         matrices: their names in the state dict.
@@ -48,7 +48,7 @@ class MatrixFacts(ShortRepr):
 
 
 def count_parts(model: Transformer) -> dict[str, int]:
-    """Trainable numbers by part, as `PARTS` names them; the tied output head counts once."""
+    """Count trainable numbers by part, as `PARTS` names them; the tied output head counts once."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
@@ -56,7 +56,7 @@ def count_parts(model: Transformer) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of that name belongs to."""
+    """Return the part that a parameter of that name belongs to."""
     *path, module, _ = name.split(".")
     if module.endswith("norm"):
         return "norms"
@@ -66,12 +66,12 @@ def part_of(name: str) -> str:
 
 
 def matrices(model: Transformer) -> Mapping[str, np.ndarray]:
-    """The matrices by name, in float64."""
+    """Return the matrices by name, in float64."""
     return {name: value.cpu().double().numpy() for name, value in model.state_dict().items() if value.ndim == 2}
 
 
 def matrix_facts(model: Transformer) -> MatrixFacts:
-    """Norms and ranks of every matrix, from its singular values."""
+    """Compute norms and ranks of every matrix from its singular values."""
     found = matrices(model)
     facts = np.array([spectrum_facts(matrix) for matrix in found.values()])
     shapes = np.array([matrix.shape for matrix in found.values()])
@@ -79,7 +79,7 @@ def matrix_facts(model: Transformer) -> MatrixFacts:
 
 
 def spectrum_facts(matrix: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Frobenius norm, root mean square, spectral norm, stable rank, effective rank."""
+    """Return Frobenius norm, root mean square, spectral norm, stable rank and effective rank."""
     if not np.isfinite(matrix).all():
         return np.nan, np.nan, np.nan, np.nan, np.nan
     values = np.linalg.svd(matrix, compute_uv=False)
@@ -94,7 +94,7 @@ def spectrum_facts(matrix: np.ndarray) -> tuple[float, float, float, float, floa
 
 
 def same_rows(table_VE: Tensor, cosine: float) -> Iterator[tuple[int, int]]:
-    """The rows that point the same way as an earlier one, each with the first such; rows of zeros point nowhere.
+    """Yield the rows that point the same way as an earlier one, with the first such row; rows of zeros point nowhere.
 
     Args:
         cosine: of the angle between the two, from which on they are the same.
@@ -114,10 +114,10 @@ LEAVES = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "m
 
 @dataclass(frozen=True)
 class Activity(ShortRepr):
-    """Means over all tokens, padding left out.
+    """Means over all tokens without padding.
 
     Attributes:
-        num_windows: windows that were looked at.
+        num_windows: windows that were read.
         num_tokens: tokens in them.
         writes: (L, 2) the norm of what attention and feed-forward part write, over that of the stream before it.
         head_writes: (L, H) the same of each head.
@@ -134,7 +134,7 @@ class Activity(ShortRepr):
 
 
 def measure_activity(model: Transformer, batches: Iterable[Batch]) -> Activity:
-    """One forward pass a batch, in which only a layer's few numbers are kept.
+    """Measure what the parts do, one forward pass a batch, keeping only a few numbers of each layer.
 
     Args:
         model: in evaluation mode.
@@ -167,20 +167,20 @@ def measure_activity(model: Transformer, batches: Iterable[Batch]) -> Activity:
 
 
 def head_error(model: Transformer, resid_BTE: Tensor, logits_BTV: Tensor) -> float:
-    """How far the logits are from the normalised stream times the token embedding, relative to the largest."""
+    """Return the error of the logits against the normalized stream times the token embedding, relative to the max."""
     expected_BTV = model.final_norm(resid_BTE) @ model.token_embedding.weight.T
     return float((logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max().clamp(min=1))
 
 
 def head_lengths(model: Transformer, layer: int, z_NHV: Tensor) -> Tensor:
-    """(N, H) the norm of what each head writes, `|z W|`, by the Gram matrix of its rows W of the output matrix."""
+    """Return the norm of what each head writes, (N, H), `|z W|`, by the Gram matrix of its output rows W."""
     weight_EHV = model.blocks[layer].attention.output.weight.unflatten(1, (model.num_heads, model.d_value))
     gram_HVV = torch.einsum("ehv,ehw->hvw", weight_EHV, weight_EHV)
     return torch.einsum("nhv,hvw,nhw->nh", z_NHV, gram_HVV, z_NHV).clamp(min=0).sqrt()
 
 
 def lengths(vectors_NE: Tensor) -> Tensor:
-    """(N,) norms, none of them 0, so that they can be divided by."""
+    """Return norms, (N,), clamped above 0 so that they can be divisors."""
     return torch.linalg.vector_norm(vectors_NE, dim=-1).clamp(min=torch.finfo(vectors_NE.dtype).tiny)
 
 
@@ -204,7 +204,7 @@ PLACES_KEPT = 1000
 
 @dataclass(frozen=True)
 class Check:
-    """Something that may be wrong.
+    """Something that may be wrong, and where.
 
     Attributes:
         what: what was looked for.
@@ -221,7 +221,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSummary(Result):
-    """What is in a model. What needs a text is None without one.
+    """What is in a model. Fields that need a text are None without one.
 
     Attributes:
         parameters: by part; the token embedding is the output head too, and counts once.
@@ -231,7 +231,7 @@ class ModelSummary(Result):
         token_norms: (V,) norms of the rows of the token embedding.
         token_mean_share: of the mean square of a row, how much is the mean row's.
         position_norms: (C,) norms of the rows of the position embedding; None where positions are rotary.
-        position_cosine: mean cosine of neighbouring rows of it.
+        position_cosine: mean cosine of neighboring rows of it.
         num_windows, num_tokens, writes, head_writes, largest_activations: as `Activity`.
         checks: all that was looked for, with its threshold; those that found something are warnings.
     """
@@ -274,7 +274,7 @@ class ModelSummary(Result):
 def summarize(
     model: Transformer, batches: Sequence[Batch] = (), token_counts: np.ndarray | None = None
 ) -> ModelSummary:
-    """Parameters, norms, ranks, gains and embeddings, what the parts do on `batches`, and checks.
+    """Summarize parameters, norms, ranks, gains and embeddings, what the parts do on `batches`, and checks.
 
     Args:
         model: in evaluation mode.

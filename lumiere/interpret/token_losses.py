@@ -1,4 +1,4 @@
-"""How well each token of a text is predicted.
+"""The loss, surprisal, entropy and rank of each token of a text.
 
 Shapes: T position, Vocab vocab_size.
 """
@@ -20,19 +20,19 @@ from lumiere.models.transformer import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLosses(Result):
-    """The predictions of all tokens but the first, which has nothing before it. Losses are in nats.
+    """The predictions of all tokens but the first. Losses are in nats.
 
     Attributes:
         tokens: (T,) the ids that the model was given.
         losses: (T-1,) -ln P(token | what precedes it).
         surprisals: (T-1,) the same in bits.
         entropies: (T-1,) in nats: the loss that the model expects.
-        ranks: (T-1,) how many tokens it holds more likely; 0 is the first choice.
-        ties: (T-1,) how many it holds exactly as likely, the token included.
-        predictions: (T-1,) the token that it holds most likely.
+        ranks: (T-1,) how many tokens are more probable; 0 is the top prediction.
+        ties: (T-1,) how many are exactly as probable, the token included.
+        predictions: (T-1,) the most probable token.
         probabilities: (T-1,) of that token.
-        unigram_losses: (T-1,) of the token's frequency in training; None where that is not known.
-        bigram_losses: (T-1,) of a model that sees the token before; None where that is not known.
+        unigram_losses: (T-1,) of the token's frequency in training; None if unknown.
+        bigram_losses: (T-1,) of a model that sees the token before; None if unknown.
     """
 
     tokens: tuple[int, ...]
@@ -48,12 +48,12 @@ class TokenLosses(Result):
 
     @property
     def places(self) -> np.ndarray:
-        """(T-1,) the rank, of tied tokens the mean of their ranks."""
+        """(T-1,) the rank; the mean rank of tied tokens."""
         return shared_place(self.ranks, self.ties)
 
     @property
     def on_top(self) -> np.ndarray:
-        """(T-1,) the probability that the token is the first choice, if tied tokens share the first place."""
+        """(T-1,) the probability that the token is the top prediction if tied tokens share the first place."""
         return share_of_top(self.ranks, self.ties, 1)
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
@@ -71,7 +71,8 @@ class TokenLosses(Result):
 def token_losses(
     model: Transformer, tokens: Sequence[int], unigram: Baseline | None = None, bigram: Baseline | None = None
 ) -> TokenLosses:
-    """Surprisal `-log2 P(token | context)` (Shannon 1948; as reading effort: Hale 2001), and what belongs to it.
+    """Compute the surprisal of each token, `-log2 P(token | context)` (Shannon 1948; as reading effort: Hale 2001), its
+    rank and the entropy.
 
     The entropy is `-sum P ln P` over the vocabulary: a loss far above it is a surprise, and where both are high the
     model knew that it did not know.

@@ -1,8 +1,8 @@
 """The model: a decoder-only transformer with pre-RMSNorm, SwiGLU and an output tied to the token embedding.
 
-It computes one function in two ways. `model(tokens)` is the watching path: it returns attention weights and hidden
-states and passes through the hook points of `lumiere.components.hooks`. `model.logits(tokens)` is the fast path, for
-training, evaluation and generation: it makes none of those.
+There is one forward pass, `Transformer.final_residual`, through the layers of `lumiere.components.layers` and their
+hook points. Training, evaluation and generation call it; `model(tokens)` adds logits, attention weights and hidden
+states.
 
 Shapes: B batch, T position of the query, S position of the key, E embedding_size, H head, L num_layers,
 Vocab vocab_size.
@@ -12,23 +12,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lumiere.components.hooks import HookPoint
-from lumiere.components.kernels import visible_keys
+from lumiere.components.hooks import HookPoint, has_hooks
+from lumiere.components.kernels import attention_mask, attention_pattern
 from lumiere.components.layers import (
     Block,
     Dropout,
+    ForwardRecord,
+    KVCache,
+    LayerCache,
     LearnedPositions,
+    RMSNorm,
     Rotation,
     TokenEmbedding,
-    WatchedBlock,
-    WatchedRMSNorm,
     rotation_at,
 )
 from lumiere.components.short_repr import ShortRepr
@@ -42,16 +43,23 @@ PADDING_ID = 2
 
 @dataclass(frozen=True)
 class TransformerOutput(ShortRepr):
-    """What the watching path returns."""
+    """The result of `model(tokens)`.
+
+    Attention weights and hidden states are computed from what the layers kept when they are first read, so that a
+    caller who wants the logits alone pays nothing for them.
+    """
 
     logits: Tensor
     """(B, T, Vocab)."""
-    patterns: tuple[Tensor, ...]
-    """(B, H, T, S) of each layer."""
     residuals: tuple[Tensor, ...]
     """(B, T, E) before each block and after the last."""
+    kept_patterns: Sequence[Tensor | tuple[Tensor, Tensor, Tensor | None]]
 
-    # Joined when they are first asked for: the copies would take a tenth of the time of a pass with all activations.
+    @cached_property
+    def patterns(self) -> tuple[Tensor, ...]:
+        """(B, H, T, S) of each layer."""
+        return tuple(kept if isinstance(kept, Tensor) else attention_pattern(*kept) for kept in self.kept_patterns)
+
     @cached_property
     def attention_weights(self) -> Tensor:
         """(B, L, H, T, S), the softmax before any dropout: rows sum to 1, and no query looks ahead."""
@@ -59,7 +67,7 @@ class TransformerOutput(ShortRepr):
 
     @cached_property
     def hidden_states(self) -> Tensor:
-        """(B, L+1, T, E), the residual stream before each block and after the last, not normalised."""
+        """(B, L+1, T, E), the residual stream before each block and after the last, not normalized."""
         return torch.stack(self.residuals, dim=1)
 
 
@@ -76,10 +84,10 @@ class Transformer(nn.Module):
         d_value: width of a head's values.
         d_ff: neurons in each block's feed-forward part.
         dropout: share of the embedding sum and of each part's output that is dropped while training.
-        padding_id: the id of padding, which the watching path then hides by itself; None: no id is padding.
+        padding_id: the id of padding, which `model(tokens)` hides by itself; None: no id is padding.
         positions: `learned` embeddings, or `rotary`, which makes the model a Llama (Touvron et al. 2023).
         zero_output_init: start the matrices that write to the residual stream at zero.
-        activation_checkpointing: on the fast path, keep only what each block reads, and compute the block again in the
+        activation_checkpointing: in training, keep only what each block reads, and compute the block again in the
             backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"), with the same dropout.
 
     Raises:
@@ -130,7 +138,7 @@ class Transformer(nn.Module):
             Block(embedding_size, num_heads, d_key, d_value, d_ff, dropout) for _ in range(num_layers)
         )
         self.blocks = cast("Sequence[Block]", blocks)  # to a type checker, a ModuleList holds any modules
-        self.final_norm = WatchedRMSNorm(embedding_size)
+        self.final_norm = RMSNorm(embedding_size, has_hooks=True)
         self._initialize(zero_output_init)
 
     def _initialize(self, zero_output_init: bool) -> None:
@@ -153,85 +161,99 @@ class Transformer(nn.Module):
         """Trainable numbers; the tied output counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, tokens_BT: Tensor, padding_mask_BT: Tensor | None = None) -> TransformerOutput:
-        """The watching path. Works with padding on either side.
+    def forward(
+        self, tokens_BT: Tensor, padding_mask_BT: Tensor | None = None, cache: KVCache | None = None
+    ) -> TransformerOutput:
+        """Return logits, attention weights and hidden states. Works with padding on either side.
 
         Args:
-            tokens_BT: token ids, (B, T).
-            padding_mask_BT: True where there is a real token. Without it, padding is where `padding_id` is.
+            tokens_BT: Token ids, (B, T), at least one and at most `context_size` long.
+            padding_mask_BT: True where there is a real token. Default: padding is where `padding_id` is.
+            cache: Keys and values of the positions before; then no token is padding.
 
         Raises:
-            ValueError: as `logits`, or the mask is not boolean or not of the tokens' shape.
+            ValueError: The tokens or the mask have a wrong type or shape, or there is both a mask and a cache.
         """
         self._check_tokens(tokens_BT)
-        if padding_mask_BT is None and self.padding_id is not None:
+        if padding_mask_BT is None and self.padding_id is not None and cache is None:
             padding_mask_BT = tokens_BT != self.padding_id
-        if padding_mask_BT is not None and padding_mask_BT.dtype != torch.bool:
-            raise ValueError(f"padding_mask must be of type torch.bool, not {padding_mask_BT.dtype}")
-        if padding_mask_BT is not None and padding_mask_BT.shape != tokens_BT.shape:
-            raise ValueError(
-                f"padding_mask has shape {tuple(padding_mask_BT.shape)}, the tokens {tuple(tokens_BT.shape)}"
-            )
-        batch_size, num_positions = tokens_BT.shape
-        visible_B1TS = visible_keys(num_positions, tokens_BT.device, padding_mask_BT)
-        positions_T = torch.arange(num_positions, device=tokens_BT.device)
-        rotation = self._rotation(positions_T)
+        record = ForwardRecord()
+        final_BTE = self.final_residual(tokens_BT, padding_mask_BT, cache, record)
+        return TransformerOutput(self.token_embedding.unembed(final_BTE), tuple(record.residuals), record.patterns)
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Return the logits alone, (B, T, Vocab); padding may be on the right only, as in `final_residual`."""
+        return self.token_embedding.unembed(self.final_residual(tokens_BT))
+
+    def final_residual(
+        self,
+        tokens_BT: Tensor,
+        padding_mask_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        record: ForwardRecord | None = None,
+    ) -> Tensor:
+        """Return the normalized final residual stream, (B, T, E): the forward pass up to the unembedding.
+
+        A loss that works in chunks takes this and the embedding, and never holds all logits at once. Without a mask,
+        padding may be on the right only: no real token sees it, and the results at padding are to be ignored.
+
+        Args:
+            record: Receives the residual stream and the patterns, the stream after the last block included.
+        """
+        self._check_tokens(tokens_BT)
+        num_positions = tokens_BT.shape[1]
+        positions = torch.arange(num_positions, device=tokens_BT.device)
+        mask_B1TS, dtype = None, self.token_embedding.weight.dtype
+        if padding_mask_BT is not None:
+            self._check_padding_mask(padding_mask_BT, tokens_BT, cache)
+            if not padding_mask_BT.all():
+                mask_B1TS = attention_mask(positions[None], num_positions, dtype, padding_mask_BT)
+        layer_caches = None
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions
+            layer_caches = cache.layers(positions)
+            if cache.num_keys > num_positions:  # or else nothing is cached, and the causal mask is enough
+                mask_B1TS = attention_mask(positions, cache.num_keys, dtype)
 
         resid_BTE = self.hook_embed(self.token_embedding(tokens_BT))
         if self.position_embedding is not None:
-            position_TE = self.position_embedding(positions_T)
-            resid_BTE = resid_BTE + self.hook_pos_embed(position_TE.expand(batch_size, -1, -1))
-        resid_BTE = self.dropout(resid_BTE)
-        watched: list[WatchedBlock] = []
-        for block in self.blocks:
-            watched.append(block.watch(resid_BTE, visible_B1TS, rotation))
-            resid_BTE = watched[-1].resid_post
-        return TransformerOutput(
-            logits=self.token_embedding.unembed(self.final_norm.watch(resid_BTE)),
-            patterns=tuple(layer.pattern for layer in watched),
-            residuals=(*(layer.resid_pre for layer in watched), resid_BTE),
-        )
+            position_TE = self.position_embedding(positions)
+            if self.hook_pos_embed.is_set:
+                position_TE = self.hook_pos_embed(position_TE.expand(resid_BTE.shape))
+            resid_BTE = resid_BTE + position_TE
+        return self._run_blocks(self.dropout(resid_BTE), 0, positions, mask_B1TS, layer_caches, record)
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """The fast path: logits (B, T, Vocab) and nothing else.
-
-        Padding on the right needs no mask: attention is causal, so no real token sees what comes after it, and what
-        stands at the padding itself is to be ignored. Padding on the left needs the watching path.
-
-        Args:
-            tokens_BT: token ids, (B, T), at least one and at most `context_size` long.
-
-        Raises:
-            ValueError: the tokens are no matrix of int64 or int32, there are none, or more than `context_size`.
-        """
-        return self.token_embedding.unembed(self.final_residual(tokens_BT))
-
-    def final_residual(self, tokens_BT: Tensor) -> Tensor:
-        """The normalised final residual stream, (B, T, E): `logits` without the product with the embedding.
-
-        A loss that works in chunks takes this and the embedding, and never holds all logits at once.
-        """
-        self._check_tokens(tokens_BT)
-        resid_BTE = self.token_embedding(tokens_BT)
-        if self.position_embedding is not None:
-            positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-            resid_BTE = resid_BTE + self.position_embedding(positions_T)
-        return self.final_residual_from(self.dropout(resid_BTE), layer=0)
-
-    def final_residual_from(self, resid_BTE: Tensor, layer: int) -> Tensor:
-        """`final_residual`, given the stream that block `layer` reads, so that the blocks before need not run again.
+    def continue_from(self, resid_BTE: Tensor, layer: int) -> Tensor:
+        """Return `final_residual`, given the stream that block `layer` reads.
 
         Args:
             resid_BTE: (B, T, E), from position 0 on, with padding on the right only.
-            layer: `num_layers` is allowed too: then only the norm is left.
+            layer: 0 to `num_layers`; at `num_layers` only the norm is left.
         """
-        rotation = self._rotation(torch.arange(resid_BTE.shape[1], device=resid_BTE.device))
-        recomputes = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in islice(self.blocks, layer, None):
+        return self._run_blocks(resid_BTE, layer, torch.arange(resid_BTE.shape[1], device=resid_BTE.device))
+
+    def _run_blocks(
+        self,
+        resid_BTE: Tensor,
+        first_layer: int,
+        positions: Tensor,
+        mask_B1TS: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+        record: ForwardRecord | None = None,
+    ) -> Tensor:
+        rotation = self._rotation(positions)
+        # A block that is computed again, after a `with hooked` block has ended, would miss the hooks.
+        recomputes = (
+            self.activation_checkpointing and torch.is_grad_enabled() and record is None and not has_hooks(self)
+        )
+        for layer in range(first_layer, self.num_layers):
+            block, cache = self.blocks[layer], None if caches is None else caches[layer]
             if recomputes:
                 resid_BTE = cast("Tensor", checkpoint(block, resid_BTE, rotation, use_reentrant=False))
             else:
-                resid_BTE = block(resid_BTE, rotation)
+                resid_BTE = block(resid_BTE, rotation, mask_B1TS, cache, record)
+        if record is not None:
+            record.residuals.append(resid_BTE)
         return self.final_norm(resid_BTE)
 
     def _rotation(self, positions_T: Tensor) -> Rotation | None:
@@ -240,6 +262,16 @@ class Transformer(nn.Module):
             return None
         dtype = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
         return rotation_at(positions_T, self.d_key, dtype)
+
+    def _check_padding_mask(self, padding_mask_BT: Tensor, tokens_BT: Tensor, cache: KVCache | None) -> None:
+        if cache is not None:
+            raise ValueError("a cache takes no padding mask")
+        if padding_mask_BT.dtype != torch.bool:
+            raise ValueError(f"padding_mask must be of type torch.bool, not {padding_mask_BT.dtype}")
+        if padding_mask_BT.shape != tokens_BT.shape:
+            raise ValueError(
+                f"padding_mask has shape {tuple(padding_mask_BT.shape)}, the tokens {tuple(tokens_BT.shape)}"
+            )
 
     def _check_tokens(self, tokens_BT: Tensor) -> None:
         if tokens_BT.ndim != 2:

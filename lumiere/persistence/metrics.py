@@ -121,7 +121,11 @@ def as_number(value: Any) -> int | float | None:
 
 def to_json(value: Any, indent: int | None = None, *, ensure_ascii: bool = False) -> str:
     """`value` as standard JSON text, with null for every NaN and infinity in it; nothing in it steers a terminal."""
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    options: dict[str, Any] = {"indent": indent, "ensure_ascii": ensure_ascii, "allow_nan": False}
+    try:
+        text = json.dumps(value, **options)
+    except (ValueError, TypeError):  # NaN, infinity, or a mapping that is not a dictionary
+        text = json.dumps(_finite(value), **options)
     if text.replace("\n", "").isprintable():
         return text
     # Beyond those that JSON refuses, some characters steer a terminal, and no file can hold half of a surrogate pair.

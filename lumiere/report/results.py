@@ -1,4 +1,4 @@
-"""Results of analyses as files and as JSON: numbers or a picture, chosen by the suffix."""
+"""Results of analyses as JSON, CSV, NPZ or a picture, chosen by the suffix of the file."""
 
 import csv
 import io
@@ -11,31 +11,30 @@ from typing import Any
 import numpy as np
 
 from lumiere.errors import LumiereError, nearest
-from lumiere.files import write_atomically
 from lumiere.interpret.result import Result
 from lumiere.persistence.metrics import to_json
-from lumiere.report.figures.figure import SUFFIXES, Picture, check_drawing, check_place, save_picture
+from lumiere.report.figures.figure import SUFFIXES, Picture, check_output, check_picture, save_picture, write_output
 
 SCHEMA_VERSION = 1
 
 
-def payload(result: Result, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The result as JSON takes it: `about`, the arrays as nested lists, and the receipts.
+def payload(result: Result, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `--json` prints: provenance, arrays as nested lists, and receipts.
 
     Args:
-        about: where the result comes from: analysis, run, checkpoint, step, hashes, tokens.
+        provenance: analysis, run, checkpoint, step, hashes and tokens.
     """
-    receipts = [asdict(receipt) | {"holds": receipt.holds} for receipt in result.receipts]
+    receipts = [receipt.as_dict() for receipt in result.receipts]
     values = {name: plain(value) for name, value in result.as_dict().items()}
-    return {"schema_version": SCHEMA_VERSION, **about, **values, "receipts": receipts}
+    return {"schema_version": SCHEMA_VERSION, **provenance, **values, "receipts": receipts}
 
 
 def plain(value: Any) -> Any:
-    """`value` with arrays and dataclasses as lists and dictionaries."""
+    """Convert arrays and dataclasses to lists and dictionaries."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(item) for name, item in asdict(value).items()}
+        return plain(asdict(value))
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | range):
@@ -43,12 +42,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def as_json(result: Result, about: Mapping[str, Any]) -> bytes:
-    return (to_json(payload(result, about), indent=2) + "\n").encode()
+def as_json(result: Result, provenance: Mapping[str, Any]) -> bytes:
+    return (to_json(payload(result, provenance), indent=2) + "\n").encode()
 
 
-def as_csv(result: Result, about: Mapping[str, Any]) -> bytes:
-    """The result's rows under a line of names. What it comes from has no place in a table."""
+def as_csv(result: Result, provenance: Mapping[str, Any]) -> bytes:
+    """The result's rows below a header; provenance has no place in a table."""
     text = io.StringIO(newline="")
     writer = None
     for row in result.rows():
@@ -59,10 +58,10 @@ def as_csv(result: Result, about: Mapping[str, Any]) -> bytes:
     return text.getvalue().encode()
 
 
-def as_npz(result: Result, about: Mapping[str, Any]) -> bytes:
-    """The result's arrays by name, compressed, and as JSON text under `about` all that is no array."""
+def as_npz(result: Result, provenance: Mapping[str, Any]) -> bytes:
+    """The result's arrays by name, compressed; everything else as JSON text under `about`."""
     arrays = result.arrays()
-    rest = {name: value for name, value in payload(result, about).items() if name not in arrays}
+    rest = {name: value for name, value in payload(result, provenance).items() if name not in arrays}
     data = io.BytesIO()
     np.savez_compressed(data, about=np.array(json.dumps(rest)), **arrays)  # pyright: ignore[reportArgumentType]
     return data.getvalue()
@@ -76,47 +75,41 @@ FORMATS: Mapping[str, Callable[[Result, Mapping[str, Any]], bytes]] = {
 
 
 def check_export(path: Path) -> None:
-    """Refuses a path that no result can be written to, before anything is computed.
+    """Check that a result can be written to `path`, before anything is computed.
 
     Raises:
-        LumiereError: its suffix is none of `FORMATS` and of those of pictures, it is a folder, its folder is not there,
-            or it is a picture and matplotlib is not installed.
+        LumiereError: unknown suffix, the path is a directory, its directory does not exist, or it is a picture and
+            matplotlib is not installed.
     """
-    endings = (*FORMATS, *SUFFIXES)
-    if path.suffix.lower() not in endings:
-        guess = nearest(path.suffix.lower(), endings)
+    suffixes, suffix = (*FORMATS, *SUFFIXES), path.suffix.lower()
+    if suffix not in suffixes:
+        guess = nearest(suffix, suffixes)
         raise LumiereError(
-            f"{str(path)!r} has no ending that Lumiere writes",
-            f"did you mean {guess}?" if guess else f"it has to end in {', '.join(endings)}",
+            f"{str(path)!r} has no suffix that Lumiere can write",
+            f"did you mean {guess}?" if guess else f"end the name in {', '.join(suffixes)}",
         )
-    check_place(path)
-    if path.suffix.lower() in SUFFIXES:
-        check_drawing()
+    (check_picture if suffix in SUFFIXES else check_output)(path)
 
 
-def save_result(path: Path, result: Result, about: Mapping[str, Any], draw: Callable[[], Picture]) -> None:
-    """Writes a result whole, in the format of the suffix.
+def save_result(path: Path, result: Result, provenance: Mapping[str, Any], draw: Callable[[], Picture]) -> None:
+    """Write a result atomically, in the format of the suffix.
 
     Args:
-        about: where it comes from, as for `payload`.
-        draw: its picture, asked for where the suffix is that of one.
+        provenance: as for `payload`.
+        draw: returns the picture, called only if the suffix asks for one.
 
     Raises:
         LumiereError: as `check_export`, or the file cannot be written.
     """
     check_export(path)
     if path.suffix.lower() in SUFFIXES:
-        save_picture(path, draw(), facts_line(about))
-        return
-    data = FORMATS[path.suffix.lower()](result, about)
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise LumiereError(f"{str(path)!r} cannot be written: {error.strerror}", "choose another place") from error
+        save_picture(path, draw(), facts_line(provenance))
+    else:
+        write_output(path, FORMATS[path.suffix.lower()](result, provenance))
 
 
-def facts_line(about: Mapping[str, Any]) -> str:
-    """Run, checkpoint and text in a line."""
-    sides = [about, about["other"]] if "other" in about else [about]
+def facts_line(provenance: Mapping[str, Any]) -> str:
+    """Runs, checkpoints and text in one line."""
+    sides = [provenance, provenance["other"]] if "other" in provenance else [provenance]
     line = " and ".join(f"{side['run']}, checkpoint {side['checkpoint']} (step {side['step']:,})" for side in sides)
-    return f"{line}; {about['source']}" if about["source"] else line
+    return f"{line}; {provenance['source']}" if provenance["source"] else line

@@ -1,4 +1,4 @@
-"""What a training takes, reckoned from its config alone: parameters, FLOPs, bytes, steps."""
+"""Costs of a training run computed from its config: parameters, FLOPs, bytes."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from lumiere.training.schedule import most_snapshots
 
 FLOAT32_BYTES = 4
 NUM_CHECKPOINTS = 4
-"""`best`, `latest`, `previous`, and the one that is being written."""
+"""`best`, `latest`, `previous`, and the one being written."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trainable numbers by part. The token embedding is the output head too, and counts once."""
+    """Number of parameters by part. The token embedding is also the output head and counts once."""
 
     token_embedding: int
     positions: int
@@ -26,18 +26,18 @@ class Parameters:
 
     @property
     def block_matrices(self) -> int:
-        """Those of the blocks that are multiplied by, which Muon moves where it is asked for."""
+        """Parameters of the matrices in the blocks, which `optimizer: muon` updates by Muon."""
         return self.attention + self.feedforward
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of the largest set of checkpoints that a run ever has. Headers are left out, a few kB a file.
+    """Bytes of the largest set of checkpoints that a run ever has, without headers (a few kB per file).
 
     Attributes:
-        checkpoint: of one that a training can go on from: weights, their average, and optimizer state.
-        snapshot: of one that holds weights alone.
-        num_snapshots: at most so many at once.
+        checkpoint: Size of a full checkpoint: weights, their average, and optimizer state.
+        snapshot: Size of a checkpoint with weights only.
+        num_snapshots: Largest number of snapshots at once.
     """
 
     checkpoint: int
@@ -50,7 +50,7 @@ class Disk:
 
 
 def count_parameters(config: RunConfig) -> Parameters:
-    """The parameters of the model that `build_model` would build."""
+    """Return the number of parameters of the model that `build_model` builds."""
     model = config.model
     width, layers = model.embedding_size, model.num_layers
     return Parameters(
@@ -64,13 +64,13 @@ def count_parameters(config: RunConfig) -> Parameters:
 
 
 def flops_per_token(config: RunConfig) -> int:
-    """FLOPs of one trained position: the matrix products of its forward and its backward pass.
+    """Return the FLOPs of one trained position: the matrix products of its forward and backward pass.
 
-    Forward, each weight of a matrix takes a multiplication and an addition, the output head's too (looking up an
-    embedding takes none), and each head takes as many for its scores and its weighted values over all
-    `context_size` positions, hidden ones included: `2 N + 2 L H T (K + V)`. Backward takes twice that. With
-    K = V = Q this is the `6 N + 12 L H Q T` of Chowdhery et al. 2022, "PaLM", appendix B; the `2 N` is Kaplan et
-    al. 2020, "Scaling Laws for Neural Language Models", section 2.1. Norms, softmax and the optimizer are left out.
+    Forward, each weight of a matrix takes a multiplication and an addition, the output head's too (an embedding lookup
+    takes none). Each head takes as many for its scores and its weighted values over all `context_size` positions,
+    masked ones included: `2 N + 2 L H T (K + V)`. Backward takes twice that. With K = V = Q this is the
+    `6 N + 12 L H Q T` of Chowdhery et al. 2022, "PaLM", appendix B; the `2 N` is Kaplan et al. 2020, "Scaling Laws for
+    Neural Language Models", section 2.1. Norms, softmax and the optimizer are not counted.
     """
     model, parameters = config.model, count_parameters(config)
     weights = parameters.token_embedding + parameters.block_matrices
@@ -79,14 +79,14 @@ def flops_per_token(config: RunConfig) -> int:
 
 
 def weight_bytes(config: RunConfig) -> int:
-    """Of the weights, which are float32 in any precision; the gradients take the same."""
+    """Return the bytes of the weights, float32 in any precision. The gradients take the same."""
     return FLOAT32_BYTES * count_parameters(config).total
 
 
 def optimizer_bytes(config: RunConfig) -> int:
-    """Of the optimizer's state: AdamW keeps two averages of each parameter's gradient, Muon one momentum.
+    """Return the bytes of the optimizer state: two averages per parameter for AdamW, one momentum for Muon.
 
-    Where the weights are averaged, that average counts too.
+    An EMA of the weights counts too.
     """
     parameters = count_parameters(config)
     moved_by_muon = parameters.block_matrices if config.training.optimizer == "muon" else 0
@@ -95,7 +95,7 @@ def optimizer_bytes(config: RunConfig) -> int:
 
 
 def disk(config: RunConfig, total_steps: int) -> Disk:
-    """What the checkpoints of a training of `total_steps` need."""
+    """Return the disk space of the checkpoints of a run of `total_steps`."""
     weights = weight_bytes(config)
     num_snapshots = most_snapshots(total_steps) if config.training.snapshots else 0
     return Disk(weights + optimizer_bytes(config), weights, num_snapshots)

@@ -1,4 +1,4 @@
-"""What a training will take on this machine: reckoned from its config, and measured in a few seconds of real steps."""
+"""Estimate of a training run (`--plan`): computed from its config, and measured in a few seconds of real steps."""
 
 import statistics
 import sys
@@ -22,7 +22,7 @@ from lumiere.training.state import TrainingState
 from lumiere.training.trainer import train_step
 
 WARMUP_STEPS = 2
-"""Steps that are not counted: the first ones allocate memory and, where asked to, compile."""
+"""First steps, which are not counted: they allocate memory, and compile if configured."""
 MIN_STEPS = 3
 MEASURED_SECONDS = 5.0
 EVALUATION_BATCHES = 8
@@ -30,18 +30,18 @@ EVALUATION_BATCHES = 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a step holds at once, by what they are for.
+    """Bytes that a step holds at once, by purpose.
 
     Attributes:
-        weights: float32 in any precision. Of this and the next two, a process has its share with `parallel: fsdp`; the
-            weights of a block and of the embedding that it needs for a moment come on top.
-        gradients: one for each weight.
-        optimizer: its averages.
-        activations: what the forward pass of one accumulation step keeps for the backward pass, as measured. What an
-            operation needs for itself while it runs comes on top.
-        peak: the most that was in use during the measurement: on a CUDA device by tensors, elsewhere by the whole
-            process since it began, with Python, torch and the reading of the corpus (None: the system does not say).
-            The process that measures has all weights.
+        weights: Float32 in any precision. With `parallel: fsdp`, this and the next two are the share of a process,
+            without the weights of a block and of the embedding that are gathered temporarily.
+        gradients: One per weight.
+        optimizer: Its averages.
+        activations: Measured size of what the forward pass of one accumulation step keeps for the backward pass,
+            without the temporary memory of single operations.
+        peak: Maximum in use during the measurement: on a CUDA device by tensors, elsewhere by the whole process since
+            it started, including Python, torch and reading the corpus (None: the system does not report it). The
+            measuring process has all weights.
     """
 
     weights: int
@@ -53,26 +53,26 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training takes. Times leave out saving and the reading of the corpus, as those of `metrics.jsonl` do.
+    """What a training run takes. Times exclude saving and reading the corpus, like those of `metrics.jsonl`.
 
     Attributes:
-        flops_per_token: of a trained position, forward and backward.
-        padding_share: share of the positions of all training windows that are padding.
-        epoch_steps: steps of an epoch.
-        total_steps: steps of the training where patience does not end it sooner.
-        earliest_stop: the step at which patience could (None: it cannot).
-        warmup_steps: steps in which the learning rate rises.
-        num_evaluations: in `total_steps`.
-        num_processes: that share each step's windows and each evaluation's batches. Memory is that of each; times are
-            those of one process with its share, while the others rest, so that the exchange of gradients is left out.
-        windows_per_process: of a full batch.
-        peak_flops: FLOP/s of the device in matrix products, as measured, times `num_processes`.
-        measured_steps: steps that the following figures are taken from.
-        seconds_per_step: their median.
-        tokens_per_second: their mean number of targets, padding left out, by that median.
-        mfu: share of `peak_flops` that those tokens take.
-        startup_seconds: by how much the first steps, that are not counted above, were slower.
-        seconds_per_evaluation: extrapolated from the first batches of the validation windows.
+        flops_per_token: Of a trained position, forward and backward.
+        padding_share: Fraction of the positions of all training windows that are padding.
+        epoch_steps: Steps per epoch.
+        total_steps: Steps, unless patience ends training earlier.
+        earliest_stop: First step at which patience could end it. None: it cannot.
+        warmup_steps: Steps in which the learning rate rises.
+        num_evaluations: In `total_steps`.
+        num_processes: Processes that share each step's windows and each evaluation's batches. Memory is that of each.
+            Times are those of one process alone with its share, without the exchange of gradients.
+        windows_per_process: Of a full batch.
+        peak_flops: Measured FLOP/s of the device in matrix products, times `num_processes`.
+        measured_steps: Number of steps behind the following values.
+        seconds_per_step: Their median.
+        tokens_per_second: Their mean number of targets, without padding, divided by that median.
+        mfu: Fraction of `peak_flops` that those tokens take.
+        startup_seconds: Extra time of the first steps, which are not counted above.
+        seconds_per_evaluation: Extrapolated from the first batches of the validation windows.
     """
 
     parameters: Parameters
@@ -100,20 +100,20 @@ class Plan:
 
     @property
     def total_seconds(self) -> float:
-        """Of all steps and evaluations."""
+        """Time of all steps and evaluations."""
         evaluating = self.num_evaluations * self.seconds_per_evaluation
         return self.startup_seconds + self.total_steps * self.seconds_per_step + evaluating
 
 
 def make_plan(setup: TrainingSetup, warn: Callable[[str], None], processes: ProcessGroup = SINGLE_PROCESS) -> Plan:
-    """Measure some steps and a part of an evaluation on the corpus itself. Nothing is written.
+    """Measure some steps and a part of an evaluation on the corpus. Nothing is written.
 
     Args:
-        warn: told where something does not go as asked, such as compiling.
-        processes: the processes that would train; none of the others is needed.
+        warn: Called if something does not work as configured, such as compiling.
+        processes: The processes that would train. Only this one measures.
 
     Raises:
-        LumiereError: if they cannot share the batches or the device.
+        LumiereError: They cannot share the batches or the device.
     """
     config, epoch_steps = setup.config, setup.epoch_steps
     settings = config.training
@@ -169,7 +169,7 @@ def make_plan(setup: TrainingSetup, warn: Callable[[str], None], processes: Proc
 def measure_steps(
     setup: TrainingSetup, state: TrainingState, objective: Objective, num_shares: int = 1
 ) -> tuple[list[float], list[int]]:
-    """The seconds and the targets of the first steps, each with its batch, for `MEASURED_SECONDS` after the warm-up."""
+    """Return seconds and numbers of targets of the first steps, for `MEASURED_SECONDS` after the warm-up."""
     config, settings = setup.config, setup.config.training
     windows = setup.corpus.windows("train", config)
     seconds: list[float] = []
@@ -178,7 +178,7 @@ def measure_steps(
         started = time.perf_counter()
         share = batch_at(len(seconds), windows, settings.batch_size, settings.seed, 0, num_shares)
         batch = share.to(setup.device)
-        # A learning rate of zero takes as long as any other, and cannot spoil the weights.
+        # A learning rate of zero takes as long as any other and keeps the weights.
         train_step(state, batch, 0.0, settings, setup.precision, objective)
         seconds.append(time.perf_counter() - started)
         targets.append(batch.num_targets)
@@ -186,11 +186,11 @@ def measure_steps(
 
 
 def measure_evaluation(setup: TrainingSetup, model: Transformer) -> float:
-    """The seconds of an evaluation, by those of the first windows of the validation split."""
+    """Return the seconds of an evaluation, extrapolated from the first validation windows."""
     config, batch_size = setup.config, setup.config.training.batch_size
     split = setup.corpus.splits["validation"]
     windows = setup.corpus.windows("validation", config)
-    # The beginning of the text, cut after so many tokens, is a text too.
+    # The first tokens of the split, as a split of their own.
     end = min(EVALUATION_BATCHES * batch_size * windows.stride, int(windows.offsets[-1]))
     offsets = np.append(windows.offsets[: np.searchsorted(windows.offsets, end)], end)
     beginning = Windows(windows.ids, offsets, windows.context_size, windows.sliding_window_size)
@@ -225,7 +225,7 @@ def measure_activations(setup: TrainingSetup, model: Transformer, objective: Obj
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that were in use, as `Memory.peak` says."""
+    """Return the maximum number of bytes in use, as in `Memory.peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""What a training reports while it runs. The metrics file and the progress bar are two callbacks of one stream."""
+"""Events of a training run. The metrics file, the progress bar and the loggers are callbacks of one stream."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StartEvent:
-    """Training begins, or goes on, at `step`.
+    """Training starts or resumes at `step`.
 
     Attributes:
-        peak_flops: FLOP/s that the device reaches in matrix products of that precision, as measured.
+        peak_flops: Measured FLOP/s of the device in matrix products of that precision.
     """
 
     run_name: str
@@ -29,20 +29,19 @@ class StartEvent:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A step whose metrics are due, every `log_interval` steps.
+    """Metrics of a step, every `log_interval` steps.
 
     Attributes:
-        step: updates so far.
-        epoch: passes over the training windows so far, with a fraction.
-        tokens: targets trained on so far; padding is none.
-        seconds: of training so far, evaluating and saving left out.
-        loss: of this step's batch, in nats a token.
-        learning_rate: of AdamW in this step.
-        grad_norm: of the gradients, before clipping.
-        tokens_per_second: since the step before that was reported.
-        mfu: model FLOPs utilisation in the same time: the FLOPs that those tokens take by `flops_per_token`, as a share
-            of the measured peak (Chowdhery et al. 2022, "PaLM", appendix B). Padding is computed too, and counts as
-            lost.
+        step: Updates so far.
+        epoch: Passes over the training windows so far, with a fraction.
+        tokens: Targets trained on so far, without padding.
+        seconds: Training time so far, without evaluation and saving.
+        loss: Of this step's batch, in nats per token.
+        learning_rate: Of AdamW in this step.
+        grad_norm: Of the gradients, before clipping.
+        tokens_per_second: Since the last reported step.
+        mfu: Model FLOPs utilization over the same time: the FLOPs of those tokens by `flops_per_token`, as a fraction
+            of the measured peak (Chowdhery et al. 2022, "PaLM", appendix B). Padding is computed but not counted.
     """
 
     step: int
@@ -78,7 +77,7 @@ class CheckpointEvent:
 
 @dataclass(frozen=True)
 class WarningEvent:
-    """Something did not go as asked, and training goes on another way."""
+    """Something did not work as configured; training continues in another way."""
 
     step: int
     message: str

@@ -26,9 +26,9 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardLog:
-    """A callback that writes event files. The config stands there as text, and as hyperparameters.
+    """A callback that writes event files, with the config as text and as hyperparameters.
 
-    After a resume the steps behind the checkpoint come again; TensorBoard is told to forget the first ones.
+    After a resume, the steps after the checkpoint are repeated; their first values are purged.
     """
 
     def __init__(self, config: RunConfig, run: Run, emit: Callback) -> None:
@@ -40,7 +40,7 @@ class TensorBoardLog:
         if isinstance(event, StartEvent):
             self._open(event.step)
         elif isinstance(event, StepEvent | EvaluationEvent) and self._writer is not None:
-            for tag, value in figures(event).items():
+            for tag, value in tagged(event).items():
                 self._writer.add_scalar(tag, value, event.step)
             if isinstance(event, EvaluationEvent):
                 self._writer.flush()  # otherwise a kill could take two minutes of it
@@ -53,7 +53,7 @@ class TensorBoardLog:
         from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # What was written at `step` itself stays, except for a run that was killed before it saved anything.
+        # Values at `step` itself stay, except for a run that was killed before it saved anything.
         is_new = not self._folder.exists()
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else 0)
         if not is_new:
@@ -79,7 +79,7 @@ FINISH_SECONDS = 60
 
 
 class WandbLog:
-    """A callback that writes a run of the same id; a resumed training goes on with it."""
+    """A callback that writes a W&B run of the same id, which a resume continues."""
 
     def __init__(self, config: RunConfig, run: Run, emit: Callback) -> None:
         self._config = config
@@ -92,7 +92,7 @@ class WandbLog:
             self._open(event.step)
         elif isinstance(event, StepEvent | EvaluationEvent) and self._log is not None:
             # The two of one step are merged; steps that come again after a resume are left out by W&B.
-            self._log.log(figures(event), step=event.step)
+            self._log.log(tagged(event), step=event.step)
 
     def close(self, failed: bool) -> None:
         if self._log is not None:
@@ -107,7 +107,7 @@ class WandbLog:
             reason = "WANDB_MODE says so"
         elif settings.mode != "disabled" and not has_key():
             reason = "no API key is configured"
-        # Before W&B tries, whose process may wait for ever for a server that does not answer.
+        # Before W&B tries to: its process may wait forever for a server that does not answer.
         elif settings.mode != "disabled" and not is_reachable(settings.base_url):
             reason = f"{settings.base_url} cannot be reached"
         if reason is not None:
@@ -119,7 +119,7 @@ class WandbLog:
     def _init(self, mode: Any) -> "wandb.Run":
         import wandb
 
-        # Nothing on the screen, no code, no machine's figures: what is asked for is the metrics.
+        # Only the metrics: no output, no code, no system statistics.
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -143,17 +143,17 @@ class WandbLog:
 
 
 def has_key() -> bool:
-    """Whether W&B finds credentials; it would ask for them on a terminal otherwise."""
+    """Return whether W&B finds credentials; otherwise it would prompt on a terminal."""
     import wandb
 
     try:
         return wandb.login(prompt=False, verify=False)
     except wandb.Error:
-        return False  # what is configured does not even look like a key
+        return False  # the configured text does not look like a key
 
 
 def is_reachable(url: str) -> bool:
-    """Whether somebody listens at the address; behind a proxy, which alone could tell, it counts as reachable."""
+    """Return whether a server accepts connections at the address; always True behind a proxy."""
     if getproxies():
         return True
     address = urlsplit(url)
@@ -165,8 +165,8 @@ def is_reachable(url: str) -> bool:
     return True
 
 
-def figures(event: StepEvent | EvaluationEvent) -> dict[str, float]:
-    """The figures of an event by tag."""
+def tagged(event: StepEvent | EvaluationEvent) -> dict[str, float]:
+    """Return the metrics of an event by the tag that the loggers use."""
     if isinstance(event, StepEvent):
         return {
             "train/loss": event.loss,
@@ -183,7 +183,7 @@ def figures(event: StepEvent | EvaluationEvent) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Turns events into lines. Names and units are those of docs/metrics.md."""
+    """A callback that writes `metrics.jsonl`; docs/metrics.md has its names and units."""
 
     def __init__(self, writer: MetricsWriter) -> None:
         self._writer = writer
@@ -215,7 +215,7 @@ class MetricsLog:
 
 
 def progress(event: StepEvent | EvaluationEvent) -> dict[str, Any]:
-    """What stands on every line."""
+    """Return the keys that every line has."""
     return {
         "step": event.step,
         "epoch": round(event.epoch, 6),
@@ -225,24 +225,24 @@ def progress(event: StepEvent | EvaluationEvent) -> dict[str, Any]:
 
 
 class Logger(Protocol):
-    """A callback that keeps something open. It opens it at the `StartEvent`, and may raise whatever it likes."""
+    """A callback that opens a resource at the `StartEvent`. It may raise any exception."""
 
     def __call__(self, event: Event) -> None: ...
 
     def close(self, failed: bool) -> None:
-        """Write what is left; `failed` says that the training ended with an error."""
+        """Write what is left; `failed` means that training ended with an error."""
         ...
 
 
 LOGGERS: dict[str, Callable[[RunConfig, Run, Callback], Logger]] = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
-"""By name, which is the name of the package that it needs and of the extra that installs it."""
+"""By name, which is also that of the required package and of the extra that installs it."""
 
 
 class FailSafeLogger:
-    """A logger whose first error becomes a `WarningEvent`, and which is then silent.
+    """A logger whose first error becomes a `WarningEvent`, after which it is dropped.
 
     Args:
-        emit: takes the warning.
+        emit: Receives the warning.
     """
 
     def __init__(self, name: str, logger: Logger, emit: Callback) -> None:
@@ -266,14 +266,14 @@ class FailSafeLogger:
         except Exception as error:
             self._logger = None
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._emit(WarningEvent(self._step, f"training goes on without {self._name}, which failed: {reason}"))
+            self._emit(WarningEvent(self._step, f"training without {self._name}, which failed: {reason}"))
 
 
 def check_packages(names: Iterable[str]) -> None:
-    """Find out before a run is made whether all loggers are installed.
+    """Check before a run is created that the packages of all loggers are installed.
 
     Raises:
-        LumiereError: if one is not.
+        LumiereError: One is not.
     """
     for name in names:
         try:
@@ -287,7 +287,7 @@ def check_packages(names: Iterable[str]) -> None:
 
 @contextmanager
 def opened_loggers(config: RunConfig, run: Run, callbacks: Sequence[Callback]) -> Iterator[list[Callback]]:
-    """`callbacks`, and after them the loggers that the config asks for, which are closed at the end."""
+    """Yield `callbacks` and the loggers of the config, which are closed at the end."""
 
     def emit(event: Event) -> None:
         for callback in callbacks:

@@ -15,14 +15,14 @@ Residual = Callable[[Transformer, torch.Tensor], torch.Tensor]
 def summed_loss(
     model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, residual: Residual = Transformer.final_residual
 ) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the targets that are no padding.
+    """Return the cross-entropy in nats, summed over the targets that are not padding.
 
-    A sum, because only the step knows the number of targets to divide by: the mean of accumulated parts would
-    weigh a short part's tokens more.
+    A sum, because only the step knows the number of targets to divide by: the mean of accumulated parts would weigh the
+    tokens of a short part more.
 
     Args:
         tokens: (B, T).
-        targets: (B, T), -100 where there is nothing to predict.
+        targets: (B, T), -100 at padding.
         residual: computes the final residual stream; a compiled version of it, perhaps.
     """
     final_BTE = residual(model, tokens)
@@ -30,7 +30,7 @@ def summed_loss(
 
 
 class BatchLoss(nn.Module):
-    """The loss as a module's forward pass, which is the only thing that DDP and FSDP watch."""
+    """The loss as the forward pass of a module, which is what DDP and FSDP wrap."""
 
     def __init__(self, model: Transformer, objective: Objective) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ class BatchLoss(nn.Module):
 
 
 def compiled(warn: Callable[[str], None]) -> Objective:
-    """`summed_loss` with the blocks through `torch.compile`; where that fails, it says so and goes on without.
+    """Return `summed_loss` with the blocks compiled by `torch.compile`; fall back with a warning if that fails.
 
-    The loss itself works in chunks that stay in the cache, which a compiler would not find.
+    The loss itself is not compiled: it works in chunks that stay in the cache, which a compiler would not find.
 
     Args:
-        warn: called with the reason, once: no C++ compiler, for example.
+        warn: Called once with the reason, such as a missing C++ compiler.
     """
     fast: Residual | None = None
     works = True
@@ -56,13 +56,13 @@ def compiled(warn: Callable[[str], None]) -> Objective:
         nonlocal fast, works
         if works:
             try:
-                # With torch's own random numbers, the dropout is that of the same seed without a compiler.
+                # Torch's own random numbers give the same dropout as without a compiler.
                 fast = fast or torch.compile(Transformer.final_residual, options={"fallback_random": True})
                 return summed_loss(model, tokens, targets, fast)
-            except Exception as error:  # torch raises many kinds, none of them documented
+            except Exception as error:  # torch raises many kinds, all undocumented
                 works = False
                 reason = str(error).strip().partition("\n")[0]
-                warn(f"torch.compile does not work here, training goes on without it: {reason}")
+                warn(f"torch.compile does not work here, training without it: {reason}")
         return summed_loss(model, tokens, targets)
 
     return attempt

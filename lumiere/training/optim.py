@@ -18,18 +18,18 @@ ROUNDS = 5
 
 
 class Muon(optim.Optimizer):
-    """Nesterov momentum, orthogonalised; for matrices inside a network, not for embeddings.
+    """Muon (Jordan et al. 2024): momentum whose update is replaced by the nearest orthogonal matrix.
 
-    The same rule as `torch.optim.Muon`, which takes the matrices one by one and always in bfloat16: here matrices of
-    one shape go together, and in the type that the device is fast in. Where they are shared out among processes, each
-    process orthogonalises some of them.
+    For matrices inside a network, not for embeddings. The same rule as `torch.optim.Muon`, which takes the matrices one
+    by one and always in bfloat16. Here matrices of one shape are stacked, in the type that the device is fast in. If
+    they are sharded, each process orthogonalizes some of them.
 
     Args:
-        parameters: matrices.
-        lr: learning rate; an update of it has spectral norm about 1, times sqrt(max(1, rows / columns)).
-        weight_decay: decoupled.
-        momentum: decay of the mean of the gradients.
-        dtype: of the orthogonalisation.
+        parameters: Matrices.
+        lr: Learning rate; the update it scales has spectral norm about 1, times sqrt(max(1, rows / columns)).
+        weight_decay: Decoupled.
+        momentum: Decay of the mean of the gradients (Nesterov).
+        dtype: Type of the orthogonalization.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Muon(optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             momenta = []
@@ -55,7 +55,7 @@ class Muon(optim.Optimizer):
                 buffer = self.state[parameter]["momentum_buffer"]
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 momenta.append(parameter.grad.lerp(buffer, group["momentum"]))
-            orthogonalized = apply_to_full(lambda whole: orthogonalize_each(whole, self._dtype), momenta)
+            orthogonalized = apply_to_full(lambda matrices: orthogonalize_each(matrices, self._dtype), momenta)
             for parameter, update in zip(parameters, orthogonalized, strict=True):
                 rows, columns = parameter.shape
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -63,7 +63,7 @@ class Muon(optim.Optimizer):
 
 
 def orthogonalize_each(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`orthogonalize` of every matrix, those of one shape (or its transpose) at once, in their own order and type."""
+    """Orthogonalize every matrix, stacking those of one shape or its transpose; keep their order and type."""
     places: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for place, matrix in enumerate(matrices):
         rows, columns = matrix.shape
@@ -80,10 +80,9 @@ def orthogonalize_each(matrices: list[Tensor], dtype: torch.dtype) -> list[Tenso
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Roughly U V^T of each matrix U S V^T, by Newton-Schulz rounds: (count, rows, columns), rows <= columns.
+    """Return roughly U V^T of each matrix U S V^T, by Newton-Schulz rounds: (count, rows, columns), rows <= columns.
 
-    Singular values end between about 0.7 and 1.2 and need not be 1; those under a hundredth of the matrix's Frobenius
-    norm end lower.
+    Singular values end between about 0.7 and 1.2; those below a hundredth of the matrix's Frobenius norm end lower.
     """
     a, b, c = COEFFICIENTS
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(1e-7)
@@ -95,18 +94,17 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 STATE = {optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
-"""What each keeps of a parameter: numbers of its shape, and the count of steps."""
+"""The state of each optimizer for a parameter: tensors of its shape, and the number of steps."""
 
 
 class Optimizers:
-    """The optimizers of a model, stepped together.
+    """The optimizers of a model, stepped together. Their state is a flat mapping of named tensors.
 
-    AdamW (Loshchilov & Hutter 2019) moves everything, or, where `optimizer` is `muon`, everything but the blocks'
-    matrices, which Muon moves (Jordan et al. 2024, with its scaling of an update by sqrt(max(1, rows / columns))).
-    Weight decay acts on matrices and embeddings, not on the norms' gains.
+    AdamW (Loshchilov & Hutter 2019) updates everything. With `optimizer: muon`, Muon updates the matrices of the blocks
+    and AdamW the rest. Weight decay applies to matrices and embeddings, not to the gains of norms.
 
     Args:
-        precision: in which Muon orthogonalises.
+        precision: Type in which Muon orthogonalizes.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, precision: torch.dtype = torch.float32) -> None:
@@ -146,7 +144,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What the next step depends on, as `<parameter>.<quantity>`; empty before the first step."""
+        """Return the state by `<parameter>.<quantity>`; empty before the first step."""
         return {
             f"{name}.{quantity}": value
             for optimizer in self._optimizers
@@ -155,10 +153,10 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave.
+        """Load what `state_tensors` returned.
 
         Raises:
-            ValueError: it was given by other optimizers, or for another model.
+            ValueError: It belongs to other optimizers or to another model.
         """
         for optimizer in self._optimizers:
             mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -170,7 +168,7 @@ class Optimizers:
                     for key, value in tensors.items()
                     if key.rpartition(".")[0] == name
                 }
-                # The optimizer would come across what is missing, or of another shape, in the middle of its first step.
+                # The optimizer itself would fail on missing or misshaped state in the middle of its first step.
                 expected = {
                     quantity: () if quantity == "step" else parameter.shape for quantity in STATE[type(optimizer)]
                 }
@@ -180,10 +178,10 @@ class Optimizers:
 
 
 def restored(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of a state tensor on the parameter's device, and shared out as the parameter is.
+    """Copy a state tensor to the parameter's device, sharded like the parameter.
 
     Raises:
-        ValueError: it is of another type than the parameter.
+        ValueError: Its type is not that of the parameter.
     """
     if value.dtype != parameter.dtype:
         raise ValueError(f"a state of type {value.dtype} for a parameter of type {parameter.dtype}")
@@ -191,14 +189,14 @@ def restored(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 class WeightAverage:
-    """`average = decay * average + (1 - decay) * weights` after each step (Polyak & Juditsky 1992).
+    """Exponential moving average: `average = decay * average + (1 - decay) * weights` after each step.
 
-    While training is young, the decay is (1 + step) / (10 + step) where that is less, so that the untrained weights do
-    not linger in the average (as `tf.train.ExponentialMovingAverage` does it).
+    Polyak & Juditsky 1992. Early in training the decay is (1 + step) / (10 + step) if that is smaller, so that
+    untrained weights leave the average quickly (as in `tf.train.ExponentialMovingAverage`).
 
     Args:
-        model: whose weights are averaged; the average starts as a copy of them.
-        decay: share of the average that a step leaves, 0 to 1: about 1 / (1 - decay) steps are averaged.
+        model: The model whose weights are averaged; the average starts as a copy of them.
+        decay: Fraction of the average that a step keeps, 0 to 1: about 1 / (1 - decay) steps are averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -208,14 +206,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after the update number `step`, counted from 1."""
+        """Add the weights after update `step`, counted from 1."""
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, average in self._averages.items():
             average.lerp_(self._parameters[name], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside of it, the model's weights are the average, and the average holds the weights."""
+        """Context in which the model holds the average, and the average holds the weights."""
         self._swap()
         try:
             yield
@@ -224,7 +222,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """In place: whoever else knows the memory of the weights, such as FSDP, must find the average there."""
+        """Swap in place: FSDP, which refers to the memory of the weights, must find the average there."""
         for name, average in self._averages.items():
             parameter = self._parameters[name]
             weight = parameter.clone()
@@ -232,11 +230,11 @@ class WeightAverage:
             average.copy_(weight)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average of each parameter, by its name in the model."""
+        """Return the average of each parameter by its name in the model."""
         return dict(self._averages)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave."""
+        """Load what `tensors` returned."""
         for name, average in self._averages.items():
             average.copy_(distribute_like(tensors[name], average))

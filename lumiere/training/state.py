@@ -28,35 +28,34 @@ COUNTERS = (
     "skipped_in_a_row",
 )
 NEWER_COUNTERS = {"skipped_steps": 0, "skipped_in_a_row": 0}
-"""Where those stand that the checkpoints of the first version do not have."""
+"""Values of counters that checkpoints of the first version lack."""
 FRACTIONAL = {"seconds", "best_loss", "stopping_loss"}
 OPTIONAL = {"best_loss", "best_step", "stopping_loss", "stop_reason"}
 STOP_REASONS = ("max_steps", "max_epochs", "patience")
 
 NUMERICS = 2
-"""Goes up when a change of Lumiere alters the bits of a training step. A checkpoint records the one that it was trained
-with; those that record none were trained with 1."""
+"""Version of the arithmetic of a training step, recorded in each checkpoint (1 if absent). Raise it with every change
+that alters the bits of a step."""
 
 TRAINED = "trained."
-"""Before the names, among the optimizer's tensors, of the weights that training goes on with where the model in a
-checkpoint is their average."""
+"""Prefix, among the optimizer's tensors, of the raw weights if the model in a checkpoint is their average."""
 
 
 @dataclass
 class TrainingState:
-    """The model, its optimizers, the average of its weights, the random generators of torch, and the counters.
+    """The model, its optimizers, the average of its weights, torch's random generators, and the counters.
 
     Attributes:
-        average: of the weights (None: nothing is averaged).
-        step: updates so far, with those that were skipped.
-        tokens: targets trained on so far.
-        seconds: of training so far.
-        best_loss: lowest validation loss, which `best` goes by (None: not evaluated yet).
-        stopping_loss: validation loss that the next epoch must beat by `stopping_threshold`.
-        epochs_without_improvement: ends of epochs since it was last beaten.
-        stop_reason: why training is over (None: it is not).
-        skipped_steps: steps without an update, because the loss or the gradients were not finite.
-        skipped_in_a_row: how many of them were the last ones.
+        average: Of the weights. None: no averaging.
+        step: Steps so far, including skipped ones.
+        tokens: Targets trained on so far.
+        seconds: Training time so far.
+        best_loss: Lowest validation loss, that of `best`. None: not evaluated yet.
+        stopping_loss: Validation loss that the next epoch must beat by `stopping_threshold`.
+        epochs_without_improvement: Epochs since it was last beaten.
+        stop_reason: Why training is over. None: it is not.
+        skipped_steps: Steps without an update, because the loss or the gradients were not finite.
+        skipped_in_a_row: Number of the last steps that were skipped.
     """
 
     model: Transformer
@@ -75,22 +74,22 @@ class TrainingState:
 
     @classmethod
     def create(cls, config: RunConfig, device: torch.device, precision: torch.dtype = torch.float32) -> "TrainingState":
-        """A fresh state of a fresh model in one process."""
+        """Return a new state of a new model in one process."""
         return cls.around(new_model(config).to(device), config.training, precision)
 
     @classmethod
     def around(
         cls, model: Transformer, settings: TrainingConfig, precision: torch.dtype = torch.float32
     ) -> "TrainingState":
-        """A fresh state of a model whose weights are where, and shared out as, they are to be trained."""
+        """Return a new state of a model that is on its device, and sharded if it is to be."""
         average = None if settings.ema_decay is None else WeightAverage(model, settings.ema_decay)
         return cls(model, Optimizers(model, settings, precision), average)
 
     def update(self, factor: float) -> None:
-        """Move the weights, and their average, by the gradients.
+        """Update the weights and their average by the gradients.
 
         Args:
-            factor: share of the peak learning rates.
+            factor: Fraction of the peak learning rates.
         """
         self.optimizers.step(factor)
         if self.average is not None:
@@ -98,7 +97,7 @@ class TrainingState:
 
     @contextmanager
     def averaged_model(self) -> Iterator[Transformer]:
-        """Inside of it, the model as it is evaluated and saved: with the average of its weights, where there is one."""
+        """Context with the model as it is evaluated and saved: with the average of its weights, if there is one."""
         if self.average is None:
             yield self.model
         else:
@@ -106,22 +105,22 @@ class TrainingState:
                 yield self.model
 
     def record_evaluation(self, loss: float) -> bool:
-        """Take note of a validation loss, and say whether it is the best so far."""
+        """Record a validation loss; return whether it is a new best."""
         if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             return False
         self.best_loss, self.best_step = loss, self.step
         return True
 
     def record_epoch(self, loss: float, threshold: float) -> None:
-        """Take note of the validation loss at the end of an epoch, which patience counts by."""
+        """Record the validation loss at the end of an epoch, for patience."""
         improved = self.stopping_loss is None or loss < self.stopping_loss - threshold
         if improved and math.isfinite(loss):
             self.stopping_loss, self.epochs_without_improvement = loss, 0
         else:
             self.epochs_without_improvement += 1
 
-    def to_checkpoint(self, about: dict[str, Any]) -> Checkpoint:
-        """The whole state; `about` is what else the file should say."""
+    def to_checkpoint(self, provenance: dict[str, Any]) -> Checkpoint:
+        """Return the whole state; `provenance` is added to the metadata."""
         rng = {"cpu": torch.get_rng_state()}
         device = next(self.model.parameters()).device
         if device.type == "cuda":
@@ -131,13 +130,13 @@ class TrainingState:
         if self.average is not None:
             optimizer |= {TRAINED + name: weight for name, weight in model.items()}
             model = self.average.tensors()
-        return Checkpoint(model, optimizer, rng, about | counters)
+        return Checkpoint(model, optimizer, rng, provenance | counters)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over a whole state.
+        """Restore a whole state.
 
         Raises:
-            CheckpointError: if it holds weights only, or belongs to another model.
+            CheckpointError: The checkpoint holds weights only, or belongs to another model.
         """
         if not checkpoint.rng:
             raise CheckpointError("this checkpoint holds weights only", "resume from latest, previous or best")
@@ -158,11 +157,11 @@ class TrainingState:
             metadata = NEWER_COUNTERS | checkpoint.metadata
             counters = {name: metadata[name] for name in COUNTERS}
             device = next(self.model.parameters()).device
-            # A run that was trained on a CPU so far draws on from its seed.
+            # A run that was trained on a CPU so far continues from its seed.
             if device.type == "cuda" and "cuda" in checkpoint.rng:
                 torch.cuda.set_rng_state(checkpoint.rng["cuda"], device)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            # Torch's own message is a page of parameter names.
+            # Torch's message is a page of parameter names.
             raise misfit() from error
         if not all(is_counter(name, value) for name, value in counters.items()):
             raise misfit()
@@ -171,13 +170,13 @@ class TrainingState:
 
 
 def new_model(config: RunConfig) -> Transformer:
-    """The model at step 0, on the CPU, so that the weights depend on the seed and not on the device."""
+    """Return the model at step 0, built on the CPU so that its weights depend on the seed alone."""
     torch.manual_seed(config.training.seed)
     return build_model(config)
 
 
 def is_counter(name: str, value: object) -> bool:
-    """Whether the counter `name` can stand at `value`."""
+    """Return whether `value` is valid for the counter `name`."""
     if value is None:
         return name in OPTIONAL
     if name == "stop_reason":
@@ -187,7 +186,7 @@ def is_counter(name: str, value: object) -> bool:
 
 
 def misfit() -> CheckpointError:
-    """What to raise where a checkpoint and the config that it is to go on with do not belong together."""
+    """Return the error for a checkpoint and a config that do not belong together."""
     return CheckpointError(
         "the checkpoint does not fit the run",
         "undo the changes to its config.yaml, which describes the run as it was trained",

@@ -12,7 +12,7 @@ from lumiere.interpret.attention import attention_patterns
 from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.persistence.runs import Run
-from lumiere.report.report_page import asset
+from lumiere.report.rendering import asset
 
 pytestmark = pytest.mark.slow
 
@@ -120,12 +120,12 @@ def test_a_head_opens_and_is_read_out(opened: Any, tokens: tuple[int, ...], trai
     last = len(tokens) - 2
     caption = page.locator("#large figcaption").text_content()
     assert caption.startswith("L1H0: ")
-    assert f"(position {last}) takes {percent(pattern[last, 0])} from" in caption
+    assert f"(position {last}) attends {percent(pattern[last, 0])} to" in caption
     page.keyboard.press("ArrowUp")
-    assert f"(position {last - 1}) takes {percent(pattern[last - 1, 0])}" in page.locator("#large").text_content()
+    assert f"(position {last - 1}) attends {percent(pattern[last - 1, 0])}" in page.locator("#large").text_content()
     box = canvas.bounding_box()
     canvas.hover(position={"x": box["width"] - 8, "y": box["height"] - 8})
-    assert f"(position {last + 1}) takes" in page.locator("#large figcaption").text_content()
+    assert f"(position {last + 1}) attends" in page.locator("#large figcaption").text_content()
     painted = page.evaluate(
         "[...document.querySelectorAll('#thumbnails canvas')].map((canvas) => new Set(canvas.getContext('2d')"
         ".getImageData(0, 0, canvas.width, canvas.height).data).size > 10)"
@@ -174,12 +174,12 @@ def test_neurons_and_map(opened: Any) -> None:
 
 def test_the_theme_turns_by_hand(opened: Any) -> None:
     page = opened()
-    colour = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(colour)
+    color = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(color)
     page.locator("#theme").click()
-    assert page.evaluate(colour) != light
+    assert page.evaluate(color) != light
     page.locator("#theme").click()
-    assert page.evaluate(colour) == light
+    assert page.evaluate(color) == light
 
 
 def test_the_tab_key_reaches_every_part(opened: Any) -> None:

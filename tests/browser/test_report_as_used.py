@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2.utils import htmlsafe_json_dumps
 
 from lumiere.components.hooks import run_with_cache
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SOT
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
-from lumiere.report.report_page import script_json
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "One day a little"
 HARM = "</script><script>window.harm=1</script><img src=x onerror=window.harm=1>\u2028\u2029 ${harm} {{title}} &lt;"
-COLOURS = "['color', 'backgroundColor'].map((name) => getComputedStyle(document.body)[name])"
+COLORS = "['color', 'backgroundColor'].map((name) => getComputedStyle(document.body)[name])"
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_the_contrast_is_that_of_wcag(opened: Any, scheme: str) -> None:
     """At least 7 to 1 for text and 4.5 to 1 for notes (WCAG 2.1, 1.4.6 and 1.4.3), before and after the button."""
     page = opened(scheme=scheme)
     for is_dark in (scheme == "dark", scheme == "light"):
-        ink, paper = page.evaluate(COLOURS)
+        ink, paper = page.evaluate(COLORS)
         quiet = page.evaluate("getComputedStyle(document.querySelector('.note')).color")
         assert (luminance(paper) < luminance(ink)) == is_dark
         assert contrast(ink, paper) >= 7
@@ -155,9 +155,9 @@ def test_the_contrast_is_that_of_wcag(opened: Any, scheme: str) -> None:
         page.locator("#theme").click()
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance of `rgb(r, g, b)`: WCAG 2.1."""
-    channels = [int(channel) / 255 for channel in re.findall(r"\d+", colour)[:3]]
+    channels = [int(channel) / 255 for channel in re.findall(r"\d+", color)[:3]]
     linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -175,7 +175,7 @@ def test_a_hostile_vocabulary_is_text(browser: Any, report_file: Path, tmp_path:
     data = json.loads(written[start:end])
     data["labels"] = dict.fromkeys(data["labels"], HARM)
     file = tmp_path / "hostile.html"
-    file.write_text(written[:start] + script_json(data) + written[end:], encoding="utf-8")
+    file.write_text(written[:start] + str(htmlsafe_json_dumps(data)) + written[end:], encoding="utf-8")
     context = browser.new_context(offline=True)
     page = context.new_page()
     errors: list[str] = []

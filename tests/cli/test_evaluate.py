@@ -80,7 +80,10 @@ def test_strided_counts_each_token_once_and_says_so(run: Run, tiny_corpus: Token
     assert once["num_tokens"] == tiny_corpus.splits["validation"].facts.num_targets < twice["num_tokens"]
     assert (twice["protocol"], once["protocol"], once["stride"]) == ("windows", "stride-8", 8)
     printed = invoke("eval", run.id, "--stride", "8").stdout
-    assert "strided: windows of 16 tokens, each 8 after the one before\neach token is scored once, with 9" in printed
+    assert (
+        "strided: windows of 16 tokens, each 8 after the one before\neach token is scored once, with at least 9"
+        in printed
+    )
     assert "the card's loss" not in printed, "which is over other tokens"
 
 
@@ -126,7 +129,7 @@ def test_a_text_needs_no_corpus_but_for_the_baselines(run: Run) -> None:
     found = json.loads(result.stdout)
     assert math.isfinite(found["loss"])
     assert found["baselines"] is found["by_frequency"] is None
-    assert "no baselines, and no losses by frequency" in result.stderr
+    assert "skipping baselines" in result.stderr
 
 
 def test_a_dataset_is_scored_in_the_tokens_of_the_model(run: Run) -> None:
@@ -159,7 +162,7 @@ def test_runs_are_compared_document_by_document(run: Run, early: Run) -> None:
         assert (paired["num_documents"], paired["num_lower"]) == (trained["documents"], 0)
     printed = invoke("eval", run.id, early.id).stdout
     paired = difference["bits_per_byte"]
-    assert f"{early.id} less {run.id}" in printed
+    assert f"{early.id} - {run.id}" in printed
     assert f"{paired['difference']:+.4f}  {paired['low']:+.4f} to {paired['high']:+.4f}  0 of 2 documents" in printed
     assert max(map(len, printed.splitlines())) <= 80
 
@@ -183,7 +186,7 @@ def test_runs_with_other_windows_are_compared_by_bytes(run: Run, early: Run) -> 
     ]
     assert "loss" not in compared["differences"][0]
     printed = invoke("eval", run.id, early.id, "-o", "eval.svg").stdout
-    assert "the windows differ, so the losses are over other contexts" in printed
+    assert "the windows differ" in printed
     assert [*re.findall("16, [0-9]+ apart", printed)] == ["16, 13 apart", "16, 17 apart"]
     assert "windows of" not in Path("eval.svg").read_text(encoding="utf-8")
 
@@ -213,7 +216,7 @@ def test_other_tokenizers_compare_by_bits_per_byte(run: Run, other_tokenizer_run
         both[1]["bits_per_byte"] - both[0]["bits_per_byte"]
     )
     printed = invoke("eval", run.id, other_tokenizer_run.id).stdout
-    assert "the tokenizers differ, so only bits per byte and word perplexity compare" in printed
+    assert "the tokenizers differ" in printed
 
 
 def test_runs_with_other_texts_are_not_compared(run: Run, early: Run, tmp_path: Path) -> None:
@@ -225,7 +228,7 @@ def test_runs_with_other_texts_are_not_compared(run: Run, early: Run, tmp_path: 
     shutil.copyfile(run.tokenizer_path, early.tokenizer_path)
     result = CliRunner().invoke(app, ["eval", run.id, early.id])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "is another text than that of run" in result.stderr
+    assert "validation differs between run" in result.stderr
     assert not (run.path / "eval").exists(), "nothing is kept of half a comparison"
 
 
@@ -279,7 +282,7 @@ def test_an_evaluation_that_cannot_be_kept_is_given_all_the_same(run: Run, tmp_p
     (run.path / "eval").symlink_to(tmp_path / "elsewhere")
     result = invoke("eval", run.id, "--json")
     assert "loss" in json.loads(result.stdout)
-    assert "not kept: " in result.stderr
+    assert "not saved: " in result.stderr
     assert not list((tmp_path / "elsewhere").iterdir())
 
 

@@ -31,7 +31,7 @@ def test_what_it_prints(trained_run: Run) -> None:
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert sorted(lines[:6]) == [str(Path("out") / name) for name in FILES]
-    assert lines[6].startswith("receipt: the folder's weights give the model's logits (float64), off by ")
+    assert lines[6].startswith("receipt: the folder's weights give the model's logits (float64), error ")
     assert "transformer-lens is not installed" in result.stderr
     assert sorted(os.listdir("out")) == FILES
     assert trained_run.name in Path("out/README.md").read_text()
@@ -93,5 +93,5 @@ def test_other_logits_exit_with_3_and_write_nothing(trained_run: Run, monkeypatc
     result = export(trained_run, "latest", "out")
     assert result.exit_code == 3
     assert result.stdout == ""
-    assert result.stderr.splitlines()[0] == "error: the same logits: off by 5e-01, allowed 1e-04; nothing was written"
+    assert result.stderr.splitlines()[0] == "error: the same logits: error 5e-01 (tolerance 1e-04), nothing written"
     assert os.listdir() == []

@@ -104,20 +104,20 @@ def test_the_check_says_what_it_compared(call: Callable[..., str], monkeypatch: 
     from lumiere.generation.text import TextGenerator
 
     options = ("--prompt", "The", "-n", "30", "--seed", "3", "--check")
-    assert re.search(r"check holds: \d+ cached steps", call(*options, stderr=True))
+    assert re.search(r"passed: \d+ cached steps", call(*options, stderr=True))
     monkeypatch.setattr(TextGenerator, "check", lambda self, generation: CacheCheck(9, 0.5, 1e-4))
-    assert "check FAILED: 9 cached steps" in call(*options, code=3, stderr=True)
+    assert "FAILED: 9 cached steps" in call(*options, code=3, stderr=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--prompt a --prompts f", "--prompt and --prompts do not go together"),
-        ("--interactive --prompt a", "--prompt and --interactive do not go together"),
-        ("--interactive --json", "--interactive and --json do not go together"),
-        ("--color --json", "--color and --json do not go together"),
-        ("--greedy --temperature 1", "greedy takes the likeliest token, so --temperature has no effect"),
-        ("--temperature 0 --top-k 5", "greedy takes the likeliest token, so --top-k has no effect"),
+        ("--prompt a --prompts f", "--prompt and --prompts"),
+        ("--interactive --prompt a", "--prompt and --interactive"),
+        ("--interactive --json", "--interactive and --json"),
+        ("--color --json", "--color and --json"),
+        ("--greedy --temperature 1", "--temperature has no effect"),
+        ("--temperature 0 --top-k 5", "--top-k has no effect"),
         ("--num-beams 2 --top-p 0.5", "--top-p has no effect"),
         ("--num-beams 2 --greedy", "--greedy has no effect"),
         ("--num-beams 2 --stop a", "--stop has no effect"),
@@ -130,7 +130,7 @@ def test_the_check_says_what_it_compared(call: Callable[..., str], monkeypatch: 
         ("--prompts none.txt", "none.txt cannot be read"),
         ("--prompts blank.txt", "blank.txt holds no prompt"),
         ("--prompts bad.jsonl", "bad.jsonl, line 2"),
-        ("--prompts keys.jsonl", "keys.jsonl, line 1 has no text under the key prompt"),
+        ("--prompts keys.jsonl", "keys.jsonl, line 1"),
         ("--prompts empty.jsonl", "empty.jsonl, line 1: the prompt is empty"),
         ("--prompts latin.txt", "latin.txt, line 1"),
     ],

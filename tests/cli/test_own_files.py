@@ -78,7 +78,7 @@ def test_a_run_records_where_its_files_are_and_what_is_in_them(home: Path, run: 
 def test_empty_rows_are_counted_and_words_are_kept(home: Path) -> None:
     result = lumiere("tokenize", "own.yaml", "--json")
     assert sum(split["documents"] for split in json.loads(result.stdout)["splits"].values()) == 5
-    assert "2 of 7 rows" in result.stderr
+    assert "2 empty rows of 7" in result.stderr
 
 
 @pytest.mark.parametrize("happens", [keep, change, remove])

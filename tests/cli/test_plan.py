@@ -48,12 +48,12 @@ def test_in_words(trained_run: Run) -> None:
     lines = planned(trained_run, "--max-steps", "500", "--set", "training.patience=2").splitlines()
     assert max(map(len, lines)) <= 80
     rows = {line[:17].strip(): line[17:].strip() for line in lines if not line.startswith(" ")}
-    assert list(rows) == ["parameters", "FLOPs a token", "memory", "disk", "speed", "steps", "time"]
+    assert list(rows) == ["parameters", "FLOPs per token", "memory", "disk", "speed", "steps", "time"]
     assert rows["parameters"] == f"{size:,}"
     assert rows["steps"].startswith("500 ")
     parts = [line.split()[0] for line in lines if line.startswith(" ")]
     assert parts[:5] == ["token", "positions", "attention", "feed-forward", "norms"]
-    (early,) = (line for line in lines if "where patience (2) ends it early" in line)
+    (early,) = (line for line in lines if "patience (2)" in line)
     steps_per_epoch = json.loads(planned(trained_run, "--json"))["epoch_steps"]
     assert early.split()[2] == str(3 * steps_per_epoch)
 

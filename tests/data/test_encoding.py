@@ -14,7 +14,7 @@ import pytest
 
 from lumiere.data import encoding, text
 from lumiere.data.corpus import row_reader
-from lumiere.data.dataset import beginning
+from lumiere.data.dataset import sample as sample_parts
 from lumiere.data.encoding import EMPTY, Journal, SplitFacts, encode_split
 from lumiere.data.stories import stories
 from lumiere.data.text import Part
@@ -128,7 +128,7 @@ def test_a_journal_that_says_nothing_is_one_of_nothing(tmp_path: Path, text: str
 
 def test_the_beginning_is_whole_documents() -> None:
     def sample(texts: list[str], num_bytes: int) -> list[str]:
-        return list(beginning(row_reader(texts, None)(), num_bytes))
+        return list(sample_parts(row_reader(texts, None)(), num_bytes))
 
     assert sample(["aa", "é", "b", "c"], 4) == ["aa", "é"]
     assert sample(["aa", "é", "b", "c"], 5) == ["aa", "é", "b"]

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from lumiere.data.stories import GRAMMAR, STORIES_VERSION, Teller, parse, stories, story
+from lumiere.data.stories import GRAMMAR, STORIES_VERSION, Story, parse, stories, story
 
 NUM_STORIES = 2000
 GOLDEN = {1: "75c0acf90f7e0f3760f2ce618ea1643ab499bbe9767c2811ef404f2495237069"}
@@ -95,22 +95,22 @@ def test_a_rule_says_all_it_can_before_it_repeats_itself() -> None:
     }
     assert len(plain) > 50
     for symbol, texts in plain.items():
-        teller = Teller(Random(symbol))
+        story_ = Story(Random(symbol))
         for _ in range(2):
-            assert sorted(teller.say(symbol) for _ in texts) == sorted(texts)
+            assert sorted(story_.expand(symbol) for _ in texts) == sorted(texts)
 
 
 def test_a_rule_drawn_once_keeps_its_meaning() -> None:
-    teller = Teller(Random(0))
+    story_ = Story(Random(0))
     for symbol in (symbol for symbol, (once, _) in GRAMMAR.items() if once):
-        assert teller.say(symbol) == teller.say(symbol)
+        assert story_.expand(symbol) == story_.expand(symbol)
 
 
 def test_pronouns_follow_the_name() -> None:
     for seed in range(50):
-        teller = Teller(Random(seed))
-        pronouns = [teller.say(symbol) for symbol in ("hero.they", "hero.them", "Hero.their")]
-        assert pronouns == (["she", "her", "Her"] if teller.say("hero")[-1] == "a" else ["he", "him", "His"])
+        story_ = Story(Random(seed))
+        pronouns = [story_.expand(symbol) for symbol in ("hero.they", "hero.them", "Hero.their")]
+        assert pronouns == (["she", "her", "Her"] if story_.expand("hero")[-1] == "a" else ["he", "him", "His"])
 
 
 # The English

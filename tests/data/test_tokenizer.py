@@ -151,7 +151,7 @@ def test_a_long_word_is_learned_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_learning_tells_how_far_it_is_and_can_be_interrupted() -> None:
     told: list[int] = []
-    Tokenizer.train(["low é", "lower"], 300, 2, tell=told.append)
+    Tokenizer.train(["low é", "lower"], 300, 2, emit=told.append)
     assert told[-1] == 6 + 5
     going_on = threading.Event()
 
@@ -163,7 +163,7 @@ def test_learning_tells_how_far_it_is_and_can_be_interrupted() -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        Tokenizer.train(texts(), 300, 2, tell=interrupt)
+        Tokenizer.train(texts(), 300, 2, emit=interrupt)
     going_on.set()
 
 
@@ -265,10 +265,10 @@ def test_a_file_that_is_no_tokenizer_of_ours_is_refused(tmp_path: Path, tokenize
         Tokenizer.load(path)
     for content in ("{}", "[]", "7", '{"model": 1}', '{"model": {"vocab": [], "merges": []}}'):
         path.write_text(content)
-        with pytest.raises(DataError, match="not one of Lumiere's"):
+        with pytest.raises(DataError, match="not a Lumiere tokenizer"):
             Tokenizer.load(path)
     tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, [])).save(str(path))
-    with pytest.raises(DataError, match="not one of Lumiere's"):
+    with pytest.raises(DataError, match="not a Lumiere tokenizer"):
         Tokenizer.load(path)
 
 
@@ -342,7 +342,7 @@ def test_a_tokenizer_with_another_setting_is_refused(
     change(saved)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(saved), encoding="utf-8")
-    with pytest.raises(DataError, match="is not one of Lumiere's tokenizers") as caught:
+    with pytest.raises(DataError, match="is not a Lumiere tokenizer") as caught:
         Tokenizer.load(path)
     assert caught.value.message.isprintable()
 

@@ -181,5 +181,5 @@ def test_longer_contexts_help_where_the_past_decides() -> None:
 
 
 def test_an_order_below_two_is_refused() -> None:
-    with pytest.raises(ValueError, match="order must be at least 2, not 1"):
+    with pytest.raises(ValueError, match="at least 2, got 1"):
         KneserNey.fit(*flat(DOCUMENTS), VOCAB, order=1)

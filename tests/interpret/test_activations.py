@@ -75,7 +75,7 @@ def test_the_parts_of_an_activation_are_those_that_the_equations_name(model: Tra
 def test_receipts(model: Transformer, trained_run: Run) -> None:
     for any_model in (model, model.double(), trained_run.load_model("best")):
         result = activations(any_model, TOKENS, ["hook_embed"])
-        assert [receipt.law for receipt in result.receipts] == [
+        assert [receipt.check for receipt in result.receipts] == [
             "the parts add up to the residual stream",
             "watched or not, the logits are the same",
         ]

@@ -61,7 +61,7 @@ def test_patterns_are_those_of_the_model(model: Transformer) -> None:
 
 
 def errors(result: AttentionPatterns | CombinedAttention) -> dict[str, float]:
-    return {receipt.law: receipt.error for receipt in result.receipts}
+    return {receipt.check: receipt.error for receipt in result.receipts}
 
 
 @given(st.lists(st.integers(3, 300), min_size=1, max_size=16))
@@ -82,7 +82,7 @@ def test_receipts_show_what_is_wrong(model: Transformer, monkeypatch: pytest.Mon
     broken = output.attention_weights.clone()
     broken[0, 1, 0, 2, 3] = 0.25
     broken[0, 2, 1, 3, 0] += 0.5
-    monkeypatch.setattr(model, "forward", lambda tokens: dataclasses.replace(output, patterns=broken.unbind(1)))
+    monkeypatch.setattr(model, "forward", lambda tokens: dataclasses.replace(output, kept_patterns=broken.unbind(1)))
     result = attention_patterns(model, TOKENS)
     assert not any(receipt.holds for receipt in result.receipts)
     assert errors(result)["no weight on a later token"] == 0.25

@@ -102,7 +102,7 @@ def test_step_0_is_near_the_baselines(result: Dynamics) -> None:
             assert first == pytest.approx(baseline, abs=0.1)
         elif metric.endswith("composition"):
             assert first == pytest.approx(1, abs=0.5)  # heads of width 8 in a stream of 16
-    laws = {receipt.law for receipt in result.receipts if "step 0" in receipt.law}
+    laws = {receipt.check for receipt in result.receipts if "step 0" in receipt.check}
     assert len(laws) == 3
 
 
@@ -111,7 +111,7 @@ def test_a_model_that_is_not_untrained_at_step_0_is_told(texts: Texts, trained_r
     tokens = repeated_tokens(21, 15, 4, seed=0, start=0, first=3)
     found = follow([0, 1], lambda step: circuit, ["induction", "repeat-gap"], Texts(tokens))
     assert not found.holds
-    broken = {receipt.law for receipt in found.receipts if not receipt.holds}
+    broken = {receipt.check for receipt in found.receipts if not receipt.holds}
     assert broken >= {"at step 0 heads look at all tokens alike", "at step 0 there is no repeat gap"}
 
 
@@ -131,7 +131,7 @@ def test_a_snapshot_that_differs_when_it_is_loaded_again_is_told(texts: Texts, t
     """The receipt of the last snapshot has teeth: here the second time another one comes."""
     steps = iter((0, 8, 4))
     found = follow([0, 8], lambda step: trained_run.load_model(str(next(steps))), ["induction"], texts)
-    assert [receipt.law for receipt in found.receipts if not receipt.holds] == [
+    assert [receipt.check for receipt in found.receipts if not receipt.holds] == [
         "the last snapshot, loaded and analysed alone"
     ]
 

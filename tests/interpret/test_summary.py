@@ -7,13 +7,29 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lumiere.components.hooks import run_with_cache
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.interpret.summary import PLACES_KEPT, Check, ModelSummary, check, summarize
+from lumiere.interpret import summary as weights
+from lumiere.interpret.summary import (
+    PLACES_KEPT,
+    Check,
+    ModelSummary,
+    check,
+    count_parts,
+    matrix_facts,
+    measure_activity,
+    same_rows,
+    spectrum_facts,
+    summarize,
+)
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
+from lumiere.training.costs import count_parameters
 
 
 def random_model(positions: str = "learned") -> Transformer:
@@ -182,3 +198,125 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     summary(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_parts_are_what_the_config_says(positions: str) -> None:
+    config = validate({"model": {"positions": positions, "d_value": 12, "d_ff": 24, "num_layers": 3}})
+    model, expected = build_model(config), count_parameters(config)
+    assert count_parts(model) == vars(expected)
+    assert sum(count_parts(model).values()) == model.num_parameters == expected.total
+
+
+@pytest.mark.parametrize(
+    ("matrix", "stable", "effective"),
+    [
+        (np.outer([1.0, 2.0, 3.0], [4.0, 5.0]), 1, 1),
+        (np.eye(5) * 7, 5, 5),
+        (np.diag([2.0, 1.0, 1.0]), 6 / 4, math.exp(0.5 * math.log(2) + 0.5 * math.log(4))),
+        (np.zeros((3, 2)), 0, 0),
+    ],
+)
+def test_ranks_by_hand(matrix: np.ndarray, stable: float, effective: float) -> None:
+    norm, rms, spectral, *ranks = spectrum_facts(matrix)
+    assert ranks == pytest.approx([stable, effective])
+    assert norm == pytest.approx(math.sqrt((matrix**2).sum()))
+    assert rms == pytest.approx(math.sqrt((matrix**2).mean()))
+    assert spectral == pytest.approx(np.linalg.norm(matrix, 2))
+
+
+@given(st.integers(0, 1000), st.floats(1e-3, 1e3))
+def test_ranks_know_neither_scale_nor_rotation(seed: int, scale: float) -> None:
+    generator = np.random.default_rng(seed)
+    matrix = generator.normal(size=(6, 4))
+    rotation, _ = np.linalg.qr(generator.normal(size=(6, 6)))
+    assert spectrum_facts(scale * rotation @ matrix)[3:] == pytest.approx(spectrum_facts(matrix)[3:])
+
+
+def test_a_matrix_that_is_not_finite_has_no_sizes() -> None:
+    assert np.isnan(spectrum_facts(np.array([[1.0, math.inf]]))).all()
+
+
+def test_every_matrix_has_its_row() -> None:
+    model = build_model(validate({"model": {"num_layers": 1}, "tokenizer": {"vocab_size": 300}}))
+    facts = matrix_facts(model)
+    assert dict(zip(facts.matrices, map(tuple, facts.shapes), strict=True)) == {
+        name: tuple(value.shape) for name, value in model.state_dict().items() if value.ndim == 2
+    }
+    number = facts.matrices.index("blocks.0.feedforward.gate.weight")
+    gate = model.blocks[0].feedforward.gate.weight.detach().double()
+    assert facts.norms[number] == pytest.approx(float(gate.norm()))
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_same_rows_by_comparing_all(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "ROWS_AT_ONCE", rows_at_once)
+    table = torch.randn(12, 5)
+    table[7], table[9], table[4], table[11] = table[2] * 3, table[2] + 1e-4, -table[1], table[4]
+    table[0] = table[5] = 0
+    expected = []
+    for row in range(12):
+        cosines = [float(torch.cosine_similarity(table[row], table[other], dim=0)) for other in range(row)]
+        expected += [(row, other) for other, cosine in enumerate(cosines) if cosine >= 0.999][:1]
+    assert list(same_rows(table, 0.999)) == expected == [(7, 2), (9, 2), (11, 4)]
+
+
+WINDOWS = [[0, 70, 71, 72, 70], [5, 9, 300, 1, 2], [80, 2, 2, 2, 2]]  # 2 is padding
+
+
+@pytest.fixture(scope="module", params=["random", "trained"])
+def model(request: pytest.FixtureRequest, trained_run: Run) -> Transformer:
+    if request.param == "trained":
+        return trained_run.load_model("best").eval()
+    sizes = {"embedding_size": 12, "context_size": 16, "num_layers": 2, "num_heads": 2, "d_key": 5, "d_value": 7}
+    torch.manual_seed(1)
+    model = build_model(validate({"model": {**sizes, "d_ff": 9}, "tokenizer": {"vocab_size": 320}})).eval()
+    for parameter in model.parameters():
+        parameter.data *= 20 if parameter.ndim == 2 else 1
+    return model
+
+
+def batch(windows: list[list[int]]) -> Batch:
+    tokens = torch.tensor(windows)
+    return Batch(tokens, tokens, tokens.numel())
+
+
+def test_means_are_those_of_the_tokens_one_by_one(model: Transformer) -> None:
+    activity = measure_activity(model, [batch(WINDOWS)])
+    writes, heads = np.zeros((model.num_layers, 2)), np.zeros((model.num_layers, model.num_heads))
+    largest = np.zeros((model.num_layers, model.d_ff))
+    texts = [[token for token in window if token != 2] for window in WINDOWS]
+    for text in texts:
+        with torch.no_grad():
+            _, cache = run_with_cache(model, torch.tensor([text]))
+            for layer, block in enumerate(model.blocks):
+                at = {leaf.removeprefix(f"blocks.{layer}."): value[0] for leaf, value in cache.items()}
+                for position in range(len(text)):
+                    before = at["hook_resid_pre"][position].norm()
+                    writes[layer, 0] += float(at["hook_attn_out"][position].norm() / before)
+                    writes[layer, 1] += float(
+                        at["hook_mlp_out"][position].norm() / at["hook_resid_mid"][position].norm()
+                    )
+                    for head in range(model.num_heads):
+                        alone = torch.zeros(model.num_heads, model.d_value)
+                        alone[head] = at["attn.hook_z"][position, head]
+                        heads[layer, head] += float(block.attention.output(alone.flatten()).norm() / before)
+                    largest[layer] = np.maximum(largest[layer], at["mlp.hook_post"][position].abs().numpy())
+    num_tokens = sum(map(len, texts))
+    assert (activity.num_windows, activity.num_tokens) == (3, num_tokens) == (3, 10)
+    np.testing.assert_allclose(activity.writes, writes / num_tokens, rtol=1e-4)
+    np.testing.assert_allclose(activity.head_writes, heads / num_tokens, rtol=1e-4)
+    np.testing.assert_allclose(activity.largest_activations, largest, rtol=1e-4)
+
+
+def test_batches_make_no_difference(model: Transformer) -> None:
+    whole, parts = measure_activity(model, [batch(WINDOWS)]), measure_activity(model, [batch([w]) for w in WINDOWS])
+    for name in ("writes", "head_writes", "largest_activations"):
+        np.testing.assert_allclose(getattr(whole, name), getattr(parts, name), rtol=1e-4)
+    assert (whole.num_windows, whole.num_tokens) == (parts.num_windows, parts.num_tokens)
+
+
+def test_the_head_is_the_embedding_or_it_is_noticed(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure_activity(model, [batch(WINDOWS)]).tied_error < 1e-5
+    monkeypatch.setattr(model.token_embedding, "unembed", lambda resid: resid @ model.token_embedding.weight.T * 1.01)
+    assert measure_activity(model, [batch(WINDOWS)]).tied_error > 1e-3

@@ -179,7 +179,7 @@ def test_build_model_follows_the_config() -> None:
     assert {name: getattr(built, name) for name in sizes} == sizes
     assert (built.vocab_size, built.d_ff, built.positions) == (300, 7, "rotary")
     assert built.padding_id == PADDING_ID
-    assert {module.share for module in built.modules() if isinstance(module, Dropout)} == {0.25}
+    assert {module.rate for module in built.modules() if isinstance(module, Dropout)} == {0.25}
     assert built.blocks[2].feedforward.down.weight.shape == (24, 7)
 
 
@@ -269,7 +269,7 @@ def test_the_rest_of_the_model_continues_from_any_block(positions: Positions) ->
     with torch.no_grad():
         whole_BTE = model.final_residual(tokens_BT)
         for layer, resid_BTE in enumerate(model(tokens_BT).hidden_states.unbind(1)):
-            torch.testing.assert_close(model.final_residual_from(resid_BTE, layer), whole_BTE)
+            torch.testing.assert_close(model.continue_from(resid_BTE, layer), whole_BTE)
 
 
 @BOTH

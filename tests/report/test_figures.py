@@ -1,4 +1,4 @@
-"""Pictures of analyses: what is drawn is the numbers, signed maps are centred, and tokens stand as they are printed."""
+"""Figures of analyses: they show the numbers of the result, signed maps are centered, and tokens are plain text."""
 
 import dataclasses
 import re
@@ -20,10 +20,19 @@ from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, 
 from lumiere.interpret.head_scores import SCORES, head_scores
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
+from lumiere.interpret.model_diff import diff_models
 from lumiere.interpret.summary import summarize
 from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.report.figures.bars import MOST_PARTS, draw_ablations, draw_heads, draw_logits, draw_summary
+from lumiere.report.figures.bars import (
+    MAX_BARS,
+    MAX_PARTS,
+    draw_ablations,
+    draw_diff,
+    draw_heads,
+    draw_logits,
+    draw_summary,
+)
 from lumiere.report.figures.figure import SUFFIXES, Picture
 from lumiere.report.figures.heat_maps import (
     MAGNITUDES,
@@ -37,6 +46,7 @@ from lumiere.report.figures.heat_maps import (
 )
 from lumiere.report.results import save_result
 from tests.interpret.looking import looking_model
+from tests.interpret.test_model_diff import BATCHES, nudged, random_model
 
 TOKENS = [0, 5, 6, 7, 8, 9, 10, 11, 12]
 AWKWARD = {
@@ -105,19 +115,11 @@ def test_a_map_of_attention_a_layer(model: Transformer, kind: str) -> None:
     assert [axes.get_title(loc="left") for axes in picture.figure.axes[:2]] == ["L2", "L0"]
 
 
-def test_awkward_tokens_stand_as_the_terminal_shows_them(model: Transformer) -> None:
+def test_awkward_tokens_are_shown_as_in_the_terminal(model: Transformer) -> None:
     picture = draw_attention(attention_patterns(model, TOKENS, layers=[0], heads=[0]), label)
     labels = picture.figure.axes[0].get_yticklabels()
     assert [text.get_text() for text in labels] == [
-        "<|sot|>",
-        "·a",
-        "↵",
-        "\\x1b[2J",
-        "$x_1$",
-        "<b>&amp;",
-        "·verylongto…",
-        "שלום",
-        "人",
+        name if len(name) < 13 else f"{name[:11]}…" for name in AWKWARD.values()
     ]
     assert not any(text.get_parse_math() for text in [*labels, *picture.figure.axes[0].get_xticklabels()])
 
@@ -159,7 +161,7 @@ def test_bars_add_up_to_the_logit(model: Transformer, level: Any) -> None:
     result = logit_attribution(model, TOKENS, by=level)
     axes = draw_logits(result, label).figure.axes[0]
     *bars, total = axes.patches
-    assert len(bars) <= MOST_PARTS + 1
+    assert len(bars) <= MAX_PARTS + 1
     assert total.get_width() == pytest.approx(result.logits[0], rel=1e-4)
     end = 0.0
     for bar in bars:  # each begins where the last one ended
@@ -167,8 +169,8 @@ def test_bars_add_up_to_the_logit(model: Transformer, level: Any) -> None:
         end += bar.get_width()
     assert end == pytest.approx(result.logits[0], rel=1e-4)
     for bar in bars:
-        colour = POSITIVE if bar.get_width() > 0 else NEGATIVE  # pyright: ignore
-        assert to_hex(bar.get_facecolor()).upper() == colour
+        color = POSITIVE if bar.get_width() > 0 else NEGATIVE  # pyright: ignore
+        assert to_hex(bar.get_facecolor()).upper() == color
 
 
 def test_many_positions_are_a_signed_map_whose_columns_add_up(model: Transformer) -> None:
@@ -285,7 +287,7 @@ def test_a_page_takes_its_text_colour_from_the_reader(model: Transformer, tmp_pa
     text = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "currentColor" in text
     assert "prefers-color-scheme: dark" in text
-    assert {colour.upper() for colour in re.findall(r"#[0-9a-fA-F]{6}\b", text)} == {"#2166AC", "#B2182B"}
+    assert {color.upper() for color in re.findall(r"#[0-9a-fA-F]{6}\b", text)} == {"#2166AC", "#B2182B"}
 
 
 def test_a_png_spells_what_its_font_does_not_have(model: Transformer, tmp_path: Path) -> None:
@@ -300,7 +302,7 @@ def test_without_matplotlib_nothing_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = attention_patterns(model, TOKENS)
-    with pytest.raises(LumiereError, match=r"needs matplotlib.*pip install matplotlib"):
+    with pytest.raises(LumiereError, match=r"need matplotlib.*pip install matplotlib"):
         save_result(tmp_path / "out.svg", result, ABOUT, lambda: draw_attention(result, label))
     assert not list(tmp_path.iterdir())
     save_result(tmp_path / "out.csv", result, ABOUT, lambda: draw_attention(result, label))
@@ -312,3 +314,27 @@ def test_a_picture_may_have_a_page_of_its_own(model: Transformer, tmp_path: Path
     save_result(tmp_path / "out.html", result, ABOUT | {"source": None}, lambda: picture)
     expected = "<h1>Attention: run_a, checkpoint best (step 1,200)</h1>"
     assert (tmp_path / "out.html").read_text(encoding="utf-8") == expected
+
+
+def test_a_diff_has_a_panel_for_each_comparison() -> None:
+    model = random_model()
+    result = diff_models(model, nudged(model), BATCHES)
+    predictions, cka, heads, weights = draw_diff(result).figure.axes
+    assert result.predictions is not None
+    assert result.heads is not None
+    assert result.cka is not None
+    lines = {str(line.get_label()): line.get_ydata() for line in predictions.get_lines()}
+    np.testing.assert_array_equal(np.asarray(lines["KL(A||B)"]), result.predictions.kl_ab_by_position)
+    np.testing.assert_array_equal(np.asarray(lines["KL(B||A)"]), result.predictions.kl_ba_by_position)
+    np.testing.assert_array_equal(numbers(cka.images[0]), result.cka)
+    assert [text.get_text() for text in cka.texts] == [f"{value:.2f}" for value in result.cka.flatten()]
+    for axes, values in ((heads, result.heads.match_divergences), (weights, result.weights.relative_changes)):
+        widths = [bar.get_width() for bar in axes.patches]  # pyright: ignore[reportAttributeAccessIssue]
+        assert widths == sorted(values.tolist(), reverse=True)[:MAX_BARS]
+    a, b = result.heads.matches[int(result.heads.match_divergences.argmax())]
+    assert heads.get_yticklabels()[0].get_text() == f"{result.heads.heads_a[a]} → {result.heads.heads_b[b]}"
+    largest = result.weights.tensors[int(result.weights.relative_changes.argmax())]
+    assert weights.get_yticklabels()[0].get_text() + ".weight" == largest
+    (axes,) = draw_diff(dataclasses.replace(result, predictions=None, cka=None, heads=None)).figure.axes
+    assert len(axes.patches) == len(weights.patches)
+    assert len(draw_diff(diff_models(model, model, BATCHES)).figure.axes) == 4

@@ -1,9 +1,12 @@
-"""The report page: its numbers beside those of the analyses, and that no text can break out of it."""
+"""The report page: its numbers are those of the analyses, and no text can break out of it."""
 
 import json
 import math
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,22 +18,18 @@ from lumiere.data.dataset import TokenizedCorpus
 from lumiere.interpret.head_scores import head_scores, score_heads
 from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import Run
+from lumiere.report.rendering import asset, environment
 from lumiere.report.report_page import (
     CANDIDATES,
     Inspection,
     Text,
     build_page,
-    fill,
     frequent_tokens,
-    head_table,
     inspect_model,
-    loss_picture,
+    loss_chart,
     page_data,
-    receipt_table,
-    repeat_gap,
+    repeat_gains,
     rounded,
-    script_json,
-    table,
     thousandths,
 )
 
@@ -57,7 +56,18 @@ def inspection(trained_run: Run, tiny_corpus: TokenizedCorpus) -> Inspection:
 
 
 def hostile(token: int) -> str:
-    return f"</script><script>alert({token})</script>\u2028&amp;"
+    return f"</script><script>alert({token})</script>\u2028&amp;'\"{{{{ 1 }}}}"
+
+
+def rows(page: str, section: str) -> list[list[str]]:
+    """The texts of the cells of the section's last table, header first."""
+    table = page.split(f'<section id="{section}"')[1].split("</section>")[0].rpartition("<table>")[2]
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in table.split("<tr>")[1:]]
+    return [[re.sub("<[^>]*>", "", cell).strip() for cell in row] for row in cells]
+
+
+def page_of(inspection: Inspection, run: Run, history: History | None = None) -> str:
+    return build_page(inspection, run.load_config(), history or History((), ()), hostile, ABOUT)
 
 
 def test_patterns_and_probabilities_are_thousandths_of_those_of_the_analyses(inspection: Inspection) -> None:
@@ -72,13 +82,13 @@ def test_patterns_and_probabilities_are_thousandths_of_those_of_the_analyses(ins
     assert text["lens"]["stages"] == ["embed", "L0", "L1"]
 
 
-def test_the_words_are_the_best_three_and_that_of_the_text(inspection: Inspection) -> None:
-    text = page_data(inspection, str)["texts"][0]
-    lens = inspection.texts[0].lens
-    assert len(text["words"]) == CANDIDATES + 1
-    for rank in range(CANDIDATES):
-        assert text["words"][rank]["tokens"] == lens.top_tokens[-1, :, rank].tolist()
-    assert text["words"][-1]["tokens"] == [*TOKENS[1:], lens.top_tokens[-1, -1, 0]]
+def test_candidates_are_the_most_probable_tokens_and_that_of_the_text(inspection: Inspection) -> None:
+    data = page_data(inspection, lambda token: f"t{token}")
+    words, lens = data["texts"][0]["words"], inspection.texts[0].lens
+    best = [lens.top_tokens[-1, :, rank].tolist() for rank in range(CANDIDATES)]
+    assert [word["tokens"] for word in words] == [*best, [*TOKENS[1:], lens.top_tokens[-1, -1, 0]]]
+    assert data["labels"] == {token: f"t{token}" for token in data["labels"]}
+    assert {*TOKENS, *(token for word in words for token in word["tokens"])} <= set(data["labels"])
 
 
 def test_the_shown_parts_sum_to_the_shown_logit(inspection: Inspection) -> None:
@@ -92,100 +102,96 @@ def test_the_shown_parts_sum_to_the_shown_logit(inspection: Inspection) -> None:
 
 
 def test_neurons_show_their_peak(inspection: Inspection) -> None:
-    data = page_data(inspection, str)["neurons"]
-    assert inspection.neurons is not None
-    for layer, neurons in enumerate(data["layers"]):
-        for row, neuron in enumerate(neurons):
-            for rank, example in enumerate(neuron["examples"]):
-                window = inspection.neurons.windows[layer, row, rank]
-                position = inspection.neurons.positions[layer, row, rank]
-                assert example["tokens"][example["peak"]] == inspection.neurons.tokens[window, position]
-                # The first token of a window is shown, but never counts.
-                counted = example["shades"][1:] if position == example["peak"] else example["shades"]
-                assert max(map(abs, counted)) == abs(example["shades"][example["peak"]]) <= 100
+    found = inspection.neurons
+    assert found is not None
+    layers = page_data(inspection, str)["neurons"]["layers"]
+    for layer, row in np.ndindex(*found.neurons.shape):
+        for rank, example in enumerate(layers[layer][row]["examples"]):
+            position = found.positions[layer, row, rank]
+            assert example["tokens"][example["peak"]] == found.tokens[found.windows[layer, row, rank], position]
+            # The first token of a window is shown, but never counts.
+            counted = example["shades"][1:] if position == example["peak"] else example["shades"]
+            assert max(map(abs, counted)) == abs(example["shades"][example["peak"]]) <= 100
 
 
-def test_every_token_has_its_label(inspection: Inspection) -> None:
-    data = page_data(inspection, lambda token: f"t{token}")
-    assert set(data["texts"][0]["tokens"]) <= {int(token) for token in data["labels"]}
-    assert all(shown == f"t{token}" for token, shown in data["labels"].items())
-
-
-def test_all_receipts_are_listed(inspection: Inspection) -> None:
-    shown = receipt_table(inspection)
-    count = sum(len(result.receipts) for _, result in inspection.results())
-    assert f"All {count} hold." in shown
-    assert shown.count("<tr>") == count + 1
-
-
-def test_the_page_is_one_file_that_loads_nothing(inspection: Inspection, trained_run: Run) -> None:
-    page = build_page(inspection, trained_run.load_config(), read_history(trained_run.metrics_path), hostile, ABOUT)
-    assert "{{" not in page
+def test_the_page_loads_nothing_and_no_text_breaks_out(inspection: Inspection, trained_run: Run) -> None:
+    page = page_of(inspection, trained_run, read_history(trained_run.metrics_path))
+    assert page.startswith("<!doctype html>")
     assert "default-src 'none'" in page
     assert not re.search(r"""(src|href)=["'](?!#)""", page)
     assert "://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", page)
-
-
-def test_no_text_breaks_out(inspection: Inspection, trained_run: Run) -> None:
-    page = build_page(inspection, trained_run.load_config(), History((), ()), hostile, ABOUT)
     assert page.count("</script>") == page.count("<script") == 2
-    assert "\u2028" not in page
-    assert "run_<i>" not in page
-    assert "<b>windows</b>" not in page
+    assert not re.search("\u2028|run_<i>|<b>windows|of <i>", page)
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert data is not None
+    assert data[1].isascii()
+    assert not set("<>&'") & set(data[1])
     assert json.loads(data[1])["labels"]["0"] == hostile(0)
+
+
+def test_values_are_escaped_and_never_templates() -> None:
+    template = environment().from_string('<p title="{{ text }}">{{ text }}</p>')
+    shown = template.render(text="\"'<i>&{{ 7 * 7 }}")
+    assert shown == '<p title="&#34;&#39;&lt;i&gt;&amp;{{ 7 * 7 }}">&#34;&#39;&lt;i&gt;&amp;{{ 7 * 7 }}</p>'
+
+
+def test_receipts_are_listed_with_their_result(inspection: Inspection, trained_run: Run) -> None:
+    receipts = [receipt for _, result in inspection.results() for receipt in result.receipts]
+    page = page_of(inspection, trained_run)
+    assert f"All {len(receipts)} checks passed." in page
+    names, *shown = rows(page, "receipts")
+    assert names == ["analysis", "check", "error", "tolerance", "result"]
+    assert [row[2] for row in shown] == [f"{receipt.error:.0e}" for receipt in receipts]
+    first = replace(inspection.summary.receipts[0], error=math.nan)
+    broken = replace(inspection, summary=replace(inspection.summary, receipts=(first,)))
+    assert re.search(r"1 of \d+ checks FAILED", page_of(broken, trained_run))
 
 
 def test_without_validation_text(trained_run: Run) -> None:
     inspection = inspect_model(trained_run.load_model(), [Text(TOKENS, "a test")], REPEATED)
-    page = build_page(inspection, trained_run.load_config(), History((), ()), str, ABOUT)
-    assert "loss without it" not in head_table(inspection)
+    page = page_of(inspection, trained_run)
+    assert "ablation" not in rows(page, "heads")[0]
     assert '"neurons":null' in page
-    assert "no losses on record" in page
+    assert "no recorded losses" in page
 
 
-def test_the_heads_stand_beside_the_uniform_one(inspection: Inspection) -> None:
-    shown = head_table(inspection)
-    assert shown.count("<tr>") == 1 + 4 + 1
+def test_the_head_table_has_every_score_and_the_uniform_head(inspection: Inspection, trained_run: Run) -> None:
     assert inspection.ablation is not None
-    for change in inspection.ablation.changes:
-        assert f"{change:+.3f}".replace("-", "−") in shown
-    for value in inspection.heads.uniform:
-        assert f"{value:.1%}" in shown
+    scores = np.arange(20.0).reshape(2, 2, 5) / 40
+    heads = replace(inspection.heads, text_scores=scores, text_uniform=np.full(5, 0.037), text_repeats=6)
+    names, *shown, uniform = rows(page_of(replace(inspection, heads=heads), trained_run), "heads")
+    assert names == ["head", *heads.score_names, "induction on text", "copying", "ablation", "role"]
+    for number, (layer, head) in enumerate(np.ndindex(2, 2)):
+        values = [f"{value:.1%}".replace("nan%", "–") for value in heads.scores[layer, head]]
+        change = f"{inspection.ablation.changes[number]:+.3f}".replace("-", "−")
+        assert shown[number][: len(values) + 2] == [f"L{layer}H{head}", *values, f"{scores[layer, head, 4]:.1%}"]
+        assert shown[number][-2] == change
+    assert uniform[-5:-3] == [f"{heads.uniform[-1]:.1%}", "3.7%"]
+    assert "induction on text" not in rows(page_of(inspection, trained_run), "heads")[0]
 
 
-def test_each_figure_says_which_text_it_is_from(trained_run: Run) -> None:
-    """Random tokens that come twice, and names of the validation split, which a model may copy and not the others."""
+def test_gains_state_their_text_and_their_uncertainty(trained_run: Run) -> None:
+    """Repeated random tokens, and names of the validation split, which a model may copy without the others."""
     model, windows = trained_run.load_model(), torch.tensor([[0, *range(10, 18), *range(11, 19)], [0, *range(20, 36)]])
     found = score_heads(model, REPEATED.repeat(3, 1), (windows, np.array([0, 1])))
     gaps = {"repeat_gap": np.array(-0.5), "repeat_gap_error": np.array(0.1)}
     text = {"text_gap": np.array(2.0), "text_gap_error": np.array(0.1), "text_documents": 30, "text_repeats": 6}
-    words = repeat_gap(replace(found, **gaps, **text))
-    assert re.search("Random tokens .* not easier", words)
-    assert re.search("validation split .6 repeats in 30 documents. are easier", words)
-    few = repeat_gap(replace(found, **gaps, **{**text, "text_documents": 2, "text_gap_error": np.array(0.2)}))
+    random, names = repeat_gains(replace(found, **gaps, **text))
+    assert re.search("Random tokens .* not easier", random)
+    assert re.search("validation split .6 repeats in 30 documents. are easier", names)
+    few = repeat_gains(replace(found, **gaps, **{**text, "text_documents": 2, "text_gap_error": np.array(0.2)}))[1]
     assert "in 2 documents) are not easier" in few, "12.7 standard errors of two documents are more than the gap"
-    assert "Names" not in repeat_gap(head_scores(model, REPEATED))
+    assert not any("Names" in words for words in repeat_gains(head_scores(model, REPEATED)))
 
 
-def test_the_scores_on_text_stand_in_the_table(inspection: Inspection) -> None:
-    scores = np.arange(20.0).reshape(2, 2, 5) / 40
-    on_text = replace(inspection.heads, text_scores=scores, text_uniform=np.full(5, 0.037), text_repeats=6)
-    shown = head_table(replace(inspection, heads=on_text))
-    assert "induction on text" in shown
-    for value in (*scores[..., 4].flatten(), 0.037):
-        assert f"{value:.1%}" in shown
-    assert "induction on text" not in head_table(inspection)
-
-
-def test_the_loss_curve_spans_the_picture() -> None:
+def test_the_loss_chart_spans_its_plot() -> None:
     point = Point(step=10, tokens=100, time=1.0, loss=4.5)
-    shown = loss_picture(History((point._replace(step=1, loss=8.0), point), (point._replace(loss=4.25),)))
-    assert "4.250, at step 10" in shown
-    coordinates = re.findall(r"points='([^']*)'", shown)
-    assert [len(line.split()) for line in coordinates] == [2, 1]
+    chart = loss_chart(History((point._replace(step=0, loss=8.0), point), (point._replace(loss=4.25),)))
+    assert chart is not None
+    assert "4.250, at step 10" in chart["best"]
+    assert chart["curves"]["training"] == "M44.00 20.00L708.00 233.50", "from the corner down to 4.5 of 4 to 8"
+    assert chart["grid"][0] == (264, 4)
 
 
 def test_tokens_for_the_map(trained_run: Run) -> None:
@@ -202,22 +208,15 @@ def test_tokens_for_the_map(trained_run: Run) -> None:
 )
 def test_rounded(value: Any, expected: Any) -> None:
     assert rounded(value, 2) == expected
-
-
-def test_thousandths() -> None:
     assert thousandths([0.5, math.nan, 0.0004]) == [500, None, 0]
 
 
-def test_the_json_of_a_script_is_plain() -> None:
-    text = script_json({"a": "</script>\u2028\u2029<!--&é"})
-    assert text.isascii()
-    assert not set("<>&") & set(text)
-    assert json.loads(text) == {"a": "</script>\u2028\u2029<!--&é"}
-
-
-def test_a_value_is_no_template() -> None:
-    assert fill("{{a}} {{b}}", {"a": "{{b}}", "b": "x"}) == "{{b}} x"
-
-
-def test_a_table_escapes_its_cells() -> None:
-    assert "&lt;i&gt;" in table(("a", "b"), [("x", "<i>")], "c")
+def test_the_pure_functions_of_the_page_in_node() -> None:
+    """tests/browser runs the same in a browser."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node")
+    unit_tests = (Path(__file__).parent / "page/core_test.js").read_text(encoding="utf-8")
+    script = asset("core.js") + unit_tests + "console.log(JSON.stringify(run()));"
+    result = subprocess.run([node, "-e", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

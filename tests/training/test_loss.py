@@ -123,7 +123,7 @@ def test_where_compiling_fails_it_warns_once_and_goes_on(
     for number in range(1, 5):
         assert torch.equal(objective(model, tokens, targets), expected)
         assert len(warnings) == (number >= call)
-    assert warnings == ["torch.compile does not work here, training goes on without it: no C++ compiler found"]
+    assert warnings == ["torch.compile does not work here, training without it: no C++ compiler found"]
 
 
 def test_where_torch_compile_itself_raises_it_goes_on_too(

@@ -1,20 +1,28 @@
 """How the processes of a training divide its work, looked at in one process."""
 
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from lumiere import distributed
+from lumiere.cli.train import check_readable_by_all
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, joined, noticing_losses, share_cores
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, TorchrunGroup, joined, noticing_losses, share_cores
 from lumiere.errors import ConfigError, LostProcessError, LumiereError
 from lumiere.evaluation.loss import evaluate
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.runs import RunStore
 from lumiere.training.parallel import local_device, seed_dropout
-from lumiere.training.run import inexactness
-from lumiere.training.setup import check_shares
+from lumiere.training.run import check_agreement, dismiss, follow, inexactness
+from lumiere.training.setup import check_shares, set_up, set_up_rank
 
 CPU = torch.device("cpu")
 
@@ -152,3 +160,66 @@ def test_what_other_processes_cannot_keep_is_said(configure, metadata, before, s
     old, new = (configure({"training.parallel": way, "model.dropout": dropout}) for way in (before, after))
     message = inexactness(Checkpoint({}, metadata=metadata), old, new, ProcessGroup(0, size))
     assert (message is None) if expected is None else (message is not None and expected in message)
+
+
+class Ranks(ProcessGroup):
+    """Rank 0 or 1 of two, beside a rank whose facts are given: rank 0 states its own, rank 1 hears those of rank 0."""
+
+    def __init__(self, rank: int, first: dict[str, str], second: dict[str, str]) -> None:
+        super().__init__(rank, 2)
+        self.stated = iter(first.values())
+        self.differing = iter(first[name] != second[name] for name in first)
+
+    def broadcast_text(self, text: str | None = None) -> str:
+        return next(self.stated)
+
+    def all_reduce_max(self, value: int) -> int:
+        differs = next(self.differing)
+        assert value == (1 if differs and self.rank == 1 else 0)
+        return 1 if differs else 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["corpus", "tokenizer", "config", "checkpoint"])
+def test_all_ranks_refuse_what_one_of_them_reads_otherwise(name: str, rank: int) -> None:
+    first = {"corpus": "a", "tokenizer": "b", "config": "c", "checkpoint": "d"}
+    check_agreement(first, Ranks(rank, first, first))
+    second = first | {name: "other"}
+    with pytest.raises(LumiereError, match=f"rank 1 of 2 reads another {name}"):
+        check_agreement([first, second][rank], Ranks(rank, first, second))
+
+
+def test_a_fingerprint_depends_on_what_is_trained_and_not_on_where(configure) -> None:
+    setup = set_up(configure({}))
+    fingerprint = setup.fingerprint()
+    moved = set_up_rank(setup.config, {"device": "cpu", "precision": "bfloat16"})
+    assert moved.precision == torch.bfloat16
+    assert moved.fingerprint() == fingerprint
+    other = replace(setup, config=configure({"training.learning_rate": 0.5}))
+    assert other.fingerprint() == fingerprint | {"config": other.fingerprint()["config"]}
+    assert other.fingerprint() != fingerprint
+
+
+def test_a_rank_that_does_not_find_the_run_says_where_it_looked(configure, tmp_path: Path) -> None:
+    processes = TorchrunGroup(ProcessGroup(1, 2), store := HashStore())
+    choice = {"run": "run_aaaaaaaa_20250819_001808", "resumes": False, "device": "cpu", "precision": "float32"}
+    store.set("choice 0", json.dumps(choice))
+    with pytest.raises(LumiereError, match="run_aaaaaaaa") as raised:
+        follow(configure({}), RunStore(tmp_path / "elsewhere"), [], processes)
+    assert str(tmp_path / "elsewhere") in (raised.value.hint or "")
+
+
+def test_a_rank_with_nothing_to_train_ends(tmp_path: Path) -> None:
+    processes = TorchrunGroup(ProcessGroup(0, 2), HashStore())
+    dismiss(processes)
+    assert follow(None, RunStore(tmp_path), [], processes) is None
+
+
+def test_several_processes_need_a_config_in_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    for config in (str(pipe), "-"):
+        check_readable_by_all(config, SINGLE_PROCESS)
+        with pytest.raises(LumiereError, match="2 processes"):
+            check_readable_by_all(config, ProcessGroup(0, 2))
+    check_readable_by_all("tiny", ProcessGroup(0, 2))

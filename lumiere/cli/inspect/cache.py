@@ -1,45 +1,45 @@
 """`lumiere inspect cache`."""
 
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lumiere.cli.console import size, stdout
-from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
+from lumiere.cli.inspect.command import Analysis, analysis
+from lumiere.cli.inspect.inputs import InspectTarget
 
 if TYPE_CHECKING:
     from lumiere.interpret.activations import Activations
 
 Names = Annotated[
-    Optional[list[str]],  # noqa: UP045 (Typer reads this form)
+    list[str] | None,
     typer.Option(
         "--names",
         metavar="GLOB",
-        help="Only these, such as 'blocks.*.attn.hook_pattern'. Repeatable. \\[default: all]",
+        help="Activations, such as 'blocks.*.attn.hook_pattern'. Repeatable. \\[default: all]",
     ),
 ]
 
 
 @analysis(text=True)
-def cache(subject: Subject, names: Names = None) -> "Analysis[Activations]":
+def cache(target: InspectTarget, names: Names = None) -> "Analysis[Activations]":
     """Which activations are there? Lists their names and shapes; -o FILE.npz saves them.
 
-    The names are those of TransformerLens. A .json or .csv file has the list, without the numbers.
+    The names are those of TransformerLens. A .json or .csv file contains the list without the values.
     """
     from lumiere.interpret.activations import activations, matching_names
     from lumiere.report.figures.heat_maps import draw_activations
 
     patterns = names or ["*"]
-    matching_names(subject.opened.model, patterns)
-    tokens = subject.tokens
+    matching_names(target.opened.model, patterns)
     return Analysis(
-        compute=lambda model: activations(model, tokens, patterns),
-        show=show,
-        draw=lambda result: draw_activations(result, subject.label),
+        compute=lambda model: activations(model, target.tokens, patterns),
+        show=show_activations,
+        draw=lambda result: draw_activations(result, target.label),
     )
 
 
-def show(result: "Activations") -> None:
+def show_activations(result: "Activations") -> None:
     width = max(map(len, result.names))
     for row in result.rows():
         shape = " x ".join(row["shape"].split())

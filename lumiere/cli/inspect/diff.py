@@ -4,63 +4,71 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.cli.inspect.options import TopK
+from lumiere.cli.console import escape, sparkline, stdout
+from lumiere.cli.inspect.command import Analysis, TopK, analysis
+from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, choose_batches, counted_documents
 from lumiere.errors import LumiereError
 from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lumiere.data.text import Part
-    from lumiere.interpret.model_diff import ModelDiff
+    from lumiere.interpret.model_diff import HeadMatches, ModelDiff, PredictionDiff, WeightChanges
     from lumiere.models.transformer import Transformer
 
-AcrossLayers = Annotated[
-    bool, typer.Option("--across-layers", help="Match heads of any layers, and not only of the same one.")
-]
-Batches = Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Batches to take the means over.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences of a batch.")]
+MAX_LAYERS = 10
+"""Layers up to which the whole CKA matrix is printed; of more, only its diagonal."""
+MAX_COLUMNS = 60
+CONTEXT_WIDTH = 48
+
+AcrossLayers = Annotated[bool, typer.Option("--across-layers", help="Match heads across layers.")]
+NumBatches = Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Number of batches.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences in a batch.")]
 
 
 @analysis(text=True, pair=True)
 def diff(
-    subject: Subject,
+    target: InspectTarget,
     across_layers: AcrossLayers = False,
-    batches: Batches = 4,
+    batches: NumBatches = 4,
     batch_size: BatchSize = 32,
     top_k: TopK = 5,
 ) -> "Analysis[ModelDiff]":
     """What is different between two runs, or two checkpoints of one? Predictions, layers, heads and weights.
 
-    Without any text, over windows of the validation split of A. Where the tokenizers differ, only bits per byte and
+    Without a text option, over windows of the validation split of A. If the tokenizers differ, only bits per byte and
     weights are compared.
     """
-    from lumiere.cli.inspect.batches import choose_batches
-    from lumiere.cli.inspect.diff_view import show
-    from lumiere.interpret.model_diff import diff as diff_models
+    from lumiere.data.dataset import document_sizes, tokenize_parts
+    from lumiere.interpret.model_diff import diff_models, diff_texts
     from lumiere.report.figures.bars import draw_diff
 
-    opened, other = subject.opened, subject.other
+    opened, other = target.opened, target.other
     assert other is not None  # the decorator has opened both
-    if has_other_tokens(opened, other):
-        return diff_by_bytes(subject, other, across_layers, batches * batch_size, top_k)
-    sequences, source = choose_batches(subject, batches, batch_size)
-    return Analysis(
-        compute=lambda model: diff_models(model, like(other.model, model), sequences, across_layers=across_layers),
-        show=lambda result: show(result, opened, other, top_k),
-        draw=draw_diff,
-        source=source,
-    )
+    sides = opened, other
+    if len({(side.tokenizer.fingerprint, side.model.vocab_size) for side in sides}) == 1:
+        sequences, source = choose_batches(target, batches, batch_size)
+
+        def compute(model: "Transformer") -> "ModelDiff":
+            return diff_models(model, as_placed(other.model, model), sequences, across_layers=across_layers)
+    else:
+        if across_layers:
+            raise LumiereError("--across-layers needs models with the same tokenizer", "omit --across-layers")
+        documents, source = choose_documents(target, batches * batch_size)
+        splits = [tokenize_parts(documents, side.tokenizer) for side in sides]
+        texts = [
+            (split, document_sizes(documents, split, side.tokenizer)) for split, side in zip(splits, sides, strict=True)
+        ]
+
+        def compute(model: "Transformer") -> "ModelDiff":
+            return diff_texts(model, as_placed(other.model, model), texts)
+
+    return Analysis(compute, lambda result: show_diff(result, opened, other, top_k), draw_diff, source)
 
 
-def has_other_tokens(opened: OpenedModel, other: OpenedModel) -> bool:
-    return (opened.tokenizer.fingerprint, opened.model.vocab_size) != (
-        other.tokenizer.fingerprint,
-        other.model.vocab_size,
-    )
-
-
-def like(model: "Transformer", example: "Transformer") -> "Transformer":
-    """A model, or a copy of it, on the device and in the type of another one."""
+def as_placed(model: "Transformer", example: "Transformer") -> "Transformer":
+    """Return a model, or a copy of it, on the device and in the type of another one."""
     from copy import deepcopy
 
     weight, own = example.token_embedding.weight, model.token_embedding.weight
@@ -69,84 +77,243 @@ def like(model: "Transformer", example: "Transformer") -> "Transformer":
     return deepcopy(model).to(device=weight.device, dtype=weight.dtype)
 
 
-def diff_by_bytes(
-    subject: Subject, other: OpenedModel, across_layers: bool, num_windows: int, top_k: int
-) -> "Analysis[ModelDiff]":
-    """The analysis of two models whose tokenizers differ.
-
-    Raises:
-        LumiereError: a text or heads were asked for that only models with one tokenizer have in common.
-    """
-    from lumiere.cli.inspect.diff_view import show
-    from lumiere.data.dataset import document_sizes, tokenize_parts
-    from lumiere.interpret.model_diff import diff_texts
-    from lumiere.report.figures.bars import draw_diff
-
-    if across_layers:
-        raise LumiereError("the tokenizers differ, so no heads are matched", "leave --across-layers away")
-    documents, source = choose_documents(subject, num_windows)
-    tokenizers = [opened.tokenizer for opened in (subject.opened, other)]
-    splits = [tokenize_parts(documents, tokenizer) for tokenizer in tokenizers]
-    texts = [(split, document_sizes(documents, split, own)) for split, own in zip(splits, tokenizers, strict=True)]
-    return Analysis(
-        compute=lambda model: diff_texts(model, like(other.model, model), texts),
-        show=lambda result: show(result, subject.opened, other, top_k),
-        draw=draw_diff,
-        source=source,
-    )
-
-
-def choose_documents(subject: Subject, num_windows: int) -> tuple[list["Part"], str]:
-    """Whole texts in parts, and where they come from.
-
-    Without any choice these are documents of the validation split, drawn by the seed.
+def choose_documents(target: InspectTarget, num_windows: int) -> tuple[list["Part"], str]:
+    """Return whole texts in parts and their source; without a text option, validation documents drawn by the seed.
 
     Args:
-        num_windows: so many windows of A's have about as many tokens as the documents that are drawn.
+        num_windows: the drawn documents have about as many tokens as this many windows of A.
 
     Raises:
-        LumiereError: the text is given as tokens or holds nothing, or the corpus is not there.
+        LumiereError: the text is given as tokens or is empty, or the corpus is missing.
     """
-    text = subject.text
-    given = [name for name, value in text.items() if value is not None]
-    if len(given) > 1:
-        raise LumiereError(f"{' and '.join(f'--{spelled(name)}' for name in given)} are two texts", "choose one")
-    if text["random"] is not None or text["window"] is not None:
-        raise LumiereError(
-            f"the tokenizers differ, and --{spelled(given[0])} gives tokens of A", "give a text: --prompt or --file"
-        )
-    if given:
-        from lumiere.data.text import blocks, parts, plain
-
-        documents = list(parts([plain(text["prompt"])] if text["prompt"] is not None else blocks(str(text["file"]))))
-        if not documents:
-            raise LumiereError("the text is empty", "give some, or leave it out for the validation split")
-        return documents, "prompt" if text["prompt"] is not None else str(text["file"])
-    return validation_documents(subject, num_windows)
-
-
-def spelled(name: str) -> str:
-    """The option of that name, as it is typed."""
-    return "val" if name == "window" else name
-
-
-def validation_documents(subject: Subject, num_windows: int) -> tuple[list["Part"], str]:
     import numpy as np
 
     from lumiere.data.batches import permute
     from lumiere.data.corpus import numbered_parts
     from lumiere.data.dataset import source_parts
+    from lumiere.data.text import blocks, parts, plain
 
-    opened = subject.opened
-    corpus = open_corpus(opened, "restore it as it was, or give a text: --prompt or --file")
+    given, text, opened = target.given, target.text, target.opened
+    if len(given) > 1:
+        raise LumiereError(f"{' and '.join(f'--{name}' for name in given)} are two texts", "choose one")
+    if given in (["random"], ["val"]):
+        raise LumiereError(
+            f"the tokenizers differ, and --{given[0]} gives tokens of A", "give a text: --prompt or --file"
+        )
+    if given:
+        documents = list(parts([plain(text["prompt"])] if given == ["prompt"] else blocks(str(text["file"]))))
+        if not documents:
+            raise LumiereError("the text is empty", "give a text, or omit it to use the validation split")
+        return documents, "prompt" if given == ["prompt"] else str(text["file"])
+    corpus = open_corpus(opened, f"{RESTORE}, or give a text: --prompt or --file")
     offsets = corpus.splits["validation"].offsets
     count = len(offsets) - 1
-    order = permute(np.arange(count), count, key=str(subject.seed))
+    order = permute(np.arange(count), count, key=str(target.seed))
     reached = np.cumsum(np.diff(offsets)[order])
     enough = int(np.searchsorted(reached, num_windows * opened.config.model.context_size)) + 1
     chosen = set(order[:enough].tolist())
     dataset = opened.config.dataset
-    parts, _ = source_parts(dataset, corpus, "validation")
-    return [part for number, part in numbered_parts(parts) if number in chosen], (
-        f"{len(chosen):,} of {count:,} documents of the validation split of {dataset.name} (seed {subject.seed})"
+    found, _ = source_parts(dataset, corpus, "validation")
+    return [part for number, part in numbered_parts(found) if number in chosen], (
+        f"{len(chosen):,} of {count:,} documents of the validation split of {dataset.name} (seed {target.seed})"
     )
+
+
+def show_diff(result: "ModelDiff", opened: OpenedModel, other: OpenedModel, top_k: int) -> None:
+    """Print a line for each kind of difference, then a table of each."""
+    weights = result.weights
+    if not weights.other_tensors and not weights.change_norms.any():
+        stdout().print("[bold]the same model: no weight differs[/]\n")
+        return
+    for line in summary_lines(result):
+        stdout().print(line, soft_wrap=False)
+    for reason in result.not_compared:
+        stdout().print(f"[yellow]not compared:[/] {escape(reason)}", soft_wrap=False)
+    if opened.run != other.run:
+        stdout().print(
+            "[dim]two runs: weights, OV and QK are in the coordinates of each model and comparable only if both began "
+            "with the same weights[/]",
+            soft_wrap=False,
+        )
+    stdout().print()
+    if result.predictions is not None:
+        show_tokens(result, result.predictions, opened, top_k)
+        show_positions(result.predictions)
+    if result.cka is not None:
+        show_cka(result.cka)
+    if result.heads is not None:
+        show_heads(result.heads, top_k)
+    show_weights(result.weights, top_k)
+
+
+def summary_lines(result: "ModelDiff") -> list[str]:
+    """Return the differences, most important first."""
+    import numpy as np
+
+    weights = result.weights
+    lines = loss_lines(result)
+    if (found := result.predictions) is not None:
+        lines.append(
+            f"predictions: KL(A||B) {found.kl_ab.mean():.4f}, KL(B||A) {found.kl_ba.mean():.4f} nats per token; "
+            f"same top token for {found.same_choice.mean():.1%} of {len(found.targets):,} tokens"
+        )
+    if result.cka is not None:
+        lines.append(cka_line(result.cka))
+    if result.heads is not None:
+        lines.append(heads_line(result.heads))
+    if weights.tensors:
+        most = int(np.nanargmax(weights.relative_changes)) if np.isfinite(weights.relative_changes).any() else 0
+        lines.append(
+            f"weights: changed by {np.nanmedian(weights.relative_changes):.1%} of their norm in the median tensor, "
+            f"most in {weights.tensors[most]} ({weights.relative_changes[most]:.1%})"
+        )
+    return lines
+
+
+def loss_lines(result: "ModelDiff") -> list[str]:
+    from lumiere.interpret.model_diff import SAME_TOKENS
+
+    a, b = result.losses
+    paired = result.loss_difference
+    ends = f"A {a:.4f}, B {b:.4f} {result.loss_unit}"
+    if paired is None:
+        return [f"[bold]{ends}[/], a difference of {b - a:+.4f}"]
+    are_windows = result.loss_unit != SAME_TOKENS or paired.num_documents < len(result.tokens)
+    units = counted_documents(paired.num_documents, are_windows=are_windows)
+    is_clear = paired.low > 0 or paired.high < 0
+    verdict = f"{'B' if b < a else 'A'} is better" if is_clear else "neither is significantly better"
+    return [
+        f"[bold]{verdict}: {ends}[/]",
+        f"B minus A {paired.difference:+.4f}, {paired.confidence:.0%} interval {paired.low:+.4f} to {paired.high:+.4f} "
+        f"({units})",
+    ]
+
+
+def cka_line(cka: "np.ndarray") -> str:
+    import numpy as np
+
+    from lumiere.interpret.model_diff import stream_names
+
+    if cka.shape[0] != cka.shape[1]:
+        return f"representations: CKA of the last layers {cka[-1, -1]:.3f}"
+    same = np.diagonal(cka)
+    if np.isnan(same).all():
+        return "representations: none changes from token to token"
+    least = int(np.nanargmin(same))
+    names = stream_names(len(same) - 1)
+    return f"representations: CKA of the same stages {same[least]:.3f} ({names[least]}) to {np.nanmax(same):.3f}"
+
+
+def heads_line(heads: "HeadMatches") -> str:
+    places = [(heads.heads_a[a], heads.heads_b[b]) for a, b in heads.matches]
+    moved = [f"{a}→{b}" for a, b in places if a != b]
+    worst = int(heads.match_divergences.argmax())
+    stay = f"{len(places) - len(moved)} of {len(places)} matched with the head in the same place"
+    others = f"; {', '.join(moved[:4])}{' …' if len(moved) > 4 else ''}" if moved else ""
+    return (
+        f"heads: {stay}{others}; most different pattern: {'→'.join(dict.fromkeys(places[worst]))}, "
+        f"{heads.match_divergences[worst]:.3f} of 1"
+    )
+
+
+def show_tokens(result: "ModelDiff", found: "PredictionDiff", opened: OpenedModel, top_k: int) -> None:
+    """Print the tokens whose loss changed most, with the text before them."""
+    changes = found.losses_b - found.losses_a
+    # Windows overlap and documents begin alike: a context that stands in several of them is printed once.
+    once = {
+        result.tokens[int(found.sequences[number])][: int(found.positions[number]) + 1]: number
+        for number in abs(changes).argsort(kind="stable")
+    }
+    stdout().print("[bold]tokens whose loss changed most[/] (nats: B minus A, A, B)")
+    for number in list(once.values())[::-1][:top_k]:
+        style = "green" if changes[number] < 0 else "red"
+        numbers = f"{changes[number]:+7.2f}[/] {found.losses_a[number]:6.2f} {found.losses_b[number]:6.2f}"
+        stdout().print(f"  [{style}]{numbers}  {in_context(result, found, number, opened)}")
+    largest = int(found.kl_ab.argmax())
+    stdout().print(
+        f"[dim]KL(A||B) is largest, {found.kl_ab[largest]:.2f}, before[/] "
+        f"{in_context(result, found, largest, opened)}\n"
+    )
+
+
+def in_context(result: "ModelDiff", found: "PredictionDiff", number: int, opened: OpenedModel) -> str:
+    """Return a token in brackets after the end of its context."""
+    label = opened.tokenizer.label
+    ids = result.tokens[int(found.sequences[number])]
+    before = "".join(label(token) for token in ids[: int(found.positions[number])])
+    token = label(int(found.targets[number]))
+    room = max(0, CONTEXT_WIDTH - len(token))
+    before = before if len(before) <= room else "…" + before[len(before) - room + 1 :]
+    return f"[dim]{escape(before)}[/][bold]{escape(f'[{token}]')}[/]"
+
+
+def show_positions(found: "PredictionDiff") -> None:
+    """Print KL(A || B) by position, neighboring positions in one column if there are too many."""
+    import numpy as np
+
+    count = len(found.position_numbers)
+    if count < 2:
+        return
+    parts = np.array_split(found.kl_ab_by_position, min(count, MAX_COLUMNS))
+    first, last = found.position_numbers[[0, -1]]
+    curve = sparkline([float(part.mean()) for part in parts])
+    low, high = found.kl_ab_by_position.min(), found.kl_ab_by_position.max()
+    stdout().print(f"[bold]KL(A||B) by position[/], {first} to {last}: {low:.4f} to {high:.4f}\n  {curve}\n")
+
+
+def show_cka(cka: "np.ndarray") -> None:
+    from lumiere.interpret.model_diff import stream_names
+
+    def cell(value: float, decimals: int) -> str:
+        return f"{value:.{decimals}f}" if value == value else "-"  # no CKA if nothing changes from token to token
+
+    names_a, names_b = (stream_names(count - 1) for count in cka.shape)
+    if max(cka.shape) > MAX_LAYERS:
+        stdout().print("[bold]CKA at the same depth[/]")
+        for place in range(min(cka.shape)):
+            stdout().print(f"  {names_a[place]:9} {cell(cka[place, place], 3)}")
+        stdout().print("[dim]-o FILE has all pairs[/]\n")
+        return
+    stdout().print("[bold]CKA[/] (rows A, columns B; 1: equal up to rotation and scale)")
+    stdout().print(" " * 11 + "".join(f"{'embed' if name == 'embedding' else name:>6}" for name in names_b))
+    for name, row in zip(names_a, cka, strict=True):
+        stdout().print(f"  {name:9}" + "".join(f"{cell(value, 2):>6}" for value in row))
+    stdout().print()
+
+
+def show_heads(heads: "HeadMatches", top_k: int) -> None:
+    """Print the matched heads, the most different first."""
+    order = (-heads.match_divergences).argsort(kind="stable")
+    stdout().print("[bold]matched heads  A        B        pattern       OV       QK[/]")
+    for number in order[:top_k]:
+        a, b = heads.matches[number]
+        circuits = "".join(f"{share(float(values[number])):>9}" for values in (heads.ov_changes, heads.qk_changes))
+        names = f"{heads.heads_a[a]:9}{heads.heads_b[b]:9}"
+        stdout().print(f"{'':15}{names}{heads.match_divergences[number]:7.3f}{circuits}")
+    left = max(0, len(order) - top_k)
+    more = f"; {left} differ less" if left else ""
+    sequences = "1 sequence" if heads.num_pattern_sequences == 1 else f"{heads.num_pattern_sequences} sequences"
+    stdout().print(
+        f"[dim]pattern: divergence, 0 to 1, over {sequences}; OV, QK: relative change{more}[/]\n", soft_wrap=False
+    )
+
+
+def show_weights(weights: "WeightChanges", top_k: int) -> None:
+    """Print the tensors with the largest relative changes."""
+    import numpy as np
+
+    order = np.argsort(-np.nan_to_num(weights.relative_changes, nan=np.inf), kind="stable")
+    if len(order):
+        stdout().print(f"[bold]{'weights that changed most':38} relative  Frobenius  spectral[/]")
+    for number in order[:top_k]:
+        numbers = f"{weights.change_norms[number]:11.3f}{weights.spectral_changes[number]:10.3f}"
+        stdout().print(f"  {weights.tensors[number]:36} {share(float(weights.relative_changes[number])):>8}{numbers}")
+    if weights.other_tensors:
+        names = ", ".join(weights.other_tensors[:3]) + (" …" if len(weights.other_tensors) > 3 else "")
+        stdout().print(f"[dim]{len(weights.other_tensors)} tensors not compared: {names}[/]", soft_wrap=False)
+    stdout().print()
+
+
+def share(value: float) -> str:
+    """Return a relative change; a dash if it is unknown."""
+    return f"{value:.1%}" if value == value else "-"

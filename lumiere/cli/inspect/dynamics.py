@@ -2,155 +2,181 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import show_note
-from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.errors import LumiereError, nearest
+from lumiere.cli.console import escape, show_note, sparkline, stdout
+from lumiere.cli.inspect.command import Analysis, analysis
+from lumiere.cli.inspect.inputs import (
+    InspectTarget,
+    averaged_tokens,
+    full_windows,
+    scored_sequences,
+    spread_windows,
+    validation_batches,
+)
+from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
-    from lumiere.data.batches import Batch
     from lumiere.interpret.dynamics import Dynamics, Texts
     from lumiere.models.transformer import Transformer
 
-BATCHES, BATCH_SIZE = 8, 32
-"""Of validation windows, for the loss."""
+NUM_BATCHES, BATCH_SIZE = 8, 32
+"""Validation windows for the loss."""
 LENS_WINDOWS = 8
-MOST_TOKENS = 2**15
-"""Of the validation split, for the in-context-learning score and natural repeats of each snapshot."""
+MAX_TOKENS = 2**15
+"""Validation tokens for the in-context-learning score and natural repeats of each snapshot."""
+PLACE_WIDTH, MAX_COLUMNS = 18, 24
+MARK = "bold yellow"
 
 Metrics = Annotated[
-    Optional[list[str]],  # noqa: UP045 (Typer reads this form)
-    typer.Option("--metric", "-m", metavar="NAME", help="What to follow; repeatable. docs/inspect.md has them all."),
+    list[str] | None,
+    typer.Option("--metric", "-m", metavar="NAME", help="Metric to follow, of docs/inspect.md. Repeatable."),
 ]
-Every = Annotated[int, typer.Option("--every", metavar="N", min=1, help="Take each N-th snapshot, and the last.")]
-Lines = Annotated[int, typer.Option("--top-k", metavar="K", min=1, help="Heads, pairs or matrices to show of each.")]
+Every = Annotated[int, typer.Option("--every", metavar="N", min=1, help="Read every N-th snapshot, and the last.")]
+Lines = Annotated[
+    int, typer.Option("--top-k", metavar="K", min=1, help="Heads, pairs or matrices shown of each metric.")
+]
 
 
 @analysis(text=True, whole_run=True)
-def dynamics(subject: Subject, metric: Metrics = None, every: Every = 1, top_k: Lines = 3) -> "Analysis[Dynamics]":
-    """How did the model come about? Numbers of the other analyses along the snapshots of a run, and phase changes.
+def dynamics(target: InspectTarget, metric: Metrics = None, every: Every = 1, top_k: Lines = 3) -> "Analysis[Dynamics]":
+    """How did the model develop? Metrics of the other analyses along the snapshots of a run, and phase changes.
 
-    Scores of heads are measured as by `heads`: on random tokens that come twice, or on the text of --prompt, --file
-    or --val. Of heads, pairs of heads and matrices the terminal shows those that changed most; -o FILE has all.
+    Head scores are measured as by `heads`: on repeated random tokens, or on the text of --prompt, --file or --val. The
+    terminal shows the heads, pairs of heads and matrices that changed most; -o FILE has all.
     """
-    from lumiere.cli.inspect.dynamics_view import show
-    from lumiere.cli.inspect.texts import averaged_tokens
     from lumiere.cli.progress import SnapshotProgress
-    from lumiere.interpret.dynamics import follow
+    from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS, follow
     from lumiere.persistence.checkpoint_manager import snapshot_steps
     from lumiere.persistence.metrics import read_history
-    from lumiere.report.figures.dynamics import CAPTION, draw_dynamics, dynamics_page
-    from lumiere.report.figures.figure import Picture
+    from lumiere.report.figures.dynamics import draw_dynamics
 
-    names = chosen_metrics(metric)
-    run = subject.opened.run
-    steps = thinned(snapshot_steps(run), every)
-    texts, names, source = choose_texts(subject, names, is_asked=metric is not None)
+    for name in metric or ():
+        check_choice("metric", name, METRICS)
+    names = list(dict.fromkeys(metric or DEFAULT_METRICS))
+    run = target.opened.run
+    snapshots = snapshot_steps(run)
+    steps = sorted({*snapshots[::every], snapshots[-1]})
+    texts, names, source = choose_texts(target, names, is_asked=metric is not None)
     if "copying" in names:
-        averaged, averaged_over = averaged_tokens(subject.opened)
+        averaged, averaged_over = averaged_tokens(target.opened)
         texts, source = replace(texts, averaged=averaged), f"{source}; copying over {averaged_over}"
     curve = [(point.step, point.loss) for point in read_history(run.metrics_path).training]
 
     def compute(model: "Transformer") -> "Dynamics":
         with SnapshotProgress(len(steps)) as progress:
-            return follow(steps, lambda step: snapshot(subject, step, model), names, texts, curve, progress)
+            return follow(steps, lambda step: load_snapshot(target, step, model), names, texts, curve, progress)
 
     return Analysis(
         compute=compute,
-        show=lambda result: show(result, top_k),
-        draw=lambda result: Picture(
-            draw_dynamics(result),
-            "Along the training",
-            CAPTION,
-            page=lambda title: dynamics_page(result, title),
-        ),
+        show=lambda result: show_dynamics(result, top_k),
+        draw=draw_dynamics,
         source=f"{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}" + (f"; {source}" if source else ""),
     )
 
 
-def chosen_metrics(names: Sequence[str] | None) -> list[str]:
-    """The metrics of these names, each once; without any the default ones.
-
-    Raises:
-        LumiereError: there is none of that name.
-    """
-    from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS
-
-    for name in names or ():
-        if name not in METRICS:
-            guess = nearest(name, METRICS)
-            raise LumiereError(
-                f"there is no metric {name!r}", f"did you mean {guess}?" if guess else f"one of {', '.join(METRICS)}"
-            )
-    return list(dict.fromkeys(names or DEFAULT_METRICS))
-
-
-def thinned(steps: Sequence[int], every: int) -> list[int]:
-    """Each `every`-th one, and the last."""
-    return sorted({*steps[::every], steps[-1]})
-
-
-def snapshot(subject: Subject, step: int, like: "Transformer") -> "Transformer":
-    """The model at a step, in the type and on the device of another one."""
+def load_snapshot(target: InspectTarget, step: int, like: "Transformer") -> "Transformer":
+    """Load the model at a step, in the type and on the device of another one."""
     from lumiere.persistence.checkpoint_manager import CheckpointManager
     from lumiere.persistence.loading import load_weights
 
-    opened, weight = subject.opened, like.token_embedding.weight
+    opened, weight = target.opened, like.token_embedding.weight
     loaded = CheckpointManager(opened.run.path.parent).load(opened.run, str(step), groups=("model",))
     model = load_weights(opened.config, loaded, f"the snapshot of step {step} of run {opened.run.id}")
     return model.to(device=weight.device, dtype=weight.dtype)
 
 
-def choose_texts(subject: Subject, names: list[str], *, is_asked: bool) -> "tuple[Texts, list[str], str]":
-    """What the snapshots are given, the metrics that there is a text for, and words about it.
+def choose_texts(target: InspectTarget, names: list[str], *, is_asked: bool) -> "tuple[Texts, list[str], str]":
+    """Return the inputs of all snapshots, the metrics that can be computed from them, and their source.
 
     Raises:
-        LumiereError: as `choose_text`, or the corpus is not there, and a metric that needs it was asked for by name.
+        LumiereError: as `choose_text`, or a metric that was asked for by name needs a corpus that is missing.
     """
     import torch
 
-    from lumiere.cli.inspect.texts import repeated_sequences
     from lumiere.data.tokenizer import SOT
     from lumiere.interpret.dynamics import METRICS, Texts
-    from lumiere.interpret.head_scores import SEQUENCES
 
-    if any(value is not None for name, value in subject.text.items() if name != "random"):
-        tokens, words = torch.tensor([subject.tokens]), [f"head scores on the {subject.chosen[1]}"]
-    elif subject.text["random"] is None and not any(METRICS[name].needs_tokens for name in names):
-        tokens, words = torch.tensor([[SOT]]), []
+    if target.given or any(METRICS[name].needs_tokens for name in names):
+        tokens, source = scored_sequences(target)
+        sources = [source or f"head scores on the {target.chosen[1]}"]
     else:
-        sequences, origin = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
-        tokens = torch.tensor(sequences)
-        length = tokens.shape[1] // 2
-        words = [f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {subject.seed})"]
+        tokens, sources = torch.tensor([[SOT]]), []
     with_corpus = [name for name in names if METRICS[name].needs_corpus]
     if not with_corpus:
-        return Texts(tokens), names, "".join(words)
+        return Texts(tokens), names, "".join(sources)
     try:
-        windows, batches, lens_rows, about = validation_texts(subject, with_corpus)
+        windows = spread_windows(target.opened, MAX_TOKENS)
+        batches, source = validation_batches(target, NUM_BATCHES, BATCH_SIZE)
+        # Only the lens needs full windows, and a split may have none.
+        lens_rows = full_windows(target.opened, LENS_WINDOWS)[:, :-1].tolist() if "lens-depth" in names else []
     except LumiereError as error:
         if is_asked:
             raise
         show_note(f"without {', '.join(with_corpus)}: {error.message}")
-        return Texts(tokens), [name for name in names if name not in with_corpus], "".join(words)
-    return Texts(tokens, windows, batches, lens_rows), names, "; ".join([*words, about])
+        return Texts(tokens), [name for name in names if name not in with_corpus], "".join(sources)
+    return Texts(tokens, windows, batches, lens_rows), names, "; ".join([*sources, source])
 
 
-def validation_texts(
-    subject: Subject, names: Sequence[str]
-) -> "tuple[tuple[Tensor, np.ndarray], list[Batch], list[list[int]], str]":
-    """Windows with their documents, batches for the loss, texts for the lens, and words about them."""
-    from lumiere.cli.inspect.batches import validation_batches
-    from lumiere.cli.inspect.texts import full_windows, spread_windows
+def show_dynamics(result: "Dynamics", top_k: int) -> None:
+    """Print a sparkline of each series, its first and last value, and its phase change.
 
-    windows = spread_windows(subject.opened, MOST_TOKENS)
-    batches, about = validation_batches(subject, BATCHES, BATCH_SIZE)
-    # A split may have no window that is full, which only the lens needs.
-    lens_rows = full_windows(subject.opened, LENS_WINDOWS)[:, :-1].tolist() if "lens-depth" in names else []
-    return windows, batches, lens_rows, about
+    Of each metric, the series that changed most are printed, on one scale.
+    """
+    import numpy as np
+
+    from lumiere.report.figures.dynamics import claims
+
+    count = len(result.steps)
+    columns = np.unique(np.linspace(0, count - 1, min(count, MAX_COLUMNS)).round().astype(int))
+    stdout().print(f"[dim]{'':{PLACE_WIDTH + 3}}{ruler(result.steps[columns].tolist())}[/]")
+    for metric in dict.fromkeys(result.metrics):
+        found = result.series_of(metric)
+        show_metric(result, metric, found[:top_k], len(found), columns)
+    stdout().print(f"[dim]{claims(result)}[/]\n", soft_wrap=False)
+
+
+def ruler(steps: Sequence[int]) -> str:
+    """Return the steps above their columns, as many as have room."""
+    text = ""
+    for column, step in enumerate(steps):
+        if not text or len(text) < column - 1:
+            text = text.ljust(column) + f"{step:,}"
+    return text
+
+
+def show_metric(result: "Dynamics", name: str, series: Sequence[int], count: int, columns: "np.ndarray") -> None:
+    import numpy as np
+
+    from lumiere.interpret.dynamics import METRICS
+
+    metric = METRICS[name]
+    baseline = result.baselines[series[0]] if series else np.nan
+    chance = f"by chance {baseline:.2f}" if np.isfinite(baseline) else ""
+    unit = ", ".join(part for part in ("" if metric.unit == "share" else metric.unit, chance) if part)
+    stdout().print(
+        f"[bold]{name}[/]: {escape(metric.meaning)}" + (f" ({escape(unit)})" if unit else ""), soft_wrap=False
+    )
+    values = result.values[series]
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        stdout().print("  none: this model has no such value\n")
+        return
+    for number in series:
+        row, start, end = result.values[number], int(result.phase_starts[number]), int(result.phase_ends[number])
+        curve = sparkline(row[columns].tolist(), float(finite.min()), float(finite.max()))
+        padding = " " * (MAX_COLUMNS - len(curve))
+        inside = np.flatnonzero((start >= 0) & (result.steps[columns] >= start) & (result.steps[columns] <= end))
+        if len(inside):
+            first, last = inside[0], inside[-1] + 1
+            curve = f"{curve[:first]}[{MARK}]{curve[first:last]}[/]{curve[last:]}"
+        ends = row[np.isfinite(row)][[0, -1]] if np.isfinite(row).any() else [np.nan, np.nan]
+        line = f"  {escape(result.places[number]):{PLACE_WIDTH}} {curve}{padding}  {ends[0]:>7.2f} {ends[1]:>7.2f}"
+        stdout().print(f"{line}  [{MARK}]{start:,}-{end:,}[/]" if start >= 0 else line)
+    if count > len(series):
+        stdout().print(f"  [dim]and {count - len(series)} that changed less[/]")
+    stdout().print()

@@ -4,88 +4,66 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import escape, show_note, stdout
-from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.cli.inspect.options import Heads, Layers, parse_indices
-from lumiere.errors import LumiereError
+from lumiere.cli.console import escape, stdout
+from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, parse_indices
+from lumiere.cli.inspect.inputs import (
+    InspectTarget,
+    averaged_tokens,
+    counted_documents,
+    scored_sequences,
+    spread_windows_if_any,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
     from lumiere.interpret.head_scores import HeadScores
 
-MOST_HEADS = 4
+MAX_TEXT_HEADS = 4
 """Heads that are named for their induction on text; -o FILE has all."""
 
 Threshold = Annotated[
-    float, typer.Option("--threshold", metavar="SHARE", min=0, max=1, help="The score above which a head has a role.")
+    float, typer.Option("--threshold", metavar="SHARE", min=0, max=1, help="Minimum score of a head with a role.")
 ]
 
 
 @analysis(text=True)
 def heads(
-    subject: Subject, layer: Layers = None, head: Heads = None, threshold: Threshold = 0.4
+    target: InspectTarget, layer: Layers = None, head: Heads = None, threshold: Threshold = 0.4
 ) -> "Analysis[HeadScores]":
-    """What is each head for? Previous token, the token itself, the first one, duplicates, induction, copying.
+    """What is each head for? Previous token, current token, first token, duplicate token, induction, copying.
 
-    A score is the share of its attention that a head gives to exactly that source, beside what a head that looks at
-    all tokens alike would give. Without a text it is measured on 32 sequences of random tokens that come twice;
-    --random sets how many tokens, and --prompt, --file or --val take a text instead.
+    A score is the share of a head's attention that goes to exactly that source, beside the share of uniform attention.
+    Without a text, it is measured on 32 sequences of random tokens that are repeated once; --random sets the number of
+    tokens, and --prompt, --file or --val take a text instead.
     """
-    import torch
-
-    from lumiere.cli.inspect.texts import averaged_tokens, repeated_sequences
-    from lumiere.interpret.head_scores import SEQUENCES, score_heads
+    from lumiere.interpret.head_scores import score_heads
     from lumiere.report.figures.bars import draw_heads
 
-    shape = subject.opened.config.model
-    layers = parse_indices(layer, shape.num_layers, "layer")
-    chosen = parse_indices(head, shape.num_heads, "head")
-    source = None
-    if any(value is not None for name, value in subject.text.items() if name != "random"):
-        tokens_NT = torch.tensor([subject.tokens])
-    else:
-        sequences, origin = repeated_sequences(subject.opened, subject.text["random"], SEQUENCES, subject.seed)
-        tokens_NT = torch.tensor(sequences)
-        length = tokens_NT.shape[1] // 2
-        source = f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {subject.seed})"
-    windows = validation_windows(subject)
-    averaged, about = averaged_tokens(subject.opened)
-
+    opened = target.opened
+    layers = parse_indices(layer, opened.config.model.num_layers, "layer")
+    chosen = parse_indices(head, opened.config.model.num_heads, "head")
+    tokens_NT, source = scored_sequences(target)
+    windows = spread_windows_if_any(opened)
+    averaged, averaged_over = averaged_tokens(opened)
     return Analysis(
         compute=lambda model: score_heads(model, tokens_NT, windows, averaged, layers, chosen, threshold),
-        show=lambda result: show(result, about),
+        show=lambda result: show_scores(result, averaged_over),
         draw=draw_heads,
         source=source,
-        about={"averaged_over": about},
+        provenance={"averaged_over": averaged_over},
     )
 
 
-def validation_windows(subject: Subject) -> "tuple[Tensor, np.ndarray] | None":
-    """Windows for the scores on text, and their documents; a note and None without the corpus."""
-    from lumiere.cli.inspect.texts import spread_windows
-
-    try:
-        return spread_windows(subject.opened)
-    except LumiereError as error:
-        show_note(f"no in-context-learning score, and no scores on text: {error.message}")
-        return None
-
-
-def show(result: "HeadScores", averaged_over: str) -> None:
-    import numpy as np
-
+def show_scores(result: "HeadScores", averaged_over: str) -> None:
+    """Print a table of the heads, their roles, and what the model gains from its context."""
     names = result.score_names
     stdout().print(f"[bold]head     {'  '.join(f'{name:>9}' for name in names)}  copying[/]")
-    for row, column in np.ndindex(len(result.layers), len(result.heads)):
+    for row, column, name in result.places():
         roles, copying = result.roles[row][column], result.copying[row, column]
-        cells = (share(result.scores[row, column, number]) for number in range(len(names)))
-        shown = (f"[bold]{cell}[/]" if name in roles else cell for name, cell in zip(names, cells, strict=True))
-        label = f"L{result.layers[row]}H{result.heads[column]}"
-        copies = "-" if np.isnan(copying) else f"{copying:+.2f}"
-        stdout().print(f"{label:8} {'  '.join(shown)}  {copies:>7}")
-    stdout().print(f"[dim]{'uniform':8} {'  '.join(share(value) for value in result.uniform)}  {0:>7}[/]\n")
+        cells = zip(names, map(share, result.scores[row, column]), strict=True)
+        shown = "  ".join(f"[bold]{cell}[/]" if score in roles else cell for score, cell in cells)
+        copies = "-" if copying != copying else f"{copying:+.2f}"
+        stdout().print(f"{name:8} {shown}  {copies:>7}")
+    stdout().print(f"[dim]{'uniform':8} {'  '.join(map(share, result.uniform))}  {0:>7}[/]\n")
     show_roles(result)
     stdout().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
     show_text_repeats(result)
@@ -93,33 +71,31 @@ def show(result: "HeadScores", averaged_over: str) -> None:
 
 
 def share(value: float) -> str:
-    """A score in nine characters; a dash where nothing was to be found."""
+    """Return a score in nine characters; a dash if no token had such a source."""
     return f"{'-' if value != value else f'{value:.1%}':>9}"
 
 
-def spread(error: "np.ndarray") -> str:
-    """A standard error; nothing where a single observation has none."""
+def spread(error: float) -> str:
+    """Return a standard error; nothing for a single observation, which has none."""
     return "" if error != error else f" ± {error:.3f}"
 
 
 def show_roles(result: "HeadScores") -> None:
-    """The heads of each role, the best first, with the score's standard error."""
-    import numpy as np
-
+    """Print the heads of each role, the highest score first, with standard errors."""
     from lumiere.interpret.head_scores import FEWEST, NUM_ERRORS
 
     for number, name in enumerate(result.score_names):
-        places = [
-            (float(result.scores[row, column, number]), row, column)
-            for row, column in np.ndindex(len(result.layers), len(result.heads))
+        found = [
+            (-float(result.scores[row, column, number]), row, column, head)
+            for row, column, head in result.places()
             if name in result.roles[row][column]
         ]
-        found = [
-            f"L{result.layers[row]}H{result.heads[column]} ({score:.0%} ± {result.errors[row, column, number]:.0%})"
-            for score, row, column in sorted(places, key=lambda place: (-place[0], *place[1:]))
-        ]
         if found:
-            stdout().print(f"{escape(name)} heads: {', '.join(found)}", soft_wrap=False)
+            listed = ", ".join(
+                f"{head} ({-score:.0%} ± {result.errors[row, column, number]:.0%})"
+                for score, row, column, head in sorted(found)
+            )
+            stdout().print(f"{escape(name)} heads: {listed}", soft_wrap=False)
     if not any(roles for layer in result.roles for roles in layer):
         stdout().print("no head has a role")
     stdout().print(
@@ -130,44 +106,35 @@ def show_roles(result: "HeadScores") -> None:
     for name, count in zip(result.score_names, result.num_overlaps.tolist(), strict=True):
         if count:
             tokens = "1 token has" if count == 1 else f"{count:,} tokens have"
-            note = f"{tokens} a source of {name} at t - 1, where previous-token heads look too; it is left out"
+            note = f"{tokens} a source of {name} at t - 1, where previous-token heads attend too; it is left out"
             stdout().print(f"[dim]{note}[/]", soft_wrap=False)
     stdout().print()
 
 
 def show_text_repeats(result: "HeadScores") -> None:
-    """The induction scores at repeated names of the validation split, the best heads first."""
-    import numpy as np
-
+    """Print the highest induction scores at repeated names of the validation split."""
     if not result.text_repeats or result.text_scores is None or result.text_uniform is None:
         return
     number = result.score_names.index("induction")
-    scores = result.text_scores[..., number]
-    best = np.argsort(-scores, axis=None, kind="stable")[:MOST_HEADS]
-    heads = ", ".join(
-        f"L{result.layers[row]}H{result.heads[column]} {scores[row, column]:.1%}"
-        for row, column in zip(*np.unravel_index(best, scores.shape), strict=True)
-    )
+    scores = [(-float(result.text_scores[row, column, number]), name) for row, column, name in result.places()]
+    best = sorted(scores, key=lambda scored: scored[0])[:MAX_TEXT_HEADS]
     stdout().print(
         f"induction on repeated names of the validation split ({result.text_repeats:,} in "
-        f"{result.text_documents:,} documents): {heads} (uniform {result.text_uniform[number]:.1%}); "
+        f"{result.text_documents:,} documents): {', '.join(f'{name} {-score:.1%}' for score, name in best)} "
+        f"(uniform {result.text_uniform[number]:.1%}); "
         f"their loss falls by {result.text_gap:.3f} ± {result.text_gap_error:.3f} nats\n",
         soft_wrap=False,
     )
 
 
 def show_losses(result: "HeadScores") -> None:
-    """What the model gains by looking back: on the repeated tokens, and along real text."""
-    import numpy as np
-
-    from lumiere.cli.inspect.batches import counted_documents
-
-    if not np.isnan(result.repeat_gap):
+    """Print what the model gains from its context, on repeated random tokens and on text."""
+    if result.repeat_gap == result.repeat_gap:
         length = len(result.losses) // 2
         first, second = result.losses[1:length].mean(), result.losses[length + 1 :].mean()
         stdout().print(
-            f"repeat gap {result.repeat_gap:.3f}{spread(result.repeat_gap_error)} nats: tokens 2 to {length} have a "
-            f"loss of {first:.3f} in the first copy and {second:.3f} in the second",
+            f"repeat gap {result.repeat_gap:.3f}{spread(float(result.repeat_gap_error))} nats: tokens 2 to {length} "
+            f"have a loss of {first:.3f} in the first copy and {second:.3f} in the second",
             soft_wrap=False,
         )
     if result.in_context_bands is not None:
@@ -175,7 +142,7 @@ def show_losses(result: "HeadScores") -> None:
         units = counted_documents(result.in_context_documents, are_windows=True)
         before, after = result.in_context_losses
         stdout().print(
-            f"in-context-learning score {result.in_context_score:+.3f}{spread(result.in_context_error)} nats: "
+            f"in-context-learning score {result.in_context_score:+.3f}{spread(float(result.in_context_error))} nats: "
             f"loss {after:.3f} at positions {late} minus {before:.3f} at positions {early} of "
             f"{result.in_context_windows:,} validation windows ({units})",
             soft_wrap=False,

@@ -1,60 +1,165 @@
 """`lumiere inspect lens`."""
 
-from typing import TYPE_CHECKING, Annotated, Optional
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.cli.inspect.options import Positions, TopK, parse_indices
-from lumiere.cli.inspect.vocabulary import parse_token
-from lumiere.errors import LumiereError, nearest
+from lumiere.cli.console import color_support, show_note, stdout
+from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, parse_indices
+from lumiere.cli.inspect.inputs import InspectTarget, parse_token
+from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from lumiere.interpret.logit_lens import LogitLens
 
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
+MIN_CELL, MAX_CELL = 7, 12
 
 Statistic = Annotated[
     str, typer.Option("--stat", metavar="STAT", help=f"What each cell shows: {', '.join(STATISTICS)}.")
 ]
-Sublayers = Annotated[bool, typer.Option("--sublayers", help="Look after the attention of each block too.")]
+Sublayers = Annotated[bool, typer.Option("--sublayers", help="Add the stage after each block's attention.")]
 Target = Annotated[
-    Optional[str],  # noqa: UP045 (Typer reads this form)
-    typer.Option("--target", metavar="TOKEN", help="The token to look for. \\[default: the next of the text]"),
+    str | None,
+    typer.Option("--target", metavar="TOKEN", help="Token to look for. \\[default: the next token of the text]"),
 ]
 
 
 @analysis(text=True)
 def lens(
-    subject: Subject,
+    target: InspectTarget,
     stat: Statistic = "top",
     sublayers: Sublayers = False,
-    target: Target = None,
+    token: Target = None,
     pos: Positions = None,
     top_k: TopK = 5,
 ) -> "Analysis[LogitLens]":
-    """What would the model say if it stopped early? The logit lens: rows are tokens, columns the layers.
+    """What would the model predict if it stopped early? The logit lens: rows are tokens, columns layers.
 
-    The first column often repeats the token itself: the output head is the token embedding, so this is no error.
-    --top-k is for --json and -o.
+    The first column often repeats the input token, since the unembedding is tied to the embedding. --top-k is for
+    --json and -o.
     """
-    from lumiere.cli.inspect.lens_view import show
     from lumiere.interpret.logit_lens import logit_lens
     from lumiere.report.figures.heat_maps import draw_lens
 
-    if stat not in STATISTICS:
-        guess = nearest(stat, STATISTICS)
-        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(STATISTICS)}"
-        raise LumiereError(f"there is no statistic {stat!r}", hint)
-    opened, tokens = subject.opened, subject.tokens
-    vocab_size = opened.model.vocab_size
-    if top_k > vocab_size:
-        raise LumiereError(f"there are no {top_k} tokens to list", f"the model has {vocab_size}")
+    check_choice("statistic", stat, STATISTICS)
+    opened, tokens = target.opened, target.tokens
+    if top_k > opened.model.vocab_size:
+        raise LumiereError(f"--top-k {top_k} is too large", f"the vocabulary has {opened.model.vocab_size} tokens")
     positions = parse_indices(pos, len(tokens), "position")
-    wanted = None if target is None else parse_token(target, opened.tokenizer)
-    words = None if wanted is None else subject.label(wanted)
+    wanted = None if token is None else parse_token(token, opened.tokenizer)
+    words = None if wanted is None else target.label(wanted)
     return Analysis(
         compute=lambda model: logit_lens(model, tokens, positions, sublayers, wanted, top_k),
-        show=lambda result: show(result, stat, subject.label, words),
-        draw=lambda result: draw_lens(result, stat, subject.label, words),
+        show=lambda result: show_lens(result, stat, target.label, words),
+        draw=lambda result: draw_lens(result, stat, target.label, words),
+    )
+
+
+def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], target: str | None) -> None:
+    """Print a grid of tokens by stages, then the means of each stage."""
+    from rich.text import Text
+
+    from lumiere.cli.terminal_plots import show_legend
+    from lumiere.report.figures.figure import LABEL_WIDTH, fitted
+    from lumiere.report.figures.heat_maps import stage_name
+
+    names = [stage_name(stage) for stage in result.stages]
+    columns, width = choose_columns(names, stdout().width - LABEL_WIDTH - 1)
+    meaning = {
+        "top": "the most probable token, its probability before it; underlined if it is the next token of the text",
+        "probability": f"probability of {target or 'the next token'}",
+        "rank": f"how many tokens are more probable than {target or 'the next token'}",
+        "entropy": "entropy in nats",
+        "kl": "KL(final || here) in nats",
+    }[stat]
+    stdout().print(f"{meaning}\n", soft_wrap=False, markup=False)
+    if len(columns) < len(result.stages):
+        show_note(f"the terminal has room for {len(columns)} of {len(result.stages)} stages")
+    headings = "".join(names[stage].ljust(width) for stage in columns)
+    stdout().print(Text(" " * (LABEL_WIDTH + 1) + headings.rstrip(), style="dim"))
+    for row, position in enumerate(result.positions):
+        line = Text(fitted(label(result.tokens[position])).rjust(LABEL_WIDTH) + " ", no_wrap=True)
+        for stage in columns:
+            cell = cell_text(result, stat, stage, row, width, label)
+            cell.pad_right(max(0, width - len(cell.plain)))
+            line.append_text(cell)
+        line.rstrip()
+        stdout().print(line)
+    stdout().print()
+    show_means(result, names, target)
+    if stat == "top":
+        show_legend("probability")
+
+
+def choose_columns(names: Sequence[str], width: int) -> tuple[list[int], int]:
+    """Return the stages that fit into `width`, evenly spread from the first to the last, and the width of each."""
+    narrowest = max(MIN_CELL, *(len(name) + 1 for name in names))
+    room = max(width, 2 * narrowest)
+    count = min(len(names), room // narrowest)
+    columns = [round(number * (len(names) - 1) / (count - 1)) for number in range(count)]
+    return columns, min(room // count, MAX_CELL)
+
+
+def cell_text(result: "LogitLens", stat: str, stage: int, row: int, width: int, label: Callable[[int], str]) -> "Text":
+    """Return one statistic of one token at one stage."""
+    from rich.text import Text
+
+    from lumiere.cli.terminal_plots import color_of, shade_of
+    from lumiere.report.figures.figure import rank_label
+
+    if stat == "top":
+        token, probability = int(result.top_tokens[stage, row, 0]), float(result.top_probabilities[stage, row, 0])
+        shade, style = shade_of(probability)
+        # A colored square, a shade, or in a pipe the number.
+        mark, mark_style, word_style = {
+            "many": ("█", color_of(probability), ""),
+            "few": (shade, style, style),
+            "none": (f"{probability:.0%} ", "", ""),
+        }[color_support()]
+        word, room = label(token), width - 1 - len(mark)
+        word = word if len(word) <= room else word[: room - 1] + "…"
+        is_next = token == result.targets[row]
+        return (
+            Text()
+            .append(mark, style=mark_style)
+            .append(word, style=f"{word_style} underline" if is_next else word_style)
+        )
+    if stat in ("probability", "rank") and result.targets[row] < 0:
+        return Text("-", style="dim")
+    if stat == "probability":
+        return Text(f"{result.target_probabilities[stage, row]:.1%}")
+    if stat == "rank":
+        return Text(rank_label(result.target_places[stage, row]))
+    return Text(f"{(result.entropies if stat == 'entropy' else result.divergences)[stage, row]:.2f}")
+
+
+def show_means(result: "LogitLens", names: Sequence[str], target: str | None) -> None:
+    """Print one line a stage: means over the tokens, and how many are decided."""
+    import numpy as np
+    from rich.text import Text
+
+    from lumiere.report.figures.figure import LABEL_WIDTH, rank_label
+
+    has_target = result.targets >= 0
+    stdout().print(Text(f"{'mean':>{LABEL_WIDTH}} entropy      KL  decided     loss  median rank  on top", style="dim"))
+    for stage, name in enumerate(names):
+        decided = (result.decision_stages <= stage).mean()
+        line = f"{name:>{LABEL_WIDTH}} {result.entropies[stage].mean():7.2f} {result.divergences[stage].mean():7.2f}"
+        line += f"{decided:9.0%}"
+        if has_target.any():
+            # A probability that float64 rounds to 0 has no logarithm.
+            losses = -np.log(np.maximum(result.target_probabilities[stage][has_target], np.finfo(float).tiny))
+            median = rank_label(float(np.median(result.target_places[stage][has_target])))
+            line += f"{losses.mean():9.2f} {median:>12} {result.target_on_top[stage][has_target].mean():7.0%}"
+        stdout().print(line)
+    counts = [(name, int((result.decision_stages == stage).sum())) for stage, name in enumerate(names)]
+    stdout().print(
+        f"\nloss, rank and on top are those of {target or 'the next token'}; decided: the top token is the final one "
+        f"from here on\ndecision depth: {', '.join(f'{name} {count}' for name, count in counts if count)}",
+        soft_wrap=False,
+        markup=False,
     )

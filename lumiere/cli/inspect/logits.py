@@ -1,37 +1,38 @@
 """`lumiere inspect logits`."""
 
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
-from lumiere.cli.inspect.options import Positions, TopK, parse_indices
-from lumiere.cli.inspect.vocabulary import parse_token
+from lumiere.cli.console import escape, stdout
+from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, parse_indices
+from lumiere.cli.inspect.inputs import InspectTarget, averaged_tokens, parse_token
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
     from lumiere.interpret.logit_attribution import LogitAttribution
 
+BAR_WIDTH, NAME_WIDTH = 36, 16
+
 Target = Annotated[
-    Optional[str],  # noqa: UP045 (Typer reads this form)
-    typer.Option("--target", metavar="TOKEN", help="The token to explain. \\[default: the most probable]"),
+    str | None, typer.Option("--target", metavar="TOKEN", help="Token to explain. \\[default: the most probable]")
 ]
 Versus = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--vs", metavar="TOKEN", help="Explain by how much the target's logit exceeds this token's."),
+    str | None,
+    typer.Option("--vs", metavar="TOKEN", help="Explain the target's logit minus the logit of this token."),
 ]
 By = Annotated[str, typer.Option("--by", metavar="LEVEL", help="layer, head, neuron or source.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Explain the plain logit; subtract nothing.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Explain the logit itself; subtract nothing.")]
 LogProb = Annotated[
     bool,
-    typer.Option("--log-prob", help="Explain the log-probability: subtract the mean logit under the own prediction."),
+    typer.Option("--log-prob", help="Explain the log-probability: subtract the mean logit under the prediction."),
 ]
 
 
 @analysis(text=True)
 def logits(
-    subject: Subject,
-    target: Target = None,
+    target: InspectTarget,
+    token: Target = None,
     vs: Versus = None,
     by: By = "layer",
     raw: Raw = False,
@@ -41,12 +42,10 @@ def logits(
 ) -> "Analysis[LogitAttribution]":
     """Which part of the model writes a logit? Direct attribution by layer, head, neuron or source token.
 
-    By default the mean logit of the tokens that occur in the training split is subtracted; of all tokens, where the
-    corpus is missing. A token is an id, a text that is one token (mind the space: ' London'), or a token as it is
+    By default, the mean logit of the tokens that occur in the training split is subtracted; of all tokens, if the
+    corpus is missing. A token is an id, a text that is one token (note the space: ' London'), or a token as it is
     printed (·London).
     """
-    from lumiere.cli.inspect.logits_view import show
-    from lumiere.cli.inspect.texts import averaged_tokens
     from lumiere.interpret.logit_attribution import find_level, logit_attribution
     from lumiere.report.figures.bars import draw_logits
 
@@ -55,18 +54,56 @@ def logits(
     given = [name for name, is_given in references.items() if is_given]
     if len(given) > 1:
         raise LumiereError(f"{given[0]} and {given[1]} are two references", "choose one")
-    tokenizer, tokens = subject.opened.tokenizer, subject.tokens
+    opened, tokens = target.opened, target.tokens
     positions = parse_indices(pos, len(tokens), "position")
-    wanted = None if target is None else parse_token(target, tokenizer)
-    other = None if vs is None else parse_token(vs, tokenizer)
+    wanted, other = (None if name is None else parse_token(name, opened.tokenizer) for name in (token, vs))
     if wanted is not None and wanted == other:
-        raise LumiereError(f"--target and --vs are the same token, {wanted}", "there is no difference to explain")
-    averaged, about = (None, "") if given else averaged_tokens(subject.opened)
+        raise LumiereError(f"--target and --vs are the same token, {wanted}", "choose two different tokens")
+    averaged, averaged_over = (None, "") if given else averaged_tokens(opened)
     return Analysis(
         compute=lambda model: logit_attribution(
             model, tokens, positions, wanted, other, not raw, level, averaged, log_prob
         ),
-        show=lambda result: show(result, subject.label, top_k, about),
-        draw=lambda result: draw_logits(result, subject.label),
-        about={"averaged_over": about or None},
+        show=lambda result: show_attribution(result, target, top_k, averaged_over),
+        draw=lambda result: draw_logits(result, target.label),
+        provenance={"averaged_over": averaged_over or None},
     )
+
+
+def show_attribution(result: "LogitAttribution", target: InspectTarget, top_k: int, averaged_over: str) -> None:
+    """Print for each position what is explained, the largest parts, the rest, and the sum."""
+    from lumiere.report.figures.bars import named_parts
+
+    label = target.label
+    for column, position in enumerate(result.positions):
+        what, reference = "logit", ""
+        if result.versus is not None:
+            reference = f" minus that of {label(result.versus)} ({result.versus})"
+        elif result.reference == "mean":
+            reference = f" minus the mean of {averaged_over}"
+        elif result.reference == "prediction":
+            what, reference = "log-probability", f" plus the entropy {result.entropies[column]:.3f}"
+        stdout().print(
+            f"at position {position}, {label(result.tokens[position])}: the {what} of {label(result.targets[column])} "
+            f"({result.targets[column]}){reference} is {result.logits[column]:+.3f}; its probability "
+            f"{result.probabilities[column]:.1%}\n",
+            soft_wrap=False,
+            markup=False,
+        )
+        show_parts(named_parts(result, column, label), top_k)
+        stdout().print()
+
+
+def show_parts(parts: list[tuple[str, float]], top_k: int) -> None:
+    """Print the `top_k` largest parts in the order of the computation, with a bar each, the rest, and the sum."""
+    largest = sorted(range(len(parts)), key=lambda number: -abs(parts[number][1]))[:top_k]
+    scale = max((abs(added) for _, added in parts), default=0.0) or 1.0
+    for number in sorted(largest):
+        name, added = parts[number]
+        length = round(abs(added) / scale * BAR_WIDTH) if abs(added) < float("inf") else 0
+        bar = f"[cyan]{'█' * length}[/]" if added > 0 else f"[red]{'░' * length}[/]"
+        stdout().print(f"{escape(name.ljust(NAME_WIDTH))} {added:+9.3f}  {bar}".rstrip())
+    rest = [added for number, (_, added) in enumerate(parts) if number not in set(largest)]
+    if rest:
+        stdout().print(f"[dim]{f'{len(rest):,} others':{NAME_WIDTH}} {sum(rest):+9.3f}[/]")
+    stdout().print(f"[bold]{'sum':{NAME_WIDTH}} {sum(added for _, added in parts):+9.3f}[/]")

@@ -1,20 +1,35 @@
 """`lumiere inspect summary`."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lumiere.cli.console import show_note
-from lumiere.cli.inspect.analysis import Analysis, Subject, analysis
+from lumiere.cli.console import escape, show_note, stdout
+from lumiere.cli.inspect.command import Analysis, analysis
+from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, count_tokens, drawn_batches, token_label
 from lumiere.errors import LumiereError
+from lumiere.persistence.loading import open_corpus
 
 if TYPE_CHECKING:
     import numpy as np
 
     from lumiere.data.batches import Batch
-    from lumiere.interpret.summary import ModelSummary
+    from lumiere.data.tokenizer import Tokenizer
+    from lumiere.interpret.summary import Check, ModelSummary
 
 BATCH_SIZE = 32
+PART_NAMES = {
+    "token_embedding": ("token embedding", "also the output head (tied)"),
+    "positions": ("positions", "learned"),
+    "attention": ("attention", ""),
+    "feedforward": ("feed-forward", ""),
+    "norms": ("norms", ""),
+}
+KINDS = dict.fromkeys(("query", "key", "value", "output"), "attention") | dict.fromkeys(
+    ("gate", "up", "down"), "feedforward"
+)
+MAX_PLACES = 6
 
 NumWindows = Annotated[
     int, typer.Option("--windows", metavar="N", min=0, help="Validation windows to run; 0 for the weights alone.")
@@ -22,38 +37,136 @@ NumWindows = Annotated[
 
 
 @analysis(text=False)
-def summary(subject: Subject, windows: NumWindows = 256) -> "Analysis[ModelSummary]":
-    """What is in this model? Parameters, norms, ranks, gains, what each part does, dead neurons, and warnings."""
-    from lumiere.cli.inspect.summary_view import show
+def summary(target: InspectTarget, windows: NumWindows = 256) -> "Analysis[ModelSummary]":
+    """What is in this model? Parameters, norms, ranks, gains, what each part writes, dead neurons, and warnings."""
     from lumiere.interpret.summary import summarize
     from lumiere.report.figures.bars import draw_summary
 
-    batches, token_counts, source = choose_text(subject, windows)
+    batches, token_counts, source = summary_inputs(target, windows)
     return Analysis(
         compute=lambda model: summarize(model, batches, token_counts),
-        show=lambda result: show(result, subject.opened.tokenizer),
+        show=lambda result: show_summary(result, target.opened.tokenizer),
         draw=draw_summary,
         source=source,
     )
 
 
-def choose_text(subject: Subject, num_windows: int) -> "tuple[list[Batch], np.ndarray | None, str]":
-    """Validation windows, how often each token stands in the training split, and words about them.
+def summary_inputs(target: InspectTarget, num_windows: int) -> "tuple[list[Batch], np.ndarray | None, str]":
+    """Return validation windows, the count of each token in the training split, and their source.
 
-    Without the corpus there is neither: then the weights have to do, and a line says so.
+    Without the corpus there are neither, and a note says so.
     """
-    from lumiere.cli.inspect.batches import drawn_batches
-    from lumiere.cli.inspect.vocabulary import count_tokens
-    from lumiere.persistence.loading import open_corpus
-
     try:
-        corpus = open_corpus(subject.opened, "restore it as it was")
+        corpus = open_corpus(target.opened, RESTORE)
     except LumiereError as error:
-        show_note(f"{error.message}: what needs a text is left out")
+        show_note(f"{error.message}: only the weights are summarized")
         return [], None, "weights alone"
-    token_counts = count_tokens(corpus.splits["train"].ids, subject.opened.model.vocab_size)
+    token_counts = count_tokens(corpus.splits["train"].ids, target.opened.model.vocab_size)
     if num_windows == 0:
         return [], token_counts, "weights, and the training split's tokens"
     batch_size = min(BATCH_SIZE, num_windows)
-    batches, source = drawn_batches(subject, corpus, -(-num_windows // batch_size), batch_size)
+    batches, source = drawn_batches(target, corpus, -(-num_windows // batch_size), batch_size)
     return batches, token_counts, source
+
+
+def show_summary(result: "ModelSummary", tokenizer: "Tokenizer") -> None:
+    show_parameters(result)
+    show_table(result, "effective rank", result.effective_ranks, ".1f")
+    show_table(result, "root mean square", result.rms, ".3f")
+    show_embeddings(result)
+    stdout().print(f"[dim]{'gains of the norms':18}{'mean (smallest to largest)':>38}[/]")
+    for name, gains in zip(result.gain_names, result.gains, strict=True):
+        stdout().print(f"  {gain_name(name):24}{spread(gains):>30}")
+    stdout().print()
+    if result.writes is not None and result.head_writes is not None:
+        show_activity(result, result.writes, result.head_writes)
+    show_checks(result.checks, tokenizer)
+    stdout().print()
+
+
+def show_parameters(result: "ModelSummary") -> None:
+    total = sum(result.parameters.values())
+    stdout().print(f"[bold]{'parameters':18}{total:12,}[/]")
+    for part, count in result.parameters.items():
+        name, remark = PART_NAMES[part]
+        numbers = f"{count:12,} {count / total:6.1%}"
+        if part == "positions" and not count:
+            numbers, remark = " " * 19, "rotary"
+        stdout().print(f"  {name:16}{numbers}" + (f"  [dim]{remark}[/]" if remark else ""))
+    stdout().print()
+
+
+def show_table(result: "ModelSummary", title: str, values: "np.ndarray", form: str) -> None:
+    """Print one value of every matrix of the blocks: a line a layer, a column a kind."""
+    by_name = dict(zip(result.matrices, values, strict=True))
+    stdout().print(f"[dim]{title:18}{''.join(f'{kind:>8}' for kind in KINDS)}[/]")
+    for layer in range(len(result.gain_names) // 2):
+        cells = (by_name[f"blocks.{layer}.{part}.{kind}.weight"] for kind, part in KINDS.items())
+        stdout().print(f"  {f'L{layer}':16}{''.join(f'{value:8{form}}' for value in cells)}")
+    if values is result.effective_ranks:
+        smaller = dict(zip(result.matrices, result.shapes.min(axis=1), strict=True))
+        limits = "".join(f"{smaller[f'blocks.0.{part}.{kind}.weight']:8}" for kind, part in KINDS.items())
+        stdout().print(f"[dim]  {'at most':16}{limits}[/]")
+    stdout().print()
+
+
+def show_embeddings(result: "ModelSummary") -> None:
+    ranks = dict(zip(result.matrices, result.effective_ranks, strict=True))
+    stdout().print(f"[dim]{'embeddings':18}{'norm of a row (smallest to largest)':>38}  effective rank[/]")
+    stdout().print(
+        f"  {'tokens':16}{spread(result.token_norms):>38}{ranks['token_embedding.weight']:16.1f}"
+        f"\n  {'':16}{result.token_mean_share:.1%} of a row's square is the mean row's"
+    )
+    if result.position_norms is not None:
+        stdout().print(
+            f"  {'positions':16}{spread(result.position_norms):>38}{ranks['position_embedding.weight']:16.1f}"
+            f"\n  {'':16}mean cosine of neighbors {result.position_cosine:.3f}"
+        )
+    stdout().print()
+
+
+def gain_name(name: str) -> str:
+    """Return `L0 attention`, `L0 feed-forward` or `final`."""
+    if not name.startswith("blocks."):
+        return "final"
+    _, layer, part = name.split(".")
+    return f"L{layer} {'attention' if part.startswith('attention') else 'feed-forward'}"
+
+
+def spread(values: "np.ndarray") -> str:
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
+def show_activity(result: "ModelSummary", writes: "np.ndarray", head_writes: "np.ndarray") -> None:
+    """Print how much each part writes, relative to the norm of the residual stream before it."""
+    stdout().print(
+        f"norm of what each part writes, relative to the residual stream before it; mean over {result.num_tokens:,} "
+        f"tokens of {result.num_windows:,} windows",
+        soft_wrap=False,
+    )
+    stdout().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
+    for layer, (attention, feedforward) in enumerate(writes):
+        heads = " ".join(f"{share:.0%}" for share in head_writes[layer])
+        stdout().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
+    stdout().print()
+
+
+def show_checks(checks: "Sequence[Check]", tokenizer: "Tokenizer") -> None:
+    """Print one line a check, and where it found something."""
+    for check in checks:
+        verdict, style = ("warning", "yellow") if check.count else ("ok", "green")
+        found = f"{check.count:,}" if check.count else "no"
+        stdout().print(
+            f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})", soft_wrap=False
+        )
+        if check.count:
+            places = "; ".join(place_name(place, check, tokenizer) for place in check.places[:MAX_PLACES])
+            more = f"; and {check.count - MAX_PLACES:,} more" if check.count > MAX_PLACES else ""
+            stdout().print(f"[dim]{'':8}{escape(places)}{more}[/]", soft_wrap=False)
+
+
+def place_name(place: str, check: "Check", tokenizer: "Tokenizer") -> str:
+    """Return the place; tokens as they are printed."""
+    if not check.what.startswith("tokens"):
+        return place
+    return " as ".join(f"{token_label(tokenizer, int(token))} ({token.strip()})" for token in place.split(","))

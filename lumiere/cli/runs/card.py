@@ -1,7 +1,7 @@
 """`lumiere runs card`: the model card of a run."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def show_card(
     run: RunReference,
     output: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--output", "-o", metavar="FILE", help="Write the card there, for example to README.md."),
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the card to FILE, for example README.md."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     device: Device = "auto",
     runs_dir: RunsDir = None,
 ) -> None:
-    """Write a run's model card: Markdown with the header of the Hugging Face Hub.
+    """Print or write the model card of a run: Markdown with a Hugging Face Hub header.
 
     Example: [bold]lumiere runs card latest -o README.md[/]
     """
@@ -46,40 +46,36 @@ def show_card(
 
 
 def evaluate_now(run: Run, checkpoint: str, device: str, runs_dir: str | None) -> "Evaluation":
-    """The evaluation that the training did not leave, in the way that the training would have made it."""
+    """Evaluate as training would have, for a run without a recorded evaluation."""
     from lumiere.evaluation.loss import evaluate
 
-    show_note(f"run {run.id} keeps no evaluation of its checkpoint {checkpoint}: evaluating it now")
+    show_note(f"run {run.id} has no evaluation of checkpoint {checkpoint}; evaluating it now")
     opened = open_model(run.name, checkpoint, device, runs_dir)
-    corpus = open_corpus(opened, "restore it as it was: without it the card has no figures")
+    corpus = open_corpus(opened, "restore it: the card needs its losses")
     windows = corpus.windows("validation", opened.config)
     facts = corpus.splits["validation"].facts
     return evaluate(opened.model, windows, facts, opened.config.training.batch_size)
 
 
 def check_target(output: str, force: bool) -> "Path":
-    """The file to write.
-
-    Raises:
-        LumiereError: it exists and may not be replaced, or can never be written.
-    """
+    """Return the file to write; raise `LumiereError` if it exists or cannot be written."""
     from pathlib import Path
 
     path = Path(output)
     if not output or path.is_dir():
         raise LumiereError(f"'{output}' is {'a folder' if output else 'no file'}", "name a file: -o README.md")
     if path.exists() and not force:
-        raise LumiereError(f"{path} exists", "replace it with --force, or choose another file")
+        raise LumiereError(f"{path} exists", "replace it with --force, or name another file")
     if not path.parent.is_dir():
-        raise LumiereError(f"there is no folder {path.parent}", "make it first, or choose another file")
+        raise LumiereError(f"there is no folder {path.parent}", "create it first, or name another file")
     return path
 
 
 def write_card(path: "Path", card: str) -> None:
-    """Write the whole card, or nothing."""
+    """Write the card atomically."""
     from lumiere.files import write_atomically
 
     try:
         write_atomically(path, card.encode())
     except OSError as error:
-        raise LumiereError(f"{path} cannot be written: {error.strerror}", "choose another file with -o") from None
+        raise LumiereError(f"{path} cannot be written: {error.strerror}", "name another file with -o") from None

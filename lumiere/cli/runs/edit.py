@@ -1,7 +1,7 @@
-"""`lumiere runs tag` and `lumiere runs note`."""
+"""`lumiere runs tag`, `note`, `rm` and `prune`: commands that change the runs directory."""
 
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -24,29 +24,35 @@ from lumiere.persistence.catalog import (
 from lumiere.persistence.notes import Notes, add_tags, remove_tags, write_note
 from lumiere.persistence.runs import Run, RunStore
 
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, for scripts.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave everything as it is.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted, and delete nothing.")]
 
 
 def tag_run(
     run: RunReference,
     tags: Annotated[list[str], typer.Argument(metavar="TAG...", help="Letters, digits, dots, hyphens, underscores.")],
-    remove: Annotated[bool, typer.Option("--remove", help="Take the tags away.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the tags.")] = False,
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Give a run tags, which [bold]lumiere runs ls --tag TAG[/] finds; or take them away."""
+    """Add tags to a run, or remove them; [bold]lumiere runs ls --tag TAG[/] finds them.
+
+    Example: [bold]lumiere runs tag latest baseline[/]
+    """
     opened = RunStore(runs_dir).open(run)
     show_labels(opened, remove_tags(opened, tags) if remove else add_tags(opened, tags), as_json)
 
 
 def note_run(
     run: RunReference,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to remember; an empty text removes the note.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The note; an empty text removes it.")],
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Write down what you want to remember of a run; [bold]lumiere runs show RUN[/] shows it."""
+    """Attach a note to a run; [bold]lumiere runs show RUN[/] shows it.
+
+    Example: [bold]lumiere runs note latest "first run with dropout"[/]
+    """
     opened = RunStore(runs_dir).open(run)
     show_labels(opened, write_note(opened, text), as_json)
 
@@ -67,7 +73,10 @@ def remove_runs(
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Delete runs, with all that is in their folders; asks before anything goes. A running one is refused."""
+    """Delete runs and everything in their folders, after a confirmation. Running runs are refused.
+
+    Example: [bold]lumiere runs rm 3ka5 --dry-run[/]
+    """
     store = RunStore(runs_dir)
     chosen = distinct([store.open(reference) for reference in runs])
     for run in chosen:
@@ -91,7 +100,7 @@ def remove_runs(
 
 
 def describe_run(entry: Entry, num_bytes: int) -> str:
-    """A run in one line, so that nobody deletes the wrong one."""
+    """Describe a run in one line, to recognize it before deleting it."""
     loss = f"best loss {number(entry.record.best_loss, '.4f')}"
     tags = "".join(f"  #{tag}" for tag in entry.notes.tags)
     return f"{entry.run.name}  {printable(entry.status)}  {loss}  {age(entry.run.created_at)}  {size(num_bytes)}{tags}"
@@ -99,13 +108,15 @@ def describe_run(entry: Entry, num_bytes: int) -> str:
 
 def prune_runs(
     runs: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[RUN...]", help="Names, ids or the start of them, or latest. \\[default: all]"),
+        list[str] | None,
+        typer.Argument(metavar="[RUN...]", help="Names, ids, unique starts of ids, or latest. \\[default: all]"),
     ] = None,
     keep: Annotated[
         str,
         typer.Option(
-            "--keep", metavar="NAMES", help="What stays: best, latest, previous, snapshots, or steps, with commas."
+            "--keep",
+            metavar="NAMES",
+            help="Comma-separated: best, latest, previous, snapshots, or steps.",
         ),
     ] = "best,latest",
     yes: Yes = False,
@@ -113,12 +124,13 @@ def prune_runs(
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Delete the checkpoints of finished runs, all but those that are kept; asks before anything goes.
+    """Delete checkpoints of finished runs except those to keep, after a confirmation.
 
-    Config, metrics and tokenizer stay. Other runs are left alone: one that was interrupted needs its checkpoints to go
-    on. So is a run that has none of those that are kept.
+    Config, metrics and tokenizer stay. Unfinished runs, which need their checkpoints to resume, and runs without any
+    checkpoint to keep are skipped.
 
-    Examples: [bold]--keep best[/] to generate and inspect, [bold]--keep best,snapshots[/] to see it learn as well.
+    Examples: [bold]lumiere runs prune --keep best[/] keeps what generating and inspecting need;
+    [bold]lumiere runs prune --keep best,snapshots[/] also keeps the training dynamics.
     """
     store = RunStore(runs_dir)
     names = parse_keep(keep)
@@ -146,9 +158,9 @@ def prune_runs(
 
 
 def describe_pruning(plan: Pruning) -> str | None:
-    """What becomes of a run; None where there is nothing to say."""
+    """Describe what is deleted of a run; None if nothing is."""
     if plan.reason is not None:
-        return f"{plan.run.name}  left alone: {plan.reason}"
+        return f"{plan.run.name}  skipped: {plan.reason}"
     if not plan.names:
         return None
     shown = ", ".join(plan.names[:4]) + (f" and {len(plan.names) - 4} more" if len(plan.names) > 4 else "")
@@ -156,18 +168,16 @@ def describe_pruning(plan: Pruning) -> str | None:
 
 
 def check_answerable(yes: bool, dry_run: bool) -> None:
-    """Refuse to begin where a question would be asked and nobody is there to answer it."""
+    """Raise `LumiereError` if a confirmation is needed and stdin is not a terminal."""
     if not (yes or dry_run or is_interactive()):
-        raise LumiereError("nobody is there to ask whether to delete", "give --yes; --dry-run shows what would go")
+        raise LumiereError(
+            "stdin is not a terminal, so nobody can confirm",
+            "delete without asking with --yes, or preview with --dry-run",
+        )
 
 
 def confirm(question: str) -> None:
-    """Ask.
-
-    Raises:
-        typer.Exit: if the answer is no.
-    """
-    # Not `typer.confirm`, which writes to stdout, where the answer of the command belongs.
+    """Ask on stderr, which `typer.confirm` does not; exit with 1 unless the answer is yes."""
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     answer = sys.stdin.readline()

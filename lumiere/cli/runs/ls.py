@@ -1,7 +1,7 @@
 """`lumiere runs ls`."""
 
 import sys
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ CURVE_WIDTH = 8
 HEADINGS = ("id", "status", "parameters", "steps", "best loss", "curve", "age", "corpus")
 LEFT = (True, True, False, False, False, True, False, True)
 
-# What a training writes into the record. A script finds each of them, null where a run does not have it (yet).
+# Keys of a training record. JSON output has each of them, null where a run lacks it.
 RECORD_KEYS = (
     *("name", "created_at", "command", "device", "precision", "num_parameters", "total_steps", "dataset"),
     *("corpus_sha256", "step", "epoch", "tokens", "training_seconds", "best_loss", "best_step", "skipped_steps"),
@@ -47,34 +47,34 @@ RECORD_KEYS = (
 
 def list_all(
     statuses: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             "--status",
             metavar="STATUS",
-            help="Only runs that are running, finished, interrupted, failed, crashed or unknown. Repeatable.",
+            help="List runs that are running, finished, interrupted, failed, crashed or unknown. Repeatable.",
         ),
     ] = None,
     tags: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--tag", metavar="TAG", help="Only runs with this tag. Repeatable: with all of them."),
+        list[str] | None,
+        typer.Option("--tag", metavar="TAG", help="List runs with this tag. Repeat it to require several."),
     ] = None,
     sort: Annotated[
         str,
         typer.Option(
             "--sort",
             metavar="ORDER",
-            help="age (newest first), loss (lowest first), steps, parameters (most first) or name (a to z). "
-            "What is not known comes last.",
+            help="Sort by age (newest first), loss (lowest first), steps, parameters (most first) or name (a to z). "
+            "Unknown values come last.",
         ),
     ] = "age",
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--limit", "-n", metavar="N", help="At most so many, after sorting."),
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", metavar="N", help="List at most N runs.")] = None,
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """List the runs, newest first, each with the curve of its training loss from the first step to the last."""
+    """List the runs, newest first, each with a sparkline of its training loss.
+
+    Example: [bold]lumiere runs ls --status finished --sort loss[/]
+    """
     store = RunStore(runs_dir)
     entries = list_runs(store, statuses or (), tags or (), sort, limit)
     if as_json:
@@ -82,13 +82,13 @@ def list_all(
     elif entries:
         sys.stdout.write(listing(entries))
     elif statuses or tags:
-        show_note(f"no such runs in {store.runs_dir}; lumiere runs ls lists all")
+        show_note(f"no matching runs in {store.runs_dir}; lumiere runs ls lists all")
     else:
         show_note(f"no runs in {store.runs_dir}; train one: lumiere train tiny")
 
 
 def listing(entries: list[Entry]) -> str:
-    """The table. By hand and without markup: a library that measures cells takes a second for a thousand runs."""
+    """Format the table, without Rich, which takes a second for a thousand runs."""
     rows = [cells(entry) for entry in entries]
     widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
     lines = [line(HEADINGS, widths)]
@@ -107,7 +107,7 @@ def line(row: tuple[str, ...], widths: list[int]) -> str:
 
 
 def cells(entry: Entry) -> tuple[str, ...]:
-    """Those of one run, without its tags."""
+    """Return the cells of a run, without its tags."""
     return (
         entry.run.id,
         text_cell(entry.status, 11),
@@ -121,7 +121,7 @@ def cells(entry: Entry) -> tuple[str, ...]:
 
 
 def curve(entry: Entry) -> str:
-    """The training loss, or nothing where stdout has no characters for it."""
+    """Return a sparkline of the training loss; empty if stdout cannot encode it."""
     try:
         LEVELS.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -130,7 +130,7 @@ def curve(entry: Entry) -> str:
 
 
 def facts(entry: Entry) -> dict[str, Any]:
-    """What a script wants to know of a run: its record, and what is not in it."""
+    """Return a run's record and identity as JSON values."""
     run = entry.run
     names = {"run": run.name, "id": run.id, "path": str(run.path)}
     record = dict.fromkeys(RECORD_KEYS) | entry.record.to_json()

@@ -5,11 +5,11 @@ import string
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-from lumiere.cli.console import duration, is_coloured, print_json, show_note
+from lumiere.cli.console import duration, is_colored, print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
@@ -22,7 +22,7 @@ def plot_runs(
     runs: RunReferences,
     axis: Annotated[str, typer.Option("--x", metavar="AXIS", help="step, tokens or time (of training).")] = "step",
     output: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             "--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .html (needs lumiere\\[plot])."
         ),
@@ -30,9 +30,11 @@ def plot_runs(
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the training and validation losses of runs, in the terminal or into a file, which is overwritten.
+    """Plot training and validation losses of runs in the terminal, or into a picture.
 
-    Of a long training, lines of metrics are left out evenly, so that a curve has 2,000 points at most.
+    Long runs are downsampled evenly to 2,000 points per curve. An existing picture is overwritten.
+
+    Example: [bold]lumiere runs plot 3ka5 9xwz --x tokens -o losses.html[/]
     """
     from lumiere.report.figures.curves import LossCurves, check_axis, save_loss_curves
     from lumiere.report.figures.figure import check_picture
@@ -41,7 +43,7 @@ def plot_runs(
     if output is not None:
         check_picture(Path(output))
         if as_json:
-            raise LumiereError("--json and --output both answer", "give one of them at a time")
+            raise LumiereError("--json and --output exclude each other", "use one of them")
     store = RunStore(runs_dir)
     entries = [read_entry(run) for run in distinct([store.open(reference) for reference in runs])]
     histories = [read_history(entry.run.metrics_path) for entry in entries]
@@ -67,27 +69,27 @@ def plot_runs(
         show_note(f"wrote {printable(output)}")
         return
 
-    lines = ["loss, nats a token", *draw(histories, axis, terminal_width()), "", *legend(labels)]
+    lines = ["loss, nats per token", *draw(histories, axis, terminal_width()), "", *legend(labels)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
 def label(entry: Entry) -> str:
-    """The run and its corpus: a loss says nothing without what it is over."""
+    """Name a run and its corpus, without which a loss cannot be compared."""
     return printable(f"{entry.run.id} on {entry.record.dataset or '?'}")
 
 
 def values(points: tuple[Point, ...]) -> dict[str, list[Any]]:
-    """Points as columns."""
+    """Return points as columns."""
     return {name: [getattr(point, name) for point in points] for name in Point._fields}
 
 
-# The colours of `report.loss_curves.COLOURS`, as near as the 256 of a terminal come.
-COLOURS = (32, 166, 36, 175, 214, 117)
+# The 256-color terminal's nearest to the colors of the pictures.
+COLORS = (32, 166, 36, 175, 214, 117)
 CHART_HEIGHT = 18
 
 
 def draw(histories: Sequence[History], axis: str, width: int, height: int = CHART_HEIGHT) -> list[str]:
-    """A line each for training, and marks for validation; in colours where stdout has them, else in letters."""
+    """Plot training as lines and validation as marks: in colors if stdout has them, else as letters."""
     from lumiere.cli.terminal_plots import Curve, chart
 
     dotted = has_dots()
@@ -95,18 +97,18 @@ def draw(histories: Sequence[History], axis: str, width: int, height: int = CHAR
     for index, history in enumerate(histories):
         training = [(getattr(point, axis), point.loss) for point in history.training]
         letter = string.ascii_lowercase[index % 26]
-        curves.append(Curve(training, letter, index % len(COLOURS)))
+        curves.append(Curve(training, letter, index % len(COLORS)))
     for index, history in enumerate(histories):
         validation = [(getattr(point, axis), point.loss) for point in history.validation]
         letter = string.ascii_uppercase[index % 26]
-        curves.append(Curve(validation, letter, index % len(COLOURS), is_marked=True))
+        curves.append(Curve(validation, letter, index % len(COLORS), is_marked=True))
     return chart(curves, width, height, X_FORMATS[axis], paint if dotted else None)
 
 
 def legend(labels: Sequence[str]) -> list[str]:
-    """What draws which run."""
+    """Return a legend line for each run."""
     if has_dots():
-        return [f"{paint('⠉⠉', index % len(COLOURS))} training  {paint('●', index % len(COLOURS))} validation  {label}"
+        return [f"{paint('⠉⠉', index % len(COLORS))} training  {paint('●', index % len(COLORS))} validation  {label}"
                 for index, label in enumerate(labels)]  # fmt: skip
     return [
         f"{string.ascii_lowercase[index % 26]} training  {string.ascii_uppercase[index % 26]} validation  {label}"
@@ -115,12 +117,12 @@ def legend(labels: Sequence[str]) -> list[str]:
 
 
 def has_dots() -> bool:
-    """Whether stdout shows colours and braille."""
-    return is_unicode() and is_coloured()
+    """Return whether stdout shows colors and braille."""
+    return is_unicode() and is_colored()
 
 
-def paint(text: str, colour: int) -> str:
-    return typer.style(text, fg=COLOURS[colour])
+def paint(text: str, color: int) -> str:
+    return typer.style(text, fg=COLORS[color])
 
 
 def terminal_width() -> int:

@@ -1,7 +1,6 @@
 """`lumiere runs show`."""
 
 import shlex
-from collections.abc import Mapping
 from typing import Any
 
 from lumiere.cli.console import STATUS_STYLES, age, escape, number, print_json, size, stdout, text_cell
@@ -13,11 +12,14 @@ from lumiere.persistence.runs import RunStore
 
 MAX_TEXT = 2000  # characters of one value
 SHOWN_CHECKPOINTS = 5
-"""As many snapshots have a line of their own; `--json` has all."""
+"""More snapshots are summarized in one line; `--json` lists all."""
 
 
 def show_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False) -> None:
-    """Show what is known of a run: how it went, with what, what it takes on the disk, and how to repeat it."""
+    """Show everything recorded about a run: results, settings, machine, disk usage, how to repeat it.
+
+    Example: [bold]lumiere runs show latest[/]
+    """
     entry = read_entry(RunStore(runs_dir).open(run))
     details = describe(entry)
     if as_json:
@@ -27,7 +29,7 @@ def show_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False)
 
 
 def describe(entry: Entry) -> dict[str, Any]:
-    """The facts of `runs ls`, and all that takes longer to find out."""
+    """Return the facts of `runs ls`, and those that take longer to read."""
     from dataclasses import asdict
 
     from lumiere.persistence.catalog import changed_values, checkpoint_files, config_values, disk_bytes
@@ -56,7 +58,7 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 
 def original_command(entry: Entry) -> str | None:
-    """What the user typed, as a shell reads it."""
+    """Return what the user typed, quoted for a shell."""
     return shlex.join(entry.record.command) or None
 
 
@@ -95,7 +97,7 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
     stdout().print(f"  {escape(printable(details['repeat']))}")
     if details["original_command"]:
         command = shortened(printable(details["original_command"]), MAX_TEXT)
-        stdout().print(f"  {escape(command)}  [dim]as it was started[/]")
+        stdout().print(f"  {escape(command)}  [dim]original command[/]")
     show_config(details)
 
 
@@ -111,7 +113,7 @@ def evaluation_line(kept: dict[str, Any]) -> str:
 
 
 def show_config(details: dict[str, Any]) -> None:
-    """Each setting on a line, those that are not the default with the default beside them."""
+    """Print each setting, with its default if changed."""
     heading("config")
     if details["config"] is None:
         stdout().print(f"  {escape(printable(details['config_problem']))}")
@@ -127,7 +129,7 @@ def show_config(details: dict[str, Any]) -> None:
 
 
 def setting(value: Any) -> str:
-    """A setting as JSON writes it, text without quotes where it stays one word."""
+    """Format a setting as JSON; single words without quotes."""
     from lumiere.persistence.metrics import to_json
 
     text = value if isinstance(value, str) and value and " " not in value else to_json(value)
@@ -139,13 +141,13 @@ def heading(text: str) -> None:
 
 
 def row(name: str, value: str) -> None:
-    """One line, unless there is nothing to say."""
+    """Print one row, unless the value is empty."""
     if value:
         stdout().print(f"[bold]{name:10}[/] {escape(shortened(printable(value), MAX_TEXT))}")
 
 
 def progress(details: dict[str, Any]) -> str:
-    """By the metrics, which are newer than the record while a run is trained."""
+    """Format the progress from the metrics, which are newer than the record during training."""
     newest = details["last_training"] or details["last_evaluation"] or details
     total = number(details.get("total_steps"), ",")
     of_total = f" of {total}" if total != "-" else ""
@@ -174,11 +176,11 @@ def speed(details: dict[str, Any]) -> str:
     if not training:
         return ""
     speed, mfu = number(training.get("tokens_per_second"), ",.0f"), number(training.get("mfu"), ".0%")
-    return f"{speed} tokens/s, {mfu} mfu, at last"
+    return f"{speed} tokens/s, {mfu} MFU"
 
 
-def machine(value: Mapping[str, Any]) -> str:
-    if not value:
+def machine(value: Any) -> str:
+    if not isinstance(value, dict):
         return ""
     gpus = value.get("gpus") or []
     names = ", ".join(map(str, gpus)) if isinstance(gpus, list) else str(gpus)
@@ -186,8 +188,8 @@ def machine(value: Mapping[str, Any]) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-def pairs(value: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {version}" for key, version in value.items())
+def pairs(value: Any) -> str:
+    return ", ".join(f"{key} {version}" for key, version in value.items()) if isinstance(value, dict) else ""
 
 
 def checkpoint_lines(checkpoints: list[dict[str, Any]]) -> list[str]:

@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LOOKS = 1.0
 MOST_UNKNOWN_LOOKS = 5
-"""A run that was made this moment has no status yet."""
+"""A run that was just created has no status yet."""
 MAX_POINTS = 500
 CHART_HEIGHT = 12
 
 
 def watch_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False) -> None:
-    """Watch a training from another terminal, until it ends; Ctrl-C leaves it running.
+    """Follow a training run from another terminal until it ends. Ctrl-C stops watching, not training.
 
-    Where the output is no terminal, the newest line of metrics is printed, and then each line as it comes; with
-    [bold]--json[/] as in metrics.jsonl, with a last line that has the run's status.
+    Without a terminal, print the newest metrics, then each new line; with [bold]--json[/] the lines of metrics.jsonl,
+    and at the end the run's status.
+
+    Example: [bold]lumiere runs watch latest[/]
     """
     watched = Watched(RunStore(runs_dir).open(run))
     if as_json or not sys.stdout.isatty():
@@ -35,7 +37,7 @@ def watch_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False
 
 
 class Watched:
-    """What is known of a run so far, from its files."""
+    """The state of a run, read from its files."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -53,11 +55,11 @@ class Watched:
         self.last_evaluation: dict[str, Any] = {}
 
     def look(self) -> list[dict[str, Any]]:
-        """Read what is new: the lines since the last look; of the first look the last one of each kind."""
-        # The status first: what was written before it changed is then found by the same look.
+        """Return the metrics since the last look; the first look returns the last training and evaluation."""
+        # Read the status first: metrics written before it changed are then found by the same look.
         self.status, self.record = self.run.status, self.run.record
         if not self.run.path.is_dir():
-            raise LumiereError(f"run {self.run.id} is gone", "lumiere runs ls lists those that are there")
+            raise LumiereError(f"run {self.run.id} is gone", "lumiere runs ls lists the runs")
         self._unknown_looks += self.status == "unknown"
         is_first, restarts = self._is_first, self._follower.restarts
         self._is_first = False
@@ -85,13 +87,13 @@ class Watched:
 
     @property
     def step(self) -> int | float | None:
-        """The step that the newest line is about."""
+        """Step of the newest metrics."""
         lines = (self.last_training, self.last_evaluation)
         return as_number(max(lines, key=lambda line: line.get("step", -1)).get("step"))
 
     @property
     def seconds_left(self) -> float | None:
-        """Of training, at the mean pace so far; evaluating and saving come on top."""
+        """Estimate from the mean speed so far, without evaluating and saving."""
         total, step = self.record.total_steps, self.step
         seconds = as_number((self.last_training or self.last_evaluation).get("time"))
         if total is None or not step or seconds is None:
@@ -131,7 +133,7 @@ def watch_live(watched: Watched) -> None:
 
     from lumiere.cli.console import stdout
 
-    # Unredirected, because Rich's stand-in for stdout says that it is no terminal.
+    # Not redirected: Rich's replacement of stdout is not a terminal.
     with Live(console=stdout(), auto_refresh=False, redirect_stdout=False) as live:
         while True:
             watched.look()
@@ -142,7 +144,7 @@ def watch_live(watched: Watched) -> None:
 
 
 def view(watched: Watched) -> "RenderableType":
-    """What stands in the terminal at one moment."""
+    """Render the current state."""
     from rich.console import Group
     from rich.text import Text
 
@@ -153,13 +155,13 @@ def view(watched: Watched) -> "RenderableType":
     parts: list[RenderableType] = [title, Text(figures(watched))]
     history = watched.history
     if history.training or history.validation:
-        lines = [*draw([history], "step", terminal_width(), CHART_HEIGHT), *legend(["nats a token"])]
+        lines = [*draw([history], "step", terminal_width(), CHART_HEIGHT), *legend(["nats per token"])]
         parts.extend(Text.from_ansi(line, no_wrap=True) for line in lines)
     return Group(*parts)
 
 
 def figures(watched: Watched) -> str:
-    """The newest figures in one line."""
+    """Format the newest metrics in one line."""
     training, evaluation, record = watched.last_training, watched.last_evaluation, watched.record
     parts = [f"step {number(watched.step, ',')}{of_total(record)}"]
     if training:
@@ -175,7 +177,7 @@ def figures(watched: Watched) -> str:
 
 
 def describe(record: dict[str, Any], watched: Watched) -> str:
-    """A line of metrics in words."""
+    """Format a line of metrics."""
     step = f"step {number(record['step'], ',')}{of_total(watched.record)}"
     if "val_loss" in record:
         perplexity = number(record.get("val_perplexity"), ",.2f")

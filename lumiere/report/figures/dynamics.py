@@ -1,47 +1,65 @@
-"""Numbers along a training as one interactive page: a file of its own, without any other.
+"""Metrics over training: a picture with one panel per metric, and an interactive page.
 
-Point at a panel, or move with the arrow keys, and all panels show their values at that snapshot. The curves are SVG
-that is written here; the few lines of JavaScript only move a line and write numbers, and without them the page is a
-picture.
+Both show log steps and mark phase changes. The page draws its curves as SVG; the script only moves a cursor and writes
+values, so that without scripts the page is still a picture.
 """
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lumiere.interpret.dynamics import METRICS, Dynamics
-from lumiere.report.figures.figure import COLOURS, INK, LINE_STYLES, new_figure, style_axes, style_text
+from lumiere.report.figures.figure import (
+    COLORS,
+    INK,
+    LINE_STYLES,
+    Picture,
+    add_legend,
+    new_figure,
+    set_title,
+    style_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from lumiere.interpret.dynamics import Dynamics
 
 CAPTION = (
-    "Each panel is a number along the snapshots of one training, over log steps. Coloured: those that changed most; "
-    "grey: all others; dotted: what chance gives. A band is the phase change of the first curve, if one is claimed: "
-    "a fast change between two levels, steeper than the rest of the curve over log steps and over steps."
+    "Each panel shows a metric over the snapshots of one training run, over log steps. Colored: the series that "
+    "changed most; gray: all others; dotted: chance level. A band marks the phase change of the first series, if one "
+    "was found: a fast change between two levels, steeper than the rest of the curve over log steps and over steps."
 )
-NAMED_IN_PICTURE = 3
-"""Curves of a panel with a colour and a name."""
+PICTURE_SERIES, PAGE_SERIES = 3, len(COLORS)
+"""Series of a panel with a color and a name."""
 TICKS = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 170, 44, 412, 8, 150
+"""Size of a panel of the page, and the edges of its plot, in SVG units."""
+
+
+def log_steps(steps: Any) -> np.ndarray:
+    """log2(1 + step), the x-axis: step 0 is at 0."""
+    return np.log2(1.0 + np.asarray(steps))
 
 
 def claims(result: Dynamics) -> str:
-    """How many phase changes are claimed, and in how many series."""
+    """The number of phase changes found, and of series searched."""
     found = int((result.phase_starts >= 0).sum())
     return (
-        f"Phase changes: {found:,} found in {result.num_tried:,} series tried. In a phase change, a curve moves fast "
-        "from one level to another; up to 5% of random walks seem to."
+        f"Phase changes: {found:,} found in {result.num_tried:,} series searched. In a phase change, a curve moves "
+        "fast from one level to another; up to 5% of random walks appear to."
     )
 
 
-def draw_dynamics(result: Dynamics) -> Figure:
-    """The figure: the training's loss, then a panel for each metric, in two columns.
+def training_curve(result: Dynamics) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and losses of the training curve up to the last snapshot."""
+    shown = result.curve_steps <= result.steps[-1]
+    return result.curve_steps[shown], result.curve_losses[shown]
+
+
+def draw_dynamics(result: Dynamics) -> Picture:
+    """Draw the training loss, then a panel for each metric, in two columns.
 
     Raises:
         LumiereError: matplotlib is not installed.
@@ -53,266 +71,127 @@ def draw_dynamics(result: Dynamics) -> Figure:
     figure = new_figure(10, 2.7 * num_rows)
     panels = figure.subplots(num_rows, 2, squeeze=False, sharex=True).flatten()
     if with_curve:
-        draw_curve(panels[0], result)
+        steps, losses = training_curve(result)
+        panels[0].plot(log_steps(steps), losses, color=COLORS[0], linewidth=1)
+        set_title(panels[0], "training loss (nats)")
     for axes, metric in zip(panels[int(with_curve) :], metrics, strict=False):
         draw_metric(axes, result, metric)
     for axes in panels[num_panels:]:
         axes.remove()
+    ticks = [step for step in TICKS if step <= result.steps[-1]]
     for number, axes in enumerate(panels[:num_panels]):
-        style_panel(axes, int(result.steps[-1]), with_label=number + 2 >= num_panels)
-    return figure
-
-
-def draw_curve(axes: Axes, result: Dynamics) -> None:
-    """The loss as it was measured while training."""
-    within = result.curve_steps <= result.steps[-1]
-    axes.plot(positions(result.curve_steps[within]), result.curve_losses[within], color=COLOURS[0], linewidth=1)
-    axes.set_title("training loss (nats)", loc="left", fontsize=9)
+        is_lowest = number + 2 >= num_panels
+        axes.set_xticks(log_steps(ticks), [f"{step:,}" for step in ticks])
+        axes.tick_params(labelsize=7, labelbottom=is_lowest)
+        axes.set_xlabel("step" if is_lowest else "", fontsize=8)
+        style_axes(axes)
+    return Picture(figure, "Metrics over training", CAPTION, page=lambda title: dynamics_page(result, title))
 
 
 def draw_metric(axes: Axes, result: Dynamics, metric: str) -> None:
-    """Its curves, those that changed most above the others."""
-    series, x = result.series_of(metric), positions(result.steps)
-    for number in series[NAMED_IN_PICTURE:]:
+    """Draw the series of a metric, those that changed most on top."""
+    from lumiere.interpret.dynamics import METRICS
+
+    series, x = result.series_of(metric), log_steps(result.steps)
+    for number in series[PICTURE_SERIES:]:
         axes.plot(x, result.values[number], color=INK, alpha=0.15, linewidth=0.8)
-    for rank, number in reversed(list(enumerate(series[:NAMED_IN_PICTURE]))):
-        colour, style = COLOURS[rank], LINE_STYLES[rank % len(LINE_STYLES)]
+    for rank, number in reversed(list(enumerate(series[:PICTURE_SERIES]))):
+        color, values, errors = COLORS[rank], result.values[number], result.errors[number]
         place = result.places[number] or metric
-        axes.plot(x, result.values[number], style, color=colour, marker="o", markersize=2.5, label=place)
-        errors = result.errors[number]
+        axes.plot(x, values, LINE_STYLES[rank], color=color, marker="o", markersize=2.5, label=place)
         if np.isfinite(errors).any():
-            axes.fill_between(
-                x, result.values[number] - errors, result.values[number] + errors, color=colour, alpha=0.2
-            )
-    baseline = result.baselines[series[0]]
-    if np.isfinite(baseline):
-        axes.axhline(baseline, color=INK, alpha=0.5, linewidth=0.8, linestyle=":")
-    start, end = result.phase_starts[series[0]], result.phase_ends[series[0]]
-    if start >= 0:
-        axes.axvspan(*positions(np.array([start, end])), color=COLOURS[0], alpha=0.12, linewidth=0)
+            axes.fill_between(x, values - errors, values + errors, color=color, alpha=0.2)
+    first = series[0]
+    if np.isfinite(result.baselines[first]):
+        axes.axhline(result.baselines[first], color=INK, alpha=0.5, linewidth=0.8, linestyle=":")
+    if result.phase_starts[first] >= 0:
+        start, end = log_steps([result.phase_starts[first], result.phase_ends[first]])
+        axes.axvspan(start, end, color=COLORS[0], alpha=0.12, linewidth=0)
     unit = METRICS[metric].unit
-    axes.set_title(f"{metric} ({unit})" if unit else metric, loc="left", fontsize=9)
-    if result.places[series[0]]:
+    set_title(axes, f"{metric} ({unit})" if unit else metric)
+    if result.places[first]:
         handles, labels = axes.get_legend_handles_labels()
-        legend = axes.legend(handles[::-1], labels[::-1], fontsize=7, frameon=False)
-        style_text(*legend.get_texts())
-
-
-def style_panel(axes: Axes, last_step: int, *, with_label: bool) -> None:
-    ticks = [step for step in TICKS if step <= last_step]
-    axes.set_xticks(positions(np.array(ticks)), [f"{step:,}" for step in ticks])
-    axes.tick_params(labelsize=7, labelbottom=with_label)
-    if with_label:
-        axes.set_xlabel("step", fontsize=8)
-    style_axes(axes)
-
-
-def positions(steps: np.ndarray | Sequence[int]) -> np.ndarray:
-    """Where steps stand on the axis, log2(1 + step), so that step 0 has a place."""
-    return np.log2(1.0 + np.asarray(steps))
-
-
-NAMED = 6
-"""Curves of a panel with a colour, a name and a number: as many as there are colours."""
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 170, 44, 8, 8, 20
-
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ color: #111; background: #fff; font: 16px/1.45 system-ui, sans-serif; }}
-body {{ max-width: 68rem; margin: 1.5rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1rem; margin: 0; }}
-#panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }}
-#panels:focus-visible {{ outline: 2px solid #0072B2; outline-offset: 6px; }}
-section p {{ margin: 0; font-size: .85rem; opacity: .8; }}
-svg {{ width: 100%; height: auto; display: block; touch-action: pan-y; }}
-svg text {{ font-size: 10px; fill: currentColor; }}
-.curve {{ fill: none; stroke-width: 1.6; }} .rest {{ stroke: currentColor; opacity: .18; stroke-width: 1; }}
-.grid {{ stroke: currentColor; opacity: .12; }} .chance {{ stroke: currentColor; opacity: .6; stroke-dasharray: 2 3; }}
-.phase {{ fill: #0072B2; opacity: .14; }} .cursor {{ stroke: currentColor; opacity: .7; }}
-ul {{ list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .85rem; }}
-li b {{ display: inline-block; width: .8rem; height: .25rem; vertical-align: middle; margin-right: .3rem; }}
-li output {{ font-variant-numeric: tabular-nums; font-weight: 600; }}
-#step {{ position: sticky; top: 0; padding: .4rem 0; background: Canvas; font-weight: 600; }}
-@media (prefers-color-scheme: dark) {{ body {{ color: #eee; background: #111; }} #step {{ background: #111; }} }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{caption}</p>
-<p id="step" aria-live="polite"></p>
-<div id="panels" tabindex="0" role="group" aria-label="Panels; the arrow keys move along the snapshots">
-{panels}
-</div>
-<script type="application/json" id="data">{data}</script>
-<script>
-{script}
-</script>
-</body>
-</html>
-"""
-SCRIPT = """\
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const panels = document.getElementById("panels");
-let current = data.steps.length - 1;
-function show(index) {
-  current = Math.max(0, Math.min(data.steps.length - 1, index));
-  document.getElementById("step").textContent =
-    "step " + data.steps[current].toLocaleString("en") + " (point at a panel, or use the arrow keys)";
-  for (const line of document.querySelectorAll(".cursor")) {
-    line.setAttribute("x1", data.places[current]);
-    line.setAttribute("x2", data.places[current]);
-  }
-  for (const cell of document.querySelectorAll("output")) {
-    const value = data.values[cell.dataset.series][current];
-    cell.textContent = value === null ? "none" : value.toFixed(3);
-  }
-}
-function nearest(event) {
-  const svg = event.target.closest("svg");
-  if (!svg) return;
-  const box = svg.getBoundingClientRect();
-  const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
-  const distances = data.places.map(place => Math.abs(place - x));
-  show(distances.indexOf(Math.min(...distances)));
-}
-panels.addEventListener("pointermove", nearest);
-panels.addEventListener("pointerdown", nearest);
-panels.addEventListener("keydown", event => {
-  const target = { ArrowLeft: current - 1, ArrowRight: current + 1, Home: 0, End: data.steps.length - 1 }[event.key];
-  if (target === undefined) return;
-  event.preventDefault();
-  show(target);
-});
-show(current);
-"""
+        add_legend(axes, handles=handles[::-1], labels=labels[::-1], fontsize=7)
 
 
 def dynamics_page(result: Dynamics, title: str) -> str:
-    """The page, with all that it needs in it."""
+    """Render the interactive page as self-contained HTML."""
+    from lumiere.report.rendering import Scale, render_html
+
+    x = Scale(0.0, max(float(log_steps(result.steps[-1])), 1.0), LEFT, RIGHT)
     metrics = list(dict.fromkeys(result.metrics))
-    shown = [number for metric in metrics for number in result.series_of(metric)[:NAMED]]
+    shown = [number for metric in metrics for number in result.series_of(metric)[:PAGE_SERIES]]
     data = {
         "steps": result.steps.tolist(),
-        "places": [round(x, 2) for x in across(result.steps, result.steps[-1]).tolist()],
-        "values": {str(number): [finite(value) for value in result.values[number].tolist()] for number in shown},
+        "places": [round(place, 2) for place in x(log_steps(result.steps)).tolist()],
+        "values": {number: [v if np.isfinite(v) else None for v in result.values[number].tolist()] for number in shown},
     }
-    panels = [curve_panel(result)] if len(result.curve_steps) else []
-    panels += [metric_panel(result, metric) for metric in metrics]
-    return PAGE.format(
-        title=html.escape(title),
-        caption=html.escape(f"{CAPTION} {claims(result)}"),
-        panels="\n".join(panels),
-        # No text in it ends the element early.
-        data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
-        script=SCRIPT,
+    panels = [curve_panel(result, x)] if len(result.curve_steps) else []
+    return render_html(
+        "dynamics.html.j2",
+        title=title,
+        caption=f"{CAPTION} {claims(result)}",
+        size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        ticks=[(float(x(log_steps(step))), step) for step in TICKS if step <= result.steps[-1]],
+        panels=[*panels, *(metric_panel(result, metric, x) for metric in metrics)],
+        data=data,
     )
 
 
-def curve_panel(result: Dynamics) -> str:
-    """The loss as it was measured while training, up to the last snapshot."""
-    within = result.curve_steps <= result.steps[-1]
-    losses, steps = result.curve_losses[within], result.curve_steps[within]
-    scale = scale_of([losses])
-    line = path(
-        across(steps, result.steps[-1]), up(losses, scale), f'class="curve" stroke="{COLOURS[0]}"', "training loss"
-    )
-    return section("training loss", "one batch a point, in nats", frame(result, scale), line, "")
+def curve_panel(result: Dynamics, x: Any) -> dict[str, Any]:
+    """What the template needs to draw the training loss."""
+    from lumiere.report.rendering import svg_path
+
+    steps, losses = training_curve(result)
+    y, grid = value_axis(losses)
+    path = svg_path(zip(x(log_steps(steps)).tolist(), y(losses).tolist(), strict=True))
+    curve = {"path": path, "color": COLORS[0], "name": "training loss"}
+    return {"name": "training loss", "meaning": "one batch per point (nats)", "grid": grid, "curves": [curve]}
 
 
-def metric_panel(result: Dynamics, metric: str) -> str:
-    """The curves of a metric: those that changed most with a name and a number."""
+def metric_panel(result: Dynamics, metric: str, x: Any) -> dict[str, Any]:
+    """What the template needs to draw a metric: the first series last, so that they lie on top."""
+    from lumiere.interpret.dynamics import METRICS
+    from lumiere.report.rendering import svg_path
+
     series, about = result.series_of(metric), METRICS[metric]
     baseline = float(result.baselines[series[0]])
-    scale = scale_of([result.values[series].flatten(), np.array([baseline])])
-    x, marks = across(result.steps, result.steps[-1]), []
-    start, end = int(result.phase_starts[series[0]]), int(result.phase_ends[series[0]])
-    if start >= 0:
-        left, right = across(np.array([start, end]), result.steps[-1])
-        marks.append(
-            f'<rect class="phase" x="{left:.2f}" y="{TOP}" width="{right - left:.2f}" height="{HEIGHT - TOP - BOTTOM}">'
-            f"<title>phase change: steps {start:,} to {end:,}</title></rect>"
-        )
-    if np.isfinite(baseline):
-        y = up(np.array([baseline]), scale)[0]
-        marks.append(
-            f'<line class="chance" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.2f}" y2="{y:.2f}">'
-            f"<title>by chance {baseline:.3f}</title></line>"
-        )
-    items = []
-    for rank, number in reversed(list(enumerate(series))):
-        style = f'class="curve" stroke="{COLOURS[rank]}"' if rank < NAMED else 'class="curve rest"'
-        marks.append(path(x, up(result.values[number], scale), style, result.places[number] or metric))
-    for rank, number in enumerate(series[:NAMED]):
-        name = html.escape(result.places[number] or metric)
-        phase = ""
-        if result.phase_starts[number] >= 0:
-            phase = f" · phase change {result.phase_starts[number]:,}–{result.phase_ends[number]:,}"
-        items.append(
-            f'<li><b style="background:{COLOURS[rank]}"></b>{name} <output data-series="{number}"></output>{phase}</li>'
-        )
-    meaning = about.meaning + (f" ({about.unit})" if about.unit not in ("", "share") else "")
-    return section(metric, meaning, frame(result, scale), "".join(marks), f"<ul>{''.join(items)}</ul>")
+    y, grid = value_axis(np.append(result.values[series], baseline))
+    places = x(log_steps(result.steps)).tolist()
+    curves = [
+        {
+            "path": svg_path(zip(places, y(result.values[number]).tolist(), strict=True)),
+            "color": COLORS[rank] if rank < PAGE_SERIES else None,
+            "name": result.places[number] or metric,
+            "series": number,
+            "phase": phase_steps(result, number),
+        }
+        for rank, number in enumerate(series)
+    ]
+    phase = phase_steps(result, series[0])
+    return {
+        "name": metric,
+        "meaning": about.meaning + (f" ({about.unit})" if about.unit not in ("", "share") else ""),
+        "grid": grid,
+        "phase": None if phase is None else (*x(log_steps(phase)).tolist(), *phase),
+        "chance": (float(y(baseline)), baseline) if np.isfinite(baseline) else None,
+        "curves": curves,
+    }
 
 
-def section(name: str, meaning: str, axes: str, marks: str, legend: str) -> str:
-    cursor = f'<line class="cursor" x1="{WIDTH}" x2="{WIDTH}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-    picture = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(name)}">{axes}{marks}{cursor}</svg>'
-    )
-    return f"<section><h2>{html.escape(name)}</h2><p>{html.escape(meaning)}</p>{picture}{legend}</section>"
+def phase_steps(result: Dynamics, number: int) -> tuple[int, int] | None:
+    """First and last step of the phase change of a series."""
+    start, end = int(result.phase_starts[number]), int(result.phase_ends[number])
+    return (start, end) if start >= 0 else None
 
 
-def frame(result: Dynamics, scale: tuple[float, float]) -> str:
-    """Grid, and the numbers along both axes."""
-    parts = []
-    for step in (step for step in TICKS if step <= result.steps[-1]):
-        x = across(np.array([step]), result.steps[-1])[0]
-        parts.append(f'<line class="grid" x1="{x:.2f}" x2="{x:.2f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{x:.2f}" y="{HEIGHT - 6}" text-anchor="middle">{step:,}</text>')
-    for value in np.linspace(*scale, 4):
-        y = up(np.array([value]), scale)[0]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.2f}" y2="{y:.2f}"/>')
-        parts.append(f'<text x="{LEFT - 4}" y="{y + 3:.2f}" text-anchor="end">{value:.3g}</text>')
-    return "".join(parts)
+def value_axis(values: np.ndarray) -> tuple[Any, list[tuple[float, str]]]:
+    """The scale that spans the finite values, and its grid lines with their labels."""
+    from lumiere.report.rendering import Scale
 
-
-def path(x: np.ndarray, y: np.ndarray, style: str, name: str) -> str:
-    """A line that is broken where there is no number."""
-    pieces, pen = [], "M"
-    for left, down in zip(x.tolist(), y.tolist(), strict=True):
-        if np.isfinite(down):
-            pieces.append(f"{pen}{left:.2f} {down:.2f}")
-            pen = "L"
-        else:
-            pen = "M"
-    return f'<path {style} d="{"".join(pieces)}"><title>{html.escape(name)}</title></path>'
-
-
-def scale_of(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The lowest and the highest number, a little apart where they are the same."""
-    numbers = np.concatenate(values)
-    numbers = numbers[np.isfinite(numbers)]
-    if not len(numbers):
-        return 0.0, 1.0
-    low, high = float(numbers.min()), float(numbers.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def across(steps: np.ndarray, last_step: int) -> np.ndarray:
-    return LEFT + positions(steps) / max(float(positions([last_step])[0]), 1.0) * (WIDTH - LEFT - RIGHT)
-
-
-def up(values: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
-    return HEIGHT - BOTTOM - (values - scale[0]) / (scale[1] - scale[0]) * (HEIGHT - TOP - BOTTOM)
-
-
-def finite(value: float) -> Any:
-    return value if np.isfinite(value) else None
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    y = Scale(low, high, BOTTOM, TOP)
+    return y, [(float(y(value)), f"{value:.3g}") for value in np.linspace(low, high, 4)]

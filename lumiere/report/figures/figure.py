@@ -1,15 +1,14 @@
-"""Pictures of any kind: PNG, SVG, or one HTML file that needs nothing else; readable on a light and on a dark page."""
+"""Figures in any format: PNG, SVG, or a self-contained HTML page; readable on light and dark backgrounds."""
 
 from __future__ import annotations
 
-import html
 import io
 import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lumiere.errors import LumiereError
 from lumiere.files import write_atomically
@@ -20,45 +19,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-
 SUFFIXES = (".png", ".svg", ".html")
-# Okabe and Ito 2008, "Color Universal Design", without black and yellow, which vanish on a dark and on a light page.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINE_STYLES = ("-", "--", ":", "-.")  # the next one for each round of the colours
+# Okabe and Ito 2008, "Color Universal Design", without black and yellow, which vanish on dark and light pages.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINE_STYLES = ("-", "--", ":", "-.")
 FACTS_SIZE, CAPTION_SIZE = 9.5, 8.5
-CHARACTERS_PER_INCH = 12  # of facts and captions
-INK = "#010203"  # stands for the page's own text colour, and is no other's
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ color: #111; background: #fff; font: 16px/1.5 system-ui, sans-serif; }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-svg {{ width: 100%; height: auto; }}
-@media (prefers-color-scheme: dark) {{ body {{ color: #eee; background: #111; }} }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{svg}
-{caption}
-</body>
-</html>
-"""
+CHARACTERS_PER_INCH = 12
+"""In facts and captions."""
+INK = "#010203"
+"""Placeholder for the text color of the page; no other element has this color."""
+LABEL_WIDTH = 12
+"""Maximum number of characters of a token beside a heat map."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what has to be said with it.
+    """A figure with its title and caption.
 
     Attributes:
-        caption: what is seen, and whose idea it is.
-        page: makes the whole HTML file of a title, where that is more than the figure between its words.
+        caption: what the figure shows, with its source.
+        page: renders a complete HTML file from a title, for figures that have a page of their own.
     """
 
     figure: Figure
@@ -68,30 +48,32 @@ class Picture:
 
 
 def check_picture(path: Path) -> None:
-    """Refuses a path that no picture can be written to.
+    """Check that a picture can be written to `path`.
 
     Raises:
-        LumiereError: its suffix is none of `SUFFIXES`, it is a folder, or its folder is not there.
+        LumiereError: unknown suffix, the path is a directory, its directory does not exist, or matplotlib is not
+            installed.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise LumiereError(f"{str(path)!r} is no picture", f"its name has to end in {', '.join(SUFFIXES)}")
-    check_place(path)
+        raise LumiereError(f"{str(path)!r} is not a picture file", f"end the name in {', '.join(SUFFIXES)}")
+    check_output(path)
+    check_drawing()
 
 
-def check_place(path: Path) -> None:
-    """Refuses a path that no file can be written to.
+def check_output(path: Path) -> None:
+    """Check that a file can be written to `path`.
 
     Raises:
-        LumiereError: it is a folder, or its folder is not there.
+        LumiereError: the path is a directory, or its directory does not exist.
     """
     if path.is_dir():
-        raise LumiereError(f"{str(path)!r} is a folder", "give the name of a file")
+        raise LumiereError(f"{str(path)!r} is a directory", "give the name of a file")
     if not path.parent.is_dir():
-        raise LumiereError(f"there is no folder {str(path.parent)!r}", "make it first, or choose another")
+        raise LumiereError(f"directory {str(path.parent)!r} does not exist", "create it first, or choose another")
 
 
 def check_drawing() -> None:
-    """Refuses to draw where that cannot be.
+    """Check that figures can be drawn.
 
     Raises:
         LumiereError: matplotlib is not installed.
@@ -100,7 +82,7 @@ def check_drawing() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, its size in inches.
+    """Return an empty figure of this size in inches.
 
     Raises:
         LumiereError: matplotlib is not installed.
@@ -108,15 +90,14 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise LumiereError(
-            "a picture needs matplotlib, which is not installed", install_command("matplotlib")
-        ) from None
+        raise LumiereError("pictures need matplotlib, which is not installed", install_command("matplotlib")) from None
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def style_axes(axes: Axes) -> None:
-    """All that is no data in the colour of the text, over nothing."""
+    """Draw everything but the data in the text color, on a transparent background."""
     axes.set_facecolor("none")
+    axes.set_axisbelow(True)
     axes.grid(alpha=0.2, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     for side in axes.spines.values():
@@ -126,58 +107,58 @@ def style_axes(axes: Axes) -> None:
 
 
 def style_text(*texts: Text) -> None:
-    """Text as it is, in the page's colour: a corpus may have dollars in its name."""
+    """Use the text color, and show dollar signs as they are: tokens and corpora may contain them."""
     for text in texts:
         text.set_parse_math(False)
         text.set_color(INK)
 
 
-def save_picture(path: Path, picture: Picture, facts: str) -> None:
-    """Writes the picture with its words atomically, in the format of the path's suffix.
+def set_title(axes: Axes, text: str, fontsize: float = 9) -> None:
+    style_text(axes.set_title(text, fontsize=fontsize, loc="left"))
+
+
+def add_legend(axes: Axes, **options: Any) -> None:
+    style_text(*axes.legend(frameon=False, **options).get_texts())
+
+
+def fitted(label: str) -> str:
+    """Cut a label to `LABEL_WIDTH` characters."""
+    return label if len(label) <= LABEL_WIDTH else label[: LABEL_WIDTH - 1] + "…"
+
+
+def rank_label(rank: float) -> str:
+    """`1,204`; `1,023.5` for the mean rank of tied tokens."""
+    return f"{rank:,.1f}".removesuffix(".0")
+
+
+def save_picture(path: Path, picture: Picture, facts: str | None = None) -> None:
+    """Write a picture atomically, in the format of the suffix.
 
     Args:
-        facts: what is drawn: the model, and the text that it was given.
-
-    Raises:
-        LumiereError: the file cannot be written.
-    """
-    if path.suffix.lower() != ".html":
-        write_words(picture, facts)
-        save_figure(path, picture.figure, picture.title, picture.caption)
-    elif picture.page is not None:
-        write_picture(path, picture.page(f"{picture.title}: {facts}").encode())
-    else:
-        save_figure(path, picture.figure, picture.title, f"{picture.caption}\n{facts}")
-
-
-def write_words(picture: Picture, facts: str) -> None:
-    """Title and facts above the figure, the caption below it: a picture travels without its page."""
-    figure = picture.figure
-    width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
-    facts = textwrap.fill(facts, int(width * CAPTION_SIZE / FACTS_SIZE))
-    title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=FACTS_SIZE)
-    style_text(title, figure.supxlabel(textwrap.fill(picture.caption, width), fontsize=CAPTION_SIZE))
-
-
-def save_figure(path: Path, figure: Figure, title: str, caption: str) -> None:
-    """Writes the figure atomically, in the format of the path's suffix.
-
-    Args:
-        title, caption: of a page.
+        facts: the model and the text shown; written into PNG and SVG together with title and caption, because these
+            files are passed around without a page. None writes the bare figure.
 
     Raises:
         LumiereError: the file cannot be written.
     """
     suffix = path.suffix.lower()
-    if suffix == ".html":
-        data = page(title, inline_svg(figure), caption).encode()
+    if suffix == ".html" and picture.page is not None:
+        data = picture.page(f"{picture.title}: {facts}").encode()
+    elif suffix == ".html":
+        from lumiere.report.rendering import render_html
+
+        paragraphs = [*picture.caption.splitlines(), *([] if facts is None else [facts])]
+        svg = inline_svg(picture.figure)
+        data = render_html("figure.html.j2", title=picture.title, svg=svg, paragraphs=paragraphs).encode()
     else:
-        data = rendered(figure, suffix.removeprefix("."), facecolor="white")
-    write_picture(path, data)
+        if facts is not None:
+            add_words(picture, facts)
+        data = render_figure(picture.figure, suffix.removeprefix("."), facecolor="white")
+    write_output(path, data)
 
 
-def write_picture(path: Path, data: bytes) -> None:
-    """Writes a file whole.
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file atomically.
 
     Raises:
         LumiereError: it cannot be written.
@@ -186,67 +167,57 @@ def write_picture(path: Path, data: bytes) -> None:
         write_atomically(path, data)
     except OSError as error:
         raise LumiereError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}", "choose another place"
+            f"{str(path)!r} cannot be written: {error.strerror or error}", "choose another path"
         ) from error
 
 
-def rendered(figure: Figure, form: str, facecolor: str) -> bytes:
-    """The figure as PNG or SVG. Text stays text in an SVG, and the same numbers give the same bytes."""
+def add_words(picture: Picture, facts: str) -> None:
+    """Write title and facts above the figure and the caption below it."""
+    figure = picture.figure
+    width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
+    facts = textwrap.fill(facts, int(width * CAPTION_SIZE / FACTS_SIZE))
+    title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=FACTS_SIZE)
+    style_text(title, figure.supxlabel(textwrap.fill(picture.caption, width), fontsize=CAPTION_SIZE))
+
+
+def render_figure(figure: Figure, form: str, facecolor: str) -> bytes:
+    """Render as `png` or `svg`. Text stays text in an SVG; equal numbers give equal bytes."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
     metadata = {"Date": None} if form == "svg" else None
     if form == "png":
-        spell_missing_characters(figure)
+        escape_missing_glyphs(figure)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lumiere"}), warnings.catch_warnings():
-        # In an SVG the reader's fonts draw the text; the one that only measures it here may lack a character.
+        # The reader's fonts draw the text of an SVG; the font that measures it here may lack a character.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(buffer, format=form, metadata=metadata, facecolor=facecolor)
     return buffer.getvalue()
 
 
-def spell_missing_characters(figure: Figure) -> None:
-    """Writes characters that the font does not have as `\\u4eba`, rather than all as the same box."""
+def escape_missing_glyphs(figure: Figure) -> None:
+    """Replace characters that the font lacks by escapes such as `\\u4eba`, instead of identical boxes."""
     from matplotlib.axis import Axis
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.text import Text
 
     known = get_font(findfont(FontProperties())).get_charmap()
 
-    def spelled(content: str) -> str:
+    def escape(content: str) -> str:
         return "".join(c if ord(c) in known or c == "\n" else ascii(c)[1:-1] for c in content)
 
     for axis in figure.findobj(Axis):
         assert isinstance(axis, Axis)
-        # The labels of ticks are written anew whenever they are drawn.
         labels = [text.get_text() for text in axis.get_ticklabels()]
-        if any(spelled(label) != label for label in labels):
-            axis.set_ticks(axis.get_ticklocs(), [spelled(label) for label in labels])
+        if any(escape(label) != label for label in labels):
+            # Tick labels are written again whenever they are drawn.
+            axis.set_ticks(axis.get_ticklocs(), [escape(label) for label in labels])
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
-        text.set_text(spelled(text.get_text()))
+        text.set_text(escape(text.get_text()))
 
 
 def inline_svg(figure: Figure) -> str:
-    """The figure as an element of a page, without a background, its text in the colour of the page's."""
-    text = rendered(figure, "svg", facecolor="none").decode()
+    """Return an `<svg>` element without a background, its text in the color of the page's text."""
+    text = render_figure(figure, "svg", facecolor="none").decode()
     return text[text.index("<svg") :].replace(INK, "currentColor")
-
-
-def page(title: str, svg: str, caption: str) -> str:
-    """One self-contained HTML file; each line of the caption is a paragraph."""
-    paragraphs = "\n".join(f"<p>{html.escape(line)}</p>" for line in caption.splitlines())
-    return PAGE.format(title=html.escape(title), svg=svg, caption=paragraphs)
-
-
-LABEL_WIDTH = 12
-
-
-def fitted(label: str) -> str:
-    """The label, its end left out where it is too long."""
-    return label if len(label) <= LABEL_WIDTH else label[: LABEL_WIDTH - 1] + "…"
-
-
-def rank_label(rank: float) -> str:
-    """`1,204`; `1,023.5` where tied tokens share their places."""
-    return f"{rank:,.1f}".removesuffix(".0")

@@ -1,6 +1,6 @@
-// All heads of the chosen text as small pictures, and one of them large.
+// Thumbnails of all heads on the chosen text, and one head enlarged.
 
-// A pixel a pair of words; the square root lets small shares be seen.
+// One pixel per pair of tokens; the square root makes small weights visible.
 function paintPattern(canvas, rows) {
   const size = rows.length;
   canvas.width = size;
@@ -10,8 +10,8 @@ function paintPattern(canvas, rows) {
   const [page, up, down] = [rgb("--page-rgb"), rgb("--up-rgb"), rgb("--down-rgb")];
   for (let t = 0; t < size; t++) {
     for (let s = 0; s < size; s++) {
-      const colour = blend(s <= t ? Math.sqrt(rows[t][s] / 1000) : 0, page, up, down);
-      image.data.set([...colour, 255], 4 * (t * size + s));
+      const color = blend(s <= t ? Math.sqrt(rows[t][s] / 1000) : 0, page, up, down);
+      image.data.set([...color, 255], 4 * (t * size + s));
     }
   }
   context.putImageData(image, 0, 0);
@@ -32,7 +32,7 @@ function drawThumbnails() {
           type: "button",
           "data-key": headName(l, h),
           "aria-pressed": isChosen,
-          "aria-label": `Head ${headName(l, h)}, open large`,
+          "aria-label": `Enlarge head ${headName(l, h)}`,
           onclick: () => choose({ head: isChosen ? null : [l, h] }),
         },
         canvas,
@@ -43,11 +43,11 @@ function drawThumbnails() {
   redraw(grid, ...buttons);
 }
 
-// The chosen head with its words at the edges. A cursor moves by pointer and by arrow keys; a line reads it out.
+// The chosen head with its tokens along the edges. Pointer and arrow keys move a cursor; the caption reads it out.
 function drawLarge() {
   const figure = find("large");
   if (!state.head) {
-    redraw(figure, element("figcaption", {}, "No head is chosen."));
+    redraw(figure, element("figcaption", {}, "No head chosen."));
     return;
   }
   const [layer, head] = state.head;
@@ -66,7 +66,7 @@ function drawLarge() {
       if (row >= 0 && row < rows.length && column >= 0 && column <= row) show(row, column);
     };
     caption.replaceChildren(
-      `${headName(layer, head)}: `, tokenSpan(text.tokens[t]), ` (position ${t}) takes ${percent(rows[t][s])} from `,
+      `${headName(layer, head)}: `, tokenSpan(text.tokens[t]), ` (position ${t}) attends ${percent(rows[t][s])} to `,
       tokenSpan(text.tokens[s]), ` (position ${s}).`,
     );
   };
@@ -110,7 +110,7 @@ function paintLarge(canvas, width, rows, tokens, [chosenRow, chosenColumn]) {
   context.font = `${Math.min(12, Math.max(9, cell - 2))}px ui-monospace, Menlo, Consolas, monospace`;
   context.textBaseline = "middle";
   for (let index = 0; index < size; index++) {
-    // Where there is no room for all labels, those of the cursor.
+    // Without room for all labels, only those of the cursor.
     const isRow = cell >= 9 || index === chosenRow;
     const isColumn = cell >= 9 || index === chosenColumn;
     const text = label(tokens[index]).slice(0, 13);

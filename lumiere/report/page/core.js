@@ -1,25 +1,25 @@
-// Pure functions: no document, so that they can be tested alone.
+// Pure functions that need no document, so that they can be tested on their own.
 
-// Thousandths as a share in percent: 634 is "63%", 4 is "0.4%", 0 is "<0.1%".
+// Thousandths as a percentage: 634 is "63%", 4 is "0.4%", 0 is "<0.1%".
 function percent(thousandths) {
   if (thousandths === null) return "–";
   if (thousandths === 0) return "<0.1%";
   return thousandths < 100 ? `${(thousandths / 10).toFixed(1)}%` : `${Math.round(thousandths / 10)}%`;
 }
 
-// A number with its sign, and a real minus.
+// A number with its sign and a typographic minus.
 function signed(value, decimals = 2) {
   if (value === null) return "–";
   const size = Math.abs(value).toFixed(decimals);
   return Number(size) === 0 ? size : `${value < 0 ? "−" : "+"}${size}`;
 }
 
-// The index of the largest value, the first of equal ones.
+// Index of the largest value, the first of equal values.
 function argmax(values) {
   return values.reduce((best, value, index) => (value > values[best] ? index : best), 0);
 }
 
-// Indices of values by size, the largest absolute value first.
+// Indices of values, largest absolute value first.
 function bySize(values) {
   return values.map((_, index) => index).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]) || a - b);
 }
@@ -28,7 +28,7 @@ function largestSize(values) {
   return values.reduce((most, value) => Math.max(most, Math.abs(value ?? 0)), 0);
 }
 
-// Where each bar of a waterfall starts and ends, then the sum from zero.
+// Start and end of each bar of a waterfall, and the total.
 function waterfall(added) {
   const bars = [];
   let total = 0;
@@ -39,12 +39,12 @@ function waterfall(added) {
   return { bars, total };
 }
 
-// The mean of several rows of equal length.
+// Mean of rows of equal length.
 function meanRow(rows) {
   return rows[0].map((_, index) => rows.reduce((total, row) => total + row[index], 0) / rows.length);
 }
 
-// The index that a key leads to in a list that is laid out in rows of `columns`; null if the key means nothing.
+// Index that a key leads to in a list laid out in rows of `columns`; null for other keys.
 function moved(index, key, count, columns = 1) {
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
   if (key === "Home") return 0;
@@ -54,14 +54,14 @@ function moved(index, key, count, columns = 1) {
   return next < 0 || next >= count ? index : next;
 }
 
-// A colour between the page's and that of a value from -1 to 1, as [red, green, blue].
+// [red, green, blue] between the page's color and that of a value from -1 to 1.
 function blend(value, page, up, down) {
   const size = Math.min(1, Math.abs(value));
   const towards = value < 0 ? down : up;
   return page.map((from, channel) => Math.round(from + (towards[channel] - from) * size));
 }
 
-// Of the points [x, y] the nearest to one, or in a direction from it; -1 if there is none there.
+// Index of the point nearest to [x, y], optionally in the direction of an arrow key; -1 if there is none.
 function nearest(points, [x, y], key = null) {
   const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   let best = -1;
@@ -80,7 +80,7 @@ function nearest(points, [x, y], key = null) {
   return best;
 }
 
-// Which labels can be written without touching one that is before them: boxes are [x, y, width, height].
+// Indices of the boxes [x, y, width, height] that overlap no earlier box.
 function apart(boxes) {
   const kept = [];
   boxes.forEach(([x, y, width, height], index) => {

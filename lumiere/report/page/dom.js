@@ -1,4 +1,4 @@
-// The numbers, what is chosen, and how elements are made. Text is set as text, never as HTML.
+// The data, the selection, and helpers that make elements. Text is inserted as text, never as HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const state = { text: 0, position: 0, word: 0, head: null, layer: 0, neuron: 0 };
@@ -9,7 +9,7 @@ const label = (token) => data.labels[token];
 const currentText = () => data.texts[state.text];
 const headName = (layer, head) => `L${layer}H${head}`;
 
-// An element with attributes and children; strings become text nodes.
+// Make an element with attributes and children; strings become text nodes.
 function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -20,7 +20,7 @@ function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-// A token as it is printed, shaded by a value from -1 to 1.
+// A token, shaded by a value from -1 to 1.
 function tokenSpan(token, value = 0, attributes = {}) {
   const { class: extra = "", ...rest } = attributes;
   return shaded(element("span", { class: `token ${extra}`, ...rest }, label(token)), value);
@@ -33,7 +33,7 @@ function shaded(node, value) {
   return node;
 }
 
-// New children for a container. What had the focus keeps it, if something with the same data-key is there again.
+// Replace the children of a container; the child with the same data-key keeps the focus.
 function redraw(container, ...children) {
   const focused = container.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
   const scrolled = container.scrollLeft;
@@ -45,7 +45,7 @@ function redraw(container, ...children) {
   }
 }
 
-// Change what is chosen and draw all views that say that they depend on it.
+// Change the selection and redraw the views that depend on it.
 function choose(changes) {
   const changed = Object.keys(changes).filter((name) => state[name] !== changes[name]);
   Object.assign(state, changes);
@@ -54,7 +54,7 @@ function choose(changes) {
   }
 }
 
-// One stop of the Tab key for a group of buttons; the arrow keys move in it.
+// Move the focus inside a group of buttons with the arrow keys.
 function roving(container, columns, pick) {
   container.addEventListener("keydown", (event) => {
     const buttons = [...container.querySelectorAll("button")];
@@ -67,14 +67,14 @@ function roving(container, columns, pick) {
   });
 }
 
-// How many buttons of a wrapping group are in its first line.
+// Number of buttons in the first line of a wrapping group.
 function firstLine(container) {
   const buttons = [...container.children];
   const count = buttons.findIndex((button) => button.offsetTop > buttons[0].offsetTop + 4);
   return count < 0 ? buttons.length : count;
 }
 
-// A part's name, a bar from one value to another, and a number.
+// A name, a bar from one value to another, and a number.
 function barRow(name, from, to, lowest, highest, text, kind = "") {
   const across = (value) => ((value - lowest) / (highest - lowest)) * 100;
   const bar = element("div", { class: `bar ${kind} ${to < from ? "down" : ""}` });

@@ -1,4 +1,4 @@
-// The lens: layers by words, the last layer on top.
+// Logit lens: layers by tokens, the last layer on top.
 
 function drawLens() {
   const { lens, tokens } = currentText();
@@ -14,7 +14,7 @@ function drawLens() {
       ),
     ),
   );
-  const head = element("tr", {}, element("th", {}, "after reading"), ...heads);
+  const head = element("tr", {}, element("th", {}, "after"), ...heads);
   roving(head, () => 1, true);
   const rows = lens.stages.map((name, stage) =>
     element(
@@ -25,18 +25,18 @@ function drawLens() {
         const token = lens.tokens[stage][position][0];
         const share = lens.probabilities[stage][position][0];
         const isRight = position + 1 < tokens.length && token === tokens[position + 1];
-        const told = `${label(token)} ${percent(share)}; entropy ${lens.entropies[stage][position]} nats, KL to the end ${lens.divergences[stage][position]} nats`;
-        return element("td", { class: chosen(position) }, tokenSpan(token, share / 1000, { class: isRight ? "right" : "", title: told }));
+        const details = `${label(token)} ${percent(share)}; entropy ${lens.entropies[stage][position]} nats, KL to the output ${lens.divergences[stage][position]} nats`;
+        return element("td", { class: chosen(position) }, tokenSpan(token, share / 1000, { class: isRight ? "right" : "", title: details }));
       }),
     ),
   );
-  const goal = element("tr", {}, element("th", { scope: "row" }, "the text"), ...tokens.map((_, position) =>
+  const goal = element("tr", {}, element("th", { scope: "row" }, "next in text"), ...tokens.map((_, position) =>
     element("td", { class: chosen(position) }, position + 1 < tokens.length ? tokenSpan(tokens[position + 1]) : "")));
   redraw(find("lens-table"), element("table", {}, element("thead", {}, head), element("tbody", {}, goal, ...rows.reverse())));
   scrollLens();
 }
 
-// Keep the chosen column in sight: after a new choice the table moves no more than it has to.
+// Scroll the table just enough to show the chosen column.
 function scrollLens() {
   const box = find("lens-table");
   const chosen = box.querySelector("thead .chosen");

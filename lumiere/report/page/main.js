@@ -1,4 +1,4 @@
-// The start: light and dark, and the first drawing.
+// Light and dark theme, and the first drawing.
 
 function isDark() {
   const chosen = document.documentElement.dataset.theme;
@@ -10,7 +10,7 @@ function start() {
   const name = () => {
     theme.textContent = isDark() ? "Light" : "Dark";
   };
-  // Colours of the canvases, which no style reaches.
+  // Canvas colors are not reached by styles.
   const repaint = () => {
     name();
     drawThumbnails();
@@ -25,7 +25,7 @@ function start() {
   window.matchMedia("print").addEventListener("change", repaint);
   let width = window.innerWidth;
   window.addEventListener("resize", () => {
-    if (window.innerWidth === width) return; // a phone's bars come and go as it scrolls
+    if (window.innerWidth === width) return; // a phone's browser bars come and go while scrolling
     width = window.innerWidth;
     choose({ size: width });
     repaint();

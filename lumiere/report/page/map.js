@@ -1,4 +1,4 @@
-// The map of the tokens: points, as many labels as there is room for, and the neighbours of one.
+// Map of token embeddings: points, as many labels as fit, and the neighbors of one token.
 
 const SVG = "http://www.w3.org/2000/svg";
 const LETTER = 7.3;
@@ -12,7 +12,7 @@ function svgElement(tag, attributes, text = null) {
 
 function drawMap() {
   const box = find("embedding");
-  const { tokens, points, neighbours, cosines, variances } = data.embeddings;
+  const { tokens, points, neighbors, cosines, variances } = data.embeddings;
   const width = Math.max(280, Math.min(1080, box.clientWidth));
   const height = Math.max(320, Math.round(width * 0.6));
   const [edgeX, edgeY] = [44, 22];
@@ -35,13 +35,13 @@ function drawMap() {
   let here = 0;
   const show = (index) => {
     here = index;
-    const near = new Set(neighbours[index]);
+    const near = new Set(neighbors[index]);
     dots.forEach((dot, other) => {
       dot.setAttribute("class", other === index ? "here" : near.has(tokens[other]) ? "near" : "");
       dot.setAttribute("r", other === index ? 5 : near.has(tokens[other]) ? 4 : 2.6);
     });
-    const listed = neighbours[index].flatMap((token, rank) => [" ", tokenSpan(token), ` ${cosines[index][rank].toFixed(2)}`]);
-    read.replaceChildren(tokenSpan(tokens[index]), " is nearest to", ...listed, ".");
+    const listed = neighbors[index].flatMap((token, rank) => [" ", tokenSpan(token), ` ${cosines[index][rank].toFixed(2)}`]);
+    read.replaceChildren(tokenSpan(tokens[index]), ": nearest neighbors", ...listed, ".");
   };
   svg.addEventListener("pointermove", (event) => {
     const frame = svg.getBoundingClientRect();
@@ -55,7 +55,7 @@ function drawMap() {
     if (next >= 0) show(next);
   });
   const [first, second] = variances;
-  const note = element("p", { class: "note" }, `The ${tokens.length} most frequent tokens. Across: ${percent(first)} of their variance; up: ${percent(second)}. The rest is not to be seen here.`);
+  const note = element("p", { class: "note" }, `The ${tokens.length} most frequent tokens. Horizontal: ${percent(first)} of their variance; vertical: ${percent(second)}. The rest of the variance is not shown.`);
   redraw(box, read, svg, note);
   show(here);
 }

@@ -1,14 +1,14 @@
-// One neuron at a time: where it is strongest, and what it makes more likely there.
+// One neuron at a time: where it is strongest, and which tokens it promotes there.
 
 function drawNeuron() {
   const box = find("neuron");
   if (!data.neurons) {
-    redraw(box, element("p", { class: "note" }, "The run's text is not there, so that no examples could be found."));
+    redraw(box, element("p", { class: "note" }, "No examples: the run's validation text is not available."));
     return;
   }
   const neurons = data.neurons.layers[state.layer];
   const neuron = neurons[state.neuron];
-  const largest = element("span", {}, `${state.neuron + 1} of ${neurons.length}, those that write most first`);
+  const largest = element("span", {}, `${state.neuron + 1} of ${neurons.length}, largest output first`);
   const step = (change) => () => choose({ neuron: (state.neuron + change + neurons.length) % neurons.length });
   const layers = data.neurons.layers.map((_, layer) =>
     element(
@@ -43,8 +43,8 @@ function drawNeuron() {
     controls,
     element("h3", { "aria-live": "polite" }, `Neuron ${neuron.neuron} of layer ${state.layer}`),
     ...examples,
-    element("p", { class: "spaced" }, "At its strongest it makes more likely: ", ...promoted),
-    element("p", { class: "note" }, `Of ${data.neurons.num_tokens.toLocaleString("en")} tokens of validation text. A neuron has a sign: blue is positive, orange negative.`),
+    element("p", { class: "spaced" }, "Promotes at its strongest: ", ...promoted),
+    element("p", { class: "note" }, `Over ${data.neurons.num_tokens.toLocaleString("en")} tokens of validation text. Activations are signed: blue is positive, orange negative.`),
   );
 }
 

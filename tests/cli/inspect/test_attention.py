@@ -1,27 +1,17 @@
 """`inspect attention`: its kinds, and how much of them it shows."""
 
-import csv
-import json
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lumiere.cli.inspect.attention import KINDS
-from lumiere.interpret.attention import COMBINED, WEIGHTED
 from tests.cli.inspect.commands import inspect, inspect_json
 
 inspect_attention = partial(inspect, "attention")
 shown = partial(inspect_json, "attention")
 
 PROMPT = ("--prompt", "One day a fox")
-
-
-def test_the_kinds_are_those_of_the_library() -> None:
-    """The command lists them again, since its help loads no torch."""
-    assert (*WEIGHTED, *COMBINED) == KINDS
 
 
 @pytest.fixture(params=["many", "few"])
@@ -74,33 +64,8 @@ def test_every_kind_fits_the_terminal_and_verifies(runs_dir: str, kind: str) -> 
 
 def test_one_token(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text cannot be so short by the options, but a window can."""
-    monkeypatch.setattr("lumiere.cli.inspect.texts.choose_text", lambda *a, **k: ((0,), "one token"))
+    monkeypatch.setattr("lumiere.cli.inspect.inputs.choose_text", lambda *a, **k: ((0,), "one token"))
     for kind in KINDS:
         result = inspect_attention("--runs-dir", runs_dir, "--kind", kind)
         assert result.exit_code == 0, result.output
     assert shown("--runs-dir", runs_dir)["mean_distance"] == [[None, None]] * 2
-
-
-@pytest.mark.parametrize("kind", ["norm-weighted", "rollout"])
-def test_files_hold_the_same_numbers(runs_dir: str, kind: str) -> None:
-    expected = shown("--runs-dir", runs_dir, "--kind", kind, *PROMPT)
-    for suffix in ("json", "csv", "npz"):
-        assert inspect_attention("--runs-dir", runs_dir, "--kind", kind, *PROMPT, "-o", f"out.{suffix}").exit_code == 0
-    assert json.loads(Path("out.json").read_text()) == expected
-    field = "weights" if kind == "rollout" else "norms"
-    with np.load("out.npz") as saved:
-        assert saved[field].tolist() == expected[field]
-    with open("out.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            place = [int(row[name]) for name in ("layer", "head", "destination", "source") if name in row]
-            value = np.array(expected[field])[tuple(place)]
-            assert float(row["weight" if kind == "rollout" else "norm"]) == value
-
-
-@pytest.mark.parametrize(
-    ("kind", "hint"), [("rolout", "did you mean rollout?"), ("x", f"the kinds are {', '.join(KINDS)}")]
-)
-def test_a_kind_that_there_is_not(runs_dir: str, kind: str, hint: str) -> None:
-    result = inspect_attention("--runs-dir", runs_dir, "--kind", kind)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.splitlines() == [f"error: there is no kind '{kind}'", f"hint: {hint}"]

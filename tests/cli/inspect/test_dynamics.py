@@ -1,6 +1,5 @@
 """`lumiere inspect dynamics`: what it prints, writes and refuses."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lumiere.cli.inspect.dynamics_view import MOST_COLUMNS, ruler, shown_columns
+from lumiere.cli.inspect.dynamics import ruler
 from lumiere.interpret.dynamics import DEFAULT_METRICS
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
@@ -91,21 +90,6 @@ def test_the_view_fits_80_columns(runs_dir: str) -> None:
     assert f"{loss[0]:>7.2f} {loss[-1]:>7.2f}" in result.stdout
 
 
-def test_files_hold_the_same_numbers(runs_dir: str) -> None:
-    expected = shown("--runs-dir", runs_dir)
-    for suffix in ("json", "csv", "npz"):
-        assert inspect("dynamics", "--runs-dir", runs_dir, "-o", f"out.{suffix}").exit_code == 0
-    assert json.loads(Path("out.json").read_text()) == expected
-    with np.load("out.npz") as saved:
-        assert saved["values"].tolist() == expected["values"]
-        assert saved["steps"].tolist() == STEPS
-    with open("out.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(expected["metrics"]) * len(STEPS)
-    for row in rows:
-        assert float(row["value"]) == values(expected, row["metric"], row["place"])[STEPS.index(int(row["step"]))]
-
-
 def test_pictures_and_the_page_that_answers_keys(runs_dir: str) -> None:
     for suffix in ("svg", "png", "html"):
         assert inspect("dynamics", "--runs-dir", runs_dir, "-m", "induction", "-o", f"out.{suffix}").exit_code == 0
@@ -114,12 +98,6 @@ def test_pictures_and_the_page_that_answers_keys(runs_dir: str) -> None:
     page = Path("out.html").read_text()
     assert 'addEventListener("keydown"' in page
     assert page.count("<output data-series=") == 4
-
-
-def test_verify_computes_it_again(runs_dir: str) -> None:
-    receipts = shown("--runs-dir", runs_dir, "--verify")["receipts"]
-    assert receipts[-1]["law"] == "the same in float64"
-    assert 0 < receipts[-1]["error"] < 1e-4
 
 
 def test_without_the_corpus_it_goes_on_and_says_so(
@@ -159,50 +137,9 @@ def test_a_damaged_snapshot_is_refused(trained_run: Run, tmp_path: Path) -> None
     assert not (tmp_path / "a.json").exists()
 
 
-def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.interpret.head_scores.rounding", lambda model: -1.0)
-    result = inspect("dynamics", "--runs-dir", runs_dir, "-m", "induction")
-    assert result.exit_code == 3
-    assert "rows sum to 1" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "messages"),
-    [
-        (["-m", "inducton"], ["there is no metric 'inducton'", "did you mean induction?"]),
-        (["-m", "zzz"], ["there is no metric 'zzz'", "one of validation-loss, "]),
-        (["--random", "8", "-m", "norm"], ["8 random tokens twice do not fit the model"]),
-        (["--random", "3", "--prompt", "a"], ["--prompt and --random are two texts"]),
-        (["-o", "out.jsn"], ["did you mean .json?"]),
-        (["--run", "zzz"], ["no run 'zzz'"]),
-    ],
-)
-def test_bad_input_is_refused(runs_dir: str, options: list[str], messages: list[str]) -> None:
-    result = inspect("dynamics", "--runs-dir", runs_dir, *options)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 2
-    for message in messages:
-        assert message in result.stderr
-    assert not list(Path().iterdir())
-
-
-def test_there_is_no_checkpoint_to_choose(runs_dir: str) -> None:
-    assert inspect("dynamics", "--runs-dir", runs_dir, "--checkpoint", "best").exit_code == 2
-
-
 def test_the_ruler_stands_above_its_columns() -> None:
     steps = [0, 1, 2, 4, 8, 16, 1024, 2048, 4096]
     text = ruler(steps)
     assert text == "0  4  1,024"
     for column in (0, 3, 6):
         assert text[column:].startswith(f"{steps[column]:,}")
-
-
-def test_of_many_snapshots_as_many_as_fit_are_shown(trained_run: Run) -> None:
-    class Many:
-        steps = np.arange(100)
-
-    columns = shown_columns(Many())  # pyright: ignore[reportArgumentType]
-    assert len(columns) == MOST_COLUMNS
-    assert columns[[0, -1]].tolist() == [0, 99]

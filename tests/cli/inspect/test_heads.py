@@ -1,15 +1,13 @@
 """`inspect heads`: which tokens it takes, its view, its files, its errors."""
 
-import csv
 import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lumiere.cli.inspect.heads import show
+from lumiere.cli.inspect.heads import show_scores
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SPECIAL_TOKENS
 from lumiere.interpret.head_scores import SCORES, head_scores
@@ -104,7 +102,7 @@ def test_layers_heads_and_threshold(runs_dir: str) -> None:
 
 
 def test_the_view_names_the_heads_of_each_role_and_what_overlaps(capsys: pytest.CaptureFixture[str]) -> None:
-    show(head_scores(induction_circuit(), torch.tensor([[0, *[3, 4, 5] * 4, 5, 5, 5]])), "all tokens")
+    show_scores(head_scores(induction_circuit(), torch.tensor([[0, *[3, 4, 5] * 4, 5, 5, 5]])), "all tokens")
     words = " ".join(capsys.readouterr().out.split())
     assert "previous heads: L0H0 (100% ± 3%)" in words
     assert "induction heads: L1H2 (" in words
@@ -129,40 +127,6 @@ def test_the_view_fits_80_columns_and_says_the_threshold(runs_dir: str) -> None:
     assert "no head has a role" in none
 
 
-def test_a_default_threshold_of_the_library(runs_dir: str) -> None:
-    """The command has it again, since its help loads no torch."""
-    from lumiere.interpret.head_scores import THRESHOLD
-
-    assert shown("--runs-dir", runs_dir)["threshold"] == THRESHOLD
-
-
-def test_files_hold_the_same_numbers(runs_dir: str) -> None:
-    expected = shown("--runs-dir", runs_dir)
-    for suffix in ("json", "csv", "npz"):
-        assert inspect_heads("--runs-dir", runs_dir, "-o", f"out.{suffix}").exit_code == 0
-    assert json.loads(Path("out.json").read_text()) == expected
-    with np.load("out.npz") as saved:
-        assert saved["scores"].tolist() == expected["scores"]
-        assert saved["repeat_gap"].tolist() == expected["repeat_gap"]
-    with open("out.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * 6
-    for row in rows:
-        layer, head = int(row["layer"]), int(row["head"])
-        if row["score"] == "copying":
-            assert float(row["value"]) == expected["copying"][layer][head]
-        else:
-            number = expected["score_names"].index(row["score"])
-            assert float(row["value"]) == expected["scores"][layer][head][number]
-            assert float(row["uniform"]) == expected["uniform"][number]
-
-
-def test_verify_computes_it_again(runs_dir: str) -> None:
-    receipts = shown("--runs-dir", runs_dir, "--verify")["receipts"]
-    assert receipts[-1]["law"] == "the same in float64"
-    assert 0 < receipts[-1]["error"] < 1e-5
-
-
 def test_without_the_corpus_the_scores_are_there(
     trained_run: Run, runs_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,30 +138,3 @@ def test_without_the_corpus_the_scores_are_there(
     assert found["in_context_score"] is None
     assert found["text_scores"] is None
     assert isinstance(found["repeat_gap"], float)
-
-
-def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.interpret.head_scores.rounding", lambda model: -1.0)
-    result = inspect_heads("--runs-dir", runs_dir)
-    assert result.exit_code == 3
-    assert "rows sum to 1" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--random", "8"], "8 random tokens twice do not fit the model"),
-        (["--random", "3", "--prompt", "a"], "--prompt and --random are two texts"),
-        (["--layer", "2"], "there is no layer 2"),
-        (["--head", "0-9"], "there is no head 9"),
-        (["--output", "heads.jsn"], "did you mean .json?"),
-        (["--prompt", " "], "the prompt is empty"),
-    ],
-)
-def test_bad_input_is_refused(runs_dir: str, options: list[str], message: str) -> None:
-    result = inspect_heads("--runs-dir", runs_dir, *options)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 2
-    assert message in result.stderr
-    assert not list(Path().iterdir())

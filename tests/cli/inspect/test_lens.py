@@ -1,15 +1,12 @@
 """`lumiere inspect lens`: what it shows, writes and refuses."""
 
-import csv
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import Result
 
-from lumiere.cli.inspect.lens_view import choose_columns
+from lumiere.cli.inspect.lens import choose_columns
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.report.figures.heat_maps import stage_name
 from tests.cli.inspect.commands import inspect, inspect_json
@@ -94,62 +91,13 @@ def test_positions_are_chosen(runs_dir: str) -> None:
     assert "-" in alone.stdout
 
 
-def test_files_hold_the_same_numbers(runs_dir: str) -> None:
-    expected = shown(runs_dir, *PROMPT)
-    for suffix in ("json", "csv", "npz"):
-        assert inspect_lens(runs_dir, *PROMPT, "-o", f"out.{suffix}").exit_code == 0
-    assert json.loads(Path("out.json").read_text()) == expected
-    with np.load("out.npz") as saved:
-        assert saved["divergences"].tolist() == expected["divergences"]
-    with open("out.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * len(expected["token_ids"])
-    assert [float(row["entropy"]) for row in rows] == [value for row in expected["entropies"] for value in row]
-    assert rows[-1]["target"] == ""
-
-
-def test_verify_computes_it_again(runs_dir: str) -> None:
-    receipt = shown(runs_dir, "--verify")["receipts"][-1]
-    assert receipt["law"] == "the same in float64"
-    assert 0 < receipt["error"] < 1e-5
-
-
-def test_a_broken_law_exits_with_3(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.interpret.logit_lens.rounding", lambda model: -1.0)
-    result = inspect_lens(runs_dir, *PROMPT)
-    assert result.exit_code == 3
-    assert "no divergence is negative" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "message", "hint"),
-    [
-        (["--stat", "entrpy"], "there is no statistic 'entrpy'", "did you mean entropy?"),
-        (["--stat", "x"], "there is no statistic 'x'", "there are top, probability, rank, entropy, kl"),
-        (["--target", "999"], "there is no token 999", "the ids are 0 to"),
-        (["--target", "zqx"], "'zqx' is 3 tokens: z q x", ""),
-        (["--pos", "99"], "there is no position 99", "the positions are 0 to"),
-        (["--top-k", "321"], "there are no 321 tokens to list", "the model has 320"),
-        (["--output", "x.npy"], "'x.npy' has no ending", "did you mean .npz?"),
-    ],
-)
-def test_bad_input_is_refused(runs_dir: str, options: list[str], message: str, hint: str) -> None:
-    result = inspect_lens(runs_dir, *PROMPT, *options)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 2
-    assert message in result.stderr
-    assert hint in result.stderr
-    assert not list(Path().iterdir())
-
-
 def test_many_stages_are_thinned_out_evenly() -> None:
     names = ["embed", *(f"L{layer}" for layer in range(24))]
-    columns, width = choose_columns(names, 80)
+    columns, width = choose_columns(names, 67)
     assert (columns[0], columns[-1]) == (0, 24)
     assert columns == sorted(set(columns))
-    assert 13 + width * len(columns) <= 80
-    assert choose_columns(names[:3], 80)[0] == [0, 1, 2]
+    assert width * len(columns) <= 67
+    assert choose_columns(names[:3], 67)[0] == [0, 1, 2]
     assert choose_columns(names, 10)[0] == [0, 24]
 
 

@@ -52,9 +52,9 @@ def test_the_same_page_twice(trained_run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        (("-o", "page.pdf"), "'page.pdf' is no page", "its name has to end in .html"),
-        (("-o", "no/page.html"), "there is no folder 'no'", "make it first"),
-        (("-p", " "), "the prompt is empty", "give it some text"),
+        (("-o", "page.pdf"), "'page.pdf'", "ends in .html"),
+        (("-o", "no/page.html"), "'no'", "create it first"),
+        (("-p", " "), "the prompt is empty", "validation split"),
         (("-p", "One day " * 20), "the model sees 16", "shorten it"),
     ],
 )

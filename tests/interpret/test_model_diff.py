@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lumiere.components.kernels import IGNORED
 from lumiere.config.loader import validate
@@ -16,7 +19,14 @@ from lumiere.data.batches import Batch
 from lumiere.data.corpus import row_reader
 from lumiere.data.dataset import document_sizes, tokenize_parts
 from lumiere.data.tokenizer import PAD, Tokenizer
-from lumiere.interpret.model_diff import ModelDiff, diff, diff_texts
+from lumiere.interpret.model_diff import (
+    LinearCka,
+    ModelDiff,
+    cheapest_assignment,
+    diff_models,
+    diff_texts,
+    pattern_divergences,
+)
 from lumiere.interpret.result import agreement
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
@@ -74,7 +84,7 @@ def parts(found: ModelDiff) -> tuple[Any, Any]:
 @pytest.mark.parametrize("across", [False, True])
 def test_a_model_against_itself_gives_exactly_nothing(model: Transformer, dtype: torch.dtype, across: bool) -> None:
     model = model.to(dtype)
-    found = diff(model, deepcopy(model), BATCHES, across_layers=across)
+    found = diff_models(model, deepcopy(model), BATCHES, across_layers=across)
     predictions, heads = parts(found)
     for values in (predictions.kl_ab, predictions.kl_ba, predictions.kl_ab_by_position, heads.match_divergences):
         assert (values == 0).all()
@@ -99,14 +109,14 @@ def test_tied_first_choices_are_shared(model: Transformer) -> None:
     """By each pair of choices: two of A's tokens are tied for the first place, and all of a uniform model's."""
     uniform, tied = deepcopy(model), deepcopy(model)
     uniform.token_embedding.weight.data.zero_()
-    predictions, _ = parts(diff(uniform, deepcopy(uniform), BATCHES))
+    predictions, _ = parts(diff_models(uniform, deepcopy(uniform), BATCHES))
     np.testing.assert_allclose(predictions.same_choice, 1 / model.vocab_size)
     rows_VE = tied.token_embedding.weight.data
     rows_VE[5] = rows_VE[6] = 100 * rows_VE[6]
     batch = BATCHES[0]
     with torch.no_grad():
         logits = [each(batch.tokens).logits[batch.targets != IGNORED] for each in (model, tied)]
-    predictions, _ = parts(diff(model, tied, [batch]))
+    predictions, _ = parts(diff_models(model, tied, [batch]))
     tops = [[set(torch.where(row == row.max())[0].tolist()) for row in rows] for rows in logits]
     expected = [len(a & b) / (len(a) * len(b)) for a, b in zip(*tops, strict=True)]
     assert max(len(top) for top in tops[1]) == 2
@@ -117,7 +127,7 @@ def test_the_interval_is_over_documents() -> None:
     """Seven sequences that are the windows of three documents: the t interval of the documents' differences."""
     first, second, documents = random_model(), random_model(2), np.array([4, 4, 1, 8, 1, 4, 8])
     batches = [replace(batch, documents=part) for batch, part in zip(BATCHES, np.split(documents, [4]), strict=True)]
-    found = diff(first, second, batches)
+    found = diff_models(first, second, batches)
     predictions, paired = found.predictions, found.loss_difference
     assert predictions is not None
     assert paired is not None
@@ -126,7 +136,7 @@ def test_the_interval_is_over_documents() -> None:
     assert paired.difference == pytest.approx(difference.mean())
     reach = 4.303 * paired.standard_error * np.sqrt(3 / 2)
     assert (paired.low, paired.high) == pytest.approx((paired.difference - reach, paired.difference + reach))
-    apart = diff(first, second, BATCHES).loss_difference
+    apart = diff_models(first, second, BATCHES).loss_difference
     assert apart is not None
     assert apart.num_documents == 7
 
@@ -135,7 +145,7 @@ def test_permuted_heads_are_matched_back(model: Transformer) -> None:
     generator = torch.Generator().manual_seed(3)
     orders = [torch.randperm(model.num_heads, generator=generator).tolist() for _ in model.blocks]
     orders[0] = [*range(1, model.num_heads), 0]
-    found = diff(model.double(), permuted(model, orders), BATCHES)
+    found = diff_models(model.double(), permuted(model, orders), BATCHES)
     predictions, heads = parts(found)
     assert np.abs(predictions.kl_ab).max() < 1e-10
     assert np.abs(predictions.losses_a - predictions.losses_b).max() < 1e-10
@@ -162,8 +172,8 @@ def test_heads_are_found_in_other_layers() -> None:
         block.feedforward.down.weight.data.zero_()
     other = deepcopy(model)
     other.blocks = torch.nn.ModuleList(reversed(list(model.blocks)))  # pyright: ignore[reportAttributeAccessIssue]
-    _, within = parts(diff(model, other, BATCHES))
-    _, across = parts(diff(model, other, BATCHES, across_layers=True))
+    _, within = parts(diff_models(model, other, BATCHES))
+    _, across = parts(diff_models(model, other, BATCHES, across_layers=True))
     assert across.matches.tolist() == [[0, 3], [1, 4], [2, 5], [3, 0], [4, 1], [5, 2]]
     assert (across.match_divergences == 0).all()
     assert within.match_divergences.min() > 0
@@ -174,7 +184,7 @@ def test_heads_are_found_in_other_layers() -> None:
 def test_predictions_by_an_independent_computation(model: Transformer) -> None:
     """One sequence at a time, without padding, by torch's own losses and divergences."""
     model, other = model.double(), nudged(model).double()
-    found, _ = parts(diff(model, other, BATCHES))
+    found, _ = parts(diff_models(model, other, BATCHES))
     place = 0
     rows = [(batch, row) for batch in BATCHES for row in range(len(batch.tokens))]
     for sequence, (batch, row) in enumerate(rows):
@@ -200,7 +210,7 @@ def test_predictions_by_an_independent_computation(model: Transformer) -> None:
 
 def test_patterns_and_weights_by_an_independent_computation() -> None:
     model, other = random_model().double(), random_model(seed=2).double()
-    found = diff(model, other, BATCHES[:1])
+    found = diff_models(model, other, BATCHES[:1])
     _, heads = parts(found)
     batch = BATCHES[0]
     p, q = (m(batch.tokens).attention_weights[:, 1].detach().numpy() for m in (model, other))
@@ -237,7 +247,7 @@ def test_sizes_may_differ() -> None:
     """Fewer layers, more heads, another width, a shorter context."""
     model = random_model().double()
     other = random_model(seed=2, num_layers=1, num_heads=4, embedding_size=8, context_size=6).double()
-    found = diff(model, other, BATCHES)
+    found = diff_models(model, other, BATCHES)
     _, heads = parts(found)
     assert found.cka is not None
     assert found.cka.shape == (3, 2)
@@ -276,12 +286,12 @@ def test_other_tokenizers_leave_bits_per_byte(trained_run: Run) -> None:
 
 def test_other_vocabularies_are_refused() -> None:
     with pytest.raises(ValueError, match="300 and 310"):
-        diff(random_model(), random_model(vocab_size=310), BATCHES)
+        diff_models(random_model(), random_model(vocab_size=310), BATCHES)
 
 
 def test_one_position_has_no_heads_to_match() -> None:
     model = random_model()
-    found = diff(model, nudged(model), [batch_of([2], width=1)])
+    found = diff_models(model, nudged(model), [batch_of([2], width=1)])
     assert found.heads is None
     assert found.loss_difference is None
     assert "heads" in found.not_compared[0]
@@ -291,21 +301,112 @@ def test_one_position_has_no_heads_to_match() -> None:
 def test_only_the_start_of_many_sequences_has_its_patterns_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = random_model(), random_model(seed=2)
     monkeypatch.setattr("lumiere.interpret.model_diff.PATTERN_SEQUENCES", 5)
-    _, some = parts(diff(model, other, BATCHES))
+    _, some = parts(diff_models(model, other, BATCHES))
     first = BATCHES[1]
     one = Batch(first.tokens[:1], first.targets[:1], 3)
-    _, expected = parts(diff(model, other, [BATCHES[0], one]))
+    _, expected = parts(diff_models(model, other, [BATCHES[0], one]))
     assert some.num_pattern_sequences == 5
     assert some.match_divergences == pytest.approx(expected.match_divergences, abs=1e-6)
 
 
 def test_float32_agrees_with_float64(model: Transformer) -> None:
     other = nudged(model)
-    found = diff(model, other, BATCHES)
-    exact = diff(deepcopy(model).double(), deepcopy(other).double(), BATCHES)
+    found = diff_models(model, other, BATCHES)
+    exact = diff_models(deepcopy(model).double(), deepcopy(other).double(), BATCHES)
     assert agreement(found, exact).holds
     assert found.holds
     rows = list(found.rows())
     assert {row["quantity"] for row in rows} >= {"kl_ab", "cka", "match_divergence", "relative_change", "loss_a"}
     assert len(found.tokens) == 7
     assert [len(row) for row in found.tokens] == [11, 10, 7, 11, 4, 11, 11]
+
+
+def cka(x: np.ndarray, y: np.ndarray, num_parts: int = 3) -> float:
+    sums = LinearCka()
+    for first, second in zip(np.array_split(x, num_parts), np.array_split(y, num_parts), strict=True):
+        sums.add([torch.from_numpy(first)], [torch.from_numpy(second)])
+    return float(sums.similarities()[0, 0])
+
+
+def by_grams(x: np.ndarray, y: np.ndarray) -> float:
+    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with the (N, N) matrices of all dot products, tr(KHLH)."""
+    centre = np.eye(len(x)) - 1 / len(x)
+    k, m = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
+    return float((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 100), st.integers(2, 6))
+def test_cka_is_the_papers_and_does_not_see_rotations_scales_and_shifts(seed: int, scale: float, width: int) -> None:
+    draw = np.random.default_rng(seed)
+    x, y = draw.normal(size=(20, 5)), draw.normal(size=(20, width))
+    expected = cka(x, y)
+    assert expected == pytest.approx(by_grams(x, y))
+    rotation = np.linalg.qr(draw.normal(size=(5, 5)))[0]
+    assert cka(scale * x @ rotation + 1000, y) == pytest.approx(expected, rel=1e-6)
+    assert cka(x, scale * x @ rotation) == pytest.approx(1)
+    assert cka(y, x) == pytest.approx(expected)
+    assert cka(x @ np.diag([1, 1, 1, 1, 50]), x) < 0.999
+    assert cka(x, x) == 1
+
+
+def test_cka_of_what_never_changes_is_not_known() -> None:
+    assert np.isnan(cka(np.ones((9, 3)), np.random.default_rng(0).normal(size=(9, 3))))
+
+
+def test_unrelated_representations_approach_zero_with_tokens() -> None:
+    """As the docstring says, by (E + F) / N."""
+    draw = np.random.default_rng(0)
+    few, many = (cka(draw.normal(size=(n, 8)), draw.normal(size=(n, 8))) for n in (32, 3200))
+    assert few > 0.15
+    assert many == pytest.approx(0, abs=0.01)
+
+
+def test_divergences_are_0_for_equal_and_1_for_disjoint_patterns() -> None:
+    same = torch.rand(2, 2, 5, 5).softmax(-1)
+    disjoint = torch.zeros(1, 2, 2, 4)
+    disjoint[0, 0, :, 1], disjoint[0, 1, :, 2] = 1, 1
+    counts = torch.ones(2, 5, dtype=torch.bool)
+    assert np.diagonal(pattern_divergences(same, same.clone(), counts)).tolist() == [0, 0]
+    for counts, total in ((torch.tensor([[True, True]]), 2), (torch.tensor([[True, False]]), 1)):
+        found = pattern_divergences(disjoint, disjoint, counts)
+        assert found == pytest.approx(np.array([[0, total], [total, 0]]))
+
+
+def least_cost(costs: np.ndarray) -> float:
+    if len(costs) > costs.shape[1]:
+        costs = costs.T
+    rows = np.arange(len(costs))
+    return min(costs[rows, list(columns)].sum() for columns in permutations(range(costs.shape[1]), len(costs)))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10_000), st.sampled_from(["real", "ties", "negative"]))
+def test_no_assignment_is_cheaper(num_rows: int, num_columns: int, seed: int, kind: str) -> None:
+    draw = np.random.default_rng(seed)
+    costs = (
+        draw.integers(0, 3, (num_rows, num_columns)) if kind == "ties" else draw.normal(size=(num_rows, num_columns))
+    )
+    costs = np.abs(costs) if kind == "real" else costs
+    before = costs.copy()
+    pairs = cheapest_assignment(costs)
+    assert len(pairs) == min(costs.shape)
+    assert all(len(set(side)) == len(pairs) for side in pairs.T.tolist())
+    assert pairs[:, 0].tolist() == sorted(pairs[:, 0])
+    assert costs[tuple(pairs.T)].sum() == pytest.approx(least_cost(costs))
+    assert np.array_equal(costs, before)
+
+
+def test_greedy_choices_are_undone() -> None:
+    """The first row's cheapest column is the only one that the second can afford."""
+    assert cheapest_assignment(np.array([[1.0, 2.0], [1.0, 9.0]])).tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_permutation_is_found_among_many() -> None:
+    order = np.random.default_rng(0).permutation(60)
+    costs = np.ones((60, 60))
+    costs[np.arange(60), order] = 0
+    assert cheapest_assignment(costs)[:, 1].tolist() == order.tolist()
+
+
+def test_costs_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        cheapest_assignment(np.array([[np.nan, 1.0]]))

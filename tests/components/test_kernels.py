@@ -1,21 +1,142 @@
-"""The loss in chunks against torch's `cross_entropy` on all logits at once."""
+"""The kernels against torch's own operations and finite differences."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumiere.components import kernels as module
-from lumiere.components.kernels import IGNORED, linear_cross_entropy, linear_cross_entropy_losses
+from lumiere.components import kernels
+from lumiere.components.kernels import (
+    BFLOAT16_FUSED_MIN_POSITIONS,
+    IGNORED,
+    attention_mask,
+    causal_attention,
+    dropout_mask,
+    dropout_mask_op,
+    linear_cross_entropy,
+    linear_cross_entropy_losses,
+)
+
+POSITIONS = torch.arange(3)[None]
+
+
+def test_the_mask_by_hand() -> None:
+    assert (attention_mask(POSITIONS, 3, torch.float32) == 0).int().tolist() == [[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]]
+    rows = torch.tensor([[1], [0]])  # one query each, at different positions of a cache
+    assert (attention_mask(rows, 3, torch.float32) == 0).int().tolist() == [[[[1, 1, 0]]], [[[1, 0, 0]]]]
+    real_BT = torch.tensor([[False, True, True], [True, True, False]])
+    assert (attention_mask(POSITIONS, 3, torch.float32, real_BT) == 0).int().tolist() == [
+        [[[1, 0, 0], [0, 1, 0], [0, 1, 1]]],  # a padding token sees itself only, and no other token sees it
+        [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]],
+    ]
+
+
+@pytest.mark.parametrize("num_positions", [1, 7, 64])
+@pytest.mark.parametrize("d_value", [4, 6])
+def test_both_fast_ways_equal_torchs_attention(num_positions: int, d_value: int) -> None:
+    q_BTHK, k_BTHK = torch.randn(2, 2, num_positions, 3, 4, dtype=torch.float64).unbind()
+    v_BTHV = torch.randn(2, num_positions, 3, d_value, dtype=torch.float64)
+    mask_TS = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
+    heads = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
+    expected_BTHV = F.scaled_dot_product_attention(*heads, attn_mask=mask_TS).transpose(1, 2)
+    torch.testing.assert_close(causal_attention(q_BTHK, k_BTHK, v_BTHV), expected_BTHV, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_positions", "d_value", "is_kept"),
+    [
+        (torch.float32, 64, 4, False),
+        (torch.float32, 64, 5, True),  # torch's fused attention wants values as wide as keys
+        (torch.bfloat16, 64, 4, True),
+        (torch.bfloat16, BFLOAT16_FUSED_MIN_POSITIONS, 4, False),
+    ],
+)
+def test_the_pattern_is_kept_only_where_that_is_faster(
+    dtype: torch.dtype, num_positions: int, d_value: int, is_kept: bool
+) -> None:
+    sizes: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    inputs = [torch.randn(1, num_positions, 1, width, dtype=dtype, requires_grad=True) for width in (4, 4, d_value)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        causal_attention(*inputs)
+    assert (max(sizes) >= num_positions**2) == is_kept
+
+
+@pytest.mark.parametrize("num_positions", [16, BFLOAT16_FUSED_MIN_POSITIONS])
+def test_attention_in_bfloat16_stays_near_float32(num_positions: int) -> None:
+    q_BTHK, k_BTHK, v_BTHV = (torch.randn(2, num_positions, 2, 8) for _ in range(3))
+    expected_BTHV = causal_attention(q_BTHK, k_BTHK, v_BTHV)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_BTHV = causal_attention(q_BTHK.bfloat16(), k_BTHK.bfloat16(), v_BTHV.bfloat16())
+    assert z_BTHV.dtype == torch.bfloat16
+    # bfloat16 has 8 bits: a relative error of 2^-9 for each rounding.
+    torch.testing.assert_close(z_BTHV.float(), expected_BTHV, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kernel", ["attention", "rms_norm", "gated_silu"])
+def test_hand_written_gradients_are_those_of_the_plain_way(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those of finite differences."""
+    shapes = {
+        "attention": [(2, 6, 2, 3), (2, 6, 2, 3), (2, 6, 2, 5)],  # values of another width than the keys
+        "rms_norm": [(2, 3, 6), (6,)],
+        "gated_silu": [(2, 4, 10)],
+    }[kernel]
+    function = getattr(kernels, kernel)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert gradcheck(function, inputs)
+    weights = torch.randn_like(function(*inputs))
+    mine = torch.autograd.grad((function(*inputs) * weights).sum(), inputs)
+    with torch.no_grad():
+        expected = function(*inputs)
+    torch.testing.assert_close(function(*inputs), expected, rtol=0, atol=0)
+    monkeypatch.setattr("lumiere.components.kernels.prefers_hand_written", lambda x: False)
+    plain = torch.autograd.grad((function(*inputs) * weights).sum(), inputs)
+    for gradient, other in zip(mine, plain, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-13)
+
+
+def test_fused_attention_has_the_gradients_of_finite_differences() -> None:
+    inputs = [torch.randn(2, 6, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert gradcheck(causal_attention, inputs)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dropout_mask_has_the_rate_and_the_mean(rate: float, dtype: torch.dtype) -> None:
+    mask = dropout_mask(torch.tensor(5), (400, 500), rate, dtype)
+    assert mask.dtype == dtype
+    is_zero = mask == 0
+    # Five standard deviations of a binomial of 200,000 draws.
+    assert abs(is_zero.double().mean().item() - rate) <= 5 * (rate * (1 - rate) / 200_000) ** 0.5 + 2**-17
+    assert torch.equal(mask[~is_zero].unique(), torch.tensor([1 / (1 - rate)], dtype=dtype))
+
+
+def test_neighbors_in_a_dropout_mask_are_independent() -> None:
+    is_zero = dropout_mask(torch.tensor(1), (1_000_000,), 0.5, torch.float32) == 0
+    for distance in (1, 2, 3, 4):  # four numbers come from one random word
+        both = (is_zero[distance:] & is_zero[:-distance]).double().mean().item()
+        assert both == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 1e6) ** 0.5 * 1.5)
+
+
+def test_the_compiler_gets_the_same_dropout_mask() -> None:
+    arguments = (torch.tensor(7), (3, 5), 0.3, torch.bfloat16)
+    library.opcheck(dropout_mask_op, arguments)  # its fake twin gives the same shape and type
+    assert torch.equal(dropout_mask_op(*arguments), dropout_mask(*arguments))
+
 
 ROWS, VOCAB, WIDTH = 11, 7, 5
 
 
 @pytest.fixture(params=[1, 3 * VOCAB, 11 * VOCAB, 2**21], ids=["1 row", "3 rows", "11 rows", "all rows"])
 def chunk_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setitem(module.CHUNK_LOGITS, "cpu", request.param)
-    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setitem(kernels.CHUNK_LOGITS, "cpu", request.param)
+    monkeypatch.setattr(kernels, "MIN_CHUNK_ROWS", 1)
     return request.param
 
 
@@ -138,7 +259,7 @@ def test_a_level_that_all_logits_share_changes_neither_loss_nor_gradients(
 
 def test_a_large_vocabulary_does_not_make_small_chunks() -> None:
     targets = torch.zeros(600, dtype=torch.long)
-    chunks = module.chunks_of_powers(torch.randn(600, 2), torch.randn(50_000, 2), *module.rows_of(targets))
+    chunks = kernels.chunks_of_powers(torch.randn(600, 2), torch.randn(50_000, 2), *kernels.rows_of(targets))
     assert len(next(chunks).x) >= 256
 
 

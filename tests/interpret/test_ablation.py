@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +16,13 @@ from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError
-from lumiere.interpret.ablation import TOKENS_AT_ONCE, UNITS, Mode, ablate, draw_donors
+from lumiere.interpret.ablation import MODES, TOKENS_AT_ONCE, UNITS, ablate, draw_donors
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit, repeated_tokens
 from tests.interpret.padded import batch_of
 
 SIZES = {"embedding_size": 12, "context_size": 16, "num_layers": 3, "num_heads": 2, "d_key": 5, "d_value": 7, "d_ff": 9}
-MODES = get_args(Mode)
 
 
 @pytest.fixture(params=["learned", "rotary", "trained"])
@@ -343,9 +342,9 @@ def test_the_seed_draws_the_donors() -> None:
     ("arguments", "message"),
     [
         (("heads", "mean"), "no unit 'heads' .did you mean head"),
-        (("xyz", "mean"), "no unit 'xyz' .head, feedforward, layer, neuron, position"),
+        (("xyz", "mean"), "no unit 'xyz' .choose one of head, feedforward, layer, neuron, position"),
         (("head", "meen"), "no mode 'meen' .did you mean mean"),
-        (("head", "xyz"), "no mode 'xyz' .mean, zero, resample"),
+        (("head", "xyz"), "no mode 'xyz' .choose one of mean, zero, resample"),
     ],
 )
 def test_names_that_do_not_exist(arguments: tuple[str, str], message: str) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.cli.inspect.vocabulary import count_tokens, parse_token, token_label
+from lumiere.cli.inspect.inputs import count_tokens, parse_token, token_label
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
@@ -41,7 +41,7 @@ def test_every_token_is_found_by_its_label_or_one_that_looks_the_same(tiny_corpu
         ("king", "'king' is 2 tokens: kin g .did you mean '·king'"),
         ("qeen", "did you mean 'een'"),
         ("300", "there is no token 300"),
-        ("", "an empty text is no token"),
+        ("", "an empty text"),
         ("@" * 40, r"is 40 tokens: (@ ){8}\.\.\. .give a text"),
     ],
 )

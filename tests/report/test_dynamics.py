@@ -1,36 +1,35 @@
-"""Pictures and the interactive page of numbers along a training: what they show is what the result has."""
+"""Metrics over training: picture and interactive page show the numbers of the result."""
 
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lumiere.interpret.dynamics import Dynamics
-from lumiere.report.figures.dynamics import NAMED, SCRIPT, draw_dynamics, dynamics_page, positions
-from lumiere.report.figures.figure import save_figure
+from lumiere.report.figures.dynamics import PAGE_SERIES, draw_dynamics, dynamics_page, log_steps
+from lumiere.report.rendering import asset
 
 STEPS = [0, 1, 2, 4, 8, 16]
-VOID = {"meta"}
 
 
 @pytest.fixture
 def result() -> Dynamics:
-    """One number of the whole model, and eight heads of which the last jumps between steps 4 and 8."""
-    loss = [[5.0, 4.9, 4.5, 3.0, 2.0, 1.5]]
+    """One metric of the whole model, and eight heads of which the last jumps between steps 4 and 8."""
     heads = [[0.1, 0.1, 0.1, 0.1, 0.1 + 0.01 * head, 0.1 + 0.01 * head] for head in range(7)]
-    jump = [[np.nan, 0.1, 0.1, 0.1, 0.9, 0.9]]
     starts = np.array([-1] * 8 + [4])
     return Dynamics(
         steps=np.array(STEPS),
         metrics=("validation-loss",) + ("induction",) * 8,
         places=("", *(f"L1H{head}" for head in range(8))),
         units=("nats",) + ("share",) * 8,
-        values=np.array(loss + heads + jump),
+        values=np.array([[5.0, 4.9, 4.5, 3.0, 2.0, 1.5], *heads, [np.nan, 0.1, 0.1, 0.1, 0.9, 0.9]]),
         errors=np.array([[0.1] * 6] + [[np.nan] * 6] * 8),
         baselines=np.array([5.2] + [0.05] * 8),
         phase_starts=starts,
@@ -44,16 +43,19 @@ def result() -> Dynamics:
 
 
 class Elements(HTMLParser):
-    """Tags with their attributes, and whether each that is opened is closed."""
+    """Tags with their attributes; every tag that is opened must be closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.found: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
-        if tag not in VOID:
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -62,19 +64,18 @@ class Elements(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-
-def elements(page: str) -> Elements:
-    parser = Elements()
-    parser.feed(page)
-    parser.close()
-    assert parser.open == []
-    return parser
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
 
 
-def test_panels_curves_and_phase_changes(result: Dynamics) -> None:
-    curve, loss, heads = draw_dynamics(result).axes
-    assert curve.lines[0].get_xdata().tolist() == positions([2, 10]).tolist()  # not beyond the last snapshot
-    assert loss.get_title(loc="left") == "validation-loss (nats)"
+def data_of(page: str) -> tuple[str, Any]:
+    text = page.split('id="data">')[1].split("</script>")[0]
+    return text, json.loads(text)
+
+
+def test_the_picture_has_panels_curves_and_phase_changes(result: Dynamics) -> None:
+    curve, loss, heads = draw_dynamics(result).figure.axes
+    assert curve.lines[0].get_xdata().tolist() == log_steps([2, 10]).tolist()  # not beyond the last snapshot
     assert loss.lines[0].get_ydata().tolist() == result.values[0].tolist()
     assert loss.lines[1].get_ydata() == [5.2, 5.2]
     assert len(loss.patches) == 0
@@ -83,67 +84,41 @@ def test_panels_curves_and_phase_changes(result: Dynamics) -> None:
         assert any(np.array_equal(values, found, equal_nan=True) for found in drawn)
     assert [text.get_text() for text in heads.get_legend().get_texts()] == ["L1H7", "L1H6", "L1H5"]
     (band,) = heads.patches
-    assert [band.get_x(), band.get_x() + band.get_width()] == pytest.approx(positions([4, 8]))
+    assert [band.get_x(), band.get_x() + band.get_width()] == pytest.approx(log_steps([4, 8]))
+    assert log_steps([0, 1, 3, 7]).tolist() == [0, 1, 2, 3]
 
 
-def test_no_curve_has_no_panel(result: Dynamics) -> None:
-    from dataclasses import replace
-
+def test_without_a_training_curve_there_is_no_panel_of_it(result: Dynamics) -> None:
     bare = replace(result, curve_steps=np.array([], dtype=int), curve_losses=np.array([]))
-    assert len(draw_dynamics(bare).axes) == 2
-    assert "training loss" not in dynamics_page(bare, "t")
+    assert len(draw_dynamics(bare).figure.axes) == 2
+    assert len(Elements(dynamics_page(bare, "t")).all("section")) == 2
 
 
-def test_step_0_has_a_place() -> None:
-    assert positions([0, 1, 3, 7]).tolist() == [0, 1, 2, 3]
-
-
-def test_files(result: Dynamics, tmp_path: Path) -> None:
-    for suffix, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
-        path = tmp_path / f"a{suffix}"
-        save_figure(path, draw_dynamics(result), "a", "b")
-        assert path.read_bytes().startswith(start)
-
-
-def test_the_page_needs_nothing_else_and_is_whole(result: Dynamics) -> None:
-    page = dynamics_page(result, "a <b> & c")
+def test_the_page_is_self_contained_and_has_the_numbers(result: Dynamics) -> None:
+    result.values[7, 3] = np.nan
+    page = dynamics_page(result, "a </script> <b> & c")
     assert not re.search(r"https?:|src=|@import|url\(", page)
-    found = elements(page).found
-    assert "a &lt;b&gt; &amp; c" in page
-    assert len([tag for tag, _ in found if tag == "section"]) == 3
-    assert len([tag for tag, _ in found if tag == "path"]) == 1 + len(result.metrics)
-    phases = [attributes for tag, attributes in found if attributes.get("class") == "phase"]
-    assert len(phases) == 1
-    assert "phase change: steps 4 to 8" in page
-    assert "1 found in 9 series tried" in page
-
-
-def test_the_page_has_the_numbers(result: Dynamics) -> None:
-    page = dynamics_page(result, "t")
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # pyright: ignore[reportOptionalSubscript]
+    assert "a &lt;/script&gt; &lt;b&gt; &amp; c" in page
+    elements, (_, data) = Elements(page), data_of(page)
+    assert len(elements.all("section")) == 3
+    assert len([rect for rect in elements.all("rect") if rect["class"] == "phase"]) == 1
     assert data["steps"] == STEPS
-    asked = {attributes["data-series"] for tag, attributes in elements(page).found if tag == "output"}
+    asked = {output["data-series"] for output in elements.all("output")}
     assert asked == set(data["values"])
-    assert len(asked) == 1 + NAMED
+    assert len(asked) == 1 + PAGE_SERIES
     assert data["values"]["0"] == result.values[0].tolist()
     assert data["values"]["8"] == [None, 0.1, 0.1, 0.1, 0.9, 0.9]
-
-
-def test_a_line_is_broken_where_there_is_no_number(result: Dynamics) -> None:
-    result.values[8, 3] = np.nan
-    lines = [attributes["d"] for tag, attributes in elements(dynamics_page(result, "t")).found if tag == "path"]
-    assert sorted(line.count("M") for line in lines if line) == [1] * 9 + [2]
-    assert not any("nan" in line for line in lines if line)
+    lines = [path["d"] or "" for path in elements.all("path")]
+    assert sorted(line.count("M") for line in lines) == [1] * 9 + [2], "interrupted where a value is missing"
+    assert "nan" not in "".join(lines)
 
 
 STUB = """
-const found = {};
 const make = dataset => ({ dataset, attributes: {}, textContent: "", setAttribute(k, v) { this.attributes[k] = v; } });
-const outputs = OUTPUTS.map(series => make({ series }));
+const outputs = ["0", "8"].map(series => make({ series }));
 const lines = [make({}), make({})];
 const listeners = {};
-found.data = { textContent: DATA };
-found.step = make({});
+const found = { data: { textContent: DATA }, step: make({}) };
 found.panels = { addEventListener: (name, call) => { listeners[name] = call; } };
 globalThis.document = {
   getElementById: id => found[id],
@@ -156,9 +131,7 @@ const seen = [];
 DRIVE = """
 seen.push(report());
 for (const name of ["Home", "ArrowRight", "ArrowLeft", "ArrowLeft", "End", "ArrowRight", "Tab"]) key(name);
-const svg = {
-  getBoundingClientRect: () => ({ left: 100, width: 840 }), viewBox: { baseVal: { width: 420 } },
-};
+const svg = { getBoundingClientRect: () => ({ left: 100, width: 840 }), viewBox: { baseVal: { width: 420 } } };
 listeners.pointermove({ clientX: 100 + 2 * POINT + 3, target: { closest: () => svg } });
 seen.push(report());
 listeners.pointermove({ clientX: 0, target: { closest: () => null } });
@@ -172,11 +145,10 @@ def test_keys_and_pointer_move_along_the_snapshots(result: Dynamics, tmp_path: P
     node = shutil.which("node")
     if node is None:
         pytest.skip("no node to run the page's script with")
-    page = dynamics_page(result, "t")
-    text = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]  # pyright: ignore[reportOptionalSubscript]
-    places = json.loads(text)["places"]
-    stub = STUB.replace("OUTPUTS", '["0", "8"]').replace("DATA", json.dumps(text))
-    (tmp_path / "page.cjs").write_text(stub + SCRIPT + DRIVE.replace("POINT", str(places[3])))
+    text, data = data_of(dynamics_page(result, "t"))
+    places = data["places"]
+    script = STUB.replace("DATA", json.dumps(text)) + asset("dynamics.js") + DRIVE.replace("POINT", str(places[3]))
+    (tmp_path / "page.cjs").write_text(script)
     done = subprocess.run([node, "page.cjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -1,0 +1,410 @@
+"""What an analysis looks at: one or two models, and a text, validation windows or random tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lumiere.cli.console import show_note
+from lumiere.errors import LumiereError, nearest
+from lumiere.persistence.loading import OpenedModel, open_corpus
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from lumiere.data.batches import Batch
+    from lumiere.data.dataset import TokenizedCorpus
+    from lumiere.data.tokenizer import Tokenizer
+
+DEFAULT_TOKENS = 32
+"""Tokens of the validation split that are shown without a text option: what fits on a screen."""
+MAX_SCORED_TOKENS = 2**17
+"""Validation tokens for the in-context-learning score and natural repeats."""
+MAX_COUNTED_TOKENS = 10_000_000
+"""Training tokens, from the start of the split, that are searched for the tokens that occur in training."""
+MAX_LISTED_TOKENS = 8
+RESTORE = "restore it as it was"
+
+
+@dataclass(frozen=True)
+class InspectTarget:
+    """What an analysis looks at.
+
+    Attributes:
+        opened: the model with its run and its tokenizer.
+        text: the values of --prompt, --file, --val and --random, by these names; empty if the command has none.
+        seed: of everything that is drawn at random.
+        other: the second model of a comparison.
+    """
+
+    opened: OpenedModel
+    text: Mapping[str, Any]
+    seed: int
+    other: OpenedModel | None = None
+
+    @cached_property
+    def given(self) -> list[str]:
+        """The names of the text options in use."""
+        return [name for name, value in self.text.items() if value is not None]
+
+    @cached_property
+    def chosen(self) -> tuple[tuple[int, ...], str]:
+        return choose_text(self)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """(T,) the ids of the text."""
+        return self.chosen[0]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the analysis has read one text, which is then printed with the result."""
+        return "chosen" in self.__dict__
+
+    @property
+    def labels(self) -> list[str]:
+        """(T,) the tokens as they are printed."""
+        return [self.opened.tokenizer.label(token) for token in self.tokens]
+
+    def label(self, token: int) -> str:
+        return token_label(self.opened.tokenizer, token)
+
+
+def token_label(tokenizer: "Tokenizer", token: int) -> str:
+    """Return the token as it is printed; #id if the tokenizer does not use the id, which a model may still predict."""
+    return tokenizer.label(token) or f"#{token}"
+
+
+def parse_token(text: str, tokenizer: "Tokenizer") -> int:
+    """Return the id of a token, named by its id in digits, by a text that is one token, or by its printed form.
+
+    Raises:
+        LumiereError: there is no such id, or the text is not one token.
+    """
+    if text.isdecimal() and text.isascii():
+        token = int(text)
+        if token >= len(tokenizer):
+            raise LumiereError(f"there is no token {text}", f"the ids are 0 to {len(tokenizer) - 1}")
+        return token
+    ids = tokenizer.encode(text)
+    if len(ids) == 1:
+        return ids[0]
+    labels = [tokenizer.label(token) for token in range(len(tokenizer))]
+    if text in labels:
+        return labels.index(text)
+    if not ids:
+        raise LumiereError("an empty text is not a token", "give a text that is one token, or an id")
+    parts = " ".join(labels[token] for token in ids[:MAX_LISTED_TOKENS])
+    with_space = tokenizer.encode(f" {text}")
+    guess = labels[with_space[0]] if len(with_space) == 1 else nearest(text, labels)
+    raise LumiereError(
+        f"{text!r} is {len(ids)} tokens: {parts}{' ...' if len(ids) > MAX_LISTED_TOKENS else ''}",
+        f"did you mean '{guess}'? · is a space" if guess else "give a text that is one token, or an id",
+    )
+
+
+def choose_text(target: InspectTarget) -> tuple[tuple[int, ...], str]:
+    """Return the ids to look at and their source; without a text option, the start of a validation window.
+
+    Raises:
+        LumiereError: several options are given, or the one given is empty or does not fit the model.
+    """
+    opened, text = target.opened, target.text
+    if len(target.given) > 1:
+        raise LumiereError(f"{' and '.join(f'--{name}' for name in target.given)} are two texts", "choose one")
+    if text["prompt"] is not None:
+        return prompt_tokens(opened, text["prompt"]), "prompt"
+    if text["file"] is not None:
+        return file_tokens(opened, text["file"])
+    if text["random"] is not None:
+        rows, origin = repeated_sequences(opened, text["random"], 1, target.seed)
+        return rows[0], f"{text['random']} random tokens {origin}, twice (seed {target.seed})"
+    tokens = validation_window(opened, text["val"] or 0)
+    name = opened.config.dataset.name
+    if text["val"] is None:
+        return tokens[:DEFAULT_TOKENS], f"start of the validation split of {name}"
+    return tokens, f"window {text['val']} of the validation split of {name}"
+
+
+def prompt_tokens(opened: OpenedModel, prompt: str) -> tuple[int, ...]:
+    """Return the start token and the prompt's ids.
+
+    Raises:
+        LumiereError: the prompt is empty or longer than the context.
+    """
+    from lumiere.data.text import plain
+
+    if not prompt.strip():
+        raise LumiereError("the prompt is empty", "give a text, or omit --prompt to use the validation split")
+    tokens = tuple(opened.tokenizer.encode(plain(prompt), start=True))
+    context_size = opened.config.model.context_size
+    if len(tokens) > context_size:
+        raise LumiereError(
+            f"the prompt has {len(tokens)} tokens with its start token, the model sees {context_size}",
+            "shorten it; lumiere tokenize CONFIG --text shows how a text is split",
+        )
+    return tokens
+
+
+def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
+    """Return the start token and as many of the file's ids as fit the context, and a source that says so.
+
+    Raises:
+        LumiereError: the file cannot be read or contains no text.
+    """
+    from lumiere.data.text import read_text
+
+    text = read_text(file)
+    if not text.strip():
+        raise LumiereError(f"{str(file)!r} contains no text", "give a file that contains text")
+    tokens = tuple(opened.tokenizer.encode(text, start=True))
+    shown = tokens[: opened.config.model.context_size]
+    return shown, str(file) if len(shown) == len(tokens) else f"{file}, its first {len(shown)} of {len(tokens)} tokens"
+
+
+def repeated_sequences(
+    opened: OpenedModel, length: int | None, count: int, seed: int, at_most: int | None = None
+) -> tuple[list[tuple[int, ...]], str]:
+    """Return `count` sequences of the start token and `length` different random tokens, twice, and the tokens' origin.
+
+    Args:
+        length: None: as many as fit the model, up to `at_most`.
+        at_most: None: `COPY_LENGTH`.
+
+    Raises:
+        LumiereError: the sequences are longer than the context, or there are fewer tokens to draw from.
+    """
+    import torch
+
+    from lumiere.data.tokenizer import SOT
+    from lumiere.interpret.head_scores import COPY_LENGTH, longest_copy, repeated_tokens
+
+    drawable, origin = drawable_tokens(opened)
+    longest = longest_copy(opened.model, len(drawable))
+    if longest < 1:
+        raise LumiereError(
+            f"context_size {opened.model.context_size} is too small for repeated random tokens",
+            "repeated random tokens need model.context_size=3 or more",
+        )
+    length = min(at_most or COPY_LENGTH, longest) if length is None else length
+    if length > longest:
+        raise LumiereError(f"{length} random tokens twice do not fit the model", f"the maximum is {longest}")
+    places = repeated_tokens(len(drawable), length, count, seed, start=len(drawable), first=0)
+    return [tuple(row) for row in torch.tensor([*drawable, SOT])[places].tolist()], origin
+
+
+def scored_sequences(target: InspectTarget) -> "tuple[Tensor, str | None]":
+    """Return the sequences that heads are scored on, (N, T), and their source; None if it is the target's one text.
+
+    Without a text, or with --random, these are random tokens that come twice.
+    """
+    import torch
+
+    from lumiere.interpret.head_scores import SEQUENCES
+
+    if set(target.given) - {"random"}:
+        return torch.tensor([target.tokens]), None
+    sequences, origin = repeated_sequences(target.opened, target.text["random"], SEQUENCES, target.seed)
+    length = len(sequences[0]) // 2
+    source = f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {target.seed})"
+    return torch.tensor(sequences), source
+
+
+def drawable_tokens(opened: OpenedModel) -> tuple[list[int], str]:
+    """Return the ids that random tokens are drawn from, without special tokens, and their origin."""
+    from lumiere.data.tokenizer import SPECIAL_TOKENS
+
+    found, ordinary = occurring_tokens(opened), range(len(SPECIAL_TOKENS), len(opened.tokenizer))
+    if found is None:
+        return list(ordinary), "of the vocabulary"
+    return [token for token in found if token in ordinary], "of the training split"
+
+
+def averaged_tokens(opened: OpenedModel) -> tuple[list[int] | None, str]:
+    """Return the ids over which centered logits and copying average, None for all, and a description of them."""
+    found = occurring_tokens(opened)
+    if found is None:
+        return None, f"all {opened.model.vocab_size:,} tokens, since the training split is not there"
+    return found, f"the {len(found):,} tokens that occur in the training split"
+
+
+def occurring_tokens(opened: OpenedModel) -> list[int] | None:
+    """Return the ids that occur in the training split; None without the corpus.
+
+    All that a model has learned about the others, such as most single bytes, is that they never occur.
+    """
+    try:
+        ids = open_corpus(opened, RESTORE).splits["train"].ids
+    except LumiereError:
+        return None
+    return count_tokens(ids[:MAX_COUNTED_TOKENS], opened.model.vocab_size).nonzero()[0].tolist()
+
+
+def count_tokens(ids: "np.ndarray", vocab_size: int) -> "np.ndarray":
+    """Count each id in `ids`, (vocab_size,), in parts, since `ids` may be larger than memory."""
+    import numpy as np
+
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    part = 1_000_000
+    for first in range(0, len(ids), part):
+        counts += np.bincount(ids[first : first + part], minlength=vocab_size)
+    return counts
+
+
+def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
+    """Return the inputs of a window of the validation split.
+
+    Raises:
+        LumiereError: there is no such window, or the corpus is missing.
+    """
+    import numpy as np
+
+    windows = open_corpus(opened, f"{RESTORE}, or give a text with --prompt or --file").windows(
+        "validation", opened.config
+    )
+    if number >= len(windows):
+        raise LumiereError(
+            f"there is no window {number} in the validation split", f"its windows are 0 to {len(windows) - 1}"
+        )
+    tokens, lengths = windows.cut(np.array([number]))
+    return tuple(tokens[0, : min(int(lengths[0]), opened.config.model.context_size)].tolist())
+
+
+def spread_windows(opened: OpenedModel, max_tokens: int = MAX_SCORED_TOKENS) -> "tuple[Tensor, np.ndarray]":
+    """Return windows spread evenly over the validation split, (N, context_size + 1), and their documents, (N,).
+
+    At most `max_tokens` tokens; `<|pad|>` after the end of a document.
+
+    Raises:
+        LumiereError: the corpus is missing.
+    """
+    import numpy as np
+    import torch
+
+    windows = open_corpus(opened, RESTORE).windows("validation", opened.config)
+    count = min(max(1, max_tokens // windows.context_size), len(windows))
+    chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
+    return torch.from_numpy(windows.cut(chosen)[0]), windows.documents(chosen)
+
+
+def spread_windows_if_any(opened: OpenedModel) -> "tuple[Tensor, np.ndarray] | None":
+    """Return `spread_windows` for the head scores on text; None, with a note, without the corpus."""
+    try:
+        return spread_windows(opened)
+    except LumiereError as error:
+        show_note(f"no in-context-learning score and no scores on text: {error.message}")
+        return None
+
+
+def full_windows(opened: OpenedModel, count: int) -> "Tensor":
+    """Return at most `count` windows without padding, (N, context_size + 1), spread over the validation split.
+
+    Raises:
+        LumiereError: the corpus is missing, or no document fills a window.
+    """
+    import numpy as np
+    import torch
+
+    windows = open_corpus(opened, RESTORE).windows("validation", opened.config)
+    # Most documents end in a window that is not full, and a split may be too large to read all of it.
+    tried = np.unique(np.linspace(0, len(windows) - 1, min(4 * count, len(windows))).round().astype(np.int64))
+    tokens, lengths = windows.cut(tried)
+    full = tokens[lengths == tokens.shape[1]]
+    if not len(full):
+        raise LumiereError(
+            "no document of the validation split seems to fill a window", "train with a smaller model.context_size"
+        )
+    return torch.from_numpy(full[np.linspace(0, len(full) - 1, min(count, len(full))).round().astype(int)])
+
+
+def choose_batches(target: InspectTarget, num_batches: int, batch_size: int) -> tuple[list["Batch"], str | None]:
+    """Return batches of inputs and targets and their source; None if it is the target's one text.
+
+    Without a text option, validation windows are drawn by the seed, without replacement. With `--random S`, there are
+    as many sequences of S random tokens, twice; the targets are tokens 2 to S of the second copy.
+
+    Raises:
+        LumiereError: as `choose_text`, or the text has one token and nothing to predict.
+    """
+    if not target.given:
+        return validation_batches(target, num_batches, batch_size)
+    if target.given != ["random"]:
+        return [batch_of([target.tokens])], None
+    from lumiere.interpret.head_scores import first_copied
+
+    length = target.text["random"]
+    if length < 2:
+        raise LumiereError(f"--random {length} leaves nothing to predict in the second copy", "give --random 2 or more")
+    count = num_batches * batch_size
+    sequences, origin = repeated_sequences(target.opened, length, count, target.seed)
+    batches = [
+        batch_of(sequences[first : first + batch_size], first_copied(length)) for first in range(0, count, batch_size)
+    ]
+    return batches, (
+        f"{count:,} x {length} random tokens {origin}, twice (seed {target.seed}), in {counted_batches(num_batches)}; "
+        f"loss of tokens 2 to {length} of the second copy"
+    )
+
+
+def validation_batches(target: InspectTarget, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
+    corpus = open_corpus(target.opened, f"{RESTORE}, or give a text with --prompt, --file or --random")
+    return drawn_batches(target, corpus, num_batches, batch_size)
+
+
+def drawn_batches(
+    target: InspectTarget, corpus: "TokenizedCorpus", num_batches: int, batch_size: int
+) -> tuple[list["Batch"], str]:
+    """Return windows of the validation split, drawn by the seed, and their source."""
+    import numpy as np
+
+    from lumiere.data.batches import make_batch, permute
+
+    config = target.opened.config
+    windows = corpus.windows("validation", config)
+    count = min(num_batches * batch_size, len(windows))
+    drawn = permute(np.arange(count), len(windows), key=str(target.seed))
+    batches = [make_batch(windows, part) for part in np.array_split(drawn, min(num_batches, count))]
+    return batches, (
+        f"{count:,} of {len(windows):,} windows of the validation split of {config.dataset.name} "
+        f"(seed {target.seed}), in {counted_batches(len(batches))}"
+    )
+
+
+def counted_batches(count: int) -> str:
+    return "1 batch" if count == 1 else f"{count:,} batches"
+
+
+def counted_documents(count: int, *, are_windows: bool) -> str:
+    """Return the number of independent texts behind a standard error, marked if it is small.
+
+    Args:
+        are_windows: whether the texts are windows of documents; otherwise each sequence is a text of its own.
+    """
+    from lumiere.evaluation.scoring import FEW_DOCUMENTS
+
+    units = "documents" if are_windows else "sequences"
+    return f"{count:,} {units}" if count >= FEW_DOCUMENTS else f"few {units}: {count:,}"
+
+
+def batch_of(sequences: "list[tuple[int, ...]]", first_target: int = 1) -> "Batch":
+    """Return sequences of one length as a batch.
+
+    Args:
+        first_target: the first position whose prediction counts.
+
+    Raises:
+        LumiereError: the sequences have one token.
+    """
+    import torch
+
+    from lumiere.components.kernels import IGNORED
+    from lumiere.data.batches import Batch
+
+    tokens = torch.tensor(sequences)
+    if tokens.shape[1] < 2:
+        raise LumiereError("the text has one token and nothing to predict", "give a longer text")
+    targets = tokens[:, 1:].clone()
+    targets[:, : first_target - 1] = IGNORED
+    return Batch(tokens[:, :-1].contiguous(), targets, int((targets != IGNORED).sum()))

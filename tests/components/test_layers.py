@@ -1,0 +1,175 @@
+"""The layers against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from lumiere.components.hooks import hooked
+from lumiere.components.kernels import attention_mask, attention_pattern
+from lumiere.components.layers import (
+    Attention,
+    Block,
+    Dropout,
+    ForwardRecord,
+    LearnedPositions,
+    RMSNorm,
+    SwiGLU,
+    TokenEmbedding,
+    rotate,
+    rotation_at,
+)
+
+
+def set_weights(layer: torch.nn.Module, **rows: list) -> None:
+    for name, values in rows.items():
+        (getattr(layer, name) if hasattr(layer, name) else layer).weight.data.copy_(torch.tensor(values))
+
+
+def test_embedding_reads_rows_and_unembeds_by_products() -> None:
+    embedding = TokenEmbedding(vocab_size=3, embedding_size=2)
+    set_weights(embedding, rows=[[1.0, 0.0], [0.0, 2.0], [3.0, -1.0]])
+    assert embedding(torch.tensor([[2, 0]])).tolist() == [[[3.0, -1.0], [1.0, 0.0]]]
+    assert embedding.unembed(torch.tensor([[[1.0, 10.0]]])).tolist() == [[[1.0, 20.0, -7.0]]]
+    positions = LearnedPositions(context_size=5, embedding_size=2)
+    set_weights(positions, rows=[[2.0 * i, 2.0 * i + 1] for i in range(5)])
+    assert positions(torch.tensor([3, 0])).tolist() == [[6.0, 7.0], [0.0, 1.0]]
+
+
+def test_rotation_by_hand() -> None:
+    rotation = rotation_at(torch.tensor([3]), d_key=4, dtype=torch.float64)
+    # Pair 0 is (x0, x2) and turns by 3; pair 1 is (x1, x3) and turns by 3 / 100.
+    x_BTHK = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)
+    expected_K = torch.tensor([math.cos(3), math.cos(0.03), math.sin(3), math.sin(0.03)], dtype=torch.float64)
+    torch.testing.assert_close(rotate(x_BTHK, rotation).flatten(), expected_K)
+
+
+def test_position_zero_does_not_turn_and_no_position_changes_a_length() -> None:
+    rotation = rotation_at(torch.arange(50), d_key=8, dtype=torch.float64)
+    x_BTHK = torch.randn(2, 50, 3, 8, dtype=torch.float64)
+    turned_BTHK = rotate(x_BTHK, rotation)
+    assert torch.equal(turned_BTHK[:, 0], x_BTHK[:, 0])
+    torch.testing.assert_close(turned_BTHK.norm(dim=-1), x_BTHK.norm(dim=-1))
+
+
+def test_rotated_products_depend_on_the_distance_only() -> None:
+    q_K, k_K = torch.randn(2, 8, dtype=torch.float64)
+
+    def product(query_position: int, key_position: int) -> torch.Tensor:
+        rotation = rotation_at(torch.tensor([query_position, key_position]), d_key=8, dtype=torch.float64)
+        q_turned_K, k_turned_K = rotate(torch.stack([q_K, k_K])[None, :, None], rotation)[0, :, 0]
+        return q_turned_K.dot(k_turned_K)
+
+    torch.testing.assert_close(product(9, 4), product(105, 100))
+    assert not torch.isclose(product(9, 4), product(9, 5))
+
+
+def test_rotation_tables_are_precise_for_low_precision_queries() -> None:
+    rotation = rotation_at(torch.tensor([1000]), d_key=2, dtype=torch.float32)
+    turned_BTHK = rotate(torch.tensor([1.0, 0.0], dtype=torch.bfloat16).view(1, 1, 1, 2), rotation)
+    expected_K = torch.tensor([math.cos(1000), math.sin(1000)]).to(torch.bfloat16)
+    assert turned_BTHK.dtype == torch.bfloat16
+    assert torch.equal(turned_BTHK.flatten(), expected_K)
+
+
+def test_rms_norm_by_hand() -> None:
+    norm = RMSNorm(4)
+    set_weights(norm, gain=[1.0, 2.0, -1.0, 0.0])
+    x_BTE = torch.tensor([[[1.0, 7.0, 5.0, 5.0]]])  # the mean of 1, 49, 25, 25 is 25, so s(x) = 5
+    for is_enabled in (True, False):
+        with torch.set_grad_enabled(is_enabled):
+            torch.testing.assert_close(norm(x_BTE), torch.tensor([[[0.2, 2.8, -1.0, 0.0]]]))
+    plain = RMSNorm(2)
+    assert torch.equal(plain(torch.zeros(1, 1, 2)), torch.zeros(1, 1, 2))
+    tiny_BTE = torch.full((1, 1, 2), 1e-3)  # mean square 1e-6, as much as epsilon
+    torch.testing.assert_close(plain(tiny_BTE), torch.full((1, 1, 2), 0.5**0.5))
+
+
+@pytest.mark.parametrize("name", ["hook_scale", "hook_normalized"])
+def test_a_norm_hook_that_only_looks_changes_nothing(name: str) -> None:
+    norm = RMSNorm(16, has_hooks=True).double()
+    norm.weight.data.normal_()
+    x_BTE = torch.randn(3, 5, 16, dtype=torch.float64)
+    expected_BTE = norm(x_BTE)
+    with hooked(norm, {name: lambda activation: None}):
+        torch.testing.assert_close(norm(x_BTE), expected_BTE, rtol=0, atol=1e-14)
+
+
+def test_attention_over_two_tokens_by_hand() -> None:
+    attention = Attention(embedding_size=2, num_heads=1, d_key=1, d_value=2)
+    set_weights(attention, query=[[1.0, 0.0]], key=[[0.0, 1.0]], value=[[1.0, 0.0], [0.0, 1.0]])
+    set_weights(attention, output=[[0.0, 1.0], [2.0, 0.0]])
+    # Scores of the second token: 1 * 0 and 1 * ln 3, so it weighs the tokens 1/4 and 3/4.
+    x_BTE = torch.tensor([[[4.0, 0.0], [1.0, 1.0986123]]])
+    z_V = [0.25 * 4 + 0.75 * 1, 0.75 * 1.0986123]
+    record = ForwardRecord()
+    torch.testing.assert_close(attention(x_BTE, record=record), torch.tensor([[[0.0, 8.0], [z_V[1], 2 * z_V[0]]]]))
+    pattern_BHTS = attention_pattern(*record.patterns[0])
+    torch.testing.assert_close(pattern_BHTS, torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]]]))
+
+
+@pytest.mark.parametrize("num_positions", [9, 64])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_explicit_scores_and_a_mask_give_the_same_attention(num_positions: int, rotary: bool) -> None:
+    attention = Attention(embedding_size=8, num_heads=2, d_key=4, d_value=6).double()
+    rotation = rotation_at(torch.arange(num_positions), 4, torch.float64) if rotary else None
+    x_BTE = torch.randn(2, num_positions, 8, dtype=torch.float64)
+    expected_BTE = attention(x_BTE, rotation)
+    mask_B1TS = attention_mask(torch.arange(num_positions)[None], num_positions, torch.float64)
+    torch.testing.assert_close(attention(x_BTE, rotation, mask_B1TS), expected_BTE, rtol=0, atol=1e-12)
+    for name in ("hook_attn_scores", "hook_pattern"):
+        with hooked(attention, {name: lambda activation: None}):
+            torch.testing.assert_close(attention(x_BTE, rotation), expected_BTE, rtol=0, atol=1e-12)
+
+
+def test_swiglu_by_hand() -> None:
+    swiglu = SwiGLU(embedding_size=2, d_ff=2)
+    set_weights(swiglu, gate=[[1.0, 0.0], [0.0, 1.0]], up=[[0.0, 3.0], [1.0, 0.0]], down=[[1.0, 1.0], [0.0, -2.0]])
+    x_BTE = torch.tensor([[[math.log(3), math.log(2)]]])
+    # sigmoid(ln 3) = 3/4 and sigmoid(ln 2) = 2/3.
+    first, second = 3 / 4 * math.log(3) * 3 * math.log(2), 2 / 3 * math.log(2) * math.log(3)
+    for is_enabled in (True, False):
+        with torch.set_grad_enabled(is_enabled):
+            torch.testing.assert_close(swiglu(x_BTE), torch.tensor([[[first + second, -2 * second]]]))
+
+
+def test_each_part_of_a_block_reads_the_normalized_stream_and_adds_to_it() -> None:
+    block = Block(8, 2, 4, 4, 16, dropout=0.0).double()
+    resid_BTE = torch.randn(2, 5, 8, dtype=torch.float64)
+    mid_BTE = resid_BTE + block.attention(block.attention_norm(resid_BTE))
+    post_BTE = mid_BTE + block.feedforward(block.feedforward_norm(mid_BTE))
+    record = ForwardRecord()
+    torch.testing.assert_close(block(resid_BTE, record=record), post_BTE)
+    assert record.residuals[0] is resid_BTE
+
+
+def test_full_dropout_leaves_the_stream_alone_while_training() -> None:
+    block = Block(8, 2, 4, 4, 16, dropout=1.0).train()
+    resid_BTE = torch.randn(2, 5, 8)
+    assert torch.equal(block(resid_BTE), resid_BTE)
+    assert not torch.equal(block.eval()(resid_BTE), resid_BTE)
+
+
+def test_dropout_at_its_limits() -> None:
+    x = torch.randn(8, 8)
+    assert Dropout(0.5).eval()(x) is x
+    assert Dropout(0.0)(x) is x
+    assert torch.equal(Dropout(1.0)(x), torch.zeros(8, 8))
+    assert torch.isfinite(Dropout(1 - 1e-9)(x)).all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 3), (2, 5, 7), (0, 4)])
+def test_a_seed_repeats_dropout_in_every_shape(shape: tuple[int, ...]) -> None:
+    dropout, x = Dropout(0.5), torch.ones(shape)
+    torch.manual_seed(2)
+    first = dropout(x)
+    torch.manual_seed(2)
+    assert first.shape == shape
+    assert torch.equal(dropout(x), first)
+
+
+def test_the_gradient_of_dropout_passes_where_the_number_did() -> None:
+    x = torch.ones(100, requires_grad=True)
+    y = Dropout(0.3)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
