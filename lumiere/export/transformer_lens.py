@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from lumiere.components.kernels import EPSILON
@@ -81,7 +82,7 @@ def bridge_weights(model: Transformer) -> dict[str, Tensor]:
         for ours, name in OURS_TO_THEIRS.items():
             weight = weights[f"blocks.{layer}.{ours}.weight"]
             if name in ("attn.q", "attn.k") and model.positions == "rotary":
-                weight = neighbouring_pairs(weight, model.num_heads)
+                weight = neighboring_pairs(weight, model.num_heads)
             theirs[f"blocks.{layer}.{name}.weight"] = weight
             if name.startswith("attn."):  # theirs have biases, ours none
                 theirs[f"blocks.{layer}.{name}.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
@@ -89,7 +90,7 @@ def bridge_weights(model: Transformer) -> dict[str, Tensor]:
     return {name: weight.contiguous() for name, weight in theirs.items()}
 
 
-def neighbouring_pairs(weight: Tensor, num_heads: int) -> Tensor:
+def neighboring_pairs(weight: Tensor, num_heads: int) -> Tensor:
     """Rows of queries or keys in the order of TransformerLens, whose rotary pairs are neighbours.
 
     Ours are (i, i + d_key/2). The same order in queries and keys leaves every score as it is.
@@ -137,7 +138,7 @@ def bridge_logits(config: dict[str, Any], weights: dict[str, Tensor], tokens_BT:
 
 
 def rotated(x_BHTK: Tensor, base: float) -> Tensor:
-    """RoPE on neighbouring pairs, as products of complex numbers."""
+    """RoPE on neighboring pairs, as products of complex numbers."""
     length, width = x_BHTK.shape[-2:]
     frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles_TP = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
@@ -149,77 +150,6 @@ FLOAT32_TOLERANCE = 1e-4
 """Of logits that two libraries compute in float32, relative to the largest."""
 FIRST_VERSION = 4
 """Of TransformerLens: older ones have no `boot_native`."""
-
-LOADER = '''\
-"""Boots this model in TransformerLens 4.3 or newer. `python load.py` compares its logits with the expected ones."""
-
-import json
-from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from transformer_lens.config import TransformerBridgeConfig
-from transformer_lens.model_bridge import TransformerBridge
-
-FOLDER = Path(__file__).resolve().parent
-
-
-def load_model(dtype: torch.dtype = torch.float32) -> TransformerBridge:
-    config = TransformerBridgeConfig(**json.loads((FOLDER / "config.json").read_text(encoding="utf-8")))
-    model = TransformerBridge.boot_native(config, dtype=dtype)
-    model.load_state_dict(load_file(FOLDER / "model.safetensors"))
-    return model.eval()
-
-
-def encode(text: str) -> torch.Tensor:
-    """The start token and the ids of `text`, (1, T)."""
-    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # text that spells a special token is text
-    start = tokenizer.token_to_id("<|sot|>")
-    return torch.tensor([[start, *tokenizer.encode(text, add_special_tokens=False).ids]])
-
-
-def difference() -> float:
-    """The largest difference from the expected logits, relative to the largest of them."""
-    expected = load_file(FOLDER / "expected.safetensors")
-    with torch.inference_mode():
-        logits = load_model()(expected["tokens"])
-    return ((logits - expected["logits"]).abs().max() / max(1.0, expected["logits"].abs().max())).item()
-
-
-if __name__ == "__main__":
-    off = difference()
-    print(f"largest difference of the logits: {off:.0e} (allowed TOLERANCE)")
-    raise SystemExit(not off <= TOLERANCE)
-'''.replace("TOLERANCE", f"{FLOAT32_TOLERANCE:.0e}")
-
-README = """\
-# A model of Lumiere for TransformerLens
-
-{origin}
-
-| file | what it holds |
-|---|---|
-| `model.safetensors` | the weights, by the names of `TransformerBridge.state_dict()` |
-| `config.json` | the arguments of `TransformerBridgeConfig` |
-| `tokenizer.json` | the tokenizer, as Hugging Face `tokenizers` reads it |
-| `expected.safetensors` | `tokens` (1, {length}) and the `logits` (1, {length}, {vocab_size}) that Lumiere computes |
-| `load.py` | boots the model, and checks it |
-
-```
-pip install 'transformer-lens>=4.3,<5'
-python load.py                                # compares the logits
-```
-
-```python
-from load import encode, load_model           # in this folder
-model = load_model()
-logits, cache = model.run_with_cache(encode("Once upon a time"))
-```
-
-The token ids of the expected logits: {tokens}.
-"""
 
 
 def folder_files(
@@ -238,8 +168,16 @@ def folder_files(
     """
     config = bridge_config(model)
     expected = {"tokens": tokens_BT, "logits": logits_of(model, tokens_BT).contiguous()}
-    readme = README.format(
-        origin="\n".join(f"- {name}: `{value}`" for name, value in origin.items()),
+    templates = Environment(
+        loader=PackageLoader("lumiere.export", "templates/transformer_lens"),
+        autoescape=False,  # Python and Markdown
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    loader = templates.get_template("load.py.j2").render(tolerance=f"{FLOAT32_TOLERANCE:.0e}")
+    readme = templates.get_template("README.md.j2").render(
+        origin=origin,
         length=tokens_BT.shape[1],
         vocab_size=model.vocab_size,
         tokens=" ".join(map(str, tokens_BT[0].tolist())),
@@ -249,7 +187,7 @@ def folder_files(
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "tokenizer.json": tokenizer_json,
         "expected.safetensors": safetensors.torch.save(expected),
-        "load.py": LOADER.encode(),
+        "load.py": loader.encode(),
         "README.md": readme.encode(),
     }
 
@@ -260,8 +198,8 @@ def check_folder_by_equations(folder: Path, model: Transformer) -> Receipt:
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     tokens_BT = safetensors.torch.load_file(folder / "expected.safetensors")["tokens"]
     expected_BTVocab = logits_of(deepcopy(model).double(), tokens_BT)
-    law = "the folder's weights give the model's logits (float64)"
-    return logits_receipt(law, bridge_logits(config, weights, tokens_BT), expected_BTVocab, FLOAT64_TOLERANCE)
+    check = "the folder's weights give the model's logits (float64)"
+    return logits_receipt(check, bridge_logits(config, weights, tokens_BT), expected_BTVocab, FLOAT64_TOLERANCE)
 
 
 def check_folder_by_loading(folder: Path) -> Receipt | None:
@@ -315,9 +253,9 @@ def logits_of(model: Transformer, tokens_BT: Tensor) -> Tensor:
     return model(tokens_BT).logits
 
 
-def logits_receipt(law: str, found_BTVocab: Tensor, expected_BTVocab: Tensor, tolerance: float) -> Receipt:
+def logits_receipt(check: str, found_BTVocab: Tensor, expected_BTVocab: Tensor, tolerance: float) -> Receipt:
     """How far two sets of logits are apart, relative to the largest."""
     if found_BTVocab.shape != expected_BTVocab.shape:
-        return Receipt(law, float("inf"), tolerance)
+        return Receipt(check, float("inf"), tolerance)
     scale = max(1.0, expected_BTVocab.abs().max().item())
-    return Receipt(law, (found_BTVocab - expected_BTVocab).abs().max().item() / scale, tolerance)
+    return Receipt(check, (found_BTVocab - expected_BTVocab).abs().max().item() / scale, tolerance)

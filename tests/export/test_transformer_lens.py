@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lumiere.errors import LumiereError
-from lumiere.export.transformer_lens import bridge_config, bridge_logits, bridge_weights, neighbouring_pairs
+from lumiere.export.transformer_lens import bridge_config, bridge_logits, bridge_weights, neighboring_pairs
 from lumiere.models.transformer import Transformer
 from tests import reference
 
@@ -68,9 +68,9 @@ def test_one_width_for_keys_and_values(make_model: MakeModel) -> None:
         bridge_config(make_model(d_value=5))
 
 
-def test_pairs_become_neighbours() -> None:
+def test_pairs_become_neighbors() -> None:
     """Two heads of width 6: pairs are (0, 3), (1, 4), (2, 5)."""
-    order = neighbouring_pairs(torch.arange(12.0)[:, None], num_heads=2)[:, 0]
+    order = neighboring_pairs(torch.arange(12.0)[:, None], num_heads=2)[:, 0]
     assert order.tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
