@@ -58,7 +58,7 @@ def store(tmp_path: Path) -> RunStore:
     [
         ({"training.device": "cuda"}, LumiereError, "there is no device 'cuda'"),
         ({"dataset.name": "./nowhere"}, DataError, "there is no dataset folder './nowhere'"),
-        ({"dataset.name": "text"}, DataError, "dataset 'text' needs files to read"),
+        ({"dataset.name": "text"}, DataError, "dataset 'text' needs dataset.data_files"),
     ],
 )
 def test_what_the_user_gets_wrong_makes_no_run(
