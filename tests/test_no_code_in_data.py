@@ -22,6 +22,7 @@ from lumiere.data.corpus import load_rows
 from lumiere.data.sources import find_source
 from lumiere.errors import CheckpointError, ConfigError, DataError
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 
 PACKAGE = Path(__file__).parents[1] / "lumiere"
@@ -110,7 +111,7 @@ def test_the_payload_of_a_pickle_never_runs(trained_run: Run, tmp_path: Path) ->
         with pytest.raises(DataError):
             run.load_tokenizer()
         (folder / "run.json").write_bytes(content)
-        assert run.record == {"status": "unknown"}
+        assert run.record == RunRecord()
         assert CliRunner().invoke(app, ["generate", "--runs-dir", str(tmp_path / "runs")]).exit_code == 2
     assert not fired.exists()
 

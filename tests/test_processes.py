@@ -52,8 +52,8 @@ def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: 
         assert process.wait(timeout=60) == code, rest
     store = RunStore("stopped")
     run = store.open("latest")
-    assert run.record["status"] == "interrupted"
-    assert 0 < run.record["step"] < 400
+    assert run.record.status == "interrupted"
+    assert 0 < run.record.step < 400
     assert f"lumiere train --resume {run.id}" in rest
 
     resumed = run_lumiere("train", "--resume", run.id, "--runs-dir", "stopped", "--json")

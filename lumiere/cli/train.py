@@ -189,7 +189,7 @@ def resume_training(
         dismiss(processes)
         show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
         if as_json:
-            print_json({"run": run.name} | run.record)
+            print_json({"run": run.name} | run.record.to_json())
         return None
     with CorpusProgress() as corpus_progress:
         setup = set_up_resume(run, corpus_progress, overrides)
@@ -207,7 +207,7 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
         stderr().print(f"interrupted at step {state.step:,} and saved; resume with {command}")
         raise typer.Exit(exit_code(result.signal_number))
     if as_json:
-        print_json({"run": run.name} | run.record)
+        print_json({"run": run.name} | run.record.to_json())
         return
     stdout().print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
     if state.best_loss is not None:
@@ -223,8 +223,7 @@ def finish(result: "TrainingResult", as_json: bool) -> None:
 def next_commands(run: "Run") -> list[str]:
     """Return commands to try on a trained model."""
     last_layer = run.load_config().model.num_layers - 1
-    splits = run.record.get("splits")  # which a run of an older Lumiere may lack
-    split = "test" if isinstance(splits, dict) and "test" in splits else "validation"
+    split = "test" if "test" in run.record.splits else "validation"
     return [
         run.command("generate", "--run", run.id),
         run.command("inspect", "attention", "--layer", str(last_layer), "--run", run.id),

@@ -14,10 +14,10 @@ from lumiere.errors import CheckpointError, LumiereError, nearest
 from lumiere.files import locked, sync_folder
 from lumiere.persistence.checkpoint import read_metadata
 from lumiere.persistence.checkpoint_manager import NAMES, checkpoint_names
-from lumiere.persistence.liveness import check_not_elsewhere, running
 from lumiere.persistence.metrics import Point, as_number, last_records, point_of, points_at
 from lumiere.persistence.notes import Notes, check_tag, read_notes
 from lumiere.persistence.placing import delete, find, present, remove
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import NAME_PATTERN, Run, RunStore
 
 STATUSES = ("running", "finished", "interrupted", "failed", "crashed", "unknown")
@@ -29,28 +29,24 @@ class Entry:
 
     run: Run
     status: str
-    record: dict[str, Any]
+    record: RunRecord
     notes: Notes
-
-    def number(self, key: str) -> int | float | None:
-        """A number of the record; None where it has none."""
-        return as_number(self.record.get(key))
 
 
 def read_entry(run: Run) -> Entry:
     """What the small files of a run say."""
     record = run.record
     # Only a run that is recorded as running can really be something else; for the others one reading is enough.
-    status = run.status if record["status"] == "running" else str(record["status"])
+    status = run.status if record.status == "running" else record.status
     return Entry(run, status, record, read_notes(run))
 
 
 def _ascending(key: str) -> Callable[[Entry], float]:
-    return lambda entry: math.inf if (value := entry.number(key)) is None else value
+    return lambda entry: math.inf if (value := getattr(entry.record, key)) is None else value
 
 
 def _descending(key: str) -> Callable[[Entry], float]:
-    return lambda entry: math.inf if (value := entry.number(key)) is None else -value
+    return lambda entry: math.inf if (value := getattr(entry.record, key)) is None else -value
 
 
 # Unknown values are infinite, and come last in either order. `age` is the order of the store.
@@ -162,7 +158,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     for run, (training, evaluation) in zip(runs, lasts, strict=True):
         at = (None, None) if common is None else points_at(run.metrics_path, common)
         reached.append(Reached(read_entry(run), training, evaluation, *at))
-    corpora = [item.entry.record.get("corpus_sha256") for item in reached]
+    corpora = [item.entry.record.corpus_sha256 for item in reached]
     same = None if None in corpora else all(corpus == corpora[0] for corpus in corpora)
     return Comparison(tuple(reached), differences, common, same)
 
@@ -318,7 +314,7 @@ def check_removable(run: Run) -> None:
         RunBusyError: its status is running.
     """
     if run.status == "running":
-        raise running(run, run.record)
+        raise run.busy(run.record)
 
 
 def remove_run(run: Run) -> None:
@@ -336,7 +332,7 @@ def remove_run(run: Run) -> None:
     aside = run.path.with_name(f".removed.{run.name}.{secrets.token_hex(4)}")
     try:
         with locked(run.path):  # so that no training begins in between
-            check_not_elsewhere(run)
+            run.check_not_elsewhere()
             os.rename(run.path, aside)
         sync_folder(run.path.parent)
         delete(aside)
@@ -408,7 +404,7 @@ def prune(pruning: Pruning) -> None:
     run = pruning.run
     check_removable(run)
     with locked(run.path):  # so that no training begins in between
-        check_not_elsewhere(run)
+        run.check_not_elsewhere()
         for name in pruning.names:
             try:
                 remove(run.checkpoints_dir, name)

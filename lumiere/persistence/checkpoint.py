@@ -1,9 +1,8 @@
 """Checkpoints as single safetensors files, verified by hash.
 
 The tensors are named `model.*`, `optimizer.*` and `rng.*`; everything else is JSON text in the file's metadata. What is
-loaded may also be a folder of such files (`lumiere.persistence.sharded`). The format is
-https://huggingface.co/docs/safetensors: the header's length in 8 bytes, a JSON header, the data.
-Importing this module loads neither torch nor safetensors, and `read_metadata` needs neither.
+loaded may also be a folder of such files (`lumiere.persistence.sharded`).
+Importing this module loads neither torch nor safetensors, and `read_metadata` needs no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from lumiere.components.short_repr import ShortRepr
 from lumiere.errors import CheckpointError, shortened
@@ -64,15 +64,6 @@ class Checkpoint(ShortRepr):
         return step
 
 
-@dataclass(frozen=True)
-class Header:
-    """What stands before the tensors' data: the file's metadata, and where each tensor is."""
-
-    texts: dict[str, str]
-    entries: dict[str, dict[str, Any]]
-    data_start: int
-
-
 def unwritable(path: str | Path, error: OSError) -> CheckpointError:
     """What to raise where a checkpoint could not be written."""
     return CheckpointError(
@@ -85,43 +76,6 @@ def check_groups(groups: Collection[str]) -> None:
     """Refuses the name of a group that does not exist, with a ValueError."""
     if unknown := set(groups) - set(GROUPS):
         raise ValueError(f"no group {', '.join(sorted(unknown))} in a checkpoint, it has {', '.join(GROUPS)}")
-
-
-def read_header(path: Path, file: BinaryIO) -> Header:
-    """The header of a safetensors file, from whose start `file` reads.
-
-    Raises:
-        CheckpointError: it is none, or announces other bytes than there are.
-    """
-    size = os.fstat(file.fileno()).st_size
-    if size < 8:
-        raise damaged(path, f"a file of {size} bytes is too short")
-    length = int.from_bytes(file.read(8), "little")
-    data_start = 8 + length
-    if length > MAX_HEADER_BYTES or data_start > size:
-        raise damaged(path, f"it announces a header of {length:,} bytes, which cannot be")
-    try:
-        entries = parse_json(file.read(length))
-        texts = dict(entries.pop("__metadata__", {}))
-        sound = all(isinstance(text, str) for text in texts.values())
-        spans = sorted(map(span, entries.values()))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise damaged(path, "its header is not that of a safetensors file") from None
-    # Each tensor begins where the one before it ends: otherwise a small file could make large ones, of the same bytes.
-    if not sound or any(begin != end for (begin, _), (_, end) in zip(spans, [(0, 0), *spans], strict=False)):
-        raise damaged(path, "its metadata is no text, or its tensors overlap or leave gaps")
-    announced = data_start + (spans[-1][1] if spans else 0)
-    if announced != size:
-        raise damaged(path, f"it has {size:,} bytes, its header announces {announced:,}")
-    return Header(texts, entries, data_start)
-
-
-def span(entry: Any) -> tuple[int, int]:
-    """Where the bytes of a tensor begin and end, counted from the start of the data."""
-    match entry["data_offsets"]:
-        case [int(begin), int(end)] if 0 <= begin <= end:
-            return begin, end
-    raise ValueError("no span")
 
 
 def check_memory(path: Path, sizes: Collection[int]) -> None:
@@ -179,21 +133,6 @@ def check_format(path: Path, number: Any) -> None:
         )
 
 
-def decode(path: Path, entry: Mapping[str, Any], data: bytes) -> Tensor:
-    """The tensor of a type and shape whose bytes are `data`, by safetensors itself, as a file with nothing else.
-
-    Raises:
-        CheckpointError: there is no such type, or it has another number of bytes.
-    """
-    import safetensors.torch
-
-    header = json.dumps({"tensor": {**entry, "data_offsets": [0, len(data)]}}).encode()
-    try:
-        return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)["tensor"]
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-        raise damaged(path, "a tensor's type and shape do not match its bytes") from None
-
-
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """What to raise where a checkpoint is there and cannot be read."""
     return CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}", "check the path")
@@ -242,13 +181,13 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str | Path, groups: Collection[str] = GROUPS) -> Checkpoint:
-    """Reads and verifies the named groups of tensors, on the CPU; the others stay empty and unread.
+    """Read and verify the named groups of tensors, on the CPU; the others stay empty and unread.
 
     Args:
-        path: of the file, or of the folder that `save_shards` has written.
+        path: The file, or a folder that `save_shards` has written.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it is none of ours.
+        CheckpointError: There is no such file, it is damaged, or Lumiere did not write it.
         ValueError: `groups` names a group that does not exist.
     """
     check_groups(groups)
@@ -257,55 +196,74 @@ def load_checkpoint(path: str | Path, groups: Collection[str] = GROUPS) -> Check
         from lumiere.persistence.sharded import load_shards
 
         return load_shards(path, groups)
-    # One handle for all reads: a training run may replace the file at any moment.
-    with _open_for_reading(path) as file:
-        header = read_header(path, file)
-        metadata = _parse_metadata(path, header)
-        _check_room(path, header, groups)
-        tensors = {group: _read_group(path, file, header, group) for group in groups}
-    return Checkpoint(
-        model=tensors.get("model", {}),
-        optimizer=tensors.get("optimizer", {}),
-        rng=tensors.get("rng", {}),
-        metadata=metadata,
-    )
+    with open_safetensors(path) as file:
+        texts = file.metadata() or {}
+        checkpoint = Checkpoint({}, metadata=_parse_metadata(path, texts))
+        names = {group: [name for name in file.keys() if name.startswith(f"{group}.")] for group in groups}  # noqa: SIM118
+        check_memory(path, [num_bytes(file.get_slice(name)) for group in groups for name in names[group]])
+        for group in groups:
+            tensors = getattr(checkpoint, group)
+            # Copied, because what safetensors gives is still the file, which may change.
+            tensors |= {name.removeprefix(f"{group}."): file.get_tensor(name).clone() for name in names[group]}
+            if hash_tensors(tensors) != texts.get(f"sha256.{group}"):
+                raise damaged(path, f"the {group}'s tensors do not match their hash")
+    return checkpoint
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of a checkpoint, read from the header alone, or from a folder's manifest.
+    """Return the metadata of a checkpoint, from the header of a file or the manifest of a folder; loads no torch.
 
     Raises:
-        CheckpointError: there is no such file, its header is damaged, its length is wrong, or it is none of ours.
+        CheckpointError: There is no such file, its header or length is damaged, or Lumiere did not write it.
     """
     path = Path(path)
     if path.is_dir():
         from lumiere.persistence.manifest import read_manifest
 
         return read_manifest(path).metadata
-    with _open_for_reading(path) as file:
-        return _parse_metadata(path, read_header(path, file))
+    with open_safetensors(path, framework="numpy") as file:
+        return _parse_metadata(path, file.metadata() or {})
 
 
 @contextmanager
-def _open_for_reading(path: Path) -> Iterator[BinaryIO]:
+def open_safetensors(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """Open a safetensors file by `safetensors.safe_open`, which checks its header, types, shapes and length.
+
+    Raises:
+        CheckpointError: There is no such file, it is damaged, or it was replaced while it was open.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open_file(path) as file:
-            yield file
+        # Held open, so that the system gives the number of this file to no other one.
+        with open_file(path) as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise damaged(path, f"it announces a header of {length:,} bytes")
+            with safe_open(path, framework=framework) as file:
+                yield file
+            if os.stat(path).st_ino != os.fstat(opened.fileno()).st_ino:
+                raise damaged(path, "it was replaced while it was read")
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {str(path)!r}", "lumiere runs ls lists the runs") from None
     except OSError as error:
         raise unreadable(path, error) from None
+    except (SafetensorError, UnicodeError) as error:
+        raise damaged(path, shortened(str(error))) from None
+    except (RuntimeError, TypeError, ValueError, OverflowError, AttributeError):
+        raise damaged(path, "a tensor's type or shape cannot be read") from None
 
 
-def _check_room(path: Path, header: Header, groups: Collection[str]) -> None:
-    wanted = [span(entry) for name, entry in header.entries.items() if name.partition(".")[0] in groups]
-    check_memory(path, [end - begin for begin, end in wanted])
+def num_bytes(tensor: Any) -> int:
+    """Return the bytes of a tensor, given as a slice by `safe_open`, by its type (`F32`, `BOOL`) and shape."""
+    bits = re.search("[0-9]+", tensor.get_dtype())
+    return math.prod(tensor.get_shape()) * (int(bits[0]) if bits else 8) // 8
 
 
-def _parse_metadata(path: Path, header: Header) -> dict[str, Any]:
-    check_format(path, header.texts.get("lumiere_format"))
-    text = header.texts.get("metadata", "")
-    if header.texts.get("format") != "pt" or _hash_text(text) != header.texts.get("sha256.metadata"):
+def _parse_metadata(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+    check_format(path, texts.get("lumiere_format"))
+    text = texts.get("metadata", "")
+    if texts.get("format") != "pt" or _hash_text(text) != texts.get("sha256.metadata"):
         raise damaged(path, "its metadata does not match its hash")
     try:
         metadata = parse_json(text)
@@ -314,24 +272,6 @@ def _parse_metadata(path: Path, header: Header) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise damaged(path, "its metadata is no JSON object")
     return metadata
-
-
-def _read_group(path: Path, file: BinaryIO, header: Header, group: str) -> dict[str, Tensor]:
-    prefix = f"{group}."
-    tensors = {
-        name.removeprefix(prefix): _read_tensor(path, file, header.data_start, entry)
-        for name, entry in header.entries.items()
-        if name.startswith(prefix)
-    }
-    if hash_tensors(tensors) != header.texts.get(f"sha256.{group}"):
-        raise damaged(path, f"the {group}'s tensors do not match their hash")
-    return tensors
-
-
-def _read_tensor(path: Path, file: BinaryIO, data_start: int, entry: Mapping[str, Any]) -> Tensor:
-    begin, end = entry["data_offsets"]
-    file.seek(data_start + begin)
-    return decode(path, entry, file.read(end - begin))
 
 
 def _hash_text(text: str) -> str:

@@ -9,16 +9,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lumiere.errors import RunBusyError
 from lumiere.files import is_locked
-
-if TYPE_CHECKING:
-    from lumiere.persistence.runs import Run
+from lumiere.persistence.record import RunRecord
 
 HEARTBEAT_NAME = ".heartbeat"
 WRITTEN_NAMES = (HEARTBEAT_NAME, "metrics.jsonl", "run.json")
@@ -33,48 +30,28 @@ def this_process() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": _boot_id()}
 
 
-def is_alive(folder: Path, record: Mapping[str, Any]) -> bool:
+def is_alive(folder: Path, record: RunRecord) -> bool:
     """Return whether a process trains the run in `folder`.
 
     Args:
-        record: contents of its `run.json`.
+        record: Its record.
     """
     is_held = is_locked(folder)
     if is_held or not _is_this_machine(record):
         return bool(is_held) or is_alive_elsewhere(folder, record)
     # The lock of a process of this machine would be seen, unless the file is gone or cannot be locked.
-    return is_held is None and _exists(record.get("pid")) and _age(folder, [HEARTBEAT_NAME]) < FRESH_SECONDS
+    return is_held is None and _exists(record.pid) and _age(folder, [HEARTBEAT_NAME]) < FRESH_SECONDS
 
 
-def is_alive_elsewhere(folder: Path, record: Mapping[str, Any]) -> bool:
+def is_alive_elsewhere(folder: Path, record: RunRecord) -> bool:
     """Return whether the run was recorded on another machine, and wrote a file within the last `FRESH_SECONDS`."""
-    if not isinstance(record.get("host"), str) or _is_this_machine(record):
+    if record.host is None or _is_this_machine(record):
         return False
     age = _age(folder, WRITTEN_NAMES)
     # The same host with another boot: this machine was restarted, or another machine has its name. Only the other
     # machine has written since this one started.
-    was_restarted = record["host"] == socket.gethostname() and age > time.clock_gettime(time.CLOCK_BOOTTIME)
+    was_restarted = record.host == socket.gethostname() and age > time.clock_gettime(time.CLOCK_BOOTTIME)
     return age < FRESH_SECONDS and not was_restarted
-
-
-def check_not_elsewhere(run: "Run") -> None:
-    """Refuse a run that another machine trains; whoever holds the lock knows that this one does not.
-
-    Raises:
-        RunBusyError: it is running there.
-    """
-    record = run.record
-    if record["status"] == "running" and is_alive_elsewhere(run.path, record):
-        raise running(run, record)
-
-
-def running(run: "Run", record: Mapping[str, Any]) -> RunBusyError:
-    """Return the error to raise where a run must not be touched, because it is being trained."""
-    return RunBusyError(
-        f"run {run.id} is running on {record.get('host')} (process {record.get('pid')})",
-        f"stop it there with Ctrl-C; on another machine, it counts as crashed {FRESH_SECONDS / 60:.0f} minutes after "
-        "its last write",
-    )
 
 
 @contextmanager
@@ -109,12 +86,12 @@ def beating(folder: Path) -> Iterator[None]:
             path.unlink()
 
 
-def _is_this_machine(record: Mapping[str, Any]) -> bool:
+def _is_this_machine(record: RunRecord) -> bool:
     """Return whether the record was written on this machine since its last start."""
-    ours, theirs = _boot_id(), record.get("boot_id")
-    if ours is not None and isinstance(theirs, str):
+    ours, theirs = _boot_id(), record.boot_id
+    if ours is not None and theirs is not None:
         return ours == theirs  # containers of one machine have different host names, and see each other's locks
-    return record.get("host") == socket.gethostname()
+    return record.host == socket.gethostname()
 
 
 def _boot_id() -> str | None:

@@ -106,7 +106,7 @@ def open_corpus(opened: OpenedModel, hint: str) -> TokenizedCorpus:
         LumiereError: It is missing, or has changed.
     """
     corpus = opened.corpus
-    if corpus.fingerprint != opened.run.record.get("corpus_sha256"):
+    if corpus.fingerprint != opened.run.record.corpus_sha256:
         raise LumiereError(
             f"the corpus '{opened.config.dataset.name}' is not the one that run {opened.run.id} was trained on", hint
         )

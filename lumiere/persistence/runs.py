@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumiere.errors import LumiereError, RunNotFoundError, nearest
+from lumiere.errors import LumiereError, RunBusyError, RunNotFoundError, nearest
 from lumiere.files import parse_json, read_file, write_atomically, writing
 from lumiere.persistence.metrics import to_json
+from lumiere.persistence.record import RunRecord
 
 if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig
@@ -97,9 +98,12 @@ class Run:
         return self.path / "run.json"
 
     @property
-    def record(self) -> dict[str, Any]:
-        """What `run.json` says; the status is "unknown" where the file is missing, damaged, or silent about it."""
-        return {"status": "unknown"} | self._read_record()
+    def record(self) -> RunRecord:
+        """The contents of `run.json`; an empty record if the file is missing or damaged."""
+        try:
+            return RunRecord.from_json(self._parse_record())
+        except OSError:
+            return RunRecord()
 
     @property
     def status(self) -> str:
@@ -108,8 +112,29 @@ class Run:
         from lumiere.persistence.liveness import is_alive
 
         record = self.record
-        status = str(record["status"])
-        return "crashed" if status == "running" and not is_alive(self.path, record) else status
+        return "crashed" if record.status == "running" and not is_alive(self.path, record) else record.status
+
+    def check_not_elsewhere(self) -> None:
+        """Refuse a run that another machine trains; whoever holds the lock knows that this one does not.
+
+        Raises:
+            RunBusyError: It is running there.
+        """
+        from lumiere.persistence.liveness import is_alive_elsewhere
+
+        record = self.record
+        if record.status == "running" and is_alive_elsewhere(self.path, record):
+            raise self.busy(record)
+
+    def busy(self, record: RunRecord) -> RunBusyError:
+        """Return the error to raise if a run must not be touched because it is being trained."""
+        from lumiere.persistence.liveness import FRESH_SECONDS
+
+        return RunBusyError(
+            f"run {self.id} is running on {record.host} (process {record.pid})",
+            f"stop it there with Ctrl-C; on another machine, it counts as crashed {FRESH_SECONDS / 60:.0f} minutes "
+            "after its last write",
+        )
 
     def update(self, **fields: Any) -> None:
         """Sets `fields` in `run.json`, atomically, and keeps the others; only one process may do so at a time.
@@ -163,12 +188,6 @@ class Run:
             return time.astimezone(UTC) if time and time.tzinfo else None
         except (OSError, ValueError, OverflowError):
             return None
-
-    def _read_record(self) -> dict[str, Any]:
-        try:
-            return self._parse_record()
-        except OSError:
-            return {}
 
     def _parse_record(self) -> dict[str, Any]:
         data = read_file(self.record_path, MAX_RECORD_BYTES)

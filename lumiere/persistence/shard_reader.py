@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from lumiere.files import open_file
-from lumiere.persistence.checkpoint import Header, check_memory, damaged, decode, read_header, unreadable
+from lumiere.persistence.checkpoint import check_memory, damaged, open_safetensors
 from lumiere.persistence.manifest import Manifest, Shard, ShardedTensor, check_lengths, hash_file
 
 
@@ -44,10 +44,7 @@ class ShardReader(StorageReader):
         self._files = manifest.files
         self._tensors = {name: tensor for name, tensor in manifest.tensors.items() if name.partition(".")[0] in groups}
         # A tensor of no numbers, to know each type by its name.
-        dtypes = {
-            dtype: decode(folder, {"dtype": dtype, "shape": [0]}, b"").dtype
-            for dtype in {tensor.dtype for tensor in manifest.tensors.values()}
-        }
+        dtypes = {dtype: _torch_type(folder, dtype) for dtype in {tensor.dtype for tensor in manifest.tensors.values()}}
         check_lengths(folder, manifest, {name: dtype.itemsize for name, dtype in dtypes.items()})
         # A length of 0 hides the others from the product, and yet they must not be beyond what torch can count.
         sizes = [
@@ -100,48 +97,36 @@ class ShardReader(StorageReader):
 
     def _read_file(self, number: int, items: list[tuple[ReadItem, Shard]], planner: LoadPlanner) -> None:
         path = self._folder / self._files[number].name
-        with self._verified(path, self._files[number].sha256) as (file, header):
+        with self._verified(path, self._files[number].sha256) as file:
             for item, shard in items:
-                tensor = self._read_rows(path, file, header, item, shard)
+                tensor = self._read_rows(path, file, item, shard)
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(tensor)
                 planner.commit_tensor(item, target)
 
     @contextmanager
-    def _verified(self, path: Path, sha256: str) -> Iterator[tuple[BinaryIO, Header]]:
-        """A file that is what it was; one handle for all, as a training may replace the folder at any moment."""
-        try:
+    def _verified(self, path: Path, sha256: str) -> Iterator[Any]:
+        """Open a file that has its hash."""
+        with open_safetensors(path) as tensors:
             with open_file(path) as file:
-                header = read_header(path, file)
-                file.seek(0)
                 if hash_file(file) != sha256:
                     raise damaged(path, "it does not match its hash")
-                yield file, header
-        except OSError as error:
-            raise unreadable(path, error) from None
+            yield tensors
 
-    def _read_rows(self, path: Path, file: BinaryIO, header: Header, item: ReadItem, shard: Shard) -> Tensor:
+    def _read_rows(self, path: Path, file: Any, item: ReadItem, shard: Shard) -> Tensor:
         """The part of a shard that `item` asks for; of its file no other rows are read into memory."""
         name = item.storage_index.fqn
         wanted = self._tensors[name]
         shape = wanted.shard_shape(shard)
-        entry = header.entries.get(name, {})
-        if entry.get("dtype") != wanted.dtype or entry.get("shape") != shape:
+        found = file.get_slice(name)
+        if (found.get_dtype(), list(found.get_shape())) != (wanted.dtype, shape):
             raise damaged(path, f"it does not hold the rows of {name} that it should")
-        begin, end = entry["data_offsets"]
-        row_bytes, rest = divmod(end - begin, shard.end - shard.start)
-        if rest:
-            raise damaged(path, "a tensor's type and shape do not match its bytes")
-        first, count = (item.storage_offsets[0], item.lengths[0]) if shape else (0, 1)
-        file.seek(header.data_start + begin + first * row_bytes)
-        rows = {"dtype": wanted.dtype, "shape": [count, *shape[1:]] if shape else []}
-        tensor = decode(path, rows, file.read(count * row_bytes))
-        return tensor[
-            tuple(
-                slice(offset if axis else 0, (offset if axis else 0) + length)
-                for axis, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True))
-            )
-        ]
+        if not shape:
+            return file.get_tensor(name)
+        first, count = item.storage_offsets[0], item.lengths[0]
+        rows = found[first : first + count]
+        rest = zip(item.storage_offsets[1:], item.lengths[1:], strict=True)
+        return rows[(slice(None), *(slice(offset, offset + length) for offset, length in rest))]
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing is kept from one load to the next."""
@@ -158,3 +143,16 @@ class ShardReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return False
+
+
+def _torch_type(folder: Path, name: str) -> torch.dtype:
+    """Return the type that safetensors calls `name`, as it reads it from a file with nothing else."""
+    import json
+
+    import safetensors.torch
+
+    header = json.dumps({"tensor": {"dtype": name, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    try:
+        return safetensors.torch.load(len(header).to_bytes(8, "little") + header)["tensor"].dtype
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+        raise damaged(folder, "a tensor's type and shape do not match its bytes") from None

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard as Rows
 
 from lumiere.distributed import ProcessGroup
 from lumiere.files import parse_json
-from lumiere.persistence.checkpoint import read_header, unwritable
+from lumiere.persistence.checkpoint import open_safetensors, unwritable
 from lumiere.persistence.manifest import Shard, ShardedTensor, ShardFile, hash_file
 
 
@@ -107,13 +107,12 @@ def _describe(path: Path) -> Described:
         os.fsync(file.fileno())
         digest = hash_file(file)
         num_bytes = file.tell()
-        file.seek(0)
-        header = read_header(path, file)
-    places = parse_json(header.texts["DCP_SHARDING_INFO"])
     rows = {}
-    for name, entry in header.entries.items():
-        start = (places[name]["saved_offsets"] or [0])[0]
-        rows[name] = (entry["dtype"], start, start + (entry["shape"] or [1])[0])
+    with open_safetensors(path) as file:
+        places = parse_json(file.metadata()["DCP_SHARDING_INFO"])
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            tensor, start = file.get_slice(name), (places[name]["saved_offsets"] or [0])[0]
+            rows[name] = (tensor.get_dtype(), start, start + (list(tensor.get_shape()) or [1])[0])
     return Described(ShardFile(path.name, num_bytes, digest), rows)
 
 

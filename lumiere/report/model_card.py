@@ -19,6 +19,7 @@ from lumiere import __version__
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.training.costs import count_parameters, weight_bytes
 
@@ -44,7 +45,7 @@ class CardFacts:
     """Everything that a card states.
 
     Attributes:
-        record: contents of `run.json`; any value may be missing or of another type.
+        record: contents of `run.json`; any value may be missing.
         checkpoint: `best`, or `latest` if there is no best.
         step: training steps of the checkpoint.
         evaluation: of the checkpoint on the validation split.
@@ -55,7 +56,7 @@ class CardFacts:
     run_name: str
     status: str
     config: RunConfig
-    record: Mapping[str, Any]
+    record: RunRecord
     checkpoint: str
     step: int
     evaluation: Evaluation
@@ -74,14 +75,14 @@ def card_checkpoint(run: Run) -> tuple[str, int]:
     return name, manager.load(run, name, groups=()).step
 
 
-def kept_evaluation(record: Mapping[str, Any], step: int) -> Evaluation | None:
+def kept_evaluation(record: RunRecord, step: int) -> Evaluation | None:
     """Return the evaluation that training recorded for the checkpoint of `step`.
 
     Returns:
         None if there is none: the run is older, was killed between two writes, or is damaged.
     """
-    kept = record.get("best_evaluation")
-    if not isinstance(kept, dict) or kept.get("step") != step:
+    kept = record.best_evaluation
+    if kept.get("step") != step:
         return None
     values: dict[str, Any] = {}
     for field in fields(Evaluation):
@@ -118,7 +119,7 @@ def gather(run: Run, checkpoint: str, step: int, evaluation: Evaluation) -> Card
 def model_card(facts: CardFacts) -> str:
     """Render the card as a `README.md` for the Hub."""
     config, record = facts.config, facts.record
-    parameters, versions = count_parameters(config), mapping(record.get("versions"))
+    parameters, versions = count_parameters(config), record.versions
     parts = {
         "Token embedding and output head": parameters.token_embedding,
         "Positions": parameters.positions,
@@ -126,8 +127,8 @@ def model_card(facts: CardFacts) -> str:
         "Feed-forward": parameters.feedforward,
         "Norms": parameters.norms,
     }
-    splits, epoch = mapping(record.get("splits")), record.get("epoch")
-    version, fingerprint = versions.get("lumiere"), record.get("corpus_sha256")
+    splits, epoch = record.splits, record.epoch
+    version, fingerprint = versions.get("lumiere"), record.corpus_sha256
     text = (
         environment()
         .get_template("model_card.md.j2")
@@ -141,7 +142,7 @@ def model_card(facts: CardFacts) -> str:
             files=file_names(config.dataset.data_files),
             language=known_language(config.dataset),
             fingerprint=fingerprint if isinstance(fingerprint, str) else None,
-            splits=[(name, splits[name]) for name in SPLITS if mapping(splits.get(name))],
+            splits=[(name, splits[name]) for name in SPLITS if splits.get(name)],
             context_bytes=context_bytes(facts),
             part_of_epoch=epoch if is_number(epoch) and 0 <= epoch < 1 else None,
             settings=config.training.model_dump(),
@@ -217,16 +218,11 @@ def known_language(dataset: DatasetConfig) -> str | None:
 
 def context_bytes(facts: CardFacts) -> float | None:
     """Bytes of text that the context holds on average; None if the record does not say."""
-    split = mapping(mapping(facts.record.get("splits")).get("train"))
+    split = facts.record.splits.get("train", {})
     size, tokens = split.get("num_bytes"), split.get("num_tokens")
     if not (type(size) is int and type(tokens) is int and 0 < tokens <= size < 2**63):
         return None
     return facts.config.model.context_size * size / tokens
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """A dictionary of the record; empty if something else is there."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

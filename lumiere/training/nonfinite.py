@@ -63,7 +63,7 @@ class NonFiniteGuard:
             raise self._error(problem)
         if settings.on_nonfinite == "stop":
             # Every save updates the record.
-            step = self.run.record.get("step", 0)
+            step = self.run.record.step or 0
             start = f"from the last good checkpoint, step {step}" if step else "from the start: nothing was saved yet"
             command = self.run.command("train", "--resume", self.run.id, "--set", "training.on_nonfinite=skip")
             raise self._error(problem, f"; {command} resumes {start} and skips such steps")

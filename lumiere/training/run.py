@@ -31,10 +31,11 @@ from lumiere.errors import CheckpointError, LumiereError
 from lumiere.files import locked, write_atomically, writing
 from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.liveness import beating, check_not_elsewhere, this_process
+from lumiere.persistence.liveness import beating, this_process
 from lumiere.persistence.loading import check_compatible
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.placing import clear, delete
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk
 from lumiere.training.events import Callback, WarningEvent
@@ -104,7 +105,7 @@ def resume(
     with locked(run.path):
         # After a restart by torchrun the run may be on another host, and its earlier processes have ended.
         if processes.job is None or token(run) != processes.job:
-            check_not_elsewhere(run)
+            run.check_not_elsewhere()
         checkpoint, name = newest_checkpoint(run, outlined=setup.config.training.parallel == "fsdp")
         step = checkpoint.step if checkpoint else 0
         before = run.load_config()
@@ -129,10 +130,8 @@ def resume(
         # Without a checkpoint, every line goes.
         truncate_metrics(run.metrics_path, step if checkpoint else -1)
         changed = changes(before, setup.config)
-        earlier = run.record.get("resumes")
-        resumes = earlier if isinstance(earlier, list) else []  # a file that was edited may hold anything
         entry = {"at": now(), "step": step, "changed": list(map(str, changed)), "warnings": warnings}
-        run.update(resumes=[*resumes, entry])
+        run.update(resumes=[*run.record.resumes, entry])
         if changed:
             with writing(run.config_path):
                 write_atomically(run.config_path, dump_config(setup.config).encode())
@@ -338,8 +337,7 @@ def restarted_run(store: RunStore, processes: ProcessGroup) -> Run | None:
 
 def token(run: Run) -> str | None:
     """Return the token of the launch that trained the run last, by its record."""
-    recorded = run.record.get("job")
-    return recorded.get("token") if isinstance(recorded, dict) else None
+    return run.record.job.get("token")
 
 
 # What a resume starts from
@@ -364,7 +362,7 @@ def stop_reason(run: Run) -> str | None:
         CheckpointError: The checkpoint is damaged.
     """
     # The record first: `runs prune` may have left only an earlier checkpoint of a finished run.
-    reason = run.record.get("stop_reason")
+    reason = run.record.stop_reason
     if run.status == "finished" and reason in STOP_REASONS:
         return reason
     checkpoint, _ = newest_checkpoint(run, outlined=True)
@@ -383,7 +381,7 @@ def remove_leftovers(run: Run) -> None:
 
 
 def resume_warnings(
-    checkpoint: Checkpoint, name: str, setup: TrainingSetup, record: Mapping[str, Any], processes: ProcessGroup
+    checkpoint: Checkpoint, name: str, setup: TrainingSetup, record: RunRecord, processes: ProcessGroup
 ) -> list[str]:
     """Return the reasons why a resumed run will not be bit-identical to an uninterrupted one.
 

@@ -14,6 +14,7 @@ from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
 from lumiere.errors import CheckpointError, ConfigError, LumiereError
 from lumiere.persistence.checkpoint import DAMAGE_HINT
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.training.loggers import check_packages
 from lumiere.training.schedule import learning_rate_factor, num_steps
@@ -136,7 +137,7 @@ def set_up_resume(
             "restore the corpus and the version of tokenizers that run.json names, or start a new run",
         )
     # Such a run has no record to compare with either.
-    if setup.corpus.fingerprint != record.get("corpus_sha256", setup.corpus.fingerprint):
+    if setup.corpus.fingerprint != (record.corpus_sha256 or setup.corpus.fingerprint):
         raise LumiereError(
             f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
             "restore it as it was, or start a new run",
@@ -204,7 +205,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return validate(values)
 
 
-def with_recorded_device(config: RunConfig, record: Mapping[str, Any], given: Collection[str]) -> RunConfig:
+def with_recorded_device(config: RunConfig, record: RunRecord, given: Collection[str]) -> RunConfig:
     """Return `config` with the device and the precision to resume a run with.
 
     A recorded device is kept if it exists, and the recorded precision if the device is of the same kind.
@@ -220,7 +221,8 @@ def with_recorded_device(config: RunConfig, record: Mapping[str, Any], given: Co
         values = config.model_dump()
         return validate(values | {"training": values["training"] | taken})
 
-    recorded = {key: record[key] for key in ("device", "precision") if key in record}
+    found = {"device": record.device, "precision": record.precision}
+    recorded = {key: value for key, value in found.items() if value is not None}
     taken = {key: value for key, value in recorded.items() if f"training.{key}" not in given}
     wanted = having(**taken) if taken else config
     if "device" not in recorded:
@@ -266,15 +268,16 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
     return [Change(path, old[path], value) for path, value in new.items() if value != old[path]]
 
 
-def inexact_changes(before: RunConfig, setup: TrainingSetup, record: Mapping[str, Any]) -> list[Change]:
+def inexact_changes(before: RunConfig, setup: TrainingSetup, record: RunRecord) -> list[Change]:
     """Return the changes after which the weights are no longer bit-identical to those of an uninterrupted run.
 
     Args:
         before: The config of the checkpoint to resume from.
         record: Contents of `run.json`, with the device and the precision so far.
     """
+    recorded = {"device": record.device, "precision": record.precision}
     moved = [
-        Change(key, record[key], value) for key, value in setup.resolved.items() if record.get(key, value) != value
+        Change(key, recorded[key], value) for key, value in setup.resolved.items() if recorded[key] not in (None, value)
     ]
     return moved + [change for change in changes(before, setup.config) if change.path in INEXACT]
 

@@ -58,10 +58,10 @@ def test_train_records_a_run_and_says_how_it_ended(tiny_yaml: Path) -> None:
     printed = run_command("train", str(tiny_yaml), "--max-steps", "3", "--seed", "5")
     run = RunStore().open("latest")
     record = run.record
-    assert record["status"] == "finished"
-    assert record["step"] == 3
+    assert record.status == "finished"
+    assert record.step == 3
     assert f"{run.name} finished: reached max_steps" in printed
-    assert f"best validation loss {record['best_loss']:.4f} at step 3" in printed
+    assert f"best validation loss {record.best_loss:.4f} at step 3" in printed
     assert "Sample:" in printed
     for command in ("generate --run", "inspect attention --layer 1 --run", "eval"):
         assert f"lumiere {command} {run.id}" in printed
@@ -100,7 +100,7 @@ def test_train_as_json_and_resume_of_a_finished_run(tiny_yaml: Path) -> None:
     result = CliRunner().invoke(app, ["train", "--resume", record["run"]])
     assert result.exit_code == 0
     assert "is finished (" in result.stderr
-    assert RunStore().open("latest").record["step"] == 2
+    assert RunStore().open("latest").record.step == 2
 
 
 def test_tokenize_counts_and_takes_the_cache(tiny_yaml: Path, tiny_corpus: TokenizedCorpus) -> None:
@@ -140,7 +140,7 @@ def test_eval_prints_every_average(runs_dir: str, trained_run: Run) -> None:
     scores = json.loads(run_command("eval", trained_run.id, "--runs-dir", runs_dir, "--json"))
     assert scores["run"] == trained_run.name
     assert scores["checkpoint"] == "best"
-    assert scores["loss"] == pytest.approx(trained_run.record["best_loss"], abs=1e-6)
+    assert scores["loss"] == pytest.approx(trained_run.record.best_loss, abs=1e-6)
     printed = run_command("eval", trained_run.id, "--runs-dir", runs_dir)
     for name in ("loss", "perplexity", "mean_batch_loss"):
         form = ",.2f" if name == "perplexity" else ".4f"

@@ -68,7 +68,7 @@ def test_it_prints_what_it_gives_to_scripts(run: Run) -> None:
 
 
 def test_the_averages_over_batches_are_those_that_the_training_kept(run: Run) -> None:
-    kept, found = run.record["best_evaluation"], read_json("eval", run.id, "--no-baselines")
+    kept, found = run.record.best_evaluation, read_json("eval", run.id, "--no-baselines")
     assert found["batch_size"] == kept["batch_size"] == run.load_config().training.batch_size != 32
     for name in ("mean_batch_loss", "mean_batch_perplexity"):
         assert found[name] == pytest.approx(kept[name], rel=1e-6)
@@ -258,7 +258,7 @@ def test_a_run_that_is_being_trained_can_be_evaluated(run: Run) -> None:
     with locked(run.path):
         found = read_json("eval", run.id)
         assert run.status == "running"
-    assert found["loss"] == pytest.approx(run.record["best_loss"], abs=1e-6)
+    assert found["loss"] == pytest.approx(run.record.best_loss, abs=1e-6)
 
 
 def test_a_checkpoint_that_is_replaced_meanwhile_is_scored_as_it_was(
@@ -273,8 +273,8 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_scored_as_it_was(
 
     monkeypatch.setattr(CheckpointManager, "load", load_and_replace)
     found = read_json("eval", run.id)
-    assert found["step"] == run.record["best_step"]
-    assert found["loss"] == pytest.approx(run.record["best_loss"], abs=1e-6)
+    assert found["step"] == run.record.best_step
+    assert found["loss"] == pytest.approx(run.record.best_loss, abs=1e-6)
 
 
 def test_an_evaluation_that_cannot_be_kept_is_given_all_the_same(run: Run, tmp_path: Path) -> None:

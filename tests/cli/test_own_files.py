@@ -120,6 +120,6 @@ def test_a_folder_is_recorded_too(home: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     run = RunStore(tmp_path / "runs").open("latest")
     assert run.load_config().dataset.name == str(home / "corpus")
-    assert run.record["splits"]["validation"]["num_documents"] == 1
+    assert run.record.splits["validation"]["num_documents"] == 1
     shutil.rmtree(home / "corpus")
     lumiere("eval", run.id, "--json")

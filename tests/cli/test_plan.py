@@ -33,7 +33,7 @@ def planned(trained_run: Run, *options: str) -> str:
 
 def test_as_json(trained_run: Run) -> None:
     shown = json.loads(planned(trained_run, "--json", "--set", "training.snapshots=false"))
-    size = trained_run.record["num_parameters"]
+    size = trained_run.record.num_parameters
     assert shown["num_parameters"] == size == sum(shown["parameters"].values())
     assert shown["disk_bytes"] == 4 * 12 * size
     assert shown["disk_free_bytes"] > 0
@@ -44,7 +44,7 @@ def test_as_json(trained_run: Run) -> None:
 
 
 def test_in_words(trained_run: Run) -> None:
-    size = trained_run.record["num_parameters"]
+    size = trained_run.record.num_parameters
     lines = planned(trained_run, "--max-steps", "500", "--set", "training.patience=2").splitlines()
     assert max(map(len, lines)) <= 80
     rows = {line[:17].strip(): line[17:].strip() for line in lines if not line.startswith(" ")}

@@ -54,7 +54,7 @@ def other(run: Run) -> Run:
     shutil.copytree(run.path, other.path)
     lines = [line for line in read_metrics(run.metrics_path) if line["step"] <= 8]
     other.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    other.update(best_loss=run.record["best_loss"] + 1, step=8, created_at="2099-01-01T00:00:00+00:00")
+    other.update(best_loss=run.record.best_loss + 1, step=8, created_at="2099-01-01T00:00:00+00:00")
     other.config_path.write_text(run.config_path.read_text().replace("max_steps: 12", "max_steps: 8"))
     return other
 
@@ -126,7 +126,7 @@ def test_show_says_how_it_went_and_how_to_repeat_it(run: Run) -> None:
         "tags       good",
         "note       worth another [look]",
         f"step 12 of 12, epoch {training['epoch']:.2f}, {training['tokens']:,} tokens",
-        f"validation loss {run.record['best_loss']:.4f} at step {run.record['best_step']}",
+        f"validation loss {run.record.best_loss:.4f} at step {run.record.best_step}",
         f"training loss {training['loss']:.4f} at step 12",
         f"validation loss {evaluation['val_loss']:.4f}",
         f"  lumiere train {run.config_path}\n",
@@ -215,7 +215,7 @@ def test_rm_asks_and_says_what_goes(run: Run, other: Run, terminal: None) -> Non
     refused = invoke("rm", run.id, "latest", answer="n\n")
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "Delete 2 runs, " in refused.stderr
-    assert f"{run.name}  finished  best loss {run.record['best_loss']:.4f}" in refused.stderr
+    assert f"{run.name}  finished  best loss {run.record.best_loss:.4f}" in refused.stderr
     assert len(RunStore().all()) == 2
     assert invoke("rm", run.id, answer="").exit_code == 1, "no answer is none"
     assert invoke("rm", run.id, answer="y\n").exit_code == 0

@@ -165,7 +165,7 @@ def test_a_full_device_is_reported_in_two_lines(command: str) -> None:
 def test_no_training_is_lost_with_its_output(stdout: object, stderr: object, code: int, trained_run: Run) -> None:
     arguments = ["train", str(trained_run.config_path), "--max-steps", "2"]
     assert run_main(arguments, stdout(), stderr()) == code  # pyright: ignore
-    assert RunStore("runs").open("latest").record["status"] == "finished"
+    assert RunStore("runs").open("latest").record.status == "finished"
 
 
 def test_a_stderr_that_recovers_gets_what_comes_then() -> None:

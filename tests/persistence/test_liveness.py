@@ -45,7 +45,7 @@ def test_a_run_on_another_host_runs_while_any_of_its_files_is_fresh(run: Run, na
     check_removable(run)
     age(run, FRESH_SECONDS - 60, name)
     assert run.status == "running"
-    for refused in (check_removable, remove_run, liveness.check_not_elsewhere):
+    for refused in (check_removable, remove_run, Run.check_not_elsewhere):
         with pytest.raises(RunBusyError, match="node7"):
             refused(run)
     run.update(status="interrupted")

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from lumiere.errors import CheckpointError
 from lumiere.generation.decoding import generate
 from lumiere.generation.sampling import Sampling
+from lumiere.persistence.catalog import checkpoint_files
 from lumiere.persistence.checkpoint import read_metadata
+from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.metrics import read_metrics
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, StepEvent, WarningEvent
@@ -52,13 +54,13 @@ def test_what_it_says_of_itself(run: Run) -> None:
     assert metadata["config"]["model"]["embedding_size"] == 4
     lines = read_metrics(run.metrics_path)
     assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8, 9, 10]
-    assert lines[-2]["val_loss"] == metadata["best_loss"] == run.record["best_loss"]
+    assert lines[-2]["val_loss"] == metadata["best_loss"] == run.record.best_loss
     assert run.load_config().training.max_steps == 12
 
 
 def test_it_can_be_resumed(run: Run) -> None:
     result = resume(set_up_resume(run), run)
-    assert (result.state.step, run.record["status"]) == (GOLDEN["resumed"]["step"], "finished")
+    assert (result.state.step, run.record.status) == (GOLDEN["resumed"]["step"], "finished")
     lines = read_metrics(run.metrics_path)
     assert [line["step"] for line in lines] == GOLDEN["resumed"]["steps"]
     assert lines[-1]["val_loss"] == pytest.approx(GOLDEN["resumed"]["val_loss"], abs=1e-4)
@@ -88,3 +90,34 @@ def test_a_newer_format_is_refused_with_the_way_out(run: Run) -> None:
         run.load_model()
     assert caught.value.hint
     assert "git pull" in caught.value.hint
+
+
+KINDS = json.loads((FIXTURES / "run_v1_kinds.golden.json").read_text(encoding="utf-8"))
+"""Runs with folders of shards, and with an average of the weights and Muon; both with snapshots."""
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Copy the run of a kind, and its corpus, into an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    name = json.loads((FIXTURES / request.param / "run.json").read_bytes())["name"]
+    shutil.copytree(FIXTURES / request.param, tmp_path / "runs" / name)
+    shutil.copy(FIXTURES / "run_v1.corpus.txt", tmp_path / "corpus.txt")
+    return request.param
+
+
+def test_every_checkpoint_of_every_kind_loads(kind: str) -> None:
+    run, expected = RunStore().open("latest"), KINDS[kind]["logsumexp"]
+    assert CheckpointManager().names(run) == list(expected)
+    for name, values in expected.items():
+        logits = run.load_model(name).logits(torch.tensor([GOLDEN["tokens"]]))[0]
+        assert logits.logsumexp(-1).tolist() == pytest.approx(values, abs=2e-5)
+    assert all(file.problem is None for file in checkpoint_files(run))
+
+
+def test_a_run_of_every_kind_is_resumed(kind: str) -> None:
+    run = RunStore().open("latest")
+    result = resume(set_up_resume(run, overrides=["training.max_steps=8"]), run)
+    assert result.state.step == KINDS[kind]["resumed"]["step"]
+    losses = [line["val_loss"] for line in read_metrics(run.metrics_path) if "val_loss" in line]
+    assert losses[-1] == pytest.approx(KINDS[kind]["resumed"]["val_loss"], abs=1e-4)

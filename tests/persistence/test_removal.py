@@ -225,7 +225,7 @@ def test_names_that_are_none_are_refused(keep: str) -> None:
 def test_a_checkpoint_is_described_by_its_header(trained_run: Run, store: RunStore) -> None:
     best = checkpoint_files(trained_run)[0]
     path = checkpoint_path(trained_run, "best")
-    assert (best.name, best.step, best.problem) == ("best", trained_run.record["best_step"], None)
+    assert (best.name, best.step, best.problem) == ("best", trained_run.record.best_step, None)
     assert best.num_bytes == len(path.read_bytes())
     damaged = checkpoint_files(make(store))[0]
     assert (damaged.step, damaged.num_bytes) == (None, 100)

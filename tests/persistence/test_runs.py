@@ -1,5 +1,6 @@
 """Runs are made once, found by what people type, and never reached by a path."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from lumiere.errors import CheckpointError, DataError, LumiereError, RunNotFound
 from lumiere.models.transformer import build_model
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 
 CARD_TIME = datetime(2025, 8, 19, 0, 18, 8)
@@ -276,11 +279,11 @@ def test_a_runs_directory_that_is_a_file_is_a_clear_error(tmp_path: Path) -> Non
 
 def test_updates_of_the_record_add_up_and_stay_valid_json(store: RunStore) -> None:
     run = store.create()
-    assert run.record == {"status": "unknown"}
+    assert run.record == RunRecord()
     run.update(status="running", command=["lumiere", "train"], step=1)
     run.update(status="finished", val_loss=math.nan)
     expected = {"status": "finished", "command": ["lumiere", "train"], "step": 1, "val_loss": None}
-    assert run.record == expected
+    assert run.record.to_json() == expected
     assert json.loads(run.record_path.read_text(), parse_constant=pytest.fail) == expected
 
 
@@ -303,9 +306,9 @@ DAMAGED_RECORDS = [
 def test_a_damaged_record_has_status_unknown_and_can_be_written_again(store: RunStore, content: bytes) -> None:
     run = store.create()
     run.record_path.write_bytes(content)
-    assert run.record["status"] == "unknown"
+    assert run.record.status == "unknown"
     run.update(status="failed")
-    assert run.record["status"] == "failed"
+    assert run.record.status == "failed"
 
 
 def test_a_record_that_is_no_file_is_never_waited_for(store: RunStore) -> None:
@@ -336,8 +339,8 @@ def test_any_text_in_a_record_survives_an_update(store: RunStore) -> None:
     run = store.create()
     run.record_path.write_text('{"error": "\\ud800 \\u001b", "status": ["a", {"b": 1}]}')
     run.update(step=1)
-    assert run.record == {"error": "\ud800 \x1b", "status": ["a", {"b": 1}], "step": 1}
-    assert run.status == "['a', {'b': 1}]"
+    assert run.record.to_json() == {"error": "\ud800 \x1b", "status": ["a", {"b": 1}], "step": 1}
+    assert run.status == "unknown"
 
 
 def test_links_that_lead_nowhere_are_no_runs(store: RunStore) -> None:
@@ -365,7 +368,7 @@ def test_a_failed_update_keeps_the_record(store: RunStore, monkeypatch: pytest.M
         patch.setattr(os, "replace", fail)
         with pytest.raises(LumiereError, match=r"run\.json' cannot be written: No space left"):
             run.update(status="finished")
-    assert run.record == {"status": "running"}
+    assert run.record.to_json() == {"status": "running"}
 
 
 def test_latest_stands_in_for_a_best_that_does_not_exist(store: RunStore) -> None:
@@ -440,8 +443,22 @@ def test_listing_runs_loads_nothing_heavy(store: RunStore) -> None:
     store.create().update(status="finished")
     code = (
         "import sys; from lumiere.persistence.runs import RunStore\n"
-        f"print([run.record['status'] for run in RunStore(sys.argv[1]).all()], {HEAVY} & set(sys.modules))"
+        f"print([run.record.status for run in RunStore(sys.argv[1]).all()], {HEAVY} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, str(store.runs_dir)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == "['finished'] set()\n"
+
+
+@pytest.mark.parametrize("value", [None, 7, [], "text", {"status": 1, "step": "2", "splits": [], "splits_": {}}])
+def test_a_record_of_other_types_is_empty(value: Any) -> None:
+    record = RunRecord.from_json(value)
+    assert dataclasses.replace(record, values={}) == RunRecord()
+
+
+def test_a_record_keeps_what_has_the_right_type_and_every_key() -> None:
+    values = {"step": 3, "best_loss": 1e400, "device": 7, "splits": {"train": {"num_tokens": 5}, "test": 1}, "new": [1]}
+    record = RunRecord.from_json(values)
+    assert (record.step, record.best_loss, record.device) == (3, None, None)
+    assert record.splits == {"train": {"num_tokens": 5}}
+    assert record.to_json() == {"status": "unknown"} | values

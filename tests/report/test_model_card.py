@@ -20,6 +20,7 @@ from lumiere.config.schema import RunConfig
 from lumiere.data.corpus import BUILT_IN
 from lumiere.evaluation.loss import Evaluation
 from lumiere.models.transformer import Transformer
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.report.model_card import (
     CardFacts,
@@ -59,7 +60,7 @@ def make_facts() -> CardFacts:
         run_name="run_hiq6ihsb_20250819_001808",
         status="finished",
         config=load_config("small"),
-        record=RECORD,
+        record=RunRecord.from_json(RECORD),
         checkpoint="best",
         step=18_590,
         evaluation=SCORES,
@@ -170,7 +171,7 @@ def test_limitations_state_the_record(card_facts: CardFacts) -> None:
     # 64 tokens of 10,940,000 bytes in 3,080,000 tokens are 227.3 bytes.
     assert "64 tokens at once, about 227 bytes" in limits
     assert "raw text (`wikitext-2-raw-v1`)" in limits
-    short = {"status": "interrupted", "record": RECORD | {"epoch": 0.25}}
+    short = {"status": "interrupted", "record": RunRecord.from_json(RECORD | {"epoch": 0.25})}
     limits = section(changed_card(card_facts, short), "Limitations")
     assert "`interrupted`" in limits
     assert "25% of the training windows" in limits
@@ -189,7 +190,9 @@ def test_text_from_files_breaks_nothing(card_facts: CardFacts) -> None:
     dataset = dict.fromkeys(names, NASTY) | {"data_files": [NASTY], "document_start": "|`\n---\n|"}
     versions = {"lumiere": NASTY, "torch": NASTY}
     record = RECORD | dict.fromkeys(("device", "precision", "corpus_sha256"), NASTY) | {"versions": versions}
-    card = changed_card(card_facts, {"record": record, "status": NASTY, "on_hub": False}, dataset=dataset)
+    card = changed_card(
+        card_facts, {"record": RunRecord.from_json(record), "status": NASTY, "on_hub": False}, dataset=dataset
+    )
     assert headings(card) == HEADINGS
     assert all(line.isprintable() for line in card.splitlines())
     data = ModelCard(card).data
@@ -232,26 +235,28 @@ json_values = st.recursive(
 def test_a_damaged_record_crashes_nothing(damaged: dict[str, Any], split: Any) -> None:
     counts = {"train": split, "validation": COUNTS | {"num_tokens": split}}
     for record in (RECORD | damaged, RECORD | {"splits": counts}):
-        kept_evaluation(record, 5)
-        facts = dataclasses.replace(make_facts(), record=record, status=str(record["status"]))
+        recorded = RunRecord.from_json(record)
+        kept_evaluation(recorded, 5)
+        facts = dataclasses.replace(make_facts(), record=recorded, status=recorded.status)
         assert headings(model_card(facts)) == HEADINGS
 
 
 @given(name=st.sampled_from([field.name for field in dataclasses.fields(Evaluation)]), value=json_values)
 def test_a_kept_evaluation_is_whole_or_none(name: str, value: Any) -> None:
     kept = json.loads(json.dumps({"step": 5} | dataclasses.asdict(SCORES) | {name: value}))
-    evaluation = kept_evaluation({"best_evaluation": kept}, 5)
+    evaluation = kept_evaluation(RunRecord.from_json({"best_evaluation": kept}), 5)
     if evaluation is not None:
         assert {type(number) for number in dataclasses.astuple(evaluation)} <= {int, float}
         assert f"{getattr(evaluation, name):,.2f}" != "nan"
 
 
 def test_an_evaluation_of_another_step_is_not_used() -> None:
-    record = {"best_evaluation": {"step": 5} | dataclasses.asdict(SCORES)}
+    kept = {"step": 5} | dataclasses.asdict(SCORES)
+    record = RunRecord(best_evaluation=kept)
     assert kept_evaluation(record, 5) == SCORES
     assert kept_evaluation(record, 6) is None
-    assert kept_evaluation({}, 5) is None
-    record["best_evaluation"]["word_perplexity"] = None
+    assert kept_evaluation(RunRecord(), 5) is None
+    kept["word_perplexity"] = None
     assert kept_evaluation(record, 5) == dataclasses.replace(SCORES, word_perplexity=float("inf"))
 
 
@@ -260,7 +265,7 @@ def test_the_python_of_the_card_runs(trained_run: Run, capsys: pytest.CaptureFix
     checkpoint, step = card_checkpoint(trained_run)
     evaluation = kept_evaluation(trained_run.record, step)
     assert evaluation is not None
-    assert evaluation.loss == trained_run.record["best_loss"]
+    assert evaluation.loss == trained_run.record.best_loss
     card = model_card(gather(trained_run, checkpoint, step, evaluation))
     blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert len(blocks) == 2

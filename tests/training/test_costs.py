@@ -167,7 +167,7 @@ def test_mfu_is_the_share_of_the_measured_peak(configure, launch) -> None:
     run = launch(config, [events.append]).run
     start, *steps = [event for event in events if isinstance(event, StartEvent | StepEvent)]
     assert isinstance(start, StartEvent)
-    assert start.peak_flops == run.record["peak_flops"] == 2e11
+    assert start.peak_flops == run.record.peak_flops == 2e11
     # Width 16, two blocks of 2 heads of 8 and 32 neurons, 320 tokens, 16 positions.
     flops = 6 * (16 * 320 + 2 * (4 * 16 * 16 + 3 * 16 * 32)) + 12 * 2 * 2 * 8 * 16
     assert len(steps) == 3

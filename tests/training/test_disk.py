@@ -173,7 +173,7 @@ def test_a_run_whose_config_cannot_be_changed_stays_whole(configure, launch) -> 
         assert run.load_config().training.max_steps in ((3,) if error is None else (2, 3))
         assert CheckpointManager(run.path.parent).load_latest(run)[0].step == 2
         assert not list(run.path.rglob(".*.tmp"))
-        assert run.record["name"] == run.name, "what could not be read was not replaced either"
+        assert run.record.values["name"] == run.name, "what could not be read was not replaced either"
         run.config_path.write_bytes(before)
     # Metrics, config and record.
     assert failures >= 4 * 6

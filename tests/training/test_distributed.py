@@ -39,7 +39,7 @@ def test_two_processes_train_what_one_does(configure, launch, parallel: str) -> 
     run = trained(2, config)
     assert_same_training(run, launch(config).run)
     assert run.status == "finished"
-    assert run.record["world_size"] == 2
+    assert run.record.world_size == 2
     assert [other.name for other in RunStore(run.path.parent).all()] == [run.name]
 
 
@@ -68,7 +68,7 @@ def test_going_on_with_as_many_processes_is_exact_and_with_another_number_says_w
     shutil.copytree(half.path, by_one.path)
 
     torchrun(2, "--resume", half.id, "--runs-dir", "by-2-ddp", "--set", "training.max_steps=8")
-    assert half.record["step"] == 8
+    assert half.record.step == 8
     assert tensor_hashes(half, "latest") == tensor_hashes(whole, "latest")
 
     events: list[Event] = []
@@ -78,7 +78,7 @@ def test_going_on_with_as_many_processes_is_exact_and_with_another_number_says_w
     assert warning.startswith("trained so far with 2 processes (ddp), now with 1 process:")
     assert "dropout masks" in warning
     assert tensor_hashes(by_one, "latest") != tensor_hashes(whole, "latest")
-    assert by_one.record["world_size"] == 1
+    assert by_one.record.world_size == 1
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_a_signal_to_torchrun_saves_once_and_the_run_goes_on(
     run = RunStore("stopped").open("latest")
     assert said.count("interrupted at step") == 1
     assert run.status == "interrupted"
-    assert 0 < run.record["step"] < 150
+    assert 0 < run.record.step < 150
 
     torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
     assert tensor_hashes(run, "latest") == tensor_hashes(whole, "latest")
@@ -156,7 +156,7 @@ def test_a_process_that_is_killed_ends_the_job_which_names_it(configure, rank: i
     run = RunStore("stopped").open("latest")
     assert run.status in ("failed", "crashed")
     torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
-    assert run.record["step"] == 150
+    assert run.record.step == 150
 
 
 @needs_proc
@@ -169,7 +169,7 @@ def test_a_job_that_torchrun_starts_again_goes_on_with_its_own_run(long_config: 
         assert process.wait(timeout=200) == 0, said
     [run] = RunStore("stopped").all()
     assert run.status == "finished"
-    assert len(run.record["resumes"]) == 1
+    assert len(run.record.resumes) == 1
     assert tensor_hashes(run, "latest") == tensor_hashes(whole, "latest")
 
 
@@ -227,7 +227,7 @@ def test_a_process_that_hangs_ends_the_job_which_names_it(configure, rank: int, 
     run = RunStore("stopped").open("latest")
     assert run.status == ("failed" if rank else "crashed")
     torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
-    assert run.record["step"] == 150
+    assert run.record.step == 150
 
 
 @pytest.mark.slow
@@ -243,4 +243,4 @@ def test_a_job_that_dies_before_it_has_a_run_adopts_none_of_another_job(configur
         assert result.returncode == 0, result.stderr
     runs = RunStore("runs").all()
     assert [run.status for run in runs] == ["finished", "finished"]
-    assert [run.record["job"]["id"] for run in runs] == ["night", "night"]
+    assert [run.record.job["id"] for run in runs] == ["night", "night"]

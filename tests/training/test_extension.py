@@ -30,12 +30,12 @@ def go_on(run: Run, *overrides: str) -> TrainingResult:
 def test_a_longer_run_has_the_weights_of_one_that_was_meant_so(configure, launch, tensor_hashes) -> None:
     meant = launch(configure(CONSTANT | {"training.max_epochs": 4})).run
     run = launch(configure(CONSTANT)).run
-    assert run.record["stop_reason"] == "max_epochs"
+    assert run.record.stop_reason == "max_epochs"
     result = go_on(run, "training.max_epochs=3", "training.max_epochs=4", "training.eval_interval=3")
     assert (result.state.step, result.state.stop_reason) == (20, "max_epochs")
     assert tensor_hashes(run, "latest") == tensor_hashes(meant, "latest")
     assert (run.load_config().training.max_epochs, run.load_config().training.eval_interval) == (4, 3)
-    (first,) = run.record["resumes"]
+    (first,) = run.record.resumes
     assert first["step"] == 10
     assert first["changed"] == ["training.max_epochs: 2 -> 4", "training.eval_interval: empty -> 3"]
 
@@ -44,13 +44,13 @@ def test_more_patience_goes_on_after_an_early_stop(configure, launch, tensor_has
     impatient = {"max_steps": None, "max_epochs": 9, "patience": 1, "stopping_threshold": 100.0}
     config = configure({f"training.{name}": value for name, value in impatient.items()})
     run = launch(config).run
-    assert (run.record["stop_reason"], run.record["step"]) == ("patience", 10)
+    assert (run.record.stop_reason, run.record.step) == ("patience", 10)
     # The cosine of nine epochs stays that of nine epochs.
     assert go_on(run, "training.patience=2").state.step == 15
     patient = launch(config.model_copy(update={"training": config.training.model_copy(update={"patience": 2})})).run
     assert tensor_hashes(run, "latest") == tensor_hashes(patient, "latest")
     # As it is, it is over; nothing is trained, and nothing is lost.
-    assert (go_on(run).state.step, run.record["status"]) == (15, "finished")
+    assert (go_on(run).state.step, run.record.status) == (15, "finished")
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -61,7 +61,7 @@ def test_a_schedule_that_fell_keeps_its_length(configure, launch, tensor_hashes,
         go_on(run, "training.max_epochs=3")
     assert "schedule=constant" in (caught.value.hint or "")
     assert (tensor_hashes(run, "latest"), run.config_path.read_text()) == (before, config)
-    assert (run.record["status"], run.record.get("resumes")) == ("finished", None)
+    assert (run.record.status, run.record.resumes) == ("finished", ())
 
 
 def test_a_schedule_is_lengthened_before_it_falls(configure, launch, tensor_hashes, stop_at) -> None:
@@ -147,8 +147,8 @@ def test_how_a_step_is_computed_may_change_and_the_bits_with_it(
     straight = launch(config).state
     run = launch(config, [stop_at(3)]).run
     result = go_on(run, override)
-    assert (result.state.step, run.record["status"]) == (6, "finished")
-    (entry,) = run.record["resumes"]
+    assert (result.state.step, run.record.status) == (6, "finished")
+    (entry,) = run.record.resumes
     (warning,) = entry["warnings"]
     assert warning.startswith(change)
     assert run.load_config() != config
@@ -162,7 +162,7 @@ def test_activation_checkpointing_may_change_and_no_bit_with_it(configure, launc
     straight = launch(config).run
     run = launch(config, [stop_at(3)]).run
     go_on(run, "training.activation_checkpointing=true")
-    assert run.record["resumes"][0]["warnings"] == []
+    assert run.record.resumes[0]["warnings"] == []
     assert run.load_config().training.activation_checkpointing
     assert tensor_hashes(run, "latest") == tensor_hashes(straight, "latest")
 
@@ -188,7 +188,7 @@ def test_two_trainings_never_write_to_one_run(configure, launch, monkeypatch: py
     run = launch(configure({}), [second]).run
     assert len(refused) == 1
     assert run.metrics_path.read_bytes().startswith(refused[0]), "the one that was refused cut nothing off"
-    assert run.record["status"] == "finished"
+    assert run.record.status == "finished"
     with locked(run.path):
         pass
 

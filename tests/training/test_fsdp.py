@@ -70,7 +70,7 @@ def test_a_run_goes_on_exactly_and_in_either_way_from_the_same_checkpoint(config
 
     longer = ["--set", "training.max_steps=8"]
     torchrun(2, "--resume", half.id, "--runs-dir", str(half.path.parent), *longer)
-    assert half.record["step"] == 8
+    assert half.record.step == 8
     assert tensor_hashes(half, "latest") == tensor_hashes(whole, "latest")
 
     by_two, by_one = others
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_is_too_large_for_one_process_is_a_folder_to_go_on_fro
         for name, tensor in expected.items():
             tolerance = 0.0 if num_processes == 2 else MUON_TOLERANCE
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
-    assert damaged.record["resumes"][0]["step"] == 2
+    assert damaged.record.resumes[0]["step"] == 2
 
     resume(set_up_resume(by_one, overrides=["training.max_steps=8", "training.parallel=ddp"]), by_one)
     for name, tensor in loaded(by_one).items():

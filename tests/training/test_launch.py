@@ -20,6 +20,7 @@ from lumiere.config.messages import setting_paths
 from lumiere.data.dataset import tokenize_corpus
 from lumiere.errors import CheckpointError, DataError, LumiereError
 from lumiere.persistence.liveness import HEARTBEAT_NAME
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import run as run_module
 from lumiere.training.events import Event, StepEvent
@@ -160,7 +161,7 @@ def test_the_record(configure, launch, store: RunStore) -> None:
 
 
 def test_the_command_is_recorded(trained_run: Run) -> None:
-    assert trained_run.record["command"] == ["lumiere", "train"]
+    assert trained_run.record.command == ("lumiere", "train")
 
 
 def test_the_config_is_complete_and_repeats_the_run(configure, launch, tensor_hashes) -> None:
@@ -199,7 +200,7 @@ def test_preparing_measures_the_model_and_makes_nothing(configure, tmp_path: Pat
 
 
 def test_running_then_finished(configure, launch, store: RunStore) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[RunRecord] = []
     beats: list[bool] = []
 
     def look() -> None:
@@ -208,21 +209,21 @@ def test_running_then_finished(configure, launch, store: RunStore) -> None:
         beats.append((run.path / HEARTBEAT_NAME).exists())
 
     run = launch(configure({}), [at_step(2, look)]).run
-    assert (seen[0]["status"], seen[0]["pid"], seen[0]["step"]) == ("running", os.getpid(), 0)
-    assert run.record["status"] == "finished"
+    assert (seen[0].status, seen[0].pid, seen[0].step) == ("running", os.getpid(), 0)
+    assert run.record.status == "finished"
     assert (beats, (run.path / HEARTBEAT_NAME).exists()) == ([True], False)
 
 
 def test_interrupted(configure, launch) -> None:
     run = launch(configure({}), [at_step(2, lambda: signal.raise_signal(signal.SIGINT))]).run
-    assert (run.record["status"], run.record["stop_reason"], run.record["step"]) == ("interrupted", None, 2)
+    assert (run.record.status, run.record.stop_reason, run.record.step) == ("interrupted", None, 2)
 
 
 def test_interrupted_twice_it_leaves_at_once(configure, launch, store: RunStore) -> None:
     with pytest.raises(KeyboardInterrupt):
         launch(configure({}), [at_step(2, raising(KeyboardInterrupt()))])
     run = store.open("latest")
-    assert run.record["status"] == "interrupted"
+    assert run.record.status == "interrupted"
     assert not (run.checkpoints_dir / "latest.safetensors").exists()
 
 
@@ -232,17 +233,17 @@ def test_failed_with_the_errors_text_and_its_class(configure, launch, store: Run
         launch(configure({}), [at_step(2, raising(error))])
     assert caught.value is error
     run = store.open("latest")
-    assert (run.record["status"], run.record["error"]) == ("failed", "ZeroDivisionError: boom")
+    assert (run.record.status, run.record.error) == ("failed", "ZeroDivisionError: boom")
     resume(set_up_resume(run), run)
-    assert (run.record["status"], run.record["error"]) == ("finished", None)
+    assert (run.record.status, run.record.error) == ("finished", None)
 
 
 def test_the_peak_is_that_of_the_device_now(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
     run = launch(configure({}), [at_step(2, lambda: signal.raise_signal(signal.SIGINT))]).run
-    assert run.record["peak_flops"] == 200_000_000_000
+    assert run.record.peak_flops == 200_000_000_000
     monkeypatch.setattr(device_module, "peak_flops", lambda device, dtype: 3e11)
     resume(set_up_resume(run), run)
-    assert run.record["peak_flops"] == 300_000_000_000
+    assert run.record.peak_flops == 300_000_000_000
 
 
 # Where it was made

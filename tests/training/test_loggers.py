@@ -47,7 +47,7 @@ def test_a_logger_that_fails_is_left_out(
     warnings = [event for event in events if isinstance(event, WarningEvent)]
     reason = "[Errno 28] No space left on device"
     assert warnings == [WarningEvent(step, f"training without wandb, which failed: {reason}")]
-    assert result.run.record["status"] == "finished"
+    assert result.run.record.status == "finished"
     if seen is None:
         assert log.seen.count("StepEvent") == 6
     else:

@@ -198,8 +198,8 @@ def test_training_stops_before_the_update(
     assert bits(model.state_dict()) == before
     assert all(parameter.grad is None for parameter in model.parameters())
     run = only_run()
-    assert (run.record["status"], run.record["step"]) == ("failed", 2)
-    assert run.record["error"].startswith("NonFiniteError: step 4: ")
+    assert (run.record.status, run.record.step) == ("failed", 2)
+    assert run.record.error.startswith("NonFiniteError: step 4: ")
     assert latest_step(run) == 2
     assert "best" not in CheckpointManager().names(run)
 
@@ -237,7 +237,7 @@ def test_it_goes_on_from_the_last_good_checkpoint(configure, launch, broken: Bre
         go_on(run)
     broken({})
     assert go_on(run).state.stop_reason == "max_steps"
-    assert (run.record["status"], run.record["error"]) == ("finished", None)
+    assert (run.record.status, run.record.error) == ("finished", None)
     assert tensor_hashes(run, "latest") == tensor_hashes(never_broken, "latest")
 
 
@@ -317,7 +317,7 @@ def test_a_learning_rate_that_is_far_too_high_is_found_at_the_next_loss(configur
     with pytest.raises(NonFiniteError, match="step 2: the loss is nan"):
         launch(config, [events.append])
     assert [event.step for event in events if isinstance(event, StepEvent)] == [1]
-    assert (only_run().record["status"], only_run().record["step"]) == ("failed", 0)
+    assert (only_run().record.status, only_run().record.step) == ("failed", 0)
 
 
 def test_gradients_that_explode_and_are_finite_are_clipped(configure, launch, broken: Breaker) -> None:
@@ -347,8 +347,8 @@ def test_a_skipped_step_leaves_all_others_as_they_are(configure, launch, broken:
     assert bits(result.state.model.state_dict()) == bits(expected.model.state_dict())
     assert bits(result.state.optimizers.state_tensors()) == bits(expected.optimizers.state_tensors())
     assert (result.state.step, result.state.skipped_steps, result.state.skipped_in_a_row) == (NUM_STEPS, 2, 0)
-    assert result.run.record["skipped_steps"] == 2
-    assert result.run.record["status"] == "finished"
+    assert result.run.record.skipped_steps == 2
+    assert result.run.record.status == "finished"
     warnings = [event for event in events if isinstance(event, WarningEvent)]
     assert [warning.step for warning in warnings] == [2, 3]
     assert warnings[0].message.startswith("step 2: the loss is nan")
@@ -434,7 +434,7 @@ def test_an_update_that_breaks_the_state_is_never_saved(
     with pytest.raises(NonFiniteError, match=f"^step 2: no longer finite, and not saved: {name} "):
         launch(configure(SAVING | quiet | changes), callbacks)
     run = only_run()
-    assert run.record["status"] == "failed"
+    assert run.record.status == "failed"
     # A snapshot holds nothing but weights.
     snapshots = {"step-00000000", "step-00000001"} | ({"step-00000002"} if target == "optimizer" else set())
     assert set(CheckpointManager().names(run)) == (snapshots if "training.snapshots" in changes else set())
@@ -454,7 +454,7 @@ def test_a_validation_loss_that_is_not_finite_stops_it(
         launch(configure({f"training.{name}": value for name, value in changes.items()}), [events.append])
     run = only_run()
     assert [event.step for event in events if isinstance(event, EvaluationEvent)] == [2]
-    assert (run.record["status"], run.record["step"], run.record["best_loss"]) == ("failed", 2, 5.0)
+    assert (run.record.status, run.record.step, run.record.best_loss) == ("failed", 2, 5.0)
     assert latest_step(run) == CheckpointManager().load(run, "best").metadata["step"] == 2
 
 
@@ -472,7 +472,7 @@ def test_the_command_says_what_happened_and_leaves_with_2(configure) -> None:
     run = only_run()
     assert f"lumiere train --resume {run.id} --set training.on_nonfinite=skip" in hint
     assert "from the start: nothing was saved yet" in hint
-    assert run.record["status"] == "failed"
+    assert run.record.status == "failed"
     result = CliRunner().invoke(app, ["train", "--resume", run.id])
     assert (result.exit_code, result.stderr.splitlines()[-2]) == (2, error), "the same again"
     assert run.status == "failed"

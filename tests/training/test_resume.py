@@ -119,7 +119,7 @@ def test_interrupted_at_any_step(configure, launch, outcome, straight, step: int
     first = launch(configure(LONGER), [stop_at(step)])
     run = first.run
     assert (first.state.step, first.signal_number) == (step, signal.SIGINT)
-    assert run.record["status"] == "interrupted"
+    assert run.record.status == "interrupted"
     assert stop_reason(run) is None
     events: list[Event] = []
     second = go_on(run, events.append)
@@ -128,7 +128,7 @@ def test_interrupted_at_any_step(configure, launch, outcome, straight, step: int
         *range(step, NUM_STEPS + 1)
     ]
     assert second.state.seconds > first.state.seconds
-    assert (run.record["status"], run.record["stop_reason"]) == ("finished", "max_steps")
+    assert (run.record.status, run.record.stop_reason) == ("finished", "max_steps")
     assert outcome(run) == straight[0]
 
 
@@ -228,7 +228,7 @@ start(set_up(load_config_file(Path("config.yaml"))), RunStore(), callbacks=[list
     process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=False)
     assert process.returncode == -signal.SIGKILL
     (run,) = RunStore(tmp_path / "runs").all()
-    assert run.record["status"] == "running"
+    assert run.record.status == "running"
     go_on(run)
     assert outcome(run) == straight[0]
 
@@ -271,7 +271,7 @@ def test_a_finished_run_says_why_and_stays_as_it_is(configure, launch, outcome, 
     assert stop_reason(run) == "max_steps"
     again = go_on(run)
     assert (again.state.step, again.state.stop_reason, again.evaluation) == (NUM_STEPS, "max_steps", None)
-    assert run.record["status"] == "finished"
+    assert run.record.status == "finished"
     assert outcome(run) == straight[0]
 
 
@@ -287,11 +287,11 @@ def test_killed_after_its_last_save_it_is_brought_to_its_end(
             launch(configure(LONGER), [lambda event: kill_at(0)(event) if event == last else None])
     run = next(run for run in RunStore().all() if run != whole)
     run.update(status="running")
-    assert (run.status, run.record["step"]) == ("crashed", 10)
+    assert (run.status, run.record.step) == ("crashed", 10)
     go_on(run)
     assert outcome(run) == straight[0]
     told = ("status", "step", "epoch", "tokens", "best_loss", "best_step", "stop_reason", "skipped_steps")
-    assert {name: run.record[name] for name in told} == {name: whole.record[name] for name in told}
+    assert {name: getattr(run.record, name) for name in told} == {name: getattr(whole.record, name) for name in told}
 
 
 def test_device_and_precision_are_those_it_was_trained_with(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +322,8 @@ def test_a_device_that_is_gone_is_no_dead_end(configure, launch, monkeypatch: py
     result = resume(
         setup, run, [lambda event: warnings.append(event.message) if isinstance(event, WarningEvent) else None]
     )
-    assert (result.state.step, run.record["device"], run.record["precision"]) == (6, "cpu", "float32")
-    assert warnings == run.record["resumes"][0]["warnings"]
+    assert (result.state.step, run.record.device, run.record.precision) == (6, "cpu", "float32")
+    assert warnings == run.record.resumes[0]["warnings"]
     (warning,) = warnings
     assert "device: cuda:1 -> cpu" in warning
     assert "precision: bfloat16 -> float32" in warning
@@ -353,12 +353,12 @@ def test_another_corpus_is_refused(configure, launch, tmp_path: Path, monkeypatc
     text = book.read_text()
     book.write_text(text.replace("slept", "leapt"))
     # In the cache is the corpus as it was; without it, the changed file is no substitute.
-    assert set_up_resume(run).corpus.fingerprint == run.record["corpus_sha256"]
+    assert set_up_resume(run).corpus.fingerprint == run.record.corpus_sha256
     with monkeypatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(tmp_path / "empty"))
         with pytest.raises(LumiereError, match="data_sha256"):
             set_up_resume(run)
-    assert run.record["status"] == "interrupted"
+    assert run.record.status == "interrupted"
     book.write_text(text)
     assert go_on(run).state.step == 6
 

@@ -21,14 +21,14 @@ def test_the_record_keeps_the_best_evaluation_whole(configure, launch, monkeypat
     record = launch(configure({"training.eval_interval": 2, "training.max_steps": 5}), [events.append]).run.record
     scored = [event for event in events if isinstance(event, EvaluationEvent)]
     assert [(event.step, event.is_best) for event in scored] == [(2, True), (4, True), (5, False)]
-    assert record["best_evaluation"] == {"step": 4} | asdict(scored[1].evaluation)
-    assert record["best_evaluation"]["word_perplexity"] == 12.0
-    assert record["best_step"] == 4
+    assert record.best_evaluation == {"step": 4} | asdict(scored[1].evaluation)
+    assert record.best_evaluation["word_perplexity"] == 12.0
+    assert record.best_step == 4
 
 
 def test_the_record_says_how_much_text_each_split_has(configure, launch, tiny_corpus) -> None:
     config = configure({"dataset.num_documents": 10, "dataset.seed": 0})
-    splits = launch(config).run.record["splits"]
+    splits = launch(config).run.record.splits
     assert list(splits) == ["train", "validation", "test"]
     train = tiny_corpus.splits["train"]
     assert splits["train"]["num_documents"] == 10

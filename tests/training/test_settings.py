@@ -199,7 +199,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             "weights": tensor_hashes(result.run, "latest"),
             "num_parameters": start.num_parameters,
             "num_windows": start.num_windows,
-            "corpus": result.run.record["corpus_sha256"],
+            "corpus": result.run.record.corpus_sha256,
             "streamed": streamed,
             "rows": rows,
             "products": products,

@@ -413,7 +413,7 @@ def test_what_a_checkpoint_tells_is_written_already(configure, launch) -> None:
         if isinstance(event, CheckpointEvent):
             (run,) = RunStore().all()
             seen.append((event.name, CheckpointManager().load(run, event.name).metadata["step"]))
-            assert run.record["step"] == event.step
+            assert run.record.step == event.step
 
     launch(configure({"training.max_steps": 3}), [listen])
     assert seen == [("best", 3), ("latest", 3)]

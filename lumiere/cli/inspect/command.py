@@ -248,7 +248,7 @@ def model_provenance(opened: OpenedModel) -> dict[str, Any]:
         "step": opened.step,
         "weights_sha256": opened.weights_sha256,
         "tokenizer_sha256": opened.tokenizer.fingerprint,
-        "corpus_sha256": opened.run.record.get("corpus_sha256"),
+        "corpus_sha256": opened.run.record.corpus_sha256,
     }
 
 

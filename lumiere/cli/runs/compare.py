@@ -73,13 +73,13 @@ def listing(comparison: "Comparison") -> str:
         rows.append([name, *[""] * len(runs)])
 
     add("status", *(printable(reached.entry.status) for reached in runs))
-    add("parameters", *(number(reached.entry.record.get("num_parameters"), ",") for reached in runs))
+    add("parameters", *(number(reached.entry.record.num_parameters, ",") for reached in runs))
     section("settings that differ" if comparison.differences else "all settings are equal")
     for key, values in comparison.differences.items():
         add(f"  {printable(key)}", *map(setting, values))
     section("best")
-    add("  validation loss", *(number(reached.entry.record.get("best_loss"), ".4f") for reached in runs))
-    add("  step", *(number(reached.entry.record.get("best_step"), ",") for reached in runs))
+    add("  validation loss", *(number(reached.entry.record.best_loss, ".4f") for reached in runs))
+    add("  step", *(number(reached.entry.record.best_step, ",") for reached in runs))
     section("at the end")
     for name, value in END.items():
         add(f"  {name}", *(value(reached) for reached in runs))

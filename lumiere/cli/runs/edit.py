@@ -101,7 +101,7 @@ def remove_runs(
 
 def describe_run(entry: Entry, num_bytes: int) -> str:
     """Describe a run in one line, to recognize it before deleting it."""
-    loss = f"best loss {number(entry.record.get('best_loss'), '.4f')}"
+    loss = f"best loss {number(entry.record.best_loss, '.4f')}"
     tags = "".join(f"  #{tag}" for tag in entry.notes.tags)
     return f"{entry.run.name}  {printable(entry.status)}  {loss}  {age(entry.run.created_at)}  {size(num_bytes)}{tags}"
 

@@ -111,12 +111,12 @@ def cells(entry: Entry) -> tuple[str, ...]:
     return (
         entry.run.id,
         text_cell(entry.status, 11),
-        short_count(entry.record.get("num_parameters")),
-        number(entry.record.get("step"), ",.0f"),
-        number(entry.record.get("best_loss"), ".4f"),
+        short_count(entry.record.num_parameters),
+        number(entry.record.step, ",.0f"),
+        number(entry.record.best_loss, ".4f"),
         curve(entry),
         age(entry.run.created_at),
-        text_cell(entry.record.get("dataset")),
+        text_cell(entry.record.dataset),
     )
 
 
@@ -133,5 +133,5 @@ def facts(entry: Entry) -> dict[str, Any]:
     """Return a run's record and identity as JSON values."""
     run = entry.run
     names = {"run": run.name, "id": run.id, "path": str(run.path)}
-    record = dict.fromkeys(RECORD_KEYS) | entry.record
+    record = dict.fromkeys(RECORD_KEYS) | entry.record.to_json()
     return names | record | names | {"status": entry.status, "tags": list(entry.notes.tags), "note": entry.notes.text}

@@ -75,7 +75,7 @@ def plot_runs(
 
 def label(entry: Entry) -> str:
     """Name a run and its corpus, without which a loss cannot be compared."""
-    return printable(f"{entry.run.id} on {entry.record.get('dataset', '?')}")
+    return printable(f"{entry.run.id} on {entry.record.dataset or '?'}")
 
 
 def values(points: tuple[Point, ...]) -> dict[str, list[Any]]:

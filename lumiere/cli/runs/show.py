@@ -59,8 +59,7 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 def original_command(entry: Entry) -> str | None:
     """Return what the user typed, quoted for a shell."""
-    command = entry.record.get("command")
-    return shlex.join(map(str, command)) if isinstance(command, list) and command else None
+    return shlex.join(entry.record.command) or None
 
 
 def show(entry: Entry, details: dict[str, Any]) -> None:
@@ -68,24 +67,24 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
     record, run = entry.record, entry.run
     style = STATUS_STYLES.get(entry.status, "dim")
     stdout().print(f"[bold]{run.name}[/]  [{style}]{escape(text_cell(entry.status))}[/]")
-    if record.get("error"):
-        stdout().print(f"  {escape(text_cell(record['error'], MAX_TEXT))}", style="red")
+    if record.error:
+        stdout().print(f"  {escape(text_cell(record.error, MAX_TEXT))}", style="red")
     row("tags", " ".join(entry.notes.tags))
     row("note", entry.notes.text)
     row("age", age(run.created_at))
-    row("model", f"{number(record.get('num_parameters'), ',')} parameters")
-    row("corpus", f"{text_cell(record.get('dataset'))} ({text_cell(record.get('corpus_sha256'))[:16]})")
+    row("model", f"{number(record.num_parameters, ',')} parameters")
+    row("corpus", f"{text_cell(record.dataset)} ({text_cell(record.corpus_sha256)[:16]})")
     row("progress", progress(details))
     row(
         "best",
-        f"validation loss {number(record.get('best_loss'), '.4f')} at step {number(record.get('best_step'), ',')}",
+        f"validation loss {number(record.best_loss, '.4f')} at step {number(record.best_step, ',')}",
     )
     row("last", last(details))
     row("speed", speed(details))
-    row("computed", f"in {record.get('precision', '?')} on {record.get('device', '?')}")
-    row("machine", machine(record.get("machine")))
-    row("versions", pairs(record.get("versions")))
-    row("commit", str(record.get("commit") or ""))
+    row("computed", f"in {record.precision or '?'} on {record.device or '?'}")
+    row("machine", machine(record.machine))
+    row("versions", pairs(record.versions))
+    row("commit", record.commit or "")
     row("disk", f"{size(details['disk_bytes'])} in {run.path}")
     heading("checkpoints")
     for line in checkpoint_lines(details["checkpoints"]):

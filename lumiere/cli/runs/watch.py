@@ -8,6 +8,7 @@ from lumiere.cli.console import STATUS_STYLES, duration, number, print_json
 from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.errors import LumiereError, printable
 from lumiere.persistence.metrics import History, MetricsFollower, Point, Thinned, as_number, point_of
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Watched:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.status = "unknown"
-        self.record: dict[str, Any] = {}
+        self.record = RunRecord()
         self._follower = MetricsFollower(run.metrics_path)
         self._unknown_looks = 0
         self._is_first = True
@@ -93,7 +94,7 @@ class Watched:
     @property
     def seconds_left(self) -> float | None:
         """Estimate from the mean speed so far, without evaluating and saving."""
-        total, step = as_number(self.record.get("total_steps")), self.step
+        total, step = self.record.total_steps, self.step
         seconds = as_number((self.last_training or self.last_evaluation).get("time"))
         if total is None or not step or seconds is None:
             return None
@@ -170,8 +171,8 @@ def figures(watched: Watched) -> str:
         ]
     if evaluation:
         parts.append(f"validation {number(evaluation.get('val_loss'), '.4f')}")
-    if as_number(record.get("best_loss")) is not None:
-        parts.append(f"best {number(record['best_loss'], '.4f')}")
+    if record.best_loss is not None:
+        parts.append(f"best {number(record.best_loss, '.4f')}")
     return "  ".join(parts) + time_left(watched)
 
 
@@ -185,8 +186,8 @@ def describe(record: dict[str, Any], watched: Watched) -> str:
     return f"{step}  loss {number(record.get('loss'), '.3f')}  {speed} tok/s{time_left(watched)}"
 
 
-def of_total(record: dict[str, Any]) -> str:
-    total = number(record.get("total_steps"), ",")
+def of_total(record: RunRecord) -> str:
+    total = number(record.total_steps, ",")
     return "" if total == "-" else f"/{total}"
 
 
