@@ -10,6 +10,7 @@ import pytest
 
 from lumiere.cli.inspect.dynamics import ruler
 from lumiere.interpret.dynamics import DEFAULT_METRICS
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 
@@ -103,7 +104,7 @@ def test_pictures_and_the_page_that_answers_keys(runs_dir: str) -> None:
 def test_without_the_corpus_it_goes_on_and_says_so(
     trained_run: Run, runs_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+    monkeypatch.setattr(type(trained_run), "record", RunRecord(corpus_sha256="another"))
     result = inspect("dynamics", "--runs-dir", runs_dir, "--json")
     assert result.exit_code == 0, result.output
     assert "without validation-loss, in-context-score, text-repeat-gap, text-induction: the corpus" in result.stderr

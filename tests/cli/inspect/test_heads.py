@@ -11,6 +11,7 @@ from lumiere.cli.inspect.heads import show_scores
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SPECIAL_TOKENS
 from lumiere.interpret.head_scores import SCORES, head_scores
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 from tests.interpret.circuits import induction_circuit
@@ -62,7 +63,7 @@ def test_random_tokens_are_of_the_training_split(
     drawn = {token for row in shown(*options)["tokens"] for token in row[1:]}
     assert drawn <= occurring
     # Without the corpus, nobody knows which they are.
-    monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+    monkeypatch.setattr(type(trained_run), "record", RunRecord(corpus_sha256="another"))
     result = shown(*options)
     assert result["source"] == "32 sequences of 7 random tokens of the vocabulary, twice (seed 0)"
     assert not {token for row in result["tokens"] for token in row[1:]} <= occurring
@@ -75,7 +76,7 @@ def test_copying_is_over_the_tokens_of_the_training_split(
     model, tokens = trained_run.load_model("best"), torch.tensor([[0, 5, 6]])
     for over, words in ((occurring, f"{len(occurring)} tokens"), (None, f"all {model.vocab_size} tokens")):
         if over is None:
-            monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+            monkeypatch.setattr(type(trained_run), "record", RunRecord(corpus_sha256="another"))
         result = shown("--runs-dir", runs_dir)
         np.testing.assert_allclose(result["copying"], head_scores(model, tokens, averaged=over).copying, atol=1e-9)
         assert words in result["averaged_over"]
@@ -130,7 +131,7 @@ def test_the_view_fits_80_columns_and_says_the_threshold(runs_dir: str) -> None:
 def test_without_the_corpus_the_scores_are_there(
     trained_run: Run, runs_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+    monkeypatch.setattr(type(trained_run), "record", RunRecord(corpus_sha256="another"))
     result = inspect_heads("--runs-dir", runs_dir, "--json")
     assert result.exit_code == 0, result.output
     assert "no in-context-learning score" in result.stderr

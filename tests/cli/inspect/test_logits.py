@@ -8,6 +8,7 @@ import torch
 from typer.testing import Result
 
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
 
@@ -61,7 +62,7 @@ def test_centered_logits_average_over_the_tokens_of_the_training_split(
     assert f"{len(occurring)} tokens" in result["averaged_over"]
     assert f"{len(occurring)} tokens" in " ".join(inspect_logits(runs_dir, *PROMPT).stdout.split())
     # Without the corpus, nobody knows which they are.
-    monkeypatch.setattr(type(trained_run), "record", {"corpus_sha256": "another"})
+    monkeypatch.setattr(type(trained_run), "record", RunRecord(corpus_sha256="another"))
     result = shown(runs_dir, *PROMPT)
     assert result["logits"][0] == pytest.approx(largest - logits_V.mean(), abs=1e-5)
     assert f"all {len(logits_V)} tokens" in result["averaged_over"]
