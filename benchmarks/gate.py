@@ -73,7 +73,7 @@ ANALYSES = {
     "ablate": ("--batches", "1"),
     "tokens": ("--prompt", PROMPT),
     "cache": ("--prompt", PROMPT),
-    "dynamics": ("--batches", "1"),
+    "dynamics": (),
     "diff": ("latest@0", "latest@latest", "--batches", "1"),
 }
 
