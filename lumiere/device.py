@@ -59,7 +59,7 @@ def prefers_hand_written(x: torch.Tensor) -> bool:
     They are on a CPU, where each pass over memory counts. Accelerators have fused kernels of their own, and
     `torch.compile` fuses plain operations better.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

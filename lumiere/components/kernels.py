@@ -93,7 +93,9 @@ def masked_scores(q_BTHK: Tensor, k_BSHK: Tensor, mask_B1TS: Tensor | None = Non
     """Return `q k^T / sqrt(d_key) + mask`, (B, H, T, S), in one pass over them. Without a mask: causal."""
     num_heads, num_keys = q_BTHK.shape[2], k_BSHK.shape[1]
     q_NTK, k_NSK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BSHK))  # N is B * H
-    if mask_B1TS is None:
+    if mask_B1TS is None and q_BTHK.shape[1] == 1:
+        mask_B1TS = q_BTHK.new_zeros(1, 1, 1, 1)
+    elif mask_B1TS is None:
         mask_B1TS = attention_mask(torch.arange(num_keys, device=q_BTHK.device)[None], num_keys, q_BTHK.dtype)
     mask_NTS = mask_B1TS[0] if len(mask_B1TS) == 1 else mask_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
     scores_NTS = torch.baddbmm(mask_NTS.to(q_NTK.dtype), q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
@@ -110,13 +112,15 @@ def attention(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_B1TS: Tensor 
     """Return the weighted values of each head, (B, T, H, V), by the fastest way for the device, type and length.
 
     Args:
-        mask_B1TS: From `attention_mask`. None: causal, where queries and keys are those of the same positions.
+        mask_B1TS: From `attention_mask`. None: causal for queries and keys of the same positions; one query sees all.
     """
+    if q_BTHK.shape[1] == 1 and (mask_B1TS is not None or k_BSHK.shape[1] > 1):
+        # On a CPU, torch's fused attention takes twice the time for a single query.
+        pattern_BHTS = masked_scores(q_BTHK, k_BSHK, mask_B1TS).softmax(dim=-1)
+        z_N1V = torch.bmm(pattern_BHTS.flatten(0, 1), v_BSHV.transpose(1, 2).flatten(0, 1))  # N is B * H
+        return z_N1V.view(len(q_BTHK), 1, -1, z_N1V.shape[-1])
     if mask_B1TS is None:
         return causal_attention(q_BTHK, k_BSHK, v_BSHV)
-    if q_BTHK.shape[1] == 1:  # on a CPU, torch's fused attention takes twice the time for a single query
-        pattern_BHTS = masked_scores(q_BTHK, k_BSHK, mask_B1TS).softmax(dim=-1)
-        return (pattern_BHTS @ v_BSHV.transpose(1, 2)).transpose(1, 2)
     heads = (q_BTHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHV.transpose(1, 2))
     return F.scaled_dot_product_attention(*heads, attn_mask=mask_B1TS.to(q_BTHK.dtype)).transpose(1, 2)
 

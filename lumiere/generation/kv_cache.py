@@ -113,7 +113,7 @@ class CachedDecoder:
         self._num_weights = sum(parameter.numel() for parameter in model.parameters())
         self._fused: OneStream | None = None
         self._one_stream: OneStream | None = None
-        self._cache = KVCache([], [], torch.zeros(0, dtype=torch.int64), 0)
+        self._cache = KVCache([], [], 0, 0)
         self._num_cached = 0
         self._windows: list[list[int]] = []
 
@@ -138,7 +138,10 @@ class CachedDecoder:
             if self._one_stream is not None:
                 return self._one_stream.step(tokens[0], lengths[0])
             unused = [0] * (self._num_cached - len(tokens))
-            self._cache.lengths = torch.tensor([*lengths, *unused], device=self._weight.device)
+            if self._compiled_step is None and len(set(lengths)) == 1:
+                self._cache.lengths = lengths[0]
+            else:
+                self._cache.lengths = torch.tensor([*lengths, *unused], device=self._weight.device)
             self._cache.num_keys = max(lengths) + 1 if self._compiled_step is None else context_size
             tokens_B = torch.tensor([*tokens, *unused], device=self._weight.device)
             step = self._compiled_step or step_rows
@@ -170,7 +173,7 @@ class CachedDecoder:
             self._one_stream = None
             shapes = [(num_rows, model.num_heads, model.context_size, width) for width in (model.d_key, model.d_value)]
             keys, values = ([self._weight.new_zeros(shape) for _ in model.blocks] for shape in shapes)
-            self._cache = KVCache(keys, values, torch.zeros(num_rows, dtype=torch.int64), 0)
+            self._cache = KVCache(keys, values, 0, 0)
         self._num_cached = num_rows
 
     def _encode(self, rows: Sequence[int]) -> Tensor:
@@ -180,13 +183,12 @@ class CachedDecoder:
         # No token sees what stands to the right of a shorter row: attention is causal, and later steps overwrite it.
         padded = [window + [0] * (num_positions - len(window)) for window in windows]
         index = torch.tensor(list(rows), device=device)
-        lengths = torch.zeros(len(rows), dtype=torch.int64, device=device)
         caches = (self._cache.keys, self._cache.values)
         is_all = len(rows) == self._num_cached
         keys, values = caches if is_all else ([tensor[index] for tensor in tensors] for tensors in caches)
         with few_threads(self._num_weights * len(rows) * num_positions):
             tokens_BT = torch.tensor(padded, device=device)
-            final_BTE = self._model.final_residual(tokens_BT, cache=KVCache(keys, values, lengths, num_positions))
+            final_BTE = self._model.final_residual(tokens_BT, cache=KVCache(keys, values, 0, num_positions))
             last_BE = final_BTE[torch.arange(len(rows)), [len(window) - 1 for window in windows]]
             logits_BV = torch.addmm(self._bias, last_BE, self._unembedding)
         if not is_all:

@@ -67,7 +67,7 @@ class OneStream:
         self._rows = [weight.new_zeros(1, model.context_size, width) for _ in self._layers]
         self._views: dict[int, list[tuple[Tensor, ...]]] = {}
         heads = [self._split(rows_1CW) for rows_1CW in self._rows]
-        self.cache = KVCache([k for _, k, _ in heads], [v for _, _, v in heads], torch.zeros(1, dtype=torch.int64), 0)
+        self.cache = KVCache([k for _, k, _ in heads], [v for _, _, v in heads], 0, 0)
 
     def _fuse(self, block: Block) -> FusedLayer:
         attention, feedforward = block.attention, block.feedforward

@@ -210,10 +210,13 @@ class Transformer(nn.Module):
                 mask_B1TS = attention_mask(positions[None], num_positions, dtype, padding_mask_BT)
         layer_caches = None
         if cache is not None:
-            positions = cache.lengths[:, None] + positions
+            lengths = cache.lengths
+            positions = positions + (lengths if isinstance(lengths, int) else lengths[:, None])
             layer_caches = cache.layers(positions)
-            if cache.num_keys > num_positions:  # or else nothing is cached, and the causal mask is enough
-                mask_B1TS = attention_mask(positions, cache.num_keys, dtype)
+            # The causal mask is enough where nothing is cached, and the one new token of each row sees all keys.
+            sees_all = isinstance(lengths, int) and cache.num_keys == lengths + 1
+            if cache.num_keys > num_positions and not sees_all:
+                mask_B1TS = attention_mask(positions.view(-1, num_positions), cache.num_keys, dtype)
 
         resid_BTE = self.hook_embed(self.token_embedding(tokens_BT))
         if self.position_embedding is not None:
