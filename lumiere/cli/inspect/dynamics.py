@@ -156,7 +156,7 @@ def show_metric(result: "Dynamics", name: str, series: Sequence[int], count: int
 
     metric = METRICS[name]
     baseline = result.baselines[series[0]] if series else np.nan
-    chance = f"by chance {baseline:.2f}" if np.isfinite(baseline) else ""
+    chance = f"at chance {baseline:.2f}" if np.isfinite(baseline) else ""
     unit = ", ".join(part for part in ("" if metric.unit == "share" else metric.unit, chance) if part)
     stdout().print(
         f"[bold]{name}[/]: {escape(metric.meaning)}" + (f" ({escape(unit)})" if unit else ""), soft_wrap=False
