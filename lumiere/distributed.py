@@ -15,13 +15,14 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from lumiere.errors import LostProcessError, LumiereError, RankTimeoutError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.distributed_c10d import Store
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -331,3 +332,15 @@ def share_cores(processes: ProcessGroup) -> None:
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return whether the tensor is sharded over processes."""
+    # By an attribute: importing the class takes half a second, which a single process need not spend.
+    return hasattr(tensor, "device_mesh")
+
+
+def rows_of(length: int, rank: int, size: int) -> slice:
+    """Return the rows of a tensor that a process holds: those of `torch.chunk`, as in FSDP2."""
+    each = -(-length // size)
+    return slice(min(rank * each, length), min((rank + 1) * each, length))

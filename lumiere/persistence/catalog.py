@@ -14,11 +14,12 @@ from lumiere.errors import CheckpointError, LumiereError, nearest
 from lumiere.files import locked, sync_folder
 from lumiere.persistence.checkpoint import read_metadata
 from lumiere.persistence.checkpoint_manager import NAMES, checkpoint_names
+from lumiere.persistence.disk import DISK, Disk
 from lumiere.persistence.metrics import Point, as_number, last_records, point_of, points_at
 from lumiere.persistence.notes import Notes, check_tag, read_notes
-from lumiere.persistence.placing import delete, find, present, remove
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import NAME_PATTERN, Run, RunStore
+from lumiere.persistence.step_folders import find, paths_of, remove
 
 STATUSES = ("running", "finished", "interrupted", "failed", "crashed", "unknown")
 
@@ -227,12 +228,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A checkpoint, a file or a folder, by its header or its manifest.
+    """A checkpoint, as far as its manifest or header shows it.
 
     Attributes:
-        step: updates that it has seen; None where the header does not say.
-        num_bytes: of the file, or of all files in the folder.
-        problem: what is wrong with it, as far as the header or the manifest shows it.
+        step: Updates that it has seen; None if it does not state them.
+        num_bytes: Size of its file, or of all files in its folder.
+        problem: What is wrong with it; None if nothing.
     """
 
     name: str
@@ -241,13 +242,8 @@ class CheckpointFile:
     problem: str | None
 
 
-def checkpoint_path(run: Run, name: str) -> Path:
-    """The file or folder that the checkpoint is; where it is not there, the file that it would be."""
-    return find(run.checkpoints_dir, name)
-
-
 def checkpoint_files(run: Run) -> list[CheckpointFile]:
-    """The checkpoints of a run, in the order of `CheckpointManager.names`; no tensor is read."""
+    """Return the checkpoints of a run, in the order of `CheckpointManager.names`; no tensor is read."""
     return [_checkpoint_file(run, name) for name in checkpoint_names(run)]
 
 
@@ -260,10 +256,10 @@ def disk_bytes(folder: Path, without: Collection[Path] = ()) -> int:
 
 
 def _checkpoint_file(run: Run, name: str) -> CheckpointFile:
-    path = checkpoint_path(run, name)
+    path = find(run.checkpoints_dir, name) or run.checkpoints_dir / name
     try:
         num_bytes = disk_bytes(path) if path.is_dir() else path.stat().st_size
-    except OSError:  # a training has just replaced or dropped it
+    except OSError:  # training has just replaced or removed it
         num_bytes = 0
     try:
         step = read_metadata(path).get("step")
@@ -317,7 +313,7 @@ def check_removable(run: Run) -> None:
         raise run.busy(run.record)
 
 
-def remove_run(run: Run) -> None:
+def remove_run(run: Run, disk: Disk = DISK) -> None:
     """Deletes a run; of a run that is a link, the link.
 
     The folder is first renamed to a name that is no run's: a run is there as a whole or not at all, also for a process
@@ -335,7 +331,7 @@ def remove_run(run: Run) -> None:
             run.check_not_elsewhere()
             os.rename(run.path, aside)
         sync_folder(run.path.parent)
-        delete(aside)
+        disk.remove(aside)
     except OSError as error:
         raise LumiereError(
             f"run {run.id} cannot be removed: {error.strerror or error}", f"check the permissions of {run.path.parent}/"
@@ -351,7 +347,7 @@ def remove_leftovers(store: RunStore) -> None:
     for name in names:
         if ASIDE_PATTERN.fullmatch(name):
             try:
-                delete(store.runs_dir / name)
+                DISK.remove(store.runs_dir / name)
             except OSError:
                 continue
 
@@ -391,7 +387,7 @@ def plan_pruning(run: Run, keep: Collection[str]) -> Pruning:
         return Pruning(run, reason="its checkpoints are behind a link")
     if gone and not kept:
         return Pruning(run, reason="it has none of those to keep")
-    paths = [path for name in gone for path in present(run.checkpoints_dir, name)]
+    paths = paths_of(run.checkpoints_dir, gone)
     return Pruning(run, gone, disk_bytes(run.path) - disk_bytes(run.path, without=paths))
 
 
@@ -405,14 +401,13 @@ def prune(pruning: Pruning) -> None:
     check_removable(run)
     with locked(run.path):  # so that no training begins in between
         run.check_not_elsewhere()
-        for name in pruning.names:
-            try:
-                remove(run.checkpoints_dir, name)
-            except OSError as error:
-                raise LumiereError(
-                    f"checkpoint {name} of run {run.id} cannot be deleted: {error.strerror}",
-                    f"check the permissions of {run.checkpoints_dir}/",
-                ) from error
+        try:
+            remove(run.checkpoints_dir, pruning.names)
+        except OSError as error:
+            raise LumiereError(
+                f"checkpoints of run {run.id} cannot be deleted: {error.strerror}",
+                f"check the permissions of {run.checkpoints_dir}/",
+            ) from error
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:

@@ -2,127 +2,144 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
-import shutil
+import secrets
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lumiere.distributed import ProcessGroup
+from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.errors import CheckpointError, nearest
-from lumiere.files import sync_folder
-from lumiere.persistence import placing
-from lumiere.persistence.checkpoint import GROUPS, Checkpoint, load_checkpoint, save_checkpoint, unwritable
-from lumiere.persistence.placing import NAME_PATTERN, SUFFIX
+from lumiere.persistence import step_folders
+from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, load_outline
+from lumiere.persistence.checkpoint_writer import together, write_checkpoint
+from lumiere.persistence.disk import DISK, Disk
+from lumiere.persistence.manifest import GROUPS, missing
 from lumiere.persistence.runs import Run, RunStore
-
-NAMES = ("best", "latest", "previous")
+from lumiere.persistence.step_folders import NAMES, SNAPSHOTS, snapshot_name, snapshot_step
 
 
 def checkpoint_names(run: Run) -> list[str]:
-    """The checkpoints that a run has: `best`, `latest`, `previous`, then the snapshots by step."""
-    names = placing.found(run.checkpoints_dir)
-    return [name for name in NAMES if name in names] + sorted(names - set(NAMES), key=_step)
+    """Return the checkpoints of a run: `best`, `latest`, `previous`, then the snapshots by step."""
+    return step_folders.checkpoint_names(run.checkpoints_dir)
 
 
 def snapshot_steps(run: Run) -> list[int]:
-    """The steps whose weights the run has kept, rising."""
-    return [_step(name) for name in checkpoint_names(run) if name not in NAMES]
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))
-
-
-OLD_NAMES = {"latest": "previous"}
-"""What a checkpoint is called when another one has taken its name."""
+    """Return the steps of a run's snapshots, in order."""
+    return [snapshot_step(name) for name in checkpoint_names(run) if name not in NAMES]
 
 
 class CheckpointManager:
-    """Saves, finds and loads the checkpoints of runs.
+    """Save, find, load and remove the checkpoints of runs.
 
-    A `run` is a `Run`, or whatever `RunStore.open` takes. Names come from the folder's listing: what a user types is
-    only ever compared with them, never made part of a path.
+    A `run` is a `Run`, or what `RunStore.open` accepts. The name of a checkpoint is compared with those that exist; it
+    never becomes part of a path.
 
     Args:
-        runs_dir: the folder of the runs, as for `RunStore`.
+        runs_dir: The folder of the runs, as for `RunStore`.
+        disk: The file operations of a save.
     """
 
-    def __init__(self, runs_dir: Path | str | None = None) -> None:
+    def __init__(self, runs_dir: Path | str | None = None, disk: Disk = DISK) -> None:
         self._store = RunStore(runs_dir)
+        self._disk = disk
 
-    def save(self, run: Run, name: str, checkpoint: Checkpoint) -> None:
-        """Writes `checkpoint` under `name`; the `latest` before becomes `previous`.
+    def save(
+        self,
+        run: Run,
+        names: str | Collection[str],
+        checkpoint: Checkpoint,
+        processes: ProcessGroup | None = None,
+    ) -> None:
+        """Write one folder and make `names` point to it; the `latest` before becomes `previous`.
 
-        Raises:
-            CheckpointError: it cannot be written; what was there is untouched.
-            ValueError: `name` is not `best`, `latest` or `step-` and at least 8 digits.
-        """
-        _check_name(name)
-        path = run.checkpoints_dir / f"{name}{SUFFIX}"
-        try:
-            placing.clear(run.checkpoints_dir)
-            involved = {name, OLD_NAMES.get(name, name)}
-            if any(form.is_dir() for one in involved for form in placing.present(run.checkpoints_dir, one)):
-                temporary = placing.temporary_path(path)
-                save_checkpoint(temporary, checkpoint)
-                _place(temporary, run.checkpoints_dir, name)
-            elif name == "latest" and path.is_file():
-                _replace_latest(run, checkpoint)
-            else:
-                save_checkpoint(path, checkpoint)
-        except OSError as error:
-            raise unwritable(path, error) from error
-
-    def save_shards(self, run: Run, name: str, checkpoint: Checkpoint, processes: ProcessGroup) -> None:
-        """Writes `checkpoint` under `name` as a folder, its rows by the processes that have them; else as `save`.
-
-        Every process of `processes` calls it, with the DTensors and plain tensors that `sharded.save_shards` takes.
-
-        Raises:
-            CheckpointError: a process cannot write; what was there is untouched.
-            ValueError: as `save`, or a tensor is shared out otherwise than by rows.
-        """
-        from lumiere.persistence.sharded import save_shards
-
-        _check_name(name)
-        save_shards(run.checkpoints_dir / name, checkpoint, processes, _place)
-
-    def load(self, run: Run | str, name: str, groups: Collection[str] = GROUPS, outlined: bool = False) -> Checkpoint:
-        """The checkpoint `name`, or the snapshot of a step given as a bare number.
+        A kill at any instant leaves every name with a whole checkpoint.
 
         Args:
-            outlined: of one that is a folder, all groups without their numbers, as `outline_shards` gives them.
+            names: `best`, `latest` or both; or `step-` and 8 digits, for a snapshot.
+            processes: All of them call this, with the same names; each writes its rows of the tensors. None: this
+                process alone writes full tensors.
 
         Raises:
-            RunNotFoundError: there is no such run.
-            CheckpointError: the run has no such checkpoint, or it is damaged.
+            CheckpointError: It cannot be written; what existed is untouched.
+            ValueError: There is no such name, or a tensor is sharded otherwise than by rows.
+        """
+        names, folder = [names] if isinstance(names, str) else list(names), run.checkpoints_dir
+        stem, parent = snapshot_name(checkpoint.step), folder
+        if names == [stem]:
+            names, parent = [], folder / SNAPSHOTS
+        elif not set(names) <= {"best", "latest"}:
+            raise ValueError(f"{names} are not names for a checkpoint of step {checkpoint.step}: best, latest, {stem}")
+        group, disk = processes or SINGLE_PROCESS, self._disk
+        token = group.broadcast_text(secrets.token_hex(4) if group.rank == 0 else None)
+        temporary = step_folders.temporary_path(parent, stem, token)
+
+        def publish() -> None:
+            if group.rank == 0:
+                target = step_folders.place(temporary, stem, disk)
+                if names:
+                    step_folders.point(folder, names, target, disk)
+                step_folders.clear(folder, disk)
+
+        try:
+            write_checkpoint(temporary, checkpoint, processes, disk)
+            together(group, publish)
+        except OSError as error:
+            raise CheckpointError(
+                f"{str(parent / stem)!r} cannot be written: {error.strerror or error}",
+                "make room or check the folder's permissions; the checkpoints that existed are untouched",
+            ) from error
+        finally:
+            if group.rank == 0 and temporary.exists():
+                with contextlib.suppress(OSError):
+                    disk.remove(temporary)
+
+    def load(
+        self,
+        run: Run | str,
+        name: str,
+        groups: Collection[str] = GROUPS,
+        outlined: bool = False,
+        verify: bool = True,
+    ) -> Checkpoint:
+        """Load the checkpoint `name`, or the snapshot of a step given as a number.
+
+        Args:
+            outlined: Leave the tensors in the folder, as `load_outline` does, unless it is a file of format 1.
+            verify: As for `load_outline`.
+
+        Raises:
+            RunNotFoundError: The run does not exist.
+            CheckpointError: The run has no such checkpoint, or it is damaged.
         """
         run = self._open(run)
         while True:
-            path = placing.find(run.checkpoints_dir, self._find(run, name))
-            before = _identity(path)
+            found = step_folders.find(run.checkpoints_dir, self._full_name(run, name))
+            before = _identity(found)
             try:
-                if outlined and path.is_dir():
-                    from lumiere.persistence.sharded import outline_shards
-
-                    return outline_shards(path)
-                return load_checkpoint(path, groups)
+                if found is None:
+                    raise missing(run.checkpoints_dir / name)
+                if outlined and found.is_dir():
+                    return load_outline(found, verify)
+                return load_checkpoint(found, groups)
             except CheckpointError:
-                # A training may have put another one in its place, which takes several steps with folders.
-                if _identity(path) == before:
+                # Training may have replaced and removed it meanwhile.
+                after = step_folders.find(run.checkpoints_dir, self._full_name(run, name))
+                if _identity(after) == before:
                     raise
 
     def load_latest(self, run: Run | str, outlined: bool = False) -> tuple[Checkpoint, str]:
-        """The newest checkpoint to resume from, and its name: `previous`, or else `best`, where `latest` is damaged.
+        """Load the newest checkpoint to resume from; return it with its name.
+
+        If `latest` is damaged, that is `previous`, then `best`.
 
         Args:
-            outlined: as in `load`.
+            outlined: As in `load`.
 
         Raises:
-            RunNotFoundError: there is no such run.
-            CheckpointError: none of them can be read; the error is the one about the first that is there.
+            RunNotFoundError: The run does not exist.
+            CheckpointError: None of them can be read; the error is that of the first that exists.
         """
         run = self._open(run)
         present = [name for name in ("latest", "previous", "best") if name in self.names(run)]
@@ -135,13 +152,13 @@ class CheckpointManager:
         raise errors[0]
 
     def load_checkpoint(self, run: Run | str, name: str = "best") -> dict[str, Any]:
-        """The checkpoint as a dictionary, in the words of torch.
+        """Load a checkpoint as a dictionary, in torch's terms.
 
         Returns:
-            `model_state_dict`, `optimizer_state_dict`, `rng_state`, and what else was saved: `config`, `step`, ...
+            `model_state_dict`, `optimizer_state_dict`, `rng_state`, and the metadata: `config`, `step`, ...
 
         Raises:
-            RunNotFoundError, CheckpointError: as `load`.
+            RunNotFoundError, CheckpointError: As `load`.
         """
         checkpoint = self.load(run, name)
         return {
@@ -152,7 +169,7 @@ class CheckpointManager:
         }
 
     def names(self, run: Run | str) -> list[str]:
-        """The checkpoints that a run has: `best`, `latest`, `previous`, then the snapshots by step."""
+        """Return the checkpoints of a run: `best`, `latest`, `previous`, then the snapshots by step."""
         return checkpoint_names(self._open(run))
 
     def resolve(self, run: Run | str, name: str) -> str:
@@ -160,77 +177,47 @@ class CheckpointManager:
 
         Any other name is returned unchanged, whether or not it exists.
         """
-        folder = self._open(run).checkpoints_dir
-        if name == "best" and not placing.is_there(folder, "best") and placing.is_there(folder, "latest"):
-            return "latest"
-        return name
+        names = self.names(run) if name == "best" else ["best"]
+        return "latest" if "best" not in names and "latest" in names else name
 
-    def remove(self, run: Run | str, name: str) -> None:
-        """Deletes a checkpoint.
+    def remove(self, run: Run | str, *names: str) -> None:
+        """Remove checkpoints.
 
         Raises:
-            RunNotFoundError: there is no such run.
-            CheckpointError: the run has no such checkpoint, or it cannot be deleted.
+            RunNotFoundError: The run does not exist.
+            CheckpointError: The run lacks one of them, or one cannot be removed.
         """
         run = self._open(run)
-        name = self._find(run, name)
+        names = tuple(self._full_name(run, name) for name in names)
         try:
-            placing.remove(run.checkpoints_dir, name)
+            step_folders.remove(run.checkpoints_dir, names, self._disk)
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint {name} of run {run.id} cannot be deleted: {error.strerror or error}",
+                f"checkpoint {', '.join(names)} of run {run.id} cannot be deleted: {error.strerror or error}",
                 f"check the permissions of {run.checkpoints_dir}/",
             ) from error
 
     def _open(self, run: Run | str) -> Run:
         return run if isinstance(run, Run) else self._store.open(run)
 
-    def _find(self, run: Run, name: str) -> str:
-        """The full name of the checkpoint that the user calls `name`."""
+    def _full_name(self, run: Run, name: str) -> str:
+        """Return the full name of the checkpoint that the user calls `name`."""
         names = self.names(run)
-        is_step = re.fullmatch("[0-9]+", name)
-        full_name = f"step-{name.zfill(8)}" if is_step else name
+        full_name = snapshot_name(int(name)) if re.fullmatch("[0-9]{1,18}", name) else name
         if full_name in names:
             return full_name
-        if not names:
-            hint = f"it was stopped before its first save: {run.command('train', '--resume', run.id)}"
-        else:
+        if names:
             guess = nearest(name, names)
             hint = f"it has {', '.join(names)}" + (f"; did you mean {guess}?" if guess else "")
+        else:
+            hint = f"it was stopped before its first save: {run.command('train', '--resume', run.id)}"
         raise CheckpointError(f"run {run.id} has no checkpoint {name!r}", hint)
 
 
-def _check_name(name: str) -> None:
-    if not NAME_PATTERN.fullmatch(name) or name == "previous":
-        raise ValueError(f"{name!r} is no name for a checkpoint: best, latest, or step- and 8 digits")
-
-
-def _identity(path: Path) -> tuple[int, int, int] | None:
+def _identity(path: Path | None) -> tuple[Path, int, int] | None:
+    """Return what tells a file or folder from a later one of its name; None if it does not exist."""
     try:
-        status = path.stat()
+        status = path.stat() if path else None
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_mtime_ns
-
-
-def _place(finished: Path, folder: Path, name: str) -> None:
-    placing.place(finished, folder, name, OLD_NAMES.get(name))
-
-
-def _replace_latest(run: Run, checkpoint: Checkpoint) -> None:
-    """Writes a new `latest` and makes the old one `previous`.
-
-    In this order there is a loadable checkpoint at every instant, also where the old `latest` is damaged and only
-    `previous` is whole: that one goes when the new `latest` is there.
-    """
-    latest, aside = run.checkpoints_dir / f"latest{SUFFIX}", run.checkpoints_dir / ".previous.tmp"
-    try:
-        try:
-            os.link(latest, aside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(latest, aside)
-        save_checkpoint(latest, checkpoint)
-        os.replace(aside, run.checkpoints_dir / f"previous{SUFFIX}")
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_folder(run.checkpoints_dir)
+    return (path, status.st_ino, status.st_mtime_ns) if path and status else None

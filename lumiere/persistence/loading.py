@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from lumiere.errors import CheckpointError, DataError, LumiereError
 from lumiere.files import parse_json, read_file
-from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.manifest import DAMAGE_HINT
 from lumiere.persistence.runs import Run, RunStore
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class OpenedModel:
     @property
     def weights_sha256(self) -> str:
         """The hash of the names, types, shapes and bytes of the weights."""
-        from lumiere.persistence.checkpoint import hash_tensors
+        from lumiere.persistence.tensor_files import hash_tensors
 
         return hash_tensors({name: weight.cpu() for name, weight in self.model.state_dict().items()})
 

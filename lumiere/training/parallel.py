@@ -16,15 +16,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, TypeGuard, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Size, Tensor, nn
 
-from lumiere.distributed import ProcessGroup, TorchrunGroup
+from lumiere.distributed import ProcessGroup, TorchrunGroup, is_dtensor, rows_of
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.models.transformer import Transformer
-from lumiere.persistence.checkpoint import DAMAGE_HINT, GROUPS, Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint
+from lumiere.persistence.manifest import DAMAGE_HINT
 from lumiere.training.loss import BatchLoss, Objective
 
 if TYPE_CHECKING:
@@ -167,12 +168,6 @@ def evaluating(objective: Objective) -> AbstractContextManager[None]:
     return objective.evaluating() if isinstance(objective, FsdpObjective) else nullcontext()
 
 
-def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Return whether the tensor is sharded over processes."""
-    # By an attribute: importing the class takes half a second, which a single process need not spend.
-    return hasattr(tensor, "device_mesh")
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return all rows of a tensor. Collective: every process must call it."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
@@ -211,15 +206,12 @@ def gather_checkpoint(checkpoint: Checkpoint, processes: ProcessGroup) -> Checkp
     The other ranks hold one full tensor at a time.
     """
 
-    def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for name, tensor in tensors.items():
-            all_rows = full_tensor(tensor)
-            if processes.rank == 0:
-                found[name] = all_rows.cpu()
-        return found
-
-    return Checkpoint(*(gather(getattr(checkpoint, group)) for group in GROUPS), metadata=checkpoint.metadata)
+    tensors = {}
+    for name, tensor in checkpoint.tensors().items():
+        all_rows = full_tensor(tensor)
+        if processes.rank == 0:
+            tensors[name] = all_rows.cpu()
+    return Checkpoint.of_tensors(tensors, checkpoint.metadata)
 
 
 def local_rows(checkpoint: Checkpoint, model: nn.Module, processes: ProcessGroup) -> Checkpoint:
@@ -230,32 +222,53 @@ def local_rows(checkpoint: Checkpoint, model: nn.Module, processes: ProcessGroup
     """
     if checkpoint.folder is None:
         return checkpoint
-    from lumiere.persistence.sharded import load_shards
-
     weights = model.state_dict()
 
-    def memory(name: str, shape: Size, dtype: torch.dtype) -> Tensor:
-        """Like the weight in a tensor's name: `optimizer.<weight>.exp_avg`, or `optimizer.trained.<weight>`."""
+    def like(name: str, shape: Sequence[int]) -> DTensor | None:
+        """Find the sharded weight in a tensor's name: `optimizer.<weight>.exp_avg`, or `optimizer.trained.<weight>`."""
         for weight, tensor in weights.items():
-            if f".{weight}." in f"{name}." and tensor.shape == shape:
-                return torch.empty_like(tensor, dtype=dtype)
-        return torch.empty(shape, dtype=dtype)
+            if f".{weight}." in f"{name}." and tensor.shape == shape and is_dtensor(tensor):
+                return tensor
+        return None
+
+    def rows(name: str, shape: tuple[int, ...]) -> slice:
+        weight = like(name, shape)
+        return (
+            rows_of(shape[0], weight.device_mesh.get_local_rank(), weight.device_mesh.size()) if weight else slice(None)
+        )
 
     found, problem = None, None
     try:
-        found = load_shards(checkpoint.folder, like=memory)
+        found = load_checkpoint(checkpoint.folder, rows=rows)
     except CheckpointError as error:
         problem = error
     failed = processes.all_reduce_max(0 if found else processes.rank + 1)
     if found is None or failed:
         raise problem or CheckpointError(f"process {failed - 1} cannot read its part of the checkpoint", DAMAGE_HINT)
-    return found
+    from torch.distributed.tensor import DTensor
+
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors().items()}
+    tensors = {}
+    for name, tensor in found.tensors().items():
+        weight = like(name, shapes[name])
+        tensors[name] = (
+            tensor
+            if weight is None
+            else DTensor.from_local(
+                tensor.to(weight.device),
+                weight.device_mesh,
+                weight.placements,
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+        )
+    return Checkpoint.of_tensors(tensors, found.metadata)
 
 
 def nbytes(checkpoint: Checkpoint) -> int:
     """Return the size of all full tensors of a checkpoint."""
-    tensors = [tensor for group in GROUPS for tensor in getattr(checkpoint, group).values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors().values())
 
 
 def apply_to_full(function: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
@@ -303,12 +316,6 @@ def exchange(
         [rows.view(shape) for rows, shape in zip(part.split([s.numel() for s in of_one]), of_one, strict=True)]
         for part, of_one in zip(received.split(expected), shapes, strict=True)
     ]
-
-
-def rows_of(length: int, rank: int, size: int) -> slice:
-    """Return the rows of a tensor that a process holds: those of `torch.chunk`, as in FSDP2."""
-    each = -(-length // size)
-    return slice(min(rank * each, length), min((rank + 1) * each, length))
 
 
 def shard_shape(shape: Size, rank: int, size: int) -> Size:

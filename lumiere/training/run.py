@@ -29,14 +29,16 @@ from lumiere.config.schema import RunConfig
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, TorchrunGroup, noticing_losses
 from lumiere.errors import CheckpointError, LumiereError
 from lumiere.files import locked, write_atomically, writing
-from lumiere.persistence.checkpoint import DAMAGE_HINT, Checkpoint
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.disk import DISK
 from lumiere.persistence.liveness import beating, this_process
 from lumiere.persistence.loading import check_compatible
+from lumiere.persistence.manifest import DAMAGE_HINT
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
-from lumiere.persistence.placing import clear, delete
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
+from lumiere.persistence.step_folders import clear
 from lumiere.training.costs import disk
 from lumiere.training.events import Callback, WarningEvent
 from lumiere.training.loggers import MetricsLog, opened_loggers
@@ -81,12 +83,12 @@ def start(
             record_start(setup, run, processes)
         except BaseException as error:
             with contextlib.suppress(OSError):
-                delete(run.path)
+                DISK.remove(run.path)
             if isinstance(error, LumiereError):
                 hint = "make room, or choose another folder with --runs-dir; no run was made"
                 raise LumiereError(error.message, hint) from error
             raise
-        return run_training(setup, run, callbacks, None, processes, resumes=False)
+        return run_training(setup, run, callbacks, None, None, processes)
 
 
 def resume(
@@ -136,7 +138,7 @@ def resume(
             with writing(run.config_path):
                 write_atomically(run.config_path, dump_config(setup.config).encode())
         record_start(setup, run, processes)
-        return run_training(setup, run, callbacks, checkpoint, processes, resumes=True)
+        return run_training(setup, run, callbacks, checkpoint, name or "", processes)
 
 
 def follow(
@@ -159,9 +161,13 @@ def follow(
         hint = f"{store.runs_dir} must be one folder that all machines see"
         raise LumiereError(f"rank {processes.rank} does not find the run of rank 0: {error.message}", hint) from error
     checkpoint = None
-    if config is None or choice["resumes"]:
+    if config is None or choice["resumes_from"] is not None:
         config = with_overrides(run.load_config(), () if config else overrides)
-        checkpoint, _ = newest_checkpoint(run, outlined=config.training.parallel == "fsdp")
+    if choice["resumes_from"]:
+        # Rank 0 has verified all of it; this rank verifies what it reads.
+        checkpoint = CheckpointManager(run.path.parent).load(
+            run, choice["resumes_from"], outlined=config.training.parallel == "fsdp", verify=False
+        )
     setup = set_up_rank(config, choice)
     return connected_trainer(setup, run, (), checkpoint, processes).train()
 
@@ -177,10 +183,14 @@ def run_training(
     run: Run,
     callbacks: Sequence[Callback],
     checkpoint: Checkpoint | None,
+    resumes_from: str | None,
     processes: ProcessGroup,
-    resumes: bool,
 ) -> TrainingResult:
-    """Train, and keep the status in the run's record correct however training ends."""
+    """Train, and keep the status in the run's record correct however training ends.
+
+    Args:
+        resumes_from: The checkpoint's name; empty for a resume from step 0, None for a new run.
+    """
     try:
         with (
             beating(run.path),
@@ -189,7 +199,7 @@ def run_training(
             noticing_losses(processes),
         ):
             if isinstance(processes, TorchrunGroup):
-                processes.send_choice(json.dumps({"run": run.name, "resumes": resumes} | setup.resolved))
+                processes.send_choice(json.dumps({"run": run.name, "resumes_from": resumes_from} | setup.resolved))
             trainer = connected_trainer(setup, run, all_callbacks, checkpoint, processes)
             result = trainer.train()
     except BaseException as error:

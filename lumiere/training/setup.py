@@ -12,8 +12,8 @@ from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.corpus import load_corpus, recorded
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
 from lumiere.errors import CheckpointError, ConfigError, LumiereError
-from lumiere.persistence.checkpoint import DAMAGE_HINT
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.manifest import DAMAGE_HINT
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.training.loggers import check_packages

@@ -11,7 +11,7 @@ import torch
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint import TRAINED, Checkpoint
 from lumiere.training.optim import Optimizers, WeightAverage
 from lumiere.training.parallel import load_weights
 
@@ -36,9 +36,6 @@ STOP_REASONS = ("max_steps", "max_epochs", "patience")
 NUMERICS = 2
 """Version of the arithmetic of a training step, recorded in each checkpoint (1 if absent). Raise it with every change
 that alters the bits of a step."""
-
-TRAINED = "trained."
-"""Prefix, among the optimizer's tensors, of the raw weights if the model in a checkpoint is their average."""
 
 
 @dataclass

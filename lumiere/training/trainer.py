@@ -18,8 +18,9 @@ from lumiere.data.batches import Batch, batch_at
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.evaluation.loss import Evaluation, evaluate
 from lumiere.persistence.checkpoint import Checkpoint
-from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.checkpoint_manager import CheckpointManager, snapshot_steps
 from lumiere.persistence.runs import Run
+from lumiere.persistence.step_folders import snapshot_name
 from lumiere.training.costs import flops_per_token
 from lumiere.training.events import (
     Callback,
@@ -136,15 +137,14 @@ class Trainer:
                 self.step()
                 is_last, ends_epoch = state.step >= self.total_steps, state.step % self.epoch_steps == 0
                 evaluates = is_last or ends_epoch or is_due(self.settings.eval_interval, state.step)
-                if evaluates:
-                    self.evaluate(ends_epoch)
+                is_best = evaluates and self.evaluate(ends_epoch)
                 self.save_snapshot()
                 # One decision for all ranks: they would wait for a rank that stops a step earlier.
                 received = self.processes.all_reduce_max(stop.signal_number or 0)
                 signal_number = received if state.stop_reason is None else 0
-                # The last file of a step: once it exists, a kill loses nothing of the step.
+                # Last: once it exists, a kill loses nothing of the step.
                 if evaluates or signal_number or is_due(self.settings.checkpoint_interval, state.step):
-                    self.save("latest")
+                    self.save(["best", "latest"] if is_best else ["latest"])
         self.processes.barrier()
         return TrainingResult(self.run, state, self.evaluation, signal_number or None)
 
@@ -165,8 +165,8 @@ class Trainer:
         if state.step >= self.total_steps or state.step % settings.log_interval == 0:
             self.log(loss, settings.learning_rate * factor, grad_norm)
 
-    def evaluate(self, ends_epoch: bool) -> None:
-        """Score the validation split, save a new best, and decide whether training is over."""
+    def evaluate(self, ends_epoch: bool) -> bool:
+        """Score the validation split, and decide whether training is over; return whether it is a new best."""
         state = self.state
         with state.averaged_model() as model, evaluating(self.objective):
             facts = self.setup.corpus.splits["validation"].facts
@@ -178,8 +178,7 @@ class Trainer:
         state.stop_reason = self.reason_to_stop()
         self.evaluation = evaluation
         self.emit(EvaluationEvent(**self.position(), evaluation=evaluation, is_best=is_best))
-        if is_best:
-            self.save("best")
+        return is_best
 
     def reason_to_stop(self) -> str | None:
         """Return why training is over in the current state; None if it is not."""
@@ -191,20 +190,21 @@ class Trainer:
 
     # Saving
 
-    def save(self, name: str) -> None:
-        """Write the whole state as `best` or `latest`, and bring the run's record up to date.
+    def save(self, names: Sequence[str]) -> None:
+        """Write the whole state as `latest`, or as `best` and `latest`, and bring the run's record up to date.
 
         Raises:
             NonFiniteError: The state is broken; the checkpoint before is untouched.
         """
-        self.write(name, self.state.to_checkpoint(self.provenance))
+        self.write(names, self.state.to_checkpoint(self.provenance))
         if self.processes.rank:
             return
         best: dict[str, Any] = {}
-        if name == "best" and self.evaluation is not None:
+        if "best" in names and self.evaluation is not None:
             best = {"best_evaluation": {"step": self.state.step} | asdict(self.evaluation)}
         self.run.update(**self.progress(), **best)
-        self.emit(CheckpointEvent(self.state.step, name))
+        for name in names:
+            self.emit(CheckpointEvent(self.state.step, name))
 
     def save_snapshot(self) -> None:
         """Write the weights of this step if the schedule keeps them, and remove those that it no longer keeps.
@@ -215,26 +215,23 @@ class Trainer:
         step = self.state.step
         if not self.settings.snapshots or not is_snapshot(step, reached=step):
             return
-        self.write(
-            f"step-{step:08d}", Checkpoint(self.state.model.state_dict(), metadata=self.provenance | {"step": step})
-        )
-        if self.processes.rank:
-            return
-        for name in self.checkpoints.names(self.run):
-            if name.startswith("step-") and not is_snapshot(int(name.removeprefix("step-")), reached=step):
-                self.checkpoints.remove(self.run, name)
+        weights = Checkpoint(self.state.model.state_dict(), metadata=self.provenance | {"step": step})
+        self.write([snapshot_name(step)], weights)
+        if self.processes.rank == 0:
+            steps = [kept for kept in snapshot_steps(self.run) if not is_snapshot(kept, reached=step)]
+            self.checkpoints.remove(self.run, *map(snapshot_name, steps))
 
-    def write(self, name: str, checkpoint: Checkpoint) -> None:
+    def write(self, names: Sequence[str], checkpoint: Checkpoint) -> None:
         """Write a checkpoint from rank 0, or from all ranks if it is too large to gather."""
         # All ranks check, so that all stop.
         self.guard.check_checkpoint(checkpoint)
         sharded = self.settings.parallel == "fsdp"
         if sharded and nbytes(checkpoint) > self.settings.gather_limit_gb * 1e9:
-            self.checkpoints.save_shards(self.run, name, checkpoint, self.processes)
+            self.checkpoints.save(self.run, names, checkpoint, self.processes)
             return
         checkpoint = gather_checkpoint(checkpoint, self.processes)
         if self.processes.rank == 0:
-            self.checkpoints.save(self.run, name, checkpoint)
+            self.checkpoints.save(self.run, names, checkpoint)
 
     def progress(self) -> dict[str, Any]:
         """Return the part of `run.json` that changes with every save."""

@@ -47,13 +47,13 @@ def shared_out() -> dict[str, Shards]:
     }
 
 
-def make_folder(folder: Path, files: dict[str, Shards] | None = None) -> Path:
-    """Writes `files`, and a manifest that describes them."""
+def make_folder(folder: Path, files: dict[str, Shards] | None = None, number: str = "2") -> Path:
+    """Write `files`, and a manifest of format `number` that describes them."""
     folder.mkdir(parents=True)
     files = shared_out() if files is None else files
     entries: list[dict[str, Any]] = []
     tensors: dict[str, dict[str, Any]] = {}
-    for number, (file, shards) in enumerate(files.items()):
+    for index, (file, shards) in enumerate(files.items()):
         places = {
             name: {"saved_offsets": [start, *[0] * rows.dim()][: rows.dim()]} for name, (start, rows) in shards.items()
         }
@@ -70,8 +70,8 @@ def make_folder(folder: Path, files: dict[str, Shards] | None = None) -> Path:
             if rows.dim():
                 entry["shape"][0] = max(entry["shape"][0], start + count)
             if count:
-                entry["shards"].append([number, start, start + count])
-    seal(folder, {"lumiere_format": "1", "metadata": METADATA, "files": entries, "tensors": tensors})
+                entry["shards"].append([index, start, start + count])
+    seal(folder, {"lumiere_format": number, "metadata": METADATA, "files": entries, "tensors": tensors})
     return folder
 
 

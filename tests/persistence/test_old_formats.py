@@ -86,7 +86,7 @@ def test_a_newer_format_is_refused_with_the_way_out(run: Run) -> None:
     with safe_open(path, framework="pt") as file:
         texts = file.metadata()
     safetensors.torch.save_file(safetensors.torch.load_file(path), path, texts | {"lumiere_format": "7"})
-    with pytest.raises(CheckpointError, match="has format '7', this Lumiere reads format 1") as caught:
+    with pytest.raises(CheckpointError, match="'7'") as caught:
         run.load_model()
     assert caught.value.hint
     assert "git pull" in caught.value.hint
