@@ -181,7 +181,7 @@ def resume_training(
     """Resume `run`; return None if it is finished already."""
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.run import dismiss, resume, stop_reason
-    from lumiere.training.setup import changed_settings, set_up_resume
+    from lumiere.training.setup import set_up_resume
 
     reason = stop_reason(run)
     # A run that was killed after its last step is not marked as finished yet: resuming completes it.
@@ -193,7 +193,7 @@ def resume_training(
         return None
     with CorpusProgress() as corpus_progress:
         setup = set_up_resume(run, corpus_progress, overrides)
-    for change in changed_settings(run, setup.config):
+    for change in setup.changes:
         show_note(f"changed since the run started: {change}")
     with TrainingProgress() as progress:
         return resume(setup, run, callbacks=[progress], processes=processes)
