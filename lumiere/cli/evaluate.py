@@ -33,12 +33,10 @@ def evaluate(
         Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split; - reads stdin."),
     ] = None,
     dataset: Annotated[
-        str | None,
-        Option("--dataset", metavar="NAME", help="Score a dataset: stories, a Hub name or a folder."),
+        str | None, Option("--dataset", metavar="NAME", help="Score a dataset: stories, a Hub name or a folder.")
     ] = None,
     subset: Annotated[
-        str | None,
-        Option("--subset", metavar="NAME", help="Its subset, for example wikitext-2-raw-v1."),
+        str | None, Option("--subset", metavar="NAME", help="Its subset, for example wikitext-2-raw-v1.")
     ] = None,
     stride: Annotated[
         int | None,

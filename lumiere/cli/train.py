@@ -67,8 +67,7 @@ def train(
     runs_dir: RunsDir = None,
     print_config: Annotated[bool, Option("--print-config", help="Print the resolved config and exit.")] = False,
     plan: Annotated[
-        bool,
-        Option("--plan", help="Estimate parameters, memory, disk and time from a five-second dry run, then exit."),
+        bool, Option("--plan", help="Estimate parameters, memory, disk and time from a five-second dry run, then exit.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -102,12 +101,7 @@ def train(
             return None
         if config is None:
             raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to resume a run")
-        # Neither a pipe nor standard input can be read by several processes.
-        if launched.size > 1 and (config == "-" or is_special_file(config)):
-            raise LumiereError(
-                f"the config {config!r} is not a file, and each of the {launched.size} processes reads it",
-                "write it into a file",
-            )
+        check_readable_by_all(config, launched)
         return load_config(config, overrides or (), flags)
 
     if plan or print_config:
@@ -135,9 +129,14 @@ def train(
         raise Exit(128 + result.signal_number)  # as a shell would
 
 
-def is_special_file(path: str) -> bool:
-    """Return whether `path` is a pipe or a device."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+def check_readable_by_all(config: str, processes: "ProcessGroup") -> None:
+    """Refuse standard input or a pipe as config of several processes: only one of them could read it."""
+    is_special = os.path.exists(config) and not os.path.isfile(config) and not os.path.isdir(config)
+    if processes.size > 1 and (config == "-" or is_special):
+        raise LumiereError(
+            f"the config {config!r} is not a file, and each of the {processes.size} processes reads it",
+            "write it into a file",
+        )
 
 
 def start_or_resume(
