@@ -104,10 +104,7 @@ def test_python_snippets_run_in_order(trained_run: Run, capsys: pytest.CaptureFi
         for snippet in snippets:
             exec(snippet, names)
         assert len(capsys.readouterr().out) > 10, "a generated text is printed"
-    assert names["without_first_mlp"].shape == (
-        *names["tokens"].shape,
-        trained_run.load_config().tokenizer.vocab_size,
-    )
+    assert names["without_first_mlp"].shape == (*names["tokens"].shape, trained_run.load_config().tokenizer.vocab_size)
     assert not torch.equal(names["without_first_mlp"], names["output"].logits)
     assert names["tokens"][0, 0] == 0
 

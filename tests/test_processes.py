@@ -123,13 +123,7 @@ def test_one_of_several_processes_leaves_without_the_interpreters_ending(
 ) -> None:
     """Where threads of gloo might ask for it; what was written comes out all the same."""
     script = "import atexit, sys; atexit.register(print, 'ended'); from lumiere.cli import main; main()"
-    world = {
-        "RANK": "0",
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "a",
-    }
+    world = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "a"}
     result = subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=os.environ | world
     )

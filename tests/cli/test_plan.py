@@ -8,7 +8,6 @@ import pytest
 from typer.testing import CliRunner
 
 from lumiere.cli import app
-from lumiere.cli.console import scaled, short_time
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
@@ -75,10 +74,3 @@ def test_padding_is_said(trained_run: Run, tiny_corpus: TokenizedCorpus, tiny_co
     assert json.loads(planned(trained_run, "--json"))["padding_share"] == pytest.approx(share)
     (line,) = (line for line in planned(trained_run).splitlines() if line.startswith("  padding"))
     assert line.split()[1] == f"{share:.1%}"
-
-
-def test_numbers_with_their_units() -> None:
-    assert [scaled(number) for number in (0, 7, 999, 1000, 4_756_000, 999_600, 1.457e11)] == [
-        "0 ", "7 ", "999 ", "1 k", "4.76 M", "1 M", "146 G",
-    ]  # fmt: skip
-    assert [short_time(seconds) for seconds in (0.0536, 4.39, 250)] == ["53.6 ms", "4.4 s", "250.0 s"]

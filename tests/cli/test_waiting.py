@@ -11,11 +11,7 @@ from lumiere.cli import SPIN_COUNT, sleep_while_waiting
 
 @pytest.mark.parametrize(
     ("chosen", "expected"),
-    [
-        ({}, str(SPIN_COUNT)),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
-    ],
+    [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
 def test_the_users_choice_wins(chosen: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(chosen))
