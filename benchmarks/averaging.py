@@ -9,6 +9,7 @@ import torch
 
 from lumiere.data.dataset import tokenize_corpus
 from lumiere.evaluation.loss import evaluate
+from lumiere.persistence.checkpoint_manager import snapshot_steps
 from lumiere.persistence.runs import RunStore
 
 
@@ -24,9 +25,8 @@ def main() -> None:
     config = run.load_config()
     corpus = tokenize_corpus(config)
     windows, facts = corpus.windows("validation", config), corpus.splits["validation"].facts
-    names = sorted(path.stem for path in run.checkpoints_dir.glob("step-*.safetensors"))
-    if arguments.until is not None:
-        names = [name for name in names if int(name.removeprefix("step-")) <= arguments.until]
+    steps = snapshot_steps(run)
+    names = [str(step) for step in steps if arguments.until is None or step <= arguments.until]
     model = run.load_model(names[-1])
     for count in arguments.counts:
         states = [run.load_model(name).state_dict() for name in names[-count:]]

@@ -219,26 +219,32 @@ def trained_state() -> Any:
 def checkpoint_seeds() -> list[bytes]:
     import torch
 
-    from lumiere.persistence.checkpoint import Checkpoint, save_checkpoint
+    from lumiere.persistence.checkpoint import Checkpoint
 
-    small = Checkpoint({"a": torch.ones(2, 1)}, metadata={"step": 1})
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "seed"
-        seeds = []
-        for checkpoint in (small, trained_state()):
-            save_checkpoint(path, checkpoint)
-            seeds.append(path.read_bytes())
-    return seeds
+    return [old_file(Checkpoint({"a": torch.ones(2, 1)}, metadata={"step": 1})), old_file(trained_state())]
+
+
+def old_file(checkpoint: Any) -> bytes:
+    """Return a file of format 1, which is no longer written."""
+    import safetensors.torch
+
+    from lumiere.persistence.tensor_files import hash_tensors
+
+    metadata = json.dumps(checkpoint.metadata)
+    hashes = {f"sha256.{group}": hash_tensors(getattr(checkpoint, group)) for group in ("model", "optimizer", "rng")}
+    hashes["sha256.metadata"] = hashlib.sha256(metadata.encode()).hexdigest()
+    texts = {"format": "pt", "lumiere_format": "1", "metadata": metadata} | hashes
+    return safetensors.torch.save({name: tensor.clone() for name, tensor in checkpoint.tensors().items()}, texts)
 
 
 @functools.cache
 def shards() -> dict[str, bytes]:
     """Return the files of a sharded checkpoint, including its manifest."""
     from lumiere.distributed import SINGLE_PROCESS
-    from lumiere.persistence.sharded import save_shards
+    from lumiere.persistence.checkpoint_writer import write_checkpoint
 
     with tempfile.TemporaryDirectory() as name:
-        save_shards(Path(name) / "best", trained_state(), SINGLE_PROCESS)
+        write_checkpoint(Path(name) / "best", trained_state(), SINGLE_PROCESS)
         return {path.name: path.read_bytes() for path in (Path(name) / "best").iterdir()}
 
 
@@ -285,7 +291,7 @@ def mutate_checkpoint(data: bytes, draw: random.Random) -> bytes:
 
 
 def group_hash(header: dict[str, Any], data: bytes, group: str) -> str:
-    """Return the hash of a group as in `lumiere.persistence.checkpoint`: over names, types, shapes and bytes."""
+    """Return the hash of a group as in format 1: over names, types, shapes and bytes."""
     import safetensors.torch
 
     digest = hashlib.sha256()

@@ -33,8 +33,8 @@ training: {batch_size: 8, max_steps: 60, learning_rate: 0.01, warmup_steps: 4, e
            checkpoint_interval: 3, ema_decay: 0.9, device: cpu, precision: float32}
 """
 NUM_STEPS = 60
-STAGES = ("write", "half", "written", "fsync", "fsynced", "replace", "replaced", "link", "unlink")
-MOST_LEFTOVERS = 3  # per killed process: a checkpoint, a link to the previous one, a record
+STAGES = ("tensors", "write", "half", "written", "fsync", "fsynced", "replace", "replaced", "unlink")
+MOST_LEFTOVERS = 3  # per killed process: a checkpoint, a removed one, a record
 HELD = b"h"
 
 
@@ -76,6 +76,7 @@ def in_child(act: Callable[[], int], hold_at: tuple[str, int] | None = None) -> 
 def hold(stage: str, number: int, pipe: int) -> None:
     """Suspend this process when it reaches a stage of writing a file for the `number`-th time."""
     from lumiere import files as atomic
+    from lumiere.persistence import disk
 
     left = number
 
@@ -124,10 +125,19 @@ def hold(stage: str, number: int, pipe: int) -> None:
             return builtins.open(*arguments, **options)
         return SlowFile(builtins.open(*arguments, **options))
 
-    setattr(atomic, "open", open_slowly)  # noqa: B010 (the module does not define this name)
+    def write_slowly(self: Any, path: Path, tensors: Any, metadata: Any) -> None:
+        # Safetensors writes beside the path, then renames: a kill leaves a part of a file there.
+        part = path.with_name(".tmp0a1b2c")
+        part.write_bytes(b"half")
+        come_to("tensors")
+        part.unlink()
+        write_tensors(self, path, tensors, metadata)
+
+    write_tensors, disk.Disk.write_tensors = disk.Disk.write_tensors, write_slowly
+    for module in (atomic, disk):
+        setattr(module, "open", open_slowly)  # noqa: B010 (the modules do not define this name)
     os.fsync = around(os.fsync, "fsync", "fsynced")
     os.replace = around(os.replace, "replace", "replaced")
-    os.link = around(os.link, "link")
     os.unlink = around(os.unlink, "unlink")
 
 
@@ -162,21 +172,15 @@ def succeed(*arguments: str) -> None:
 
 def outcome(run: Any) -> dict[str, Any]:
     """Return the parts of a finished run that depend only on its config."""
-    import hashlib
+    from lumiere.persistence.checkpoint_manager import CheckpointManager
+    from lumiere.persistence.tensor_files import hash_tensors
 
-    from safetensors.numpy import load_file
-
-    def digest(path: Path) -> str:
-        tensors = sorted(load_file(path).items())
-        return hashlib.sha256(b"".join(name.encode() + tensor.tobytes() for name, tensor in tensors)).hexdigest()
-
+    manager = CheckpointManager(run.path.parent)
     lines = [json.loads(line) for line in run.metrics_path.read_text(encoding="utf-8").splitlines()]
     clock = ("time", "tokens_per_second", "mfu")
     return {
         "tensors": {
-            path.stem: digest(path)
-            for path in sorted(run.checkpoints_dir.glob("*.safetensors"))
-            if path.stem != "previous"
+            name: hash_tensors(manager.load(run, name).tensors()) for name in manager.names(run) if name != "previous"
         },
         "metrics": [{key: value for key, value in line.items() if key not in clock} for line in lines],
     }

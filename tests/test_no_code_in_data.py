@@ -24,6 +24,7 @@ from lumiere.errors import CheckpointError, ConfigError, DataError
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
+from tests.checkpoints import folder_of, plant
 
 PACKAGE = Path(__file__).parents[1] / "lumiere"
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -102,11 +103,17 @@ def test_the_payload_of_a_pickle_never_runs(trained_run: Run, tmp_path: Path) ->
     torch.save({"model": Payload(fired)}, tmp_path / "zipped")
     run = RunStore(tmp_path / "runs").open("latest")
     for content in (planted, (tmp_path / "zipped").read_bytes()):
-        path = folder / "checkpoints" / "best.safetensors"
-        path.write_bytes(content)
-        for read in (load_checkpoint, read_metadata, lambda path: run.load_model()):
+        old = tmp_path / "best.safetensors"  # a file of format 1
+        old.write_bytes(content)
+        best = folder_of(run, "best")
+        plant(best, "model.safetensors", content)
+        for path in (old, best):
             with pytest.raises(CheckpointError, match="is damaged"):
-                read(path)
+                load_checkpoint(path)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            read_metadata(old)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            run.load_model()
         (folder / "tokenizer.json").write_bytes(content)
         with pytest.raises(DataError):
             run.load_tokenizer()

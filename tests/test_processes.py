@@ -15,7 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 from lumiere.config.schema import RunConfig
+from lumiere.persistence.checkpoint import load_checkpoint
 from lumiere.persistence.runs import RunStore
+from tests.checkpoints import folder_of
 from tests.midway import midway
 
 LUMIERE = [sys.executable, "-m", "lumiere"]
@@ -59,10 +61,7 @@ def test_interrupted_and_resumed_equals_never_stopped(long_config: str, number: 
     resumed = run_lumiere("train", "--resume", run.id, "--runs-dir", "stopped", "--json")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["best_loss"] == whole["best_loss"]
-    ends = [
-        load_file(folder / "checkpoints" / "latest.safetensors")
-        for folder in (run.path, RunStore().open("latest").path)
-    ]
+    ends = [load_checkpoint(folder_of(ended, "latest")).tensors() for ended in (run, RunStore().open("latest"))]
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
         assert tensor.equal(ends[1][name]), name

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from lumiere.config.schema import RunConfig
+from lumiere.persistence.checkpoint import load_checkpoint
 from lumiere.persistence.runs import Run, RunStore
+from tests.checkpoints import folder_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TOLERANCE = 1e-6
@@ -52,8 +53,7 @@ def trained(num_processes: int, config: RunConfig, runs_dir: str | None = None) 
 
 def tensors(run: Run, name: str = "latest") -> dict[str, torch.Tensor]:
     """Those of a checkpoint that do not depend on the number of processes in more than rounding."""
-    found = load_file(run.checkpoints_dir / f"{name}.safetensors")
-    return {key: tensor for key, tensor in found.items() if not key.startswith("rng.")}
+    return load_checkpoint(folder_of(run, name), ("model", "optimizer")).tensors()
 
 
 def metrics(run: Run) -> list[dict[str, float]]:

@@ -47,7 +47,7 @@ Each folder `run_<id>_<date>_<time>` is one training run:
 | `run.json` | status, device, versions, command |
 | `notes.json` | your tags and note, where you wrote some |
 | `eval/` | what `lumiere eval` has found, where you called it |
-| `checkpoints/` | `best`, `latest`, the one before it (`previous`), snapshots of steps: safetensors files, or folders |
+| `checkpoints/` | a folder of safetensors files per step; `pointers.json` says which are `best`, `latest`, `previous` |
 
 `lumiere runs ls` lists the runs; a folder that is deleted is simply gone. Git ignores this folder.
 """

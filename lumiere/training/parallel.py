@@ -188,6 +188,20 @@ def distribute_like(value: Tensor, reference: Tensor) -> Tensor:
     return distribute_tensor(value, reference.device_mesh, reference.placements, src_data_rank=None).clone()
 
 
+def from_rows(rows: Tensor, reference: DTensor) -> DTensor:
+    """Return the tensor, sharded like `reference`, of which this process holds `rows`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        rows,
+        reference.device_mesh,
+        reference.placements,
+        run_check=False,
+        shape=reference.shape,
+        stride=reference.stride(),
+    )
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load full or sharded weights into a model that may be sharded.
 
@@ -222,20 +236,16 @@ def local_rows(checkpoint: Checkpoint, model: nn.Module, processes: ProcessGroup
     """
     if checkpoint.folder is None:
         return checkpoint
-    weights = model.state_dict()
-
-    def like(name: str, shape: Sequence[int]) -> DTensor | None:
-        """Find the sharded weight in a tensor's name: `optimizer.<weight>.exp_avg`, or `optimizer.trained.<weight>`."""
-        for weight, tensor in weights.items():
-            if f".{weight}." in f"{name}." and tensor.shape == shape and is_dtensor(tensor):
-                return tensor
-        return None
+    sharded: dict[str, DTensor] = {}
+    for name, outline in checkpoint.tensors().items():
+        for key, weight in model.state_dict().items():
+            # `optimizer.<weight>.exp_avg`, or `optimizer.trained.<weight>`.
+            if f".{key}." in f"{name}." and weight.shape == outline.shape and is_dtensor(weight):
+                sharded[name] = weight
 
     def rows(name: str, shape: tuple[int, ...]) -> slice:
-        weight = like(name, shape)
-        return (
-            rows_of(shape[0], weight.device_mesh.get_local_rank(), weight.device_mesh.size()) if weight else slice(None)
-        )
+        mesh = sharded[name].device_mesh if name in sharded else None
+        return slice(None) if mesh is None else rows_of(shape[0], mesh.get_local_rank(), mesh.size())
 
     found, problem = None, None
     try:
@@ -245,24 +255,9 @@ def local_rows(checkpoint: Checkpoint, model: nn.Module, processes: ProcessGroup
     failed = processes.all_reduce_max(0 if found else processes.rank + 1)
     if found is None or failed:
         raise problem or CheckpointError(f"process {failed - 1} cannot read its part of the checkpoint", DAMAGE_HINT)
-    from torch.distributed.tensor import DTensor
-
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors().items()}
-    tensors = {}
-    for name, tensor in found.tensors().items():
-        weight = like(name, shapes[name])
-        tensors[name] = (
-            tensor
-            if weight is None
-            else DTensor.from_local(
-                tensor.to(weight.device),
-                weight.device_mesh,
-                weight.placements,
-                run_check=False,
-                shape=weight.shape,
-                stride=weight.stride(),
-            )
-        )
+    tensors = found.tensors()
+    for name, like in sharded.items():
+        tensors[name] = from_rows(tensors[name].to(like.device), like)
     return Checkpoint.of_tensors(tensors, found.metadata)
 
 
@@ -279,7 +274,6 @@ def apply_to_full(function: Callable[[list[Tensor]], list[Tensor]], tensors: lis
     """
     if not tensors or not is_dtensor(tensors[0]):
         return function(tensors)
-    from torch.distributed.tensor import DTensor
 
     sharded = cast("list[DTensor]", tensors)
     mesh = sharded[0].device_mesh
@@ -294,10 +288,7 @@ def apply_to_full(function: Callable[[list[Tensor]], list[Tensor]], tensors: lis
     found = list(tensors)
     for owner, theirs in enumerate(answered):
         for place, rows in zip(range(owner, len(sharded), size), theirs, strict=True):
-            of = sharded[place]
-            found[place] = DTensor.from_local(
-                rows, mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride()
-            )
+            found[place] = from_rows(rows, sharded[place])
     return found
 
 

@@ -14,6 +14,7 @@ from lumiere.cli import app
 from lumiere.files import locked
 from lumiere.persistence.runs import Run
 from lumiere.training import loggers
+from tests.checkpoints import folder_of
 
 
 def refuse(arguments: list[str]) -> tuple[str, str]:
@@ -209,7 +210,7 @@ def test_no_such_checkpoint(trained_run: Run, runs: Path, name: str) -> None:
     ],
 )
 def test_damaged_checkpoint(trained_run: Run, runs: Path, damage: Callable[[bytes], bytes]) -> None:
-    path = runs / trained_run.name / "checkpoints" / "best.safetensors"
+    path = folder_of(Run(runs / trained_run.name), "best") / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     for command in (["eval", "latest"], ["generate"], ["inspect", "attention"]):
         assert "is damaged" in refuse(command)[0]

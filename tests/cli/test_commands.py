@@ -16,6 +16,7 @@ from lumiere.cli import app
 from lumiere.config.loader import load_config
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run, RunStore
+from tests.checkpoints import remove_pointers
 
 
 def run_command(*arguments: str) -> str:
@@ -214,7 +215,7 @@ def test_runs_ls_of_nothing_and_of_damaged_records(trained_run: Run) -> None:
 def test_latest_is_taken_and_named_where_there_is_no_best(trained_run: Run) -> None:
     copy = Path("runs") / trained_run.name
     shutil.copytree(trained_run.path, copy)
-    (copy / "checkpoints" / "best.safetensors").unlink()
+    remove_pointers(Run(copy), "best")
     result = CliRunner().invoke(app, ["eval", "latest", "--json"])
     assert json.loads(result.stdout)["checkpoint"] == "latest"
     assert f"run {trained_run.id} has no checkpoint best yet, latest is taken" in result.stderr

@@ -32,8 +32,10 @@ def runs() -> Path:
     """Three runs; one has checkpoints, one a record that is damaged."""
     for name in RUNS:
         (Path("runs") / name / "checkpoints").mkdir(parents=True)
-    for name in ("best", "latest", "step-00000512", "step-00000001", ".best.safetensors.tmp", "$(touch pwned)"):
-        (Path("runs") / RUNS[0] / "checkpoints" / f"{name}.safetensors").touch()
+    folder = Path("runs") / RUNS[0] / "checkpoints"
+    for name in ("step-00000512", "step-00000001", ".step-00000002.0a1b2c3d.tmp", "$(touch pwned)"):
+        (folder / "snapshots" / name).mkdir(parents=True)
+    (folder / "pointers.json").write_text('{"best": "step-00000003", "latest": "step-00000003"}')
     (Path("runs") / RUNS[1] / "run.json").write_text('{"status": "\x1b[31m$(touch pwned)')
     (Path("runs") / "run_hibroken_2025").mkdir()
     return Path("runs")

@@ -19,6 +19,7 @@ from lumiere.persistence.catalog import disk_bytes
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.notes import MAX_FILES, evaluation_name, read_evaluations, save_evaluation
 from lumiere.persistence.runs import Run
+from tests.checkpoints import folder_of
 from tests.cli.test_runs import key_paths
 
 OTHER = "run_zzzzzzzz_20990101_000000"
@@ -46,8 +47,8 @@ def early(run: Run) -> Run:
     """The same with the weights of the beginning."""
     early = Run(Path("runs") / OTHER)
     shutil.copytree(run.path, early.path)
-    first = early.checkpoints_dir / "step-00000000.safetensors"
-    shutil.copyfile(first, early.checkpoints_dir / "best.safetensors")
+    shutil.rmtree(folder_of(early, "best"))
+    shutil.copytree(folder_of(early, "step-00000000"), folder_of(early, "best"))
     return early
 
 
@@ -268,7 +269,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_scored_as_it_was(
 
     def load_and_replace(*arguments: Any, **options: Any) -> Any:
         loaded = load(*arguments, **options)
-        shutil.copyfile(early.checkpoints_dir / "best.safetensors", run.checkpoints_dir / "best.safetensors")
+        shutil.copytree(folder_of(early, "best"), folder_of(run, "best"), dirs_exist_ok=True)
         return loaded
 
     monkeypatch.setattr(CheckpointManager, "load", load_and_replace)

@@ -11,8 +11,8 @@ from lumiere import __version__
 from lumiere.cli import app
 from lumiere.export import exporting, transformer_lens
 from lumiere.interpret.result import Receipt
-from lumiere.persistence.checkpoint import hash_tensors
 from lumiere.persistence.runs import Run
+from lumiere.persistence.tensor_files import hash_tensors
 
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
 

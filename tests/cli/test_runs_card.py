@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.persistence.runs import Run, RunStore
+from tests.checkpoints import remove_pointers
 
 FIGURES = "## Validation results"
 
@@ -50,7 +51,7 @@ def test_an_older_run_is_evaluated_once_and_that_is_said(trained_run: Run, older
 
 
 def test_a_run_that_was_killed_early_has_a_card_of_latest(older_run: Run) -> None:
-    (older_run.checkpoints_dir / "best.safetensors").unlink()
+    remove_pointers(older_run, "best")
     text, _ = card("latest")
     assert "checkpoint `latest` (step 12)" in text
     assert f'load_checkpoint("{older_run.name}", "latest")' in text

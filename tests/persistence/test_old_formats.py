@@ -1,4 +1,4 @@
-"""A run that an earlier Lumiere wrote still loads, writes and is resumed. Its folder stays as it was, for ever."""
+"""Runs that earlier versions wrote load, generate and resume. Never regenerate or delete their folders."""
 
 import json
 import shutil
@@ -92,7 +92,11 @@ def test_a_newer_format_is_refused_with_the_way_out(run: Run) -> None:
     assert "git pull" in caught.value.hint
 
 
-KINDS = json.loads((FIXTURES / "run_v1_kinds.golden.json").read_text(encoding="utf-8"))
+KINDS = {
+    kind: expected
+    for number in (1, 2)
+    for kind, expected in json.loads((FIXTURES / f"run_v{number}_kinds.golden.json").read_text(encoding="utf-8")).items()
+}
 """Runs with folders of shards, and with an average of the weights and Muon; both with snapshots."""
 
 

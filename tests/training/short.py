@@ -1,6 +1,7 @@
 """Short training runs: one layer and one story, in epochs of five steps, the last of them with fewer windows."""
 
 import hashlib
+import json
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lumiere.training.loss import summed_loss
 from lumiere.training.setup import set_up, set_up_resume
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import TrainingResult, train_step
+from tests.checkpoints import folder_of
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -145,22 +147,23 @@ def names(run: Run) -> list[str]:
 
 def files_of(run: Run, name: str = "latest") -> list[Path]:
     """The files with the tensors of a checkpoint."""
-    file = run.checkpoints_dir / f"{name}.safetensors"
-    return [file] if file.exists() else list((run.checkpoints_dir / name).glob("*.safetensors"))
+    return sorted(folder_of(run, name).glob("*.safetensors"))
 
 
 def damage(run: Run, name: str = "latest") -> None:
-    """Cut off the last byte of a checkpoint, which may share its memory with another one."""
+    """Cut off the last byte of a checkpoint."""
     for file in files_of(run, name):
-        data = file.read_bytes()
-        file.unlink()
-        file.write_bytes(data[:-1])
+        file.write_bytes(file.read_bytes()[:-1])
 
 
 def hashes(run: Run, name: str = "latest") -> dict[str, str]:
     """The SHA-256 of every tensor in a checkpoint, read without any code of ours."""
     # In a folder that one process has written, each file has whole tensors.
-    tensors = {key: tensor for file in files_of(run, name) for key, tensor in load_file(file).items()}
+    manifest = json.loads((folder_of(run, name) / "checkpoint.json").read_text())
+    prefixes = {file["name"]: file["prefix"] for file in manifest["files"]}
+    tensors = {
+        prefixes[file.name] + key: tensor for file in files_of(run, name) for key, tensor in load_file(file).items()
+    }
     return {
         key: hashlib.sha256(f"{tensor.dtype} {tensor.shape}".encode() + tensor.tobytes()).hexdigest()
         for key, tensor in sorted(tensors.items())

@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lumiere.config.loader import load_config
 from lumiere.config.schema import RunConfig
 from lumiere.models.transformer import Transformer, build_model
+from lumiere.persistence.catalog import disk_bytes
 from lumiere.training import costs, schedule
 from lumiere.training.costs import Parameters
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent
 from lumiere.training.optim import Optimizers
+from tests.checkpoints import folder_of
 
 CPU = torch.device("cpu")
 # Sizes that are all different, so that none can stand for another.
@@ -118,13 +120,14 @@ def test_disk_is_what_a_run_takes(configure, launch, optimizer: str, ema_decay: 
     settings = {"optimizer": optimizer, "ema_decay": ema_decay, "max_steps": 9, "snapshots": snapshots}
     config = configure({f"training.{name}": value for name, value in settings.items()})
     run = launch(config).run
-    sizes = {path.stem: path.stat().st_size for path in run.checkpoints_dir.iterdir()}
-    reckoned = costs.disk(config, total_steps=9)
-    assert reckoned.num_snapshots == sum(name.startswith("step-") for name in sizes) == 5 * snapshots
-    # What is left out are headers, counters and the random numbers' state.
-    assert 0 < sizes["latest"] - reckoned.checkpoint < 30_000
-    written_next = sizes["latest"]
-    assert 0 < sum(sizes.values()) + written_next - reckoned.total < 30_000 * (len(sizes) + 1)
+    full = disk_bytes(folder_of(run, "latest"))
+    sizes = [disk_bytes(folder) for folder in run.checkpoints_dir.glob("snapshots/step-*")]
+    estimate = costs.disk(config, total_steps=9)
+    assert estimate.num_snapshots == len(sizes) == 5 * snapshots
+    # What is left out are headers, counters, manifests and the random numbers' state.
+    assert 0 < full - estimate.checkpoint < 30_000
+    # At most the latest, the previous, the best and the next one are there at once.
+    assert 0 < 4 * full + sum(sizes) - estimate.total < 30_000 * (len(sizes) + 4)
 
 
 # Steps and evaluations

@@ -12,6 +12,7 @@ from lumiere.persistence.runs import Run
 from lumiere.training.events import Event, WarningEvent
 from lumiere.training.run import resume
 from lumiere.training.setup import set_up_resume
+from tests.checkpoints import folder_of
 from tests.torchrun import (
     CONSTANT,
     MUON_TOLERANCE,
@@ -98,13 +99,13 @@ def test_a_checkpoint_that_is_too_large_for_one_process_is_a_folder_to_go_on_fro
     expected = loaded(gathered)
     short = settings.training.model_copy(update={"gather_limit_gb": 0.0, "max_steps": 4, "checkpoint_interval": 2})
     run = trained(2, settings.model_copy(update={"training": short}), runs_dir="folders")
-    assert {path.name for path in run.checkpoints_dir.iterdir()} >= {"best", "latest", "previous", "step-00000004"}
-    assert all(path.is_dir() for path in run.checkpoints_dir.iterdir())
+    assert {file.name.split("-")[1] for file in folder_of(run, "latest").glob("*.safetensors")} == {"00001", "00002"}
+    assert [name for name in CheckpointManager("folders").names(run) if name.startswith("step-")][-1] == "step-00000004"
     others = [Run(Path(folder) / run.name) for folder in ("damaged", "by-four", "by-one")]
     for other in others:
         shutil.copytree(run.path, other.path)
     damaged, by_four, by_one = others
-    with next((damaged.checkpoints_dir / "latest").glob("*.safetensors")).open("r+b") as file:
+    with next(folder_of(damaged, "latest").glob("*.safetensors")).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"?")
 
@@ -121,5 +122,4 @@ def test_a_checkpoint_that_is_too_large_for_one_process_is_a_folder_to_go_on_fro
     resume(set_up_resume(by_one, overrides=["training.max_steps=8", "training.parallel=ddp"]), by_one)
     for name, tensor in loaded(by_one).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=MUON_TOLERANCE)
-    assert (by_one.checkpoints_dir / "latest.safetensors").is_file()
-    assert not (by_one.checkpoints_dir / "latest").exists()
+    assert (folder_of(by_one, "latest") / "model.safetensors").is_file()

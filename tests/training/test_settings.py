@@ -215,7 +215,9 @@ def observe_afresh(monkeypatch: pytest.MonkeyPatch) -> Observe:
             "learning_rates": [event.learning_rate for event in reported],
             "evaluated": [event.step for event in of_kind(EvaluationEvent, events)],
             "saved": [event.step for event in of_kind(CheckpointEvent, events) if event.name == "latest"],
-            "snapshots": sorted(path.name for path in result.run.checkpoints_dir.glob("step-*")),
+            "snapshots": sorted(
+                "/".join(path.parts[-2:]) for path in result.run.checkpoints_dir.glob("snapshots/*/*.safetensors")
+            ),
         }
 
     return observe

@@ -16,8 +16,8 @@ from lumiere.data.dataset import TokenizedCorpus
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.errors import CheckpointError
 from lumiere.evaluation.loss import evaluate
-from lumiere.persistence.checkpoint import GROUPS
 from lumiere.persistence.checkpoint_manager import CheckpointManager
+from lumiere.persistence.manifest import GROUPS
 from lumiere.persistence.runs import RunStore
 from lumiere.training.loss import Objective, summed_loss
 from lumiere.training.parallel import (
@@ -34,6 +34,7 @@ from lumiere.training.parallel import (
 )
 from lumiere.training.state import TrainingState, new_model
 from lumiere.training.trainer import train_step
+from tests.checkpoints import folder_of
 
 CPU = torch.device("cpu")
 
@@ -156,7 +157,7 @@ def test_a_folder_is_outlined_first_and_then_each_process_reads_its_rows(config:
     trained(state, objective, config, tiny_corpus, 2)
     run, manager = RunStore().create(), CheckpointManager()
     saved = state.to_checkpoint({"run": "run_a"})
-    manager.save_shards(run, "latest", saved, SINGLE_PROCESS)
+    manager.save(run, "latest", saved, SINGLE_PROCESS)
     outlined, name = manager.load_latest(run, outlined=True)
     assert name == "latest"
     assert outlined.metadata == saved.metadata
@@ -183,7 +184,7 @@ def test_a_folder_is_outlined_first_and_then_each_process_reads_its_rows(config:
 def test_damage_that_one_process_finds_is_an_error_in_all(config: RunConfig) -> None:
     state, _ = sharded(config)
     run, manager = RunStore().create(), CheckpointManager()
-    manager.save_shards(run, "latest", state.to_checkpoint({}), SINGLE_PROCESS)
+    manager.save(run, "latest", state.to_checkpoint({}), SINGLE_PROCESS)
     outlined = manager.load(run, "latest", outlined=True)
 
     class Failing(ProcessGroup):
@@ -192,16 +193,18 @@ def test_damage_that_one_process_finds_is_an_error_in_all(config: RunConfig) -> 
 
     with pytest.raises(CheckpointError, match="process 2 cannot read its part"):
         local_rows(outlined, state.model, Failing())
-    shutil.rmtree(run.checkpoints_dir / "latest")
-    with pytest.raises(CheckpointError, match="latest"):
+    shutil.rmtree(folder_of(run, "latest"))
+    with pytest.raises(CheckpointError, match="step-00000000"):
         local_rows(outlined, state.model, SINGLE_PROCESS)
 
 
 def test_a_folder_that_is_damaged_is_not_outlined(config: RunConfig) -> None:
     run, manager = RunStore().create(), CheckpointManager()
-    for _ in range(2):
-        manager.save_shards(run, "latest", TrainingState.create(config, CPU).to_checkpoint({}), SINGLE_PROCESS)
-    for file in (run.checkpoints_dir / "latest").glob("*.safetensors"):
+    for seconds in (1.0, 2.0):
+        state = TrainingState.create(config, CPU)
+        state.seconds = seconds
+        manager.save(run, "latest", state.to_checkpoint({}), SINGLE_PROCESS)
+    for file in folder_of(run, "latest").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError, match="damaged"):
         manager.load(run, "latest", outlined=True)

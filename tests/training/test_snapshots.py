@@ -62,9 +62,9 @@ def test_a_run_keeps_the_weights_of_these_steps(configure, launch, tensor_hashes
     names = [name for name in CheckpointManager(run.path.parent).names(run) if name.startswith("step-")]
     assert names == ["step-00000000", "step-00000001", "step-00000002", "step-00000004", "step-00000008"]
     fresh = TrainingState.create(config, torch.device("cpu")).model.state_dict()
-    first = load_file(run.checkpoints_dir / "step-00000000.safetensors")
-    assert {name.removeprefix("model.") for name in first} == set(fresh)
-    assert all(torch.equal(first[f"model.{name}"], weight) for name, weight in fresh.items())
+    first = load_file(run.checkpoints_dir / "snapshots/step-00000000/model.safetensors")
+    assert set(first) == set(fresh)
+    assert all(torch.equal(first[name], weight) for name, weight in fresh.items())
     # The last step of a training of four steps is a snapshot too, and `latest` shows what it should hold.
     stopped = launch(configure({"training.max_steps": 4})).run
     latest = tensor_hashes(stopped, "latest")
@@ -87,7 +87,7 @@ def test_a_run_drops_every_other_one_when_they_are_too_many(configure, launch, m
 
     def kept_after(num_steps: int) -> list[str]:
         run = launch(configure({"training.max_steps": num_steps})).run
-        return [path.stem.removeprefix("step-0000000") for path in sorted(run.checkpoints_dir.glob("step-*"))]
+        return [path.name.removeprefix("step-0000000") for path in sorted(run.checkpoints_dir.glob("snapshots/step-*"))]
 
     assert kept_after(6) == ["0", "1", "2", "4", "6"]
     assert kept_after(9) == ["0", "1", "2", "4", "8"]

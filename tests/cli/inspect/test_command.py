@@ -23,8 +23,8 @@ from lumiere.cli.inspect import app as inspect_app
 from lumiere.cli.inspect.command import parse_indices
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.errors import LumiereError
-from lumiere.persistence.checkpoint import hash_tensors
 from lumiere.persistence.runs import Run
+from lumiere.persistence.tensor_files import hash_tensors
 from tests.cli.inspect.commands import inspect, inspect_json
 
 shown = partial(inspect_json, "attention")
@@ -300,8 +300,7 @@ def test_bad_input_is_refused(command: str, named: list[str]) -> None:
 
 def test_a_run_without_snapshots_has_no_dynamics(trained_run: Run, tmp_path: Path) -> None:
     shutil.copytree(trained_run.path.parent, tmp_path / "runs")
-    for path in tmp_path.glob("runs/*/checkpoints/step-*"):
-        path.unlink()
+    shutil.rmtree(tmp_path / "runs" / trained_run.name / "checkpoints" / "snapshots")
     assert f"run {trained_run.id} " in refused("dynamics", "--runs-dir", str(tmp_path / "runs"))
 
 

@@ -119,8 +119,7 @@ def test_without_the_corpus_it_goes_on_and_says_so(
 def test_a_run_without_snapshots_is_refused(trained_run: Run, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(trained_run.path.parent, runs)
-    for path in runs.glob("*/checkpoints/step-*"):
-        path.unlink()
+    shutil.rmtree(runs / trained_run.name / "checkpoints" / "snapshots")
     result = inspect("dynamics", "--runs-dir", str(runs))
     assert result.exit_code == 2
     assert f"run {trained_run.id} has no snapshots" in result.stderr
@@ -130,7 +129,7 @@ def test_a_run_without_snapshots_is_refused(trained_run: Run, tmp_path: Path) ->
 def test_a_damaged_snapshot_is_refused(trained_run: Run, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(trained_run.path.parent, runs)
-    (path,) = runs.glob("*/checkpoints/step-00000002*")
+    (path,) = runs.glob("*/checkpoints/snapshots/step-00000002/model.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     result = inspect("dynamics", "--runs-dir", str(runs), "-m", "norm", "-o", str(tmp_path / "a.json"))
     assert result.exit_code == 2
