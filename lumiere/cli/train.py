@@ -154,7 +154,7 @@ def start_or_resume(
             run of the start before is resumed instead.
     """
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.setup import changed_settings, set_up, set_up_resume
+    from lumiere.training.setup import set_up, set_up_resume
 
     run = None
     if processes.job is not None:  # otherwise torch loads later, after the corpus has been found
@@ -183,7 +183,7 @@ def start_or_resume(
         return None, None
     with CorpusProgress() as corpus_progress:
         setup = set_up_resume(run, corpus_progress, changes)
-    for change in changed_settings(run, setup.config):
+    for change in setup.changes:
         show_note(f"changed since the run started: {change}")
     with TrainingProgress() as progress:
         return resume(setup, run, callbacks=[progress], processes=processes), setup
