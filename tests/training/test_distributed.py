@@ -219,6 +219,6 @@ def test_a_nonfinite_loss_stops_all_processes_with_one_error(parallel: str) -> N
     config = short(NO_DROPOUT, **changes)
     with pytest.raises(NonFiniteError) as alone:
         train(config)
-    error, hint = errors_of(2, config)
+    error, _ = errors_of(2, config)
     assert error.startswith(f"error: {alone.value.message.partition(':')[0]}: ")
     assert RunStore("failed").open("latest").status == "failed"
