@@ -61,8 +61,8 @@ def test_the_tokenizer_is_the_runs_own(trained_run: Run) -> None:
     ("run", "folder", "options", "message"),
     [
         ("latest", "full", [], "error: the folder 'full' is not empty"),
-        ("latest", "full/mine.txt", [], "error: 'full/mine.txt' exists and is no folder"),
-        ("latest", "none/out", [], "error: there is no folder 'none'"),
+        ("latest", "full/mine.txt", [], "error: 'full/mine.txt' exists and is not a folder"),
+        ("latest", "none/out", [], "error: the folder 'none' does not exist"),
         ("latest", ".", [], "error: '.' is the current folder"),
         ("zzzzzzzz", "out", [], "error: no run 'zzzzzzzz'"),
         ("latest", "out", ["--checkpoint", "bset"], "error: "),
