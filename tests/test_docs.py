@@ -104,10 +104,7 @@ def test_python_snippets_run_in_order(trained_run: Run, capsys: pytest.CaptureFi
         for snippet in snippets:
             exec(snippet, names)
         assert len(capsys.readouterr().out) > 10, "a generated text is printed"
-    assert names["without_first_mlp"].shape == (
-        *names["tokens"].shape,
-        trained_run.load_config().tokenizer.vocab_size,
-    )
+    assert names["without_first_mlp"].shape == (*names["tokens"].shape, trained_run.load_config().tokenizer.vocab_size)
     assert not torch.equal(names["without_first_mlp"], names["output"].logits)
     assert names["tokens"][0, 0] == 0
 
@@ -123,12 +120,9 @@ def test_python_snippets_run_in_order(trained_run: Run, capsys: pytest.CaptureFi
 
 def test_no_text_installs_the_package_of_another_project() -> None:
     """`lumiere` on PyPI is another project."""
-    files = [
-        path
-        for folder in (".", "docs/", "lumiere/**/", "benchmarks/", "tests/**/")
-        for path in ROOT.glob(f"{folder}/*.*")
-        if path.suffix in (".md", ".py", ".toml", ".cff")
-    ]
+    folders = (".", "docs/", "lumiere/**/", "benchmarks/", "tests/**/")
+    found = (path for folder in folders for path in ROOT.glob(f"{folder}/*.*"))
+    files = [path for path in found if path.suffix in (".md", ".py", ".toml", ".cff")]
     pattern = re.compile(r"pip install[^\n]*[ '\"=]lumiere(?!-)\b")
     assert len(files) > 100
     assert [str(path) for path in files if pattern.search(path.read_text(encoding="utf-8"))] == []

@@ -5,6 +5,7 @@ import sys
 from typing import Annotated
 
 import typer
+from typer import Exit, Option
 
 from lumiere import __version__
 from lumiere.cli.console import guarded, print_error
@@ -41,13 +42,13 @@ app.add_typer(runs_app, name="runs")
 def print_version(wanted: bool) -> None:
     if wanted:
         sys.stdout.write(f"lumiere {__version__}\n")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def about(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+        bool, Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Train small GPT-style transformers and look inside them.

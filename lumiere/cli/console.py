@@ -5,15 +5,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable, shortened
-from lumiere.persistence.metrics import as_number
+from lumiere.persistence.metrics import as_number, to_json
 from lumiere.programs import program
 
 if TYPE_CHECKING:
@@ -86,8 +87,6 @@ def print_error(error: LumiereError) -> None:
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """Print `value` as standard JSON: NaN and infinity as null, non-ASCII escaped unless stdout is Unicode."""
-    from lumiere.persistence.metrics import to_json
-
     sys.stdout.write(to_json(value, indent, ensure_ascii=not is_unicode()) + "\n")
 
 
@@ -108,13 +107,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-STATUS_STYLES = {
-    "running": "cyan",
-    "finished": "green",
-    "interrupted": "yellow",
-    "failed": "red",
-    "crashed": "red",
-}
+STATUS_STYLES = {"running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red", "crashed": "red"}
 
 
 def is_colored() -> bool:
@@ -122,28 +115,36 @@ def is_colored() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
-def status_cell(status: str, width: int = 0) -> str:
-    """Return the status in its color, padded to `width`."""
-    cell = text_cell(status).ljust(width)
-    return typer.style(cell, fg=STATUS_STYLES[status]) if is_colored() and status in STATUS_STYLES else cell
+def table(
+    rows: Sequence[Sequence[str]],
+    left: Collection[int] = (0,),
+    colors: Mapping[int, Mapping[str, str]] = MappingProxyType({}),
+) -> str:
+    """Format rows as an aligned table.
 
-
-def table(rows: Sequence[Sequence[str]], left: frozenset[int] = frozenset({0})) -> str:
-    """Format rows as an aligned table; columns in `left` are left-aligned."""
+    Args:
+        left: Columns that are left-aligned.
+        colors: Colors of cells, by column and text.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+
+    def padded(column: int, cell: str) -> str:
+        text = cell.ljust(widths[column]) if column in left else cell.rjust(widths[column])
+        color = colors.get(column, {}).get(cell)
+        return typer.style(text, fg=color) if color and is_colored() else text
+
+    lines = ("  ".join(padded(column, cell) for column, cell in enumerate(row)).rstrip() for row in rows)
     return "\n".join(lines) + "\n"
 
 
 def text_cell(value: Any, length: int = 60) -> str:
     """Format a recorded value as short, printable text; `?` if unknown."""
     return "?" if value is None else shortened(printable(str(value)), length)
+
+
+def setting(value: Any) -> str:
+    """Format a setting as JSON; single words without quotes."""
+    return printable(value if isinstance(value, str) and value and " " not in value else to_json(value))
 
 
 def number(value: Any, form: str) -> str:

@@ -4,10 +4,11 @@ import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import open_model, print_json, show_note
 from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir
@@ -19,30 +20,27 @@ if TYPE_CHECKING:
     from lumiere.config.schema import DatasetConfig
     from lumiere.data.dataset import Sizes, TokenizedSplit
     from lumiere.data.text import Part
-    from lumiere.evaluation.detailed import DetailedEvaluation
 
 
 def evaluate(
     runs: RunReferences,
     checkpoint: CheckpointName = "best",
     split: Annotated[
-        str | None, typer.Option("--split", help="Score train, validation or test. \\[default: validation]")
+        str | None, Option("--split", help="Score train, validation or test. \\[default: validation]")
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split; - reads stdin."),
+        Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split; - reads stdin."),
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option("--dataset", metavar="NAME", help="Score a dataset: stories, a Hub name or a folder."),
+        str | None, Option("--dataset", metavar="NAME", help="Score a dataset: stories, a Hub name or a folder.")
     ] = None,
     subset: Annotated[
-        str | None,
-        typer.Option("--subset", metavar="NAME", help="Its subset, for example wikitext-2-raw-v1."),
+        str | None, Option("--subset", metavar="NAME", help="Its subset, for example wikitext-2-raw-v1.")
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--stride",
             metavar="N",
             help="Score each token once, in windows N tokens apart. A smaller N gives longer contexts, slower. "
@@ -51,18 +49,18 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--batch-size",
             min=1,
             help="Average over batches of this many windows, as the model card does. \\[default: as in training]",
         ),
     ] = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines/--no-baselines", help="Compare with n-gram models of the training split.")
+        bool, Option("--baselines/--no-baselines", help="Compare with n-gram models of the training split.")
     ] = True,
     output: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--output",
             "-o",
             metavar="FILE",
@@ -84,9 +82,9 @@ def evaluate(
 
         check_picture(Path(output))
         check_drawing()
-    open_text = opener(TextChoice(text, dataset, subset, split))
+    read = text_reader(text, dataset, subset, split)
 
-    from lumiere.cli.scores import Evaluated, as_values, show
+    from lumiere.cli.scores import Evaluated, as_values, draw, show
     from lumiere.device import keep_freed_memory
 
     keep_freed_memory()
@@ -95,104 +93,22 @@ def evaluate(
         opened = open_model(reference, checkpoint, device, runs_dir)
         if any(opened.run == other.run for other in evaluated):
             continue
-        scored = open_text(opened)
-        if evaluated:
-            check_same_text(evaluated[0], opened, scored)
-        found = evaluate_one(opened, scored, stride, batch_size, baselines)
-        evaluated.append(Evaluated(opened.run, opened.tokenizer.fingerprint, about(opened, scored, stride), found))
+        scored = read(opened)
+        if evaluated and scored.split.facts.sha256 != evaluated[0].about["corpus_sha256"]:
+            raise LumiereError(
+                f"{scored.corpus} differs between run {opened.run.id} and run {evaluated[0].run.id}",
+                "score both on the same text with --text FILE or --dataset NAME",
+            )
+        evaluated.append(evaluate_one(opened, scored, stride, batch_size, baselines))
     for one in evaluated:
         keep(one)
     if output is not None:
-        draw(evaluated, output)
+        draw(evaluated, Path(output))
+        show_note(f"wrote {printable(output)}")
     if as_json:
         print_json(as_values(evaluated))
     else:
         show(evaluated)
-
-
-def evaluate_one(
-    opened: OpenedModel, scored: "ScoredText", stride: int | None, batch_size: int | None, with_baselines: bool
-) -> "DetailedEvaluation":
-    from lumiere.evaluation.detailed import evaluate_in_detail
-    from lumiere.evaluation.ngrams import fit_baselines
-    from lumiere.evaluation.scoring import strided_windows, training_windows
-
-    context_size, train = opened.config.model.context_size, scored.train
-    if stride is not None:
-        windows, protocol = strided_windows(scored.split, context_size, stride)
-    else:
-        windows, protocol = training_windows(scored.split, context_size, opened.config.dataset.sliding_window_size)
-    fitted = None
-    if with_baselines and train is not None:
-        fitted = fit_baselines(train.ids, train.offsets, opened.model.vocab_size)
-    # As in training, so that the run's card and `eval` print the same averages.
-    batch_size = batch_size or opened.config.training.batch_size
-    return evaluate_in_detail(
-        opened.model, scored.split, scored.sizes, windows, protocol, batch_size, train, baselines=fitted
-    )
-
-
-def about(opened: OpenedModel, scored: "ScoredText", stride: int | None) -> dict[str, Any]:
-    """Describe what was scored, and how."""
-    config = opened.config
-    overlap = config.dataset.sliding_window_size if stride is None else config.model.context_size + 1 - stride
-    return {
-        "run": opened.run.name,
-        "checkpoint": opened.checkpoint,
-        "step": opened.step,
-        "corpus": scored.corpus,
-        "corpus_sha256": scored.split.facts.sha256,
-        "documents": scored.split.facts.num_documents,
-        "num_bytes": scored.split.facts.num_bytes,
-        "num_normalized_bytes": scored.split.facts.num_normalized_bytes,
-        "num_words": scored.split.facts.num_words,
-        "context_size": config.model.context_size,
-        "sliding_window_size": overlap,
-        "protocol": "windows" if stride is None else f"stride-{stride}",
-        "stride": config.model.context_size + 1 - overlap,
-        "tokens_scored": tokens_scored(overlap, stride is not None),
-    }
-
-
-def tokens_scored(overlap: int, once: bool) -> str:
-    """Describe how often tokens are scored. Windows that share a single token predict none twice."""
-    if once or overlap == 1:
-        return "each token is scored once"
-    return "tokens in an overlap are scored twice" if overlap else "the first token of a window is not scored"
-
-
-def check_same_text(first: "Evaluated", opened: OpenedModel, scored: "ScoredText") -> None:
-    if scored.split.facts.sha256 != first.about["corpus_sha256"]:
-        raise LumiereError(
-            f"{scored.corpus} differs between run {opened.run.id} and run {first.run.id}",
-            "score both on the same text with --text FILE or --dataset NAME",
-        )
-
-
-def draw(evaluated: list["Evaluated"], output: str) -> None:
-    from lumiere.cli.scores import heading, windowing
-    from lumiere.report.figures.curves import EvaluationPlot, save_evaluation_plots
-
-    first = evaluated[0]
-    text = heading(first.about, with_windows=all(windowing(one) == windowing(first) for one in evaluated))
-    plots = [EvaluationPlot(f"{one.run.id}, {one.about['checkpoint']}", one.found) for one in evaluated]
-    save_evaluation_plots(Path(output), plots, text)
-    show_note(f"wrote {printable(output)}")
-
-
-def keep(one: "Evaluated") -> None:
-    """Save an evaluation in its run's folder, or note why that failed."""
-    from lumiere.cli.scores import values_of
-    from lumiere.persistence.notes import evaluation_name, save_evaluation
-
-    facts = one.about
-    name = evaluation_name(facts["checkpoint"], facts["corpus"], facts["corpus_sha256"], facts["protocol"])
-    try:
-        path = save_evaluation(one.run, name, values_of(one))
-    except LumiereError as error:
-        show_note(f"not saved: {error.message}")
-    else:
-        show_note(f"saved as {path.relative_to(one.run.path.parent)}")
 
 
 @dataclass(frozen=True)
@@ -211,56 +127,97 @@ class ScoredText:
     train: "TokenizedSplit | None"
 
 
-@dataclass(frozen=True)
-class TextChoice:
-    """The text options; at most one of `text` and `dataset` is set.
+def evaluate_one(
+    opened: OpenedModel, scored: ScoredText, stride: int | None, batch_size: int | None, with_baselines: bool
+) -> "Evaluated":
+    """Score a text, and describe what was scored and how."""
+    from lumiere.cli.scores import Evaluated, tokens_scored
+    from lumiere.evaluation.detailed import evaluate_in_detail
+    from lumiere.evaluation.ngrams import fit_baselines
+    from lumiere.evaluation.scoring import strided_windows, training_windows
 
-    Attributes:
-        text: A file, or `-` for stdin.
-        dataset, subset: As in the config.
-        split: Split of the dataset, or of the run's own corpus.
-    """
+    split, train, config = scored.split, scored.train, opened.config
+    context_size, facts = config.model.context_size, split.facts
+    overlap = config.dataset.sliding_window_size if stride is None else context_size + 1 - stride
+    if stride is not None:
+        windows, protocol = strided_windows(split, context_size, stride)
+    else:
+        windows, protocol = training_windows(split, context_size, overlap)
+    fitted = None
+    if with_baselines and train is not None:
+        fitted = fit_baselines(train.ids, train.offsets, opened.model.vocab_size)
+    # As in training, so that the run's card and `eval` print the same averages.
+    batch_size = batch_size or config.training.batch_size
+    found = evaluate_in_detail(
+        opened.model, split, scored.sizes, windows, protocol, batch_size, train, baselines=fitted
+    )
+    about = {
+        "run": opened.run.name,
+        "checkpoint": opened.checkpoint,
+        "step": opened.step,
+        "corpus": scored.corpus,
+        "corpus_sha256": facts.sha256,
+        "documents": facts.num_documents,
+        "num_bytes": facts.num_bytes,
+        "num_normalized_bytes": facts.num_normalized_bytes,
+        "num_words": facts.num_words,
+        "context_size": context_size,
+        "sliding_window_size": overlap,
+        "protocol": protocol.name,
+        "stride": protocol.stride,
+        "tokens_scored": tokens_scored(overlap, protocol.once),
+    }
+    return Evaluated(opened.run, opened.tokenizer.fingerprint, about, found)
 
-    text: str | None
-    dataset: str | None
-    subset: str | None
-    split: str | None
+
+def keep(one: "Evaluated") -> None:
+    """Save an evaluation in its run's folder, or note why that failed."""
+    from lumiere.persistence.notes import evaluation_name, save_evaluation
+
+    name = evaluation_name(*(one.about[key] for key in ("checkpoint", "corpus", "corpus_sha256", "protocol")))
+    try:
+        path = save_evaluation(one.run, name, one.values)
+    except LumiereError as error:
+        show_note(f"not saved: {error.message}")
+    else:
+        show_note(f"saved as {path.relative_to(one.run.path.parent)}")
 
 
-Opener = Callable[[OpenedModel], ScoredText]
-
-
-def opener(choice: TextChoice) -> Opener:
+def text_reader(
+    text: str | None, dataset: str | None, subset: str | None, split: str | None
+) -> Callable[[OpenedModel], ScoredText]:
     """Return a function that reads the chosen text in the tokens of a run's model.
 
     Raises:
         LumiereError: The options contradict each other, or the text cannot be read.
     """
-    if choice.text is not None and choice.dataset is not None:
+    if text is not None and dataset is not None:
         raise LumiereError("--text and --dataset exclude each other", "use one of them")
-    if choice.subset is not None and choice.dataset is None:
+    if subset is not None and dataset is None:
         raise LumiereError("--subset needs --dataset", "name the dataset")
-    if choice.text is not None:
-        if choice.split is not None:
+    if text is not None:
+        if split is not None:
             raise LumiereError("--split does not apply to --text", "leave it out")
-        read = document_reader(choice.text)
-        name = "stdin" if choice.text == "-" else choice.text
-        return lambda opened: whole_text(opened, read, name)
-    split = choice.split or "validation"
-    if choice.dataset is not None:
-        return lambda opened: dataset_split(opened, choice, split)
-    return lambda opened: own_split(opened, split)
+        return partial(tokenized, "stdin" if text == "-" else text, document_reader(text))
+    if dataset is None:
+        return partial(own_split, split or "validation")
+    return partial(dataset_split, dataset, subset, split or "validation")
 
 
-def whole_text(opened: OpenedModel, read: Callable[[], Iterator["Part"]], name: str) -> ScoredText:
-    """Read a text as one document."""
+def tokenized(corpus: str, read: Callable[[], Iterable["Part"]], opened: OpenedModel) -> ScoredText:
+    """Tokenize documents without caching them."""
     from lumiere.data.dataset import document_sizes, tokenize_parts
 
-    split = tokenize_parts(read(), opened.tokenizer)
-    return ScoredText(name, split, document_sizes(read(), split, opened.tokenizer), training_split(opened))
+    split, train = tokenize_parts(read(), opened.tokenizer), None
+    sizes = document_sizes(read(), split, opened.tokenizer)
+    try:
+        train = open_corpus(opened, "").splits["train"]
+    except LumiereError as error:  # only n-gram baselines and losses by frequency need it
+        show_note(f"{error.message}: skipping baselines and losses by frequency")
+    return ScoredText(corpus, split, sizes, train)
 
 
-def own_split(opened: OpenedModel, split: str) -> ScoredText:
+def own_split(split: str, opened: OpenedModel) -> ScoredText:
     """Read a split of the corpus that the model was trained on."""
     from lumiere.data.dataset import document_sizes, source_parts
 
@@ -272,34 +229,22 @@ def own_split(opened: OpenedModel, split: str) -> ScoredText:
     return ScoredText(corpus_name(dataset, split), corpus.splits[split], sizes, corpus.splits["train"])
 
 
-def dataset_split(opened: OpenedModel, choice: TextChoice, split: str) -> ScoredText:
-    """Read a split of any dataset without caching it."""
+def dataset_split(name: str, subset: str | None, split: str, opened: OpenedModel) -> ScoredText:
+    """Read a split of any dataset."""
     from lumiere.config.loader import validate
     from lumiere.data.corpus import load_corpus
-    from lumiere.data.dataset import document_sizes, tokenize_parts
     from lumiere.data.sources import BUILDERS
 
-    if choice.dataset in BUILDERS:
-        raise LumiereError(f"{choice.dataset!a} reads files, and none is named", "score a file with --text FILE")
+    if name in BUILDERS:
+        raise LumiereError(f"{name!a} reads files, and none is named", "score a file with --text FILE")
     own = opened.config.dataset
-    values = {"name": choice.dataset, "subset": choice.subset, "sliding_window_size": own.sliding_window_size}
-    if own.name == choice.dataset:  # its rows form documents in the same way
+    values = {"name": name, "subset": subset, "sliding_window_size": own.sliding_window_size}
+    if own.name == name:  # its rows form documents in the same way
         values |= {"document_start": own.document_start, "text_column": own.text_column}
     dataset = validate({"dataset": values, "model": {"context_size": opened.config.model.context_size}}).dataset
     corpus = load_corpus(dataset)
     check_split(split, corpus.splits)
-    tokenized = tokenize_parts(corpus.parts(split), opened.tokenizer)
-    sizes = document_sizes(corpus.parts(split), tokenized, opened.tokenizer)
-    return ScoredText(corpus_name(dataset, split), tokenized, sizes, training_split(opened))
-
-
-def training_split(opened: OpenedModel) -> "TokenizedSplit | None":
-    """Return the split that the model was trained on, or None: only n-gram baselines need it."""
-    try:
-        return open_corpus(opened, "").splits["train"]
-    except LumiereError as error:
-        show_note(f"{error.message}: skipping baselines and losses by frequency")
-        return None
+    return tokenized(corpus_name(dataset, split), partial(corpus.parts, split), opened)
 
 
 def corpus_name(dataset: "DatasetConfig", split: str) -> str:
@@ -314,7 +259,7 @@ def check_split(split: str, splits: Iterable[str]) -> None:
 
 
 def document_reader(path: str) -> Callable[[], Iterator["Part"]]:
-    """Return a function that reads a file, or stdin where the path is `-`, as one document; any number of times.
+    """Return a function that reads a file, or stdin if the path is `-`, as one document; any number of times.
 
     Raises:
         LumiereError: It cannot be read, is not UTF-8, or holds no text.

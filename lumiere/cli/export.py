@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from lumiere.cli.console import escape, open_model, print_error, print_json, show_note, stdout
 from lumiere.cli.inspect.command import CHECK_FAILED, show_receipts
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def export(
     run: RunReference,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
-    to: Annotated[str, typer.Option("--to", metavar="LIBRARY", help="Export to this library: transformer-lens.")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="A new or empty folder.")],
+    to: Annotated[str, Option("--to", metavar="LIBRARY", help="Export to this library: transformer-lens.")],
     checkpoint: CheckpointName = "best",
     as_json: Json = False,
     runs_dir: RunsDir = None,
@@ -41,7 +41,7 @@ def export(
         exported = export_model(target, folder, opened.model, tokenizer.to_json().encode(), ids, origin)
     except FailedCheckError as error:
         print_error(error)
-        raise typer.Exit(CHECK_FAILED) from None
+        raise Exit(CHECK_FAILED) from None
     if as_json:
         print_json(payload(to, folder, origin, exported))
     else:

@@ -2,13 +2,14 @@
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option
 
 from lumiere.cli.console import open_model, print_error, print_json, show_note, stdout
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
@@ -39,70 +40,63 @@ SESSION_COMMANDS = ("/set", "/settings", "/history", "/help", "/quit")
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; - reads stdin.")
+        str | None, Option("--prompt", "-p", metavar="TEXT", help="Text to continue; - reads stdin.")
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--prompts", metavar="FILE", help='One prompt a line, or .jsonl with {"prompt": ...}. Prints JSON Lines.'
         ),
     ] = None,
     interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Read prompts in a session; /help lists its commands.")
+        bool, Option("--interactive", "-i", help="Read prompts in a session; /help lists its commands.")
     ] = False,
     run: RunOption = "latest",
     checkpoint: CheckpointName = "best",
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Generate at most N tokens.")
+        int, Option("--max-new-tokens", "-n", metavar="N", min=1, help="Generate at most N tokens.")
     ] = 200,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", "-t", metavar="T", help="Divide logits by T; 0 is greedy. \\[default: 0.8]"),
+        Option("--temperature", "-t", metavar="T", help="Divide logits by T; 0 is greedy. \\[default: 0.8]"),
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", metavar="K", help="Sample from the K most probable tokens.")
-    ] = None,
+    top_k: Annotated[int | None, Option("--top-k", metavar="K", help="Sample from the K most probable tokens.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            "--top-p", metavar="P", help="Sample from the smallest set of tokens whose probabilities sum to P."
-        ),
+        Option("--top-p", metavar="P", help="Sample from the smallest set of tokens whose probabilities sum to P."),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option("--min-p", metavar="P", help="Drop tokens less probable than P times the most probable one."),
+        Option("--min-p", metavar="P", help="Drop tokens less probable than P times the most probable one."),
     ] = None,
     typical_p: Annotated[
         float | None,
-        typer.Option("--typical-p", metavar="P", help="Sample from the most typical tokens that hold probability P."),
+        Option("--typical-p", metavar="P", help="Sample from the most typical tokens that hold probability P."),
     ] = None,
     repetition_penalty: Annotated[
-        float | None,
-        typer.Option("--repetition-penalty", metavar="X", help="Penalize tokens of the text so far if above 1."),
+        float | None, Option("--repetition-penalty", metavar="X", help="Penalize tokens of the text so far if above 1.")
     ] = None,
     no_repeat_ngram_size: Annotated[
         int | None,
-        typer.Option("--no-repeat-ngram-size", metavar="N", help="Never generate the same n-gram of N tokens twice."),
+        Option("--no-repeat-ngram-size", metavar="N", help="Never generate the same n-gram of N tokens twice."),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop before this text. Repeatable.")
+        list[str] | None, Option("--stop", metavar="TEXT", help="Stop before this text. Repeatable.")
     ] = None,
     num_return_sequences: Annotated[
-        int, typer.Option("--num-return-sequences", metavar="N", min=1, help="Generate N texts for each prompt.")
+        int, Option("--num-return-sequences", metavar="N", min=1, help="Generate N texts for each prompt.")
     ] = 1,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", min=0, help="Seed the sampling, to repeat a text.")
+        int | None, Option("--seed", metavar="N", min=0, help="Seed the sampling, to repeat a text.")
     ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
+    greedy: Annotated[bool, Option("--greedy", help="Always take the most probable token.")] = False,
     num_beams: Annotated[
-        int | None, typer.Option("--num-beams", metavar="N", min=2, help="Use beam search with N beams.")
+        int | None, Option("--num-beams", metavar="N", min=2, help="Use beam search with N beams.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", min=1, help="Generate N texts at a time.")
-    ] = 64,
+    batch_size: Annotated[int, Option("--batch-size", metavar="N", min=1, help="Generate N texts at a time.")] = 64,
     logprobs: Annotated[
         int | None,
-        typer.Option(
+        Option(
             "--logprobs",
             min=0,
             metavar="N",
@@ -110,13 +104,11 @@ def generate(
             "temperature 1, before any other control, normalized over the tokens that can be generated.",
         ),
     ] = None,
-    color: Annotated[bool, typer.Option("--color", help="Color each token by its probability.")] = False,
+    color: Annotated[bool, Option("--color", help="Color each token by its probability.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Compare the KV cache with full forward passes; exit 3 if they differ.")
+        bool, Option("--check", help="Compare the KV cache with full forward passes; exit 3 if they differ.")
     ] = False,
-    compile_step: Annotated[
-        bool, typer.Option("--compile", help="Use torch.compile, which needs a C++ compiler.")
-    ] = False,
+    compile_step: Annotated[bool, Option("--compile", help="Use torch.compile, which needs a C++ compiler.")] = False,
     device: Device = "auto",
     runs_dir: RunsDir = None,
     as_json: Json = False,
@@ -128,16 +120,13 @@ def generate(
     Example: [bold]lumiere generate --prompt "Once upon a time" --temperature 0.7 --top-k 40[/]
     """
     is_many = {"--num-return-sequences": num_return_sequences > 1}
-    drawing = {
-        "--temperature": temperature,
-        "--top-k": top_k,
-        "--top-p": top_p,
-        "--min-p": min_p,
-        "--typical-p": typical_p,
-        "--seed": seed,
-    }
+    sampling = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--typical-p": typical_p}
     refuse_both(*given({"--prompt": prompt, "--prompts": prompts, "--interactive": interactive}))
-    refuse_useless(drawing, greedy, num_beams, {"--stop": stop, "--logprobs": logprobs, "--color": color})
+    if num_beams is not None:
+        unused = {"--temperature": temperature, **sampling, "--seed": seed, "--greedy": greedy, "--stop": stop}
+        refuse_useless("beam search", unused | {"--logprobs": logprobs, "--color": color})
+    elif greedy or temperature == 0:
+        refuse_useless("greedy decoding", {"--temperature": temperature if greedy else None} | sampling)
     if interactive:
         whole = {"--num-beams": num_beams, "--logprobs": logprobs, "--check": check, "--json": as_json}
         refuse_both("--interactive", *given(whole | is_many))
@@ -170,19 +159,21 @@ def generate(
         shown = [output.stream(texts[0])]
     else:
         if num_beams is not None:
-            generations = (
-                generation
-                for text in texts
-                for generation in generator.search(
-                    text, num_beams, settings.sampling, max_new_tokens, num_return_sequences
-                )
-            )
+            search = (settings.sampling, max_new_tokens, num_return_sequences)
+            generations = chain.from_iterable(generator.search(text, num_beams, *search) for text in texts)
         else:
             limits = settings.limits(logprobs)
             generations = generator.write_many(texts, settings.sampling, limits, seed, num_return_sequences, batch_size)
         shown = output.show(generations, as_lines=prompts is not None, as_json=as_json)
-    if check and not output.check(shown):
-        raise typer.Exit(FAILED_CHECK)
+    if check:
+        checks = [generator.check(generation) for generation in shown]
+        worst = max(checks, key=lambda check: check.difference)
+        show_note(
+            f"check {'passed' if worst.holds else 'FAILED'}: {sum(check.num_steps for check in checks):,} cached steps "
+            f"against full forward passes, largest logit error {worst.difference:.0e} (tolerance {worst.allowed:.0e})"
+        )
+        if not worst.holds:
+            raise Exit(FAILED_CHECK)
 
 
 def given(options: Mapping[str, object]) -> list[str]:
@@ -196,19 +187,9 @@ def refuse_both(*options: str) -> None:
         raise LumiereError(f"{options[0]} and {options[1]} exclude each other", "use one of them")
 
 
-def refuse_useless(
-    drawing: Mapping[str, object], greedy: bool, num_beams: int | None, streaming: Mapping[str, object]
-) -> None:
-    """Raise `LumiereError` if an option would have no effect."""
-    named = given(drawing)
-    if num_beams is not None:
-        useless, method = [*named, *given({"--greedy": greedy}), *given(streaming)], "beam search"
-    elif greedy or drawing["--temperature"] == 0:
-        useless = [name for name in named if name != "--seed" and (greedy or name != "--temperature")]
-        method = "greedy decoding"
-    else:
-        return
-    if useless:
+def refuse_useless(method: str, options: Mapping[str, object]) -> None:
+    """Raise `LumiereError` if the user set one of the options, which have no effect with this method."""
+    if useless := given(options):
         raise LumiereError(f"{useless[0]} has no effect with {method}", "leave it out")
 
 
@@ -242,16 +223,15 @@ def read_prompts(path: Path) -> list[str]:
     for number, line in lines:
         try:
             record = parse_json(line)
-        except ValueError as error:
-            problem = str(error)
-        else:
             prompt = record.get("prompt") if isinstance(record, dict) else None
-            if isinstance(prompt, str) and prompt.strip():
-                prompts.append(plain(prompt))
-                continue
-            problem = "the prompt is empty" if isinstance(prompt, str) else "it has no text under the key 'prompt'"
-        hint = 'each line is an object such as {"prompt": "Once upon a time"}'
-        raise LumiereError(f"{path}, line {number}: {problem}", hint)
+            if not isinstance(prompt, str):
+                raise ValueError("it has no text under the key 'prompt'")
+            if not prompt.strip():
+                raise ValueError("the prompt is empty")
+        except ValueError as error:
+            hint = 'each line is an object such as {"prompt": "Once upon a time"}'
+            raise LumiereError(f"{path}, line {number}: {error}", hint) from None
+        prompts.append(plain(prompt))
     return prompts
 
 
@@ -365,16 +345,6 @@ class Output:
             print_json([self._record(generation) for generation in shown])
         return shown
 
-    def check(self, generations: "list[Generation]") -> bool:
-        """Compare the KV cache with full forward passes; report the error and return whether it is within tolerance."""
-        checks = [self._generator.check(generation) for generation in generations]
-        worst = max(checks, key=lambda check: check.difference)
-        show_note(
-            f"check {'passed' if worst.holds else 'FAILED'}: {sum(check.num_steps for check in checks):,} cached steps "
-            f"against full forward passes, largest logit error {worst.difference:.0e} (tolerance {worst.allowed:.0e})"
-        )
-        return worst.holds
-
     def _write_token(self, token: "Token") -> None:
         """Print a token, its log-probability and probability, and the alternatives."""
         own = float("nan") if token.logprob is None else token.logprob
@@ -383,27 +353,22 @@ class Output:
         write("  ".join(parts) + "\n")
 
     def _record(self, generation: "Generation") -> dict[str, Any]:
+        """Return a generation as JSON values."""
+
+        def choice(token: int, logprob: float | None) -> dict[str, Any]:
+            return {"id": token, "token": self._label(token), "logprob": logprob}
+
         record: dict[str, Any] = {
             "prompt": generation.prompt,
             "text": generation.text,
             "finish_reason": generation.finish_reason,
             "num_tokens": len(generation.tokens),
         }
-        if generation.seed is not None:
-            record["seed"] = generation.seed
-        if generation.score is not None:
-            record["score"] = generation.score
+        optional = {"seed": generation.seed, "score": generation.score}
+        record |= {name: value for name, value in optional.items() if value is not None}
         if self._num_logprobs is not None:
             record["tokens"] = [
-                {
-                    "id": token.id,
-                    "token": self._label(token.id),
-                    "logprob": token.logprob,
-                    "alternatives": [
-                        {"id": other, "token": self._label(other), "logprob": logprob}
-                        for other, logprob in token.alternatives
-                    ],
-                }
+                choice(token.id, token.logprob) | {"alternatives": [choice(*other) for other in token.alternatives]}
                 for token in generation.tokens
             ]
         return record
@@ -416,10 +381,8 @@ def write_piece(piece: "Piece", color: bool) -> None:
         return
     from rich.text import Text
 
-    style = ""
-    if piece.token is not None and piece.token.logprob is not None:
-        probability = math.exp(piece.token.logprob)
-        style = next(style for least, style in SHADES if probability >= least)
+    logprob = None if piece.token is None else piece.token.logprob
+    style = "" if logprob is None else next(style for least, style in SHADES if math.exp(logprob) >= least)
     stdout().print(Text(printable(piece.text, keep="\n\t" + JOINERS), style=style), end="")
 
 
@@ -441,45 +404,43 @@ class Session:
         with suppress(ImportError):  # absent on Windows, whose terminal has a history of its own
             import readline  # noqa: F401 (gives `input` arrow keys and a history)
         show_note("enter a prompt; /help lists the commands, Ctrl-D ends the session")
-        for line in self._lines():
+        while True:
             try:
+                line = input("> ")
                 if line.strip() == "/quit":
                     return
                 self._answer(line)
-            except LumiereError as error:
-                print_error(error)
-
-    def _lines(self) -> Iterator[str]:
-        while True:
-            try:
-                yield input("> ")
             except EOFError:
                 write("\n")
                 return
             except KeyboardInterrupt:
                 write("\n")
                 show_note("/quit or Ctrl-D ends the session")
+            except LumiereError as error:
+                print_error(error)
 
     def _answer(self, line: str) -> None:
-        command, *words = line.split(maxsplit=2) or [""]
-        if not command.startswith("/"):
-            self._write(line if command else None)
-        elif command == "/set" and len(words) == 2:
-            self._settings = self._settings.changed(*words)
-        elif command == "/set":
-            raise LumiereError("/set needs a name and a value", "for example /set temperature 0.7")
-        elif command == "/settings":
-            for field in fields(self._settings):
-                write(f"{field.name:21} {getattr(self._settings, field.name)}\n")
-        elif command == "/history":
-            for number, text in enumerate(self._texts, start=1):
-                write(f"{number}. {text}\n")
-        elif command == "/help":
-            write(SESSION_HELP + "\n")
-        else:
-            guess = nearest(command, SESSION_COMMANDS)
-            hint = f"did you mean {guess}?" if guess else "/help lists the commands"
-            raise LumiereError(f"there is no command {command}", hint)
+        match line.split(maxsplit=2):
+            case []:
+                self._write(None)
+            case [word, *_] if not word.startswith("/"):
+                self._write(line)
+            case ["/set", name, value]:
+                self._settings = self._settings.changed(name, value)
+            case ["/set", *_]:
+                raise LumiereError("/set needs a name and a value", "for example /set temperature 0.7")
+            case ["/settings", *_]:
+                for field in fields(self._settings):
+                    write(f"{field.name:21} {getattr(self._settings, field.name)}\n")
+            case ["/history", *_]:
+                for number, text in enumerate(self._texts, start=1):
+                    write(f"{number}. {text}\n")
+            case ["/help", *_]:
+                write(SESSION_HELP + "\n")
+            case [command, *_]:
+                guess = nearest(command, SESSION_COMMANDS)
+                hint = f"did you mean {guess}?" if guess else "/help lists the commands"
+                raise LumiereError(f"there is no command {command}", hint)
 
     def _write(self, prompt: str | None) -> None:
         """Continue `prompt`, or the last text if it is None. Ctrl-C stops the text, not the session."""

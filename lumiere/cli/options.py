@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.persistence.checkpoint_manager import checkpoint_names
@@ -75,28 +76,25 @@ def config_files(folder: str, depth: int) -> list[str]:
 CONFIG_HELP = "A YAML or TOML file, or a preset: tiny, induction, small, small-fast."
 RUN_HELP = "Run name, id, unique start of an id, or latest."
 
-Config = Annotated[str, typer.Argument(help=CONFIG_HELP, autocompletion=complete_config)]
-OptionalConfig = Annotated[str | None, typer.Argument(help=CONFIG_HELP, autocompletion=complete_config)]
+Config = Annotated[str, Argument(help=CONFIG_HELP, autocompletion=complete_config)]
+OptionalConfig = Annotated[str | None, Argument(help=CONFIG_HELP, autocompletion=complete_config)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, for example model.num_layers=6. Repeatable."),
+    Option("--set", metavar="KEY=VALUE", help="Override a setting, for example model.num_layers=6. Repeatable."),
 ]
 # A str, because Typer imports pydantic for a Path, which would slow down `runs ls`.
 RunsDir = Annotated[
-    str | None,
-    typer.Option("--runs-dir", metavar="DIR", help="Use the runs in DIR. \\[default: $LUMIERE_RUNS_DIR or runs]"),
+    str | None, Option("--runs-dir", metavar="DIR", help="Use the runs in DIR. \\[default: $LUMIERE_RUNS_DIR or runs]")
 ]
-RunReference = Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
+RunReference = Annotated[str, Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
 RunReferences = Annotated[
     list[str],
-    typer.Argument(
-        metavar="RUN...", help="Run names, ids, unique starts of ids, or latest.", autocompletion=complete_run
-    ),
+    Argument(metavar="RUN...", help="Run names, ids, unique starts of ids, or latest.", autocompletion=complete_run),
 ]
-RunOption = Annotated[str, typer.Option("--run", "-r", metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
+RunOption = Annotated[str, Option("--run", "-r", metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
 CheckpointName = Annotated[
     str,
-    typer.Option(
+    Option(
         "--checkpoint",
         "-c",
         metavar="NAME",
@@ -104,5 +102,5 @@ CheckpointName = Annotated[
         autocompletion=complete_checkpoint,
     ),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Compute on auto, cpu, cuda, cuda:1 or mps.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, Option("--device", metavar="DEVICE", help="Compute on auto, cpu, cuda, cuda:1 or mps.")]
+Json = Annotated[bool, Option("--json", help="Print JSON.")]

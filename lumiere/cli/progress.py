@@ -4,14 +4,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from lumiere.cli.console import duration, escape, show_note, stderr
 from lumiere.data.dataset import Progress as DataProgress
@@ -108,9 +101,7 @@ class CorpusProgress(Display):
 
     def __init__(self) -> None:
         super().__init__(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[figures]}")
         )
         self._tasks: dict[str, int] = {}
         self._last_line = time.monotonic()

@@ -18,71 +18,21 @@ from lumiere.report.figures.figure import LABEL_WIDTH, fitted
 if TYPE_CHECKING:
     import numpy as np
 
-
 SHADES = ((0.02, "·", "bright_black"), (0.10, "░", "blue"), (0.25, "▒", "cyan"), (0.50, "▓", "yellow"))
 FULL = ("█", "bright_white")
 LEGEND = " ".join(f"{shade} <{limit:.0%}" for limit, shade, _ in SHADES) + f" {FULL[0]} more"
+# Viridis (van der Walt and Smith 2015), as in pictures: readable with color blindness and in gray.
+RAMP = (
+    *((68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141)),
+    *((39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37)),
+)
 HEADING_HEIGHT = 6
 MAX_CELL_WIDTH = 3
-THUMBNAIL_WIDTH, THUMBNAIL_HEIGHT = 18, 9
+TALLEST = 24
+"""Up to this many rows have a line each in color; more share a line in pairs."""
+THUMBNAIL_WIDTH = 18
+THUMBNAIL_HEIGHT = THUMBNAIL_WIDTH // 2
 """Terminal characters are about twice as high as wide."""
-
-
-def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
-    """Draw attention of rows (queries) to columns (keys) in shades, with vertical column labels.
-
-    Args:
-        weights: (T, T), zero above the diagonal, which stays blank.
-        labels: (T,) tokens.
-        width: Terminal width; cells take one to three characters.
-    """
-    size = len(labels)
-    cell_width = max(1, min(MAX_CELL_WIDTH, (width - LABEL_WIDTH - 1) // size))
-    text = Text(no_wrap=True)
-    for line in column_headings(labels, cell_width):
-        text.append(" " * (LABEL_WIDTH + 1) + line + "\n", style="dim")
-    for row in range(size):
-        text.append(fitted(labels[row]).rjust(LABEL_WIDTH) + " ")
-        for column in range(row + 1):
-            shade, style = shade_of(float(weights[row, column]))
-            text.append(shade * cell_width, style=style)
-        text.append("\n")
-    return text
-
-
-def thumbnail(weights: "np.ndarray") -> list[Text]:
-    """Downsample a matrix to `THUMBNAIL_HEIGHT` lines by taking maxima.
-
-    Args:
-        weights: (T, T), zero above the diagonal; smaller matrices repeat characters.
-    """
-    size = len(weights)
-    lines = []
-    for line in range(THUMBNAIL_HEIGHT):
-        first, last = part(line, THUMBNAIL_HEIGHT, size)
-        text = Text(no_wrap=True)
-        for place in range(THUMBNAIL_WIDTH):
-            left, right = part(place, THUMBNAIL_WIDTH, size)
-            if left >= last:  # above the diagonal
-                text.append(" ")
-            else:
-                shade, style = shade_of(float(weights[first:last, left:right].max()))
-                text.append(shade, style=style)
-        lines.append(text)
-    return lines
-
-
-def part(number: int, count: int, size: int) -> tuple[int, int]:
-    """Return start and end of part `number` of `count` of `size` items; at least one item."""
-    first = number * size // count
-    return first, max(first + 1, (number + 1) * size // count)
-
-
-def column_headings(labels: Sequence[str], cell_width: int) -> list[str]:
-    """Write labels vertically, bottom-aligned."""
-    columns = [label[:HEADING_HEIGHT].rjust(HEADING_HEIGHT) for label in labels]
-    lines = ("".join(column[line].ljust(cell_width) for column in columns) for line in range(HEADING_HEIGHT))
-    return [line.rstrip() for line in lines if line.strip()]
 
 
 def shade_of(weight: float) -> tuple[str, str]:
@@ -90,62 +40,51 @@ def shade_of(weight: float) -> tuple[str, str]:
     return next(((shade, style) for limit, shade, style in SHADES if weight < limit), FULL)
 
 
-# Viridis (van der Walt and Smith 2015), as in pictures: readable with color blindness and in gray.
-RAMP = (
-    (68, 1, 84),
-    (71, 44, 122),
-    (59, 81, 139),
-    (44, 113, 142),
-    (33, 144, 141),
-    (39, 173, 129),
-    (92, 200, 99),
-    (170, 220, 50),
-    (253, 231, 37),
-)
-TALLEST = 24
-"""Up to this many rows have a line each; more share a line in pairs."""
-THUMBNAIL_SIZE = 18
-
-
 def color_of(weight: float) -> str:
     """Return the color of a weight in [0, 1], by its square root to separate small weights."""
     place = sqrt(min(max(weight, 0.0), 1.0)) * (len(RAMP) - 1)
     lower = min(int(place), len(RAMP) - 2)
-    share = place - lower
-    mixed = (round(a + (b - a) * share) for a, b in zip(RAMP[lower], RAMP[lower + 1], strict=True))
+    mixed = (round(a + (b - a) * (place - lower)) for a, b in zip(RAMP[lower], RAMP[lower + 1], strict=True))
     return f"rgb({','.join(map(str, mixed))})"
 
 
-def room(width: int) -> int:
+def room(width: int, in_color: bool) -> int:
     """Return how many tokens a map fits in a terminal of this width."""
-    return max(1, width - 2 * (LABEL_WIDTH + 1))
+    return max(1, width - (2 if in_color else 1) * (LABEL_WIDTH + 1))
 
 
-def color_map(weights: "np.ndarray", labels: Sequence[str], width: int) -> Text:
-    """Draw attention of rows (queries) to columns (keys) in colors, with vertical column labels.
+def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int, in_color: bool = False) -> Text:
+    """Draw attention of rows (queries) to columns (keys) in colors or shades, with vertical column labels.
 
     If two rows share a line, the upper one is labeled on the left, the lower one on the right.
 
     Args:
         weights: (T, T), zero above the diagonal, which stays blank.
-        labels: (T,) tokens, at most `room(width)`.
-        width: Terminal width.
+        labels: (T,) tokens, at most `room(width, in_color)`.
+        width: Terminal width; cells take one to three characters.
     """
-    size = len(labels)
-    cell_width = 2 if size <= TALLEST and LABEL_WIDTH + 1 + 2 * size <= width else 1
+    size, free = len(labels), width - LABEL_WIDTH - 1
+    if in_color:
+        cell_width = 2 if size <= TALLEST and 2 * size <= free else 1
+    else:
+        cell_width = max(1, min(MAX_CELL_WIDTH, free // size))
     text = Text(no_wrap=True)
-    for line in column_headings(labels, cell_width):
-        text.append(" " * (LABEL_WIDTH + 1) + line + "\n", style="dim")
-    step = 1 if cell_width == 2 else 2
-    for row in range(0, size, step):
+    columns = [label[:HEADING_HEIGHT].rjust(HEADING_HEIGHT) for label in labels]
+    for line in ("".join(characters) for characters in zip(*(column for column in columns), strict=True)):
+        if line.strip():
+            spread = "".join(character.ljust(cell_width) for character in line).rstrip()
+            text.append(" " * (LABEL_WIDTH + 1) + spread + "\n", style="dim")
+    is_paired = in_color and cell_width == 1
+    for row in range(0, size, 2 if is_paired else 1):
         text.append(fitted(labels[row]).rjust(LABEL_WIDTH) + " ")
-        if step == 1:
-            for column in range(row + 1):
-                text.append("██", style=color_of(float(weights[row, column])))
-        else:
+        if is_paired:
             text.append_text(half_blocks(weights[row : row + 2], row))
             if row + 1 < size:
                 text.append(" " * (size - row - 1) + fitted(labels[row + 1]))
+        else:
+            for weight in weights[row, : row + 1].tolist():
+                character, style = (FULL[0], color_of(weight)) if in_color else shade_of(weight)
+                text.append(character * cell_width, style=style)
         text.append("\n")
     return text
 
@@ -168,35 +107,48 @@ def half_blocks(rows: "np.ndarray", first: int) -> Text:
     return text
 
 
-def color_thumbnail(weights: "np.ndarray") -> list[Text]:
-    """Downsample a matrix to colored squares by taking maxima, two rows a line.
+def thumbnail(weights: "np.ndarray", in_color: bool = False) -> list[Text]:
+    """Downsample a matrix to `THUMBNAIL_HEIGHT` lines by taking maxima; in color, a line has two rows.
 
     Args:
-        weights: (T, T), zero above the diagonal; smaller matrices repeat squares.
+        weights: (T, T), zero above the diagonal; smaller matrices repeat characters.
     """
     import numpy as np
 
+    def parts(count: int) -> list[tuple[int, int]]:
+        """Return start and end of `count` parts of the tokens; each has at least one."""
+        starts = [number * size // count for number in range(count)]
+        return [(start, max(start + 1, (number + 1) * size // count)) for number, start in enumerate(starts)]
+
     size = len(weights)
-    parts = [part(number, THUMBNAIL_SIZE, size) for number in range(THUMBNAIL_SIZE)]
-    small = np.array([[weights[slice(*rows), slice(*columns)].max() for columns in parts] for rows in parts])
-    lines = [half_blocks(small[row : row + 2], row) for row in range(0, THUMBNAIL_SIZE, 2)]
-    for line in lines:
-        line.pad_right(THUMBNAIL_SIZE - len(line.plain))
+    rows, columns = parts(THUMBNAIL_WIDTH if in_color else THUMBNAIL_HEIGHT), parts(THUMBNAIL_WIDTH)
+    small = np.array([[weights[slice(*row), slice(*column)].max() for column in columns] for row in rows])
+    lines = []
+    for line in range(THUMBNAIL_HEIGHT):
+        if in_color:
+            text = half_blocks(small[2 * line : 2 * line + 2], 2 * line)
+        else:
+            shown = [
+                value for value, (left, _) in zip(small[line].tolist(), columns, strict=True) if left < rows[line][1]
+            ]
+            text = Text(no_wrap=True).join(Text(*shade_of(value)) for value in shown)
+        text.pad_right(THUMBNAIL_WIDTH - len(text.plain))
+        lines.append(text)
     return lines
 
 
 def show_legend(meaning: str) -> None:
     """Print a legend of colors or shades; nothing if maps are printed as numbers."""
-    if color_support() == "few":
-        stdout().print(f"{meaning}: {LEGEND}")
-    if color_support() != "many":
-        return
-    text = Text(f"{meaning}: ")
-    for percent in (0, 2, 10, 25, 50, 100):
-        text.append("██", style=color_of(percent / 100))
-        text.append(f" {percent}%  ")
-    text.rstrip()
-    stdout().print(text)
+    match color_support():
+        case "few":
+            stdout().print(f"{meaning}: {LEGEND}")
+        case "many":
+            text = Text(f"{meaning}: ")
+            for percent in (0, 2, 10, 25, 50, 100):
+                text.append("██", style=color_of(percent / 100))
+                text.append(f" {percent}%  ")
+            text.rstrip()
+            stdout().print(text)
 
 
 Points = Sequence[tuple[float, float]]
@@ -243,8 +195,9 @@ def chart(
         canvas.draw(curve)
     lines = []
     for row in range(height):
-        is_labelled = row % ROWS_PER_LABEL == 0 or row == height - 1
-        label = number(canvas.value_of(row), ".3g") if is_labelled else ""
+        is_labeled = row % ROWS_PER_LABEL == 0 or row == height - 1
+        value = canvas.top + (canvas.bottom - canvas.top) * row / max(height - 1, 1)
+        label = number(value, ".3g") if is_labeled else ""
         lines.append(f"{label:>{AXIS_WIDTH}} {'│' if paint else '|'}{canvas.line(row, paint)}")
     left, right = x_format(canvas.left), x_format(canvas.right)
     lines.append(" " * (AXIS_WIDTH + 2) + left + right.rjust(canvas.width - len(left)))
@@ -252,12 +205,11 @@ def chart(
 
 
 class Canvas:
-    """A grid of characters, each of 2 x 4 dots in braille."""
+    """A grid of characters with the color of each, -1 for none; in braille a character has 2 x 4 dots."""
 
     def __init__(self, width: int, height: int, curves: Sequence[Curve], *, with_dots: bool) -> None:
-        xs = [x for curve in curves for x, _ in curve.points]
-        ys = [y for curve in curves for _, y in curve.points]
-        self.width, self.height = width, height
+        xs, ys = zip(*(point for curve in curves for point in curve.points), strict=True)
+        self.width = width
         self.left, self.right, self.bottom, self.top = min(xs), max(xs), min(ys), max(ys)
         self._with_dots = with_dots
         self._columns, self._rows = (2 * width, 4 * height) if with_dots else (width, height)
@@ -267,15 +219,14 @@ class Canvas:
         """Draw marks, or a line through the mean of each column."""
         if curve.is_marked:
             for x, y in curve.points:
-                self._mark(self._column(x), self._row(y), curve)
+                self._set(self._column(x), self._row(y), curve)
             return
-        sums: dict[int, tuple[float, int]] = {}
-        for x, y in curve.points:
-            total, count = sums.get(self._column(x), (0.0, 0))
-            sums[self._column(x)] = (total + y, count + 1)
-        places = [(column, self._row(total / count)) for column, (total, count) in sorted(sums.items())]
+        places = []
+        for column, points in itertools.groupby(curve.points, key=lambda point: self._column(point[0])):
+            ys = [y for _, y in points]
+            places.append((column, self._row(sum(ys) / len(ys))))
         for column, row in places[:1]:
-            self._dot(column, row, curve)
+            self._set(column, row, curve)
         for (column, row), (next_column, next_row) in itertools.pairwise(places):
             distance = next_column - column
             for i in range(distance):
@@ -283,21 +234,14 @@ class Canvas:
                 end = round(row + (next_row - row) * (i + 1) / distance)
                 for between in range(min(begin, end), max(begin, end) + 1):
                     if between != begin or begin == end:
-                        self._dot(column + i + 1, between, curve)
-
-    def value_of(self, row: int) -> float:
-        """Return the y in the middle of a row."""
-        share = row / max(self.height - 1, 1)
-        return self.top + (self.bottom - self.top) * share
+                        self._set(column + i + 1, between, curve)
 
     def line(self, row: int, paint: Paint | None) -> str:
         """Return a row as text, painting each run of one color at once."""
-        text, stretch, color = "", "", -1
-        for character, owner in [*self._cells[row], ("", -2)]:
-            if owner != color:
-                text += paint(stretch, color) if paint and color >= 0 else stretch
-                stretch, color = "", owner
-            stretch += character
+        text = ""
+        for color, cells in itertools.groupby(self._cells[row], key=lambda cell: cell[1]):
+            run = "".join(character for character, _ in cells)
+            text += paint(run, color) if paint and color >= 0 else run
         return text.rstrip()
 
     def _column(self, x: float) -> int:
@@ -308,19 +252,12 @@ class Canvas:
         span = self.top - self.bottom
         return round((self.top - y) / span * (self._rows - 1)) if span else self._rows // 2
 
-    def _dot(self, column: int, row: int, curve: Curve) -> None:
-        if not self._with_dots:
-            self._cells[row][column] = (curve.letter, curve.color)
-            return
-        cell_row, cell_column = row // 4, column // 2
-        character, owner = self._cells[cell_row][cell_column]
-        # A cell has one color, that of the later curve.
-        is_own = owner == curve.color and ord(character) >= BRAILLE
-        bits = (ord(character) if is_own else BRAILLE) | DOTS[row % 4][column % 2]
-        self._cells[cell_row][cell_column] = (chr(bits), curve.color)
-
-    def _mark(self, column: int, row: int, curve: Curve) -> None:
+    def _set(self, column: int, row: int, curve: Curve) -> None:
+        """Draw a letter, a mark or a dot. A cell has one color, that of the latest curve."""
+        character = curve.letter
         if self._with_dots:
-            self._cells[row // 4][column // 2] = ("●", curve.color)
-        else:
-            self._cells[row][column] = (curve.letter, curve.color)
+            bits, row, column = DOTS[row % 4][column % 2], row // 4, column // 2
+            previous, color = self._cells[row][column]
+            is_own = color == curve.color and ord(previous) >= BRAILLE
+            character = "●" if curve.is_marked else chr((ord(previous) if is_own else BRAILLE) | bits)
+        self._cells[row][column] = (character, curve.color)

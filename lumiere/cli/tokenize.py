@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import escape, print_json, show_note, stdout
 from lumiere.cli.options import Config, Json, Overrides
@@ -18,8 +18,8 @@ TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow")
 def tokenize(
     config: Config,
     overrides: Overrides = None,
-    text: Annotated[str | None, typer.Option("--text", metavar="TEXT", help="Show the tokens of this text.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the cached ids against their checksums.")] = False,
+    text: Annotated[str | None, Option("--text", metavar="TEXT", help="Show the tokens of this text.")] = None,
+    verify: Annotated[bool, Option("--verify", help="Check the cached ids against their checksums.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train the tokenizer of a config and encode its corpus, or show what is cached.

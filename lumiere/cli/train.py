@@ -1,17 +1,17 @@
 """`lumiere train`."""
 
 import os
-import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Exit, Option
 
 from lumiere.cli.console import (
-    INTERRUPTED,
     as_typed,
+    duration,
     escape,
     print_json,
     scaled,
@@ -30,30 +30,33 @@ if TYPE_CHECKING:
     from lumiere.distributed import ProcessGroup
     from lumiere.persistence.runs import Run, RunStore
     from lumiere.training.estimate import Plan
+    from lumiere.training.setup import TrainingSetup
     from lumiere.training.trainer import TrainingResult
 
-
-TERMINATED = 143
 SAMPLE_TOKENS = 160
 SAMPLE_TEMPERATURE = 0.7
+STOP_REASONS = {
+    "max_steps": "reached max_steps",
+    "max_epochs": "reached max_epochs",
+    "patience": "validation loss stopped improving",
+}
 
 
 def train(
     config: OptionalConfig = None,
     overrides: Overrides = None,
     max_steps: Annotated[
-        int | None, typer.Option("--max-steps", metavar="N", help="Stop after N steps (training.max_steps).")
+        int | None, Option("--max-steps", metavar="N", help="Stop after N steps (training.max_steps).")
     ] = None,
     device: Annotated[
-        str | None,
-        typer.Option("--device", help="Train on auto, cpu, cuda, cuda:1 or mps (training.device)."),
+        str | None, Option("--device", help="Train on auto, cpu, cuda, cuda:1 or mps (training.device).")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Seed weights, dropout and data order (training.seed).")
+        int | None, Option("--seed", metavar="N", help="Seed weights, dropout and data order (training.seed).")
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--resume",
             metavar="RUN",
             help="Continue a run from its latest checkpoint. On a CPU, the result is bit-identical to an uninterrupted "
@@ -62,12 +65,9 @@ def train(
         ),
     ] = None,
     runs_dir: RunsDir = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")] = False,
+    print_config: Annotated[bool, Option("--print-config", help="Print the resolved config and exit.")] = False,
     plan: Annotated[
-        bool,
-        typer.Option(
-            "--plan", help="Estimate parameters, memory, disk and time from a five-second dry run, then exit."
-        ),
+        bool, Option("--plan", help="Estimate parameters, memory, disk and time from a five-second dry run, then exit.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -90,6 +90,10 @@ def train(
 
     def read_config() -> "RunConfig | None":
         """Return the config of the command line; None if a run is resumed, which has its own."""
+        if plan and resume is not None:
+            raise LumiereError("--plan and --resume exclude each other", f"lumiere runs show {resume} shows its config")
+        if plan and print_config:
+            raise LumiereError("--plan and --print-config exclude each other", "use one of them")
         if resume is not None:
             if config or print_config:
                 hint = f"use: lumiere train --resume {resume}"
@@ -100,16 +104,11 @@ def train(
         check_readable_by_all(config, launched)
         return load_config(config, overrides or (), flags)
 
-    if plan:
-        if resume is not None:
-            raise LumiereError("--plan and --resume exclude each other", f"lumiere runs show {resume} shows its config")
-        if print_config:
-            raise LumiereError("--plan and --print-config exclude each other", "use one of them")
     if plan or print_config:
         resolved = read_config()
         assert resolved is not None
         if plan:
-            print_plan(resolved, store.runs_dir, as_json)
+            print_plan(resolved, store.runs_dir, as_json, launched)
         else:
             sys.stdout.write(printable(dump_config(resolved, allow_unicode=is_unicode()), keep="\n"))
         return
@@ -119,155 +118,122 @@ def train(
         if processes.rank and isinstance(processes, TorchrunGroup):
             from lumiere.training.run import follow
 
-            result = follow(resolved, store, changes, processes)
+            result, setup = follow(resolved, store, changes, processes), None
         else:
-            result = start_or_resume(resolved, resume, changes, store, as_json, processes)
-    if result and not processes.rank:
-        finish(result, as_json)
-    elif result and result.signal_number is not None:
-        raise typer.Exit(exit_code(result.signal_number))
+            result, setup = start_or_resume(resolved, resume, changes, store, as_json, processes)
+    if result is None:
+        return
+    if setup is not None:
+        report(result, setup, as_json)
+    if result.signal_number is not None:
+        raise Exit(128 + result.signal_number)  # as a shell would
 
 
 def check_readable_by_all(config: str, processes: "ProcessGroup") -> None:
-    """Refuse a config that only one of several processes could read.
-
-    Raises:
-        LumiereError: It is a pipe or standard input.
-    """
-    if processes.size > 1 and (
-        config == "-" or (os.path.exists(config) and not os.path.isfile(config) and not os.path.isdir(config))
-    ):
+    """Refuse standard input or a pipe as config of several processes: only one of them could read it."""
+    is_special = os.path.exists(config) and not os.path.isfile(config) and not os.path.isdir(config)
+    if processes.size > 1 and (config == "-" or is_special):
         raise LumiereError(
-            f"the config {config!r} is no file, and each of the {processes.size} processes reads it for itself",
+            f"the config {config!r} is not a file, and each of the {processes.size} processes reads it",
             "write it into a file",
         )
 
 
 def start_or_resume(
     config: "RunConfig | None",
-    resume: str | None,
+    reference: str | None,
     changes: list[str],
     store: "RunStore",
     as_json: bool,
     processes: "ProcessGroup",
-) -> "TrainingResult | None":
-    """Train in a single process or as rank 0; after a restart by torchrun, resume the run of the start before."""
+) -> "tuple[TrainingResult, TrainingSetup] | tuple[None, None]":
+    """Train in a single process or as rank 0; None if the run to resume is finished.
+
+    Args:
+        config: Config of a new run; None resumes the run `reference` with `changes`. After a restart by torchrun, the
+            run of the start before is resumed instead.
+    """
+    from lumiere.cli.progress import CorpusProgress, TrainingProgress
+    from lumiere.training.setup import set_up, set_up_resume
+
     run = None
     if processes.job is not None:  # otherwise torch loads later, after the corpus has been found
         from lumiere.training.run import restarted_run
 
         run = restarted_run(store, processes)
     if config is not None and run is None:
-        return start_training(config, store, processes)
-    return resume_training(run or store.open(resume or ""), [] if config else changes, as_json, processes)
+        with CorpusProgress() as corpus_progress:
+            setup = set_up(config, corpus_progress)
+        from lumiere.training.run import start
 
+        with TrainingProgress() as progress:
+            command = ["lumiere", *sys.argv[1:]]
+            return start(setup, store, command=command, callbacks=[progress], processes=processes), setup
 
-def start_training(config: "RunConfig", store: "RunStore", processes: "ProcessGroup") -> "TrainingResult":
-    """Train a new run."""
-    from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.setup import set_up
-
-    with CorpusProgress() as corpus_progress:
-        setup = set_up(config, corpus_progress)
-    from lumiere.training.run import start
-
-    with TrainingProgress() as progress:
-        return start(setup, store, command=["lumiere", *sys.argv[1:]], callbacks=[progress], processes=processes)
-
-
-def resume_training(
-    run: "Run", overrides: list[str], as_json: bool, processes: "ProcessGroup"
-) -> "TrainingResult | None":
-    """Resume `run`; return None if it is finished already."""
-    from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.run import dismiss, resume, stop_reason
-    from lumiere.training.setup import changed_settings, set_up_resume
 
+    run, changes = run or store.open(reference or ""), [] if config else changes
     reason = stop_reason(run)
     # A run that was killed after its last step is not marked as finished yet: resuming completes it.
-    if reason is not None and not overrides and run.status == "finished":
+    if reason is not None and not changes and run.status == "finished":
         dismiss(processes)
-        show_note(f"{run.name} is finished ({explain(reason)}): nothing to resume")
+        show_note(f"{run.name} is finished ({STOP_REASONS.get(reason, 'as recorded')}): nothing to resume")
         if as_json:
             print_json({"run": run.name} | run.record.to_json())
-        return None
+        return None, None
     with CorpusProgress() as corpus_progress:
-        setup = set_up_resume(run, corpus_progress, overrides)
-    for change in changed_settings(run, setup.config):
+        setup = set_up_resume(run, corpus_progress, changes)
+    for change in setup.changes:
         show_note(f"changed since the run started: {change}")
     with TrainingProgress() as progress:
-        return resume(setup, run, callbacks=[progress], processes=processes)
+        return resume(setup, run, callbacks=[progress], processes=processes), setup
 
 
-def finish(result: "TrainingResult", as_json: bool) -> None:
-    """Print how training ended; after a signal, exit with its code."""
+def report(result: "TrainingResult", setup: "TrainingSetup", as_json: bool) -> None:
+    """Print how training ended, a sample of the best checkpoint, and commands to try next."""
     run, state = result.run, result.state
     if result.signal_number is not None:
         command = escape(as_typed(run.command("train", "--resume", run.id)))
         stderr().print(f"interrupted at step {state.step:,} and saved; resume with {command}")
-        raise typer.Exit(exit_code(result.signal_number))
+        return
     if as_json:
         print_json({"run": run.name} | run.record.to_json())
         return
-    stdout().print(f"[bold]{run.name}[/] finished: {explain(state.stop_reason or '')}")
+    stdout().print(f"[bold]{run.name}[/] finished: {STOP_REASONS.get(state.stop_reason or '', 'as recorded')}")
     if state.best_loss is not None:
         stdout().print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
     speed = state.tokens / state.seconds if state.seconds else 0.0
-    stdout().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
-    print_sample(run)
+    stdout().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s\n\nSample:\n")
+    stdout().print(escape(sample(run, setup)), style="italic", soft_wrap=False)
     stdout().print("\nNext steps:")
-    for command in next_commands(run):
+    for command in (
+        run.command("generate", "--run", run.id),
+        run.command("inspect", "attention", "--layer", str(setup.config.model.num_layers - 1), "--run", run.id),
+        run.command("eval", run.id, "--split", "test" if "test" in run.record.splits else "validation"),
+    ):
         stdout().print(f"  {escape(as_typed(command))}", style="bold")
 
 
-def next_commands(run: "Run") -> list[str]:
-    """Return commands to try on a trained model."""
-    last_layer = run.load_config().model.num_layers - 1
-    split = "test" if "test" in run.record.splits else "validation"
-    return [
-        run.command("generate", "--run", run.id),
-        run.command("inspect", "attention", "--layer", str(last_layer), "--run", run.id),
-        run.command("eval", run.id, "--split", split),
-    ]
-
-
-def exit_code(signal_number: int) -> int:
-    """Return the exit code that a shell expects after a signal."""
-    return TERMINATED if signal_number == signal.SIGTERM else INTERRUPTED
-
-
-def print_sample(run: "Run") -> None:
-    """Print a text that the best checkpoint generates."""
+def sample(run: "Run", setup: "TrainingSetup") -> str:
+    """Generate a text with the best checkpoint."""
     from lumiere.generation.decoding import generate
     from lumiere.generation.sampling import Sampling
+    from lumiere.persistence.checkpoint_manager import CheckpointManager
+    from lumiere.persistence.loading import load_weights
 
-    pieces = generate(
-        run.load_model(),
-        run.load_tokenizer(),
-        max_new_tokens=SAMPLE_TOKENS,
-        sampling=Sampling(temperature=SAMPLE_TEMPERATURE),
-        seed=0,
-    )
-    stdout().print("\nSample:\n")
-    stdout().print(escape("".join(pieces).strip()), style="italic", soft_wrap=False)
+    manager = CheckpointManager(run.path.parent)
+    name = manager.resolve(run, "best")
+    model = load_weights(setup.config, manager.load(run, name, groups=("model",)), name)
+    sampling = Sampling(temperature=SAMPLE_TEMPERATURE)
+    return "".join(generate(model, setup.corpus.tokenizer, None, SAMPLE_TOKENS, sampling, seed=0)).strip()
 
 
-def explain(reason: str) -> str:
-    """Describe a stop reason."""
-    return {
-        "max_steps": "reached max_steps",
-        "max_epochs": "reached max_epochs",
-        "patience": "validation loss stopped improving",
-    }.get(reason, "as recorded")
-
-
-def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
+def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool, processes: "ProcessGroup") -> None:
     """Estimate what training `config` takes from a dry run, without writing to `runs_dir`."""
     from lumiere.cli.progress import CorpusProgress, show_warning
-    from lumiere.distributed import ProcessGroup, share_cores
+    from lumiere.distributed import share_cores
     from lumiere.training.setup import set_up
 
-    processes = ProcessGroup.from_environment()
     if processes.size > 1:
         share_cores(processes)
     with CorpusProgress() as progress:
@@ -281,65 +247,57 @@ def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool) -> None:
     if as_json:
         totals = {"num_parameters": plan.parameters.total, "disk_bytes": plan.disk.total, "disk_free_bytes": free}
         print_json(asdict(plan) | totals | {"total_seconds": plan.total_seconds})
-    else:
-        show_plan(config, plan, free)
+        return
+    for figure, value, *meaning in plan_rows(config, plan, free):
+        style = "not bold" if figure.startswith(" ") else "bold"
+        meant = f"  [dim]{meaning[0]}[/]" if meaning and meaning[0] else ""
+        stdout().print(f"[{style}]{figure:17}[/]  {value:>15}{meant}")
 
 
-def show_plan(config: "RunConfig", plan: "Plan", free: int) -> None:
-    """Print each estimate, and what it means or where it comes from."""
-    from lumiere.cli.progress import duration
+def plan_rows(config: "RunConfig", plan: "Plan", free: int) -> Iterator[tuple[str, ...]]:
+    """Yield each estimate: its name (indented: a part of the row above), its value, and what it means."""
     from lumiere.training.costs import NUM_CHECKPOINTS
 
     settings, parameters, memory, disk = config.training, plan.parameters, plan.memory, plan.disk
-    held = memory.weights + memory.gradients + memory.optimizer + memory.activations
-    evaluating = plan.num_evaluations * plan.seconds_per_evaluation
+    is_shared, held = plan.num_processes > 1, memory.weights + memory.gradients + memory.optimizer + memory.activations
 
-    row("parameters", f"{parameters.total:,}")
-    row("  token embedding", f"{parameters.token_embedding:,}", "also the output head")
-    row("  positions", f"{parameters.positions:,}", config.model.positions)
-    row("  attention", f"{parameters.attention:,}")
-    row("  feed-forward", f"{parameters.feedforward:,}")
-    row("  norms", f"{parameters.norms:,}")
-    row("FLOPs per token", f"{scaled(plan.flops_per_token)}FLOP", "matrix products, forward and backward")
-
-    if plan.num_processes > 1:
+    yield "parameters", f"{parameters.total:,}"
+    yield "  token embedding", f"{parameters.token_embedding:,}", "also the output head"
+    yield "  positions", f"{parameters.positions:,}", config.model.positions
+    yield "  attention", f"{parameters.attention:,}"
+    yield "  feed-forward", f"{parameters.feedforward:,}"
+    yield "  norms", f"{parameters.norms:,}"
+    yield "FLOPs per token", f"{scaled(plan.flops_per_token)}FLOP", "matrix products, forward and backward"
+    if is_shared:
         weights = "its shard of the" if settings.parallel == "fsdp" else "all"
         each = f"{plan.windows_per_process} of {settings.batch_size} windows per step and {weights} weights each"
-        row("processes", f"{plan.num_processes}", each)
-    row("memory", size(held), "plus temporary buffers")
-    row("  weights", size(memory.weights))
-    row("  gradients", size(memory.gradients))
-    row("  optimizer", size(memory.optimizer), settings.optimizer)
-    row("  activations", size(memory.activations), "kept for the backward pass, measured")
+        yield "processes", f"{plan.num_processes}", each
+    yield "memory", size(held), "plus temporary buffers"
+    yield "  weights", size(memory.weights)
+    yield "  gradients", size(memory.gradients)
+    yield "  optimizer", size(memory.optimizer), settings.optimizer
+    yield "  activations", size(memory.activations), "kept for the backward pass, measured"
     if memory.peak is not None:
         on_gpu = plan.device.startswith("cuda")
-        row("  peak", size(memory.peak), "all tensors, measured" if on_gpu else "the whole process, with torch")
-
-    row("disk", size(disk.total), f"at most; {size(free)} free")
-    row("  checkpoints", f"{NUM_CHECKPOINTS} x {size(disk.checkpoint)}", "best, latest, previous, one being written")
-    row("  snapshots", f"{disk.num_snapshots} x {size(disk.snapshot)}", "weights only")
-
-    row("speed", f"{plan.tokens_per_second:,.0f} tok/s", f"{plan.mfu:.0%} of the peak (MFU)")
-    if plan.num_processes > 1:
-        row("  all processes", "", "extrapolated from one, without communication")
-    row("  per step", short_time(plan.seconds_per_step), f"median of {plan.measured_steps:,}")
-    row("  peak", f"{scaled(plan.peak_flops)}FLOP/s", f"{plan.precision} on {plan.device}, measured")
-
-    row("  padding", f"{plan.padding_share:.1%}", "of all positions; computed but not scored")
-
-    row("steps", f"{plan.total_steps:,}", f"{plan.total_steps / plan.epoch_steps:,.1f} epochs of {plan.epoch_steps:,}")
+        yield "  peak", size(memory.peak), "all tensors, measured" if on_gpu else "the whole process, with torch"
+    yield "disk", size(disk.total), f"at most; {size(free)} free"
+    yield "  checkpoints", f"{NUM_CHECKPOINTS} x {size(disk.checkpoint)}", "best, latest, previous, one being written"
+    yield "  snapshots", f"{disk.num_snapshots} x {size(disk.snapshot)}", "weights only"
+    yield "speed", f"{plan.tokens_per_second:,.0f} tok/s", f"{plan.mfu:.0%} of the peak (MFU)"
+    if is_shared:
+        yield "  all processes", "", "extrapolated from one, without communication"
+    yield "  per step", short_time(plan.seconds_per_step), f"median of {plan.measured_steps:,}"
+    yield "  peak", f"{scaled(plan.peak_flops)}FLOP/s", f"{plan.precision} on {plan.device}, measured"
+    yield "  padding", f"{plan.padding_share:.1%}", "of all positions; computed but not scored"
+    epochs = f"{plan.total_steps / plan.epoch_steps:,.1f} epochs of {plan.epoch_steps:,}"
+    yield "steps", f"{plan.total_steps:,}", epochs
     if plan.warmup_steps:
         is_cut = plan.warmup_steps > plan.total_steps
-        row("  warm-up", f"{plan.warmup_steps:,}", "longer than training" if is_cut else "")
+        yield "  warm-up", f"{plan.warmup_steps:,}", "longer than training" if is_cut else ""
     if plan.earliest_stop is not None:
-        row("  at least", f"{plan.earliest_stop:,}", f"if patience ({settings.patience}) stops it early")
-    row("time", duration(plan.total_seconds), "without saving")
-    row("  starting", short_time(plan.startup_seconds), "extra time of the first steps")
-    row("  steps", duration(plan.total_steps * plan.seconds_per_step))
-    row("  evaluations", duration(evaluating), f"{plan.num_evaluations:,} x {short_time(plan.seconds_per_evaluation)}")
-
-
-def row(figure: str, value: str, meaning: str = "") -> None:
-    """Print one row; indented rows are parts of the row above."""
-    style = "not bold" if figure.startswith(" ") else "bold"
-    stdout().print(f"[{style}]{figure:17}[/]  {value:>15}" + (f"  [dim]{meaning}[/]" if meaning else ""))
+        yield "  at least", f"{plan.earliest_stop:,}", f"if patience ({settings.patience}) stops it early"
+    yield "time", duration(plan.total_seconds), "without saving"
+    yield "  starting", short_time(plan.startup_seconds), "extra time of the first steps"
+    yield "  steps", duration(plan.total_steps * plan.seconds_per_step)
+    evaluations = f"{plan.num_evaluations:,} x {short_time(plan.seconds_per_evaluation)}"
+    yield "  evaluations", duration(plan.num_evaluations * plan.seconds_per_evaluation), evaluations

@@ -12,13 +12,14 @@ from pydantic import ValidationError
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from lumiere.config.messages import config_error, quoted
 from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.config.schema import RunConfig
-from lumiere.errors import ConfigError, nearest, shortened
+from lumiere.errors import ConfigError, nearest, printable, shortened
 from lumiere.files import read_file
 
 MAX_BYTES = 200_000  # PyYAML takes seconds for this much
+MAX_LENGTH = 60
+"""Maximum characters of a value or key in a message."""
 NULL = re.compile("null|Null|NULL|~")
 NULL_TAG = "tag:yaml.org,2002:null"
 
@@ -36,13 +37,20 @@ def load_config(
     Raises:
         ConfigError: Names the dotted path and the nearest valid key.
     """
-    values = read_config(find_config(reference))
-    for key, value in map(parse_override, overrides):
-        assign(values, key, value)
-    for key, value in (flags or {}).items():
-        if value is not None:
-            assign(values, key, value)
-    return validate(values)
+    given = ((key, value) for key, value in (flags or {}).items() if value is not None)
+    return changed_config(read_config(find_config(reference)), [*map(parse_override, overrides), *given])
+
+
+def changed_config(values: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> RunConfig:
+    """Return the config in `values` with settings replaced by dotted path, from left to right.
+
+    Raises:
+        ConfigError: As `validate`.
+    """
+    changed = dict(values)
+    for key, value in changes:
+        assign(changed, key, value)
+    return validate(changed)
 
 
 def load_config_file(path: Path) -> RunConfig:
@@ -70,6 +78,8 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
+        from lumiere.config.messages import config_error
+
         raise config_error(error) from None
 
 
@@ -150,6 +160,19 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
         child = values.get(section)
         values[section] = values = dict(child) if isinstance(child, dict) else {}
     values[leaf] = value
+
+
+def quoted(value: Any) -> str:
+    """Return `value` as short printable text; of a container only its type, because its text is unbounded."""
+    match value:
+        case int() if value.bit_length() > 1000:  # Python refuses to convert huge integers to text
+            return "a number of hundreds of digits"
+        case int() | float() | None:
+            return shortened(str(value), MAX_LENGTH)
+        case str() | Path():
+            return f"'{shortened(printable(str(value)), MAX_LENGTH)}'"
+        case _:
+            return f"a {type(value).__name__}"
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

@@ -1,12 +1,11 @@
 """Turn pydantic's findings into one error that names the dotted path, the value, and the nearest valid key."""
 
 import re
-from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lumiere.config.loader import MAX_LENGTH, quoted
 from lumiere.config.schema import RunConfig
 from lumiere.errors import ConfigError, nearest, printable, shortened
 
@@ -25,8 +24,6 @@ PROBLEMS = {
     "string_too_short": "must not be empty",
     "string_pattern_mismatch": "must be auto, cpu, cuda, cuda:<number> or mps",
 }
-MAX_LENGTH = 60
-"""Maximum characters of a value or key in a message."""
 MAX_PATHS = 5
 """Maximum number of further wrong keys that a message lists."""
 
@@ -187,16 +184,3 @@ def setting_paths() -> list[str]:
     """Return the dotted paths of all settings."""
     sections: dict[str, BaseModel] = {name: field.default for name, field in RunConfig.model_fields.items()}
     return [f"{name}.{leaf}" for name, section in sections.items() for leaf in type(section).model_fields]
-
-
-def quoted(value: Any) -> str:
-    """Return `value` as short printable text; of a container only its type, because its text is unbounded."""
-    match value:
-        case int() if value.bit_length() > 1000:  # Python refuses to convert huge integers to text
-            return "a number of hundreds of digits"
-        case int() | float() | None:
-            return shortened(str(value), MAX_LENGTH)
-        case str() | Path():
-            return f"'{shortened(printable(str(value)), MAX_LENGTH)}'"
-        case _:
-            return f"a {type(value).__name__}"

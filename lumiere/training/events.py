@@ -28,14 +28,27 @@ class StartEvent:
 
 
 @dataclass(frozen=True)
-class StepEvent:
-    """Metrics of a step, every `log_interval` steps.
+class Progress:
+    """How far training is.
 
     Attributes:
         step: Updates so far.
         epoch: Passes over the training windows so far, with a fraction.
         tokens: Targets trained on so far, without padding.
         seconds: Training time so far, without evaluation and saving.
+    """
+
+    step: int
+    epoch: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepEvent(Progress):
+    """Metrics of a step, every `log_interval` steps.
+
+    Attributes:
         loss: Of this step's batch, in nats per token.
         learning_rate: Of AdamW in this step.
         grad_norm: Of the gradients, before clipping.
@@ -44,10 +57,6 @@ class StepEvent:
             of the measured peak (Chowdhery et al. 2022, "PaLM", appendix B). Padding is computed but not counted.
     """
 
-    step: int
-    epoch: float
-    tokens: int
-    seconds: float
     loss: float
     learning_rate: float
     grad_norm: float
@@ -56,13 +65,9 @@ class StepEvent:
 
 
 @dataclass(frozen=True)
-class EvaluationEvent:
+class EvaluationEvent(Progress):
     """The validation split was scored."""
 
-    step: int
-    epoch: float
-    tokens: int
-    seconds: float
     evaluation: "Evaluation"
     is_best: bool
 

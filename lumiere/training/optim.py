@@ -109,12 +109,9 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: TrainingConfig, precision: torch.dtype = torch.float32) -> None:
         self._parameters = dict(model.named_parameters())
-        muon = {
-            name
-            for name, parameter in self._parameters.items()
-            if config.optimizer == "muon" and name.startswith("blocks.") and parameter.ndim == 2
-        }
-        others = [parameter for name, parameter in self._parameters.items() if name not in muon]
+        named = self._parameters.items()
+        is_muon = {n: config.optimizer == "muon" and n.startswith("blocks.") and p.ndim == 2 for n, p in named}
+        others = [parameter for name, parameter in named if not is_muon[name]]
         adamw = optim.AdamW(
             [
                 {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -125,10 +122,11 @@ class Optimizers:
             fused=True,
         )
         self._optimizers: list[optim.Optimizer] = [adamw]
-        if muon:
-            matrices = [self._parameters[name] for name in sorted(muon)]
+        if any(is_muon.values()):
+            matrices = [parameter for name, parameter in sorted(named) if is_muon[name]]
             decay = config.weight_decay if config.muon_weight_decay is None else config.muon_weight_decay
             self._optimizers.append(Muon(matrices, config.muon_learning_rate, decay, dtype=precision))
+        self._optimizer_of = {name: self._optimizers[is_muon[name]] for name in self._parameters}
         self._peaks = [group["lr"] for group in self._groups]
 
     @property
@@ -147,9 +145,8 @@ class Optimizers:
         """Return the state by `<parameter>.<quantity>`; empty before the first step."""
         return {
             f"{name}.{quantity}": value
-            for optimizer in self._optimizers
             for name, parameter in self._parameters.items()
-            for quantity, value in optimizer.state.get(parameter, {}).items()
+            for quantity, value in self._optimizer_of[name].state.get(parameter, {}).items()
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -158,23 +155,17 @@ class Optimizers:
         Raises:
             ValueError: It belongs to other optimizers or to another model.
         """
-        for optimizer in self._optimizers:
-            mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            for name, parameter in self._parameters.items():
-                if id(parameter) not in mine:
-                    continue
-                found = {
-                    key.removeprefix(f"{name}."): value
-                    for key, value in tensors.items()
-                    if key.rpartition(".")[0] == name
-                }
-                # The optimizer itself would fail on missing or misshaped state in the middle of its first step.
-                expected = {
-                    quantity: () if quantity == "step" else parameter.shape for quantity in STATE[type(optimizer)]
-                }
-                if found and {quantity: value.shape for quantity, value in found.items()} != expected:
-                    raise ValueError(f"no state of the optimizer for {name}")
-                optimizer.state[parameter] = {quantity: restored(value, parameter) for quantity, value in found.items()}
+        by_name: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in tensors.items():
+            name, _, quantity = key.rpartition(".")
+            by_name[name][quantity] = value
+        for name, parameter in self._parameters.items():
+            found, optimizer = by_name[name], self._optimizer_of[name]
+            # The optimizer itself would fail on missing or misshaped state in the middle of its first step.
+            expected = {quantity: () if quantity == "step" else parameter.shape for quantity in STATE[type(optimizer)]}
+            if found and {quantity: value.shape for quantity, value in found.items()} != expected:
+                raise ValueError(f"no state of the optimizer for {name}")
+            optimizer.state[parameter] = {quantity: restored(value, parameter) for quantity, value in found.items()}
 
 
 def restored(value: Tensor, parameter: Tensor) -> Tensor:

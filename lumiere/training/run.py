@@ -39,7 +39,7 @@ from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk
 from lumiere.training.events import Callback, WarningEvent
-from lumiere.training.loggers import MetricsLog, opened_loggers
+from lumiere.training.loggers import metrics_log, opened_loggers
 from lumiere.training.schedule import num_steps
 from lumiere.training.setup import (
     TrainingSetup,
@@ -185,7 +185,7 @@ def run_training(
         with (
             beating(run.path),
             MetricsWriter(run.metrics_path) as writer,
-            opened_loggers(setup.config, run, [MetricsLog(writer), *callbacks]) as all_callbacks,
+            opened_loggers(setup.config, run, [metrics_log(writer), *callbacks]) as all_callbacks,
             noticing_losses(processes),
         ):
             if isinstance(processes, TorchrunGroup):

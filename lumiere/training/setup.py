@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lumiere.config.loader import assign, flat_settings, parse_override, validate
+from lumiere.config.loader import changed_config, flat_settings, parse_override, validate
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.corpus import load_corpus, recorded
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
@@ -59,6 +59,7 @@ class TrainingSetup:
     Attributes:
         precision: Type of the matrix products; the weights are float32.
         peak_flops: Measured FLOP/s of the device in matrix products of that type.
+        changes: What a resume changes of the settings that the run was trained with so far.
     """
 
     config: RunConfig
@@ -67,6 +68,7 @@ class TrainingSetup:
     precision: "torch.dtype"
     peak_flops: float
     num_parameters: int
+    changes: "Sequence[Change]" = ()
 
     @property
     def epoch_steps(self) -> int:
@@ -125,7 +127,8 @@ def set_up_resume(
         LumiereError: The device is missing, or the corpus or the tokenizer differs.
     """
     config = with_overrides(run.load_config(), overrides)
-    check_changes(changed_settings(run, config), run.id)
+    changed = changed_settings(run, config)
+    check_changes(changed, run.id)
     record = run.record
     given = {parse_override(override)[0] for override in overrides}
     setup = set_up(with_recorded_device(config, record, given), progress)
@@ -142,7 +145,7 @@ def set_up_resume(
             f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
             "restore it as it was, or start a new run",
         )
-    return replace(setup, config=config)
+    return replace(setup, config=config, changes=changed)
 
 
 def set_up_rank(config: RunConfig, chosen: Mapping[str, str]) -> TrainingSetup:
@@ -197,12 +200,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: As `load_config`.
     """
-    if not overrides:
-        return config
-    values = config.model_dump()
-    for override in overrides:
-        assign(values, *parse_override(override))
-    return validate(values)
+    return changed_config(config.model_dump(), map(parse_override, overrides)) if overrides else config
 
 
 def with_recorded_device(config: RunConfig, record: RunRecord, given: Collection[str]) -> RunConfig:
@@ -216,27 +214,19 @@ def with_recorded_device(config: RunConfig, record: RunRecord, given: Collection
     """
     from lumiere.device import resolve_device
 
-    def having(**taken: Any) -> RunConfig:
-        # Validated like a config: the record is a file too.
-        values = config.model_dump()
-        return validate(values | {"training": values["training"] | taken})
-
-    found = {"device": record.device, "precision": record.precision}
-    recorded = {key: value for key, value in found.items() if value is not None}
-    taken = {key: value for key, value in recorded.items() if f"training.{key}" not in given}
-    wanted = having(**taken) if taken else config
-    if "device" not in recorded:
-        return wanted
+    recorded = {"training.device": record.device, "training.precision": record.precision}
+    taken = {path: value for path, value in recorded.items() if value is not None and path not in given}
+    resumed = changed_config(config.model_dump(), taken.items())
     try:
-        device = resolve_device(wanted.training.device)
+        device = resolve_device(resumed.training.device)
     except LumiereError:
-        if "training.device" in given:
+        if "training.device" not in taken:
             raise
-        wanted = having(**wanted.training.model_dump(include={"precision"}), device="auto")
+        taken["training.device"] = "auto"
         device = resolve_device("auto")
-    if device.type == recorded["device"].partition(":")[0] or "training.precision" in given:
-        return wanted
-    return having(device=wanted.training.device)
+    if record.device and device.type != record.device.partition(":")[0]:
+        taken.pop("training.precision", None)
+    return changed_config(config.model_dump(), taken.items())
 
 
 def changed_settings(run: Run, config: RunConfig) -> list[Change]:

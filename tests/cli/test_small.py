@@ -76,12 +76,7 @@ def test_contexts_without_room_for_a_repeated_token(
 
 @pytest.mark.parametrize(
     "command",
-    [
-        "inspect report",
-        "inspect report --prompt a",
-        "inspect heads --random 1",
-        "inspect dynamics -m induction",
-    ],
+    ["inspect report", "inspect report --prompt a", "inspect heads --random 1", "inspect dynamics -m induction"],
 )
 def test_one_token_to_draw_from(command: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The training split of the two bytes is one token."""

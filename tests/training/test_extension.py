@@ -1,4 +1,4 @@
-"""Going on with other settings: what may change, what may not, and that a longer run is as if it had been meant so."""
+"""Resuming with other settings: what may change, what may not, and that an extended run is the longer run."""
 
 from typing import Any
 
@@ -7,69 +7,56 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere import files as lock_module
-from lumiere.config.loader import dump_config, validate
+from lumiere import files
+from lumiere.config.loader import changed_config, dump_config
 from lumiere.config.schema import TrainingConfig
 from lumiere.distributed import ProcessGroup
 from lumiere.errors import ConfigError, RunBusyError
 from lumiere.files import locked
-from lumiere.persistence.runs import Run, RunStore
-from lumiere.training.events import Event, StepEvent
-from lumiere.training.run import resume
 from lumiere.training.schedule import learning_rate_factor
 from lumiere.training.setup import CHANGEABLE, check_schedule, set_up_resume
-from lumiere.training.trainer import TrainingResult
+from tests.training.short import at_step, hashes, only_run, resume, short, stop_at, train
 
-CONSTANT = {"training.schedule": "constant", "training.max_steps": None, "training.max_epochs": 2}
-
-
-def go_on(run: Run, *overrides: str) -> TrainingResult:
-    return resume(set_up_resume(run, overrides=overrides), run)
+CONSTANT: dict[str, Any] = {"schedule": "constant", "max_steps": None, "max_epochs": 2, "warmup_steps": 1}
+FALLING: dict[str, Any] = {"schedule": "linear", "decay_fraction": 0.3}
+IMPATIENT: dict[str, Any] = {"max_steps": None, "max_epochs": 9, "stopping_threshold": 100.0, "patience": 1}
 
 
-def test_a_longer_run_has_the_weights_of_one_that_was_meant_so(configure, launch, tensor_hashes) -> None:
-    meant = launch(configure(CONSTANT | {"training.max_epochs": 4})).run
-    run = launch(configure(CONSTANT)).run
-    assert run.record.stop_reason == "max_epochs"
-    result = go_on(run, "training.max_epochs=3", "training.max_epochs=4", "training.eval_interval=3")
-    assert (result.state.step, result.state.stop_reason) == (20, "max_epochs")
-    assert tensor_hashes(run, "latest") == tensor_hashes(meant, "latest")
-    assert (run.load_config().training.max_epochs, run.load_config().training.eval_interval) == (4, 3)
-    (first,) = run.record.resumes
-    assert first["step"] == 10
-    assert first["changed"] == ["training.max_epochs: 2 -> 4", "training.eval_interval: empty -> 3"]
-
-
-def test_more_patience_goes_on_after_an_early_stop(configure, launch, tensor_hashes) -> None:
-    impatient = {"max_steps": None, "max_epochs": 9, "patience": 1, "stopping_threshold": 100.0}
-    config = configure({f"training.{name}": value for name, value in impatient.items()})
-    run = launch(config).run
-    assert (run.record.stop_reason, run.record.step) == ("patience", 10)
-    # The cosine of nine epochs stays that of nine epochs.
-    assert go_on(run, "training.patience=2").state.step == 15
-    patient = launch(config.model_copy(update={"training": config.training.model_copy(update={"patience": 2})})).run
-    assert tensor_hashes(run, "latest") == tensor_hashes(patient, "latest")
-    # As it is, it is over; nothing is trained, and nothing is lost.
-    assert (go_on(run).state.step, run.record.status) == (15, "finished")
+@pytest.mark.parametrize(
+    ("before", "stopped_at", "after", "end"),
+    [
+        (CONSTANT, None, {"max_epochs": 4}, (20, "max_epochs")),
+        (CONSTANT | FALLING, 5, {"max_epochs": 4}, (20, "max_epochs")),  # before it decays
+        (IMPATIENT, None, {"patience": 2}, (15, "patience")),  # a cosine of nine epochs remains one
+    ],
+)
+def test_an_extended_run_has_the_weights_of_the_longer_run(
+    before: dict[str, Any], stopped_at: int | None, after: dict[str, Any], end: tuple[int, str]
+) -> None:
+    whole = train(short(**before | after), runs_dir="whole").run
+    run = train(short(**before), *([stop_at(stopped_at)] if stopped_at else [])).run
+    step = run.record.step
+    ((name, value),) = after.items()
+    overrides = [f"training.{name}=3", f"training.{name}={value}", "training.eval_interval=3"]
+    assert resume(run, overrides=overrides).end == end
+    assert hashes(run) == hashes(whole)
+    settings, (entry,) = run.load_config().training, run.record.resumes
+    assert (getattr(settings, name), settings.eval_interval) == (value, 3)
+    changed = [f"training.{name}: {before[name]} -> {value}", "training.eval_interval: empty -> 3"]
+    assert (entry["step"], sorted(entry["changed"])) == (step, sorted(changed))
+    # It is over now: nothing more is trained, and nothing is lost.
+    assert (resume(run).end, run.record.status) == (end, "finished")
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_schedule_that_fell_keeps_its_length(configure, launch, tensor_hashes, schedule: str) -> None:
-    run = launch(configure(CONSTANT | {"training.schedule": schedule, "training.warmup_steps": 1})).run
-    before, config = tensor_hashes(run, "latest"), run.config_path.read_text()
-    with pytest.raises(ConfigError, match=f"the {schedule} schedule of 10 steps cannot become one of 15") as caught:
-        go_on(run, "training.max_epochs=3")
-    assert "schedule=constant" in (caught.value.hint or "")
-    assert (tensor_hashes(run, "latest"), run.config_path.read_text()) == (before, config)
+def test_a_schedule_that_has_decayed_keeps_its_length(schedule: str) -> None:
+    run = train(short(**CONSTANT | {"schedule": schedule})).run
+    before, config = hashes(run), run.config_path.read_text()
+    with pytest.raises(ConfigError, match=f"the {schedule} schedule of 10 steps .* 15 at step 10") as caught:
+        resume(run, overrides=["training.max_epochs=3"])
+    assert "training.schedule=constant" in (caught.value.hint or "")
+    assert (hashes(run), run.config_path.read_text()) == (before, config)
     assert (run.record.status, run.record.resumes) == ("finished", ())
-
-
-def test_a_schedule_is_lengthened_before_it_falls(configure, launch, tensor_hashes, stop_at) -> None:
-    falling = {"training.schedule": "linear", "training.decay_fraction": 0.3, "training.warmup_steps": 1}
-    meant = launch(configure(CONSTANT | falling | {"training.max_epochs": 4})).run
-    run = launch(configure(CONSTANT | falling), [stop_at(5)]).run
-    assert go_on(run, "training.max_epochs=4").state.step == 20
-    assert tensor_hashes(run, "latest") == tensor_hashes(meant, "latest")
 
 
 @given(
@@ -79,20 +66,20 @@ def test_a_schedule_is_lengthened_before_it_falls(configure, launch, tensor_hash
     lengths=st.tuples(st.integers(1, 25), st.integers(1, 25)),
     step=st.integers(0, 25),
 )
-def test_a_length_is_refused_where_a_past_rate_would_differ(
+def test_a_length_is_refused_if_a_past_rate_would_differ(
     schedule: Any, decay_fraction: float, warmup_steps: int, lengths: tuple[int, int], step: int
 ) -> None:
-    """By looking at every step, where `check_schedule` looks at the last one."""
+    """Checks every step; `check_schedule` only looks at the last one."""
     old, new = lengths
     step = min(step, old)
-    values = {"schedule": schedule, "decay_fraction": decay_fraction, "warmup_steps": warmup_steps}
-    before, after = (TrainingConfig(max_steps=length, **values) for length in lengths)
-    # There are no rates beyond the end, but for one that is always the same once it is at its peak.
+    before, after = (
+        TrainingConfig(max_steps=n, schedule=schedule, decay_fraction=decay_fraction, warmup_steps=warmup_steps)
+        for n in lengths
+    )
+    # There are no rates beyond the end, except for one that stays the same once it is at its peak.
     is_same = schedule == "constant" or (
         step <= new
-        and all(
-            learning_rate_factor(s, old, before) == learning_rate_factor(s, new, before) for s in range(1, step + 1)
-        )
+        and all(learning_rate_factor(s, old, before) == learning_rate_factor(s, new, after) for s in range(1, step + 1))
     )
     try:
         check_schedule(before, after, epoch_steps=7, step=step)
@@ -102,30 +89,28 @@ def test_a_length_is_refused_where_a_past_rate_would_differ(
         assert is_same
 
 
-OTHER = {
-    "model.dropout": 0.3,
-    "tokenizer.min_frequency": 3,
-    "dataset.num_documents": 2,
-    "training.batch_size": 6,
-    "training.learning_rate": 1e-3,
-    "training.seed": 5,
-    "training.ema_decay": 0.9,
-    "training.schedule": "linear",
-}
-
-
-@pytest.mark.parametrize("path", OTHER)
-def test_what_a_step_computes_does_not_change_on_the_way(configure, launch, stop_at, path: str) -> None:
-    run = launch(configure({}), [stop_at(3)]).run
-    with pytest.raises(ConfigError, match=f"was trained with {path} .* which a resume cannot change") as caught:
-        set_up_resume(run, overrides=[f"{path}={OTHER[path]}"])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.dropout", 0.3),
+        ("tokenizer.min_frequency", 3),
+        ("dataset.num_documents", 2),
+        ("training.batch_size", 6),
+        ("training.learning_rate", 1e-3),
+        ("training.seed", 5),
+        ("training.ema_decay", 0.9),
+        ("training.schedule", "linear"),
+    ],
+)
+def test_what_a_step_computes_cannot_change(path: str, value: Any) -> None:
+    run = train(short(), stop_at(3)).run
+    refused = f"was trained with {path} .* which a resume cannot change"
+    with pytest.raises(ConfigError, match=refused) as caught:
+        set_up_resume(run, overrides=[f"{path}={value}"])
     assert ", ".join(CHANGEABLE) in (caught.value.hint or "")
-    # The same by an editor.
-    section, name = path.split(".")
-    values = run.load_config().model_dump()
-    values[section][name] = OTHER[path]
-    run.config_path.write_text(dump_config(validate(values)))
-    with pytest.raises(ConfigError, match=f"was trained with {path} .* which a resume cannot change"):
+    # The same in an editor.
+    run.config_path.write_text(dump_config(changed_config(run.load_config().model_dump(), [(path, value)])))
+    with pytest.raises(ConfigError, match=refused):
         set_up_resume(run)
 
 
@@ -139,69 +124,59 @@ def test_what_a_step_computes_does_not_change_on_the_way(configure, launch, stop
     ],
 )
 def test_how_a_step_is_computed_may_change_and_the_bits_with_it(
-    configure, launch, stop_at, monkeypatch: pytest.MonkeyPatch, optimizer: str, override: str, change: str
+    monkeypatch: pytest.MonkeyPatch, optimizer: str, override: str, change: str
 ) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
-    config = configure({"model.dropout": 0.0, "training.optimizer": optimizer})
-    straight = launch(config).state
-    run = launch(config, [stop_at(3)]).run
-    result = go_on(run, override)
-    assert (result.state.step, run.record.status) == (6, "finished")
+    config = short({"model.dropout": 0.0}, optimizer=optimizer)
+    whole = train(config, runs_dir="whole")
+    run = train(config, stop_at(3)).run
+    resumed = resume(run, overrides=[override])
+    assert (resumed.state.step, run.record.status) == (6, "finished")
     (entry,) = run.record.resumes
     (warning,) = entry["warnings"]
     assert warning.startswith(change)
     assert run.load_config() != config
-    weights, expected = result.state.model.state_dict(), straight.model.state_dict()
-    assert compiled or any((weights[name] != expected[name]).any() for name in expected), "it took effect"
-    assert all(torch.allclose(weights[name], expected[name], atol=0.02) for name in expected)
+    assert compiled or not torch.equal(resumed.weights, whole.weights), "it took effect"
+    torch.testing.assert_close(resumed.weights, whole.weights, rtol=0, atol=0.02)
 
 
-def test_activation_checkpointing_may_change_and_no_bit_with_it(configure, launch, stop_at, tensor_hashes) -> None:
-    config = configure({})
-    straight = launch(config).run
-    run = launch(config, [stop_at(3)]).run
-    go_on(run, "training.activation_checkpointing=true")
+def test_activation_checkpointing_may_change_and_no_bit_with_it() -> None:
+    whole, run = train(short(), runs_dir="whole").run, train(short(), stop_at(3)).run
+    resume(run, overrides=["training.activation_checkpointing=true"])
     assert run.record.resumes[0]["warnings"] == []
     assert run.load_config().training.activation_checkpointing
-    assert tensor_hashes(run, "latest") == tensor_hashes(straight, "latest")
+    assert hashes(run) == hashes(whole)
 
 
-def test_a_setting_that_is_misspelt_is_refused_as_ever(configure, launch, stop_at) -> None:
-    run = launch(configure({}), [stop_at(3)]).run
-    with pytest.raises(ConfigError, match=r"unknown key training\.epochs"):
-        set_up_resume(run, overrides=["training.epochs=5"])
+def test_two_trainings_never_write_to_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.01)
+    refused: list[bytes] = []
 
+    def second() -> None:
+        run = only_run()
+        assert run.status == "running"
+        with pytest.raises(RunBusyError):
+            resume(run)
+        refused.append(run.metrics_path.read_bytes())
 
-def test_two_trainings_never_write_to_one_run(configure, launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "PATIENCE", 0.01)
-    refused = []
-
-    def second(event: Event) -> None:
-        if isinstance(event, StepEvent) and event.step == 2:
-            run = RunStore().all()[0]
-            assert run.status == "running"
-            with pytest.raises(RunBusyError):
-                resume(set_up_resume(run), run)
-            refused.append(run.metrics_path.read_bytes())
-
-    run = launch(configure({}), [second]).run
-    assert len(refused) == 1
-    assert run.metrics_path.read_bytes().startswith(refused[0]), "the one that was refused cut nothing off"
+    run = train(short(), at_step(2, second)).run
+    (before,) = refused
+    assert run.metrics_path.read_bytes().startswith(before), "the refused one removed nothing"
     assert run.record.status == "finished"
     with locked(run.path):
         pass
 
 
-def test_a_run_that_another_machine_trains_is_left_alone(configure, launch, stop_at) -> None:
-    run = launch(configure({}), [stop_at(3)]).run
+def test_a_run_that_another_machine_trains_is_left_alone() -> None:
+    run = train(short(), stop_at(3)).run
     run.update(status="running", host="node7", pid=4242, boot_id="another", job={"id": "7", "agent": None})
     before = run.metrics_path.read_bytes(), run.record_path.read_bytes()
     with pytest.raises(RunBusyError, match="node7"):
-        go_on(run)
+        resume(run)
     assert (run.metrics_path.read_bytes(), run.record_path.read_bytes()) == before
-    # What torchrun starts again may find itself on another machine, and the processes before it have ended.
+    # What torchrun restarts may be on another machine, and its earlier processes have ended.
     run.update(job={"token": "7"})
     with pytest.raises(RunBusyError, match="node7"):
-        resume(set_up_resume(run), run, processes=ProcessGroup(job="8"))
-    assert resume(set_up_resume(run), run, processes=ProcessGroup(job="7")).state.step == 6
+        resume(run, processes=ProcessGroup(job="8"))
+    assert resume(run, processes=ProcessGroup(job="7")).state.step == 6

@@ -1,5 +1,6 @@
 """AdamW against its equations in numpy, who is moved by Muon, and both across a save."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,13 @@ Gradients = list[dict[str, torch.Tensor]]
 
 
 def settings(**changes: Any) -> TrainingConfig:
-    values = {"learning_rate": 0.03, "muon_learning_rate": 0.05, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.4}
+    values: dict[str, Any] = {
+        "learning_rate": 0.03,
+        "muon_learning_rate": 0.05,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "weight_decay": 0.4,
+    }
     return TrainingConfig(**values | changes)
 
 
@@ -133,7 +140,7 @@ def test_muons_matrices_decay_at_a_rate_of_their_own(
     take_steps(model, optimizers, still, range(len(FACTORS)))
     for name, parameter in model.named_parameters():
         rate, decay = (0.05, expected) if name in MUON else (0.03, 0.0 if parameter.ndim == 1 else 0.4)
-        share = np.prod([1 - rate * factor * decay for factor in FACTORS])
+        share = math.prod(1 - rate * factor * decay for factor in FACTORS)
         torch.testing.assert_close(parameter.double(), share * before[name], rtol=1e-6, atol=0)
 
 

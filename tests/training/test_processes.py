@@ -2,12 +2,12 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import pytest
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from lumiere import distributed
 from lumiere.distributed import HEARTBEAT_TIMEOUT, ProcessGroup, TorchrunGroup, joined, noticing_losses
@@ -107,7 +107,7 @@ def test_the_first_rank_that_timed_out_names_those_that_hang(
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ProcessGroup]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ProcessGroup]:
     """A process that torchrun started alone: by its store, the number of the start, and its purpose."""
 
     def launch(store: HashStore, start: int = 0, purpose: str = "train") -> ProcessGroup:

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from lumiere import device as device_module
 from lumiere.config.loader import dump_config
@@ -22,6 +22,7 @@ from lumiere.errors import DataError, NonFiniteError
 from lumiere.models import transformer
 from lumiere.training import loggers, trainer
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
+from tests.training.short import hashes, of_kind, short, train
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
@@ -90,7 +91,7 @@ EFFECTS = {
     "training.patience": Effect(1, "end", THREE_EPOCHS | {"training.stopping_threshold": 100.0}),
     "training.stopping_threshold": Effect(100.0, "end", THREE_EPOCHS | {"training.patience": 1}),
     "training.eval_interval": Effect(2, "evaluated"),
-    "training.log_interval": Effect(3, "told"),
+    "training.log_interval": Effect(3, "reported"),
     "training.checkpoint_interval": Effect(2, "saved"),
     "training.snapshots": Effect(False, "snapshots"),
     "training.loggers": Effect(["tensorboard", "wandb"], "logged"),
@@ -120,10 +121,10 @@ def write_files() -> None:
 
 
 @pytest.fixture
-def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Observe:
-    """Trains a config, and says all that can be seen of it."""
+def observe_afresh(monkeypatch: pytest.MonkeyPatch) -> Observe:
+    """Trains a config, and returns everything that can be observed."""
 
-    def train(config: RunConfig) -> dict[str, Any]:
+    def observe(config: RunConfig) -> dict[str, Any]:
         if config.dataset.name not in ("stories", "chains") and not Path("a.json").exists():
             write_files()
         rows: list[int] = []
@@ -132,7 +133,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
         recomputed: list[Any] = []
         devices: list[str] = []
         events: list[Event] = []
-        logged: list[tuple[str, str]] = []
+        logged: list[tuple[str, ...]] = []
         streamed: list[str] = []
         shared: list[str] = []
         rank_timeouts: list[float] = []
@@ -141,8 +142,8 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             def __init__(self, name: str) -> None:
                 self.name = name
 
-            def __call__(self, event: Event) -> None:
-                logged.append((self.name, type(event).__name__))
+            def log(self, metrics: dict[str, float], step: int) -> None:
+                logged.append((self.name, *metrics))
 
             def close(self, failed: bool) -> None:
                 logged.append((self.name, "closed"))
@@ -169,7 +170,7 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             streamed.append(type(loaded).__name__)
             return loaded
 
-        def share(model: Any, objective: Any, parallel: str, *others: Any) -> Any:
+        def share(model: Any, objective: Any, parallel: Any, *others: Any) -> Any:
             shared.append(parallel)
             return parallelize(model, objective, parallel, *others)
 
@@ -186,17 +187,17 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
                 patch.setitem(loggers.LOGGERS, name, lambda *arguments, name=name: Log(name))
             patch.setattr(hub, "opened", opened)
             try:
-                result = launch(config, [events.append], TorchrunGroup(SINGLE_PROCESS, HashStore()))
+                result = train(config, events.append, processes=TorchrunGroup(SINGLE_PROCESS, HashStore())).result
             except DataError as error:
                 return {"refused": error.message}
             except NonFiniteError:
                 # With or without the steps that broke, such weights cannot be evaluated.
-                return {"skipped": [event.step for event in events if isinstance(event, WarningEvent)]}
-        start = next(event for event in events if isinstance(event, StartEvent))
-        told = [event for event in events if isinstance(event, StepEvent)]
+                return {"skipped": [event.step for event in of_kind(WarningEvent, events)]}
+        (start,) = of_kind(StartEvent, events)
+        reported = of_kind(StepEvent, events)
         return {
             "refused": None,
-            "weights": tensor_hashes(result.run, "latest"),
+            "weights": hashes(result.run),
             "num_parameters": start.num_parameters,
             "num_windows": start.num_windows,
             "corpus": result.run.record.corpus_sha256,
@@ -210,14 +211,14 @@ def observe_afresh(launch, tensor_hashes, monkeypatch: pytest.MonkeyPatch) -> Ob
             "logged": logged,
             "device": devices,
             "end": (result.state.step, result.state.stop_reason),
-            "told": [event.step for event in told],
-            "learning_rates": [event.learning_rate for event in told],
-            "evaluated": [event.step for event in events if isinstance(event, EvaluationEvent)],
-            "saved": [event.step for event in events if isinstance(event, CheckpointEvent) and event.name == "latest"],
+            "reported": [event.step for event in reported],
+            "learning_rates": [event.learning_rate for event in reported],
+            "evaluated": [event.step for event in of_kind(EvaluationEvent, events)],
+            "saved": [event.step for event in of_kind(CheckpointEvent, events) if event.name == "latest"],
             "snapshots": sorted(path.name for path in result.run.checkpoints_dir.glob("step-*")),
         }
 
-    return train
+    return observe
 
 
 @pytest.fixture(scope="module")
@@ -243,21 +244,20 @@ def test_every_setting_is_below() -> None:
     assert list(EFFECTS) == setting_paths()
 
 
-def test_what_is_observed_is_the_same_twice(configure, observe: Observe, observe_afresh: Observe) -> None:
-    config = configure(BASE)
-    assert observe_afresh(config) == observe(config)
+def test_the_same_config_gives_the_same_bits(observe: Observe, observe_afresh: Observe) -> None:
+    assert observe_afresh(short(BASE)) == observe(short(BASE))
 
 
 @pytest.mark.parametrize("path", EFFECTS)
-def test_every_setting_has_an_effect(configure, observe: Observe, path: str) -> None:
+def test_every_setting_has_an_effect(observe: Observe, path: str) -> None:
     effect = EFFECTS[path]
-    before = configure(BASE | effect.given)
-    after = configure(BASE | effect.given | {path: effect.value})
+    before = short(BASE | effect.given)
+    after = short(BASE | effect.given | {path: effect.value})
     assert before != after
     assert observe(before)[effect.shows_in] != observe(after)[effect.shows_in]
 
 
 @pytest.mark.parametrize("path", ONLY_WATCHING)
-def test_watching_changes_no_weight(configure, observe: Observe, path: str) -> None:
-    changed = configure(BASE | {path: EFFECTS[path].value})
-    assert observe(changed)["weights"] == observe(configure(BASE))["weights"]
+def test_watching_changes_no_weight(observe: Observe, path: str) -> None:
+    changed = short(BASE | {path: EFFECTS[path].value})
+    assert observe(changed)["weights"] == observe(short(BASE))["weights"]

@@ -101,15 +101,15 @@ def show_table(result: "AttentionPatterns", names: list[str]) -> None:
 
 def show_thumbnails(maps: "dict[str, np.ndarray]") -> None:
     """Print small maps side by side, as many as the terminal is wide."""
-    from lumiere.cli.terminal_plots import THUMBNAIL_WIDTH, color_thumbnail, thumbnail
+    from lumiere.cli.terminal_plots import THUMBNAIL_WIDTH, thumbnail
 
-    draw = color_thumbnail if color_support() == "many" else thumbnail
+    in_color = color_support() == "many"
     room = max(1, (stdout().width + 2) // (THUMBNAIL_WIDTH + 2))
     names = list(maps)
     for first in range(0, len(names), room):
         group = names[first : first + room]
         stdout().print(f"[bold]{''.join(name.ljust(THUMBNAIL_WIDTH + 2) for name in group).rstrip()}[/]")
-        for parts in zip(*(draw(maps[name]) for name in group), strict=True):
+        for parts in zip(*(thumbnail(maps[name], in_color) for name in group), strict=True):
             for number, part in enumerate(parts):
                 stdout().print("  " * (number > 0), part, sep="", end="")
             stdout().print()
@@ -136,8 +136,7 @@ def show_title(weights: "np.ndarray", labels: list[str], name: str) -> None:
 
 def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
     """Print a heat map: the end of a text that is too long for the terminal; in a pipe, numbers."""
-    from lumiere.cli.terminal_plots import color_map, heatmap, room
-    from lumiere.report.figures.figure import LABEL_WIDTH
+    from lumiere.cli.terminal_plots import heatmap, room
 
     size, width = len(labels), stdout().width
     show_title(weights, labels, name)
@@ -150,8 +149,9 @@ def show_map(weights: "np.ndarray", labels: list[str], name: str) -> None:
         ]
         sys.stdout.write("".join("\t".join(line) + "\n" for line in lines))
         return
-    draw, most = (color_map, room(width)) if color_support() == "many" else (heatmap, max(1, width - LABEL_WIDTH - 1))
+    in_color = color_support() == "many"
+    most = room(width, in_color)
     first = max(0, size - most)
     if first:
         show_note(f"the terminal has room for the last {most} of {size} tokens")
-    stdout().print(draw(weights[first:, first:], labels[first:], width))
+    stdout().print(heatmap(weights[first:, first:], labels[first:], width, in_color))

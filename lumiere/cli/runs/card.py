@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import open_model, show_note
 from lumiere.cli.options import Device, RunReference, RunsDir
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 def show_card(
     run: RunReference,
     output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write the card to FILE, for example README.md."),
+        str | None, Option("--output", "-o", metavar="FILE", help="Write the card to FILE, for example README.md.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace the file if it exists.")] = False,
     device: Device = "auto",
     runs_dir: RunsDir = None,
 ) -> None:

@@ -1,9 +1,11 @@
 """`lumiere runs tag`, `note`, `rm` and `prune`: commands that change the runs directory."""
 
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option
 
 from lumiere.cli.console import age, number, print_json, size
 from lumiere.cli.options import Json, RunReference, RunReferences, RunsDir
@@ -24,14 +26,14 @@ from lumiere.persistence.catalog import (
 from lumiere.persistence.notes import Notes, add_tags, remove_tags, write_note
 from lumiere.persistence.runs import Run, RunStore
 
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted, and delete nothing.")]
+Yes = Annotated[bool, Option("--yes", "-y", help="Delete without asking.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Show what would be deleted, and delete nothing.")]
 
 
 def tag_run(
     run: RunReference,
-    tags: Annotated[list[str], typer.Argument(metavar="TAG...", help="Letters, digits, dots, hyphens, underscores.")],
-    remove: Annotated[bool, typer.Option("--remove", help="Remove the tags.")] = False,
+    tags: Annotated[list[str], Argument(metavar="TAG...", help="Letters, digits, dots, hyphens, underscores.")],
+    remove: Annotated[bool, Option("--remove", help="Remove the tags.")] = False,
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
@@ -45,7 +47,7 @@ def tag_run(
 
 def note_run(
     run: RunReference,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="The note; an empty text removes it.")],
+    text: Annotated[str, Argument(metavar="TEXT", help="The note; an empty text removes it.")],
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
@@ -67,11 +69,7 @@ def show_labels(run: Run, notes: Notes, as_json: bool) -> None:
 
 
 def remove_runs(
-    runs: RunReferences,
-    yes: Yes = False,
-    dry_run: DryRun = False,
-    runs_dir: RunsDir = None,
-    as_json: Json = False,
+    runs: RunReferences, yes: Yes = False, dry_run: DryRun = False, runs_dir: RunsDir = None, as_json: Json = False
 ) -> None:
     """Delete runs and everything in their folders, after a confirmation. Running runs are refused.
 
@@ -81,22 +79,16 @@ def remove_runs(
     chosen = distinct([store.open(reference) for reference in runs])
     for run in chosen:
         check_removable(run)
-    check_answerable(yes, dry_run)
     sizes = {run: disk_bytes(run.path) for run in chosen}
     total = sum(sizes.values())
-    for run in chosen:
-        sys.stderr.write(f"{describe_run(read_entry(run), sizes[run])}\n")
-    what = f"{len(chosen)} run{'s' * (len(chosen) > 1)}, {size(total)}"
-    if not dry_run:
-        if not yes:
-            confirm(f"Delete {what}?")
-        remove_leftovers(store)
-        for run in chosen:
-            remove_run(run)
-    if as_json:
-        print_json({"runs": [run.name for run in chosen], "num_bytes": total, "dry_run": dry_run})
-    else:
-        sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {what}\n")
+    delete(
+        f"{len(chosen)} run{'s' * (len(chosen) > 1)}, {size(total)}",
+        (describe_run(read_entry(run), num_bytes) for run, num_bytes in sizes.items()),
+        [partial(remove_leftovers, store), *(partial(remove_run, run) for run in chosen)],
+        {"runs": [run.name for run in chosen], "num_bytes": total} if as_json else None,
+        yes,
+        dry_run,
+    )
 
 
 def describe_run(entry: Entry, num_bytes: int) -> str:
@@ -109,15 +101,10 @@ def describe_run(entry: Entry, num_bytes: int) -> str:
 def prune_runs(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN...]", help="Names, ids, unique starts of ids, or latest. \\[default: all]"),
+        Argument(metavar="[RUN...]", help="Names, ids, unique starts of ids, or latest. \\[default: all]"),
     ] = None,
     keep: Annotated[
-        str,
-        typer.Option(
-            "--keep",
-            metavar="NAMES",
-            help="Comma-separated: best, latest, previous, snapshots, or steps.",
-        ),
+        str, Option("--keep", metavar="NAMES", help="Comma-separated: best, latest, previous, snapshots, or steps.")
     ] = "best,latest",
     yes: Yes = False,
     dry_run: DryRun = False,
@@ -135,26 +122,19 @@ def prune_runs(
     store = RunStore(runs_dir)
     names = parse_keep(keep)
     chosen = distinct([store.open(reference) for reference in runs]) if runs else store.all()
-    check_answerable(yes, dry_run)
     plans = [plan_pruning(run, names) for run in chosen]
-    for plan in plans:
-        if line := describe_pruning(plan):
-            sys.stderr.write(f"{line}\n")
+    lines = [line for plan in plans if (line := describe_pruning(plan))]
     plans = [plan for plan in plans if plan.names]
     count, total = sum(len(plan.names) for plan in plans), sum(plan.num_bytes for plan in plans)
-    what = f"{count:,} checkpoint{'s' * (count != 1)} of {len(plans):,} run{'s' * (len(plans) != 1)}, {size(total)}"
-    if plans and not dry_run:
-        if not yes:
-            confirm(f"Delete {what}?")
-        for plan in plans:
-            prune(plan)
-    if as_json:
-        pruned = [{"run": plan.run.name, "checkpoints": plan.names, "num_bytes": plan.num_bytes} for plan in plans]
-        print_json({"runs": pruned, "num_bytes": total, "dry_run": dry_run})
-    elif not plans:
-        sys.stdout.write("nothing to delete\n")
-    else:
-        sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {what}\n")
+    pruned = [{"run": plan.run.name, "checkpoints": plan.names, "num_bytes": plan.num_bytes} for plan in plans]
+    delete(
+        f"{count:,} checkpoint{'s' * (count != 1)} of {len(plans):,} run{'s' * (len(plans) != 1)}, {size(total)}",
+        lines,
+        [partial(prune, plan) for plan in plans],
+        {"runs": pruned, "num_bytes": total} if as_json else None,
+        yes,
+        dry_run,
+    )
 
 
 def describe_pruning(plan: Pruning) -> str | None:
@@ -167,23 +147,45 @@ def describe_pruning(plan: Pruning) -> str | None:
     return f"{plan.run.name}  {shown}  {size(plan.num_bytes)}"
 
 
-def check_answerable(yes: bool, dry_run: bool) -> None:
-    """Raise `LumiereError` if a confirmation is needed and stdin is not a terminal."""
+def delete(
+    what: str,
+    lines: Iterable[str],
+    deletions: Sequence[Callable[[], None]],
+    values: dict[str, Any] | None,
+    yes: bool,
+    dry_run: bool,
+) -> None:
+    """Show what would be deleted on stderr, ask, delete, and report; exit with 1 unless the answer is yes.
+
+    Args:
+        what: What is deleted, in words.
+        lines: Descriptions of its parts.
+        values: What `--json` prints; None without that option.
+
+    Raises:
+        LumiereError: A confirmation is needed, and stdin is not a terminal.
+    """
     if not (yes or dry_run or is_interactive()):
         raise LumiereError(
             "stdin is not a terminal, so nobody can confirm",
             "delete without asking with --yes, or preview with --dry-run",
         )
-
-
-def confirm(question: str) -> None:
-    """Ask on stderr, which `typer.confirm` does not; exit with 1 unless the answer is yes."""
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
-    answer = sys.stdin.readline()
-    if answer.strip().lower() not in ("y", "yes"):
-        sys.stderr.write("nothing was deleted\n")
-        raise typer.Exit(1)
+    for line in lines:
+        sys.stderr.write(f"{line}\n")
+    if deletions and not (yes or dry_run):
+        sys.stderr.write(f"Delete {what}? [y/N] ")  # `typer.confirm` would ask on stdout
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            sys.stderr.write("nothing was deleted\n")
+            raise Exit(1)
+    for deletion in [] if dry_run else deletions:
+        deletion()
+    if values is not None:
+        print_json(values | {"dry_run": dry_run})
+    elif deletions:
+        sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {what}\n")
+    else:
+        sys.stdout.write("nothing to delete\n")
 
 
 def is_interactive() -> bool:

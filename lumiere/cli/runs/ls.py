@@ -3,17 +3,18 @@
 import sys
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import (
     LEVELS,
+    STATUS_STYLES,
     age,
     number,
     print_json,
     short_count,
     show_note,
     sparkline,
-    status_cell,
+    table,
     text_cell,
 )
 from lumiere.cli.options import Json, RunsDir
@@ -22,33 +23,22 @@ from lumiere.persistence.metrics import sample_losses
 from lumiere.persistence.runs import RunStore
 
 CURVE_WIDTH = 8
-HEADINGS = ("id", "status", "parameters", "steps", "best loss", "curve", "age", "corpus")
-LEFT = (True, True, False, False, False, True, False, True)
+HEADINGS = ["id", "status", "parameters", "steps", "best loss", "curve", "age", "corpus", ""]
+LEFT = {0, 1, 5, 7, 8}
 
 # Keys of a training record. JSON output has each of them, null where a run lacks it.
 RECORD_KEYS = (
     *("name", "created_at", "command", "device", "precision", "num_parameters", "total_steps", "dataset"),
     *("corpus_sha256", "step", "epoch", "tokens", "training_seconds", "best_loss", "best_step", "skipped_steps"),
-    *(
-        "splits",
-        "best_evaluation",
-        "resumes",
-        "stop_reason",
-        "error",
-        "pid",
-        "host",
-        "boot_id",
-        "peak_flops",
-        "world_size",
-    ),
-    *("job", "versions", "commit", "machine"),
+    *("splits", "best_evaluation", "resumes", "stop_reason", "error", "pid", "host", "boot_id", "peak_flops"),
+    *("world_size", "job", "versions", "commit", "machine"),
 )
 
 
 def list_all(
     statuses: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--status",
             metavar="STATUS",
             help="List runs that are running, finished, interrupted, failed, crashed or unknown. Repeatable.",
@@ -56,18 +46,18 @@ def list_all(
     ] = None,
     tags: Annotated[
         list[str] | None,
-        typer.Option("--tag", metavar="TAG", help="List runs with this tag. Repeat it to require several."),
+        Option("--tag", metavar="TAG", help="List runs with this tag. Repeat it to require several."),
     ] = None,
     sort: Annotated[
         str,
-        typer.Option(
+        Option(
             "--sort",
             metavar="ORDER",
             help="Sort by age (newest first), loss (lowest first), steps, parameters (most first) or name (a to z). "
             "Unknown values come last.",
         ),
     ] = "age",
-    limit: Annotated[int | None, typer.Option("--limit", "-n", metavar="N", help="List at most N runs.")] = None,
+    limit: Annotated[int | None, Option("--limit", "-n", metavar="N", help="List at most N runs.")] = None,
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
@@ -80,35 +70,17 @@ def list_all(
     if as_json:
         print_json([facts(entry) for entry in entries])
     elif entries:
-        sys.stdout.write(listing(entries))
+        # Without Rich, which takes a second for a thousand runs.
+        sys.stdout.write(table([HEADINGS, *map(cells, entries)], LEFT, {1: STATUS_STYLES}))
     elif statuses or tags:
         show_note(f"no matching runs in {store.runs_dir}; lumiere runs ls lists all")
     else:
         show_note(f"no runs in {store.runs_dir}; train one: lumiere train tiny")
 
 
-def listing(entries: list[Entry]) -> str:
-    """Format the table, without Rich, which takes a second for a thousand runs."""
-    rows = [cells(entry) for entry in entries]
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
-    lines = [line(HEADINGS, widths)]
-    for entry, row in zip(entries, rows, strict=True):
-        tags = "  " + " ".join(f"#{tag}" for tag in entry.notes.tags) if entry.notes.tags else ""
-        lines.append(line(row, widths) + tags)
-    return "\n".join(lines) + "\n"
-
-
-def line(row: tuple[str, ...], widths: list[int]) -> str:
-    padded = [
-        cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, widths, LEFT, strict=True)
-    ]
-    padded[1] = status_cell(row[1], widths[1])
-    return "  ".join(padded).rstrip()
-
-
-def cells(entry: Entry) -> tuple[str, ...]:
-    """Return the cells of a run, without its tags."""
-    return (
+def cells(entry: Entry) -> list[str]:
+    """Return the cells of a run."""
+    return [
         entry.run.id,
         text_cell(entry.status, 11),
         short_count(entry.record.num_parameters),
@@ -117,7 +89,8 @@ def cells(entry: Entry) -> tuple[str, ...]:
         curve(entry),
         age(entry.run.created_at),
         text_cell(entry.record.dataset),
-    )
+        " ".join(f"#{tag}" for tag in entry.notes.tags),
+    ]
 
 
 def curve(entry: Entry) -> str:

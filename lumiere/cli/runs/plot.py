@@ -8,24 +8,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from lumiere.cli.console import duration, is_colored, print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
-from lumiere.persistence.catalog import Entry, distinct, read_entry
+from lumiere.persistence.catalog import distinct, read_entry
 from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import RunStore
 
 
 def plot_runs(
     runs: RunReferences,
-    axis: Annotated[str, typer.Option("--x", metavar="AXIS", help="step, tokens or time (of training).")] = "step",
+    axis: Annotated[str, Option("--x", metavar="AXIS", help="step, tokens or time (of training).")] = "step",
     output: Annotated[
         str | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .html (needs lumiere\\[plot])."
-        ),
+        Option("--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .html (needs lumiere\\[plot])."),
     ] = None,
     runs_dir: RunsDir = None,
     as_json: Json = False,
@@ -48,38 +47,24 @@ def plot_runs(
     entries = [read_entry(run) for run in distinct([store.open(reference) for reference in runs])]
     histories = [read_history(entry.run.metrics_path) for entry in entries]
     if as_json:
-        print_json(
-            [
-                {
-                    "run": entry.run.name,
-                    "training": values(history.training),
-                    "validation": values(history.validation),
-                }
-                for entry, history in zip(entries, histories, strict=True)
-            ]
-        )
+        kinds = ({"training": columns(each.training), "validation": columns(each.validation)} for each in histories)
+        print_json([{"run": entry.run.name} | kind for entry, kind in zip(entries, kinds, strict=True)])
         return
     for entry, history in zip(entries, histories, strict=True):
         if not (history.training or history.validation):
             raise LumiereError(f"run {entry.run.id} has no losses yet", "lumiere runs ls shows how far each run is")
-    labels = [label(entry) for entry in entries]
+    # With its corpus, without which a loss cannot be compared.
+    labels = [printable(f"{entry.run.id} on {entry.record.dataset or '?'}") for entry in entries]
     if output is not None:
         curves = [LossCurves(name, history) for name, history in zip(labels, histories, strict=True)]
         save_loss_curves(Path(output), curves, axis)
         show_note(f"wrote {printable(output)}")
         return
-
     lines = ["loss, nats per token", *draw(histories, axis, terminal_width()), "", *legend(labels)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def label(entry: Entry) -> str:
-    """Name a run and its corpus, without which a loss cannot be compared."""
-    return printable(f"{entry.run.id} on {entry.record.dataset or '?'}")
-
-
-def values(points: tuple[Point, ...]) -> dict[str, list[Any]]:
-    """Return points as columns."""
+def columns(points: tuple[Point, ...]) -> dict[str, list[Any]]:
     return {name: [getattr(point, name) for point in points] for name in Point._fields}
 
 
@@ -92,28 +77,24 @@ def draw(histories: Sequence[History], axis: str, width: int, height: int = CHAR
     """Plot training as lines and validation as marks: in colors if stdout has them, else as letters."""
     from lumiere.cli.terminal_plots import Curve, chart
 
-    dotted = has_dots()
-    curves = []
-    for index, history in enumerate(histories):
-        training = [(getattr(point, axis), point.loss) for point in history.training]
-        letter = string.ascii_lowercase[index % 26]
-        curves.append(Curve(training, letter, index % len(COLORS)))
-    for index, history in enumerate(histories):
-        validation = [(getattr(point, axis), point.loss) for point in history.validation]
-        letter = string.ascii_uppercase[index % 26]
-        curves.append(Curve(validation, letter, index % len(COLORS), is_marked=True))
-    return chart(curves, width, height, X_FORMATS[axis], paint if dotted else None)
+    curves = [
+        Curve([(getattr(point, axis), point.loss) for point in points], letters[i % 26], i % len(COLORS), is_marked)
+        for is_marked, letters in ((False, string.ascii_lowercase), (True, string.ascii_uppercase))
+        for i, history in enumerate(histories)
+        for points in [history.validation if is_marked else history.training]
+    ]
+    return chart(curves, width, height, X_FORMATS[axis], paint if has_dots() else None)
 
 
 def legend(labels: Sequence[str]) -> list[str]:
     """Return a legend line for each run."""
-    if has_dots():
-        return [f"{paint('⠉⠉', index % len(COLORS))} training  {paint('●', index % len(COLORS))} validation  {label}"
-                for index, label in enumerate(labels)]  # fmt: skip
-    return [
-        f"{string.ascii_lowercase[index % 26]} training  {string.ascii_uppercase[index % 26]} validation  {label}"
-        for index, label in enumerate(labels)
-    ]
+    lines = []
+    for i, label in enumerate(labels):
+        marks = (string.ascii_lowercase[i % 26], string.ascii_uppercase[i % 26])
+        if has_dots():
+            marks = (paint("⠉⠉", i % len(COLORS)), paint("●", i % len(COLORS)))
+        lines.append(f"{marks[0]} training  {marks[1]} validation  {label}")
+    return lines
 
 
 def has_dots() -> bool:

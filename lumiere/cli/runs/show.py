@@ -1,9 +1,10 @@
 """`lumiere runs show`."""
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
-from lumiere.cli.console import STATUS_STYLES, age, escape, number, print_json, size, stdout, text_cell
+from lumiere.cli.console import STATUS_STYLES, age, escape, number, print_json, setting, size, stdout, text_cell
 from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.cli.runs.ls import facts
 from lumiere.errors import ConfigError, printable, shortened
@@ -38,11 +39,12 @@ def describe(entry: Entry) -> dict[str, Any]:
 
     run = entry.run
     training, evaluation = last_records(run.metrics_path)
+    config, changed, problem = None, None, None
     try:
-        config, problem = config_values(run), None
+        config = config_values(run)
         changed = {key: {"value": pair[0], "default": pair[1]} for key, pair in changed_values(run).items()}
     except ConfigError as error:
-        config, changed, problem = None, None, error.message
+        problem = error.message
     return facts(entry) | {
         "config": config,
         "config_problem": problem,
@@ -53,52 +55,57 @@ def describe(entry: Entry) -> dict[str, Any]:
         "evaluations": [asdict(kept) for kept in read_evaluations(run)],
         "disk_bytes": disk_bytes(run.path),
         "repeat": shlex.join(["lumiere", "train", str(run.config_path)]),
-        "original_command": original_command(entry),
+        "original_command": shlex.join(entry.record.command) or None,
     }
 
 
-def original_command(entry: Entry) -> str | None:
-    """Return what the user typed, quoted for a shell."""
-    return shlex.join(entry.record.command) or None
-
-
 def show(entry: Entry, details: dict[str, Any]) -> None:
-
     record, run = entry.record, entry.run
-    style = STATUS_STYLES.get(entry.status, "dim")
-    stdout().print(f"[bold]{run.name}[/]  [{style}]{escape(text_cell(entry.status))}[/]")
+    stdout().print(
+        f"[bold]{run.name}[/]  [{STATUS_STYLES.get(entry.status, 'dim')}]{escape(text_cell(entry.status))}[/]"
+    )
     if record.error:
         stdout().print(f"  {escape(text_cell(record.error, MAX_TEXT))}", style="red")
-    row("tags", " ".join(entry.notes.tags))
-    row("note", entry.notes.text)
-    row("age", age(run.created_at))
-    row("model", f"{number(record.num_parameters, ',')} parameters")
-    row("corpus", f"{text_cell(record.dataset)} ({text_cell(record.corpus_sha256)[:16]})")
-    row("progress", progress(details))
-    row(
-        "best",
-        f"validation loss {number(record.best_loss, '.4f')} at step {number(record.best_step, ',')}",
-    )
-    row("last", last(details))
-    row("speed", speed(details))
-    row("computed", f"in {record.precision or '?'} on {record.device or '?'}")
-    row("machine", machine(record.machine))
-    row("versions", pairs(record.versions))
-    row("commit", record.commit or "")
-    row("disk", f"{size(details['disk_bytes'])} in {run.path}")
-    heading("checkpoints")
-    for line in checkpoint_lines(details["checkpoints"]):
-        stdout().print(f"  {escape(printable(line))}")
+    best = f"validation loss {number(record.best_loss, '.4f')} at step {number(record.best_step, ',')}"
+    for name, value in {
+        "tags": " ".join(entry.notes.tags),
+        "note": entry.notes.text,
+        "age": age(run.created_at),
+        "model": f"{number(record.num_parameters, ',')} parameters",
+        "corpus": f"{text_cell(record.dataset)} ({text_cell(record.corpus_sha256)[:16]})",
+        "progress": progress(details),
+        "best": best,
+        "last": last(details),
+        "speed": speed(details["last_training"]),
+        "computed": f"in {record.precision or '?'} on {record.device or '?'}",
+        "machine": machine(record.machine),
+        "versions": ", ".join(f"{package} {version}" for package, version in record.versions.items()),
+        "commit": record.commit,
+        "disk": f"{size(details['disk_bytes'])} in {run.path}",
+    }.items():
+        if value:
+            stdout().print(f"[bold]{name:10}[/] {escape(shortened(printable(value), MAX_TEXT))}")
+    print_section("checkpoints", *checkpoint_lines(details["checkpoints"]))
     if details["evaluations"]:
-        heading("evaluations")
-        for kept in details["evaluations"]:
-            stdout().print(f"  {escape(printable(evaluation_line(kept)))}")
-    heading("repeat")
-    stdout().print(f"  {escape(printable(details['repeat']))}")
+        print_section("evaluations", *map(evaluation_line, details["evaluations"]))
+    print_section("repeat", details["repeat"])
     if details["original_command"]:
         command = shortened(printable(details["original_command"]), MAX_TEXT)
         stdout().print(f"  {escape(command)}  [dim]original command[/]")
-    show_config(details)
+    print_section("config", *([details["config_problem"]] if details["config"] is None else []))
+    width = max(map(len, details["config"] or [""]))
+    for key, value in (details["config"] or {}).items():
+        line = escape(f"{printable(key):{width}}  {setting(value)}")
+        if key in details["changed"]:
+            default = escape(setting(details["changed"][key]["default"]))
+            line = f"[bold]{line}[/]  [dim]default {default}[/]"
+        stdout().print(f"  {line}")
+
+
+def print_section(heading: str, *lines: str) -> None:
+    stdout().print(f"\n[bold]{heading}[/]")
+    for line in lines:
+        stdout().print(f"  {escape(printable(line))}")
 
 
 def evaluation_line(kept: dict[str, Any]) -> str:
@@ -112,54 +119,18 @@ def evaluation_line(kept: dict[str, Any]) -> str:
     )
 
 
-def show_config(details: dict[str, Any]) -> None:
-    """Print each setting, with its default if changed."""
-    heading("config")
-    if details["config"] is None:
-        stdout().print(f"  {escape(printable(details['config_problem']))}")
-        return
-    width = max(map(len, details["config"]))
-    for key, value in details["config"].items():
-        line = f"{printable(key):{width}}  {setting(value)}"
-        if key in details["changed"]:
-            default = setting(details["changed"][key]["default"])
-            stdout().print(f"  [bold]{escape(line)}[/]  [dim]default {escape(default)}[/]")
-        else:
-            stdout().print(f"  {escape(line)}")
-
-
-def setting(value: Any) -> str:
-    """Format a setting as JSON; single words without quotes."""
-    from lumiere.persistence.metrics import to_json
-
-    text = value if isinstance(value, str) and value and " " not in value else to_json(value)
-    return printable(text)
-
-
-def heading(text: str) -> None:
-    stdout().print(f"\n[bold]{text}[/]")
-
-
-def row(name: str, value: str) -> None:
-    """Print one row, unless the value is empty."""
-    if value:
-        stdout().print(f"[bold]{name:10}[/] {escape(shortened(printable(value), MAX_TEXT))}")
-
-
 def progress(details: dict[str, Any]) -> str:
-    """Format the progress from the metrics, which are newer than the record during training."""
+    """Format the progress by the metrics, which are newer than the record during training."""
     newest = details["last_training"] or details["last_evaluation"] or details
     total = number(details.get("total_steps"), ",")
     of_total = f" of {total}" if total != "-" else ""
-    return (
-        f"step {number(newest.get('step'), ',')}{of_total}, epoch {number(newest.get('epoch'), '.2f')}, "
-        f"{number(newest.get('tokens'), ',')} tokens"
-    )
+    step, epoch = number(newest.get("step"), ","), number(newest.get("epoch"), ".2f")
+    return f"step {step}{of_total}, epoch {epoch}, {number(newest.get('tokens'), ',')} tokens"
 
 
 def last(details: dict[str, Any]) -> str:
-    training, evaluation = details["last_training"], details["last_evaluation"]
-    parts = []
+    """Format the last training and evaluation lines of the metrics."""
+    training, evaluation, parts = details["last_training"], details["last_evaluation"], []
     if training:
         parts.append(f"training loss {number(training.get('loss'), '.4f')} at step {number(training['step'], ',')}")
     if evaluation:
@@ -171,39 +142,32 @@ def last(details: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def speed(details: dict[str, Any]) -> str:
-    training = details["last_training"]
-    if not training:
-        return ""
-    speed, mfu = number(training.get("tokens_per_second"), ",.0f"), number(training.get("mfu"), ".0%")
-    return f"{speed} tokens/s, {mfu} MFU"
+def speed(training: dict[str, Any]) -> str:
+    per_second, mfu = number(training.get("tokens_per_second"), ",.0f"), number(training.get("mfu"), ".0%")
+    return f"{per_second} tokens/s, {mfu} MFU" if training else ""
 
 
-def machine(value: Any) -> str:
-    if not isinstance(value, dict):
+def machine(recorded: Mapping[str, Any]) -> str:
+    if not recorded:
         return ""
-    gpus = value.get("gpus") or []
+    gpus = recorded.get("gpus") or []
     names = ", ".join(map(str, gpus)) if isinstance(gpus, list) else str(gpus)
-    parts = [value.get("host"), value.get("system"), f"{number(value.get('threads'), ',')} threads", names]
-    return ", ".join(str(part) for part in parts if part)
-
-
-def pairs(value: Any) -> str:
-    return ", ".join(f"{key} {version}" for key, version in value.items()) if isinstance(value, dict) else ""
+    threads = f"{number(recorded.get('threads'), ',')} threads"
+    return ", ".join(str(part) for part in (recorded.get("host"), recorded.get("system"), threads, names) if part)
 
 
 def checkpoint_lines(checkpoints: list[dict[str, Any]]) -> list[str]:
-
-    named = [c for c in checkpoints if not c["name"].startswith("step-")]
+    """Describe each checkpoint; many snapshots in one line."""
     snapshots = [c for c in checkpoints if c["name"].startswith("step-")]
-    shown = named if len(snapshots) > SHOWN_CHECKPOINTS else named + snapshots
+    are_many = len(snapshots) > SHOWN_CHECKPOINTS
     lines = [
         f"{c['name']:13}  step {number(c['step'], ','):>9}  {size(c['num_bytes']):>8}"
         + (f"  damaged: {c['problem']}" if c["problem"] else "")
-        for c in shown
+        for c in checkpoints
+        if not (are_many and c in snapshots)
     ]
-    if len(snapshots) > SHOWN_CHECKPOINTS:
-        total = sum(c["num_bytes"] for c in snapshots)
-        steps = ", ".join(number(c["step"], ",") for c in (*snapshots[:3], snapshots[-1]))
-        lines.append(f"{len(snapshots)} snapshots   steps {', ... '.join(steps.rsplit(', ', 1))}  {size(total)}")
+    if are_many:
+        total = size(sum(c["num_bytes"] for c in snapshots))
+        *first, end = (number(c["step"], ",") for c in (*snapshots[:3], snapshots[-1]))
+        lines.append(f"{len(snapshots)} snapshots   steps {', '.join(first)}, ... {end}  {total}")
     return lines or ["none"]

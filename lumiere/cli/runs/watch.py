@@ -4,7 +4,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from lumiere.cli.console import STATUS_STYLES, duration, number, print_json
+from lumiere.cli.console import STATUS_STYLES, duration, number, print_json, stdout
 from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.errors import LumiereError, printable
 from lumiere.persistence.metrics import History, MetricsFollower, Point, Thinned, as_number, point_of
@@ -44,15 +44,14 @@ class Watched:
         self.status = "unknown"
         self.record = RunRecord()
         self._follower = MetricsFollower(run.metrics_path)
-        self._unknown_looks = 0
-        self._is_first = True
+        self._restarts = 0
+        self._looks = self._unknown_looks = 0
         self._clear()
 
     def _clear(self) -> None:
-        self._training: Thinned[Point] = Thinned(MAX_POINTS)
-        self._validation: Thinned[Point] = Thinned(MAX_POINTS)
-        self.last_training: dict[str, Any] = {}
-        self.last_evaluation: dict[str, Any] = {}
+        self.training: dict[str, Any] = {}
+        self.evaluation: dict[str, Any] = {}
+        self._curves: dict[str, Thinned[Point]] = {key: Thinned(MAX_POINTS) for key in ("loss", "val_loss")}
 
     def look(self) -> list[dict[str, Any]]:
         """Return the metrics since the last look; the first look returns the last training and evaluation."""
@@ -60,21 +59,24 @@ class Watched:
         self.status, self.record = self.run.status, self.run.record
         if not self.run.path.is_dir():
             raise LumiereError(f"run {self.run.id} is gone", "lumiere runs ls lists the runs")
+        self._looks += 1
         self._unknown_looks += self.status == "unknown"
-        is_first, restarts = self._is_first, self._follower.restarts
-        self._is_first = False
         lines = []
         for record in self._follower.poll():
-            if self._follower.restarts != restarts:
-                restarts = self._follower.restarts
+            if self._follower.restarts != self._restarts:
+                self._restarts = self._follower.restarts
                 self._clear()
-            self._add(record)
-            if not is_first:
-                lines.append(record)
-        if is_first:
-            found = (line for line in (self.last_training, self.last_evaluation) if line)
-            return sorted(found, key=lambda line: line["step"])
-        return lines
+            key = "val_loss" if "val_loss" in record else "loss"
+            if key == "val_loss":
+                self.evaluation = record
+            else:
+                self.training = record
+            if point := point_of(record, key):
+                self._curves[key].add(point)
+            lines.append(record)
+        if self._looks > 1:
+            return lines
+        return sorted(filter(None, (self.training, self.evaluation)), key=lambda line: line["step"])
 
     @property
     def is_over(self) -> bool:
@@ -83,32 +85,26 @@ class Watched:
 
     @property
     def history(self) -> History:
-        return History(tuple(self._training.items()), tuple(self._validation.items()))
+        return History(*(tuple(curve.items()) for curve in self._curves.values()))
 
     @property
     def step(self) -> int | float | None:
         """Step of the newest metrics."""
-        lines = (self.last_training, self.last_evaluation)
-        return as_number(max(lines, key=lambda line: line.get("step", -1)).get("step"))
+        return as_number(max(self.training, self.evaluation, key=lambda line: line.get("step", -1)).get("step"))
+
+    def of_total(self, step: Any) -> str:
+        """Format a step, and the total if it is known."""
+        total = number(self.record.total_steps, ",")
+        return f"step {number(step, ',')}" + ("" if total == "-" else f"/{total}")
 
     @property
-    def seconds_left(self) -> float | None:
-        """Estimate from the mean speed so far, without evaluating and saving."""
+    def time_left(self) -> str:
+        """Estimate from the mean speed so far, without evaluating and saving; empty if unknown."""
         total, step = self.record.total_steps, self.step
-        seconds = as_number((self.last_training or self.last_evaluation).get("time"))
-        if total is None or not step or seconds is None:
-            return None
-        return max(0.0, seconds / step * (total - step))
-
-    def _add(self, record: dict[str, Any]) -> None:
-        if "val_loss" in record:
-            self.last_evaluation = record
-            if point := point_of(record, "val_loss"):
-                self._validation.add(point)
-        else:
-            self.last_training = record
-            if point := point_of(record, "loss"):
-                self._training.add(point)
+        seconds = as_number((self.training or self.evaluation).get("time"))
+        if self.status != "running" or total is None or not step or seconds is None:
+            return ""
+        return f"  {duration(max(0.0, seconds / step * (total - step)))} left"
 
 
 def watch_as_lines(watched: Watched, as_json: bool) -> None:
@@ -128,10 +124,18 @@ def watch_as_lines(watched: Watched, as_json: bool) -> None:
         sys.stdout.write(f"{watched.run.name} is {printable(watched.status)}\n")
 
 
+def describe(record: dict[str, Any], watched: Watched) -> str:
+    """Format a line of metrics."""
+    step = watched.of_total(record["step"])
+    if "val_loss" in record:
+        perplexity = number(record.get("val_perplexity"), ",.2f")
+        return f"{step}  validation loss {number(record['val_loss'], '.4f')}  perplexity {perplexity}"
+    speed = number(record.get("tokens_per_second"), ",.0f")
+    return f"{step}  loss {number(record.get('loss'), '.3f')}  {speed} tok/s{watched.time_left}"
+
+
 def watch_live(watched: Watched) -> None:
     from rich.live import Live
-
-    from lumiere.cli.console import stdout
 
     # Not redirected: Rich's replacement of stdout is not a terminal.
     with Live(console=stdout(), auto_refresh=False, redirect_stdout=False) as live:
@@ -144,7 +148,7 @@ def watch_live(watched: Watched) -> None:
 
 
 def view(watched: Watched) -> "RenderableType":
-    """Render the current state."""
+    """Render the newest metrics in one line, and the curves."""
     from rich.console import Group
     from rich.text import Text
 
@@ -152,46 +156,18 @@ def view(watched: Watched) -> "RenderableType":
 
     title = Text(watched.run.name, style="bold").append("  ")
     title.append(printable(watched.status), style=STATUS_STYLES.get(watched.status, "dim"))
-    parts: list[RenderableType] = [title, Text(figures(watched))]
+    training, evaluation, record = watched.training, watched.evaluation, watched.record
+    figures = [watched.of_total(watched.step)]
+    if training:
+        speed = number(training.get("tokens_per_second"), ",.0f")
+        figures += [f"loss {number(training.get('loss'), '.3f')}", f"{speed} tok/s"]
+    if evaluation:
+        figures.append(f"validation {number(evaluation.get('val_loss'), '.4f')}")
+    if record.best_loss is not None:
+        figures.append(f"best {number(record.best_loss, '.4f')}")
+    parts: list[RenderableType] = [title, Text("  ".join(figures) + watched.time_left)]
     history = watched.history
     if history.training or history.validation:
         lines = [*draw([history], "step", terminal_width(), CHART_HEIGHT), *legend(["nats per token"])]
         parts.extend(Text.from_ansi(line, no_wrap=True) for line in lines)
     return Group(*parts)
-
-
-def figures(watched: Watched) -> str:
-    """Format the newest metrics in one line."""
-    training, evaluation, record = watched.last_training, watched.last_evaluation, watched.record
-    parts = [f"step {number(watched.step, ',')}{of_total(record)}"]
-    if training:
-        parts += [
-            f"loss {number(training.get('loss'), '.3f')}",
-            f"{number(training.get('tokens_per_second'), ',.0f')} tok/s",
-        ]
-    if evaluation:
-        parts.append(f"validation {number(evaluation.get('val_loss'), '.4f')}")
-    if record.best_loss is not None:
-        parts.append(f"best {number(record.best_loss, '.4f')}")
-    return "  ".join(parts) + time_left(watched)
-
-
-def describe(record: dict[str, Any], watched: Watched) -> str:
-    """Format a line of metrics."""
-    step = f"step {number(record['step'], ',')}{of_total(watched.record)}"
-    if "val_loss" in record:
-        perplexity = number(record.get("val_perplexity"), ",.2f")
-        return f"{step}  validation loss {number(record['val_loss'], '.4f')}  perplexity {perplexity}"
-    speed = number(record.get("tokens_per_second"), ",.0f")
-    return f"{step}  loss {number(record.get('loss'), '.3f')}  {speed} tok/s{time_left(watched)}"
-
-
-def of_total(record: RunRecord) -> str:
-    total = number(record.total_steps, ",")
-    return "" if total == "-" else f"/{total}"
-
-
-def time_left(watched: Watched) -> str:
-    if watched.status != "running" or watched.seconds_left is None:
-        return ""
-    return f"  {duration(watched.seconds_left)} left"
