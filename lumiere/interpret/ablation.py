@@ -12,26 +12,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lumiere.components.hooks import hooked, run_with_cache
 from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
+from lumiere.components.layers import Block
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError, check_choice
 from lumiere.evaluation.scoring import clustered_means
-from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.interpret.result import Receipt, Result, relative_error, rounding, selected
 from lumiere.models.transformer import Transformer
-
-Stage = Literal["pre", "mid", "post"]
-"""Where in a block a change of the residual stream enters it: `hook_resid_pre`, `_mid` or `_post`."""
-
-Cache = Mapping[str, Tensor]
-
-
-Write = Callable[[Transformer, int, Tensor, Sequence[int]], Tensor]
-"""(model, layer, new activations less old ones (B, T, U, W), chosen units) -> (N, B, T, E): what a change of each of
-these units, and of no other, adds to the stream."""
 
 
 @dataclass(frozen=True)
@@ -40,94 +31,58 @@ class Unit:
 
     Attributes:
         label: how unit `index` of a layer is called.
-        count: (model, T) -> U.
-        hooks: the activations that `read` needs, without `blocks.<layer>.`, the one that is replaced first.
-        read: (activations by such a name) -> (B, T, U, W), which of it is replaced.
-        place: where unit `index` is in the first of `hooks`.
-        write: what follows from a replacement.
-        stage: where in the block that enters the stream.
+        hook: the activation that is replaced, without `blocks.<layer>.`: (B, T, E), or with an axis of units.
+        stage: where in a block the change enters the residual stream: `hook_resid_pre`, `_mid` or `_post`.
+        axis: the axis of the units in the activation; None: the layer has one unit.
+        output: the matrix that writes the units to the stream; None: the activation itself is written.
+        subtracted: another activation, less which `hook` is what the unit adds; None: `hook` is.
     """
 
     label: str
-    count: Callable[[Transformer, int], int]
-    hooks: tuple[str, ...]
-    read: Callable[[Cache], Tensor]
-    place: Callable[[int], tuple[Any, ...]]
-    write: Write
-    stage: Stage
+    hook: str
+    stage: Literal["pre", "mid", "post"]
+    axis: int | None = None
+    output: Callable[[Block], nn.Linear] | None = None
+    subtracted: str | None = None
 
+    def count(self, model: Transformer, num_positions: int) -> int:
+        """Return the number of units in a layer."""
+        sizes = {"attn.hook_z": model.num_heads, "mlp.hook_post": model.d_ff, "hook_resid_pre": num_positions}
+        return sizes.get(self.hook, 1)
 
-def write_head(model: Transformer, layer: int, difference_BTHV: Tensor, heads: Sequence[int]) -> Tensor:
-    """Multiply by the head's own rows of the output projection."""
-    weight_HVE = model.blocks[layer].attention.output.weight.T.unflatten(0, (model.num_heads, model.d_value))
-    return torch.einsum("btnv,nve->nbte", difference_BTHV[:, :, list(heads)], weight_HVE[list(heads)])
+    def activations(self, model: Transformer, batch: Batch, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return, by layer, what is replaced, and the residual stream at `stage`, (B, T, E)."""
+        leaves = [leaf for leaf in (self.hook, self.subtracted, f"hook_resid_{self.stage}") if leaf is not None]
+        names = {f"blocks.{layer}.{leaf}" for layer in layers for leaf in leaves}
+        _, cache = run_with_cache(model, batch.tokens, names)
+        found = {}
+        for layer in layers:
+            replaced, *others = (cache[f"blocks.{layer}.{leaf}"] for leaf in leaves)
+            found[layer] = replaced if self.subtracted is None else replaced - others[0], others[-1]
+        return found
 
+    def written(self, block: Block, change: Tensor, indices: Sequence[int]) -> Tensor:
+        """Return what a change of each of these units, and of no other, adds to the stream, (N, B, T, E).
 
-def write_neuron(model: Transformer, layer: int, difference_BTF1: Tensor, neurons: Sequence[int]) -> Tensor:
-    """Multiply by the neuron's own row of the second feed-forward matrix."""
-    weight_NE = model.blocks[layer].feedforward.down.weight.T[list(neurons)]
-    return torch.einsum("btn,ne->nbte", difference_BTF1[:, :, list(neurons), 0], weight_NE)
-
-
-def write_stream(model: Transformer, layer: int, difference_BT1E: Tensor, indices: Sequence[int]) -> Tensor:
-    """Return the change itself: it is read where it enters the stream."""
-    return difference_BT1E.permute(2, 0, 1, 3)[list(indices)]
-
-
-def write_position(model: Transformer, layer: int, difference_BT1E: Tensor, positions: Sequence[int]) -> Tensor:
-    """Return the change at one position, and zero at the others."""
-    written_NBTE = difference_BT1E.new_zeros(len(positions), *difference_BT1E[:, :, 0].shape)
-    for row, position in enumerate(positions):
-        written_NBTE[row, :, position] = difference_BT1E[:, position, 0]
-    return written_NBTE
+        Args:
+            change: of the activation that is replaced.
+        """
+        if self.output is not None:
+            change_BTUW = change.unsqueeze(-1) if change.ndim == 3 else change
+            weight_UWE = self.output(block).weight.T.unflatten(0, (change.shape[2], -1))
+            return torch.einsum("btnw,nwe->nbte", change_BTUW[:, :, list(indices)], weight_UWE[list(indices)])
+        if self.axis is None:
+            return change.expand(len(indices), *change.shape)
+        chosen_NT = torch.eye(change.shape[1], dtype=change.dtype, device=change.device)[list(indices)]
+        return torch.einsum("nt,bte->nbte", chosen_NT, change)
 
 
 UNITS: Mapping[str, Unit] = {
-    "head": Unit(
-        label="L{layer}H{index}",
-        count=lambda model, num_positions: model.num_heads,
-        hooks=("attn.hook_z",),
-        read=lambda cache: cache["attn.hook_z"],
-        place=lambda index: (..., index, slice(None)),
-        write=write_head,
-        stage="mid",
-    ),
-    "feedforward": Unit(
-        label="L{layer} feed-forward",
-        count=lambda model, num_positions: 1,
-        hooks=("hook_mlp_out",),
-        read=lambda cache: cache["hook_mlp_out"].unsqueeze(2),
-        place=lambda index: (...,),
-        write=write_stream,
-        stage="post",
-    ),
-    "layer": Unit(
-        label="L{layer}",
-        count=lambda model, num_positions: 1,
-        hooks=("hook_resid_post", "hook_resid_pre"),
-        read=lambda cache: (cache["hook_resid_post"] - cache["hook_resid_pre"]).unsqueeze(2),
-        place=lambda index: (...,),
-        write=write_stream,
-        stage="post",
-    ),
-    "neuron": Unit(
-        label="L{layer}N{index}",
-        count=lambda model, num_positions: model.d_ff,
-        hooks=("mlp.hook_post",),
-        read=lambda cache: cache["mlp.hook_post"].unsqueeze(-1),
-        place=lambda index: (..., index),
-        write=write_neuron,
-        stage="post",
-    ),
-    "position": Unit(
-        label="L{layer}P{index}",
-        count=lambda model, num_positions: num_positions,
-        hooks=("hook_resid_pre",),
-        read=lambda cache: cache["hook_resid_pre"].unsqueeze(2),
-        place=lambda index: (slice(None), index),
-        write=write_position,
-        stage="pre",
-    ),
+    "head": Unit("L{layer}H{index}", "attn.hook_z", "mid", 2, lambda block: block.attention.output),
+    "feedforward": Unit("L{layer} feed-forward", "hook_mlp_out", "post"),
+    "layer": Unit("L{layer}", "hook_resid_post", "post", subtracted="hook_resid_pre"),
+    "neuron": Unit("L{layer}N{index}", "mlp.hook_post", "post", 2, lambda block: block.feedforward.down),
+    "position": Unit("L{layer}P{index}", "hook_resid_pre", "pre", 1),
 }
 
 
@@ -141,13 +96,8 @@ def find_unit(name: str) -> Unit:
     return UNITS[name]
 
 
-def stream_after(model: Transformer, layer: int, stage: Stage, resid_BTE: Tensor) -> Tensor:
-    """Return the normalized final residual stream, given the stream at a stage of a block.
-
-    Args:
-        model: in evaluation mode.
-        resid_BTE: (B, T, E).
-    """
+def stream_after(model: Transformer, layer: int, stage: str, resid_BTE: Tensor) -> Tensor:
+    """Return the normalized final residual stream, (B, T, E), given the stream at a stage of a block."""
     if stage == "pre":
         return model.continue_from(resid_BTE, layer)
     if stage == "mid":
@@ -180,17 +130,15 @@ class Trial:
     ) -> None:
         self.model, self.batch, self.kind = model, batch, kind
         self.losses_B = self._losses(model.final_residual(batch.tokens))[0]
-        self.activations = caches(model, batch, kind, layers)
         donors_BT = draw_donors(batch.tokens.cpu() != PAD, generator) if mode == "resample" else None
-        self.differences: dict[int, Tensor] = {}
-        for layer in layers:
-            old_BTDW = kind.read(self.activations[layer])
+        self.streams: dict[int, Tensor] = {}
+        self.changes: dict[int, Tensor] = {}
+        for layer, (old, self.streams[layer]) in kind.activations(model, batch, layers).items():
             if donors_BT is not None:
-                positions_T = torch.arange(old_BTDW.shape[1], device=old_BTDW.device)
-                new_BTDW = old_BTDW[donors_BT.to(old_BTDW.device), positions_T]
+                new = old[donors_BT.to(old.device), torch.arange(old.shape[1], device=old.device)]
             else:
-                new_BTDW = means.get(layer, 0.0)
-            self.differences[layer] = new_BTDW - old_BTDW
+                new = means.get(layer, 0.0)
+            self.changes[layer] = new - old
 
     def _losses(self, residual_RTE: Tensor) -> Tensor:
         """Sum the losses of each sequence, (N, B), for each copy of the batch along R, in float64 on the CPU."""
@@ -208,84 +156,57 @@ class Trial:
         """Return the mean over the tokens."""
         return losses_B.sum(-1) / self.batch.num_targets
 
+    def _losses_from(self, layer: int, stream_RTE: Tensor) -> Tensor:
+        return self._losses(stream_after(self.model, layer, self.kind.stage, stream_RTE))
+
     def ablated(self, layer: int, indices: Sequence[int]) -> Tensor:
         """Sum each sequence's losses without each unit of a layer, one at a time, (N, B)."""
-        stream_BTE = self.activations[layer][f"hook_resid_{self.kind.stage}"]
         at_once = max(1, TOKENS_AT_ONCE // self.batch.tokens.numel())
         losses = []
         for first in range(0, len(indices), at_once):
             chosen = indices[first : first + at_once]
-            written_NBTE = self.kind.write(self.model, layer, self.differences[layer], chosen)
-            copies_RTE = (stream_BTE + written_NBTE).flatten(0, 1)
-            losses.append(self._losses(stream_after(self.model, layer, self.kind.stage, copies_RTE)))
+            written_NBTE = self.kind.written(self.model.blocks[layer], self.changes[layer], chosen)
+            losses.append(self._losses_from(layer, (self.streams[layer] + written_NBTE).flatten(0, 1)))
         return torch.cat(losses)
 
-    def alone(self, layer: int, index: int) -> Tensor:
+    def by_hook(self, layer: int, index: int) -> Tensor:
         """Return the loss without one unit, by a hook in a whole forward pass."""
-        name, place = f"blocks.{layer}.{self.kind.hooks[0]}", self.kind.place(index)
+        axis = self.kind.axis
+        place = (...,) if axis is None else (*[slice(None)] * axis, index)
 
         def replace(activation: Tensor) -> Tensor:
             changed = activation.clone()
-            changed[place] += self.differences[layer].reshape(activation.shape)[place]
+            changed[place] += self.changes[layer][place]
             return changed
 
-        with hooked(self.model, {name: replace}):
-            logits = self.model(self.batch.tokens).logits
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).cpu().double(),
-            self.batch.targets.flatten().cpu(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-        return losses / self.batch.num_targets
+        with hooked(self.model, {f"blocks.{layer}.{self.kind.hook}": replace}):
+            logits = self.model(self.batch.tokens).logits.flatten(0, 1).cpu().double()
+        targets = self.batch.targets.flatten().cpu()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / self.batch.num_targets
 
     def receipts(self, indices: Sequence[int], ablated_UB: Tensor) -> tuple[Receipt, ...]:
         """Check that nothing but the ablation changes the loss, and recompute the strongest ablation by a hook."""
         clean, ablated_U = self._loss(self.losses_B), self._loss(ablated_UB)
-        layers, stage = list(self.activations), self.kind.stage
-        unchanged = [self.activations[layer][f"hook_resid_{stage}"] for layer in layers]
-        again = [
-            self._loss(self._losses(stream_after(self.model, layer, stage, stream))[0])
-            for layer, stream in zip(layers, unchanged, strict=True)
-        ]
+        again = [self._loss(self._losses_from(layer, stream)[0]) for layer, stream in self.streams.items()]
         strongest = int((ablated_U - clean).abs().argmax())
         row, column = divmod(strongest, len(indices))
-        by_hook = self.alone(layers[row], indices[column])
-        tolerance = rounding(self.model)
-        return (
-            Receipt(
-                "the loss with nothing ablated",
-                max(relative_error(loss, clean) for loss in again),
-                tolerance,
-            ),
-            Receipt(
-                "the strongest ablation, by a hook in a whole forward pass",
-                relative_error(ablated_U[strongest], by_hook.cpu()),
-                tolerance,
-            ),
-        )
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    return float((value - expected).abs() / expected.abs().clamp(min=1))
-
-
-def caches(model: Transformer, batch: Batch, kind: Unit, layers: Sequence[int]) -> dict[int, Cache]:
-    """Return for each layer the activations that the unit needs, by their names within the block."""
-    leaves = (*kind.hooks, f"hook_resid_{kind.stage}")
-    _, cache = run_with_cache(model, batch.tokens, {f"blocks.{layer}.{leaf}" for layer in layers for leaf in leaves})
-    return {layer: {leaf: cache[f"blocks.{layer}.{leaf}"] for leaf in leaves} for layer in layers}
+        by_hook = self.by_hook(list(self.streams)[row], indices[column])
+        errors = {
+            "the loss with nothing ablated": max(relative_error(loss, clean) for loss in again),
+            "the strongest ablation, by a hook in a whole forward pass": relative_error(ablated_U[strongest], by_hook),
+        }
+        return tuple(Receipt(check, error, rounding(self.model)) for check, error in errors.items())
 
 
 def mean_activations(
     model: Transformer, batches: Sequence[Batch], kind: Unit, layers: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Return for each layer the mean over all tokens but padding, (D, W), summed in float64."""
+    """Return for each layer the mean of what is replaced over all tokens but padding, summed in float64."""
     sums: dict[int, Tensor] = {}
     for batch in batches:
         real_BT = batch.tokens != PAD
-        for layer, cache in caches(model, batch, kind, layers).items():
-            sums[layer] = sums.get(layer, 0.0) + kind.read(cache)[real_BT].cpu().double().sum(0)
+        for layer, (replaced, _) in kind.activations(model, batch, layers).items():
+            sums[layer] = sums.get(layer, 0.0) + replaced[real_BT].cpu().double().sum(0)
     num_tokens = sum(int((batch.tokens != PAD).sum()) for batch in batches)
     weight = model.token_embedding.weight
     # The type first: not every device has float64.
@@ -359,13 +280,9 @@ class Ablations(Result):
         return len(np.unique(self.documents))
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for number in self.order:
-            yield {
-                "layer": int(self.layers[number]),
-                self.unit: int(self.indices[number]),
-                "change": float(self.changes[number]),
-                "standard_error": float(self.standard_errors[number]),
-            }
+        columns = {"layer": self.layers, self.unit: self.indices}
+        columns |= {"change": self.changes, "standard_error": self.standard_errors}
+        return ({name: values[number].item() for name, values in columns.items()} for number in self.order)
 
 
 def ablate(
@@ -380,19 +297,17 @@ def ablate(
     """Measure the change of the mean loss, `loss(ablated) - loss(clean)`, when one unit's activation is replaced.
 
     The units are the heads' outputs (`hook_z`), what a feed-forward part or a whole layer adds to the residual stream,
-    the neurons' activations (`hook_post`), and the residual stream before a layer at one position. In their place comes
+    the neurons' activations (`hook_post`), and the residual stream before a layer at one position. They are replaced by
 
-    - `mean`: the mean over all tokens of `batches`, one vector a unit. Wang et al. 2022, "Interpretability in the
-      Wild", section 2, take it for each position apart; over all tokens, what a head knows of positions goes too.
-    - `zero`: nothing, which the later layers have never seen (Meyes et al. 2019, "Ablation Studies in Artificial Neural
-      Networks").
+    - `mean`: the mean over all tokens of `batches`, one vector per unit. Wang et al. 2022, "Interpretability in the
+      Wild", section 2, average each position separately; a mean over all tokens also removes what depends on position.
+    - `zero`: zero, an input that the later layers have never seen (Meyes et al. 2019, "Ablation Studies in Artificial
+      Neural Networks").
     - `resample`: the activation at the same position of another sequence of the batch, by `draw_donors`; the same one
       for all units, so that they can be compared (Chan et al. 2022, "Causal Scrubbing").
 
-    The layers before a unit are not computed again: what the replacement changes is added to the residual stream that
-    the model had there, for many ablations in one forward pass.
-
-    The standard errors are those of `clustered_means`: documents, not windows or batches, are the sampling unit.
+    The layers before a unit are not computed again: the change is added to the residual stream that the model had
+    there, for many ablations in one forward pass. Standard errors are clustered by document (`clustered_means`).
 
     Args:
         model: in evaluation mode.
@@ -413,9 +328,8 @@ def ablate(
             "resample takes activations from another sequence of the batch, and a batch has one only",
             "use mean or zero, or take more sequences",
         )
-    layers = range(model.num_layers) if layers is None else layers
-    num_units = kind.count(model, batches[0].tokens.shape[1])
-    indices = range(num_units) if indices is None else indices
+    layers = selected(layers, model.num_layers)
+    indices = selected(indices, kind.count(model, batches[0].tokens.shape[1]))
     device = next(model.parameters()).device
     batches = [batch.to(device) for batch in batches]
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ import torch
 
 from lumiere.components.hooks import hook_points, run_with_cache
 from lumiere.errors import LumiereError, nearest
-from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.interpret.result import Receipt, Result, one_sequence, relative_error, rounding
 from lumiere.models.transformer import Transformer
 
 AXES: Mapping[str, str] = {
@@ -29,6 +29,7 @@ AXES: Mapping[str, str] = {
     "hook_scale": "T 1",
 }
 """By the last part of a name, where they are not `T E`."""
+TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def activations(model: Transformer, tokens: Sequence[int], patterns: Sequence[st
     """
     names = matching_names(model, patterns)
     parts = [name for name in hook_points(model) if name.endswith(("embed", "hook_attn_out", "hook_mlp_out"))]
-    tokens_1T = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    tokens_1T = one_sequence(model, tokens)
     with torch.inference_mode():
         output, cache = run_with_cache(model, tokens_1T, {*names, *parts})
         logits = model.logits(tokens_1T)
@@ -93,8 +94,10 @@ def activations(model: Transformer, tokens: Sequence[int], patterns: Sequence[st
         num_bytes=tuple(value.nbytes for value in values.values()),
         values=values,
         receipts=(
-            Receipt("the parts add up to the residual stream", relative_error(total, stream), rounding(model)),
-            Receipt("watched or not, the logits are the same", relative_error(output.logits, logits), rounding(model)),
+            Receipt("the parts add up to the residual stream", relative_error(total, stream, TINY), rounding(model)),
+            Receipt(
+                "watched or not, the logits are the same", relative_error(output.logits, logits, TINY), rounding(model)
+            ),
         ),
     )
 
@@ -115,8 +118,3 @@ def matching_names(model: Transformer, patterns: Sequence[str]) -> list[str]:
                 f"did you mean {guess}?" if guess else "lumiere inspect cache lists all names; * stands for any part",
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def relative_error(values: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference, relative to the largest expected value."""
-    return float((values - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

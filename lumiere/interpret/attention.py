@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lumiere.components.hooks import run_with_cache
-from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.interpret.result import Receipt, Result, one_sequence, rounding, selected, table
 from lumiere.models.transformer import Transformer
 
 WEIGHTED = ("pattern", "value-weighted", "norm-weighted")
@@ -22,17 +22,36 @@ COMBINED = ("mean", "max", "rollout")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionPatterns(Result):
+class Attention(Result):
+    """What the results of both functions have in common.
+
+    Attributes:
+        tokens: (T,) the ids that the model was given.
+        kind: one of `WEIGHTED` or `COMBINED`.
+        layers: (L,) the layers, counted from 0.
+        heads: (H,) the heads of each layer, counted from 0; for `COMBINED`, those that were combined.
+    """
+
+    tokens: tuple[int, ...]
+    kind: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def weight_rows(self, axes: Mapping[str, Sequence[int]], **columns: np.ndarray) -> Iterator[Mapping[str, Any]]:
+        """Yield the rows of weights, without those of later sources."""
+        positions = range(len(self.tokens))
+        rows = table({**axes, "destination": positions, "source": positions}, **columns)
+        return (row for row in rows if row["source"] <= row["destination"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPatterns(Attention):
     """The attention of a text, head by head.
 
     The statistics are means over the positions from 1 on, since position 0 can only attend to itself; NaN for a
     text of one token.
 
     Attributes:
-        tokens: (T,) the ids that the model was given.
-        kind: one of `WEIGHTED`.
-        layers: (L,) the layers, counted from 0.
-        heads: (H,) the heads of each layer, counted from 0.
         patterns: (L, H, T, S); row t is the share of each source s in what token t reads.
         entropy: (L, H, T) of each row, in nats: from 0 (one source) to ln(t + 1) (uniform).
         distance: (L, H, T) mean distance to the source, in tokens.
@@ -43,10 +62,6 @@ class AttentionPatterns(Result):
         current: (L, H) mean share of the token itself.
     """
 
-    tokens: tuple[int, ...]
-    kind: str
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
     patterns: np.ndarray
     entropy: np.ndarray
     distance: np.ndarray
@@ -57,19 +72,7 @@ class AttentionPatterns(Result):
     current: np.ndarray
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for layer, head, destination in np.ndindex(*self.patterns.shape[:3]):
-            for source in range(destination + 1):
-                yield {
-                    "layer": self.layers[layer],
-                    "head": self.heads[head],
-                    "destination": destination,
-                    "source": source,
-                    **self.cell(layer, head, destination, source),
-                }
-
-    def cell(self, *index: int) -> Mapping[str, Any]:
-        """Return the columns of one weight; `index` is (layer, head, destination, source)."""
-        return {"weight": float(self.patterns[index])}
+        return self.weight_rows({"layer": self.layers, "head": self.heads}, weight=self.patterns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,33 +85,22 @@ class WeightedPatterns(AttentionPatterns):
 
     norms: np.ndarray
 
-    def cell(self, *index: int) -> Mapping[str, Any]:
-        return {**super().cell(*index), "norm": float(self.norms[index])}
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        return self.weight_rows({"layer": self.layers, "head": self.heads}, weight=self.patterns, norm=self.norms)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombinedAttention(Result):
+class CombinedAttention(Attention):
     """The attention of a text, with the heads of a layer combined.
 
     Attributes:
-        tokens: (T,) the ids that the model was given.
-        kind: one of `COMBINED`.
-        layers: (L,) the layers, counted from 0.
-        heads: (H,) the heads that were combined.
-        weights: (L, T, S); of a rollout, the shares that the stream after the layer has from each token.
+        weights: (L, T, S); of a rollout, the share of the stream after the layer that comes from each token.
     """
 
-    tokens: tuple[int, ...]
-    kind: str
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
     weights: np.ndarray
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for layer, destination in np.ndindex(*self.weights.shape[:2]):
-            for source in range(destination + 1):
-                weight = float(self.weights[layer, destination, source])
-                yield {"layer": self.layers[layer], "destination": destination, "source": source, "weight": weight}
+        return self.weight_rows({"layer": self.layers}, weight=self.weights)
 
 
 def attention_patterns(
@@ -133,25 +125,21 @@ def attention_patterns(
         kind: one of `WEIGHTED`.
 
     Raises:
-        ValueError: there is no such kind, or the tokens do not fit the model.
+        ValueError: unknown kind, or the tokens do not fit the model.
     """
-    if kind not in WEIGHTED:
-        raise ValueError(f"kind must be one of {', '.join(WEIGHTED)}, not {kind!r}")
-    layers = range(model.num_layers) if layers is None else layers
-    heads = range(model.num_heads) if heads is None else heads
-    chosen = np.ix_(layers, heads)
-    common: dict[str, Any] = {"tokens": tuple(tokens), "kind": kind, "layers": tuple(layers), "heads": tuple(heads)}
+    common = described(model, tokens, layers, heads, kind, WEIGHTED)
+    chosen = np.ix_(common["layers"], common["heads"])
     patterns, cache = run_attention(model, tokens, () if kind == "pattern" else ("hook_v", "hook_z", "hook_attn_out"))
     if kind == "pattern":
         patterns = patterns[chosen]
         receipts = (rows_sum_to_one(model, patterns), looks_back(patterns))
         return AttentionPatterns(**common, patterns=patterns, **statistics(patterns), receipts=receipts)
-    sizes, missed = value_sizes(model, cache, patterns, projected=kind == "norm-weighted")
+    sizes, error = value_sizes(model, cache, patterns, projected=kind == "norm-weighted")
     norms = (patterns * sizes[:, :, None, :])[chosen]
     totals = norms.sum(-1, keepdims=True)
     shares = np.divide(norms, totals, out=np.zeros_like(norms), where=totals > 0)
     whole = "the attention output" if kind == "norm-weighted" else "each head's output"
-    receipts = (Receipt(f"parts add up to {whole}", missed, rounding(model)), looks_back(shares))
+    receipts = (Receipt(f"parts add up to {whole}", error, rounding(model)), looks_back(shares))
     return WeightedPatterns(**common, patterns=shares, norms=norms, **statistics(shares), receipts=receipts)
 
 
@@ -166,7 +154,7 @@ def combined_attention(
 
     Rollout (Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", section 3): R_l = (A_l + I)/2 R_(l-1),
     where A_l is the mean over the heads, I stands for the residual connection and R_(-1) = I. It starts at layer 0,
-    whichever layers are asked for, takes every head and token for equally strong, and knows no feed-forward part.
+    whichever layers are asked for, weights all heads and tokens alike, and ignores the feed-forward parts.
 
     Args:
         model: in evaluation mode.
@@ -176,43 +164,52 @@ def combined_attention(
         kind: one of `COMBINED`.
 
     Raises:
-        ValueError: there is no such kind, or the tokens do not fit the model.
+        ValueError: unknown kind, or the tokens do not fit the model.
     """
-    if kind not in COMBINED:
-        raise ValueError(f"kind must be one of {', '.join(COMBINED)}, not {kind!r}")
-    layers = range(model.num_layers) if layers is None else layers
-    heads = range(model.num_heads) if heads is None else heads
-    patterns = run_attention(model, tokens, ())[0][:, list(heads)]
+    common = described(model, tokens, layers, heads, kind, COMBINED)
+    chosen = list(common["layers"])
+    patterns = run_attention(model, tokens, ())[0][:, list(common["heads"])]
     mean = patterns.mean(axis=1)
-    weights = {"mean": lambda: mean, "max": lambda: patterns.max(axis=1), "rollout": lambda: rollout(mean)}[kind]()
-    weights = weights[list(layers)]
     if kind == "max":
-        below = float(np.maximum(mean[list(layers)] - weights, 0).max())
+        weights = patterns.max(axis=1)[chosen]
+        below = float(np.maximum(mean[chosen] - weights, 0).max())
         check = Receipt("the largest is no less than the mean", below, rounding(model))
     else:
+        weights = (mean if kind == "mean" else rollout(mean))[chosen]
         check = rows_sum_to_one(model, weights)
-    return CombinedAttention(
-        tokens=tuple(tokens),
-        kind=kind,
-        layers=tuple(layers),
-        heads=tuple(heads),
-        weights=weights,
-        receipts=(check, looks_back(weights)),
-    )
+    return CombinedAttention(**common, weights=weights, receipts=(check, looks_back(weights)))
+
+
+def described(
+    model: Transformer,
+    tokens: Sequence[int],
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+    kind: str,
+    kinds: Sequence[str],
+) -> dict[str, Any]:
+    """Return the fields of `Attention`.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)}, not {kind!r}")
+    places = {"layers": selected(layers, model.num_layers), "heads": selected(heads, model.num_heads)}
+    return {"tokens": tuple(tokens), "kind": kind, **places}
 
 
 def run_attention(
     model: Transformer, tokens: Sequence[int], leaves: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     """Return the patterns of one forward pass, (L, H, T, S), and the activations `leaves` by layer, (1, T, ...)."""
-    device = next(model.parameters()).device
     names = [
         f"blocks.{layer}.{'' if leaf == 'hook_attn_out' else 'attn.'}{leaf}"
         for layer in range(model.num_layers)
         for leaf in leaves
     ]
     with torch.inference_mode():
-        output, cache = run_with_cache(model, torch.tensor([list(tokens)], device=device), names)
+        output, cache = run_with_cache(model, one_sequence(model, tokens), names)
     return output.attention_weights[0].cpu().numpy(), cache
 
 
@@ -224,7 +221,7 @@ def value_sizes(
     Args:
         projected: whether after the head's output matrix, v W_O (E numbers), or before, v (V numbers).
     """
-    sizes, missed = [], 0.0
+    sizes, error = [], 0.0
     for layer, block in enumerate(model.blocks):
         v_SHV = cache[f"blocks.{layer}.attn.hook_v"][0]
         given, whole = v_SHV, cache[f"blocks.{layer}.attn.hook_z"][0]
@@ -234,10 +231,9 @@ def value_sizes(
         weights_HTS = torch.from_numpy(patterns[layer]).to(given.device)
         added = torch.einsum("hts,shx->thx", weights_HTS, given)
         added = added.sum(1) if projected else added
-        scale = max(1.0, whole.abs().max().item())
-        missed = max(missed, (added - whole).abs().max().item() / scale)
+        error = max(error, (added - whole).abs().max().item() / max(1.0, whole.abs().max().item()))
         sizes.append(torch.linalg.vector_norm(given, dim=-1).T.cpu().numpy())
-    return np.stack(sizes), missed
+    return np.stack(sizes), error
 
 
 def rollout(mean: np.ndarray) -> np.ndarray:

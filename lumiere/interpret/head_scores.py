@@ -5,7 +5,7 @@ K d_key, V d_value, C cluster (a sequence, or a token of a single one), Vocab vo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,16 @@ import torch
 from lumiere.components.kernels import linear_cross_entropy_losses
 from lumiere.data.tokenizer import PAD, SPECIAL_TOKENS
 from lumiere.evaluation.scoring import clustered_means
-from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
+from lumiere.interpret.result import (
+    FLOAT64_TOLERANCE,
+    Receipt,
+    Result,
+    float64,
+    outside_unit,
+    rounding,
+    selected,
+    table,
+)
 from lumiere.models.transformer import Transformer
 
 SEQUENCES = 32
@@ -71,25 +80,21 @@ class Composition(Result):
     chance: float
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        columns = ("layer", "head", "later_layer", "later_head")
-        for pair, scores in zip(self.pairs.tolist(), self.scores.tolist(), strict=True):
-            for kind, score in zip(self.kinds, scores, strict=True):
-                yield {**dict(zip(columns, pair, strict=True)), "kind": kind, "score": score, "chance": self.chance}
+        for (layer, head, later_layer, later_head), scores in zip(self.pairs.tolist(), self.scores, strict=True):
+            place = {"layer": layer, "head": head, "later_layer": later_layer, "later_head": later_head}
+            yield from ({**place, **row} for row in table({"kind": self.kinds}, score=scores, chance=self.chance))
 
 
 def composition_scores(model: Transformer) -> Composition:
     """Compute `|W_OV W| / (|W_OV| |W|)`, Frobenius norms, for each head and each head of a later layer.
 
     Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". W_OV is what the earlier head reads and
-    writes; W is, of the later one, W_QK for Q-composition, its transpose for K-composition, W_OV for V-composition, all
-    (E, E), for row vectors, with the norms' gains in the matrices that read. For matrices that are turned against each
-    other at random, the mean square of the score is 1 / E: `chance` is its root. Other baselines are the scores of
-    random matrices of the same shapes (Elhage et al., who subtract it; the same number, measured) and the mean over
-    other pairs of heads, which takes out what all heads share.
+    writes. W is, of the later head, W_QK for Q-composition, its transpose for K-composition, W_OV for V-composition:
+    all (E, E), for row vectors, with the norms' gains in the matrices that read; with rotary positions, W_QK is that of
+    a distance of 0. For matrices in random orientations, the mean square of the score is 1 / E: `chance` is its root.
+    Elhage et al. subtract the score of random matrices of the same shapes, which is the same number, measured.
 
-    With rotary positions W_QK is that of a distance of 0.
-
-    No (E, E) matrix is made but for the receipt: with W = a b, the squared norm of a product is a trace of products of
+    Only the receipt computes (E, E) matrices: with W = a b, the squared norm of a product is a trace of products of
     (V, V) and (K, K) matrices, in float64.
     """
     reads, writes, queries, keys = head_matrices(model)
@@ -116,7 +121,6 @@ def composition_scores(model: Transformer) -> Composition:
             expected = np.linalg.norm(dense_ov @ dense) / (np.linalg.norm(dense_ov) * np.linalg.norm(dense))
             errors.append(float(abs(scores[best] - expected)))
     scores_PC = np.stack(columns, axis=1)
-    beyond = float(np.nanmax(np.abs(scores_PC - 0.5), initial=0.5)) - 0.5
     return Composition(
         kinds=COMPOSITION_KINDS,
         pairs=pairs,
@@ -124,24 +128,22 @@ def composition_scores(model: Transformer) -> Composition:
         chance=model.embedding_size**-0.5,
         receipts=(
             Receipt("the strongest compositions are those of the whole matrices", max(errors), FLOAT64_TOLERANCE),
-            Receipt("compositions lie between 0 and 1", beyond, FLOAT64_TOLERANCE),
+            Receipt("compositions lie between 0 and 1", outside_unit(scores_PC), FLOAT64_TOLERANCE),
         ),
     )
 
 
 def head_matrices(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K), norm gains included, in float64."""
-    found: tuple[list[np.ndarray], ...] = ([], [], [], [])
+    found: dict[str, list[np.ndarray]] = {"value": [], "output": [], "query": [], "key": []}
     for block in model.blocks:
-        attention, gain = block.attention, block.attention_norm.weight.detach().cpu().double().numpy()
-        for matrices, part in zip(found, ("value", "output", "query", "key"), strict=True):
-            weight = getattr(attention, part).weight.detach().cpu().double().numpy()
-            if part == "output":
-                matrices.append(weight.T.reshape(model.num_heads, -1, model.embedding_size))
-            else:
-                heads = (weight * gain).reshape(model.num_heads, -1, model.embedding_size)
-                matrices.append(heads.swapaxes(-1, -2))
-    reads, writes, queries, keys = (np.stack(matrices) for matrices in found)
+        gain = float64(block.attention_norm.weight)
+        for part, matrices in found.items():
+            weight = float64(getattr(block.attention, part).weight)
+            rows = weight.T if part == "output" else weight * gain
+            heads = rows.reshape(model.num_heads, -1, model.embedding_size)
+            matrices.append(heads if part == "output" else heads.swapaxes(-1, -2))
+    reads, writes, queries, keys = map(np.stack, found.values())
     return reads, writes, queries, keys
 
 
@@ -165,26 +167,23 @@ TOKENS_AT_ONCE = 4096
 """Tokens of a forward pass, so that long contexts do not take all memory."""
 
 
-def in_context_learning(
-    model: Transformer, windows_NT: torch.Tensor | None, documents_N: np.ndarray | None
-) -> dict[str, Any]:
-    """Compute mean loss at late minus mean loss at early positions of full windows, with its standard error by
-    document.
+def in_context_learning(model: Transformer, windows_NT: torch.Tensor, documents_N: np.ndarray) -> dict[str, Any]:
+    """Compute mean loss at late minus mean loss at early positions of full windows, with its standard error.
 
     Olsson et al. 2022 take the tokens 500 and 50 of a context of 512. Here they are bands of positions, relative to the
     context: its last quarter, and 5 % to 15 %. Scores of different context sizes do not compare.
 
     Args:
         windows_NT: (N, context_size + 1) ids, `<|pad|>` after the end; only windows without it are used.
-        documents_N: which document each window is cut from; None: each from one of its own.
+        documents_N: which document each window is cut from.
+
+    Returns:
+        The fields `in_context_...` of `HeadScores`; none without a full window, or with a context of one token.
     """
-    bands = early, late = position_bands(model.context_size)
-    if windows_NT is None or model.context_size < 2:
-        return no_in_context_learning()
     is_full_N = windows_NT[:, -1] != PAD
-    if not is_full_N.any():
-        return no_in_context_learning()
-    documents_N = np.arange(len(windows_NT)) if documents_N is None else documents_N
+    if model.context_size < 2 or not is_full_N.any():
+        return {}
+    bands = early, late = position_bands(model.context_size)
     weight, found = model.token_embedding.weight, []
     positions = [position for first, last in bands for position in range(first, last + 1)]
     for part_NT in windows_NT[is_full_N].split(max(1, TOKENS_AT_ONCE // model.context_size)):
@@ -195,10 +194,9 @@ def in_context_learning(
             losses = linear_cross_entropy_losses(residual.flatten(0, 1), weight, part_NT[:, positions].flatten())
         found.append(losses.view(len(part_NT), -1).cpu().double().numpy())
     num_early = early[1] - early[0] + 1
-    loss_NT = np.concatenate(found)
+    loss_NT, documents_N = np.concatenate(found), documents_N[is_full_N.numpy()]
     losses_2N = np.stack([loss_NT[:, :num_early].mean(1), loss_NT[:, num_early:].mean(1)])
-    score_1N = losses_2N[1:] - losses_2N[:1]
-    (score,), (error,) = clustered_means(score_1N, np.ones(len(loss_NT)), documents_N[is_full_N.numpy()])
+    (score,), (error,) = clustered_means(losses_2N[1:] - losses_2N[:1], np.ones(len(loss_NT)), documents_N)
     return {
         "in_context_positions": ((early[0] + early[1]) // 2, (late[0] + late[1]) // 2),
         "in_context_bands": bands,
@@ -206,7 +204,7 @@ def in_context_learning(
         "in_context_score": np.array(score),
         "in_context_error": np.array(error),
         "in_context_windows": len(loss_NT),
-        "in_context_documents": len(np.unique(documents_N[is_full_N.numpy()])),
+        "in_context_documents": len(np.unique(documents_N)),
     }
 
 
@@ -214,19 +212,6 @@ def position_bands(context_size: int) -> tuple[tuple[int, int], tuple[int, int]]
     """Return the first and last position of the early and the late band; a position is the number of tokens before."""
     early = max(1, context_size // 20), max(1, 3 * context_size // 20)
     return early, (max(2, 3 * context_size // 4), context_size)
-
-
-def no_in_context_learning() -> dict[str, Any]:
-    """Return the fields without a text, or with a context of one token, which has no two positions."""
-    return {
-        "in_context_positions": None,
-        "in_context_bands": None,
-        "in_context_losses": np.full(2, np.nan),
-        "in_context_score": np.array(np.nan),
-        "in_context_error": np.array(np.nan),
-        "in_context_windows": 0,
-        "in_context_documents": 0,
-    }
 
 
 SCORES = ("previous", "current", "first", "duplicate", "induction")
@@ -272,7 +257,7 @@ class HeadScores(Result):
         in_context_score: () late minus early: negative where a longer context helps.
         in_context_error: () its standard error, clustered by document.
         in_context_windows, in_context_documents: how many windows, of how many documents.
-        text_scores: (L, H, M) the scores at natural repeats of validation windows (`add_text_repeats`); these fields
+        text_scores: (L, H, M) the scores at natural repeats of validation windows (`text_repeats`); these fields
             are None without such windows.
         text_uniform: (M,) the scores of uniform attention there.
         text_repeats, text_documents: how many repeats, in how many documents.
@@ -297,13 +282,13 @@ class HeadScores(Result):
     losses: np.ndarray
     repeat_gap: np.ndarray
     repeat_gap_error: np.ndarray
-    in_context_positions: tuple[int, int] | None
-    in_context_bands: tuple[tuple[int, int], tuple[int, int]] | None
-    in_context_losses: np.ndarray
-    in_context_score: np.ndarray
-    in_context_error: np.ndarray
-    in_context_windows: int
-    in_context_documents: int
+    in_context_positions: tuple[int, int] | None = None
+    in_context_bands: tuple[tuple[int, int], tuple[int, int]] | None = None
+    in_context_losses: np.ndarray = field(default_factory=lambda: np.full(2, np.nan))
+    in_context_score: np.ndarray = field(default_factory=lambda: np.array(np.nan))
+    in_context_error: np.ndarray = field(default_factory=lambda: np.array(np.nan))
+    in_context_windows: int = 0
+    in_context_documents: int = 0
     text_scores: np.ndarray | None = None
     text_uniform: np.ndarray | None = None
     text_repeats: int | None = None
@@ -319,24 +304,29 @@ class HeadScores(Result):
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         for row, column, _ in self.places():
-            place = {"layer": self.layers[row], "head": self.heads[column]}
-            for number, name in enumerate(self.score_names):
-                score, uniform = float(self.scores[row, column, number]), float(self.uniform[number])
-                error, role = float(self.errors[row, column, number]), name in self.roles[row][column]
-                yield {**place, "score": name, "value": score, "uniform": uniform, "error": error, "role": role}
+            place, roles = {"layer": self.layers[row], "head": self.heads[column]}, self.roles[row][column]
+            yield from (
+                {**place, **values}
+                for values in table(
+                    {"score": self.score_names},
+                    value=self.scores[row, column],
+                    uniform=self.uniform,
+                    error=self.errors[row, column],
+                    role=[name in roles for name in self.score_names],
+                )
+            )
             copying = float(self.copying[row, column])
             yield {**place, "score": "copying", "value": copying, "uniform": "", "error": "", "role": ""}
 
 
-def head_scores(
+def score_heads(
     model: Transformer,
     tokens_NT: torch.Tensor,
+    windows: tuple[torch.Tensor, np.ndarray] | None = None,
+    averaged: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     threshold: float = THRESHOLD,
-    windows_NT: torch.Tensor | None = None,
-    documents_N: np.ndarray | None = None,
-    averaged: Sequence[int] | None = None,
 ) -> HeadScores:
     """Score each head: the mean attention to a kind of source, over the tokens that have such a source.
 
@@ -351,47 +341,42 @@ def head_scores(
     Args:
         model: in evaluation mode.
         tokens_NT: (N, T) ids, at most `context_size` in a row.
+        windows: real text, for the in-context-learning score and the scores at natural repeats: (N, context_size + 1)
+            ids, `<|pad|>` after the end, and (N,) the document that each is cut from; None: leave both out.
+        averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
         layers: which layers (None: all).
         heads: which heads of each (None: all).
         threshold: the score above which a head has a role, if it is clearly above the uniform baseline too.
-        windows_NT: (N, context_size + 1) ids of real text, for the in-context-learning score; None: leave it out.
-        documents_N: which document each window is cut from; None: each from one of its own.
-        averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
     """
-    layers = range(model.num_layers) if layers is None else layers
-    heads = range(model.num_heads) if heads is None else heads
-    device, is_many = next(model.parameters()).device, len(tokens_NT) > 1
+    layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
+    is_many = len(tokens_NT) > 1
     shares, expected, counts, losses, row_error = [], [], [], [], 0.0
     num_overlaps = np.zeros(len(SCORES), dtype=int)
-    for part_NT in tokens_NT.split(max(1, TOKENS_AT_ONCE // tokens_NT.shape[1])):
-        sources, overlaps = source_masks(part_NT)
-        sources, num_overlaps = sources.to(device), num_overlaps + overlaps.sum((0, 2)).numpy()
-        with torch.inference_mode():
-            output = model(part_NT.to(device))
-            patterns = output.attention_weights[:, list(layers)][:, :, list(heads)]
-            shares_NTLHM = torch.einsum("nlhts,nmts->ntlhm", patterns, sources.to(patterns.dtype)).cpu().double()
-            # A sequence is one observation, a single text as many as it has tokens.
-            shares.append(shares_NTLHM.sum(1).numpy() if is_many else shares_NTLHM[0].numpy())
-            # Not log_softmax, which would write all logits again for the few that are wanted.
-            chosen = output.logits[:, :-1].gather(-1, part_NT[:, 1:, None].to(device))[..., 0]
-            losses.append((output.logits[:, :-1].logsumexp(-1) - chosen).cpu().double().numpy())
-            row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
-        num_sources_NTM = sources.sum(-1).transpose(1, 2).cpu().numpy()
-        expected_NTM = num_sources_NTM / np.arange(1, part_NT.shape[1] + 1)[:, None]
+    for part, patterns, loss_BT in passes(model, tokens_NT, tokens_NT[:, 1:], layers, heads):
+        sources, overlaps = source_masks(tokens_NT[part])
+        num_overlaps = num_overlaps + overlaps.sum((0, 2)).numpy()
+        shares_NTLHM = attended(patterns, sources, "ntlhm").numpy()
+        # A sequence is one observation, a single text as many as it has tokens.
+        shares.append(shares_NTLHM.sum(1) if is_many else shares_NTLHM[0])
+        num_sources_NTM = sources.sum(-1).transpose(1, 2).numpy()
+        expected_NTM = num_sources_NTM / np.arange(1, tokens_NT.shape[1] + 1)[:, None]
         expected.append(expected_NTM.sum(1) if is_many else expected_NTM[0])
         counts.append((num_sources_NTM > 0).sum(1) if is_many else num_sources_NTM[0] > 0)
+        losses.append(loss_BT.numpy())
+        row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
     shares_CLHM, expected_CM, counts_CM = map(np.concatenate, (shares, expected, counts))
     num_destinations = counts_CM.sum(0)
     with np.errstate(invalid="ignore"):
         scores, uniform = shares_CLHM.sum(0) / num_destinations, expected_CM.sum(0) / num_destinations
     errors = clustered_errors(shares_CLHM - expected_CM[:, None, None], counts_CM)
     loss_NT = np.concatenate(losses)
-    averaged = range(model.vocab_size) if averaged is None else averaged
+    averaged = selected(averaged, model.vocab_size)
     copying, trace_error = copying_scores(model, averaged)
+    text, text_receipts = ({}, ()) if windows is None else text_repeats(model, *windows, layers, heads)
     return HeadScores(
         tokens=tokens_NT.cpu().numpy(),
-        layers=tuple(layers),
-        heads=tuple(heads),
+        layers=layers,
+        heads=heads,
         score_names=SCORES,
         scores=scores,
         uniform=uniform,
@@ -405,13 +390,40 @@ def head_scores(
         roles=roles_of(scores, uniform, errors, num_destinations, threshold),
         losses=loss_NT.mean(0),
         **repeat_gap(tokens_NT, loss_NT),
-        **in_context_learning(model, windows_NT, documents_N),
+        **({} if windows is None else in_context_learning(model, *windows)),
+        **text,
         receipts=(
             Receipt("rows sum to 1", row_error, rounding(model)),
-            Receipt("scores are shares", float(np.nanmax(np.abs(scores - 0.5), initial=0.5) - 0.5), rounding(model)),
+            Receipt("scores are shares", outside_unit(scores), rounding(model)),
             Receipt("OV eigenvalues add up to the trace", trace_error, 1e-8),
+            *text_receipts,
         ),
     )
+
+
+def passes(
+    model: Transformer, tokens_NT: torch.Tensor, targets_NT: torch.Tensor, layers: Sequence[int], heads: Sequence[int]
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield the sequences of each forward pass, their patterns, (B, L, H, T, S), and their losses in float64."""
+    size = max(1, TOKENS_AT_ONCE // tokens_NT.shape[1])
+    device = model.token_embedding.weight.device
+    for first in range(0, len(tokens_NT), size):
+        part = slice(first, first + size)
+        with torch.inference_mode():
+            output = model(tokens_NT[part].to(device))
+            logits = output.logits[:, : targets_NT.shape[1]]
+            # Not log_softmax, which would write all logits again for the few that are needed.
+            chosen = logits.gather(-1, targets_NT[part, :, None].to(device))[..., 0]
+            losses = (logits.logsumexp(-1) - chosen).cpu().double()
+            patterns = output.attention_weights[:, list(layers)][:, :, list(heads)]
+        yield part, patterns, losses
+
+
+def attended(patterns: torch.Tensor, sources_NMTS: torch.Tensor, axes: str) -> torch.Tensor:
+    """Sum the attention to the sources of each score, in float64 on the CPU."""
+    with torch.inference_mode():
+        masks = sources_NMTS.to(patterns.device, patterns.dtype)
+        return torch.einsum(f"nlhts,nmts->{axes}", patterns, masks).cpu().double()
 
 
 def clustered_errors(excess_CLHM: np.ndarray, counts_CM: np.ndarray) -> np.ndarray:
@@ -459,13 +471,12 @@ def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndar
     so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its trace, summed over these tokens, is the independent check:
     relative to sum |lambda|, the largest of all heads.
     """
-    embedding = model.token_embedding.weight.detach().cpu().double().numpy()[list(averaged)]
-    unembedding = embedding * model.final_norm.weight.detach().cpu().double().numpy()
+    embedding = float64(model.token_embedding.weight)[list(averaged)]
+    unembedding = embedding * float64(model.final_norm.weight)
     scores, errors = np.full((model.num_layers, model.num_heads), np.nan), [0.0]
     for layer, block in enumerate(model.blocks):
-        gain = block.attention_norm.weight.detach().cpu().double().numpy()
-        value = block.attention.value.weight.detach().cpu().double().numpy() * gain
-        output = block.attention.output.weight.detach().cpu().double().numpy()
+        value = float64(block.attention.value.weight) * float64(block.attention_norm.weight)
+        output = float64(block.attention.output.weight)
         read = (embedding @ value.T).reshape(len(embedding), model.num_heads, -1)
         written = (unembedding @ output).reshape(len(embedding), model.num_heads, -1)
         traces = np.einsum("whv,whv->h", read, written)
@@ -498,81 +509,55 @@ RARE = 0.02
 """The largest share of the documents that a pair may occur in; a single document is always allowed."""
 
 
-def score_heads(
+def text_repeats(
     model: Transformer,
-    tokens_NT: torch.Tensor,
-    windows: tuple[torch.Tensor, np.ndarray] | None = None,
-    averaged: Sequence[int] | None = None,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    threshold: float = THRESHOLD,
-) -> HeadScores:
-    """Score heads on `tokens_NT` and, given windows of text, on the names that are repeated there.
+    windows_NT: torch.Tensor,
+    documents_N: np.ndarray,
+    layers: Sequence[int],
+    heads: Sequence[int],
+) -> tuple[dict[str, Any], tuple[Receipt, ...]]:
+    """Return the scores at natural repeats, the fields `text_...` of `HeadScores`, and a receipt.
+
+    The sources are those of `score_heads`, but the mean is only over destinations at which a natural repeat starts:
+    tokens t and t + 1 occurred before, one after the other, so that copying what came next is right. `text_gap` is the
+    mean, over these repeats, of the loss of token t + 1 where the pair first occurred in the window, minus its loss
+    here. A model that reads only the current token has a gap of exactly 0, since it predicts the same at both places.
 
     Args:
-        windows: (N, context_size + 1) ids, `<|pad|>` after the end, and (N,) the document that each is cut from.
-    """
-    if windows is None:
-        return head_scores(model, tokens_NT, layers, heads, threshold, averaged=averaged)
-    scores = head_scores(model, tokens_NT, layers, heads, threshold, *windows, averaged=averaged)
-    return add_text_repeats(scores, model, *windows)
-
-
-def add_text_repeats(
-    result: HeadScores, model: Transformer, windows_NT: torch.Tensor, documents_N: np.ndarray
-) -> HeadScores:
-    """Return head scores with those on natural repeats added, as the fields `text_...`.
-
-    The scores are those of `head_scores`, with the same sources, but the mean is only over destinations at which a
-    natural repeat starts: token t and t + 1 occurred before, one after the other, so that copying what came next is
-    right. `text_gap` is the mean, over these repeats, of the loss of token t + 1 where the pair first occurred in the
-    window, minus its loss here. A model that reads only the current token has a gap of exactly 0, since it predicts the
-    same at both places.
-
-    Args:
-        result: of the same model; its layers and heads are scored.
-        windows_NT: (N, context_size + 1) ids, `<|pad|>` after the end. Of more than `MOST_TEXT_TOKENS` tokens, every
-            second, third, ... window is read, since attention patterns take longer than losses.
+        windows_NT: as for `score_heads`. Of more than `MOST_TEXT_TOKENS` tokens, every second, third, ... window is
+            read, since attention patterns take longer than losses.
         documents_N: which document each window is cut from.
     """
     every = -(-windows_NT.numel() // MOST_TEXT_TOKENS)
     windows_NT, documents_N = windows_NT[::every], documents_N[::every]
     firsts_NC = first_occurrences(windows_NT, documents_N)
-    weight = model.token_embedding.weight
-    totals, uniform, counts, row_error = 0.0, np.zeros(len(SCORES)), np.zeros(len(SCORES)), 0.0
-    gaps = []
-    rows = max(1, TOKENS_AT_ONCE // model.context_size)
-    for part_NT, firsts_BC in zip(windows_NT.split(rows), firsts_NC.split(rows), strict=True):
-        tokens_BT, is_repeat_BT = part_NT[:, :-1], firsts_BC >= 0
-        sources = source_masks(tokens_BT)[0] & is_repeat_BT[:, None, :, None]
-        with torch.inference_mode():
-            output = model(tokens_BT.to(weight.device))
-            patterns = output.attention_weights[:, list(result.layers)][:, :, list(result.heads)]
-            masks = sources.to(patterns.device, patterns.dtype)
-            totals += torch.einsum("nlhts,nmts->lhm", patterns, masks).cpu().double().numpy()
-            chosen = output.logits.gather(-1, part_NT[:, 1:, None].to(weight.device))[..., 0]
-            loss_BT = (output.logits.logsumexp(-1) - chosen).cpu().double()
-            row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
+    tokens_NT = windows_NT[:, :-1]
+    totals, uniform, counts, row_error, gaps = 0.0, np.zeros(len(SCORES)), np.zeros(len(SCORES)), 0.0, []
+    for part, patterns, loss_BT in passes(model, tokens_NT, windows_NT[:, 1:], layers, heads):
+        firsts_BC = firsts_NC[part]
+        is_repeat_BT = firsts_BC >= 0
+        sources = source_masks(tokens_NT[part])[0] & is_repeat_BT[:, None, :, None]
+        totals += attended(patterns, sources, "lhm").numpy()
         num_sources_BMT = sources.sum(-1).numpy()
-        uniform += (num_sources_BMT / np.arange(1, tokens_BT.shape[1] + 1)).sum((0, 2))
+        uniform += (num_sources_BMT / np.arange(1, tokens_NT.shape[1] + 1)).sum((0, 2))
         counts += (num_sources_BMT > 0).sum((0, 2))
         gaps.append((loss_BT.gather(1, firsts_BC.clamp(min=0)) - loss_BT).where(is_repeat_BT, 0.0).sum(1).numpy())
+        row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
     repeats_N = (firsts_NC >= 0).sum(1).numpy()
     found = repeats_N > 0
     gap = error = np.full(1, np.nan)
     if found.any():
         gap, error = clustered_means(np.concatenate(gaps)[None, found], repeats_N[found], documents_N[found])
     with np.errstate(invalid="ignore"):
-        return replace(
-            result,
-            text_scores=totals / counts,
-            text_uniform=uniform / counts,
-            text_repeats=int(repeats_N.sum()),
-            text_documents=len(np.unique(documents_N[found])),
-            text_gap=np.array(gap[0]),
-            text_gap_error=np.array(error[0]),
-            receipts=(*result.receipts, Receipt("rows sum to 1 on text", row_error, rounding(model))),
-        )
+        fields = {
+            "text_scores": totals / counts,
+            "text_uniform": uniform / counts,
+            "text_repeats": int(repeats_N.sum()),
+            "text_documents": len(np.unique(documents_N[found])),
+            "text_gap": np.array(gap[0]),
+            "text_gap_error": np.array(error[0]),
+        }
+    return fields, (Receipt("rows sum to 1 on text", row_error, rounding(model)),)
 
 
 def first_occurrences(windows_NT: torch.Tensor, documents_N: np.ndarray) -> torch.Tensor:

@@ -4,21 +4,18 @@ Shapes: T position, S source position, P chosen position, E embedding_size, L la
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lumiere.components.hooks import run_with_cache
-from lumiere.errors import check_choice
-from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.interpret.result import Receipt, Result, one_sequence, rounding
 from lumiere.models.transformer import Transformer
 
-Level = Literal["layer", "head", "neuron", "source"]
-LEVELS: tuple[Level, ...] = ("layer", "head", "neuron", "source")
-Reference = Literal["token", "mean", "prediction", "none"]
+LEVELS = ("layer", "head", "neuron", "source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +47,9 @@ class LogitAttribution(Result):
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
-    by: Level
+    by: str
     targets: tuple[int, ...]
-    reference: Reference
+    reference: str
     versus: int | None
     num_averaged: int
     probabilities: np.ndarray
@@ -67,25 +64,20 @@ class LogitAttribution(Result):
     feedforward: np.ndarray
     neurons: np.ndarray
 
-    def parts(self, level: Level) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    def parts(self, level: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Yield each part of a level, in the order of the computation, and its contributions, (P,)."""
         yield {"part": "embed"}, self.embed
         if self.pos_embed is not None:
             yield {"part": "pos_embed"}, self.pos_embed
+        attention = {"head": ("head", self.heads), "source": ("head", self.sources)}.get(
+            level, ("attention", self.attention)
+        )
+        feedforward = ("neuron", self.neurons) if level == "neuron" else ("feedforward", self.feedforward)
         for layer in range(self.attention.shape[1]):
-            if level == "head":
-                for head, added_P in enumerate(self.heads[:, layer].T):
-                    yield {"part": "head", "layer": layer, "head": head}, added_P
-            elif level == "source":
-                for (head, source), added_P in numbered(self.sources[:, layer]):
-                    yield {"part": "head", "layer": layer, "head": head, "source": source}, added_P
-            else:
-                yield {"part": "attention", "layer": layer}, self.attention[:, layer]
-            if level == "neuron":
-                for neuron, added_P in enumerate(self.neurons[:, layer].T):
-                    yield {"part": "neuron", "layer": layer, "neuron": neuron}, added_P
-            else:
-                yield {"part": "feedforward", "layer": layer}, self.feedforward[:, layer]
+            for part, values in (attention, feedforward):
+                for place in np.ndindex(*values.shape[2:]):
+                    names = dict(zip((part, "source"), place, strict=False))
+                    yield {"part": part, "layer": layer, **names}, values[:, layer, *place]
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         for part, added_P in self.parts(self.by):
@@ -97,29 +89,14 @@ class LogitAttribution(Result):
                     yield {**about, **nowhere, **part, "contribution": float(added_P[column])}
 
 
-def find_level(name: str) -> Level:
-    """Return the level of that name.
-
-    Raises:
-        LumiereError: there is no such level.
-    """
-    check_choice("level", name, LEVELS)
-    return next(level for level in LEVELS if level == name)
-
-
-def numbered(values_PHS: np.ndarray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    for place in np.ndindex(*values_PHS.shape[1:]):
-        yield place, values_PHS[:, *place]
-
-
 def logit_attribution(
     model: Transformer,
     tokens: Sequence[int],
     positions: Sequence[int] | None = None,
     target: int | Sequence[int] | None = None,
     versus: int | None = None,
-    centred: bool = True,
-    by: Level = "layer",
+    centered: bool = True,
+    by: str = "layer",
     averaged: Sequence[int] | None = None,
     log_probability: bool = False,
 ) -> LogitAttribution:
@@ -142,34 +119,35 @@ def logit_attribution(
         positions: whose logits to explain (None: the last).
         target: the token, or one for each position (None: at each position the model's most probable one).
         versus: the token whose logit is taken from it.
-        centred: without `versus`, subtract the mean of the logits of `averaged`.
+        centered: without `versus`, subtract the mean of the logits of `averaged`.
         by: the level of detail of the table; all levels are computed.
         averaged: the tokens whose logits are averaged, such as those that occur in training (None: all).
         log_probability: without `versus`, explain ln p(target) instead of the centered logit.
     """
     positions = [len(tokens) - 1] if positions is None else list(positions)
-    device = model.token_embedding.weight.device
     with torch.inference_mode():
-        output, cache = run_with_cache(model, torch.tensor([list(tokens)], device=device), hook_names(model))
-        # In float64, and so on the CPU, since not every device has it. One sequence: the batch axis goes.
+        output, cache = run_with_cache(model, one_sequence(model, tokens), hook_names(model))
+        # In float64, and so on the CPU, since not every device has it; without the batch axis.
         activations = {name: values[0].cpu().double() for name, values in cache.items()}
         logits_PV = output.logits[0, positions].cpu().double()
-        given = [target] * len(positions) if isinstance(target, int) else target
-        targets_P = logits_PV.argmax(-1) if given is None else torch.tensor(list(given))
+        if target is None:
+            targets_P = logits_PV.argmax(-1)
+        else:
+            targets_P = torch.tensor([target] * len(positions) if isinstance(target, int) else list(target))
         scales_P = activations["ln_final.hook_scale"][positions, 0]
         log_probabilities_PV = logits_PV.log_softmax(-1)
         probabilities_PV = log_probabilities_PV.exp()
         entropies_P = torch.special.entr(probabilities_PV).sum(-1)
-        own_P = logits_PV.gather(1, targets_P.unsqueeze(1))[:, 0]
+        rows = torch.arange(len(positions))
+        explained_P = own_P = logits_PV[rows, targets_P]
         reference, num_averaged, weights_PV = "none", 0, torch.zeros_like(logits_PV[:1])
-        explained_P = own_P
         if versus is not None:
             reference, weights_PV[:, versus] = "token", 1.0
             explained_P = own_P - logits_PV[:, versus]
         elif log_probability:
             reference, num_averaged, weights_PV = "prediction", model.vocab_size, probabilities_PV
-            explained_P = log_probabilities_PV.gather(1, targets_P.unsqueeze(1))[:, 0] + entropies_P
-        elif centred:
+            explained_P = log_probabilities_PV[rows, targets_P] + entropies_P
+        elif centered:
             ids = torch.arange(model.vocab_size) if averaged is None else torch.tensor(list(averaged))
             reference, num_averaged, weights_PV[:, ids] = "mean", len(ids), 1 / len(ids)
             explained_P = own_P - logits_PV[:, ids].mean(-1)
@@ -183,7 +161,7 @@ def logit_attribution(
         reference=reference,
         versus=versus,
         num_averaged=num_averaged,
-        probabilities=probabilities_PV.gather(1, targets_P.unsqueeze(1))[:, 0].numpy(),
+        probabilities=probabilities_PV[rows, targets_P].numpy(),
         entropies=entropies_P.numpy(),
         logits=explained_P.numpy(),
         scales=scales_P.numpy(),
@@ -191,8 +169,7 @@ def logit_attribution(
         **added,
         receipts=(),
     )
-    receipts = tuple(sum_receipt(result, level, rounding(model)) for level in LEVELS)
-    return LogitAttribution(**result.as_dict(), receipts=receipts)
+    return replace(result, receipts=tuple(sum_receipt(result, level, rounding(model)) for level in LEVELS))
 
 
 def hook_names(model: Transformer) -> list[str]:
@@ -241,7 +218,7 @@ def attribute(
     return arrays
 
 
-def sum_receipt(result: LogitAttribution, level: Level, tolerance: float) -> Receipt:
+def sum_receipt(result: LogitAttribution, level: str, tolerance: float) -> Receipt:
     """Check that the parts of a level sum to the logit, relative to the larger of 1 and the largest part."""
     parts = np.stack([added_P for _, added_P in result.parts(level)])
     scale = np.maximum(1.0, np.abs(parts).max(axis=0))

@@ -14,7 +14,7 @@ import torch
 
 from lumiere.components.hooks import run_with_cache
 from lumiere.evaluation.scoring import share_of_top, shared_place
-from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.interpret.result import Receipt, Result, one_sequence, rounding, selected, table
 from lumiere.models.transformer import Transformer
 
 NO_TARGET = -1
@@ -65,22 +65,20 @@ class LogitLens(Result):
         return share_of_top(self.target_ranks, num_equal, 1)
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for stage, column in np.ndindex(*self.entropies.shape):
-            has_target = self.targets[column] != NO_TARGET
-            yield {
-                "stage": self.stages[stage],
-                "position": self.positions[column],
-                "token": self.tokens[self.positions[column]],
-                "top_token": int(self.top_tokens[stage, column, 0]),
-                "top_probability": float(self.top_probabilities[stage, column, 0]),
-                "target": int(self.targets[column]) if has_target else None,
-                "target_probability": float(self.target_probabilities[stage, column]) if has_target else None,
-                "target_rank": int(self.target_ranks[stage, column]) if has_target else None,
-                "target_ties": int(self.target_ties[stage, column]) if has_target else None,
-                "entropy": float(self.entropies[stage, column]),
-                "divergence": float(self.divergences[stage, column]),
-                "is_decided": bool(self.decision_stages[column] <= stage),
-            }
+        columns, asked, missing = list(self.positions), self.targets != NO_TARGET, np.array(None)
+        return table(
+            {"stage": self.stages, "position": self.positions},
+            token=np.array(self.tokens)[columns],
+            top_token=self.top_tokens[..., 0],
+            top_probability=self.top_probabilities[..., 0],
+            target=np.where(asked, self.targets, missing),
+            target_probability=np.where(asked, self.target_probabilities, missing),
+            target_rank=np.where(asked, self.target_ranks, missing),
+            target_ties=np.where(asked, self.target_ties, missing),
+            entropy=self.entropies,
+            divergence=self.divergences,
+            is_decided=self.decision_stages <= np.arange(len(self.stages))[:, None],
+        )
 
 
 def logit_lens(
@@ -110,24 +108,21 @@ def logit_lens(
         target: the token whose probability and rank are asked for (None: at each position the next of the text).
         top_k: how many of the most probable tokens to keep.
     """
-    positions = range(len(tokens)) if positions is None else positions
+    columns = list(selected(positions, len(tokens)))
     stages = stage_names(model.num_layers, sublayers)
-    columns = list(positions)
     following = [*tokens[1:], NO_TARGET]
     targets = torch.tensor([following[position] if target is None else target for position in columns])
     has_target = targets != NO_TARGET
     index_P1 = targets.clamp(min=0).unsqueeze(1)
     statistics: dict[str, list[torch.Tensor]] = {}
     with torch.inference_mode():
-        output, cache = run_with_cache(
-            model, torch.tensor([list(tokens)], device=model.token_embedding.weight.device), stages
-        )
+        output, cache = run_with_cache(model, one_sequence(model, tokens), stages)
         final_PV = log_probabilities(output.logits, columns)
         final_probabilities_PV = final_PV.exp()
         final_entropy_P = -torch.einsum("pv,pv->p", final_probabilities_PV, final_PV)
         difference = 0.0
-        # One stage at a time: the very operations of the model on the same shape, which makes the last stage equal bit
-        # for bit, and never more than a few matrices of T x Vocab.
+        # One stage at a time, by the operations of the model on the same shape, so that the last stage is equal bit for
+        # bit, and there are never more than a few matrices of T x Vocab.
         for stage in stages:
             logits_BTV = model.token_embedding.unembed(model.final_norm(cache[stage]))
             difference = float((logits_BTV - output.logits).abs().max())
@@ -148,19 +143,21 @@ def logit_lens(
             for name, values in found.items():
                 statistics.setdefault(name, []).append(values)
     arrays = {name: torch.stack(values).numpy() for name, values in statistics.items()}
-    largest_entropy = math.log(model.vocab_size)
-    tolerance = rounding(model)
+    excess = {
+        "no divergence is negative": -arrays["divergences"],
+        "no entropy exceeds that of chance": arrays["entropies"] - math.log(model.vocab_size),
+    }
     return LogitLens(
         tokens=tuple(tokens),
-        positions=tuple(positions),
+        positions=tuple(columns),
         stages=tuple(stages),
         targets=targets.numpy(),
         decision_stages=decisions(arrays["top_tokens"][..., 0]),
         **arrays,
         receipts=(
             Receipt("the last stage gives the model's own logits", difference, 0.0),
-            Receipt("no divergence is negative", beyond(-arrays["divergences"]), tolerance),
-            Receipt("no entropy exceeds that of chance", beyond(arrays["entropies"] - largest_entropy), tolerance),
+            # NaN, if there is one, is the maximum.
+            *(Receipt(check, float(np.maximum(x.max(), 0.0)), rounding(model)) for check, x in excess.items()),
         ),
     )
 
@@ -184,8 +181,3 @@ def decisions(top_tokens_RP: np.ndarray) -> np.ndarray:
     differs_RP = top_tokens_RP != top_tokens_RP[-1]
     stages_R1 = np.arange(1, len(top_tokens_RP) + 1)[:, None]
     return (differs_RP * stages_R1).max(axis=0)
-
-
-def beyond(excess: np.ndarray) -> float:
-    """Return how far the largest value exceeds 0; NaN if one is NaN."""
-    return float(np.maximum(excess.max(), 0.0))

@@ -1,12 +1,13 @@
-"""The base of all results: arrays, labels, and receipts of the invariants that were checked."""
+"""The base of all results: arrays, labels and receipts of the checked invariants; and helpers of the analyses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lumiere.components.short_repr import ShortRepr
 
@@ -60,17 +61,25 @@ class Result(ShortRepr, ABC):
         return {name: value for name, value in self.as_dict().items() if isinstance(value, np.ndarray)}
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields but the receipts, by name."""
+        """Return all fields except the receipts, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "receipts"}
 
     @abstractmethod
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """Yield the result as a table, one observation a row (Wickham 2014, "Tidy Data")."""
+        """Yield the result as a table, one observation per row (Wickham 2014, "Tidy Data")."""
 
 
-def rounding(model: nn.Module) -> float:
-    """Return the relative error that rounding may make in what `model` computes."""
-    return FLOAT64_TOLERANCE if next(model.parameters()).dtype.itemsize == 8 else FLOAT32_TOLERANCE
+def table(axes: Mapping[str, Sequence[Any]], **columns: Any) -> Iterator[dict[str, Any]]:
+    """Yield a row for each place of a grid: its label on each axis, then the value of each column there.
+
+    Args:
+        columns: Arrays that broadcast to the shape of the grid.
+    """
+    shape = tuple(map(len, axes.values()))
+    arrays = {name: np.broadcast_to(values, shape) for name, values in columns.items()}
+    for place in np.ndindex(*shape):
+        labels = {name: labels[index] for (name, labels), index in zip(axes.items(), place, strict=True)}
+        yield labels | {name: values.item(place) for name, values in arrays.items()}
 
 
 def agreement(result: Result, exact: Result) -> Receipt:
@@ -83,9 +92,42 @@ def agreement(result: Result, exact: Result) -> Receipt:
     for name, values in result.arrays().items():
         if np.issubdtype(values.dtype, np.floating) and name not in result.DISCRETE:
             expected = exact.arrays()[name].astype(np.float64)
-            # Equal infinities, and what is missing in both, do not differ.
-            same = (values == expected) | (np.isnan(values) & np.isnan(expected))
-            difference = np.where(same, 0.0, np.abs(np.where(same, 0.0, values) - np.where(same, 0.0, expected)))
             scale = max(1.0, float(np.abs(expected[np.isfinite(expected)]).max(initial=0)))
-            error = float(np.maximum(error, difference.max(initial=0) / scale))  # NaN, if there is one
+            error = float(np.maximum(error, largest_difference(values, expected) / scale))  # NaN, if there is one
     return Receipt("the same in float64", error, VERIFIED_TOLERANCE)
+
+
+def largest_difference(values: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest absolute difference; equal infinities, and NaN in both, do not differ."""
+    same = (values == expected) | (np.isnan(values) & np.isnan(expected))
+    return float(np.abs(np.where(same, 0.0, values) - np.where(same, 0.0, expected)).max(initial=0.0))
+
+
+def relative_error(values: Tensor, expected: Tensor, least: float = 1.0) -> float:
+    """Return the largest difference, relative to the largest expected value, or to `least` if that is larger."""
+    return float((values - expected).abs().max() / expected.abs().max().clamp(min=least))
+
+
+def outside_unit(values: np.ndarray) -> float:
+    """Return how far the values leave the interval from 0 to 1; NaN is ignored."""
+    return float(np.nanmax(np.abs(values - 0.5), initial=0.5) - 0.5)
+
+
+def rounding(model: nn.Module) -> float:
+    """Return the relative error that rounding may make in what `model` computes."""
+    return FLOAT64_TOLERANCE if next(model.parameters()).dtype.itemsize == 8 else FLOAT32_TOLERANCE
+
+
+def one_sequence(model: nn.Module, tokens: Sequence[int]) -> Tensor:
+    """Return ids as a batch of one sequence, (1, T), on the model's device."""
+    return torch.tensor([list(tokens)], device=next(model.parameters()).device)
+
+
+def float64(tensor: Tensor) -> np.ndarray:
+    """Return the values of a tensor on any device in float64."""
+    return tensor.detach().cpu().double().numpy()
+
+
+def selected(indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Return the chosen indices; all `count` of them for None."""
+    return tuple(range(count) if indices is None else indices)

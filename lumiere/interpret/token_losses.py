@@ -14,7 +14,7 @@ import torch
 from lumiere.components.kernels import linear_cross_entropy_losses
 from lumiere.evaluation.ngrams import Baseline
 from lumiere.evaluation.scoring import share_of_top, shared_place
-from lumiere.interpret.result import Receipt, Result, rounding
+from lumiere.interpret.result import Receipt, Result, one_sequence, relative_error, rounding, table
 from lumiere.models.transformer import Transformer
 
 
@@ -57,25 +57,28 @@ class TokenLosses(Result):
         return share_of_top(self.ranks, self.ties, 1)
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        columns = {"loss": self.losses, "surprisal": self.surprisals, "entropy": self.entropies, "rank": self.ranks}
-        columns["ties"] = self.ties
-        columns |= {"prediction": self.predictions, "probability": self.probabilities}
-        for name, losses in (("unigram_loss", self.unigram_losses), ("bigram_loss", self.bigram_losses)):
-            if losses is not None:
-                columns[name] = losses
-        for index, token in enumerate(self.tokens[1:]):
-            numbers = {name: column[index].item() for name, column in columns.items()}
-            yield {"position": index + 1, "token": token, **numbers}
+        baselines = {"unigram_loss": self.unigram_losses, "bigram_loss": self.bigram_losses}
+        return table(
+            {"position": range(1, len(self.tokens))},
+            token=self.tokens[1:],
+            loss=self.losses,
+            surprisal=self.surprisals,
+            entropy=self.entropies,
+            rank=self.ranks,
+            ties=self.ties,
+            prediction=self.predictions,
+            probability=self.probabilities,
+            **{name: losses for name, losses in baselines.items() if losses is not None},
+        )
 
 
 def token_losses(
     model: Transformer, tokens: Sequence[int], unigram: Baseline | None = None, bigram: Baseline | None = None
 ) -> TokenLosses:
-    """Compute the surprisal of each token, `-log2 P(token | context)` (Shannon 1948; as reading effort: Hale 2001), its
-    rank and the entropy.
+    """Compute loss, surprisal `-log2 P(token | context)` (Shannon 1948; Hale 2001), rank and entropy of each token.
 
-    The entropy is `-sum P ln P` over the vocabulary: a loss far above it is a surprise, and where both are high the
-    model knew that it did not know.
+    The entropy is `-sum P ln P` over the vocabulary. A loss far above it is a surprise; where both are high, the model
+    was uncertain.
 
     Args:
         model: in evaluation mode.
@@ -84,11 +87,11 @@ def token_losses(
         bigram: the same.
 
     Raises:
-        ValueError: there is one token only.
+        ValueError: there is only one token.
     """
     if len(tokens) < 2:
         raise ValueError("there is one token, and nothing to predict from it")
-    tokens_1T = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    tokens_1T = one_sequence(model, tokens)
     targets_T = tokens_1T[0, 1:]
     with torch.inference_mode():
         logits_TVocab = model.logits(tokens_1T)[0, :-1]
@@ -99,11 +102,10 @@ def token_losses(
         target_logits = logits_TVocab.gather(1, targets_T[:, None])
         residual = model.final_residual(tokens_1T)[0, :-1]
         evaluated = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets_T)
-    tolerance = rounding(model)
+    tolerance, most = rounding(model), math.log(model.vocab_size)
     sums = probabilities.cpu().sum(-1, dtype=torch.float64)
-    difference = (losses - evaluated).abs().max() / evaluated.max().clamp(min=1)
     values = losses.cpu().numpy()
-    row_1T = np.array([list(tokens)])
+    row_1T = tokens_1T.cpu().numpy()
     return TokenLosses(
         tokens=tuple(tokens),
         losses=values,
@@ -117,11 +119,7 @@ def token_losses(
         bigram_losses=None if bigram is None else bigram.losses(row_1T)[0],
         receipts=(
             Receipt("probabilities sum to 1", float((sums - 1).abs().max()), tolerance),
-            Receipt("the losses are those of an evaluation", float(difference), tolerance),
-            Receipt(
-                "no entropy above ln of the vocabulary",
-                max(0.0, float(entropies.max()) - math.log(model.vocab_size)),
-                tolerance * math.log(model.vocab_size),
-            ),
+            Receipt("the losses are those of an evaluation", relative_error(losses, evaluated), tolerance),
+            Receipt("no entropy above ln of the vocabulary", max(0.0, float(entropies.max()) - most), tolerance * most),
         ),
     )

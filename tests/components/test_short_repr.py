@@ -9,7 +9,7 @@ import torch
 from lumiere.components.short_repr import ShortRepr
 from lumiere.config.loader import validate
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.interpret.head_scores import head_scores
+from lumiere.interpret.head_scores import score_heads
 from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.models.transformer import build_model
@@ -46,7 +46,7 @@ def test_outputs_and_results_are_short(length: int) -> None:
     tokens = list(range(3, 3 + length))
     output = model.eval()(torch.tensor([tokens]))
     assert f"logits=Tensor[1, {length}, 320]" in repr(output)
-    results = [logit_lens(model, tokens), logit_attribution(model, tokens), head_scores(model, torch.tensor([tokens]))]
+    results = [logit_lens(model, tokens), logit_attribution(model, tokens), score_heads(model, torch.tensor([tokens]))]
     for value in (output, *results):
         assert repr(value).startswith(f"{type(value).__name__}(")
         assert len(repr(value)) < 1500

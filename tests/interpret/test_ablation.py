@@ -16,7 +16,7 @@ from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError
-from lumiere.interpret.ablation import MODES, TOKENS_AT_ONCE, UNITS, ablate, draw_donors
+from lumiere.interpret.ablation import MODES, TOKENS_AT_ONCE, UNITS, Unit, ablate, draw_donors
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit, repeated_tokens
@@ -266,8 +266,7 @@ def test_the_direct_effect_of_the_last_feedforward_is_its_logit_attribution() ->
         output, cache = run_with_cache(model, batch.tokens)
         written_BTE, scale_BT1 = cache["blocks.2.hook_mlp_out"], cache["ln_final.hook_scale"]
         attribution = (written_BTE / scale_BT1 * model.final_norm.weight) @ model.token_embedding.weight.T
-        unit = UNITS["feedforward"]
-        change_BTE = unit.write(model, 2, -unit.read({"hook_mlp_out": written_BTE}), [0])[0]
+        change_BTE = UNITS["feedforward"].written(model.blocks[2], -written_BTE, [0])[0]
         stream = {"blocks.2.hook_resid_post": lambda stream_BTE: stream_BTE + change_BTE}
         with hooked(model, stream | {"ln_final.hook_scale": lambda _: scale_BT1}):
             ablated = model(batch.tokens).logits
@@ -288,11 +287,12 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_receipts_show_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that is half of what it should be, and a model whose blocks continue from another stream."""
     model = random_model()
-    half = dataclasses.replace(UNITS["head"], write=lambda *arguments: UNITS["head"].write(*arguments) / 2)
-    monkeypatch.setattr("lumiere.interpret.ablation.find_unit", lambda name: half)
+    written = Unit.written
+    monkeypatch.setattr(Unit, "written", lambda *arguments: written(*arguments) / 2)
     nothing, strongest = ablate(model, BATCHES).receipts
     assert nothing.holds
     assert not strongest.holds
+    monkeypatch.undo()
     monkeypatch.setattr(
         "lumiere.interpret.ablation.find_unit", lambda name: dataclasses.replace(UNITS["head"], stage="pre")
     )

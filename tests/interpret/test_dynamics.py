@@ -11,7 +11,7 @@ from lumiere.data.batches import make_batch
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.evaluation.loss import evaluate
 from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS, Dynamics, Texts, follow, total_change, worse
-from lumiere.interpret.head_scores import SCORES, composition_scores, head_scores, repeated_tokens
+from lumiere.interpret.head_scores import SCORES, composition_scores, repeated_tokens, score_heads
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.result import Receipt
 from lumiere.interpret.summary import matrix_facts
@@ -65,7 +65,7 @@ def test_each_number_is_that_of_the_analysis_alone(
 ) -> None:
     model = trained_run.load_model(str(result.steps[column]))
     assert texts.windows is not None
-    heads = head_scores(model, texts.tokens, windows_NT=texts.windows[0])
+    heads = score_heads(model, texts.tokens, texts.windows)
     for layer, head in np.ndindex(2, 2):
         for number, name in enumerate(SCORES):
             assert value(result, name, f"L{layer}H{head}", column) == heads.scores[layer, head, number]

@@ -13,13 +13,12 @@ from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.head_scores import (
     SCORES,
     HeadScores,
-    add_text_repeats,
     first_occurrences,
-    head_scores,
     longest_copy,
     position_bands,
     repeated_tokens,
     roles_of,
+    score_heads,
     source_masks,
 )
 from lumiere.models.transformer import Transformer, build_model
@@ -61,7 +60,7 @@ def score(result: HeadScores, place: tuple[int, int], name: str) -> float:
 
 
 def test_scores_are_1_where_a_head_does_just_that(circuit: Transformer, repeats: torch.Tensor) -> None:
-    result = head_scores(circuit, repeats)
+    result = score_heads(circuit, repeats)
     assert result.holds
     for name, place in PLACES.items():
         assert score(result, place, name) == pytest.approx(1, abs=1e-6)
@@ -80,7 +79,7 @@ def test_scores_are_1_where_a_head_does_just_that(circuit: Transformer, repeats:
 
 def test_uniform_baselines(circuit: Transformer, repeats: torch.Tensor) -> None:
     """By hand: one source among t + 1, over all tokens or over the second copy."""
-    result = head_scores(circuit, repeats)
+    result = score_heads(circuit, repeats)
     everywhere = sum(1 / (t + 1) for t in range(1, 2 * LENGTH + 1)) / (2 * LENGTH)
     second_copy = sum(1 / (t + 1) for t in range(LENGTH + 1, 2 * LENGTH + 1)) / LENGTH
     np.testing.assert_allclose(result.uniform, [everywhere] * 3 + [second_copy] * 2)
@@ -95,9 +94,9 @@ def test_without_the_previous_token_head_nothing_is_left_of_induction(
         changed[:, :, PREVIOUS[1]] = 0
         return changed
 
-    whole = head_scores(circuit, repeats)
+    whole = score_heads(circuit, repeats)
     with hooked(circuit, {"blocks.0.attn.hook_z": silence}):
-        broken = head_scores(circuit, repeats)
+        broken = score_heads(circuit, repeats)
     uniform = float(broken.uniform[SCORES.index("induction")])
     assert score(broken, INDUCTION, "induction") == pytest.approx(uniform, abs=1e-6)
     assert broken.roles[INDUCTION[0]][INDUCTION[1]] == ()
@@ -108,7 +107,7 @@ def test_without_the_previous_token_head_nothing_is_left_of_induction(
 
 def test_copying_of_the_circuit(circuit: Transformer, repeats: torch.Tensor) -> None:
     """The induction head copies each token; no other head writes where the output looks."""
-    copying = head_scores(circuit, repeats).copying
+    copying = score_heads(circuit, repeats).copying
     assert copying[INDUCTION] == pytest.approx(1)
     copying[INDUCTION] = np.nan
     assert np.isnan(copying).all()
@@ -145,14 +144,14 @@ def test_masks_of_two_copies(length: int, seed: int) -> None:
 
 def test_a_previous_token_head_on_a_period_of_two_is_no_induction_head(circuit: Transformer) -> None:
     """In s a b a b ... all of induction is at t - 1, but for the tokens that come a third time, at t - 3 and so on."""
-    result = head_scores(circuit, torch.tensor([[0, *[3, 4] * 8]]))
+    result = score_heads(circuit, torch.tensor([[0, *[3, 4] * 8]]))
     assert score(result, PREVIOUS, "previous") == pytest.approx(1, abs=1e-6)
     assert result.roles[PREVIOUS[0]][PREVIOUS[1]] == ("previous",)
     assert score(result, PREVIOUS, "induction") == pytest.approx(0, abs=1e-6)
     assert result.num_overlaps.tolist() == [0, 0, 0, 0, 14]
     assert result.num_destinations.tolist() == [16, 16, 16, 14, 12]
     # Of one token, duplicates are at t - 1 too.
-    result = head_scores(circuit, torch.tensor([[0, *[3] * 12]]))
+    result = score_heads(circuit, torch.tensor([[0, *[3] * 12]]))
     assert result.roles[PREVIOUS[0]][PREVIOUS[1]] == ("previous",)
     assert result.num_overlaps.tolist() == [0, 0, 0, 11, 10]
 
@@ -160,7 +159,7 @@ def test_a_previous_token_head_on_a_period_of_two_is_no_induction_head(circuit: 
 @pytest.mark.parametrize("tokens", [[0, 3, 4], [0, 3, 4, 5], [0, 3, 4, 3, 4]])
 def test_short_texts_give_no_roles(circuit: Transformer, tokens: list[int]) -> None:
     """The heads of the circuit do nothing else, and yet a mean of four tokens or fewer shows nothing."""
-    result = head_scores(circuit, torch.tensor([tokens]))
+    result = score_heads(circuit, torch.tensor([tokens]))
     assert not any(roles for layer in result.roles for roles in layer)
 
 
@@ -177,7 +176,7 @@ def test_a_role_is_clearly_above_the_uniform_baseline() -> None:
 def test_standard_errors_by_hand(model: Transformer, num_sequences: int) -> None:
     """Of one text over its tokens; of several over the sequences, of which some have more such tokens than others."""
     tokens = torch.randint(3, 7, (num_sequences, 12), generator=torch.Generator().manual_seed(0))
-    result = head_scores(model, tokens)
+    result = score_heads(model, tokens)
     with torch.no_grad():
         patterns = model(tokens).attention_weights
     for number, name in enumerate(SCORES):
@@ -220,7 +219,7 @@ def test_scores_losses_and_gap_one_by_one(name: str, request: pytest.FixtureRequ
     """Batched, and computed with a loop over sequences, heads and tokens."""
     model: Transformer = request.getfixturevalue(name)
     tokens = repeated_tokens(200, 7, 3, seed=0, start=0, first=3)
-    result = head_scores(model, tokens)
+    result = score_heads(model, tokens)
     assert result.holds
     with torch.no_grad():
         outputs = [model(row[None]) for row in tokens]
@@ -248,9 +247,9 @@ def test_scores_losses_and_gap_one_by_one(name: str, request: pytest.FixtureRequ
 def test_parts_of_a_large_batch_add_up(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(3, 9, (7, 18), generator=torch.Generator().manual_seed(0))
     windows = torch.randint(3, 300, (5, 21), generator=torch.Generator().manual_seed(0))
-    whole = head_scores(model, tokens, windows_NT=windows)
+    whole = score_heads(model, tokens, windows=(windows, np.arange(len(windows))))
     monkeypatch.setattr("lumiere.interpret.head_scores.TOKENS_AT_ONCE", 40)
-    parts = head_scores(model, tokens, windows_NT=windows)
+    parts = score_heads(model, tokens, windows=(windows, np.arange(len(windows))))
     for name, values in whole.arrays().items():
         np.testing.assert_allclose(parts.arrays()[name], values, atol=1e-5, equal_nan=True)
 
@@ -273,7 +272,7 @@ def test_copying_is_that_of_the_whole_matrix(
     name: str, averaged: list[int] | None, request: pytest.FixtureRequest
 ) -> None:
     model: Transformer = request.getfixturevalue(name)
-    result = head_scores(model, torch.tensor([[0, 5, 6]]), averaged=averaged)
+    result = score_heads(model, torch.tensor([[0, 5, 6]]), averaged=averaged)
     ids = list(range(model.vocab_size)) if averaged is None else averaged
     for layer, head in np.ndindex(*result.copying.shape):
         assert result.copying[layer, head] == pytest.approx(dense_copying(model, layer, head, ids), abs=1e-6)
@@ -285,7 +284,7 @@ def test_copying_is_that_of_the_whole_matrix(
 def test_copying_knows_no_basis_of_the_values(model: Transformer) -> None:
     """V M and M^-1 O are the same head; V and -O the opposite one."""
     tokens = torch.tensor([[0, 5, 6]])
-    before = head_scores(model, tokens).copying
+    before = score_heads(model, tokens).copying
     changed = build_like(model)
     basis = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     attention = changed.blocks[0].attention
@@ -293,7 +292,7 @@ def test_copying_knows_no_basis_of_the_values(model: Transformer) -> None:
         attention.value.weight[:4] = basis @ attention.value.weight[:4]
         attention.output.weight[:, :4] = attention.output.weight[:, :4] @ basis.inverse()
         attention.output.weight[:, 4:8] *= -1
-    after = head_scores(changed, tokens).copying
+    after = score_heads(changed, tokens).copying
     expected = before.copy()
     expected[0, 1] *= -1
     np.testing.assert_allclose(after, expected, atol=1e-4)
@@ -308,7 +307,7 @@ def build_like(model: Transformer) -> Transformer:
 def test_an_untrained_model_has_no_roles_and_no_gap() -> None:
     torch.manual_seed(0)
     model = build_model(validate({"model": {"num_layers": 2}, "tokenizer": {"vocab_size": 400}})).eval()
-    result = head_scores(model, repeated_tokens(390, 25, 32, seed=0, start=0, first=3))
+    result = score_heads(model, repeated_tokens(390, 25, 32, seed=0, start=0, first=3))
     assert abs(float(result.repeat_gap)) < 0.02
     np.testing.assert_allclose(result.scores, np.broadcast_to(result.uniform, result.scores.shape), atol=0.02)
     assert not any(roles for layer in result.roles for roles in layer)
@@ -320,7 +319,7 @@ def test_in_context_score_by_hand(model: Transformer) -> None:
     windows = torch.randint(3, 300, (7, 21), generator=torch.Generator().manual_seed(0))
     windows[2, 19:] = PAD
     documents = np.array([4, 4, 4, 1, 9, 1, 1])
-    result = head_scores(model, torch.tensor([[0, 5, 6]]), windows_NT=windows, documents_N=documents)
+    result = score_heads(model, torch.tensor([[0, 5, 6]]), windows=(windows, documents))
     assert result.in_context_bands == ((1, 3), (15, 20))
     assert result.in_context_positions == (2, 17)
     full = [0, 1, 3, 4, 5, 6]
@@ -341,7 +340,7 @@ def test_in_context_score_by_hand(model: Transformer) -> None:
     expected = np.sqrt(3 / 2 * np.square(by_document).sum()) / 6
     assert float(result.in_context_error) == pytest.approx(expected, rel=1e-4)
     assert (result.in_context_windows, result.in_context_documents) == (6, 3)
-    apart = head_scores(model, torch.tensor([[0, 5, 6]]), windows_NT=windows)
+    apart = score_heads(model, torch.tensor([[0, 5, 6]]), windows=(windows, np.arange(len(windows))))
     assert float(apart.in_context_error) == pytest.approx(differences.std(ddof=1) / np.sqrt(6), rel=1e-4)
 
 
@@ -356,40 +355,40 @@ def test_contexts_of_one_token_have_no_in_context_score() -> None:
     model = Transformer(
         300, embedding_size=8, context_size=1, num_layers=1, num_heads=1, d_key=4, d_value=4, d_ff=8
     ).eval()
-    result = head_scores(model, torch.tensor([[5]]), windows_NT=torch.tensor([[0, 5], [5, 6]]))
+    result = score_heads(model, torch.tensor([[5]]), windows=(torch.tensor([[0, 5], [5, 6]]), np.arange(2)))
     assert np.isnan(result.in_context_score)
     assert result.in_context_bands is None
 
 
 def test_what_there_is_none_of_is_missing(model: Transformer) -> None:
-    result = head_scores(model, torch.tensor([[0, 5, 6, 7]]))
+    result = score_heads(model, torch.tensor([[0, 5, 6, 7]]))
     assert np.isnan(result.scores[..., 3:]).all()
     assert np.isnan(result.uniform[3:]).all()
     assert result.num_destinations.tolist() == [3, 3, 3, 0, 0]
     assert np.isnan(result.repeat_gap)
     assert np.isnan(result.in_context_score)
     assert result.in_context_positions is None
-    single = head_scores(model, torch.tensor([[5]]))
+    single = score_heads(model, torch.tensor([[5]]))
     assert np.isnan(single.scores).all()
     assert single.holds
 
 
 def test_layers_heads_and_threshold(circuit: Transformer, repeats: torch.Tensor) -> None:
-    everything = head_scores(circuit, repeats)
-    part = head_scores(circuit, repeats, [1], [2, 1], threshold=0.999)
+    everything = score_heads(circuit, repeats)
+    part = score_heads(circuit, repeats, layers=[1], heads=[2, 1], threshold=0.999)
     np.testing.assert_array_equal(part.scores, everything.scores[[1]][:, [2, 1]])
     assert part.roles == ((("induction",), ("current",)),)
-    assert head_scores(circuit, repeats, [0], [3], threshold=0.0).roles == (((),),)
+    assert score_heads(circuit, repeats, layers=[0], heads=[3], threshold=0.0).roles == (((),),)
 
 
 def test_a_wrong_trace_is_found(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np.linalg, "eigvals", lambda matrices: np.ones(matrices.shape[:2]))
-    assert not head_scores(model, torch.tensor([[0, 5, 6]])).holds
+    assert not score_heads(model, torch.tensor([[0, 5, 6]])).holds
 
 
 def test_weights_are_left_alone(model: Transformer) -> None:
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    head_scores(model, torch.tensor([[0, 5, 6]]))
+    score_heads(model, torch.tensor([[0, 5, 6]]))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -405,7 +404,7 @@ def random_model(**changes: object) -> Transformer:
 
 
 def scored(model: Transformer, windows: torch.Tensor, documents: np.ndarray) -> HeadScores:
-    return add_text_repeats(head_scores(model, torch.tensor([[0, 5, 6]])), model, windows, documents)
+    return score_heads(model, torch.tensor([[0, 5, 6]]), (windows, documents))
 
 
 def names(num_windows: int, width: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
@@ -496,7 +495,7 @@ def test_a_model_of_the_current_token_alone_has_no_gap() -> None:
 
 def test_the_circuit_built_by_hand_copies_names() -> None:
     """Its induction head looks at what came after the name's tokens, and no other head does."""
-    circuit = induction_circuit()
+    circuit = induction_circuit(context_size=32)
     windows = torch.tensor([[0, *range(3, 19), *range(5, 21)], [0, *range(8, 24), *range(6, 22)]])
     result = scored(circuit, windows, np.array([0, 1]))
     assert result.text_scores is not None

@@ -17,7 +17,7 @@ from lumiere.errors import LumiereError
 from lumiere.interpret.ablation import ablate
 from lumiere.interpret.activations import activations
 from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, combined_attention
-from lumiere.interpret.head_scores import SCORES, head_scores
+from lumiere.interpret.head_scores import SCORES, score_heads
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.model_diff import diff_models
@@ -199,7 +199,7 @@ def assert_signed(image: Any) -> None:
 
 
 def test_heads_have_their_scores_and_a_signed_copying(model: Transformer) -> None:
-    result = head_scores(model, torch.tensor([[0, *range(3, 10), *range(3, 10)]]))
+    result = score_heads(model, torch.tensor([[0, *range(3, 10), *range(3, 10)]]))
     picture = draw_heads(result)
     scores, copying = images(picture)
     np.testing.assert_array_equal(numbers(scores), result.scores.reshape(6, len(SCORES)))

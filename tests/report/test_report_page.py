@@ -15,7 +15,7 @@ import torch
 
 from lumiere.data.batches import batch_at
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.interpret.head_scores import head_scores, score_heads
+from lumiere.interpret.head_scores import score_heads
 from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import Run
 from lumiere.report.rendering import asset, environment
@@ -182,7 +182,7 @@ def test_gains_state_their_text_and_their_uncertainty(trained_run: Run) -> None:
     assert re.search("validation split .6 repeats in 30 documents. are easier", names)
     few = repeat_gains(replace(found, **gaps, **{**text, "text_documents": 2, "text_gap_error": np.array(0.2)}))[1]
     assert "in 2 documents) are not easier" in few, "12.7 standard errors of two documents are more than the gap"
-    assert not any("Names" in words for words in repeat_gains(head_scores(model, REPEATED)))
+    assert not any("Names" in words for words in repeat_gains(score_heads(model, REPEATED)))
 
 
 def test_the_loss_chart_spans_its_plot() -> None:

@@ -7,7 +7,7 @@ import typer
 from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, parse_indices
 from lumiere.cli.inspect.inputs import InspectTarget, averaged_tokens, parse_token
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
     from lumiere.interpret.logit_attribution import LogitAttribution
@@ -46,10 +46,10 @@ def logits(
     corpus is missing. A token is an id, a text that is one token (note the space: ' London'), or a token as it is
     printed (·London).
     """
-    from lumiere.interpret.logit_attribution import find_level, logit_attribution
+    from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
     from lumiere.report.figures.bars import draw_logits
 
-    level = find_level(by)
+    check_choice("level", by, LEVELS)
     references = {"--raw": raw, "--log-prob": log_prob, "--vs": vs is not None}
     given = [name for name, is_given in references.items() if is_given]
     if len(given) > 1:
@@ -62,7 +62,7 @@ def logits(
     averaged, averaged_over = (None, "") if given else averaged_tokens(opened)
     return Analysis(
         compute=lambda model: logit_attribution(
-            model, tokens, positions, wanted, other, not raw, level, averaged, log_prob
+            model, tokens, positions, wanted, other, not raw, by, averaged, log_prob
         ),
         show=lambda result: show_attribution(result, target, top_k, averaged_over),
         draw=lambda result: draw_logits(result, target.label),

@@ -10,7 +10,7 @@ import torch
 from lumiere.cli.inspect.heads import show_scores
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import SPECIAL_TOKENS
-from lumiere.interpret.head_scores import SCORES, head_scores
+from lumiere.interpret.head_scores import SCORES, score_heads
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from tests.cli.inspect.commands import inspect, inspect_json
@@ -78,7 +78,7 @@ def test_copying_is_over_the_tokens_of_the_training_split(
         if over is None:
             monkeypatch.setattr(type(trained_run), "record", RunRecord(corpus_sha256="another"))
         result = shown("--runs-dir", runs_dir)
-        np.testing.assert_allclose(result["copying"], head_scores(model, tokens, averaged=over).copying, atol=1e-9)
+        np.testing.assert_allclose(result["copying"], score_heads(model, tokens, averaged=over).copying, atol=1e-9)
         assert words in result["averaged_over"]
         assert words in " ".join(inspect_heads("--runs-dir", runs_dir).stdout.split())
 
@@ -103,7 +103,7 @@ def test_layers_heads_and_threshold(runs_dir: str) -> None:
 
 
 def test_the_view_names_the_heads_of_each_role_and_what_overlaps(capsys: pytest.CaptureFixture[str]) -> None:
-    show_scores(head_scores(induction_circuit(), torch.tensor([[0, *[3, 4, 5] * 4, 5, 5, 5]])), "all tokens")
+    show_scores(score_heads(induction_circuit(), torch.tensor([[0, *[3, 4, 5] * 4, 5, 5, 5]])), "all tokens")
     words = " ".join(capsys.readouterr().out.split())
     assert "previous heads: L0H0 (100% ± 3%)" in words
     assert "induction heads: L1H2 (" in words
