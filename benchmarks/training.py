@@ -103,18 +103,10 @@ def hugging_face_step(precision: str, dropout: float, is_compiled: bool) -> Step
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes: dict[str, Any] = {
-        "hidden_size": WIDTH,
-        "intermediate_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "head_dim": HEAD_WIDTH,
-    }
-    heads: dict[str, Any] = {
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "max_position_embeddings": CONTEXT,
-    }
-    config = LlamaConfig(vocab_size=VOCAB, **sizes, **heads, tie_word_embeddings=True, use_cache=False)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS, "head_dim": HEAD_WIDTH}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "max_position_embeddings": CONTEXT}
+    options: dict[str, Any] = sizes | heads | {"tie_word_embeddings": True, "use_cache": False}
+    config = LlamaConfig(vocab_size=VOCAB, **options)
     model = LlamaForCausalLM(config).train()
     forward = torch.compile(model) if is_compiled else model
     tokens, _ = random_tokens()
