@@ -8,7 +8,7 @@ from typer import Argument, Exit, Option
 from lumiere.cli.console import escape, open_model, print_error, print_json, show_note, stdout
 from lumiere.cli.inspect.command import CHECK_FAILED, show_receipts
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
-from lumiere.errors import FailedCheckError
+from lumiere.errors import FailedCheckError, check_choice
 
 if TYPE_CHECKING:
     from lumiere.export.exporting import Exported
@@ -30,15 +30,15 @@ def export(
     Example: [bold]lumiere export latest --to transformer-lens my-model[/]
     """
     from lumiere.data.tokenizer import SPECIAL_TOKENS
-    from lumiere.export.exporting import check_folder, export_model, find_target
+    from lumiere.export.exporting import TARGETS, check_folder, export_model
 
-    target = find_target(to)
+    check_choice("export target", to, TARGETS)
     check_folder(folder)
     opened = open_model(run, checkpoint, "cpu", runs_dir)
     origin, tokenizer = facts(opened), opened.tokenizer
     ids = range(len(SPECIAL_TOKENS), len(tokenizer))
     try:
-        exported = export_model(target, folder, opened.model, tokenizer.to_json().encode(), ids, origin)
+        exported = export_model(TARGETS[to], folder, opened.model, tokenizer.to_json().encode(), ids, origin)
     except FailedCheckError as error:
         print_error(error)
         raise Exit(CHECK_FAILED) from None
