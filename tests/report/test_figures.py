@@ -68,7 +68,7 @@ def label(token: int) -> str:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return random_model(scale=20)
+    return random_model(vocab_size=4096, scale=20)
 
 
 @pytest.fixture(scope="module")
