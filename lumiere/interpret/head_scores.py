@@ -6,6 +6,7 @@ K d_key, V d_value, C cluster (a sequence, or a token of a single one), Vocab vo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -154,12 +155,8 @@ def gram(matrices: np.ndarray) -> np.ndarray:
 
 def pair_list(num_layers: int, num_heads: int) -> np.ndarray:
     """Return layer and head of the earlier and of the later head, (P, 4), in order; empty for a single layer."""
-    pairs = [
-        (*earlier, *later)
-        for earlier in np.ndindex(num_layers, num_heads)
-        for later in np.ndindex(num_layers, num_heads)
-        if later[0] > earlier[0]
-    ]
+    places = list(np.ndindex(num_layers, num_heads))
+    pairs = [(*earlier, *later) for earlier, later in product(places, places) if later[0] > earlier[0]]
     return np.array(pairs, dtype=int).reshape(-1, 4)
 
 
@@ -231,8 +228,7 @@ class HeadScores(Result):
 
     Attributes:
         tokens: (N, T) the ids that the model was given.
-        layers: (L,) the layers, counted from 0.
-        heads: (H,) the heads of each layer, counted from 0.
+        layers, heads: (L,), (H,) the layers and the heads of each, counted from 0.
         score_names: (M,) `SCORES`.
         scores: (L, H, M) mean share of a head's attention; NaN if no token has such a source.
         uniform: (M,) the scores of uniform attention.
@@ -339,13 +335,11 @@ def score_heads(
     the start token 0.04 (S = 25).
 
     Args:
-        model: in evaluation mode.
         tokens_NT: (N, T) ids, at most `context_size` in a row.
         windows: real text, for the in-context-learning score and the scores at natural repeats: (N, context_size + 1)
             ids, `<|pad|>` after the end, and (N,) the document that each is cut from; None: leave both out.
         averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
-        layers: which layers (None: all).
-        heads: which heads of each (None: all).
+        layers, heads: which layers, and which heads of each (None: all).
         threshold: the score above which a head has a role, if it is clearly above the uniform baseline too.
     """
     layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
@@ -512,11 +506,7 @@ RARE = 0.02
 
 
 def text_repeats(
-    model: Transformer,
-    windows_NT: torch.Tensor,
-    documents_N: np.ndarray,
-    layers: Sequence[int],
-    heads: Sequence[int],
+    model: Transformer, windows_NT: torch.Tensor, documents_N: np.ndarray, layers: Sequence[int], heads: Sequence[int]
 ) -> tuple[dict[str, Any], tuple[Receipt, ...]]:
     """Return the scores at natural repeats, the fields `text_...` of `HeadScores`, and a receipt.
 

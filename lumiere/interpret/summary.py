@@ -87,7 +87,6 @@ def measure_activity(model: Transformer, batches: Iterable[Batch]) -> tuple[dict
     """Measure what the parts do, one forward pass per batch, keeping only a few numbers of each layer.
 
     Args:
-        model: in evaluation mode.
         batches: at least one.
 
     Returns:
@@ -240,7 +239,6 @@ def summarize(
     """Summarize parameters, norms, ranks, gains and embeddings, what the parts do on `batches`, and checks.
 
     Args:
-        model: in evaluation mode.
         batches: a text, such as validation windows; none: the weights alone.
         token_counts: (V,) how often the model met each token in training, if that is known.
     """

@@ -5,15 +5,7 @@ import torch
 
 from lumiere.components.hooks import hooked
 from lumiere.models.transformer import Transformer
-from tests.interpret.circuits import (
-    CURRENT,
-    DUPLICATE,
-    FIRST,
-    INDUCTION,
-    PREVIOUS,
-    UNIFORM,
-    repeated_tokens,
-)
+from tests.interpret.circuits import CURRENT, DUPLICATE, FIRST, INDUCTION, PREVIOUS, UNIFORM, repeated_tokens
 
 LENGTH = 15
 TOKENS = torch.tensor([repeated_tokens(LENGTH, seed=seed) for seed in range(3)])
