@@ -115,7 +115,7 @@ class Trial:
 
     Args:
         means: by layer, from `mean_activations`; of mode `mean`.
-        generator: of mode `resample`; each trial takes from it what it needs once, whatever is ablated.
+        generator: of mode `resample`; each trial draws its donors once, for all units.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Trial:
         num_copies = len(residual_RTE) // len(targets_BT)
         is_real_RT = (targets_BT != IGNORED).repeat(num_copies, 1)
         targets_P = targets_BT.repeat(num_copies, 1)[is_real_RT]
-        # What is not to be predicted, such as a first copy, needs no logits, which are most of the work.
+        # Tokens that are not predicted, such as a first copy, need no logits, which are most of the work.
         losses_P = linear_cross_entropy_losses(residual_RTE[is_real_RT], self.model.token_embedding.weight, targets_P)
         sums_R = torch.zeros(len(is_real_RT), dtype=torch.float64)
         sums_R.index_add_(0, is_real_RT.nonzero()[:, 0].cpu(), losses_P.cpu().double())
@@ -237,7 +237,7 @@ MODES = ("mean", "zero", "resample")
 
 @dataclass(frozen=True, kw_only=True)
 class Ablations(Result):
-    """The effect of each ablation on the loss, in nats per token: positive if the part was of use.
+    """The effect of each ablation on the loss, in nats per token: positive if the part helps.
 
     Attributes:
         unit: what is ablated, a name of `UNITS`.
@@ -255,7 +255,7 @@ class Ablations(Result):
         batch_changes: (U, M) the change within each batch.
         num_targets: (M,) predicted tokens of each batch.
         tokens: (S, T + 1) the ids, `<|pad|>` after the end of a sequence; the model read all but the last column.
-        first_target: the first column of `tokens` whose prediction counts; from there on, all that are no padding.
+        first_target: the first column of `tokens` whose prediction counts; from there on, all but padding count.
     """
 
     unit: str

@@ -73,7 +73,7 @@ def neuron_examples(
 ) -> NeuronExamples:
     """Find the tokens at which each neuron's activation (`hook_post`) is largest in absolute value, one in a window.
 
-    The first token of a window never counts: it has no context, and many neurons answer to that alone.
+    The first token of a window never counts: it has no context, and many neurons respond to that.
 
     A neuron responds to patterns in its input (Geva et al. 2021, "Transformer Feed-Forward Layers Are Key-Value
     Memories", section 3). It writes its activation times its row of the second matrix, which promotes tokens (Geva et
@@ -106,7 +106,7 @@ def neuron_examples(
         peak_LWN, place_LWN = peak_LWF.gather(-1, index_LWN), place_LWF.gather(-1, index_LWN)
         kept = min(num_examples, len(tokens_WT))
         top_LKN = peak_LWN.topk(kept, dim=1)
-        # A window of one token has no example; it comes last, and only where there are too few windows.
+        # A window of one token has no example; it is last, and only among the top where there are too few windows.
         is_there_LNK = (top_LKN.values >= 0).transpose(1, 2)
         windows_LNK = top_LKN.indices.transpose(1, 2).where(is_there_LNK, NO_EXAMPLE)
         positions_LNK = place_LWN.gather(1, top_LKN.indices).transpose(1, 2)
