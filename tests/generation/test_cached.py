@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lumiere.components.layers import KVCache
-from lumiere.generation.kv_cache import CachedDecoder, FullForward, few_threads, first_window, kept_when_full, step_rows
+from lumiere.generation.kv_cache import CachedDecoder, FullForward, few_threads, slide, step_rows
 from tests.generation.conftest import CONTEXT_SIZE, VOCAB_SIZE, random_model
 
 ROWS = [[0, 3, 4], [5] * 9, list(range(3, 30)), [7]]
@@ -85,9 +85,10 @@ def test_a_row_may_be_kept_twice() -> None:
 
 def test_the_window_slides_in_steps() -> None:
     """By hand: a window of 4 that is full keeps its last 2."""
-    assert first_window([1, 2, 3, 4, 5, 6], 4) == [3, 4, 5, 6]
-    assert kept_when_full([3, 4, 5, 6], 4) == [5, 6]
-    assert kept_when_full([3], 1) == []
+    windows = [[3, 4, 5, 6], [7, 8, 9], [6, 5, 4, 3]]
+    assert slide(windows, 4) == [0, 2]
+    assert windows == [[5, 6], [7, 8, 9], [4, 3]]
+    assert slide(one := [[3]], 1) == [0] and one == [[]]
     model = random_model("learned")
     decoder = FullForward(model)
     text = [token(step, 0) for step in range(40)]

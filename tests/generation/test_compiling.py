@@ -25,7 +25,7 @@ def test_where_nothing_compiles_it_says_so_once_and_goes_on(monkeypatch: pytest.
     slow.start([[3]])
     for token in (4, 5, 6):
         torch.testing.assert_close(decoder.step([token]), slow.step([token]), atol=1e-4, rtol=0)
-    assert warnings == ["torch.compile does not work here, generation goes on without it: no C++ compiler"]
+    assert warnings == ["torch.compile does not work here, continuing without it: no C++ compiler"]
 
 
 @pytest.mark.slow

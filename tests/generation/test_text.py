@@ -83,7 +83,7 @@ def test_the_check_holds_and_can_fail(trained_run: Run) -> None:
     check = generator.check(generation)
     assert check.holds
     assert check.num_steps == len(generation.tokens) + 1
-    assert check.difference <= check.allowed == 1e-4
+    assert check.difference <= check.tolerance == 1e-4
     # The decoder has a copy of the weights that were.
     generator.model.blocks[1].attention.key.weight.data += 0.1
     failed = generator.check(generation)
