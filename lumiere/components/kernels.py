@@ -10,6 +10,7 @@ Vocab vocab_size, N rows (heads of sequences in attention, tokens in the loss), 
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +34,16 @@ def rms_norm(x_BTE: Tensor, gain_E: Tensor) -> Tensor:
 
 def normalized(x_BTE: Tensor) -> tuple[Tensor, Tensor]:
     """Return `x / s(x)` and `1 / s(x)`, (B, T, 1), with `s(x) = sqrt(mean(x^2) + EPSILON)`."""
-    mean_square_BT1 = torch.linalg.vector_norm(x_BTE, dim=-1, keepdim=True).square_().div_(x_BTE.shape[-1])
-    inverse_scale_BT1 = mean_square_BT1.add_(EPSILON).rsqrt_()
+    size, epsilon = _scalars(x_BTE.shape[-1], torch.promote_types(x_BTE.dtype, torch.float32))
+    mean_square_BT1 = torch.linalg.vector_norm(x_BTE, dim=-1, keepdim=True).square_().div_(size)
+    inverse_scale_BT1 = mean_square_BT1.add_(epsilon).rsqrt_()
     return x_BTE * inverse_scale_BT1, inverse_scale_BT1
+
+
+@cache
+def _scalars(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `size` and `EPSILON` as tensors: torch would convert Python numbers again in every call."""
+    return torch.tensor(size, dtype=dtype), torch.tensor(EPSILON, dtype=dtype)
 
 
 class _RMSNorm(Function):
@@ -89,62 +97,54 @@ def attention_mask(positions_BT: Tensor, num_keys: int, dtype: torch.dtype, real
     ]
 
 
-def masked_scores(q_BTHK: Tensor, k_BSHK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+def masked_scores(q_BHTK: Tensor, k_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
     """Return `q k^T / sqrt(d_key) + mask`, (B, H, T, S), in one pass over them. Without a mask: causal."""
-    num_heads, num_keys = q_BTHK.shape[2], k_BSHK.shape[1]
-    q_NTK, k_NSK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BSHK))  # N is B * H
-    if mask_B1TS is None and q_BTHK.shape[1] == 1:
-        mask_B1TS = q_BTHK.new_zeros(1, 1, 1, 1)
-    elif mask_B1TS is None:
-        mask_B1TS = attention_mask(torch.arange(num_keys, device=q_BTHK.device)[None], num_keys, q_BTHK.dtype)
-    mask_NTS = mask_B1TS[0] if len(mask_B1TS) == 1 else mask_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
-    scores_NTS = torch.baddbmm(mask_NTS.to(q_NTK.dtype), q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
-    return scores_NTS.unflatten(0, (-1, num_heads))
+    num_heads, num_queries, d_key = q_BHTK.shape[1:]
+    num_keys = k_BHSK.shape[2]
+    q_NTK, k_NSK = q_BHTK.flatten(0, 1), k_BHSK.flatten(0, 1)  # N is B * H
+    if mask_B1TS is None and num_queries == 1:
+        mask_NTS = q_BHTK.new_zeros(1, 1, 1)
+    else:
+        if mask_B1TS is None:
+            mask_B1TS = attention_mask(torch.arange(num_keys, device=q_BHTK.device)[None], num_keys, q_BHTK.dtype)
+        mask_NTS = mask_B1TS[0] if len(mask_B1TS) == 1 else mask_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
+    scores_NTS = torch.baddbmm(mask_NTS.to(q_NTK.dtype), q_NTK, k_NSK.mT, alpha=d_key**-0.5)
+    return scores_NTS.view(-1, num_heads, num_queries, num_keys)
 
 
-def attention_pattern(q_BTHK: Tensor, k_BSHK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+def attention_pattern(q_BHTK: Tensor, k_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
     """Return the attention weights, (B, H, T, S), in float32 or wider: each row sums to 1."""
-    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-    return masked_scores(q_BTHK, k_BSHK, mask_B1TS).softmax(dim=-1, dtype=dtype)
+    dtype = torch.promote_types(q_BHTK.dtype, torch.float32)
+    return masked_scores(q_BHTK, k_BHSK, mask_B1TS).softmax(dim=-1, dtype=dtype)
 
 
-def attention(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
-    """Return the weighted values of each head, (B, T, H, V), by the fastest way for the device, type and length.
+def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+    """Return the weighted values of each head, (B, H, T, V), by the fastest way for the device, type and length.
 
     Args:
         mask_B1TS: From `attention_mask`. None: causal for queries and keys of the same positions; one query sees all.
     """
-    if q_BTHK.shape[1] == 1 and (mask_B1TS is not None or k_BSHK.shape[1] > 1):
+    if q_BHTK.shape[2] == 1 and (mask_B1TS is not None or k_BHSK.shape[2] > 1):
         # On a CPU, torch's fused attention takes twice the time for a single query.
-        pattern_BHTS = masked_scores(q_BTHK, k_BSHK, mask_B1TS).softmax(dim=-1)
-        z_N1V = torch.bmm(pattern_BHTS.flatten(0, 1), v_BSHV.transpose(1, 2).flatten(0, 1))  # N is B * H
-        return z_N1V.view(len(q_BTHK), 1, -1, z_N1V.shape[-1])
-    if mask_B1TS is None:
-        return causal_attention(q_BTHK, k_BSHK, v_BSHV)
-    heads = (q_BTHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHV.transpose(1, 2))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask_B1TS.to(q_BTHK.dtype)).transpose(1, 2)
+        return masked_scores(q_BHTK, k_BHSK, mask_B1TS).softmax(dim=-1) @ v_BHSV
+    if mask_B1TS is not None:
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, attn_mask=mask_B1TS.to(q_BHTK.dtype))
+    if is_fused(q_BHTK, v_BHSV):
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True)
+    num_positions, d_key = q_BHTK.shape[2:]
+    hidden_TS = q_BHTK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
+    if prefers_hand_written(q_BHTK):
+        return _CausalAttention.apply(q_BHTK, k_BHSK, v_BHSV, hidden_TS)
+    return ((q_BHTK * d_key**-0.5) @ k_BHSK.mT + hidden_TS).softmax(dim=-1) @ v_BHSV
 
 
-def causal_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:
-    """Each head's weighted values, (B, T, H, V), by the faster way for the device and the length."""
-    if is_fused(q_BTHK, v_BTHV):
-        heads = (q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2))
-        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
-    num_positions, d_key = q_BTHK.shape[1], q_BTHK.shape[-1]
-    hidden_TS = q_BTHK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
-    if prefers_hand_written(q_BTHK):
-        return _CausalAttention.apply(q_BTHK, k_BTHK, v_BTHV, hidden_TS)
-    q_BHTK, k_BHKS, v_BHSV = q_BTHK.transpose(1, 2), k_BTHK.permute(0, 2, 3, 1), v_BTHV.transpose(1, 2)
-    return (((q_BHTK * d_key**-0.5) @ k_BHKS + hidden_TS).softmax(dim=-1) @ v_BHSV).transpose(1, 2)
-
-
-def is_fused(q_BTHK: Tensor, v_BTHV: Tensor) -> bool:
-    """Whether torch's fused attention is the faster way for the device, the type and the length."""
-    if q_BTHK.device.type != "cpu":
+def is_fused(q_BHTK: Tensor, v_BHSV: Tensor) -> bool:
+    """Return whether torch's fused attention is the faster way for the device, the type and the length."""
+    if q_BHTK.device.type != "cpu":
         return True
     # On a CPU, torch has no fused attention for values of another width than the keys.
-    min_positions = BFLOAT16_FUSED_MIN_POSITIONS if q_BTHK.dtype == torch.bfloat16 else 0
-    return q_BTHK.shape[-1] == v_BTHV.shape[-1] and q_BTHK.shape[1] >= min_positions
+    min_positions = BFLOAT16_FUSED_MIN_POSITIONS if q_BHTK.dtype == torch.bfloat16 else 0
+    return q_BHTK.shape[-1] == v_BHSV.shape[-1] and q_BHTK.shape[2] >= min_positions
 
 
 class _CausalAttention(Function):
@@ -155,28 +155,28 @@ class _CausalAttention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, hidden_TS: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, hidden_TS: Tensor) -> Tensor:
         # N is B * H, as the batched product wants it.
-        q_NTK, k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHV))
-        with torch.autocast(q_BTHK.device.type, enabled=False):
-            scores_NTS = torch.baddbmm(hidden_TS, q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
+        q_NTK, k_NSK, v_NSV = (x.flatten(0, 1) for x in (q_BHTK, k_BHSK, v_BHSV))
+        with torch.autocast(q_BHTK.device.type, enabled=False):
+            scores_NTS = torch.baddbmm(hidden_TS, q_NTK, k_NSK.mT, alpha=q_BHTK.shape[-1] ** -0.5)
             pattern_NTS = scores_NTS.softmax(dim=-1)
             z_NTV = pattern_NTS @ v_NSV
         ctx.save_for_backward(q_NTK, k_NSK, v_NSV, pattern_NTS)
-        ctx.num_heads = q_BTHK.shape[2]
-        return z_NTV.unflatten(0, (-1, ctx.num_heads)).transpose(1, 2)
+        ctx.num_heads = q_BHTK.shape[1]
+        return z_NTV.unflatten(0, (-1, ctx.num_heads))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient_BHTV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q_NTK, k_NSK, v_NSV, pattern_NTS = ctx.saved_tensors
-        gradient_NTV = gradient_BTHV.transpose(1, 2).flatten(0, 1)
+        gradient_NTV = gradient_BHTV.flatten(0, 1)
         # The softmax's gradient, P * (dP - sum(P * dP)), as one pass; scaled as the scores were.
         scores_NTS = torch.ops.aten._softmax_backward_data(gradient_NTV @ v_NSV.mT, pattern_NTS, -1, pattern_NTS.dtype)
         scores_NTS.mul_(q_NTK.shape[-1] ** -0.5)
         to_heads = (scores_NTS @ k_NSK, scores_NTS.mT @ q_NTK, pattern_NTS.mT @ gradient_NTV)
-        q_BTHK, k_BTHK, v_BTHV = (x.unflatten(0, (-1, ctx.num_heads)).transpose(1, 2) for x in to_heads)
-        return q_BTHK, k_BTHK, v_BTHV, None
+        q_BHTK, k_BHSK, v_BHSV = (x.unflatten(0, (-1, ctx.num_heads)) for x in to_heads)
+        return q_BHTK, k_BHSK, v_BHSV, None
 
 
 def gated_silu(branches_BTF: Tensor) -> Tensor:

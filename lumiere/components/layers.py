@@ -147,22 +147,21 @@ class LayerCache(NamedTuple):
     """(B, H, C, K)."""
     values: Tensor
     """(B, H, C, V)."""
-    where: tuple[Tensor, slice, Tensor] | slice
-    """Positions that this pass writes: a slice for all rows, or an index of rows (B, 1), heads, positions (B, T)."""
+    where: Tensor | slice
+    """Positions that this pass writes: a slice for all rows, or their places in (B, H, C) flattened, (B H T,)."""
     num_keys: int
     """Columns to attend to, S."""
 
-    def append(self, k_BTHK: Tensor, v_BTHV: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values; return those of all S positions, (B, S, H, K) and (B, S, H, V)."""
-        if isinstance(self.where, slice):  # a tenth of the time of an index
-            self.keys[:, :, self.where] = k_BTHK.transpose(1, 2)
-            self.values[:, :, self.where] = v_BTHV.transpose(1, 2)
-        else:
-            self.keys[self.where] = k_BTHK
-            self.values[self.where] = v_BTHV
-        if k_BTHK.shape[1] == self.num_keys:
-            return k_BTHK, v_BTHV
-        return self.keys[:, :, : self.num_keys].transpose(1, 2), self.values[:, :, : self.num_keys].transpose(1, 2)
+    def append(self, k_BHTK: Tensor, v_BHTV: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values; return those of all S positions, (B, H, S, K) and (B, H, S, V)."""
+        for tensor, new in ((self.keys, k_BHTK), (self.values, v_BHTV)):
+            if isinstance(self.where, slice):  # a third of the time of an index
+                tensor[:, :, self.where] = new
+            else:
+                tensor.view(-1, tensor.shape[-1]).index_copy_(0, self.where, new.reshape(-1, new.shape[-1]))
+        if k_BHTK.shape[2] == self.num_keys:
+            return k_BHTK, v_BHTV
+        return self.keys[:, :, : self.num_keys], self.values[:, :, : self.num_keys]
 
 
 @dataclass
@@ -188,7 +187,9 @@ class KVCache:
         if isinstance(self.lengths, int):
             where = slice(self.lengths, self.lengths + len(positions))
         else:
-            where = (torch.arange(len(positions), device=positions.device)[:, None], slice(None), positions)
+            num_rows, num_heads, capacity = self.keys[0].shape[:3]
+            starts_BH1 = torch.arange(0, num_rows * num_heads * capacity, capacity, device=positions.device)
+            where = (starts_BH1.view(num_rows, num_heads, 1) + positions[:, None]).flatten()
         return [LayerCache(k, v, where, self.num_keys) for k, v in zip(self.keys, self.values, strict=True)]
 
 
@@ -244,15 +245,6 @@ class Attention(nn.Module):
             return self.joined
         return torch.cat([self.query.weight, self.key.weight, self.value.weight])
 
-    def project(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries (B, T, H, K), keys (B, T, H, K) and values (B, T, H, V), before any rotation."""
-        q, k, v = F.linear(x_BTE, self.joined_weight()).split(self._widths, dim=-1)
-        return (
-            q.unflatten(-1, (self.num_heads, self.d_key)),
-            k.unflatten(-1, (self.num_heads, self.d_key)),
-            v.unflatten(-1, (self.num_heads, self.d_value)),
-        )
-
     def forward(
         self,
         x_BTE: Tensor,
@@ -270,22 +262,28 @@ class Attention(nn.Module):
             cache: Keys and values of earlier positions; receives the new ones.
             record: Receives the pattern.
         """
-        q_BTHK, k_BTHK, v_BTHV = self.project(x_BTE)
-        q_BTHK, k_BSHK, v_BSHV = self.hook_q(q_BTHK), self.hook_k(k_BTHK), self.hook_v(v_BTHV)
+        q, k, v = torch.split_with_sizes(F.linear(x_BTE, self.joined_weight()), self._widths, dim=-1)
+        heads = (*x_BTE.shape[:2], self.num_heads)
+        q_BTHK, k_BTHK, v_BTHV = (
+            self.hook_q(q.view(*heads, self.d_key)),
+            self.hook_k(k.view(*heads, self.d_key)),
+            self.hook_v(v.view(*heads, self.d_value)),
+        )
         if rotation is not None:
-            q_BTHK, k_BSHK = rotate(q_BTHK, rotation), rotate(k_BSHK, rotation)
+            q_BTHK, k_BTHK = rotate(q_BTHK, rotation), rotate(k_BTHK, rotation)
+        q_BHTK, k_BHSK, v_BHSV = q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2)
         if cache is not None:
-            k_BSHK, v_BSHV = cache.append(k_BSHK, v_BSHV)
+            k_BHSK, v_BHSV = cache.append(k_BHSK, v_BHSV)
         if self.hook_attn_scores.is_set or self.hook_pattern.is_set:
-            scores_BHTS = self.hook_attn_scores(masked_scores(q_BTHK, k_BSHK, mask_B1TS))
+            scores_BHTS = self.hook_attn_scores(masked_scores(q_BHTK, k_BHSK, mask_B1TS))
             pattern_BHTS = self.hook_pattern(scores_BHTS.softmax(dim=-1))
-            z_BTHV = (pattern_BHTS @ v_BSHV.transpose(1, 2)).transpose(1, 2)
+            z_BHTV = pattern_BHTS @ v_BHSV
         else:
             pattern_BHTS = None
-            z_BTHV = attention(q_BTHK, k_BSHK, v_BSHV, mask_B1TS)
+            z_BHTV = attention(q_BHTK, k_BHSK, v_BHSV, mask_B1TS)
         if record is not None:
-            record.patterns.append(pattern_BHTS if pattern_BHTS is not None else (q_BTHK, k_BSHK, mask_B1TS))
-        return self.output(self.hook_z(z_BTHV).flatten(-2))
+            record.patterns.append(pattern_BHTS if pattern_BHTS is not None else (q_BHTK, k_BHSK, mask_B1TS))
+        return F.linear(self.hook_z(z_BHTV.transpose(1, 2)).flatten(-2), self.output.weight)
 
 
 class SwiGLU(nn.Module):
@@ -318,7 +316,7 @@ class SwiGLU(nn.Module):
         if self.hook_pre.is_set or self.hook_pre_linear.is_set:
             gate_BTF, linear_BTF = branches_BTF.chunk(2, dim=-1)
             branches_BTF = torch.cat([self.hook_pre(gate_BTF), self.hook_pre_linear(linear_BTF)], dim=-1)
-        return self.down(self.hook_post(gated_silu(branches_BTF)))
+        return F.linear(self.hook_post(gated_silu(branches_BTF)), self.down.weight)
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from lumiere.models.transformer import Transformer
 # Multiplications of a step below which a second thread costs more than it saves.
 ONE_THREAD_MULTIPLICATIONS = 2**24
 
-Step = Callable[[Transformer, KVCache, Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[Transformer, KVCache, Tensor], Tensor]
 
 
 class Decoder(Protocol):
@@ -121,7 +121,7 @@ class CachedDecoder:
     def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
         self._windows = [first_window(row, self._model.context_size) for row in rows]
         self._allocate(len(rows))
-        return self._encode(range(len(rows)))
+        return self._logits_after(self._encode(range(len(rows))))
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -130,7 +130,7 @@ class CachedDecoder:
         for i in full:
             self._windows[i] = kept_when_full(self._windows[i], context_size)
         if full and context_size > 1:
-            self._encode(full)
+            self._encode(full, fill_only=True)
         lengths = [len(window) for window in self._windows]
         for window, token in zip(self._windows, tokens, strict=True):
             window.append(token)
@@ -145,7 +145,7 @@ class CachedDecoder:
             self._cache.num_keys = max(lengths) + 1 if self._compiled_step is None else context_size
             tokens_B = torch.tensor([*tokens, *unused], device=self._weight.device)
             step = self._compiled_step or step_rows
-            return step(self._model, self._cache, tokens_B, self._unembedding, self._bias)[: len(tokens)]
+            return self._logits_after(step(self._model, self._cache, tokens_B)[: len(tokens)])
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
@@ -176,28 +176,33 @@ class CachedDecoder:
             self._cache = KVCache(keys, values, 0, 0)
         self._num_cached = num_rows
 
-    def _encode(self, rows: Sequence[int]) -> Tensor:
-        """Fill the cache with the windows of `rows`; return the logits after each, (B, V)."""
+    def _encode(self, rows: Sequence[int], fill_only: bool = False) -> Tensor:
+        """Fill the cache with the windows of `rows`; return the final residual stream after each, (B, E)."""
         windows, device = [self._windows[row] for row in rows], self._weight.device
         num_positions = max(map(len, windows))
         # No token sees what stands to the right of a shorter row: attention is causal, and later steps overwrite it.
         padded = [window + [0] * (num_positions - len(window)) for window in windows]
-        index = torch.tensor(list(rows), device=device)
-        caches = (self._cache.keys, self._cache.values)
-        is_all = len(rows) == self._num_cached
-        keys, values = caches if is_all else ([tensor[index] for tensor in tensors] for tensors in caches)
+        cache, index = KVCache(self._cache.keys, self._cache.values, 0, num_positions), None
+        if len(rows) < self._num_cached:
+            index = torch.tensor(list(rows), device=device)
+            keys, values = (
+                [x.new_empty(len(rows), x.shape[1], num_positions, x.shape[3]) for x in tensors]
+                for tensors in (cache.keys, cache.values)
+            )
+            cache = KVCache(keys, values, 0, num_positions)
         with few_threads(self._num_weights * len(rows) * num_positions):
             tokens_BT = torch.tensor(padded, device=device)
-            final_BTE = self._model.final_residual(tokens_BT, cache=KVCache(keys, values, 0, num_positions))
-            last_BE = final_BTE[torch.arange(len(rows)), [len(window) - 1 for window in windows]]
-            logits_BV = torch.addmm(self._bias, last_BE, self._unembedding)
-        if not is_all:
-            for tensors, filled in zip(caches, (keys, values), strict=True):
-                for tensor, part in zip(tensors, filled, strict=True):
-                    tensor[index] = part
+            final_BTE = self._model.final_residual(tokens_BT, cache=cache, fill_only=fill_only)
+        if index is not None:
+            for x, part in zip((*self._cache.keys, *self._cache.values), (*cache.keys, *cache.values), strict=True):
+                x[index, :, :num_positions] = part
         if self._one_stream is not None:
             self._one_stream.reorder(num_positions)
-        return logits_BV
+        return final_BTE[torch.arange(len(rows)), [len(window) - 1 for window in windows]]
+
+    def _logits_after(self, final_BE: Tensor) -> Tensor:
+        with few_threads(self._num_weights * len(final_BE)):
+            return torch.addmm(self._bias, final_BE, self._unembedding)
 
 
 @torch.no_grad()
@@ -212,13 +217,15 @@ def copy_to_generate(model: Transformer) -> Transformer:
             part.joined = part.joined_weight().T.contiguous().T
         for linear in (block.attention.output, block.feedforward.down):
             linear.weight.data = linear.weight.T.contiguous().T
+    for module in model.modules():
+        # As plain attributes: torch's own lookup takes a quarter of a step's dispatch.
+        vars(module).update({**module._modules, **module._parameters})
     return model
 
 
-def step_rows(model: Transformer, cache: KVCache, tokens_B: Tensor, unembedding_EV: Tensor, bias_V: Tensor) -> Tensor:
-    """Append a token to each row of `cache`; return the logits of the next, (B, V)."""
-    final_B1E = model.final_residual(tokens_B[:, None], cache=cache)
-    return torch.addmm(bias_V, final_B1E[:, 0], unembedding_EV)
+def step_rows(model: Transformer, cache: KVCache, tokens_B: Tensor) -> Tensor:
+    """Append a token to each row of `cache`; return the final residual stream, (B, E)."""
+    return model.final_residual(tokens_B[:, None], cache=cache)[:, 0]
 
 
 def compiled_step(warn: Callable[[str], None] | None = None) -> Step:
@@ -230,19 +237,19 @@ def compiled_step(warn: Callable[[str], None] | None = None) -> Step:
     fast: Step | None = None
     works = True
 
-    def step(model: Transformer, cache: KVCache, tokens_B: Tensor, unembedding_EV: Tensor, bias_V: Tensor) -> Tensor:
+    def step(model: Transformer, cache: KVCache, tokens_B: Tensor) -> Tensor:
         nonlocal fast, works
         if works:
             try:
                 fast = fast or torch.compile(step_rows, dynamic=False)
-                return fast(model, cache, tokens_B, unembedding_EV, bias_V)
+                return fast(model, cache, tokens_B)
             except Exception as error:  # torch raises many kinds, none of them documented
                 works = False
                 if warn is not None:
                     reason = str(error).strip().partition("\n")[0]
                     warn(f"torch.compile does not work here, generation goes on without it: {reason}")
         # A step that failed half-way has written nothing to the cache that this does not write again.
-        return step_rows(model, cache, tokens_B, unembedding_EV, bias_V)
+        return step_rows(model, cache, tokens_B)
 
     return step
 

@@ -191,6 +191,7 @@ class Transformer(nn.Module):
         padding_mask_BT: Tensor | None = None,
         cache: KVCache | None = None,
         record: ForwardRecord | None = None,
+        fill_only: bool = False,
     ) -> Tensor:
         """Return the normalized final residual stream, (B, T, E): the forward pass up to the unembedding.
 
@@ -199,6 +200,8 @@ class Transformer(nn.Module):
 
         Args:
             record: Receives the residual stream and the patterns, the stream after the last block included.
+            fill_only: Fill `cache`, then stop: the last block's feed-forward part and the norm are skipped, and the
+                result is not what this function returns otherwise.
         """
         self._check_tokens(tokens_BT)
         num_positions = tokens_BT.shape[1]
@@ -217,6 +220,8 @@ class Transformer(nn.Module):
             sees_all = isinstance(lengths, int) and cache.num_keys == lengths + 1
             if cache.num_keys > num_positions and not sees_all:
                 mask_B1TS = attention_mask(positions.view(-1, num_positions), cache.num_keys, dtype)
+                if len(mask_B1TS) > 1:  # once, and not in every layer
+                    mask_B1TS = mask_B1TS.expand(-1, self.num_heads, -1, -1).contiguous()
 
         resid_BTE = self.hook_embed(self.token_embedding(tokens_BT))
         if self.position_embedding is not None:
@@ -224,7 +229,7 @@ class Transformer(nn.Module):
             if self.hook_pos_embed.is_set:
                 position_TE = self.hook_pos_embed(position_TE.expand(resid_BTE.shape))
             resid_BTE = resid_BTE + position_TE
-        return self._run_blocks(self.dropout(resid_BTE), 0, positions, mask_B1TS, layer_caches, record)
+        return self._run_blocks(self.dropout(resid_BTE), 0, positions, mask_B1TS, layer_caches, record, fill_only)
 
     def continue_from(self, resid_BTE: Tensor, layer: int) -> Tensor:
         """Return `final_residual`, given the stream that block `layer` reads.
@@ -243,6 +248,7 @@ class Transformer(nn.Module):
         mask_B1TS: Tensor | None = None,
         caches: list[LayerCache] | None = None,
         record: ForwardRecord | None = None,
+        fill_only: bool = False,
     ) -> Tensor:
         rotation = self._rotation(positions)
         # A block that is computed again, after a `with hooked` block has ended, would miss the hooks.
@@ -251,6 +257,9 @@ class Transformer(nn.Module):
         )
         for layer in range(first_layer, self.num_layers):
             block, cache = self.blocks[layer], None if caches is None else caches[layer]
+            if fill_only and layer == self.num_layers - 1:
+                block.attention(block.attention_norm(resid_BTE), rotation, mask_B1TS, cache)
+                return resid_BTE
             if recomputes:
                 resid_BTE = cast("Tensor", checkpoint(block, resid_BTE, rotation, use_reentrant=False))
             else:

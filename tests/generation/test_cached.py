@@ -124,9 +124,9 @@ def test_a_compiled_step_works_at_a_fixed_number_of_rows(positions: str) -> None
     model = random_model(positions)
     shapes = set()
 
-    def counting(model: Any, cache: KVCache, tokens_B: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    def counting(model: Any, cache: KVCache, tokens_B: torch.Tensor) -> torch.Tensor:
         shapes.add((cache.keys[0].shape, tokens_B.shape, cache.lengths.shape, cache.num_keys))
-        return step_rows(model, cache, tokens_B, *weights)
+        return step_rows(model, cache, tokens_B)
 
     cached, slow = CachedDecoder(model, compiled_step=counting), FullForward(model)
     assert_same(cached.start(ROWS), slow.start(ROWS), 1e-4)
