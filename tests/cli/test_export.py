@@ -56,8 +56,8 @@ def test_json(run: Run) -> None:
     ("arguments", "message"),
     [
         ("latest full", "the folder 'full' is not empty"),
-        ("latest full/mine.txt", "'full/mine.txt' exists and is no folder"),
-        ("latest none/out", "there is no folder 'none'"),
+        ("latest full/mine.txt", "'full/mine.txt' exists and is not a folder"),
+        ("latest none/out", "the folder 'none' does not exist"),
         ("latest .", "'.' is the current folder"),
         ("zzzzzzzz out", "no run 'zzzzzzzz'"),
         ("latest out --checkpoint bset", "'bset'"),
