@@ -277,12 +277,7 @@ def beam_search(
     Args:
         decoder: Gives minus infinity at ids that are never generated.
         sampling: Its `repetition_penalty` and `no_repeat_ngram_size`; the penalty acts on log-probabilities.
-
-    Raises:
-        LumiereError: There is less than one beam.
     """
-    if num_beams < 1:
-        raise LumiereError(f"there must be at least 1 beam, not {num_beams}", "4 are common")
     if max_new_tokens == 0:
         return [Beam((), 0.0, is_ended=False)] * num_beams
     logits_BV = checked(decoder.start([prompt]))
