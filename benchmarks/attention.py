@@ -22,12 +22,12 @@ ROUNDS, WARM_UP = 25, 5
 
 def seconds(num_positions: int, dtype: torch.dtype, is_fused: bool) -> float:
     """Return the time of a forward and backward pass over about `TOKENS` tokens."""
-    shape = (max(1, TOKENS // num_positions), num_positions, HEADS, WIDTH)
+    shape = (max(1, TOKENS // num_positions), HEADS, num_positions, WIDTH)
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
     gradient = torch.randn(shape, dtype=dtype)
-    kernels.is_fused = lambda q_BTHK, v_BTHV: is_fused
+    kernels.is_fused = lambda q_BHTK, v_BHSV: is_fused
     start = time.perf_counter()
-    kernels.causal_attention(q, k, v).backward(gradient)
+    kernels.attention(q, k, v).backward(gradient)
     return time.perf_counter() - start
 
 

@@ -39,7 +39,7 @@ from typer.testing import CliRunner
 from lumiere.components.hooks import HookPoint, hook_points, run_with_cache
 from lumiere.config.loader import load_config
 from lumiere.device import keep_freed_memory
-from lumiere.export.exporting import export_model, find_target
+from lumiere.export.exporting import TARGETS, export_model
 from lumiere.models.transformer import Transformer, build_model
 
 WINDOWS = (1, 32)
@@ -103,7 +103,7 @@ def transformer_lens_twin(model: Transformer) -> Any:
     """Return the same model in TransformerLens, or None if that is not installed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "exported"
-        exported = export_model(find_target("transformer-lens"), path, model, b"{}", range(3, model.vocab_size), {})
+        exported = export_model(TARGETS["transformer-lens"], path, model, b"{}", range(3, model.vocab_size), {})
         if exported.skipped:
             return None
         return runpy.run_path(str(path / "load.py"))["load_model"]()
@@ -203,13 +203,13 @@ def analyses(run: str, runs_dir: str, console: Console) -> dict[str, float]:
     figures: dict[str, float] = {}
     for command in inspect_app.registered_commands:
         name = command.name or getattr(command.callback, "__name__", "")
-        seconds = []
+        seconds, exit_code = [], 0
         for _ in range(ANALYSIS_REPEATS + 1):
             arguments = ["inspect", name, "--run", run, "--runs-dir", runs_dir, *OPTIONS.get(name, [])]
-            result = CliRunner().invoke(app, arguments)
+            exit_code = CliRunner().invoke(app, arguments).exit_code
             seconds.append(time.perf_counter() - loaded[-1] if loaded else float("nan"))
         figures[name] = statistics.median(seconds[1:])
-        table.add_row(name, f"{figures[name]:.2f}", str(result.exit_code))
+        table.add_row(name, f"{figures[name]:.2f}", str(exit_code))
     console.print(table)
     return figures
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
 from lumiere import device as device_module
-from lumiere.cli import app
 from lumiere.config.schema import RunConfig
 from lumiere.generation import text as text_module
 from lumiere.persistence.runs import Run, RunStore
 from tests.accelerator import DEVICE, Accelerator
+from tests.cli.commands import invoke, read_json
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +47,6 @@ def test_it_has_no_float64() -> None:
             forbidden()
     with pytest.raises(AssertionError):
         _ = tensor + torch.ones(3)
-
-
-def run(command: str) -> dict[str, Any]:
-    result = CliRunner().invoke(app, [*command.split(), "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 UNLIKE = {"device", "seconds", "receipts", "time", "tokens_per_second", "mfu"}
@@ -98,13 +91,13 @@ COMMANDS = (
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_gives_what_it_gives_on_the_cpu(trained_run: Run, command: str) -> None:
     command = command.format(run=trained_run.id) + f" --runs-dir {trained_run.path.parent} --device "
-    assert_same(run(command + "mps"), run(command + "cpu"))
+    assert_same(*(read_json(*(command + device).split()) for device in ("mps", "cpu")))
 
 
 @pytest.mark.slow
 def test_a_report_is_written(trained_run: Run, tmp_path: Path) -> None:
     command = f"inspect report --run {trained_run.id} --runs-dir {trained_run.path.parent} -o report.html --device mps"
-    assert CliRunner().invoke(app, command.split(), catch_exceptions=False).exit_code == 0
+    invoke(*command.split())
     assert (tmp_path / "report.html").exists()
 
 
@@ -123,7 +116,7 @@ def test_a_training_gives_what_it_gives_on_the_cpu(tiny_config: RunConfig, chang
     Path("config.yaml").write_text(yaml.safe_dump(values))
     lines = {}
     for device in ("mps", "cpu"):
-        run(f"train config.yaml --device {device} --runs-dir {device}")
+        invoke("train", "config.yaml", "--device", device, "--runs-dir", device)
         metrics = RunStore(device).open("latest").metrics_path.read_text().splitlines()
         lines[device] = [json.loads(line) for line in metrics]
     assert_same(lines["mps"], lines["cpu"])

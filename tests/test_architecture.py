@@ -1,9 +1,10 @@
 """Imports run downwards, files stay small, and light commands load no heavy library."""
 
 import ast
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -77,65 +78,66 @@ SLOW = HEAVY | {"pydantic", "rich", "yaml", "matplotlib"}
 RUN = "run_aaaaaaaa_20250819_001808"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "unwanted"),
-    [
-        ("--help", HEAVY),
-        ("--version", HEAVY),
-        ("train --help", HEAVY),
-        ("inspect attention --help", HEAVY),
-        ("export --help", HEAVY),
-        ("inspect lens --help", HEAVY),
-        ("inspect diff --help", HEAVY),
-        ("inspect logits --help", HEAVY),
-        ("inspect summary --help", HEAVY),
-        ("inspect heads --help", HEAVY),
-        ("inspect report --help", HEAVY),
-        ("train tiny --print-config", HEAVY),
-        ("runs ls", SLOW),
-        ("runs ls --status finished --sort loss --json", SLOW),
-        ("runs tag aaaa baseline", SLOW),
-        ("runs note aaaa text", SLOW),
-        ("runs prune --dry-run", SLOW),
-        ("runs rm aaaa --yes", SLOW),
-        ("runs show aaaa", HEAVY),
-        ("runs compare aaaa bbbb", HEAVY),
-        ("runs plot aaaa bbbb", HEAVY),
-        ("runs watch aaaa", HEAVY),
-    ],
-)
-def test_light_commands_load_nothing_heavy(arguments: str, unwanted: set[str]) -> None:
+LIGHT = {
+    "--help|--version|train --help|inspect attention --help|export --help|inspect lens --help": HEAVY,
+    "inspect diff --help|inspect logits --help|inspect summary --help|inspect heads --help": HEAVY,
+    "inspect report --help|train tiny --print-config": HEAVY,
+    "runs show aaaa|runs compare aaaa bbbb|runs plot aaaa bbbb|runs watch aaaa": HEAVY,
+    "runs ls|runs ls --status finished --sort loss --json|runs tag aaaa baseline|runs note aaaa text": SLOW,
+    "runs prune --dry-run|runs rm aaaa --yes": SLOW,
+}
+LOADED = """
+import sys
+from lumiere.cli import main
+sys.argv = ["lumiere", *{arguments!r}]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print("loaded:", *({unwanted!r} & sys.modules.keys()))
+"""
+SEVERAL = """
+import sys
+from lumiere.cli import app
+for command in {commands!r}:
+    try:
+        app(command.split())
+    except SystemExit as stop:
+        assert not stop.code, command
+    print("loaded by", command, file=sys.stderr)
+    assert not {unwanted!r} & sys.modules.keys(), {unwanted!r} & sys.modules.keys()
+"""
+
+
+def run_script(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | variables
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def loaded(arguments: Sequence[str], unwanted: set[str], **variables: str) -> set[str]:
+    """Run a command in a process of its own; return those of the unwanted modules that it loads."""
+    result = run_script(LOADED.format(arguments=list(arguments), unwanted=unwanted), **variables)
+    return set(result.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize(("commands", "unwanted"), LIGHT.items())
+def test_light_commands_load_nothing_heavy(commands: str, unwanted: set[str]) -> None:
     line = '{"step": 1, "tokens": 5, "time": 0.5, "loss": 8.0}\n'
     for name in (RUN, RUN.replace("aaaaaaaa", "bbbbbbbb")):
         (Path("runs") / name / "checkpoints").mkdir(parents=True)
         (Path("runs") / name / "run.json").write_text('{"status": "finished", "dataset": "stories"}')
         (Path("runs") / name / "metrics.jsonl").write_text(line)
         (Path("runs") / name / "config.yaml").write_text("training: {seed: 1}")
-    script = (
-        "import sys\n"
-        "from lumiere.cli import main\n"
-        f"sys.argv = ['lumiere', *{arguments.split()!r}]\n"
-        "try:\n"
-        "    main()\n"
-        "except SystemExit as stop:\n"
-        "    assert not stop.code, stop.code\n"
-        f"print('loaded:', *({unwanted!r} & sys.modules.keys()))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "loaded:"
+    run_script(SEVERAL.format(commands=commands.split("|"), unwanted=unwanted))
+
+
+def test_main_loads_nothing_heavy() -> None:
+    assert loaded(["--version"], HEAVY) == set()
 
 
 def test_generating_loads_no_compiler(trained_run: Run) -> None:
     """The first token of a cold shell would wait a second for it."""
-    script = (
-        "import sys\n"
-        "from lumiere.cli import main\n"
-        f"sys.argv = ['lumiere', 'generate', '-n', '3', '--runs-dir', {str(trained_run.path.parent)!r}]\n"
-        "try:\n"
-        "    main()\n"
-        "except SystemExit as stop:\n"
-        "    assert not stop.code, stop.code\n"
-        "print('loaded:', *({'torch._dynamo', 'datasets', 'sympy'} & sys.modules.keys()))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "loaded:"
+    arguments = ["generate", "-n", "3", "--runs-dir", str(trained_run.path.parent)]
+    assert loaded(arguments, {"torch._dynamo", "datasets", "sympy"}) == set()

@@ -120,12 +120,9 @@ def test_python_snippets_run_in_order(trained_run: Run, capsys: pytest.CaptureFi
 
 def test_no_text_installs_the_package_of_another_project() -> None:
     """`lumiere` on PyPI is another project."""
-    files = [
-        path
-        for folder in (".", "docs/", "lumiere/**/", "benchmarks/", "tests/**/")
-        for path in ROOT.glob(f"{folder}/*.*")
-        if path.suffix in (".md", ".py", ".toml", ".cff")
-    ]
+    folders = (".", "docs/", "lumiere/**/", "benchmarks/", "tests/**/")
+    found = (path for folder in folders for path in ROOT.glob(f"{folder}/*.*"))
+    files = [path for path in found if path.suffix in (".md", ".py", ".toml", ".cff")]
     pattern = re.compile(r"pip install[^\n]*[ '\"=]lumiere(?!-)\b")
     assert len(files) > 100
     assert [str(path) for path in files if pattern.search(path.read_text(encoding="utf-8"))] == []

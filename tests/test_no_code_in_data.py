@@ -6,15 +6,14 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from datasets.packaged_modules import _EXTENSION_TO_MODULE, _PACKAGED_DATASETS_MODULES
-from typer.testing import CliRunner
 
-from lumiere.cli import app
 from lumiere.config.loader import UniqueKeyLoader, dump_config, load_config_file
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import hub
@@ -25,6 +24,7 @@ from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from tests.checkpoints import folder_of, plant
+from tests.cli.commands import invoke, refuse
 
 PACKAGE = Path(__file__).parents[1] / "lumiere"
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -57,25 +57,24 @@ def dangers(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "from dill import loads",
-        "torch.load(path)",
-        "torch.load(path, weights_only=True)",
-        "np.load(path, allow_pickle=True)",
-        "yaml.load(text)",
-        "yaml.load(text, yaml.Loader)",
-        "yaml.unsafe_load(text)",
-        "eval(text)",
-        "exec(text)",
-        "subprocess.run(text, shell=True)",
-        "datasets.load_dataset(name, trust_remote_code=True)",
-    ],
-)
-def test_the_search_finds_what_it_looks_for(source: str) -> None:
-    assert dangers(source)
+DANGEROUS = """
+import pickle
+from dill import loads
+torch.load(path)
+torch.load(path, weights_only=True)
+np.load(path, allow_pickle=True)
+yaml.load(text)
+yaml.load(text, yaml.Loader)
+yaml.unsafe_load(text)
+eval(text)
+exec(text)
+subprocess.run(text, shell=True)
+datasets.load_dataset(name, trust_remote_code=True)
+"""
+
+
+def test_the_search_finds_what_it_looks_for() -> None:
+    assert [line for line in DANGEROUS.strip().splitlines() if not dangers(line)] == []
 
 
 def test_no_file_of_the_package_runs_data() -> None:
@@ -93,15 +92,26 @@ class Payload:
         return open, (str(self.path), "w")
 
 
-def test_the_payload_of_a_pickle_never_runs(trained_run: Run, tmp_path: Path) -> None:
-    folder, fired = tmp_path / "runs" / trained_run.name, tmp_path / "fired"
-    shutil.copytree(trained_run.path, folder)
+@pytest.fixture
+def run(trained_run: Run, tmp_path: Path) -> Run:
+    """A copy of the trained run, alone in `runs`."""
+    shutil.copytree(trained_run.path, tmp_path / "runs" / trained_run.name)
+    return RunStore(tmp_path / "runs").open("latest")
+
+
+def change_dataset(run: Run, settings: Mapping[str, object]) -> None:
+    config = run.load_config()
+    dataset = config.dataset.model_copy(update=settings)
+    run.config_path.write_text(dump_config(config.model_copy(update={"dataset": dataset})), encoding="utf-8")
+
+
+def test_the_payload_of_a_pickle_never_runs(run: Run, tmp_path: Path) -> None:
+    fired = tmp_path / "fired"
     planted = pickle.dumps(Payload(fired))
     pickle.loads(planted).close()  # that it would
     assert fired.exists()
     fired.unlink()
     torch.save({"model": Payload(fired)}, tmp_path / "zipped")
-    run = RunStore(tmp_path / "runs").open("latest")
     for content in (planted, (tmp_path / "zipped").read_bytes()):
         old = tmp_path / "best.safetensors"  # a file of format 1
         old.write_bytes(content)
@@ -114,70 +124,44 @@ def test_the_payload_of_a_pickle_never_runs(trained_run: Run, tmp_path: Path) ->
             read_metadata(old)
         with pytest.raises(CheckpointError, match="is damaged"):
             run.load_model()
-        (folder / "tokenizer.json").write_bytes(content)
+        run.tokenizer_path.write_bytes(content)
         with pytest.raises(DataError):
             run.load_tokenizer()
-        (folder / "run.json").write_bytes(content)
+        run.record_path.write_bytes(content)
         assert run.record == RunRecord()
-        assert CliRunner().invoke(app, ["generate", "--runs-dir", str(tmp_path / "runs")]).exit_code == 2
-    assert not fired.exists()
-
-
-def refused(run: Run, capture: pytest.CaptureFixture[str], settings: dict[str, object]) -> None:
-    """That `lumiere eval` of a run whose config was changed is refused in two lines."""
-    config = run.load_config()
-    dataset = config.dataset.model_copy(update=settings)
-    run.config_path.write_text(dump_config(config.model_copy(update={"dataset": dataset})), encoding="utf-8")
-    result = CliRunner().invoke(app, ["eval", str(run.path)])
-    assert result.exit_code == 2
-    assert result.stderr.count("\n") <= 4  # two lines, perhaps wrapped
-    assert "error:" in result.stderr
-
-
-def test_a_copied_run_unpickles_nothing(
-    trained_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, fired = tmp_path / "runs" / trained_run.name, tmp_path / "fired"
-    shutil.copytree(trained_run.path, folder)
-    (tmp_path / "data").mkdir()
+        refuse("generate")
     for name in ("evil.pkl", "data/train.pkl"):
-        (tmp_path / name).write_bytes(pickle.dumps(Payload(fired)))
-    run = RunStore(tmp_path / "runs").open("latest")
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(planted)
     for settings in (
         {"name": "pandas", "data_files": str(tmp_path / "evil.pkl")},
         {"name": str(tmp_path / "data")},
         {"name": str(tmp_path / "data"), "data_files": "*.pkl"},
     ):
-        refused(run, capsys, settings)
+        change_dataset(run, settings)
+        refuse("eval", str(run.path))
     assert not fired.exists()
 
 
 @pytest.mark.parametrize("address", ["https://127.0.0.1:9/a.csv", "hf://datasets/a/b/c.csv", "s3://bucket/a.csv"])
-def test_a_copied_run_opens_no_address(
-    trained_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, address: str
-) -> None:
-    shutil.copytree(trained_run.path, tmp_path / "runs" / trained_run.name)
+def test_a_copied_run_opens_no_address(run: Run, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
-    run = RunStore(tmp_path / "runs").open("latest")
-    (tmp_path / "data").mkdir()
+    Path("data").mkdir()
     readme = f"---\nconfigs: [{{config_name: default, data_files: '{address}'}}]\n---\n"
-    (tmp_path / "data" / "README.md").write_text(readme)
-    for name in ("csv", "text", str(tmp_path / "data")):
-        refused(run, capsys, {"name": name, "data_files": address})
+    Path("data/README.md").write_text(readme)
+    for name in ("csv", "text", os.path.abspath("data")):
+        change_dataset(run, {"name": name, "data_files": address})
+        refuse("eval", str(run.path))
 
 
-def test_listing_opens_no_data(trained_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(trained_run.path, tmp_path / "runs" / trained_run.name)
+def test_listing_opens_no_data(run: Run, tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
     data.write_text("text\na\n")
-    run = RunStore(tmp_path / "runs").open("latest")
-    config = run.load_config()
-    dataset = config.dataset.model_copy(update={"name": "csv", "data_files": str(data)})
-    run.config_path.write_text(dump_config(config.model_copy(update={"dataset": dataset})), encoding="utf-8")
+    change_dataset(run, {"name": "csv", "data_files": str(data)})
     opened: list[str] = []
     sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
     for command in (["ls"], ["show", run.id], ["card", run.id]):
-        assert CliRunner().invoke(app, ["runs", *command, "--runs-dir", str(tmp_path / "runs")]).exit_code == 0
+        invoke("runs", *command, "--runs-dir", str(tmp_path / "runs"))
     assert str(run.config_path) in opened
     assert str(data) not in opened
 
@@ -221,18 +205,11 @@ def ending_is_ours(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, "train.md")) and not os.path.exists(os.path.join(folder, "README.md"))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "model: !!python/object/apply:os.mkdir [fired]",
-        "model: !!python/object/new:os.mkdir [fired]",
-        "model: !!python/name:os.mkdir",
-        "model: !!python/module:antigravity",
-    ],
-)
-def test_a_yaml_tag_makes_no_object(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("tag", ["object/apply:os.mkdir [fired]", "object/new:os.mkdir [fired]", "name:os.mkdir",
+                                 "module:antigravity"])  # fmt: skip
+def test_a_yaml_tag_makes_no_object(tmp_path: Path, tag: str) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text(text)
+    path.write_text(f"model: !!python/{tag}")
     with pytest.raises(ConfigError, match="could not determine a constructor"):
         load_config_file(path)
     assert not (tmp_path / "fired").exists()

@@ -10,6 +10,7 @@ Vocab vocab_size, N rows (heads of sequences in attention, tokens in the loss), 
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +34,16 @@ def rms_norm(x_BTE: Tensor, gain_E: Tensor) -> Tensor:
 
 def normalized(x_BTE: Tensor) -> tuple[Tensor, Tensor]:
     """Return `x / s(x)` and `1 / s(x)`, (B, T, 1), with `s(x) = sqrt(mean(x^2) + EPSILON)`."""
-    mean_square_BT1 = torch.linalg.vector_norm(x_BTE, dim=-1, keepdim=True).square_().div_(x_BTE.shape[-1])
-    inverse_scale_BT1 = mean_square_BT1.add_(EPSILON).rsqrt_()
+    size, epsilon = _scalars(x_BTE.shape[-1], torch.promote_types(x_BTE.dtype, torch.float32))
+    mean_square_BT1 = torch.linalg.vector_norm(x_BTE, dim=-1, keepdim=True).square_().div_(size)
+    inverse_scale_BT1 = mean_square_BT1.add_(epsilon).rsqrt_()
     return x_BTE * inverse_scale_BT1, inverse_scale_BT1
+
+
+@cache
+def _scalars(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `size` and `EPSILON` as tensors: torch would convert Python numbers again in every call."""
+    return torch.tensor(size, dtype=dtype), torch.tensor(EPSILON, dtype=dtype)
 
 
 class _RMSNorm(Function):
@@ -89,62 +97,54 @@ def attention_mask(positions_BT: Tensor, num_keys: int, dtype: torch.dtype, real
     ]
 
 
-def masked_scores(q_BTHK: Tensor, k_BSHK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+def masked_scores(q_BHTK: Tensor, k_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
     """Return `q k^T / sqrt(d_key) + mask`, (B, H, T, S), in one pass over them. Without a mask: causal."""
-    num_heads, num_keys = q_BTHK.shape[2], k_BSHK.shape[1]
-    q_NTK, k_NSK = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BSHK))  # N is B * H
-    if mask_B1TS is None and q_BTHK.shape[1] == 1:
-        mask_B1TS = q_BTHK.new_zeros(1, 1, 1, 1)
-    elif mask_B1TS is None:
-        mask_B1TS = attention_mask(torch.arange(num_keys, device=q_BTHK.device)[None], num_keys, q_BTHK.dtype)
-    mask_NTS = mask_B1TS[0] if len(mask_B1TS) == 1 else mask_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
-    scores_NTS = torch.baddbmm(mask_NTS.to(q_NTK.dtype), q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
-    return scores_NTS.unflatten(0, (-1, num_heads))
+    num_heads, num_queries, d_key = q_BHTK.shape[1:]
+    num_keys = k_BHSK.shape[2]
+    q_NTK, k_NSK = q_BHTK.flatten(0, 1), k_BHSK.flatten(0, 1)  # N is B * H
+    if mask_B1TS is None and num_queries == 1:
+        mask_NTS = q_BHTK.new_zeros(1, 1, 1)
+    else:
+        if mask_B1TS is None:
+            mask_B1TS = attention_mask(torch.arange(num_keys, device=q_BHTK.device)[None], num_keys, q_BHTK.dtype)
+        mask_NTS = mask_B1TS[0] if len(mask_B1TS) == 1 else mask_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
+    scores_NTS = torch.baddbmm(mask_NTS.to(q_NTK.dtype), q_NTK, k_NSK.mT, alpha=d_key**-0.5)
+    return scores_NTS.view(-1, num_heads, num_queries, num_keys)
 
 
-def attention_pattern(q_BTHK: Tensor, k_BSHK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+def attention_pattern(q_BHTK: Tensor, k_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
     """Return the attention weights, (B, H, T, S), in float32 or wider: each row sums to 1."""
-    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-    return masked_scores(q_BTHK, k_BSHK, mask_B1TS).softmax(dim=-1, dtype=dtype)
+    dtype = torch.promote_types(q_BHTK.dtype, torch.float32)
+    return masked_scores(q_BHTK, k_BHSK, mask_B1TS).softmax(dim=-1, dtype=dtype)
 
 
-def attention(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
-    """Return the weighted values of each head, (B, T, H, V), by the fastest way for the device, type and length.
+def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+    """Return the weighted values of each head, (B, H, T, V), by the fastest way for the device, type and length.
 
     Args:
         mask_B1TS: From `attention_mask`. None: causal for queries and keys of the same positions; one query sees all.
     """
-    if q_BTHK.shape[1] == 1 and (mask_B1TS is not None or k_BSHK.shape[1] > 1):
+    if q_BHTK.shape[2] == 1 and (mask_B1TS is not None or k_BHSK.shape[2] > 1):
         # On a CPU, torch's fused attention takes twice the time for a single query.
-        pattern_BHTS = masked_scores(q_BTHK, k_BSHK, mask_B1TS).softmax(dim=-1)
-        z_N1V = torch.bmm(pattern_BHTS.flatten(0, 1), v_BSHV.transpose(1, 2).flatten(0, 1))  # N is B * H
-        return z_N1V.view(len(q_BTHK), 1, -1, z_N1V.shape[-1])
-    if mask_B1TS is None:
-        return causal_attention(q_BTHK, k_BSHK, v_BSHV)
-    heads = (q_BTHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHV.transpose(1, 2))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask_B1TS.to(q_BTHK.dtype)).transpose(1, 2)
+        return masked_scores(q_BHTK, k_BHSK, mask_B1TS).softmax(dim=-1) @ v_BHSV
+    if mask_B1TS is not None:
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, attn_mask=mask_B1TS.to(q_BHTK.dtype))
+    if is_fused(q_BHTK, v_BHSV):
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True)
+    num_positions, d_key = q_BHTK.shape[2:]
+    hidden_TS = q_BHTK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
+    if prefers_hand_written(q_BHTK):
+        return _CausalAttention.apply(q_BHTK, k_BHSK, v_BHSV, hidden_TS)
+    return ((q_BHTK * d_key**-0.5) @ k_BHSK.mT + hidden_TS).softmax(dim=-1) @ v_BHSV
 
 
-def causal_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> Tensor:
-    """Each head's weighted values, (B, T, H, V), by the faster way for the device and the length."""
-    if is_fused(q_BTHK, v_BTHV):
-        heads = (q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2))
-        return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
-    num_positions, d_key = q_BTHK.shape[1], q_BTHK.shape[-1]
-    hidden_TS = q_BTHK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
-    if prefers_hand_written(q_BTHK):
-        return _CausalAttention.apply(q_BTHK, k_BTHK, v_BTHV, hidden_TS)
-    q_BHTK, k_BHKS, v_BHSV = q_BTHK.transpose(1, 2), k_BTHK.permute(0, 2, 3, 1), v_BTHV.transpose(1, 2)
-    return (((q_BHTK * d_key**-0.5) @ k_BHKS + hidden_TS).softmax(dim=-1) @ v_BHSV).transpose(1, 2)
-
-
-def is_fused(q_BTHK: Tensor, v_BTHV: Tensor) -> bool:
-    """Whether torch's fused attention is the faster way for the device, the type and the length."""
-    if q_BTHK.device.type != "cpu":
+def is_fused(q_BHTK: Tensor, v_BHSV: Tensor) -> bool:
+    """Return whether torch's fused attention is the faster way for the device, the type and the length."""
+    if q_BHTK.device.type != "cpu":
         return True
     # On a CPU, torch has no fused attention for values of another width than the keys.
-    min_positions = BFLOAT16_FUSED_MIN_POSITIONS if q_BTHK.dtype == torch.bfloat16 else 0
-    return q_BTHK.shape[-1] == v_BTHV.shape[-1] and q_BTHK.shape[1] >= min_positions
+    min_positions = BFLOAT16_FUSED_MIN_POSITIONS if q_BHTK.dtype == torch.bfloat16 else 0
+    return q_BHTK.shape[-1] == v_BHSV.shape[-1] and q_BHTK.shape[2] >= min_positions
 
 
 class _CausalAttention(Function):
@@ -155,32 +155,32 @@ class _CausalAttention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, hidden_TS: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, hidden_TS: Tensor) -> Tensor:
         # N is B * H, as the batched product wants it.
-        q_NTK, k_NSK, v_NSV = (x.transpose(1, 2).flatten(0, 1) for x in (q_BTHK, k_BTHK, v_BTHV))
-        with torch.autocast(q_BTHK.device.type, enabled=False):
-            scores_NTS = torch.baddbmm(hidden_TS, q_NTK, k_NSK.mT, alpha=q_BTHK.shape[-1] ** -0.5)
+        q_NTK, k_NSK, v_NSV = (x.flatten(0, 1) for x in (q_BHTK, k_BHSK, v_BHSV))
+        with torch.autocast(q_BHTK.device.type, enabled=False):
+            scores_NTS = torch.baddbmm(hidden_TS, q_NTK, k_NSK.mT, alpha=q_BHTK.shape[-1] ** -0.5)
             pattern_NTS = scores_NTS.softmax(dim=-1)
             z_NTV = pattern_NTS @ v_NSV
         ctx.save_for_backward(q_NTK, k_NSK, v_NSV, pattern_NTS)
-        ctx.num_heads = q_BTHK.shape[2]
-        return z_NTV.unflatten(0, (-1, ctx.num_heads)).transpose(1, 2)
+        ctx.num_heads = q_BHTK.shape[1]
+        return z_NTV.unflatten(0, (-1, ctx.num_heads))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BTHV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient_BHTV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q_NTK, k_NSK, v_NSV, pattern_NTS = ctx.saved_tensors
-        gradient_NTV = gradient_BTHV.transpose(1, 2).flatten(0, 1)
+        gradient_NTV = gradient_BHTV.flatten(0, 1)
         # The softmax's gradient, P * (dP - sum(P * dP)), as one pass; scaled as the scores were.
         scores_NTS = torch.ops.aten._softmax_backward_data(gradient_NTV @ v_NSV.mT, pattern_NTS, -1, pattern_NTS.dtype)
         scores_NTS.mul_(q_NTK.shape[-1] ** -0.5)
         to_heads = (scores_NTS @ k_NSK, scores_NTS.mT @ q_NTK, pattern_NTS.mT @ gradient_NTV)
-        q_BTHK, k_BTHK, v_BTHV = (x.unflatten(0, (-1, ctx.num_heads)).transpose(1, 2) for x in to_heads)
-        return q_BTHK, k_BTHK, v_BTHV, None
+        q_BHTK, k_BHSK, v_BHSV = (x.unflatten(0, (-1, ctx.num_heads)) for x in to_heads)
+        return q_BHTK, k_BHSK, v_BHSV, None
 
 
 def gated_silu(branches_BTF: Tensor) -> Tensor:
-    """`silu(gate) * linear` of the two branches side by side: (B, T, 2 F) to (B, T, F)."""
+    """Return `silu(gate) * linear` of the two branches side by side: (B, T, 2 F) to (B, T, F)."""
     if prefers_hand_written(branches_BTF) and torch.is_grad_enabled():
         return _GatedSilu.apply(branches_BTF)
     gate_BTF, linear_BTF = branches_BTF.chunk(2, dim=-1)
@@ -268,62 +268,45 @@ BITS_A_NAT = math.log2(math.e)
 
 
 def linear_cross_entropy(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
-    """The summed cross-entropy, in nats, of the logits `x @ weight.T`; differentiable once.
+    """Return `cross_entropy(x @ weight.T, targets, reduction="sum")` in nats, without holding all logits.
 
-    Under `torch.autocast` the products are in its type. Sums over words and over rows are in float32 or wider.
-
-    Args:
-        x_NE: what the linear layer reads.
-        weight_VocabE: its weight.
-        targets_N: the right word's row, or `IGNORED`.
-
-    Returns:
-        One number, as `cross_entropy(x @ weight.T, targets, reduction="sum")`.
+    Differentiable once. Under `torch.autocast` the products are in its type; sums over tokens and rows are in float32
+    or wider. `targets_N` holds rows of the weight, or `IGNORED`.
     """
     return _LinearCrossEntropy.apply(x_NE, weight_VocabE, targets_N)
 
 
 @torch.no_grad()
 def linear_cross_entropy_losses(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
-    """Each row's cross-entropy in nats, (N,), zero where the target is `IGNORED`; without gradients, for evaluation."""
-    chunks = chunks_of_powers(x_NE * BITS_A_NAT, weight_VocabE, *rows_of(targets_N))
-    losses = [chunk.losses * chunk.is_real for chunk in chunks]
-    return torch.cat(losses).squeeze(1)
+    """Return each row's cross-entropy in nats, (N,), 0 where the target is `IGNORED`; without gradients."""
+    chunks = chunks_of_powers(x_NE * BITS_A_NAT, weight_VocabE, targets_N)
+    return torch.cat([chunk.losses * chunk.is_real for chunk in chunks]).squeeze(1)
 
 
 class Chunk(NamedTuple):
-    """Some rows, and what comes of their logits."""
+    """Some rows, and what is computed from their logits."""
 
     x: Tensor
     """(M, E), times `BITS_A_NAT`."""
     rows: Tensor
-    """(M, 1), from `rows_of`."""
+    """(M, 1), the target's row of the weight; any row if the target is `IGNORED`."""
     is_real: Tensor
-    """(M, 1)."""
+    """(M, 1), False if the target is `IGNORED`."""
     losses: Tensor
-    """(M, 1), in nats; any number where the row is not real."""
+    """(M, 1), in nats; any number where `is_real` is False."""
     powers: Tensor
-    """(M, Vocab): the probabilities, but for a factor of each row; valid until the next chunk is asked for."""
+    """(M, Vocab), the probabilities times `sums`; valid until the next chunk."""
     sums: Tensor
-    """(M, 1), of the powers: that factor."""
+    """(M, 1), of the powers."""
 
 
-def rows_of(targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The target's row in the table, (N, 1), any where there is none; and whether there is one, (N, 1)."""
-    is_real_N1 = (targets_N != IGNORED).unsqueeze(1)
-    return targets_N.unsqueeze(1) * is_real_N1, is_real_N1
-
-
-def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, rows_N1: Tensor, is_real_N1: Tensor) -> Iterator[Chunk]:
-    """The rows in chunks, each one's logits in the same piece of memory.
-
-    Args:
-        x_NE: times `BITS_A_NAT`.
-    """
+def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Iterator[Chunk]:
+    """Yield the rows in chunks, whose logits share one piece of memory. `x_NE` is times `BITS_A_NAT`."""
     is_cpu = x_NE.device.type == "cpu"
-    limit = CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE)
-    size = max(MIN_CHUNK_ROWS, limit // len(weight_VocabE))
+    size = max(MIN_CHUNK_ROWS, CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE) // len(weight_VocabE))
     memory = x_NE.new_empty(min(size, len(x_NE)), len(weight_VocabE))
+    is_real_N1 = (targets_N != IGNORED).unsqueeze(1)
+    rows_N1 = targets_N.unsqueeze(1) * is_real_N1
     for x_ME, rows_M1, is_real_M1 in zip(*(tensor.split(size) for tensor in (x_NE, rows_N1, is_real_N1)), strict=True):
         logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
         sums_M1, losses_M1 = exponentiate_(logits, rows_M1, subtracts_max=not is_cpu)
@@ -366,7 +349,7 @@ class _LinearCrossEntropy(Function):
         )
         loss = torch.zeros((), dtype=sum_dtype, device=x_NE.device)
         with torch.autocast(device, enabled=False):
-            for chunk in chunks_of_powers(x_NE, weight_VocabE, *rows_of(targets_N)):
+            for chunk in chunks_of_powers(x_NE, weight_VocabE, targets_N):
                 loss += (chunk.losses * chunk.is_real).sum()
                 # The gradient by the logits is the probabilities, powers / sums, less 1 at the target. The subtraction
                 # is done in the type of the sums, because near 1 bfloat16 has too few digits; the division outside of

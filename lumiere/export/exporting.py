@@ -1,4 +1,4 @@
-"""Writes a model for another library, and refuses to if what was written computes anything else."""
+"""Write a model for another library, and only if the written files compute the model's logits."""
 
 import os
 import secrets
@@ -11,13 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lumiere.errors import FailedCheckError, LumiereError, nearest
-from lumiere.export.transformer_lens import (
-    check_folder_by_equations,
-    check_folder_by_loading,
-    folder_files,
-    stated_tokens,
-)
+from lumiere.errors import FailedCheckError, LumiereError
+from lumiere.export.transformer_lens import check_by_equations, check_by_loading, folder_files, sample_tokens
 from lumiere.files import sync_folder, write_atomically
 from lumiere.interpret.result import Receipt
 from lumiere.models.transformer import Transformer
@@ -28,8 +23,8 @@ class Target:
     """A library to export to.
 
     Attributes:
-        files: `(model, tokenizer_json, tokens (1, T), origin)` -> the folder's files by name.
-        checks: `(folder, model)` -> a receipt, or None where the check needs what is not installed.
+        files: `(model, tokenizer_json, tokens (1, T), origin)` -> contents of the folder's files by name.
+        checks: `(folder, model)` -> a receipt; None if the check needs a library that is not installed.
     """
 
     files: Callable[[Transformer, bytes, Tensor, Mapping[str, Any]], dict[str, bytes]]
@@ -37,22 +32,19 @@ class Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    "transformer-lens": Target(
-        files=folder_files,
-        checks=(check_folder_by_equations, lambda folder, model: check_folder_by_loading(folder)),
-    ),
+    "transformer-lens": Target(folder_files, (check_by_equations, lambda folder, model: check_by_loading(folder)))
 }
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported model.
 
     Attributes:
-        files: their names.
-        tokens: (T,) the ids on which the logits were compared.
-        receipts: how far they were apart.
-        skipped: how many checks need what is not installed.
+        files: names of the files.
+        tokens: (T,) ids on which the logits were compared.
+        receipts: errors of the logits.
+        skipped: number of checks that need a library that is not installed.
     """
 
     files: tuple[str, ...]
@@ -61,45 +53,26 @@ class Exported:
     skipped: int
 
 
-def find_target(name: str) -> Target:
-    """The library called `name`.
-
-    Raises:
-        LumiereError: Lumiere does not export to it.
-    """
-    if name not in TARGETS:
-        guess = nearest(name, TARGETS)
-        hint = f"did you mean {guess}?" if guess else f"it exports to {', '.join(TARGETS)} only"
-        raise LumiereError(f"Lumiere does not export to {name!r}", hint)
-    return TARGETS[name]
-
-
 def export_model(
-    target: Target,
-    folder: Path,
-    model: Transformer,
-    tokenizer_json: bytes,
-    ids: range,
-    origin: Mapping[str, Any],
+    target: Target, folder: Path, model: Transformer, tokenizer_json: bytes, ids: range, origin: Mapping[str, Any]
 ) -> Exported:
-    """Write `model` to a new folder, once the logits that the written files give are found to be the model's.
+    """Write `model` to a new folder.
 
     Args:
-        folder: is not there, or empty.
+        folder: does not exist, or is empty.
         model: in evaluation mode, on the CPU.
-        tokenizer_json: the model's tokenizer.
-        ids: the token ids that are in use and not special.
-        origin: where the model comes from, for people.
+        ids: token ids in use, without special tokens.
+        origin: provenance of the model, for people.
 
     Raises:
-        LumiereError: the folder will not do, or the library has no such model. Nothing is written.
+        LumiereError: the folder cannot be used, or the library has no such model. Nothing is written.
         FailedCheckError: the logits differ. Nothing is written.
     """
-    check_folder(folder)
-    tokens_BT = stated_tokens(model.context_size, ids)
+    tokens_BT = sample_tokens(model.context_size, ids)
     files = target.files(model, tokenizer_json, tokens_BT, origin)
     with new_folder(folder) as staging:
-        write_files(staging, files)
+        for name, data in files.items():
+            write_atomically(staging / name, data)
         found = [check(staging, model) for check in target.checks]
         receipts = tuple(receipt for receipt in found if receipt is not None)
         for receipt in receipts:
@@ -112,17 +85,15 @@ def export_model(
 
 
 def check_folder(path: Path) -> None:
-    """Refuses a path that no new folder can be made at; an empty folder will do.
+    """Check that a new folder can be made at `path`, or that an empty one is there.
 
     Raises:
-        LumiereError: there is a file, or a folder that holds something or is the current one, or its own folder is not
-            there.
+        LumiereError: it is a file, the current folder or not empty, or its parent does not exist.
     """
     choose = "choose another folder, or empty this one"
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise LumiereError(f"{str(path)!r} exists and is no folder", "choose another folder")
-    if path.is_dir() and path.samefile(Path.cwd()):
-        # It is replaced as a whole, and whoever stands in it would be left in a folder without a name.
+        raise LumiereError(f"{str(path)!r} exists and is not a folder", "choose another folder")
+    if path.is_dir() and path.samefile(Path.cwd()):  # replacing it would leave the shell in a deleted folder
         raise LumiereError(f"{str(path)!r} is the current folder", "name a folder in it")
     try:
         if path.is_dir() and any(path.iterdir()):
@@ -130,18 +101,15 @@ def check_folder(path: Path) -> None:
     except OSError as error:
         raise LumiereError(f"the folder {str(path)!r} cannot be read: {error.strerror}", choose) from error
     if not path.absolute().parent.is_dir():
-        raise LumiereError(f"there is no folder {str(path.parent)!r}", "make it first, or choose another")
+        raise LumiereError(f"the folder {str(path.parent)!r} does not exist", "create it first, or choose another")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends; if it raises, nothing is left.
-
-        with new_folder(Path("out")) as staging:
-            write_files(staging, {"a.txt": b"..."})
+    """Yield a temporary folder, which becomes `path` when the block ends; if it raises, nothing is left.
 
     Raises:
-        LumiereError: as `check_folder`, or the folder cannot be written to.
+        LumiereError: as `check_folder`, or the folder cannot be written.
     """
     check_folder(path)
     target = path.absolute()
@@ -152,22 +120,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield staging
         sync_folder(staging)
         if target.is_dir():
-            target.rmdir()  # fails if something has come into it
+            target.rmdir()  # fails if a file has appeared in it
         os.rename(staging, target)
         sync_folder(target.parent)
     except OSError as error:
         raise LumiereError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}", "make room, or choose another place"
+            f"{str(path)!r} cannot be written: {error.strerror or error}", "free some space, or choose another folder"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes each file by its name.
-
-    Raises:
-        OSError: as writing does.
-    """
-    for name, data in files.items():
-        write_atomically(folder / name, data)

@@ -1,4 +1,4 @@
-"""A model in TransformerLens's form: what `TransformerBridge.boot_native` builds (version 4.3).
+"""Models for TransformerLens, in the form that `TransformerBridge.boot_native` builds (version 4.3).
 
 Shapes: B batch, T position, E embedding_size, H head, K d_key, F d_ff, Vocab vocab_size.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from lumiere.components.kernels import EPSILON
 from lumiere.components.layers import ROTARY_BASE
 from lumiere.errors import FailedCheckError, LumiereError, shortened
-from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, relative_error
 from lumiere.models.transformer import Transformer
 from lumiere.programs import install_command
 
@@ -35,11 +35,11 @@ OURS_TO_THEIRS = {
     "feedforward.up": "mlp.in",
     "feedforward.down": "mlp.out",
 }
-"""The parts of a block that have weights."""
+"""Parts of a block that have weights."""
 
 
 def bridge_config(model: Transformer) -> dict[str, Any]:
-    """The arguments of `TransformerBridgeConfig`.
+    """Return the arguments of `TransformerBridgeConfig`.
 
     Raises:
         LumiereError: the model's keys and values differ in width.
@@ -47,9 +47,10 @@ def bridge_config(model: Transformer) -> dict[str, Any]:
     if model.d_key != model.d_value:
         raise LumiereError(
             f"the heads have d_key {model.d_key} and d_value {model.d_value}; TransformerLens has one width for both",
-            "it takes models with model.d_key equal to model.d_value",
+            "train with model.d_key equal to model.d_value",
         )
-    config = {
+    rotary = {"rotary_dim": model.d_key, "rotary_base": round(ROTARY_BASE)} if model.positions == "rotary" else {}
+    return {
         "model_name": "lumiere",
         "n_layers": model.num_layers,
         "d_model": model.embedding_size,
@@ -62,16 +63,13 @@ def bridge_config(model: Transformer) -> dict[str, Any]:
         "gated_mlp": True,
         "normalization_type": "RMS",
         "eps": EPSILON,
-        "positional_embedding_type": "standard",
+        "positional_embedding_type": "rotary" if rotary else "standard",
+        **rotary,
     }
-    if model.positions == "rotary":
-        rotary = {"rotary_dim": model.d_key, "rotary_base": round(ROTARY_BASE)}
-        config |= {"positional_embedding_type": "rotary", **rotary}
-    return config
 
 
 def bridge_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights by the names of `TransformerBridge.state_dict()`; the tied output head is a copy."""
+    """Return the weights by the names of `TransformerBridge.state_dict()`; the tied output head is a copy."""
     weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     embedding = weights["token_embedding.weight"]
     theirs = {"embed.weight": embedding, "unembed.weight": embedding.clone()}
@@ -91,9 +89,9 @@ def bridge_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 def neighboring_pairs(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of queries or keys in the order of TransformerLens, whose rotary pairs are neighbours.
+    """Reorder rows of queries or keys from our rotary pairs, (i, i + d_key/2), to theirs, which are neighbors.
 
-    Ours are (i, i + d_key/2). The same order in queries and keys leaves every score as it is.
+    Scores do not change, since queries and keys are reordered alike.
     """
     first_HKE, second_HKE = weight.unflatten(0, (num_heads, -1)).chunk(2, dim=1)
     return torch.stack([first_HKE, second_HKE], dim=2).flatten(0, 2)
@@ -101,10 +99,9 @@ def neighboring_pairs(weight: Tensor, num_heads: int) -> Tensor:
 
 @torch.inference_mode()
 def bridge_logits(config: dict[str, Any], weights: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
-    """What TransformerLens computes from a config and weights, in float64: (B, T, Vocab).
+    """Compute the logits of TransformerLens's `NativeModel` from its equations, in float64: (B, T, Vocab).
 
-    Written from the equations of its `NativeModel`, with nothing of Lumiere's model, so that an export can be checked
-    where TransformerLens is not installed.
+    Shares no code with Lumiere's model, so that exports are checked without TransformerLens.
     """
     w = {name: weight.double() for name, weight in weights.items()}
     length, heads = tokens_BT.shape[1], (config["n_heads"], config["d_head"])
@@ -150,24 +147,32 @@ FLOAT32_TOLERANCE = 1e-4
 """Of logits that two libraries compute in float32, relative to the largest."""
 FIRST_VERSION = 4
 """Of TransformerLens: older ones have no `boot_native`."""
+MAX_TOKENS = 256
+"""Longest sequence of expected logits, which are `vocab_size` numbers per token."""
 
 
+def sample_tokens(context_size: int, ids: range) -> Tensor:
+    """Return random ids, (1, T), always the same; T covers all positions up to `MAX_TOKENS`."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(ids.start, ids.stop, (1, min(context_size, MAX_TOKENS)), generator=generator)
+
+
+@torch.inference_mode()
 def folder_files(
     model: Transformer, tokenizer_json: bytes, tokens_BT: Tensor, origin: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """The contents of the folder, by file name.
+    """Return the contents of the folder, by file name.
 
     Args:
         model: in evaluation mode, on the CPU.
-        tokenizer_json: as `tokenizers` writes it.
-        tokens_BT: on which the expected logits are computed, one sequence.
-        origin: where the model comes from; names and values are written to the README as they are.
+        tokens_BT: one sequence, whose expected logits are written.
+        origin: provenance, written to the README.
 
     Raises:
         LumiereError: TransformerLens has no such model.
     """
     config = bridge_config(model)
-    expected = {"tokens": tokens_BT, "logits": logits_of(model, tokens_BT).contiguous()}
+    expected = {"tokens": tokens_BT, "logits": model(tokens_BT).logits.contiguous()}
     templates = Environment(
         loader=PackageLoader("lumiere.export", "templates/transformer_lens"),
         autoescape=False,  # Python and Markdown
@@ -175,87 +180,61 @@ def folder_files(
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    loader = templates.get_template("load.py.j2").render(tolerance=f"{FLOAT32_TOLERANCE:.0e}")
-    readme = templates.get_template("README.md.j2").render(
-        origin=origin,
-        length=tokens_BT.shape[1],
-        vocab_size=model.vocab_size,
-        tokens=" ".join(map(str, tokens_BT[0].tolist())),
-    )
+    values = {
+        "tolerance": f"{FLOAT32_TOLERANCE:.0e}",
+        "origin": origin,
+        "length": tokens_BT.shape[1],
+        "vocab_size": model.vocab_size,
+        "tokens": " ".join(map(str, tokens_BT[0].tolist())),
+    }
     return {
         "model.safetensors": safetensors.torch.save(bridge_weights(model), {"format": "pt"}),
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "tokenizer.json": tokenizer_json,
         "expected.safetensors": safetensors.torch.save(expected),
-        "load.py": loader.encode(),
-        "README.md": readme.encode(),
+        **{name: templates.get_template(f"{name}.j2").render(values).encode() for name in ("load.py", "README.md")},
     }
 
 
-def check_folder_by_equations(folder: Path, model: Transformer) -> Receipt:
-    """What the folder's config and weights compute in float64, by TransformerLens's equations, beside the model."""
+@torch.inference_mode()
+def check_by_equations(folder: Path, model: Transformer) -> Receipt:
+    """Compare what TransformerLens's equations give for the folder's config and weights with the model, in float64."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     tokens_BT = safetensors.torch.load_file(folder / "expected.safetensors")["tokens"]
-    expected_BTVocab = logits_of(deepcopy(model).double(), tokens_BT)
+    found_BTVocab, expected_BTVocab = (
+        bridge_logits(config, weights, tokens_BT),
+        deepcopy(model).double()(tokens_BT).logits,
+    )
     check = "the folder's weights give the model's logits (float64)"
-    return logits_receipt(check, bridge_logits(config, weights, tokens_BT), expected_BTVocab, FLOAT64_TOLERANCE)
+    return Receipt(check, relative_error(found_BTVocab, expected_BTVocab), FLOAT64_TOLERANCE)
 
 
-def check_folder_by_loading(folder: Path) -> Receipt | None:
-    """What `load.py` says, in a process of its own; None where TransformerLens is missing or too old.
+def check_by_loading(folder: Path) -> Receipt | None:
+    """Run `load.py` in a new process; None if TransformerLens is missing or too old.
 
     Raises:
-        FailedCheckError: it does not get that far.
+        FailedCheckError: it cannot boot the model.
     """
     version = installed_version()
     if version is None or int(version.partition(".")[0]) < FIRST_VERSION:
         return None
-    # -B: what stands in the folder is what was written there, and no bytecode.
+    # -B: no bytecode, which would be part of the folder.
     command = [sys.executable, "-B", "-c", "import load; print(load.difference())"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no error message"])[-1]
         raise FailedCheckError(
             f"TransformerLens {version} cannot boot the model: {shortened(reason.strip())}; nothing was written",
             f"Lumiere is tested with 4.3: {install_command('transformer-lens>=4.3,<5')}",
         )
-    error = float(done.stdout.split()[-1])  # what TransformerLens itself prints comes before
+    error = float(done.stdout.split()[-1])  # after what TransformerLens prints
     return Receipt(f"the same logits in TransformerLens {version} (float32)", error, FLOAT32_TOLERANCE)
 
 
 def installed_version() -> str | None:
-    """Of TransformerLens, which is not imported for this; None where it is missing."""
+    """Return the version of TransformerLens without importing it; None if it is not installed."""
     try:
         return metadata.version("transformer-lens")
     except metadata.PackageNotFoundError:
         return None
-
-
-MAX_TOKENS = 256
-"""Longest stated sequence: the logits of each token take as much room as `vocab_size` numbers."""
-
-
-def stated_tokens(context_size: int, ids: range) -> Tensor:
-    """(1, T) random ids, always the same; as many as the context holds, so that all its positions are compared.
-
-    Args:
-        context_size: longest sequence of the model; T is at most this and `MAX_TOKENS`.
-        ids: those to draw from.
-    """
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(ids.start, ids.stop, (1, min(context_size, MAX_TOKENS)), generator=generator)
-
-
-@torch.inference_mode()
-def logits_of(model: Transformer, tokens_BT: Tensor) -> Tensor:
-    """(B, T, Vocab)."""
-    return model(tokens_BT).logits
-
-
-def logits_receipt(check: str, found_BTVocab: Tensor, expected_BTVocab: Tensor, tolerance: float) -> Receipt:
-    """How far two sets of logits are apart, relative to the largest."""
-    if found_BTVocab.shape != expected_BTVocab.shape:
-        return Receipt(check, float("inf"), tolerance)
-    scale = max(1.0, expected_BTVocab.abs().max().item())
-    return Receipt(check, (found_BTVocab - expected_BTVocab).abs().max().item() / scale, tolerance)

@@ -10,36 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from lumiere.cli import app
-from lumiere.data.dataset import TokenizedCorpus
+from lumiere.data.dataset import TokenizedCorpus, tokenize_corpus
 from lumiere.files import locked
 from lumiere.persistence.catalog import disk_bytes
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.notes import MAX_FILES, evaluation_name, read_evaluations, save_evaluation
 from lumiere.persistence.runs import Run
 from tests.checkpoints import folder_of
+from tests.cli.commands import invoke, read_json, refuse, stdout_of
 from tests.cli.test_runs import key_paths
 
 OTHER = "run_zzzzzzzz_20990101_000000"
-
-
-def invoke(*arguments: str, text: str | bytes | None = None) -> Result:
-    result = CliRunner().invoke(app, list(arguments), input=text, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def read_json(*arguments: str, text: str | bytes | None = None) -> Any:
-    return json.loads(invoke(*arguments, "--json", text=text).stdout)
-
-
-@pytest.fixture
-def run(trained_run: Run) -> Run:
-    """A copy of the trained run in `runs`, to be changed."""
-    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
-    return Run(Path("runs") / trained_run.name)
 
 
 @pytest.fixture
@@ -53,7 +35,7 @@ def early(run: Run) -> Run:
 
 
 def test_it_prints_what_it_gives_to_scripts(run: Run) -> None:
-    found, printed = read_json("eval", run.id), invoke("eval", run.id).stdout
+    found, printed = read_json("eval", run.id), stdout_of("eval", run.id)
     assert found["accuracy"] < found["accuracy_at_5"]
     assert found["byte_perplexity"] == pytest.approx(2 ** found["bits_per_byte"])
     for value in ("loss", "bits_per_byte"):
@@ -80,7 +62,7 @@ def test_strided_counts_each_token_once_and_says_so(run: Run, tiny_corpus: Token
     twice, once = read_json("eval", run.id), read_json("eval", run.id, "--stride", "8")
     assert once["num_tokens"] == tiny_corpus.splits["validation"].facts.num_targets < twice["num_tokens"]
     assert (twice["protocol"], once["protocol"], once["stride"]) == ("windows", "stride-8", 8)
-    printed = invoke("eval", run.id, "--stride", "8").stdout
+    printed = stdout_of("eval", run.id, "--stride", "8")
     assert (
         "strided: windows of 16 tokens, each 8 after the one before\neach token is scored once, with at least 9"
         in printed
@@ -88,25 +70,17 @@ def test_strided_counts_each_token_once_and_says_so(run: Run, tiny_corpus: Token
     assert "the card's loss" not in printed, "which is over other tokens"
 
 
-def test_a_text_from_stdin_is_that_of_a_file(run: Run) -> None:
+def test_a_text_from_stdin_is_that_of_a_file_whatever_its_line_ends(run: Run) -> None:
     text = "Once upon a time there was a fox.\r\nIt sang: é.\n"
+    plain = text.replace("\r\n", "\n")
     Path("text.txt").write_bytes(text.encode())
     from_file = read_json("eval", run.id, "--text", "text.txt")
-    from_stdin = read_json("eval", run.id, "--text", "-", text=text.encode())
-    assert from_stdin["corpus"] == "stdin"
-    for key in ("loss", "corpus_sha256", "num_bytes", "baselines"):
-        assert from_stdin[key] == from_file[key]
-    # Line ends count as the model sees them.
-    assert from_file["num_bytes"] == len(text.replace("\r\n", "\n").encode())
+    assert from_file["corpus"] == "text.txt"
+    assert from_file["num_bytes"] == len(plain.encode()), "line ends count as the model sees them"
     assert from_file["standard_errors"] is None, "one document"
-
-
-def test_line_ends_and_marks_do_not_change_a_text(run: Run) -> None:
-    text = "Once upon a time\nthere was a fox.\n"
-    plain = read_json("eval", run.id, "--text", "-", text=text.encode())
-    for data in (text.replace("\n", "\r\n"), text.replace("\n", "\r"), "\ufeff" + text):
-        found = read_json("eval", run.id, "--text", "-", text=data.encode())
-        assert {**found, "seconds": 0} == {**plain, "seconds": 0}
+    for data in (text, plain, plain.replace("\n", "\r"), "\ufeff" + plain):
+        from_stdin = read_json("eval", run.id, "--text", "-", text=data.encode())
+        assert from_stdin | {"seconds": 0} == from_file | {"corpus": "stdin", "seconds": 0}
 
 
 def test_bits_per_byte_count_the_bytes_that_the_model_predicts(run: Run) -> None:
@@ -119,8 +93,8 @@ def test_bits_per_byte_count_the_bytes_that_the_model_predicts(run: Run) -> None
     # 26 letters and signs of three bytes, and 7 spaces.
     assert (normalized["num_bytes"], normalized["num_normalized_bytes"]) == (26 * 3 + 7, 33)
     assert normalized["normalized_share"] == 78 / 85
-    assert "91.76%" in invoke("eval", run.id, "--text", "-", text=wide.encode()).stdout
-    assert "normalization" not in invoke("eval", run.id, "--text", "-", text=text.encode()).stdout
+    assert "91.76%" in stdout_of("eval", run.id, "--text", "-", text=wide.encode())
+    assert "normalization" not in stdout_of("eval", run.id, "--text", "-", text=text.encode())
 
 
 def test_a_text_needs_no_corpus_but_for_the_baselines(run: Run) -> None:
@@ -161,7 +135,7 @@ def test_runs_are_compared_document_by_document(run: Run, early: Run) -> None:
         assert paired["difference"] == pytest.approx(untrained[figure] - trained[figure])
         assert 0 < paired["low"] <= paired["difference"] <= paired["high"], "it has learned something"
         assert (paired["num_documents"], paired["num_lower"]) == (trained["documents"], 0)
-    printed = invoke("eval", run.id, early.id).stdout
+    printed = stdout_of("eval", run.id, early.id)
     paired = difference["bits_per_byte"]
     assert f"{early.id} - {run.id}" in printed
     assert f"{paired['difference']:+.4f}  {paired['low']:+.4f} to {paired['high']:+.4f}  0 of 2 documents" in printed
@@ -186,7 +160,7 @@ def test_runs_with_other_windows_are_compared_by_bytes(run: Run, early: Run) -> 
         "the first token of a window is not scored",
     ]
     assert "loss" not in compared["differences"][0]
-    printed = invoke("eval", run.id, early.id, "-o", "eval.svg").stdout
+    printed = stdout_of("eval", run.id, early.id, "-o", "eval.svg")
     assert "the windows differ" in printed
     assert [*re.findall("16, [0-9]+ apart", printed)] == ["16, 13 apart", "16, 17 apart"]
     assert "windows of" not in Path("eval.svg").read_text(encoding="utf-8")
@@ -216,20 +190,14 @@ def test_other_tokenizers_compare_by_bits_per_byte(run: Run, other_tokenizer_run
     assert difference["bits_per_byte"]["difference"] == pytest.approx(
         both[1]["bits_per_byte"] - both[0]["bits_per_byte"]
     )
-    printed = invoke("eval", run.id, other_tokenizer_run.id).stdout
+    printed = stdout_of("eval", run.id, other_tokenizer_run.id)
     assert "the tokenizers differ" in printed
 
 
-def test_runs_with_other_texts_are_not_compared(run: Run, early: Run, tmp_path: Path) -> None:
-    config = early.config_path.read_text().replace("num_documents: 10", "num_documents: 20")
-    early.config_path.write_text(config)
-    from lumiere.data.dataset import tokenize_corpus
-
+def test_runs_with_other_texts_are_not_compared(run: Run, early: Run) -> None:
+    early.config_path.write_text(early.config_path.read_text().replace("num_documents: 10", "num_documents: 20"))
     early.update(corpus_sha256=tokenize_corpus(early.load_config()).fingerprint)
-    shutil.copyfile(run.tokenizer_path, early.tokenizer_path)
-    result = CliRunner().invoke(app, ["eval", run.id, early.id])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "validation differs between run" in result.stderr
+    assert f"differs between run {early.id} and run {run.id}" in refuse("eval", run.id, early.id, after_notes=True)[0]
     assert not (run.path / "eval").exists(), "nothing is kept of half a comparison"
 
 
@@ -248,7 +216,7 @@ def test_it_is_kept_with_the_run_and_shown(run: Run) -> None:
     shown = read_json("runs", "show", run.id)["evaluations"]
     assert [one["name"] + ".json" for one in shown] == names
     assert shown[1]["figures"]["loss"] == found["loss"]
-    printed = invoke("runs", "show", run.id).stdout
+    printed = stdout_of("runs", "show", run.id)
     assert f"on stories validation, windows: loss {found['loss']:.4f}, bits per byte" in printed
     invoke("runs", "rm", run.id, "--yes")
     assert not run.path.exists()
@@ -298,7 +266,7 @@ def test_damaged_evaluations_are_named_and_harm_nothing(run: Run) -> None:
     figures = first.figures or {}
     assert (figures["loss"], first.step, figures["accuracy"]) == (None, None, 1.5)
     assert [(kept.name, kept.problem is None) for kept in others] == [("b", False), ("c", False), ("d", False)]
-    printed = invoke("runs", "show", run.id).stdout
+    printed = stdout_of("runs", "show", run.id)
     assert printed.count("damaged: ") == 3
     assert printed.replace("\n", "").isprintable()
 

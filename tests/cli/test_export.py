@@ -5,14 +5,15 @@ import os
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from lumiere import __version__
-from lumiere.cli import app
+from lumiere.data.tokenizer import Tokenizer
 from lumiere.export import exporting, transformer_lens
 from lumiere.interpret.result import Receipt
 from lumiere.persistence.runs import Run
 from lumiere.persistence.tensor_files import hash_tensors
+from tests.cli.commands import invoke, refuse
 
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
 
@@ -22,76 +23,62 @@ def without_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer_lens, "installed_version", lambda: None)
 
 
-def export(run: Run, *arguments: str, to: str = "transformer-lens") -> Result:
-    return CliRunner().invoke(app, ["export", "--runs-dir", str(run.path.parent), "--to", to, *arguments])
+def export(*arguments: str, to: str = "transformer-lens", code: int = 0) -> Result:
+    return invoke("export", "--to", to, *arguments, code=code)
 
 
-def test_what_it_prints(trained_run: Run) -> None:
-    result = export(trained_run, "latest", "out")
-    assert result.exit_code == 0, result.output
+def test_what_it_prints(run: Run) -> None:
+    result = export("latest", "out")
     lines = result.stdout.splitlines()
     assert sorted(lines[:6]) == [str(Path("out") / name) for name in FILES]
     assert lines[6].startswith("receipt: the folder's weights give the model's logits (float64), error ")
     assert "transformer-lens is not installed" in result.stderr
     assert sorted(os.listdir("out")) == FILES
-    assert trained_run.name in Path("out/README.md").read_text()
+    assert run.name in Path("out/README.md").read_text()
 
 
-def test_json(trained_run: Run) -> None:
-    result = export(trained_run, trained_run.id, "out", "--checkpoint", "latest", "--json")
+def test_json(run: Run) -> None:
+    result = export(run.id, "out", "--checkpoint", "latest", "--json")
     shown = json.loads(result.stdout)
     keys = ["checkpoint", "files", "folder", "lumiere_version", "receipts", "run", "step", "to", "token_ids"]
     assert sorted(shown) == [*keys, "weights_sha256"]
-    assert (shown["run"], shown["checkpoint"], shown["step"]) == (trained_run.name, "latest", 12)
+    assert (shown["run"], shown["checkpoint"], shown["step"]) == (run.name, "latest", 12)
     assert (shown["lumiere_version"], shown["to"], shown["folder"]) == (__version__, "transformer-lens", "out")
-    assert shown["weights_sha256"] == hash_tensors(trained_run.load_model("latest").state_dict())
+    assert shown["weights_sha256"] == hash_tensors(run.load_model("latest").state_dict())
     assert sorted(shown["files"]) == FILES
     assert len(shown["token_ids"]) == 16
     assert [receipt["holds"] for receipt in shown["receipts"]] == [True]
 
-
-def test_the_tokenizer_is_the_runs_own(trained_run: Run) -> None:
-    from lumiere.data.tokenizer import Tokenizer
-
-    export(trained_run, "latest", "out")
-    assert Tokenizer.load(Path("out/tokenizer.json")).fingerprint == trained_run.load_tokenizer().fingerprint
+    assert Tokenizer.load(Path("out/tokenizer.json")).fingerprint == run.load_tokenizer().fingerprint
 
 
 @pytest.mark.parametrize(
-    ("run", "folder", "options", "message"),
+    ("arguments", "message"),
     [
-        ("latest", "full", [], "error: the folder 'full' is not empty"),
-        ("latest", "full/mine.txt", [], "error: 'full/mine.txt' exists and is no folder"),
-        ("latest", "none/out", [], "error: there is no folder 'none'"),
-        ("latest", ".", [], "error: '.' is the current folder"),
-        ("zzzzzzzz", "out", [], "error: no run 'zzzzzzzz'"),
-        ("latest", "out", ["--checkpoint", "bset"], "error: "),
+        ("latest full", "the folder 'full' is not empty"),
+        ("latest full/mine.txt", "'full/mine.txt' exists and is not a folder"),
+        ("latest none/out", "the folder 'none' does not exist"),
+        ("latest .", "'.' is the current folder"),
+        ("zzzzzzzz out", "no run 'zzzzzzzz'"),
+        ("latest out --checkpoint bset", "'bset'"),
+        ("latest out --to transformers-lens", "'transformers-lens'"),
     ],
 )
-def test_bad_input_is_refused(trained_run: Run, run: str, folder: str, options: list[str], message: str) -> None:
+def test_bad_input_is_refused(run: Run, arguments: str, message: str) -> None:
     Path("full").mkdir()
     Path("full/mine.txt").write_text("mine")
-    result = export(trained_run, run, folder, *options)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 2
-    assert os.listdir() == ["full"]
+    error, hint = refuse("export", "--to", "transformer-lens", *arguments.split())
+    assert message in error
+    assert "s-lens" not in arguments or hint == "hint: did you mean transformer-lens?"
+    assert sorted(os.listdir()) == ["full", "runs"]
     assert os.listdir("full") == ["mine.txt"]
 
 
-def test_a_library_that_is_misspelt(trained_run: Run) -> None:
-    result = export(trained_run, "latest", "out", to="transformers-lens")
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[1] == "hint: did you mean transformer-lens?"
-
-
-def test_other_logits_exit_with_3_and_write_nothing(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_logits_exit_with_3_and_write_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     target = exporting.TARGETS["transformer-lens"]
     wrong = exporting.Target(target.files, (lambda folder, model: Receipt("the same logits", 0.5, 1e-4),))
     monkeypatch.setattr(exporting, "TARGETS", {"transformer-lens": wrong})
-    result = export(trained_run, "latest", "out")
-    assert result.exit_code == 3
+    result = export("latest", "out", code=3)
     assert result.stdout == ""
     assert result.stderr.splitlines()[0] == "error: the same logits: error 5e-01 (tolerance 1e-04), nothing written"
-    assert os.listdir() == []
+    assert os.listdir() == ["runs"]

@@ -6,44 +6,43 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from lumiere.cli import app
 from lumiere.cli.generate import Settings
 from lumiere.errors import LumiereError
 from lumiere.persistence.runs import Run
+from tests.cli.commands import invoke, read_json, refuse, stdout_of
 
 PLAIN = Settings(0.8, None, None, None, None, None, None, 200, (), None)
 
 
-@pytest.fixture
-def call(trained_run: Run) -> Callable[..., str]:
-    """The stdout of `lumiere generate`, which must succeed."""
-
-    def run(*arguments: str, stdin: str | bytes | None = None, code: int = 0, stderr: bool = False) -> str:
-        options = ["generate", "--runs-dir", str(trained_run.path.parent), *arguments]
-        result = CliRunner().invoke(app, options, input=stdin)
-        assert result.exit_code == code, result.output
-        return result.stderr if stderr else result.stdout
-
-    return run
+@pytest.fixture(autouse=True)
+def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(trained_run.path.parent))
 
 
-def test_stdin_is_the_prompt(call: Callable[..., str]) -> None:
+def call(*arguments: str, text: str | bytes | None = None) -> str:
+    return stdout_of("generate", *arguments, text=text)
+
+
+def notes(*arguments: str, text: str | None = None, code: int = 0) -> str:
+    return invoke("generate", *arguments, text=text, code=code).stderr
+
+
+def test_stdin_is_the_prompt() -> None:
     options = ("-n", "10", "--seed", "1")
     expected = call("--prompt", "Once upon\na", *options)
     for text in ("Once upon\na\n", "Once upon\r\na\r\n", "\ufeffOnce upon\ra\r"):
-        assert call("--prompt", "-", *options, stdin=text.encode()) == expected
+        assert call("--prompt", "-", *options, text=text.encode()) == expected
         assert call("--prompt", text.strip(), *options) == expected
-    assert "stdin, line 1" in call("--prompt", "-", stdin=b"\xff\xfe\xff", code=2, stderr=True)
-    assert "the prompt is empty" in call("--prompt", "-", stdin="", code=2, stderr=True)
+    assert "stdin, line 1" in refuse("generate", "--prompt", "-", text=b"\xff\xfe\xff")[0]
+    assert "the prompt is empty" in refuse("generate", "--prompt", "-", text="")[0]
 
 
-def test_many_prompts_become_json_lines(call: Callable[..., str]) -> None:
+def test_many_prompts_become_json_lines() -> None:
     Path("prompts.txt").write_bytes("\ufeffOnce upon a time\n\nThe fox\r\n".encode())
     lines = '{"prompt": "Once upon a time"}\n{"prompt": "The fox", "id": 7}\n'
     Path("prompts.jsonl").write_text(lines, encoding="utf-8")
@@ -60,7 +59,7 @@ def test_many_prompts_become_json_lines(call: Callable[..., str]) -> None:
     assert alone == f"{records[0]['prompt']}{records[0]['text']}\n"
 
 
-def test_json(call: Callable[..., str]) -> None:
+def test_json() -> None:
     options = ("--prompt", "The", "-n", "5", "--seed", "3")
     (record,) = json.loads(call(*options, "--json", "--logprobs", "2"))
     assert call(*options) == f"The{record['text']}\n"
@@ -70,82 +69,78 @@ def test_json(call: Callable[..., str]) -> None:
     assert len(json.loads(call(*options, "--json", "--num-return-sequences", "3"))) == 3
 
 
-def test_several_texts_have_a_line_between_them(call: Callable[..., str]) -> None:
-    printed = call("--prompt", "The", "-n", "5", "--seed", "3", "--num-return-sequences", "2")
-    assert [text.startswith("The") for text in printed.split("\n---\n\n")] == [True, True]
+THE = ("--prompt", "The", "-n", "10", "--seed", "3")
 
 
-def test_logprobs_are_a_line_a_token(call: Callable[..., str]) -> None:
-    lines = call("--prompt", "The", "-n", "5", "--seed", "3", "--logprobs", "2", "--stop", "zzzz").splitlines()
-    assert len(lines) <= 5
+def test_a_seed_gives_a_text_again() -> None:
+    first = call(*THE)
+    assert first.startswith("The")
+    assert first == call(*THE) == call(*THE, "--color")
+    assert first != call(*THE[:-1], "4")
+    assert call(*THE[:-2], "--greedy") == call(*THE, "--temperature", "0") == call(*THE[:-1], "4", "--temperature", "0")
+
+
+def test_several_texts_have_a_line_between_them() -> None:
+    texts = call(*THE, "--num-return-sequences", "2").split("\n---\n\n")
+    assert [text.startswith("The") for text in texts] == [True, True]
+
+
+def test_logprobs_are_a_line_a_token() -> None:
+    lines = call(*THE, "--logprobs", "2", "--stop", "zzzz").splitlines()
+    assert len(lines) <= 10
     for line in lines:
         assert re.fullmatch(r"\S+ +-?\d+\.\d{3} +\d+\.\d%(  \S+ \d+\.\d%){2}", line), line
 
 
-def test_color_leaves_the_text_as_it_is(call: Callable[..., str]) -> None:
-    options = ("--prompt", "The", "-n", "30", "--seed", "3")
-    assert call(*options, "--color") == call(*options)
+def test_beams() -> None:
+    first, second = read_json("generate", *THE[:4], "--num-beams", "3", "--num-return-sequences", "2")
+    assert first["score"] >= second["score"]
+    assert "seed" not in first
 
 
-def test_beams(call: Callable[..., str]) -> None:
-    options = ("--prompt", "The", "-n", "5", "--num-beams", "3", "--num-return-sequences", "2", "--json")
-    records = json.loads(call(*options))
-    assert records[0]["score"] >= records[1]["score"]
-    assert "seed" not in records[0]
-
-
-def test_greedy_is_temperature_0(call: Callable[..., str]) -> None:
-    options = ("--prompt", "The", "-n", "10")
-    assert call(*options, "--greedy") == call(*options, "--temperature", "0")
-
-
-def test_the_check_says_what_it_compared(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_says_what_it_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     from lumiere.generation.kv_cache import CacheCheck
     from lumiere.generation.text import TextGenerator
 
     options = ("--prompt", "The", "-n", "30", "--seed", "3", "--check")
-    assert re.search(r"passed: \d+ cached steps", call(*options, stderr=True))
+    assert re.search(r"passed: \d+ cached steps", notes(*options))
     monkeypatch.setattr(TextGenerator, "check", lambda self, generation: CacheCheck(9, 0.5, 1e-4))
-    assert "FAILED: 9 cached steps" in call(*options, code=3, stderr=True)
+    assert "FAILED: 9 cached steps" in notes(*options, code=3)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--prompt a --prompts f", "--prompt and --prompts"),
-        ("--interactive --prompt a", "--prompt and --interactive"),
-        ("--interactive --json", "--interactive and --json"),
-        ("--color --json", "--color and --json"),
-        ("--greedy --temperature 1", "--temperature has no effect"),
-        ("--temperature 0 --top-k 5", "--top-k has no effect"),
-        ("--num-beams 2 --top-p 0.5", "--top-p has no effect"),
-        ("--num-beams 2 --greedy", "--greedy has no effect"),
-        ("--num-beams 2 --stop a", "--stop has no effect"),
-        ("--num-beams 2 --num-return-sequences 3", "2 beams cannot give 3 texts"),
-        ("--greedy --num-return-sequences 3", "temperature 0 gives the same text 3 times"),
-        ("--min-p 2", "min-p must be from 0 to 1"),
-        ("--typical-p 0", "typical-p must be more than 0"),
-        ("--repetition-penalty 0", "the repetition penalty must be more than 0"),
-        ("--no-repeat-ngram-size 0", "n-grams that may not repeat must be at least 1"),
-        ("--prompts none.txt", "none.txt cannot be read"),
-        ("--prompts blank.txt", "blank.txt holds no prompt"),
-        ("--prompts bad.jsonl", "bad.jsonl, line 2"),
-        ("--prompts keys.jsonl", "keys.jsonl, line 1"),
-        ("--prompts empty.jsonl", "empty.jsonl, line 1: the prompt is empty"),
-        ("--prompts latin.txt", "latin.txt, line 1"),
-    ],
-)
-def test_refused(call: Callable[..., str], arguments: str, message: str) -> None:
+REFUSED = """
+    --prompt a --prompts f | --prompt and --prompts
+    --interactive --prompt a | --prompt and --interactive
+    --interactive --json | --interactive and --json
+    --color --json | --color and --json
+    --greedy --temperature 1 | --temperature has no effect
+    --temperature 0 --top-k 5 | --top-k has no effect
+    --num-beams 2 --top-p 0.5 | --top-p has no effect
+    --num-beams 2 --greedy | --greedy has no effect
+    --num-beams 2 --stop a | --stop has no effect
+    --num-beams 2 --num-return-sequences 3 | 2 beams cannot give 3 texts
+    --greedy --num-return-sequences 3 | temperature 0 gives the same text 3 times
+    --min-p 2 | min-p must be from 0 to 1
+    --typical-p 0 | typical-p must be more than 0
+    --repetition-penalty 0 | the repetition penalty must be more than 0
+    --no-repeat-ngram-size 0 | n-grams that may not repeat must be at least 1
+    --prompts none.txt | none.txt cannot be read
+    --prompts blank.txt | blank.txt holds no prompt
+    --prompts bad.jsonl | bad.jsonl, line 2
+    --prompts keys.jsonl | keys.jsonl, line 1
+    --prompts empty.jsonl | empty.jsonl, line 1: the prompt is empty
+"""
+
+
+def test_refused() -> None:
     Path("blank.txt").write_text("\n \n")
     Path("bad.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
     Path("keys.jsonl").write_text('{"text": "a"}\n')
     Path("empty.jsonl").write_text('{"prompt": ""}\n')
-    Path("latin.txt").write_bytes(b"\xe9t\xe9")
-    printed = call(*arguments.split(), code=2, stderr=True)
-    assert message in printed
-    assert "hint:" in printed
-    stop = call("--stop", "", code=2, stderr=True)
-    assert "a stop string is empty" in stop
+    for line in filter(str.strip, REFUSED.splitlines()):
+        arguments, _, message = line.partition(" | ")
+        assert message in refuse("generate", *arguments.split())[0]
+    assert "a stop string is empty" in refuse("generate", "--stop", "")[0]
 
 
 def test_settings_are_read_like_options() -> None:
@@ -164,9 +159,9 @@ def test_settings_are_read_like_options() -> None:
         assert caught.value.hint
 
 
-def test_a_session_keeps_its_texts_and_settings(call: Callable[..., str]) -> None:
+def test_a_session_keeps_its_texts_and_settings() -> None:
     script = "/set temperature 0\n/set max_new_tokens 4\nThe\n\n/history\n/settings\n/sett 1\n/quit\nnever\n"
-    printed = call("--interactive", stdin=script)
+    printed = call("--interactive", text=script)
     first = call("--prompt", "The", "-n", "4", "--greedy").removesuffix("\n")
     assert first in printed
     [history] = re.findall(r"^(?:> )?1\. (The.*)", printed, re.MULTILINE)
@@ -175,9 +170,9 @@ def test_a_session_keeps_its_texts_and_settings(call: Callable[..., str]) -> Non
     assert len(history) > len(first)
     assert "temperature           0.0" in printed
     assert "never" not in printed
-    assert "did you mean /set?" in call("--interactive", stdin="/sett 1\n", stderr=True)
-    assert "there is no setting" in call("--interactive", stdin="/set a 1\n", stderr=True)
-    assert "the prompt is empty" not in call("--interactive", stdin="\n", stderr=True)
+    assert "did you mean /set?" in notes("--interactive", text="/sett 1\n")
+    assert "there is no setting" in notes("--interactive", text="/set a 1\n")
+    assert "the prompt is empty" not in notes("--interactive", text="\n")
 
 
 @pytest.mark.skipif(not hasattr(os, "forkpty"), reason="a terminal of its own needs a POSIX system")
@@ -237,7 +232,7 @@ def test_ctrl_c_in_a_terminal(trained_run: Run) -> None:
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_ctrl_c_stops_the_text_and_not_the_session(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_text_and_not_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interrupt comes after a first piece; what was written stays, and the session answers."""
     from lumiere.generation.decoding import Piece
     from lumiere.generation.text import TextGenerator
@@ -248,7 +243,7 @@ def test_ctrl_c_stops_the_text_and_not_the_session(call: Callable[..., str], mon
 
     monkeypatch.setattr(TextGenerator, "stream", interrupted)
     script = "Once\n/history\n/settings\n/quit\n"
-    printed = call("--interactive", stdin=script)
+    printed = call("--interactive", text=script)
     assert "1. Once upon\n" in printed
     assert "temperature           0.8" in printed
-    assert " stopped" in call("--interactive", stdin=script, stderr=True)
+    assert " stopped" in notes("--interactive", text=script)

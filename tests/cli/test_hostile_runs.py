@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from lumiere.cli import app
 from lumiere.cli.generate import write
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import Checkpoint
-from lumiere.persistence.runs import Run, RunStore
+from lumiere.persistence.runs import Run
 from tests.checkpoints import folder_of, remove_pointers, rewrite
+from tests.cli.commands import invoke, refuse, stdout_of
 
 EXPORT = ["export", "latest", "--to", "transformer-lens", "out"]
 USES = (["eval", "latest"], ["generate"], ["inspect", "attention"], EXPORT)
@@ -28,23 +26,9 @@ RESUME = ["train", "--resume", "latest"]
 STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\u202e\ud800[bold red]\n"
 
 
-def refuse(arguments: list[str]) -> str:
-    """Run a command that must be refused; its two lines, of which nothing steers the terminal."""
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    error, hint = result.stderr.splitlines()
-    assert error.startswith("error: ")
-    assert hint.startswith("hint: ")
-    assert (error + hint).isprintable()
-    return error
-
-
 @pytest.fixture
-def run(trained_run: Run) -> Run:
-    """A copy of the trained run, alone in the runs directory; it does not say that there is nothing to resume."""
-    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
-    run = RunStore().open("latest")
+def run(run: Run) -> Run:
+    """The copy of the trained run, which does not say that there is nothing to resume."""
     run.update(status="interrupted", stop_reason=None)
     return run
 
@@ -73,35 +57,37 @@ def test_a_file_that_is_none(run: Run, name: str, put: Callable[[Path], None]) -
     path = run.path / name
     put(path if path.exists() else folder_of(run, "best") / name)
     for command in USES:
-        refuse(command)
+        refuse(*command)
 
 
 def test_without_a_best_checkpoint_the_latest_is_used(run: Run) -> None:
     remove_pointers(run, "best")
     for command in USES:
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 0
-        assert "latest" in result.stderr
+        assert "has no checkpoint best yet, latest is taken" in invoke(*command).stderr
 
 
 @pytest.mark.parametrize("put", [put_pipe, put_folder])
 def test_a_resume_with_metrics_that_are_no_file(run: Run, put: Callable[[Path], None]) -> None:
     recorded(run, stop_reason=None, step=8)
     put(run.metrics_path)
-    assert "metrics.jsonl" in refuse(RESUME)
+    assert "metrics.jsonl" in refuse(*RESUME)[0]
 
 
-@pytest.mark.parametrize("step", [None, "9", -1, True, [], "\x1b[31m"])
-def test_a_step_that_is_none(run: Run, step: Any) -> None:
-    recorded(run, step=step, stop_reason=None)
-    for command in (*USES, RESUME):
-        assert "step" in refuse(command)
+STEPS = (None, "9", -1, True, [])
+CONFIGS = (None, 7, [], {"model": []}, {"model": {"d_ff": STEERING}})
+REASONS = (STEERING, 7, ["max_steps"], {})
+METADATA = [
+    *(("step", value, (*USES, RESUME), "step") for value in STEPS),
+    *(("config", value, (*USES, RESUME), "does not fit the model in its config.yaml") for value in CONFIGS),
+    *(("stop_reason", value, (RESUME,), "gives no reason why it ended") for value in REASONS),
+]
 
 
-@pytest.mark.parametrize("reason", ["\x1b]0;title\x07", 7, ["max_steps"], {}])
-def test_a_reason_to_stop_that_is_none(run: Run, reason: Any) -> None:
-    recorded(run, stop_reason=reason)
-    assert "gives no reason why it ended" in refuse(RESUME)
+@pytest.mark.parametrize(("key", "value", "commands", "message"), METADATA)
+def test_checkpoint_metadata_of_another_type(run: Run, key: str, value: Any, commands: Any, message: str) -> None:
+    recorded(run, **{"stop_reason": None, key: value})
+    for command in commands:
+        assert message in refuse(*command)[0]
 
 
 def test_a_config_that_describes_another_model_of_the_same_shapes(run: Run) -> None:
@@ -112,15 +98,15 @@ def test_a_config_that_describes_another_model_of_the_same_shapes(run: Run) -> N
     run.config_path.write_text(changed)
     recorded(run, stop_reason=None)
     for command in USES:
-        assert "does not fit the model in its config.yaml" in refuse(command)
-    assert "was trained with model.num_heads 2, which a resume cannot change to 4" in refuse(RESUME)
+        assert "does not fit the model in its config.yaml" in refuse(*command)[0]
+    assert "was trained with model.num_heads 2, which a resume cannot change to 4" in refuse(*RESUME)[0]
 
 
 @pytest.mark.parametrize("change", ["d_ff: 1000000", "d_ff: 10000000000000", "d_ff: .nan", "d_ff: &a [*a]"])
 def test_a_config_of_a_gigantic_model(run: Run, change: str) -> None:
     run.config_path.write_text(run.config_path.read_text().replace("d_ff: 32", change))
     for command in USES:
-        refuse(command)
+        refuse(*command)
 
 
 def test_weights_that_are_no_numbers(run: Run) -> None:
@@ -131,7 +117,7 @@ def test_weights_that_are_no_numbers(run: Run) -> None:
 
     rewrite(run, damage)
     for command in USES:
-        assert "holds weights that are not finite numbers: final_norm.weight" in refuse(command)
+        assert "holds weights that are not finite numbers: final_norm.weight" in refuse(*command)[0]
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(run: Run) -> None:
@@ -139,21 +125,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(run: Run) -> None:
     saved["model"]["vocab"]["a" * 99] = len(saved["model"]["vocab"])
     run.tokenizer_path.write_text(json.dumps(saved))
     for command in USES:
-        assert "321 tokens, the model in config.yaml 320" in refuse(command)
+        assert "321 tokens, the model in config.yaml 320" in refuse(*command)[0]
 
 
 @pytest.mark.parametrize(("key", "value"), [("device", "\x1b[31m"), ("precision", "float8")])
 def test_a_record_of_a_device_that_is_none(run: Run, key: str, value: Any) -> None:
     recorded(run, stop_reason=None)
     run.update(**{key: value})
-    assert f"training.{key} must be" in refuse(RESUME)
-
-
-@pytest.mark.parametrize("config", [None, 7, [], {"model": []}, {"model": {"d_ff": STEERING}}])
-def test_checkpoints_that_hold_no_config(run: Run, config: Any) -> None:
-    recorded(run, config=config, stop_reason=None)
-    for command in (*USES, RESUME):
-        assert "does not fit the model in its config.yaml" in refuse(command)
+    assert f"training.{key} must be" in refuse(*RESUME)[0]
 
 
 def test_a_resume_of_a_run_whose_small_things_are_odd(run: Run) -> None:
@@ -161,8 +140,7 @@ def test_a_resume_of_a_run_whose_small_things_are_odd(run: Run) -> None:
     run.update(resumes=7, status="running", step=STEERING, best_loss=[], epoch={})
     (run.path / ".odd.tmp").mkdir()
     (run.checkpoints_dir / ".odd.tmp").mkdir()
-    result = CliRunner().invoke(app, RESUME)
-    assert result.exit_code == 0, result.output
+    invoke(*RESUME)
     assert [resumed["step"] for resumed in run.record.resumes] == [8]
     assert (run.status, run.record.step) == ("finished", 12)
 
@@ -175,11 +153,11 @@ def test_a_lock_that_is_a_link_is_not_written_through(run: Run) -> None:
     lock = run.path / ".lock"
     lock.unlink(missing_ok=True)
     lock.symlink_to(outside.absolute())
-    assert CliRunner().invoke(app, ["runs", "ls"]).exit_code == 0
-    assert "cannot be locked" in refuse(RESUME)
+    invoke("runs", "ls")
+    assert "cannot be locked" in refuse(*RESUME)[0]
     lock.unlink()
     os.mkfifo(lock)
-    assert "crashed" in CliRunner().invoke(app, ["runs", "ls"]).stdout
+    assert "crashed" in stdout_of("runs", "ls")
     assert outside.read_text() == "precious"
 
 
@@ -192,36 +170,30 @@ def test_a_record_steers_no_terminal_and_breaks_no_table(run: Run, value: Any) -
     others = ("precision", "num_parameters", "corpus_sha256", "path", "id", "run", STEERING)
     run.record_path.write_text(json.dumps(dict.fromkeys((*keys, *others), value)))
     for command in (["runs", "ls"], ["runs", "show", "latest"]):
-        printed = CliRunner().invoke(app, command)
-        assert printed.exit_code == 0, printed.output
-        assert printed.stdout.replace("\n", "").isprintable()
-        assert "title\n" not in printed.stdout
-        assert len(printed.stdout) < 20_000
-        as_json = CliRunner().invoke(app, [*command, "--json"])
-        assert as_json.exit_code == 0
-        assert as_json.stdout.replace("\n", "").isprintable()
-        shown = json.loads(as_json.stdout)
+        printed, as_json = stdout_of(*command), stdout_of(*command, "--json")
+        assert (printed + as_json).replace("\n", "").isprintable()
+        assert "title\n" not in printed
+        assert len(printed) < 20_000
+        shown = json.loads(as_json)
         shown = shown[0] if isinstance(shown, list) else shown
         assert (shown["run"], shown["id"], shown["path"]) == (run.name, run.id, str(run.path))
         assert shown["error"] == value
-    assert len(CliRunner().invoke(app, ["runs", "ls"]).stdout.splitlines()) == 2
+    assert len(stdout_of("runs", "ls").splitlines()) == 2
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe", b"a" * 300_000])
 def test_show_says_so_where_the_config_cannot_be_read(run: Run, content: bytes | None) -> None:
     run.config_path.unlink() if content is None else run.config_path.write_bytes(content)
-    result = CliRunner().invoke(app, ["runs", "show", "latest"])
-    assert result.exit_code == 0
-    assert re.search(r"config\.yaml' (cannot be read|is not)", result.stdout)
-    assert run.name in result.stdout
+    shown = stdout_of("runs", "show", "latest")
+    assert re.search(r"config\.yaml' (cannot be read|is not)", shown)
+    assert run.name in shown
 
 
 def test_show_steers_no_terminal_by_a_config(run: Run) -> None:
     run.config_path.write_text("model: {d_ff: '\\e[2J [red]\\x9b31m'}\n".replace("'", '"'), encoding="utf-8")
-    result = CliRunner().invoke(app, ["runs", "show", "latest"])
-    assert result.exit_code == 0
-    assert '"\\u001b[2J [red]\\u009b31m"' in result.stdout
-    assert result.stdout.replace("\n", "").isprintable()
+    shown = stdout_of("runs", "show", "latest")
+    assert '"\\u001b[2J [red]\\u009b31m"' in shown
+    assert shown.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -246,10 +218,10 @@ def swap_tokens(path: Path, *ids: int) -> None:
     path.write_text(json.dumps(saved))
 
 
-@pytest.mark.parametrize("command", [*USES, ["inspect", "summary"]])
-def test_a_tokenizer_with_permuted_ids(run: Run, command: list[str]) -> None:
+def test_a_tokenizer_with_permuted_ids(run: Run) -> None:
     swap_tokens(run.tokenizer_path, 300, 310)
-    assert "tokenizer" in refuse(command)
+    for command in (*USES, ["inspect", "summary"]):
+        assert "tokenizer" in refuse(*command)[0]
 
 
 def test_a_tokenizer_with_permuted_ids_from_python(run: Run) -> None:

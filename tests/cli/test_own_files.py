@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
 
-from lumiere.cli import app
 from lumiere.persistence.runs import Run, RunStore
+from tests.cli.commands import invoke, read_json
 
 SMALL = {
     "model": {
@@ -30,12 +29,6 @@ SMALL = {
 ROWS = ["½ of the cat", "null", "", "the cat sat, and sat", "NA", "   ", "the dog ran and ran"]
 
 
-def lumiere(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == code, result.stderr
-    return result
-
-
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory with a CSV file and a config; its cache and its runs are its own."""
@@ -52,7 +45,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run on the file, whose working directory has been left."""
-    lumiere("train", "own.yaml")
+    invoke("train", "own.yaml")
     monkeypatch.chdir(tmp_path)
     return RunStore(tmp_path / "runs").open("latest")
 
@@ -65,10 +58,6 @@ def change(home: Path) -> None:
     (home / "texts.csv").write_text("text\nanother\ntext\n")
 
 
-def keep(home: Path) -> None:
-    pass
-
-
 def test_a_run_records_where_its_files_are_and_what_is_in_them(home: Path, run: Run) -> None:
     dataset = run.load_config().dataset
     assert dataset.data_files == str(home / "texts.csv")
@@ -76,27 +65,19 @@ def test_a_run_records_where_its_files_are_and_what_is_in_them(home: Path, run: 
 
 
 def test_empty_rows_are_counted_and_words_are_kept(home: Path) -> None:
-    result = lumiere("tokenize", "own.yaml", "--json")
+    result = invoke("tokenize", "own.yaml", "--json")
     assert sum(split["documents"] for split in json.loads(result.stdout)["splits"].values()) == 5
     assert "2 of 7 rows" in result.stderr
 
 
-@pytest.mark.parametrize("happens", [keep, change, remove])
-def test_commands_work_from_another_folder(home: Path, run: Run, happens: Callable[[Path], Any]) -> None:
-    happens(home)
-    evaluated = json.loads(lumiere("eval", run.id, "--json").stdout)
-    assert evaluated
-    lumiere("inspect", "ablate", "--run", run.id, "--json")
-    lumiere("inspect", "diff", run.id, run.id, "--json")
-    lumiere("train", "--resume", run.id, "--set", "training.max_steps=3")
-    again = lumiere("train", str(run.config_path), "--json")
-    assert json.loads(again.stdout)["run"] != run.id
-
-
-def test_an_evaluation_without_the_file_gives_the_same_loss(home: Path, run: Run) -> None:
-    with_file = json.loads(lumiere("eval", run.id, "--json").stdout)
-    remove(home)
-    assert json.loads(lumiere("eval", run.id, "--json").stdout)["loss"] == with_file["loss"]
+def test_commands_work_from_another_folder_whatever_becomes_of_the_file(home: Path, run: Run) -> None:
+    for number, happens in enumerate((lambda home: None, change, remove)):
+        happens(home)
+        assert read_json("eval", run.id)["num_tokens"] > 0
+        invoke("inspect", "ablate", "--run", run.id, "--json")
+        invoke("inspect", "diff", run.id, run.id, "--json")
+        invoke("train", "--resume", run.id, "--set", f"training.max_steps={3 + number}")
+        assert read_json("train", str(run.config_path))["run"] != run.id
 
 
 @pytest.mark.parametrize("happens", [change, remove])
@@ -106,20 +87,20 @@ def test_without_the_cache_the_files_are_needed(
     happens(home)
     shutil.rmtree(tmp_path / "cache")
     for command in (["eval", run.id], ["train", "--resume", run.id, "--set", "training.max_steps=3"]):
-        result = lumiere(*command, code=2)
+        result = invoke(*command, code=2)
         assert "error:" in result.stderr
     if happens is change:
-        lumiere("train", str(run.config_path), "--set", "dataset.data_sha256=null")
+        invoke("train", str(run.config_path), "--set", "dataset.data_sha256=null")
 
 
 def test_a_folder_is_recorded_too(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "corpus").mkdir()
     (home / "texts.csv").rename(home / "corpus" / "train.csv")
     (home / "corpus" / "valid.csv").write_text("text\nthe cat\n")
-    lumiere("train", "own.yaml", "--set", "dataset.name=corpus", "--set", "dataset.data_files=null")
+    invoke("train", "own.yaml", "--set", "dataset.name=corpus", "--set", "dataset.data_files=null")
     monkeypatch.chdir(tmp_path)
     run = RunStore(tmp_path / "runs").open("latest")
     assert run.load_config().dataset.name == str(home / "corpus")
     assert run.record.splits["validation"]["num_documents"] == 1
     shutil.rmtree(home / "corpus")
-    lumiere("eval", run.id, "--json")
+    invoke("eval", run.id, "--json")

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from lumiere.cli import app
 from lumiere.config.schema import RunConfig
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
 from lumiere.training import estimate
+from tests.cli.commands import invoke
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +20,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(trained_run: Run, *options: str) -> str:
     """The stdout of a plan of the trained run's config, which makes nothing."""
-    result = CliRunner().invoke(
-        app, ["train", str(trained_run.config_path), "--plan", *options], catch_exceptions=False
-    )
-    assert result.exit_code == 0, result.output
+    result = invoke("train", str(trained_run.config_path), "--plan", *options)
     assert list(Path.cwd().iterdir()) == [], "no run is made, and no runs directory"
     assert "nothing is written" in result.stderr
     return result.stdout
@@ -32,7 +28,7 @@ def planned(trained_run: Run, *options: str) -> str:
 
 def test_as_json(trained_run: Run) -> None:
     shown = json.loads(planned(trained_run, "--json", "--set", "training.snapshots=false"))
-    size = trained_run.record.num_parameters
+    size = trained_run.record.num_parameters or 0
     assert shown["num_parameters"] == size == sum(shown["parameters"].values())
     assert shown["disk_bytes"] == 4 * 12 * size
     assert shown["disk_free_bytes"] > 0
@@ -61,7 +57,7 @@ def test_a_warm_up_that_training_never_ends_is_said(trained_run: Run) -> None:
     command = ["train", str(trained_run.config_path), "--plan", "--json", "--max-steps", "10"]
     for warmup, is_said in (("10", False), ("11", True)):
         options = ["--set", f"training.warmup_steps={warmup}"]
-        result = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+        result = invoke(*command, *options)
         assert json.loads(result.stdout)["warmup_steps"] == int(warmup)
         assert ("training.warmup_steps" in result.stderr) == is_said
         assert ("91%" in result.stderr) == is_said

@@ -4,9 +4,7 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +12,29 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lumiere.cli import app
-from lumiere.cli.runs import edit
+from lumiere.cli.runs import edit, watch
 from lumiere.config.loader import load_config
 from lumiere.persistence.catalog import disk_bytes
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.metrics import read_metrics
 from lumiere.persistence.notes import read_notes
 from lumiere.persistence.runs import Run, RunStore
-from tests.checkpoints import folder_of
+from tests.checkpoints import folder_of, remove_pointers
+from tests.cli import commands
 
 OTHER = "run_zzzzzzzz_20990101_000000"
 
 
-def invoke(*arguments: str, answer: str | None = None) -> Result:
-    return CliRunner().invoke(app, ["runs", *arguments], input=answer, catch_exceptions=False)
+def invoke(*arguments: str, answer: str | None = None, code: int = 0) -> Result:
+    return commands.invoke("runs", *arguments, text=answer, code=code)
 
 
 def run_command(*arguments: str) -> str:
-    """The stdout of a command that must succeed."""
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    return invoke(*arguments).stdout
 
 
 def read_json(*arguments: str) -> Any:
-    return json.loads(run_command(*arguments, "--json"))
-
-
-@pytest.fixture
-def run(trained_run: Run) -> Run:
-    """A copy of the trained run in `runs`, to be changed."""
-    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
-    return Run(Path("runs") / trained_run.name)
+    return commands.read_json("runs", *arguments)
 
 
 @pytest.fixture
@@ -55,7 +44,7 @@ def other(run: Run) -> Run:
     shutil.copytree(run.path, other.path)
     lines = [line for line in read_metrics(run.metrics_path) if line["step"] <= 8]
     other.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    other.update(best_loss=run.record.best_loss + 1, step=8, created_at="2099-01-01T00:00:00+00:00")
+    other.update(best_loss=(run.record.best_loss or 0) + 1, step=8, created_at="2099-01-01T00:00:00+00:00")
     other.config_path.write_text(run.config_path.read_text().replace("max_steps: 12", "max_steps: 8"))
     return other
 
@@ -105,16 +94,17 @@ DAMAGE: list[Callable[[Run], object]] = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("command", ["ls", "show latest", "compare latest {}", "plot latest", "watch latest"])
 def test_damaged_files_crash_nothing_and_steer_no_terminal(
-    run: Run, other: Run, command: str, damage: Callable[[Run], object], monkeypatch: pytest.MonkeyPatch
+    run: Run, other: Run, damage: Callable[[Run], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("lumiere.cli.runs.watch"), "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(watch, "SECONDS_BETWEEN_LOOKS", 0.001)
     damage(other)
-    arguments = command.format(run.id).split()
-    for result in (invoke(*arguments), invoke(*arguments, "--json")):
-        assert result.exit_code in (0, 2), result.output
-        assert result.output.replace("\n", "").isprintable()
+    for command in ("ls", "show latest", f"compare latest {run.id}", "plot latest", "watch latest"):
+        for options in ((), ("--json",)):
+            result = CliRunner().invoke(app, ["runs", *command.split(), *options])
+            assert result.exit_code in (0, 2), result.output
+            assert isinstance(result.exception, SystemExit | None), command
+            assert result.output.replace("\n", "").isprintable()
 
 
 def test_show_says_how_it_went_and_how_to_repeat_it(run: Run) -> None:
@@ -206,20 +196,15 @@ def test_tags_and_notes(run: Run) -> None:
     assert "note  none" in run_command("note", run.id, "")
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody is there to answer."""
+def test_rm_asks_and_says_what_goes(run: Run, other: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edit, "is_interactive", lambda: True)
-
-
-def test_rm_asks_and_says_what_goes(run: Run, other: Run, terminal: None) -> None:
-    refused = invoke("rm", run.id, "latest", answer="n\n")
-    assert (refused.exit_code, refused.stdout) == (1, "")
+    refused = invoke("rm", run.id, "latest", answer="n\n", code=1)
+    assert refused.stdout == ""
     assert "Delete 2 runs, " in refused.stderr
     assert f"{run.name}  finished  best loss {run.record.best_loss:.4f}" in refused.stderr
     assert len(RunStore().all()) == 2
-    assert invoke("rm", run.id, answer="").exit_code == 1, "no answer is none"
-    assert invoke("rm", run.id, answer="y\n").exit_code == 0
+    invoke("rm", run.id, answer="", code=1)  # no answer is none
+    invoke("rm", run.id, answer="y\n")
     assert [left.name for left in RunStore().all()] == [OTHER]
 
 
@@ -250,9 +235,7 @@ def test_prune_keeps_the_best_and_the_latest_of_finished_runs(run: Run, other: R
 def test_a_pruned_run_is_still_finished_and_does_not_begin_anew(run: Run) -> None:
     run_command("prune", "--keep", "best", "--yes")
     before = run.metrics_path.read_bytes()
-    result = CliRunner().invoke(app, ["train", "--resume", run.id])
-    assert result.exit_code == 0
-    assert "is finished (" in result.stderr
+    assert "is finished (" in commands.invoke("train", "--resume", run.id).stderr
     assert run.metrics_path.read_bytes() == before
 
 
@@ -310,13 +293,40 @@ def test_the_width_of_a_terminal_is_used(run: Run, monkeypatch: pytest.MonkeyPat
     assert max(map(len, run_command("plot", run.id).splitlines()[:-2])) <= 40
 
 
-def test_without_unicode_there_is_no_curve(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lumiere.cli.runs.ls import curve
-    from lumiere.persistence.catalog import read_entry
+def card(*arguments: str) -> tuple[str, str]:
+    """What `runs card` prints on stdout and on stderr."""
+    result = invoke("card", *arguments)
+    return result.stdout, result.stderr
 
-    entry = read_entry(run)
-    assert curve(entry)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", open("out.txt", "w", encoding="ascii"))  # noqa: SIM115
-        assert curve(entry) == ""
-        sys.stdout.close()
+
+def test_a_card_takes_the_figures_that_training_recorded_and_is_replaced_only_by_force(run: Run) -> None:
+    text, notes = card(run.id)
+    assert notes == ""
+    assert text.startswith("---\n")
+    assert f"# Lumiere {run.id}" in text
+    best = run.record.best_evaluation
+    assert f"| Mean batch perplexity | {best['mean_batch_perplexity']:,.2f} |" in text
+    assert f"| Batches | {best['num_batches']} | of 8 windows" in text
+    path = Path("README.md")
+    assert card("latest", "-o", str(path)) == ("", "wrote README.md\n")
+    assert path.read_text(encoding="utf-8") == text
+    path.write_text("mine")
+    card("latest", "-o", str(path), "--force")
+    assert path.read_text(encoding="utf-8") == text
+    assert sorted(path.name for path in Path().iterdir()) == ["README.md", "runs"]
+
+
+def test_a_card_of_an_older_run_evaluates_it_and_says_so(run: Run) -> None:
+    """Before training recorded its evaluation; the second time, with only `latest` of a run killed early."""
+    whole, _ = card(run.id)
+    record = run.record.to_json()
+    del record["best_evaluation"], record["splits"]
+    run.record_path.write_text(json.dumps(record))
+    text, notes = card("latest")
+    assert notes.splitlines() == [f"run {run.id} has no evaluation of checkpoint best; evaluating it now"]
+    first, second = (page.split("## Validation results")[1].split("\n## ")[0] for page in (text, whole))
+    assert first == second
+    remove_pointers(run, "best")
+    text, _ = card("latest")
+    assert "checkpoint `latest` (step 12)" in text
+    assert f'load_checkpoint("{run.name}", "latest")' in text

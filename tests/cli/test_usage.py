@@ -4,23 +4,12 @@ import re
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.cli.usage import COMMANDS_ELSEWHERE, OPTIONS_ELSEWHERE
 from lumiere.config.messages import SYNONYMS, UNAVAILABLE, setting_paths
 from lumiere.errors import edits, nearest
-
-
-def refused(command: str) -> tuple[str, str]:
-    """The error and the hint of a command that must be refused."""
-    result = CliRunner().invoke(app, command.split())
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    error, hint = result.stderr.splitlines()
-    assert error.startswith("error: ")
-    assert hint.startswith("hint: ")
-    return error, hint
+from tests.cli.commands import refuse
 
 
 @pytest.mark.parametrize(
@@ -57,7 +46,7 @@ def refused(command: str) -> tuple[str, str]:
     ],
 )
 def test_a_command_line_that_is_wrong_names_what_exists(command: str, named: str, instead: str) -> None:
-    error, hint = refused(command)
+    error, hint = refuse(*command.split())
     assert named in error
     assert instead in hint
 
@@ -77,7 +66,7 @@ def test_a_command_line_that_is_wrong_names_what_exists(command: str, named: str
     ],
 )
 def test_an_unknown_setting_names_what_exists_and_no_neighbor(key: str, instead: str, not_named: str) -> None:
-    _, hint = refused(f"train tiny --set {key}")
+    _, hint = refuse("train", "tiny", "--set", key)
     assert instead in hint
     assert not_named not in hint
 
@@ -110,7 +99,7 @@ def test_hints_name_commands_and_options_that_exist() -> None:
 
 @pytest.mark.parametrize("library", ["transformers", "huggingface", "gguf"])
 def test_an_export_that_does_not_exist_gets_no_neighbor(library: str) -> None:
-    error, hint = refused(f"export latest folder --to {library}")
+    error, hint = refuse("export", "latest", "folder", "--to", library)
     assert library in error
     assert "did you mean" not in hint
     assert "transformer-lens" in hint

@@ -1,19 +1,18 @@
 """Watching a training that a test plays: each look of the watcher is one turn of the play."""
 
+import io
 import json
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from lumiere.cli import app
 from lumiere.cli.runs import watch
 from lumiere.cli.runs.watch import Watched
 from lumiere.persistence import liveness
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.runs import Run, RunStore
+from tests.cli.commands import invoke, refuse, stdout_of
 
 
 @pytest.fixture
@@ -42,9 +41,7 @@ def play(monkeypatch: pytest.MonkeyPatch, *turns: Callable[[], object]) -> None:
 
 
 def watched_lines(run: Run, *options: str) -> list[str]:
-    result = CliRunner().invoke(app, ["runs", "watch", run.id, *options], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout.splitlines()
+    return stdout_of("runs", "watch", run.id, *options).splitlines()
 
 
 def test_lines_come_once_and_it_ends_with_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +102,7 @@ def test_a_run_without_a_status_is_not_waited_for_forever(monkeypatch: pytest.Mo
 
 def test_a_run_that_is_deleted_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, lambda: run.path.rename("elsewhere"))
-    result = CliRunner().invoke(app, ["runs", "watch", run.id])
-    assert result.exit_code == 2
-    assert f"error: run {run.id} is gone" in result.stderr
+    assert refuse("runs", "watch", run.id)[0] == f"error: run {run.id} is gone"
 
 
 def test_ctrl_c_leaves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +110,7 @@ def test_ctrl_c_leaves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     play(monkeypatch, interrupt)
-    assert CliRunner().invoke(app, ["runs", "watch", run.id]).exit_code == 130
+    invoke("runs", "watch", run.id, code=130)
 
 
 def test_the_view_shows_the_newest_figures_within_the_width(run: Run) -> None:
@@ -124,10 +119,9 @@ def test_the_view_shows_the_newest_figures_within_the_width(run: Run) -> None:
     run.update(best_loss=7.25)
     watched = Watched(run)
     watched.look()
-    console = Console(width=80, record=True, file=open("screen.txt", "w"))  # noqa: SIM115
-    console.print(watch.view(watched))
-    console.file.close()
-    lines = console.export_text().splitlines()
+    screen = io.StringIO()
+    Console(width=80, file=screen).print(watch.view(watched))
+    lines = screen.getvalue().splitlines()
     assert lines[0] == f"{run.name}  running"
     assert lines[1] == "step 30/40  loss 8.000  18 tok/s  validation 7.5000  best 7.2500  0:05 left"
     assert max(map(len, lines)) <= 80
@@ -135,8 +129,9 @@ def test_the_view_shows_the_newest_figures_within_the_width(run: Run) -> None:
     assert "A validation" in lines[-1]
 
 
-@pytest.mark.parametrize("value", [None, "x", [], True, 2**62, -5, 0])
-def test_a_record_of_any_type_is_shown(run: Run, value: Any) -> None:
-    run.record_path.write_text(json.dumps({"status": "finished", "total_steps": value, "best_loss": value}))
-    run.metrics_path.write_text(json.dumps({"step": 0, "time": value, "loss": value, "val_perplexity": value}) + "\n")
-    assert len(watched_lines(run)) == 2
+def test_a_record_of_any_type_is_shown(run: Run) -> None:
+    for value in (None, "x", [], True, 2**62, -5, 0):
+        run.record_path.write_text(json.dumps({"status": "finished", "total_steps": value, "best_loss": value}))
+        line = {"step": 0, "time": value, "loss": value, "val_perplexity": value}
+        run.metrics_path.write_text(json.dumps(line) + "\n")
+        assert len(watched_lines(run)) == 2

@@ -11,8 +11,8 @@ from lumiere.components import kernels
 from lumiere.components.kernels import (
     BFLOAT16_FUSED_MIN_POSITIONS,
     IGNORED,
+    attention,
     attention_mask,
-    causal_attention,
     dropout_mask,
     dropout_mask_op,
     linear_cross_entropy,
@@ -36,12 +36,11 @@ def test_the_mask_by_hand() -> None:
 @pytest.mark.parametrize("num_positions", [1, 7, 64])
 @pytest.mark.parametrize("d_value", [4, 6])
 def test_both_fast_ways_equal_torchs_attention(num_positions: int, d_value: int) -> None:
-    q_BTHK, k_BTHK = torch.randn(2, 2, num_positions, 3, 4, dtype=torch.float64).unbind()
-    v_BTHV = torch.randn(2, num_positions, 3, d_value, dtype=torch.float64)
+    q_BHTK, k_BHTK = torch.randn(2, 2, 3, num_positions, 4, dtype=torch.float64).unbind()
+    v_BHTV = torch.randn(2, 3, num_positions, d_value, dtype=torch.float64)
     mask_TS = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
-    heads = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
-    expected_BTHV = F.scaled_dot_product_attention(*heads, attn_mask=mask_TS).transpose(1, 2)
-    torch.testing.assert_close(causal_attention(q_BTHK, k_BTHK, v_BTHV), expected_BTHV, rtol=0, atol=1e-12)
+    expected_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, attn_mask=mask_TS)
+    torch.testing.assert_close(attention(q_BHTK, k_BHTK, v_BHTV), expected_BHTV, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -62,28 +61,28 @@ def test_the_pattern_is_kept_only_where_that_is_faster(
         sizes.append(tensor.numel())
         return tensor
 
-    inputs = [torch.randn(1, num_positions, 1, width, dtype=dtype, requires_grad=True) for width in (4, 4, d_value)]
+    inputs = [torch.randn(1, 1, num_positions, width, dtype=dtype, requires_grad=True) for width in (4, 4, d_value)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        causal_attention(*inputs)
+        attention(*inputs)
     assert (max(sizes) >= num_positions**2) == is_kept
 
 
 @pytest.mark.parametrize("num_positions", [16, BFLOAT16_FUSED_MIN_POSITIONS])
 def test_attention_in_bfloat16_stays_near_float32(num_positions: int) -> None:
-    q_BTHK, k_BTHK, v_BTHV = (torch.randn(2, num_positions, 2, 8) for _ in range(3))
-    expected_BTHV = causal_attention(q_BTHK, k_BTHK, v_BTHV)
+    q_BHTK, k_BHTK, v_BHTV = (torch.randn(2, 2, num_positions, 8) for _ in range(3))
+    expected_BHTV = attention(q_BHTK, k_BHTK, v_BHTV)
     with torch.autocast("cpu", torch.bfloat16):
-        z_BTHV = causal_attention(q_BTHK.bfloat16(), k_BTHK.bfloat16(), v_BTHV.bfloat16())
-    assert z_BTHV.dtype == torch.bfloat16
+        z_BHTV = attention(q_BHTK.bfloat16(), k_BHTK.bfloat16(), v_BHTV.bfloat16())
+    assert z_BHTV.dtype == torch.bfloat16
     # bfloat16 has 8 bits: a relative error of 2^-9 for each rounding.
-    torch.testing.assert_close(z_BTHV.float(), expected_BTHV, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(z_BHTV.float(), expected_BHTV, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kernel", ["attention", "rms_norm", "gated_silu"])
 def test_hand_written_gradients_are_those_of_the_plain_way(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And those of finite differences."""
     shapes = {
-        "attention": [(2, 6, 2, 3), (2, 6, 2, 3), (2, 6, 2, 5)],  # values of another width than the keys
+        "attention": [(2, 2, 6, 3), (2, 2, 6, 3), (2, 2, 6, 5)],  # values of another width than the keys
         "rms_norm": [(2, 3, 6), (6,)],
         "gated_silu": [(2, 4, 10)],
     }[kernel]
@@ -102,8 +101,8 @@ def test_hand_written_gradients_are_those_of_the_plain_way(kernel: str, monkeypa
 
 
 def test_fused_attention_has_the_gradients_of_finite_differences() -> None:
-    inputs = [torch.randn(2, 6, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    assert gradcheck(causal_attention, inputs)
+    inputs = [torch.randn(2, 2, 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert gradcheck(attention, inputs)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -259,7 +258,7 @@ def test_a_level_that_all_logits_share_changes_neither_loss_nor_gradients(
 
 def test_a_large_vocabulary_does_not_make_small_chunks() -> None:
     targets = torch.zeros(600, dtype=torch.long)
-    chunks = kernels.chunks_of_powers(torch.randn(600, 2), torch.randn(50_000, 2), *kernels.rows_of(targets))
+    chunks = kernels.chunks_of_powers(torch.randn(600, 2), torch.randn(50_000, 2), targets)
     assert len(next(chunks).x) >= 256
 
 

@@ -1,4 +1,4 @@
-"""Small models whose every part matters, and a machine without TransformerLens."""
+"""Small models in which every weight has an effect."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ MakeModel = Callable[..., Transformer]
 
 @pytest.fixture
 def make_model() -> MakeModel:
-    """L = 2, H = 3, K = V = 6, F = 10, E = 8, context 12, vocabulary 31; large random weights and gains."""
+    """Two layers, three heads of width 6, context 12, vocabulary 31; large random weights and gains."""
 
     def make(**settings: object) -> Transformer:
         sizes = {"vocab_size": 31, "embedding_size": 8, "context_size": 12, "num_layers": 2, "num_heads": 3}
@@ -29,5 +29,5 @@ def make_model() -> MakeModel:
 
 @pytest.fixture
 def without_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if it were not installed: starting it takes seconds."""
+    """Hide TransformerLens, which takes seconds to start."""
     monkeypatch.setattr(transformer_lens, "installed_version", lambda: None)

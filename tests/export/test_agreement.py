@@ -1,4 +1,4 @@
-"""TransformerLens beside Lumiere on the same weights: logits, activations, patterns, attribution. Slow to start.
+"""TransformerLens and Lumiere on the same weights: logits, activations, patterns and attribution.
 
 Its RMSNorm computes in float32 whatever the model's type, so float64 agrees to 1e-5 only.
 """
@@ -6,7 +6,6 @@ Its RMSNorm computes in float32 whatever the model's type, so float64 agrees to 
 import importlib.util
 import os
 import runpy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from typer.testing import CliRunner
 
 from lumiere.cli import app
 from lumiere.components.hooks import run_with_cache
-from lumiere.export.exporting import export_model, find_target
+from lumiere.export.exporting import TARGETS, export_model
 from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
+from tests.export.conftest import MakeModel
 
-MakeModel = Callable[..., Transformer]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -33,32 +32,36 @@ pytestmark = [
 ]
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
-KINDS = ["random", "random rotary", "trained"]
 
 
-@pytest.fixture
+Pair = tuple[Transformer, Any]
+
+
+@pytest.fixture(params=["random", "random rotary", "trained"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=TOLERANCES)
 def pair(
-    make_model: MakeModel, trained_run: Run, without_transformer_lens: None
-) -> Callable[[str, torch.dtype], tuple[Transformer, Any]]:
-    """Makes a model of a kind and type, and the same as TransformerLens boots it from an exported folder."""
-
-    def make(kind: str, dtype: torch.dtype) -> tuple[Transformer, Any]:
-        models = {
-            "random": make_model,
-            "random rotary": lambda: make_model(positions="rotary"),
-            "trained": lambda: trained_run.load_model("best"),
-        }
-        model = models[kind]()
-        target = find_target("transformer-lens")
-        export_model(target, Path("out"), model, b"{}", range(3, model.vocab_size), {"run": "run_x"})
-        bridge = runpy.run_path("out/load.py")["load_model"](dtype)
-        return model.to(dtype), bridge
-
-    return make
+    request: pytest.FixtureRequest,
+    kind: str,
+    make_model: MakeModel,
+    trained_run: Run,
+    without_transformer_lens: None,
+) -> Pair:
+    """A model, and TransformerLens's model from its exported folder."""
+    if kind == "trained":
+        model = trained_run.load_model("best")
+    else:
+        model = make_model(positions="rotary" if "rotary" in kind else "learned")
+    export_model(TARGETS["transformer-lens"], Path("out"), model, b"{}", range(3, model.vocab_size), {})
+    bridge = runpy.run_path("out/load.py")["load_model"](request.param)
+    return model.to(request.param), bridge
 
 
 def tokens_for(model: Transformer) -> Tensor:
-    """Two sequences as long as the context, without padding, which TransformerLens would not hide."""
+    """Two sequences as long as the context, without padding, which TransformerLens does not mask."""
     return torch.randint(3, model.vocab_size, (2, model.context_size))
 
 
@@ -67,13 +70,9 @@ def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0, msg=lambda text: f"{what}: {text}")
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_logits_and_every_activation(
-    kind: str, dtype: torch.dtype, pair: Callable[[str, torch.dtype], tuple[Transformer, Any]]
-) -> None:
-    model, bridge = pair(kind, dtype)
+def test_logits_and_every_activation(kind: str, pair: Pair) -> None:
+    model, bridge = pair
     tokens_BT = tokens_for(model)
     output, ours = run_with_cache(model, tokens_BT)
     logits, theirs = bridge.run_with_cache(tokens_BT)
@@ -83,30 +82,26 @@ def test_logits_and_every_activation(
         prefix, _, leaf = name.rpartition(".")
         found = theirs[name]
         if leaf == "hook_attn_scores":
-            # In 4.3 it sees the pattern; so their scores are made of their queries and keys.
-            assert torch.equal(found, theirs[f"{prefix}.hook_pattern"]), "it sees scores now: simplify this test"
+            # In 4.3 this hook sees the pattern, so scores are computed from queries and keys.
+            assert torch.equal(found, theirs[f"{prefix}.hook_pattern"]), "the hook sees scores now: simplify this test"
             if kind == "random rotary":
-                continue  # turned queries and keys have no name; the patterns say the same
+                continue  # rotated queries and keys have no name; the patterns cover them
             q, k = (theirs[f"{prefix}.hook_{part}"].transpose(1, 2) for part in "qk")
             found = (q @ k.transpose(-1, -2) / model.d_key**0.5).masked_fill(hidden_TT, -torch.inf)
         if leaf in ("hook_q", "hook_k") and kind == "random rotary":
-            # The pairs that turn together are neighbours there, halves here.
+            # Rotary pairs are neighbors there, halves here.
             found = found.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         assert_same(found, activation, name)
     for layer in range(model.num_layers):
         assert_same(theirs["pattern", layer], output.attention_weights[:, layer], f"pattern of layer {layer}")
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_direct_logit_attribution(
-    kind: str, dtype: torch.dtype, pair: Callable[[str, torch.dtype], tuple[Transformer, Any]]
-) -> None:
-    """What each part adds to the difference of two logits, by their tool and by `lumiere inspect logits`."""
-    from transformer_lens.tools.analysis import direct_logit_attribution
+def test_direct_logit_attribution(pair: Pair) -> None:
+    """Compare what each part adds to the difference of two logits with `lumiere inspect logits`."""
+    from transformer_lens.tools.analysis import direct_logit_attribution  # pyright: ignore[reportMissingImports]
 
-    model, bridge = pair(kind, dtype)
+    model, bridge = pair
     tokens_BT = tokens_for(model)[:1]
     bridge.enable_compatibility_mode()
     target, other = model(tokens_BT).logits[0, -1].topk(2).indices.tolist()
@@ -126,20 +121,12 @@ def test_direct_logit_attribution(
     missing = ours.keys() - theirs.keys()
     assert not missing, f"{missing} in {list(theirs)}"
     for label, value in ours.items():
-        assert theirs[label] == pytest.approx(value, abs=TOLERANCES[dtype]), label
+        assert theirs[label] == pytest.approx(value, abs=TOLERANCES[model.token_embedding.weight.dtype]), label
 
 
 def test_the_command_lets_the_library_check(trained_run: Run) -> None:
-    arguments = [
-        "export",
-        trained_run.id,
-        "--to",
-        "transformer-lens",
-        "out",
-        "--runs-dir",
-        str(trained_run.path.parent),
-    ]
-    result = CliRunner().invoke(app, arguments)
+    options = ["--to", "transformer-lens", "--runs-dir", str(trained_run.path.parent)]
+    result = CliRunner().invoke(app, ["export", trained_run.id, "out", *options])
     assert result.exit_code == 0, result.output
     assert "the same logits in TransformerLens 4" in result.stdout.replace("\n", " ")
     assert sorted(os.listdir("out"))[-1] == "tokenizer.json", "no bytecode is left"

@@ -1,9 +1,8 @@
-"""A folder for TransformerLens: whole and right, or not there."""
+"""An exported folder is complete and correct, or does not exist."""
 
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from safetensors.torch import load, load_file, save
 
 from lumiere.errors import FailedCheckError, LumiereError
 from lumiere.export import transformer_lens
-from lumiere.export.exporting import Exported, Target, export_model, find_target
-from lumiere.export.transformer_lens import logits_receipt, stated_tokens
+from lumiere.export.exporting import TARGETS, Exported, Target, check_folder, export_model, new_folder
+from lumiere.export.transformer_lens import sample_tokens
 from lumiere.models.transformer import Transformer
+from tests.export.conftest import MakeModel
 
-MakeModel = Callable[..., Transformer]
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
-TARGET = find_target("transformer-lens")
+TARGET = TARGETS["transformer-lens"]
 
 pytestmark = pytest.mark.usefixtures("without_transformer_lens")
 
@@ -29,33 +28,27 @@ def export(model: Transformer, target: Target = TARGET) -> Exported:
     return export_model(target, Path("out"), model, b'{"made": "up"}', range(3, 31), {"run": "run_x", "step": 7})
 
 
-def test_the_folder_holds_all_that_it_takes(make_model: MakeModel) -> None:
-    model = make_model()
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_the_folder_is_complete_and_checked(positions: str, make_model: MakeModel) -> None:
+    model = make_model(positions=positions)
     exported = export(model)
     assert sorted(os.listdir("out")) == sorted(exported.files) == FILES
+    (receipt,) = exported.receipts
+    assert receipt.holds
+    assert 0 < receipt.error < 1e-12
+    assert exported.skipped == 1
     expected = load_file("out/expected.safetensors")
     assert expected["tokens"].tolist() == [list(exported.tokens)]
     assert len(exported.tokens) == 12
     with torch.no_grad():
         torch.testing.assert_close(expected["logits"], model.logits(expected["tokens"]))
-    weights = load_file("out/model.safetensors")
-    assert torch.equal(weights["embed.weight"], model.token_embedding.weight)
-    assert torch.equal(weights["unembed.weight"], model.token_embedding.weight)
+    assert torch.equal(load_file("out/model.safetensors")["unembed.weight"], model.token_embedding.weight)
     assert json.loads(Path("out/config.json").read_text())["d_head"] == 6
     assert Path("out/tokenizer.json").read_bytes() == b'{"made": "up"}'
     readme = Path("out/README.md").read_text()
     assert "run: `run_x`" in readme
     assert " ".join(map(str, exported.tokens)) in readme
     compile(Path("out/load.py").read_text(), "load.py", "exec")
-
-
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_the_receipt_compares_what_was_written(positions: str, make_model: MakeModel) -> None:
-    exported = export(make_model(positions=positions))
-    (receipt,) = exported.receipts
-    assert receipt.holds
-    assert 0 < receipt.error < 1e-12
-    assert exported.skipped == 1
 
 
 @pytest.mark.parametrize(
@@ -68,12 +61,10 @@ def test_the_receipt_compares_what_was_written(positions: str, make_model: MakeM
         ("config.json", "n_heads"),
     ],
 )
-def test_a_folder_that_computes_something_else_is_not_written(
-    file: str, name: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A weight off by 1e-5 at its last place; another epsilon; other heads of the same width in all."""
+def test_a_folder_that_computes_other_logits_is_not_written(file: str, name: str, make_model: MakeModel) -> None:
+    """The last value of a weight is wrong by 1e-5; another epsilon; other heads of the same total width."""
 
-    def spoilt(*arguments: Any) -> dict[str, bytes]:
+    def corrupt(*arguments: Any) -> dict[str, bytes]:
         files = TARGET.files(*arguments)
         if file == "config.json":
             wrong = {"eps": {"eps": 1e-5}, "n_heads": {"n_heads": 2, "d_head": 9}}[name]
@@ -83,11 +74,11 @@ def test_a_folder_that_computes_something_else_is_not_written(
         return files | {file: save(weights)}
 
     with pytest.raises(FailedCheckError, match=r"error .* nothing written"):
-        export(make_model(), target=replace(TARGET, files=spoilt))
+        export(make_model(), target=replace(TARGET, files=corrupt))
     assert os.listdir() == []
 
 
-def test_logits_that_are_no_numbers_are_not_written(make_model: MakeModel) -> None:
+def test_nan_logits_are_not_written(make_model: MakeModel) -> None:
     model = make_model()
     with torch.no_grad():
         model.final_norm.weight[0] = torch.nan
@@ -97,21 +88,22 @@ def test_logits_that_are_no_numbers_are_not_written(make_model: MakeModel) -> No
 
 
 @pytest.mark.parametrize(
-    ("version", "code", "output", "error", "message"),
+    ("version", "code", "output", "error", "expected"),
     [
-        ("4.3.0", 0, "Moving model to cpu\n3e-07\n", "", None),
+        ("4.3.0", 0, "Moving model to cpu\n3e-07\n", "", 3e-7),
         ("4.3.0", 0, "2e-04\n", "", "the same logits in TransformerLens 4.3.0 .float32.: error 2e-04"),
         ("4.3.0", 0, "nan\n", "", "error nan"),
-        ("4.9.1", 1, "", "Traceback\nRuntimeError: no \x1b[31m key\n", r"4.9.1 cannot boot the model: RuntimeError"),
-        ("4.9.1", -9, "", "", "cannot boot the model: it says nothing"),
+        ("4.9.1", 1, "", "Traceback\nRuntimeError: no \x1b[31m key\n", "4.9.1 cannot boot the model: RuntimeError"),
+        ("4.9.1", -9, "", "", "cannot boot the model: no error message"),
+        ("2.18.0", 1, "", "", None),  # it has no boot_native, so it is not started
     ],
 )
-def test_where_the_library_is_installed_it_decides(
+def test_an_installed_library_decides(
     version: str,
     code: int,
     output: str,
     error: str,
-    message: str | None,
+    expected: float | str | None,
     make_model: MakeModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -123,39 +115,72 @@ def test_where_the_library_is_installed_it_decides(
 
     monkeypatch.setattr(transformer_lens, "installed_version", lambda: version)
     monkeypatch.setattr(transformer_lens.subprocess, "run", run)
-    if message is None:
-        exported = export(make_model())
-        assert [receipt.error for receipt in exported.receipts][1:] == [3e-7]
-        assert exported.skipped == 0
-    else:
-        with pytest.raises(FailedCheckError, match=message) as caught:
+    if isinstance(expected, str):
+        with pytest.raises(FailedCheckError, match=expected) as caught:
             export(make_model())
         assert str(caught.value).isprintable()
         assert os.listdir() == []
-    assert seen == [FILES], "it sees the folder as it will be"
+    else:
+        exported = export(make_model())
+        assert [receipt.error for receipt in exported.receipts[1:]] == ([] if expected is None else [expected])
+        assert exported.skipped == (expected is None)
+    assert seen == ([] if expected is None else [FILES]), "the library sees the final folder"
 
 
-def test_a_version_without_boot_native_is_left_alone(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer_lens, "installed_version", lambda: "2.18.0")
-    assert export(make_model()).skipped == 1
-
-
-def test_targets_that_are_misspelt() -> None:
-    with pytest.raises(LumiereError, match=r"export to 'transformerlens' .did you mean transformer-lens"):
-        find_target("transformerlens")
-    with pytest.raises(LumiereError, match="it exports to transformer-lens"):
-        find_target("onnx")
-
-
-def test_stated_tokens() -> None:
-    assert torch.equal(stated_tokens(12, range(3, 31)), stated_tokens(12, range(3, 31)))
-    tokens_BT = stated_tokens(1024, range(3, 6))
+def test_sample_tokens_are_fixed() -> None:
+    assert torch.equal(sample_tokens(12, range(3, 31)), sample_tokens(12, range(3, 31)))
+    tokens_BT = sample_tokens(1024, range(3, 6))
     assert tokens_BT.shape == (1, 256)
     assert set(tokens_BT[0].tolist()) == {3, 4, 5}
 
 
-def test_differences_are_relative_to_the_largest_logit() -> None:
-    expected = torch.tensor([[[50.0, -100.0]]])
-    assert logits_receipt("law", expected + 1, expected, 0.1).error == pytest.approx(0.01)
-    assert logits_receipt("law", expected / 1e3 + 1, expected / 1e3, 0.1).error == pytest.approx(1)
-    assert not logits_receipt("law", expected[:, :, :1], expected, 0.1).holds
+def contents(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, OSError("disk full")])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_folder_appears_completely_or_not_at_all(exists: bool, error: Any) -> None:
+    if exists:
+        Path("out").mkdir()
+
+    def fill() -> None:
+        with new_folder(Path("out")) as staging:
+            (staging / "a.txt").write_bytes(b"one")
+            assert not Path("out").exists() or not contents("out")
+            if error is not None:
+                raise error
+
+    if error is None:
+        fill()
+        assert contents("out") == {"a.txt": b"one"}
+    else:
+        with pytest.raises(LumiereError if isinstance(error, OSError) else error):
+            fill()
+        assert not exists or not contents("out")
+    assert os.listdir() == ["out"] * (exists or error is None)
+
+
+def test_a_file_that_appears_meanwhile_is_kept() -> None:
+    Path("out").mkdir()
+    with pytest.raises(LumiereError, match="'out' cannot be written"), new_folder(Path("out")):
+        Path("out/mine.txt").write_text("mine")
+    assert contents("out") == {"mine.txt": b"mine"}
+    assert os.listdir() == ["out"]
+
+
+@pytest.mark.parametrize("path", ["full", "file", "link", "none/out", ".", "full/.."])
+def test_other_paths_are_refused(path: str) -> None:
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine")
+    Path("file").write_text("mine")
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
+    before = sorted(os.listdir())
+    named = f"'{path.removesuffix('/out')}'"
+    with pytest.raises(LumiereError, match=named):
+        check_folder(Path(path))
+    with pytest.raises(LumiereError, match=named), new_folder(Path(path)):
+        raise AssertionError("the block must not be entered")
+    assert sorted(os.listdir()) == before
+    assert contents("full") == {"mine.txt": b"mine"}

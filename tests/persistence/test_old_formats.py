@@ -95,7 +95,9 @@ def test_a_newer_format_is_refused_with_the_way_out(run: Run) -> None:
 KINDS = {
     kind: expected
     for number in (1, 2)
-    for kind, expected in json.loads((FIXTURES / f"run_v{number}_kinds.golden.json").read_text(encoding="utf-8")).items()
+    for kind, expected in json.loads(
+        (FIXTURES / f"run_v{number}_kinds.golden.json").read_text(encoding="utf-8")
+    ).items()
 }
 """Runs with folders of shards, and with an average of the weights and Muon; both with snapshots."""
 

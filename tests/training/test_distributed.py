@@ -1,22 +1,20 @@
-"""Trainings by several processes of torchrun, beside the same training by one."""
+"""Training by several processes, compared with the same training by one; and what happens if one of them is lost."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
 from lumiere.config.schema import RunConfig
 from lumiere.errors import NonFiniteError
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.training.events import Event, WarningEvent
-from lumiere.training.run import resume
-from lumiere.training.setup import set_up_resume
 from tests.midway import midway
 from tests.torchrun import (
     CONSTANT,
@@ -25,75 +23,81 @@ from tests.torchrun import (
     TOLERANCE,
     assert_same_training,
     command,
+    forked,
     metrics,
     torchrun,
     trained,
     written,
 )
+from tests.training.short import hashes, resume, short, train
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(configure, launch, parallel: str) -> None:
-    """Over the end of an epoch, whose last batch is a smaller one."""
-    config = configure(NO_DROPOUT | {"training.parallel": parallel})
-    run = trained(2, config)
-    assert_same_training(run, launch(config).run)
-    assert run.status == "finished"
-    assert run.record.world_size == 2
+def test_two_processes_train_what_one_does(parallel: str) -> None:
+    """Over the end of an epoch, whose last batch is smaller."""
+    config = short(NO_DROPOUT, parallel=parallel)
+    run = forked(2, config, "by-2")
+    assert_same_training(run, train(config).run)
+    assert (run.status, run.record.world_size) == ("finished", 2)
     assert [other.name for other in RunStore(run.path.parent).all()] == [run.name]
 
 
 @pytest.mark.slow
-def test_four_processes_train_what_one_does(configure, launch) -> None:
-    """With all that has a state of its own; the last batch of an epoch has fewer windows than there are processes."""
-    changes = {
-        "training.optimizer": "muon",
-        "training.ema_decay": 0.9,
-        "training.gradient_accumulation_steps": 3,
-        "training.gradient_clip_norm": 0.5,
-        "training.random_window_offset": True,
-    }
-    config = configure(NO_DROPOUT | changes)
-    run = trained(4, config)
-    assert_same_training(run, launch(config).run, MUON_TOLERANCE)
+def test_four_processes_train_what_one_does() -> None:
+    """With everything that has a state; the last batch of an epoch has fewer windows than there are processes."""
+    accumulation = {"gradient_accumulation_steps": 3, "gradient_clip_norm": 0.5}
+    config = short(NO_DROPOUT, optimizer="muon", ema_decay=0.9, random_window_offset=True, **accumulation)
+    assert_same_training(trained(4, config), train(config).run, MUON_TOLERANCE)
 
 
 @pytest.mark.slow
-def test_going_on_with_as_many_processes_is_exact_and_with_another_number_says_what_is_not(
-    configure, tensor_hashes
-) -> None:
-    whole = trained(2, configure(CONSTANT))
-    half = trained(2, configure(CONSTANT | {"training.max_steps": 4}))
+def test_resuming_is_exact_with_the_same_number_of_processes_and_warns_with_another() -> None:
+    whole, half = trained(2, short(CONSTANT)), trained(2, short(CONSTANT, max_steps=4))
     by_one = Run(Path("by-one") / half.name)
     shutil.copytree(half.path, by_one.path)
 
     torchrun(2, "--resume", half.id, "--runs-dir", "by-2-ddp", "--set", "training.max_steps=8")
     assert half.record.step == 8
-    assert tensor_hashes(half, "latest") == tensor_hashes(whole, "latest")
+    assert hashes(half) == hashes(whole)
 
-    events: list[Event] = []
-    result = resume(set_up_resume(by_one, overrides=["training.max_steps=8"]), by_one, [events.append])
-    assert result.state.step == 8
-    [warning] = [event.message for event in events if isinstance(event, WarningEvent)]
+    resumed = resume(by_one, overrides=["training.max_steps=8"])
+    assert (resumed.state.step, by_one.record.world_size) == (8, 1)
+    [warning] = resumed.warnings
     assert warning.startswith("trained so far with 2 processes (ddp), now with 1 process:")
     assert "dropout masks" in warning
-    assert tensor_hashes(by_one, "latest") != tensor_hashes(whole, "latest")
-    assert by_one.record.world_size == 1
+    assert hashes(by_one) != hashes(whole)
 
 
 @pytest.mark.slow
-def test_each_process_drops_something_else(configure, launch) -> None:
-    """Two processes with the same masks would train on, but worse; their first loss would be that of one process."""
-    config = configure({"training.max_steps": 1})
-    alone = launch(config).run
+def test_each_process_has_its_own_dropout_masks() -> None:
+    """Two processes with the same masks would train on, only worse; their first loss would be that of one process."""
+    config = short(max_steps=1)
+    alone = train(config).run
     assert metrics(trained(2, config))[0]["loss"] != pytest.approx(metrics(alone)[0]["loss"], rel=TOLERANCE)
 
 
-def training_midway(
-    config: RunConfig, max_restarts: int = 0
-) -> AbstractContextManager[tuple[subprocess.Popen[str], IO[str]]]:
-    """A training by two processes in `stopped/`, after its first evaluation, and what it goes on to say."""
-    return midway(command(2, written(config), "--runs-dir", "stopped", max_restarts=max_restarts))
+# Lost processes: about a hundred steps in epochs of 55, caught after the first evaluation
+
+LONG = CONSTANT | {"dataset.num_documents": 10, "training.max_steps": 150, "training.snapshots": False}
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in /proc")
+
+
+@contextmanager
+def two_midway(config: RunConfig, max_restarts: int = 0) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """Two processes that train in `stopped/`, after their first evaluation, and their remaining messages."""
+    with midway(command(2, written(config), "--runs-dir", "stopped", max_restarts=max_restarts)) as started:
+        yield started
+
+
+def stopped_run() -> Run:
+    return RunStore("stopped").open("latest")
+
+
+def resume_stopped() -> Run:
+    run = stopped_run()
+    torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
+    assert run.record.step == 150
+    return run
 
 
 def worker(torchrun: int, rank: int) -> int:
@@ -104,48 +108,30 @@ def worker(torchrun: int, rank: int) -> int:
     raise AssertionError(f"torchrun has no process of rank {rank}")
 
 
-LONG = CONSTANT | {"dataset.num_documents": 10, "training.max_steps": 150, "training.snapshots": False}
-"""Some hundred steps in epochs of 55: caught in the middle after the first."""
-
-
-@pytest.fixture
-def long_config(configure) -> RunConfig:
-    return configure(LONG)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "parallel"), [(signal.SIGINT, "ddp"), (signal.SIGTERM, "ddp"), (signal.SIGTERM, "fsdp")]
 )
-def test_a_signal_to_torchrun_saves_once_and_the_run_goes_on(
-    configure, number: int, parallel: str, tensor_hashes
-) -> None:
-    config = configure(LONG | {"training.parallel": parallel})
+def test_a_signal_to_torchrun_saves_once_and_the_run_resumes(number: int, parallel: str) -> None:
+    config = short(LONG, parallel=parallel)
     whole = trained(2, config)
-    with training_midway(config) as (process, stderr):
+    with two_midway(config) as (process, stderr):
         process.send_signal(number)
         said = stderr.read()
         process.wait(timeout=60)
-    run = RunStore("stopped").open("latest")
+    run = stopped_run()
     assert said.count("interrupted at step") == 1
     assert run.status == "interrupted"
     assert 0 < (run.record.step or 0) < 150
-
-    torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
-    assert tensor_hashes(run, "latest") == tensor_hashes(whole, "latest")
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in /proc")
+    assert hashes(resume_stopped()) == hashes(whole)
 
 
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "parallel"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
-def test_a_process_that_is_killed_ends_the_job_which_names_it(configure, rank: int, parallel: str) -> None:
-    long_config = configure(LONG | {"training.parallel": parallel})
-    with training_midway(long_config) as (process, stderr):
-        victim = worker(process.pid, rank)
-        other = worker(process.pid, 1 - rank)
+def test_a_killed_process_ends_the_job_which_names_it(rank: int, parallel: str) -> None:
+    with two_midway(short(LONG, parallel=parallel)) as (process, stderr):
+        victim, other = worker(process.pid, rank), worker(process.pid, 1 - rank)
         os.kill(victim, signal.SIGKILL)
         said = stderr.read()
         assert process.wait(timeout=60) != 0
@@ -153,94 +139,86 @@ def test_a_process_that_is_killed_ends_the_job_which_names_it(configure, rank: i
     assert f"rank      : {rank} " in root_cause
     assert f"Signal 9 (SIGKILL) received by PID {victim}" in root_cause
     assert not Path(f"/proc/{other}").exists()
-    run = RunStore("stopped").open("latest")
-    assert run.status in ("failed", "crashed")
-    torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
-    assert run.record.step == 150
+    assert stopped_run().status in ("failed", "crashed")
+    resume_stopped()
 
 
 @needs_proc
 @pytest.mark.slow
-def test_a_job_that_torchrun_starts_again_goes_on_with_its_own_run(long_config: RunConfig, tensor_hashes) -> None:
-    whole = trained(2, long_config)
-    with training_midway(long_config, max_restarts=1) as (process, stderr):
+@pytest.mark.parametrize(("rank", "parallel"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
+def test_a_hanging_process_ends_the_job_which_names_it(rank: int, parallel: str) -> None:
+    with two_midway(short(LONG, parallel=parallel, rank_timeout=2)) as (process, stderr):
+        victim = worker(process.pid, rank)
+        os.kill(victim, signal.SIGSTOP)
+        said = []
+        for line in stderr:
+            said.append(line)
+            if line.startswith("hint: "):
+                break
+        os.kill(victim, signal.SIGKILL)  # torchrun waits for that
+        said += stderr.readlines()
+        assert process.wait(timeout=60) != 0
+    [error] = [line for line in said if line.startswith("error: ")]
+    assert f"rank {rank} of 2 " in error
+    assert stopped_run().status == ("failed" if rank else "crashed")
+    resume_stopped()
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_job_that_torchrun_restarts_resumes_its_own_run() -> None:
+    whole = trained(2, short(LONG))
+    with two_midway(short(LONG), max_restarts=1) as (process, stderr):
         os.kill(worker(process.pid, 1), signal.SIGKILL)
         said = stderr.read()
         assert process.wait(timeout=200) == 0, said
     [run] = RunStore("stopped").all()
     assert run.status == "finished"
     assert len(run.record.resumes) == 1
-    assert tensor_hashes(run, "latest") == tensor_hashes(whole, "latest")
+    assert hashes(run) == hashes(whole)
 
 
 @pytest.mark.slow
-def test_what_processes_cannot_share_is_said_once_and_makes_nothing(configure) -> None:
-    config = written(configure({"training.gradient_accumulation_steps": 2}))
-    result = subprocess.run(command(4, config), capture_output=True, text=True, env=os.environ, timeout=300)
-    assert result.stderr.count("error: training.batch_size 12 cannot be shared evenly by 4 processes") == 1
-    assert "hint: numbers of processes that fit: 1, 2, 3, 6; batch sizes that fit: 8, 16" in result.stderr
-    assert not Path("runs").exists()
+def test_a_job_that_dies_without_a_run_adopts_none_of_another_job() -> None:
+    """With the id of a job that is finished, and the same config."""
+    script = f"exec {sys.executable} -m lumiere train {written(short(max_steps=2))}"
+    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "night"]
+    options += ["--nproc-per-node", "1", "--max-restarts", "1", "--no-python", "sh", "-c"]
+    for run in (script, f"test $TORCHELASTIC_RESTART_COUNT = 1 || exit 1; {script}"):
+        launched = [sys.executable, "-m", "torch.distributed.run", *options, run]
+        result = subprocess.run(launched, capture_output=True, text=True, env=os.environ, timeout=300)
+        assert result.returncode == 0, result.stderr
+    runs = RunStore().all()
+    assert [(run.status, run.record.job["id"]) for run in runs] == [("finished", "night")] * 2
+
+
+# Errors
+
+
+def errors_of(num_processes: int, config: RunConfig) -> list[str]:
+    """The lines with errors and hints of processes that train in `failed/`."""
+    launched = command(num_processes, written(config), "--runs-dir", "failed")
+    result = subprocess.run(launched, capture_output=True, text=True, env=os.environ, timeout=300)
+    assert result.returncode != 0
+    return [line for line in result.stderr.splitlines() if line.startswith(("error: ", "hint: "))]
+
+
+@pytest.mark.slow
+def test_an_uneven_batch_is_one_error_and_creates_nothing() -> None:
+    error, hint = errors_of(4, short(gradient_accumulation_steps=2))
+    assert error.startswith("error: training.batch_size 12 cannot be shared evenly by 4 processes")
+    assert hint == "hint: numbers of processes that fit: 1, 2, 3, 6; batch sizes that fit: 8, 16"
+    assert not Path("failed").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_loss_that_is_not_finite_stops_all_and_is_said_once(configure, launch, parallel: str) -> None:
+def test_a_nonfinite_loss_stops_all_processes_with_one_error(parallel: str) -> None:
     """A learning rate like this breaks a loss or a gradient, by one process and by two in the same step."""
-    changes = {"training.learning_rate": 1e10, "training.warmup_steps": 2, "training.parallel": parallel}
-    config = configure(NO_DROPOUT | changes)
+    changes: dict[str, Any] = {"learning_rate": 1e10, "warmup_steps": 2, "parallel": parallel}
+    config = short(NO_DROPOUT, **changes)
     with pytest.raises(NonFiniteError) as alone:
-        launch(config)
-    result = subprocess.run(
-        command(2, written(config), "--runs-dir", "by-2"), capture_output=True, text=True, env=os.environ, timeout=300
-    )
-    step = alone.value.message.partition(":")[0]
-    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
-        line for line in result.stderr.splitlines() if line.startswith(f"error: {step}: ")
-    ]
-    assert result.stderr.count("error: ") == 1
-    assert RunStore("by-2").open("latest").status == "failed"
-
-
-def last_words(process: subprocess.Popen[str], stderr: IO[str], stopped: int) -> str:
-    """What is said until the error about a process that was stopped, which is then killed: torchrun waits for that."""
-    said = ""
-    for line in stderr:
-        said += line
-        if line.startswith("hint: "):
-            break
-    os.kill(stopped, signal.SIGKILL)
-    return said + stderr.read()
-
-
-@needs_proc
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "parallel"), [(0, "ddp"), (1, "ddp"), (1, "fsdp")])
-def test_a_process_that_hangs_ends_the_job_which_names_it(configure, rank: int, parallel: str) -> None:
-    config = configure(LONG | {"training.parallel": parallel, "training.rank_timeout": 2})
-    with training_midway(config) as (process, stderr):
-        victim = worker(process.pid, rank)
-        os.kill(victim, signal.SIGSTOP)
-        said = last_words(process, stderr, victim)
-        assert process.wait(timeout=60) != 0
-    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert f"rank {rank} of 2 " in error
-    run = RunStore("stopped").open("latest")
-    assert run.status == ("failed" if rank else "crashed")
-    torchrun(2, "--resume", run.id, "--runs-dir", "stopped")
-    assert run.record.step == 150
-
-
-@pytest.mark.slow
-def test_a_job_that_dies_before_it_has_a_run_adopts_none_of_another_job(configure) -> None:
-    """With the id of a job that is finished, and the same config."""
-    config = written(configure({"training.max_steps": 2}))
-    train = f"exec {sys.executable} -m lumiere train {config}"
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "night"]
-    options = [*meeting, "--nproc-per-node", "1", "--max-restarts", "1", "--no-python"]
-    for script in (train, f"test $TORCHELASTIC_RESTART_COUNT = 1 || exit 1; {train}"):
-        launched = [sys.executable, "-m", "torch.distributed.run", *options, "sh", "-c", script]
-        result = subprocess.run(launched, capture_output=True, text=True, env=os.environ, timeout=300)
-        assert result.returncode == 0, result.stderr
-    runs = RunStore("runs").all()
-    assert [run.status for run in runs] == ["finished", "finished"]
-    assert [run.record.job["id"] for run in runs] == ["night", "night"]
+        train(config)
+    error, _ = errors_of(2, config)
+    assert error.startswith(f"error: {alone.value.message.partition(':')[0]}: ")
+    assert RunStore("failed").open("latest").status == "failed"

@@ -13,67 +13,55 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @pytest.fixture(autouse=True)
 def received() -> Iterator[list[int]]:
-    """SIGINT raises KeyboardInterrupt, as in a fresh Python; SIGTERM, which would end the tests, is only noted."""
-    noted: list[int] = []
-    before = [signal.getsignal(number) for number in SIGNALS]
+    """SIGINT raises KeyboardInterrupt, as in a fresh Python; SIGTERM, which would end the tests, is only recorded."""
+    seen: list[int] = []
+    before = handlers()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
-    yield noted
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    yield seen
     for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
 
 
-def handlers() -> list[object]:
-    return [signal.getsignal(number) for number in SIGNALS]
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_only_noted(number: signal.Signals, received: list[int]) -> None:
-    with GracefulStop() as interruption:
-        assert interruption.signal_number is None
-        signal.raise_signal(number)
-        assert interruption.signal_number == number
-    assert received == []
+def handlers() -> list[signal.Handlers | int | None]:
+    return [signal.getsignal(number) for number in SIGNALS]  # pyright: ignore
 
 
 @pytest.mark.parametrize("first", SIGNALS)
-def test_the_second_one_acts_as_ever(first: signal.Signals, received: list[int]) -> None:
-    with GracefulStop() as interruption:
+def test_the_first_signal_is_recorded_and_the_second_acts(first: signal.Signals, received: list[int]) -> None:
+    before = handlers()
+    with GracefulStop() as stop:
+        assert stop.signal_number is None
+        assert not set(handlers()) & set(before)
         signal.raise_signal(first)
+        assert (stop.signal_number, received) == (first, [])
+        assert handlers() == before
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-        assert interruption.signal_number == first
-
-
-@pytest.mark.parametrize("signalled", [False, True])
-def test_handlers_are_restored(signalled: bool) -> None:
-    before = handlers()
-    with GracefulStop():
-        assert not set(handlers()) & set(before)
-        if signalled:
-            signal.raise_signal(signal.SIGINT)
+        assert (stop.signal_number, received) == (first, [signal.SIGTERM])
     assert handlers() == before
 
 
-def test_handlers_are_restored_after_an_error() -> None:
+def test_handlers_are_restored_without_a_signal_and_after_an_error() -> None:
     before = handlers()
+    with GracefulStop():
+        pass
+    assert handlers() == before
     with pytest.raises(ValueError, match="boom"), GracefulStop():
         raise ValueError("boom")
     assert handlers() == before
 
 
 def test_in_another_thread_nothing_happens() -> None:
-    before, inside, noted = handlers(), [], []
+    before, inside = handlers(), []
 
     def enter() -> None:
-        with GracefulStop() as interruption:
-            inside.extend(handlers())
-            noted.append(interruption.signal_number)
+        with GracefulStop() as stop:
+            inside.extend([*handlers(), stop.signal_number])
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert inside == before == handlers()
-    assert noted == [None]
+    assert inside == [*before, None]
+    assert handlers() == before

@@ -14,15 +14,14 @@ from torch._C._distributed_c10d import HashStore
 from lumiere import device as device_module
 from lumiere.config.loader import dump_config
 from lumiere.config.messages import setting_paths
-from lumiere.config.schema import DatasetConfig, RunConfig
+from lumiere.config.schema import RunConfig
 from lumiere.data import hub
-from lumiere.data.sources import Source
 from lumiere.distributed import SINGLE_PROCESS, TorchrunGroup
 from lumiere.errors import DataError, NonFiniteError
 from lumiere.models import transformer
 from lumiere.training import loggers, trainer
-from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
-from tests.training.short import hashes, of_kind, short, train
+from lumiere.training.events import CheckpointEvent, Event, StartEvent, WarningEvent
+from tests.training.short import CPU, hashes, of_kind, short, train
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
@@ -33,7 +32,7 @@ THREE_EPOCHS = {"training.max_steps": None, "training.max_epochs": 3}
 
 @dataclass(frozen=True)
 class Effect:
-    """Another value of a setting, and where it shows; `given` is what else it takes, with and without that value."""
+    """Another value of a setting, and where it shows; `given` are other settings it needs, with and without it."""
 
     value: Any
     shows_in: str
@@ -60,19 +59,19 @@ EFFECTS = {
     "dataset.data_files": Effect("b.json", "corpus", FILES),
     "dataset.data_sha256": Effect("0" * 64, "refused", FILES),
     "dataset.text_column": Effect("title", "corpus", FILES),
-    "dataset.streaming": Effect(True, "streamed", PARQUET),
+    "dataset.streaming": Effect(True, "opened", PARQUET),
     "dataset.document_start": Effect("^row 2$", "num_windows", FILES),
     "dataset.num_documents": Effect(2, "corpus"),
     "dataset.validation_fraction": Effect(0.5, "corpus", {"dataset.num_documents": 10}),
     "dataset.seed": Effect(2, "corpus"),
     "dataset.sliding_window_size": Effect(0, "num_windows"),
-    "training.batch_size": Effect(6, "rows"),
+    "training.batch_size": Effect(6, "summed_loss"),
     "training.random_window_offset": Effect(True, "weights"),
-    "training.gradient_accumulation_steps": Effect(3, "rows"),
-    "training.parallel": Effect("fsdp", "shared"),
+    "training.gradient_accumulation_steps": Effect(3, "summed_loss"),
+    "training.parallel": Effect("fsdp", "parallelize"),
     "training.gather_limit_gb": Effect(0.0, "snapshots", {"training.parallel": "fsdp"}),
-    "training.activation_checkpointing": Effect(True, "recomputed"),
-    "training.rank_timeout": Effect(60, "rank_timeouts"),
+    "training.activation_checkpointing": Effect(True, "checkpoint"),
+    "training.rank_timeout": Effect(60, "connect"),
     "training.max_epochs": Effect(2, "end", THREE_EPOCHS),
     "training.max_steps": Effect(3, "end"),
     "training.optimizer": Effect("muon", "weights"),
@@ -95,13 +94,13 @@ EFFECTS = {
     "training.checkpoint_interval": Effect(2, "saved"),
     "training.snapshots": Effect(False, "snapshots"),
     "training.loggers": Effect(["tensorboard", "wandb"], "logged"),
-    "training.precision": Effect("bfloat16", "products"),
-    "training.compile": Effect(True, "compiled"),
-    "training.device": Effect("cuda", "device"),
+    "training.precision": Effect("bfloat16", "summed_loss"),
+    "training.compile": Effect(True, "compile"),
+    "training.device": Effect("cuda", "resolve_device"),
     "training.seed": Effect(1, "weights"),
 }
 
-# Those that watch a training, or save memory or time, and do not decide what it computes.
+# Settings that report on training, and do not decide what it computes.
 WATCHING = ("eval_interval", "log_interval", "checkpoint_interval", "snapshots", "loggers")
 ONLY_WATCHING = [f"training.{name}" for name in WATCHING]
 
@@ -120,6 +119,18 @@ def write_files() -> None:
     Path("folder/README.md").write_text(f"---\nconfigs: {subsets}\n---\n", encoding="utf-8")
 
 
+class Log:
+    def __init__(self, name: str, seen: list[Any]) -> None:
+        self.name = name
+        self.seen = seen
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.seen.append((self.name, *metrics))
+
+    def close(self, failed: bool) -> None:
+        self.seen.append((self.name, "closed"))
+
+
 @pytest.fixture
 def observe_afresh(monkeypatch: pytest.MonkeyPatch) -> Observe:
     """Trains a config, and returns everything that can be observed."""
@@ -127,100 +138,60 @@ def observe_afresh(monkeypatch: pytest.MonkeyPatch) -> Observe:
     def observe(config: RunConfig) -> dict[str, Any]:
         if config.dataset.name not in ("stories", "chains") and not Path("a.json").exists():
             write_files()
-        rows: list[int] = []
-        products: set[torch.dtype] = set()
-        compiled: list[Any] = []
-        recomputed: list[Any] = []
-        devices: list[str] = []
+        seen: dict[str, list[Any]] = {}
         events: list[Event] = []
-        logged: list[tuple[str, ...]] = []
-        streamed: list[str] = []
-        shared: list[str] = []
-        rank_timeouts: list[float] = []
-
-        class Log:
-            def __init__(self, name: str) -> None:
-                self.name = name
-
-            def log(self, metrics: dict[str, float], step: int) -> None:
-                logged.append((self.name, *metrics))
-
-            def close(self, failed: bool) -> None:
-                logged.append((self.name, "closed"))
-
-        def objective(model: Any, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            rows.append(len(tokens))
-            products.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-            return summed_loss(model, tokens, targets)
-
-        def resolve(name: str) -> torch.device:
-            devices.append(name)
-            return torch.device("cpu")
-
-        def compile_function(function: Any, **options: Any) -> Any:
-            compiled.append(function)
-            return function
-
-        def checkpoint(function: Any, *arguments: Any, **options: Any) -> Any:
-            recomputed.append(function)
-            return function(*arguments)
-
-        def opened(config: DatasetConfig, source: Source) -> Any:
-            loaded = read_opened(config, source)
-            streamed.append(type(loaded).__name__)
-            return loaded
-
-        def share(model: Any, objective: Any, parallel: Any, *others: Any) -> Any:
-            shared.append(parallel)
-            return parallelize(model, objective, parallel, *others)
-
-        summed_loss, parallelize, read_opened = trainer.summed_loss, trainer.parallelize, hub.opened
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "summed_loss", objective)
-            patch.setattr(trainer, "parallelize", share)
-            patch.setattr(TorchrunGroup, "connect", lambda processes, rank_timeout: rank_timeouts.append(rank_timeout))
-            patch.setattr(device_module, "resolve_device", resolve)
-            patch.setattr(torch, "compile", compile_function)
-            patch.setattr(transformer, "checkpoint", checkpoint)
+
+            def watch(owner: Any, name: str, note: Callable[..., Any], instead: Any = None) -> None:
+                """Note the result and the arguments of every call of a function, or of what stands in for it."""
+                function = instead or getattr(owner, name)
+
+                def call(*arguments: Any, **options: Any) -> Any:
+                    result = function(*arguments, **options)
+                    seen.setdefault(name, []).append(note(result, *arguments))
+                    return result
+
+                patch.setattr(owner, name, call)
+
+            watch(trainer, "summed_loss", lambda loss, model, tokens, targets: (len(tokens), product_type()))
+            watch(trainer, "parallelize", lambda result, model, objective, parallel, *rest: parallel)
+            watch(hub, "opened", lambda rows, *rest: type(rows).__name__)
+            watch(TorchrunGroup, "connect", lambda result, group, limit: limit, lambda group, limit: None)
+            watch(device_module, "resolve_device", lambda result, name: name, lambda name: CPU)
+            watch(torch, "compile", lambda *given: True, lambda function, **options: function)
+            watch(transformer, "checkpoint", lambda *given: True, lambda function, *given, **options: function(*given))
             patch.setattr(loggers, "distribution", lambda name: None)
             for name in loggers.LOGGERS:
-                patch.setitem(loggers.LOGGERS, name, lambda *arguments, name=name: Log(name))
-            patch.setattr(hub, "opened", opened)
+                log = Log(name, seen.setdefault("logged", []))
+                patch.setitem(loggers.LOGGERS, name, lambda *given, log=log: log)
             try:
-                result = train(config, events.append, processes=TorchrunGroup(SINGLE_PROCESS, HashStore())).result
+                trained = train(config, events.append, processes=TorchrunGroup(SINGLE_PROCESS, HashStore()))
             except DataError as error:
                 return {"refused": error.message}
             except NonFiniteError:
                 # With or without the steps that broke, such weights cannot be evaluated.
                 return {"skipped": [event.step for event in of_kind(WarningEvent, events)]}
-        (start,) = of_kind(StartEvent, events)
-        reported = of_kind(StepEvent, events)
-        return {
-            "refused": None,
-            "weights": hashes(result.run),
+        (start,) = of_kind(StartEvent, trained.events)
+        return seen | {
+            "weights": hashes(trained.run),
             "num_parameters": start.num_parameters,
             "num_windows": start.num_windows,
-            "corpus": result.run.record.corpus_sha256,
-            "streamed": streamed,
-            "rows": rows,
-            "products": products,
-            "compiled": len(compiled),
-            "recomputed": len(recomputed),
-            "shared": shared,
-            "rank_timeouts": rank_timeouts,
-            "logged": logged,
-            "device": devices,
-            "end": (result.state.step, result.state.stop_reason),
-            "reported": [event.step for event in reported],
-            "learning_rates": [event.learning_rate for event in reported],
-            "evaluated": [event.step for event in of_kind(EvaluationEvent, events)],
+            "corpus": trained.run.record.corpus_sha256,
+            "end": trained.end,
+            "reported": [event.step for event in trained.steps],
+            "learning_rates": [event.learning_rate for event in trained.steps],
+            "evaluated": [event.step for event in trained.evaluations],
             "saved": [event.step for event in of_kind(CheckpointEvent, events) if event.name == "latest"],
             "snapshots": sorted(
-                "/".join(path.parts[-2:]) for path in result.run.checkpoints_dir.glob("snapshots/*/*.safetensors")
+                "/".join(path.parts[-2:]) for path in trained.run.checkpoints_dir.glob("snapshots/*/*.safetensors")
             ),
         }
 
     return observe
+
+
+def product_type() -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +213,7 @@ def observe(observe_afresh: Observe, observed: dict[str, dict[str, Any]]) -> Obs
     return once
 
 
-def test_every_setting_is_below() -> None:
+def test_the_table_has_every_setting() -> None:
     assert list(EFFECTS) == setting_paths()
 
 
@@ -256,7 +227,7 @@ def test_every_setting_has_an_effect(observe: Observe, path: str) -> None:
     before = short(BASE | effect.given)
     after = short(BASE | effect.given | {path: effect.value})
     assert before != after
-    assert observe(before)[effect.shows_in] != observe(after)[effect.shows_in]
+    assert observe(before).get(effect.shows_in) != observe(after).get(effect.shows_in)
 
 
 @pytest.mark.parametrize("path", ONLY_WATCHING)

@@ -1,4 +1,4 @@
-"""Where caches go if nothing can be written under the home folder."""
+"""Environment variables that are set before a command runs: where caches go, and how OpenMP's threads wait."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from lumiere.cli import move_caches
+from lumiere.cli import SPIN_COUNT, move_caches, sleep_while_waiting
 from lumiere.config.schema import RunConfig
 from lumiere.files import is_writable
 
@@ -71,3 +71,19 @@ def test_a_corpus_of_files_without_a_home(tiny_config: RunConfig, home: str) -> 
     assert "LUMIERE_CACHE_DIR" in refused.stderr
     assert tokenize(LUMIERE_CACHE_DIR="ours").returncode == 0
     assert Path("ours/huggingface").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_the_users_choice_wins(chosen: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(chosen))
+    sleep_while_waiting()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_it_comes_before_torch_is_loaded() -> None:
+    code = "import sys, lumiere.cli; lumiere.cli.sleep_while_waiting(); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert shown == "False\n"
