@@ -15,6 +15,7 @@ import yaml
 
 from lumiere.config.schema import RunConfig
 from lumiere.persistence.checkpoint import load_checkpoint
+from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run, RunStore
 from tests.checkpoints import folder_of
 from tests.midway import midway
@@ -82,8 +83,8 @@ def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(long_config: str, seco
     run = RunStore("stopped").open("latest")
     assert run.status in ("interrupted", "crashed")
     assert not [path for path in run.path.rglob("*") if path.name.endswith((".tmp", ".temporary"))]
-    for path in (run.path / "checkpoints").iterdir():
-        load_file(path)
+    for name in CheckpointManager("stopped").names(run):
+        CheckpointManager("stopped").load(run, name)
 
     resumed = run_lumiere("train", "--resume", run.id, "--runs-dir", "stopped", "--json")
     assert resumed.returncode == 0, resumed.stderr
