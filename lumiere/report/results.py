@@ -67,11 +67,7 @@ def as_npz(result: Result, provenance: Mapping[str, Any]) -> bytes:
     return data.getvalue()
 
 
-FORMATS: Mapping[str, Callable[[Result, Mapping[str, Any]], bytes]] = {
-    ".json": as_json,
-    ".csv": as_csv,
-    ".npz": as_npz,
-}
+FORMATS: Mapping[str, Callable[[Result, Mapping[str, Any]], bytes]] = {".json": as_json, ".csv": as_csv, ".npz": as_npz}
 
 
 def check_export(path: Path) -> None:

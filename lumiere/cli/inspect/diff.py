@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import escape, sparkline, stdout
-from lumiere.cli.inspect.command import Analysis, TopK, analysis
-from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, choose_batches, counted_documents
+from lumiere.cli.inspect.command import Analysis, NumBatches, TopK, analysis, show_wrapped
+from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, check_single, choose_batches, counted_documents
 from lumiere.errors import LumiereError
 from lumiere.persistence.loading import OpenedModel, open_corpus
 
@@ -22,9 +22,8 @@ MAX_LAYERS = 10
 MAX_COLUMNS = 60
 CONTEXT_WIDTH = 48
 
-AcrossLayers = Annotated[bool, typer.Option("--across-layers", help="Match heads across layers.")]
-NumBatches = Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Number of batches.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences in a batch.")]
+AcrossLayers = Annotated[bool, Option("--across-layers", help="Match heads across layers.")]
+BatchSize = Annotated[int, Option("--batch-size", metavar="N", min=1, help="Sequences in a batch.")]
 
 
 @analysis(text=True, pair=True)
@@ -82,9 +81,6 @@ def choose_documents(target: InspectTarget, num_windows: int) -> tuple[list["Par
 
     Args:
         num_windows: the drawn documents have about as many tokens as this many windows of A.
-
-    Raises:
-        LumiereError: the text is given as tokens or is empty, or the corpus is missing.
     """
     import numpy as np
 
@@ -94,8 +90,7 @@ def choose_documents(target: InspectTarget, num_windows: int) -> tuple[list["Par
     from lumiere.data.text import blocks, parts, plain
 
     given, text, opened = target.given, target.text, target.opened
-    if len(given) > 1:
-        raise LumiereError(f"{' and '.join(f'--{name}' for name in given)} are two texts", "choose one")
+    check_single(given)
     if given in (["random"], ["val"]):
         raise LumiereError(
             f"the tokenizers differ, and --{given[0]} gives tokens of A", "give a text: --prompt or --file"
@@ -126,14 +121,13 @@ def show_diff(result: "ModelDiff", opened: OpenedModel, other: OpenedModel, top_
         stdout().print("[bold]the same model: no weight differs[/]\n")
         return
     for line in summary_lines(result):
-        stdout().print(line, soft_wrap=False)
+        show_wrapped(line)
     for reason in result.not_compared:
-        stdout().print(f"[yellow]not compared:[/] {escape(reason)}", soft_wrap=False)
+        show_wrapped(f"[yellow]not compared:[/] {escape(reason)}")
     if opened.run != other.run:
-        stdout().print(
+        show_wrapped(
             "[dim]two runs: weights, OV and QK are in the coordinates of each model and comparable only if both began "
-            "with the same weights[/]",
-            soft_wrap=False,
+            "with the same weights[/]"
         )
     stdout().print()
     if result.predictions is not None:
@@ -293,9 +287,7 @@ def show_heads(heads: "HeadMatches", top_k: int) -> None:
     left = max(0, len(order) - top_k)
     more = f"; {left} differ less" if left else ""
     sequences = "1 sequence" if heads.num_pattern_sequences == 1 else f"{heads.num_pattern_sequences} sequences"
-    stdout().print(
-        f"[dim]pattern: divergence, 0 to 1, over {sequences}; OV, QK: relative change{more}[/]\n", soft_wrap=False
-    )
+    show_wrapped(f"[dim]pattern: divergence, 0 to 1, over {sequences}; OV, QK: relative change{more}[/]\n")
 
 
 def show_weights(weights: "WeightChanges", top_k: int) -> None:
@@ -310,7 +302,7 @@ def show_weights(weights: "WeightChanges", top_k: int) -> None:
         stdout().print(f"  {weights.tensors[number]:36} {share(float(weights.relative_changes[number])):>8}{numbers}")
     if weights.other_tensors:
         names = ", ".join(weights.other_tensors[:3]) + (" …" if len(weights.other_tensors) > 3 else "")
-        stdout().print(f"[dim]{len(weights.other_tensors)} tensors not compared: {names}[/]", soft_wrap=False)
+        show_wrapped(f"[dim]{len(weights.other_tensors)} tensors not compared: {names}[/]")
     stdout().print()
 
 

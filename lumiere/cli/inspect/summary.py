@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import escape, show_note, stdout
-from lumiere.cli.inspect.command import Analysis, analysis
+from lumiere.cli.inspect.command import Analysis, analysis, show_wrapped
 from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, count_tokens, drawn_batches, token_label
 from lumiere.errors import LumiereError
 from lumiere.persistence.loading import open_corpus
@@ -32,7 +32,7 @@ KINDS = dict.fromkeys(("query", "key", "value", "output"), "attention") | dict.f
 MAX_PLACES = 6
 
 NumWindows = Annotated[
-    int, typer.Option("--windows", metavar="N", min=0, help="Validation windows to run; 0 for the weights alone.")
+    int, Option("--windows", metavar="N", min=0, help="Validation windows to run; 0 for the weights alone.")
 ]
 
 
@@ -57,15 +57,16 @@ def summary_inputs(target: InspectTarget, num_windows: int) -> "tuple[list[Batch
     Without the corpus there are neither, and a note says so.
     """
     try:
-        corpus = open_corpus(target.opened, RESTORE)
+        token_counts = count_tokens(
+            open_corpus(target.opened, RESTORE).splits["train"].ids, target.opened.model.vocab_size
+        )
     except LumiereError as error:
         show_note(f"{error.message}: only the weights are summarized")
         return [], None, "weights alone"
-    token_counts = count_tokens(corpus.splits["train"].ids, target.opened.model.vocab_size)
     if num_windows == 0:
         return [], token_counts, "weights, and the training split's tokens"
     batch_size = min(BATCH_SIZE, num_windows)
-    batches, source = drawn_batches(target, corpus, -(-num_windows // batch_size), batch_size)
+    batches, source = drawn_batches(target, -(-num_windows // batch_size), batch_size)
     return batches, token_counts, source
 
 
@@ -139,15 +140,14 @@ def spread(values: "np.ndarray") -> str:
 
 def show_activity(result: "ModelSummary", writes: "np.ndarray", head_writes: "np.ndarray") -> None:
     """Print how much each part writes, relative to the norm of the residual stream before it."""
-    stdout().print(
+    show_wrapped(
         f"norm of what each part writes, relative to the residual stream before it; mean over {result.num_tokens:,} "
-        f"tokens of {result.num_windows:,} windows",
-        soft_wrap=False,
+        f"tokens of {result.num_windows:,} windows"
     )
     stdout().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
     for layer, (attention, feedforward) in enumerate(writes):
         heads = " ".join(f"{share:.0%}" for share in head_writes[layer])
-        stdout().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
+        show_wrapped(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}")
     stdout().print()
 
 
@@ -156,13 +156,11 @@ def show_checks(checks: "Sequence[Check]", tokenizer: "Tokenizer") -> None:
     for check in checks:
         verdict, style = ("warning", "yellow") if check.count else ("ok", "green")
         found = f"{check.count:,}" if check.count else "no"
-        stdout().print(
-            f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})", soft_wrap=False
-        )
+        show_wrapped(f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})")
         if check.count:
             places = "; ".join(place_name(place, check, tokenizer) for place in check.places[:MAX_PLACES])
             more = f"; and {check.count - MAX_PLACES:,} more" if check.count > MAX_PLACES else ""
-            stdout().print(f"[dim]{'':8}{escape(places)}{more}[/]", soft_wrap=False)
+            show_wrapped(f"[dim]{'':8}{escape(places)}{more}[/]")
 
 
 def place_name(place: str, check: "Check", tokenizer: "Tokenizer") -> str:
