@@ -37,8 +37,8 @@ with a million parameters, after loading. lumiere inspect NAME --help lists the
 options; -o FILE.svg draws the result, -o FILE.csv and --json give the numbers."""
 
 app = typer.Typer(cls=Commands, invoke_without_command=True)
-for command in ENTRIES:
-    app.command()(command)
+for analysis in ENTRIES:
+    app.command()(analysis)
 
 
 @app.callback()
@@ -47,11 +47,11 @@ def inspect(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     rows = []
-    for command, (establishes, cost) in ENTRIES.items():
+    for analysis, (establishes, cost) in ENTRIES.items():
         # A docstring begins with the question that the command answers.
-        first_line = (command.__doc__ or "").partition("\n")[0]
+        first_line = (analysis.__doc__ or "").partition("\n")[0]
         question = first_line.partition("?")[0] + "?" if "?" in first_line else first_line.partition(",")[0]
-        rows.append((command.__name__, escape(question), cost, escape(establishes)))
+        rows.append((analysis.__name__, escape(question), cost, escape(establishes)))
     width, room = (max(len(row[column]) for row in rows) for column in (0, 1))
     for name, question, cost, establishes in rows:
         stdout().print(f"[bold]{name:{width + 1}}[/]{question:{room}} [dim]{cost:>7}[/]")
