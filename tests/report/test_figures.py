@@ -27,8 +27,7 @@ from lumiere.models.transformer import Transformer, build_model
 from lumiere.report.figures import bars, heat_maps
 from lumiere.report.figures.figure import SUFFIXES, Picture
 from lumiere.report.results import save_result
-from tests.interpret.looking import looking_model
-from tests.interpret.test_model_diff import BATCHES, nudged, random_model
+from tests.interpret.models import BATCHES, nudged, random_model
 
 TOKENS = [0, 5, 6, 7, 8, 9, 10, 11, 12]
 AWKWARD = {
@@ -52,7 +51,7 @@ def label(token: int) -> str:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return looking_model()
+    return random_model(vocab_size=4096, scale=20)
 
 
 @pytest.fixture(scope="module")
