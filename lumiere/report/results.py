@@ -95,9 +95,8 @@ def save_result(path: Path, result: Result, provenance: Mapping[str, Any], draw:
         draw: returns the picture, called only if the suffix asks for one.
 
     Raises:
-        LumiereError: as `check_export`, or the file cannot be written.
+        LumiereError: matplotlib is not installed, or the file cannot be written.
     """
-    check_export(path)
     if path.suffix.lower() in SUFFIXES:
         save_picture(path, draw(), facts_line(provenance))
     else:
