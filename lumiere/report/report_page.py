@@ -26,6 +26,7 @@ from lumiere.interpret.summary import ModelSummary, summarize
 from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.metrics import History
+from lumiere.report.figures.bars import part_name
 from lumiere.report.figures.heat_maps import Label
 from lumiere.report.model_card import corpus_name
 from lumiere.report.rendering import Scale, plural, render_html, signed, svg_path
@@ -302,7 +303,7 @@ def text_data(text: TextInspection, name: Callable[[Any], int]) -> dict[str, Any
             "targets": thousandths(lens.target_probabilities),
             "ranks": rounded(lens.target_places, 1),
         },
-        "parts": [part_label(part) for part, _ in text.candidates[0].parts("head")],
+        "parts": [part_name(part).replace("feed-forward", "MLP") for part, _ in text.candidates[0].parts("head")],
         "words": [
             {
                 "tokens": [name(token) for token in found.targets],
@@ -314,12 +315,6 @@ def text_data(text: TextInspection, name: Callable[[Any], int]) -> dict[str, Any
             for found in text.candidates
         ],
     }
-
-
-def part_label(part: Mapping[str, Any]) -> str:
-    """`embed`, `position`, `L0H1`, `L0 MLP`."""
-    formats = {"head": "L{layer}H{head}", "feedforward": "L{layer} MLP", "embed": "embed", "pos_embed": "position"}
-    return formats[part["part"]].format(**part)
 
 
 def neuron_data(result: NeuronExamples, name: Callable[[Any], int]) -> dict[str, Any]:

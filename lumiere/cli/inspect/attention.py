@@ -69,7 +69,7 @@ def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
 
 
 def show_table(result: "AttentionPatterns", names: list[str]) -> None:
-    """Print one line a head, and below it the values of uniform attention for comparison."""
+    """Print one line per head, and below it the values of uniform attention for comparison."""
     import numpy as np
 
     from lumiere.interpret.attention import statistics
@@ -110,7 +110,7 @@ def show_thumbnails(maps: "dict[str, np.ndarray]") -> None:
 
 
 def show_layers(result: "CombinedAttention", labels: list[str]) -> None:
-    """Print a line a layer, and the map of the last one."""
+    """Print one line per layer, and the map of the last one."""
     from lumiere.cli.terminal_plots import show_legend
 
     for layer, weights in zip(result.layers, result.weights, strict=True):

@@ -194,7 +194,7 @@ def summary_lines(result: "ModelDiff") -> Iterator[str]:
 def show_tokens(result: "ModelDiff", found: "PredictionDiff", opened: OpenedModel, top_k: int) -> None:
     """Print the tokens whose loss changed most, with the text before them."""
     changes = found.losses_b - found.losses_a
-    # Windows overlap and documents begin alike: a context that stands in several of them is printed once.
+    # Windows overlap and documents begin alike: a context in several of them is printed once.
     once = {
         result.tokens[int(found.sequences[number])][: int(found.positions[number]) + 1]: number
         for number in abs(changes).argsort(kind="stable")

@@ -135,7 +135,7 @@ def cell_text(result: "LogitLens", stat: str, stage: int, row: int, width: int, 
 
 
 def show_means(result: "LogitLens", names: Sequence[str], target: str | None) -> None:
-    """Print one line a stage: means over the tokens, and how many are decided."""
+    """Print one line per stage: means over the tokens, and how many are decided."""
     import numpy as np
     from rich.text import Text
 

@@ -26,9 +26,6 @@ PART_NAMES = {
     "feedforward": ("feed-forward", ""),
     "norms": ("norms", ""),
 }
-KINDS = dict.fromkeys(("query", "key", "value", "output"), "attention") | dict.fromkeys(
-    ("gate", "up", "down"), "feedforward"
-)
 MAX_PLACES = 6
 
 NumWindows = Annotated[
@@ -98,16 +95,16 @@ def show_parameters(result: "ModelSummary") -> None:
 
 
 def show_table(result: "ModelSummary", title: str, values: "np.ndarray", form: str) -> None:
-    """Print one value of every matrix of the blocks: a line a layer, a column a kind."""
-    by_name = dict(zip(result.matrices, values, strict=True))
-    stdout().print(f"[dim]{title:18}{''.join(f'{kind:>8}' for kind in KINDS)}[/]")
-    for layer in range(len(result.gain_names) // 2):
-        cells = (by_name[f"blocks.{layer}.{part}.{kind}.weight"] for kind, part in KINDS.items())
-        stdout().print(f"  {f'L{layer}':16}{''.join(f'{value:8{form}}' for value in cells)}")
+    """Print one value of every matrix of the blocks: one line per layer, one column per kind."""
+    from lumiere.report.figures.bars import by_layer
+
+    kinds, rows = by_layer(result, values)
+    stdout().print(f"[dim]{title:18}{''.join(f'{kind:>8}' for kind in kinds)}[/]")
+    for layer, row in enumerate(rows):
+        stdout().print(f"  {f'L{layer}':16}{''.join(f'{value:8{form}}' for value in row)}")
     if values is result.effective_ranks:
-        smaller = dict(zip(result.matrices, result.shapes.min(axis=1), strict=True))
-        limits = "".join(f"{smaller[f'blocks.0.{part}.{kind}.weight']:8}" for kind, part in KINDS.items())
-        stdout().print(f"[dim]  {'at most':16}{limits}[/]")
+        limits = by_layer(result, result.shapes.min(axis=1))[1][0]
+        stdout().print(f"[dim]  {'at most':16}{''.join(f'{limit:8.0f}' for limit in limits)}[/]")
     stdout().print()
 
 
@@ -152,7 +149,7 @@ def show_activity(result: "ModelSummary", writes: "np.ndarray", head_writes: "np
 
 
 def show_checks(checks: "Sequence[Check]", tokenizer: "Tokenizer") -> None:
-    """Print one line a check, and where it found something."""
+    """Print one line per check, and where it found something."""
     for check in checks:
         verdict, style = ("warning", "yellow") if check.count else ("ok", "green")
         found = f"{check.count:,}" if check.count else "no"
