@@ -34,11 +34,7 @@ from lumiere.data.dataset import (
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer
 from lumiere.errors import DataError, LumiereError
 
-DOCUMENTS = {
-    "train": ["low lower\nlowest ﬁn\n", "東京 low"],
-    "validation": ["low½"],
-    "test": ["e\u0301\n\n"],
-}
+DOCUMENTS = {"train": ["low lower\nlowest ﬁn\n", "東京 low"], "validation": ["low½"], "test": ["e\u0301\n\n"]}
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import hub
-from lumiere.data.corpus import TextFiles, joined, load_rows
+from lumiere.data.corpus import TextFiles, find_source, joined, load_rows
 from lumiere.data.hub import Rows, hub_reachable
-from lumiere.data.sources import ENDINGS, find_source
+from lumiere.data.sources import ENDINGS
 from lumiere.errors import DataError
 
 PROJECT = Path(__file__).parents[2]
@@ -255,11 +255,7 @@ def test_the_endings_of_files_tell_what_a_folder_is(names: list[str], builder: s
 
 @pytest.mark.parametrize(
     ("names", "named"),
-    [
-        (["a.txt", "b.csv"], "text, csv"),
-        (["a.tar", "b.pkl"], ".pkl, .tar"),
-        (["train.csv", "vaild.csv"], "vaild.csv"),
-    ],
+    [(["a.txt", "b.csv"], "text, csv"), (["a.tar", "b.pkl"], ".pkl, .tar"), (["train.csv", "vaild.csv"], "vaild.csv")],
 )
 def test_a_folder_of_several_kinds_or_of_none_is_refused(names: list[str], named: str) -> None:
     for name in names:
@@ -313,11 +309,7 @@ def test_downloaded_files_are_found_without_a_network(tmp_path: Path, monkeypatc
             "dataset 'text' needs dataset.data_files",
             "--set dataset.data_files=book.txt",
         ),
-        (
-            {"name": "text", "data_files": "no.txt"},
-            "no file 'no.txt'",
-            "relative paths",
-        ),
+        ({"name": "text", "data_files": "no.txt"}, "no file 'no.txt'", "relative paths"),
         ({"name": "csv", "data_files": {"train": "no.csv"}}, "no file 'no.csv'", "relative paths"),
         ({"name": "parquet", "data_files": "latin.txt"}, "cannot be read as parquet: Parquet", "parquet files"),
         ({"name": "json", "data_files": "latin.txt"}, "is not UTF-8", "iconv"),

@@ -65,9 +65,7 @@ def test_windows_are_those_cut_by_hand(cutting: tuple[list[list[int]], int, int]
 
 
 @given(cuttings())
-def test_every_token_is_predicted_and_nothing_but_the_overlap_twice(
-    cutting: tuple[list[list[int]], int, int],
-) -> None:
+def test_every_token_is_predicted_and_nothing_but_the_overlap_twice(cutting: tuple[list[list[int]], int, int]) -> None:
     documents, _, sliding_window_size = cutting
     windows = windows_of(*cutting)
     indices = np.arange(len(windows))
@@ -91,12 +89,7 @@ def test_by_hand() -> None:
     windows = windows_of(corpus([8, 1]), context_size=4, sliding_window_size=2)
     # 0 10..17 1 | 0 18 1
     tokens, lengths = windows.cut(np.arange(len(windows)))
-    assert tokens.tolist() == [
-        [0, 10, 11, 12, 13],
-        [12, 13, 14, 15, 16],
-        [15, 16, 17, 1, PAD],
-        [0, 18, 1, PAD, PAD],
-    ]
+    assert tokens.tolist() == [[0, 10, 11, 12, 13], [12, 13, 14, 15, 16], [15, 16, 17, 1, PAD], [0, 18, 1, PAD, PAD]]
     assert lengths.tolist() == [5, 5, 4, 3]
     # Any windows in any order, also twice.
     some = np.array([3, 0, 3])
