@@ -5,7 +5,6 @@ file of any size can be memory-mapped as well as many small ones, and is easier 
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from lumiere.data.checksums import write_durably
+from lumiere.data.checksums import write_json
 from lumiere.data.text import Part
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer, not_a_character
 from lumiere.files import parse_json, read_file
@@ -287,4 +286,4 @@ class Journal:
             return EMPTY, False
 
     def write(self, state: State, done: bool = False) -> None:
-        write_durably(self._path, json.dumps(asdict(state) | {"done": done}))
+        write_json(self._path, asdict(state) | {"done": done})
