@@ -23,6 +23,7 @@ from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Windows, make_batch
 from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.errors import LumiereError
+from lumiere.evaluation.loss import evaluation_mode
 from lumiere.evaluation.ngrams import Baseline
 from lumiere.models.transformer import Transformer
 
@@ -117,46 +118,33 @@ def score(
         baselines: Fitted baselines by name.
         take: Called with the scores of each group of windows, in order. Long texts have too many to keep.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for scores in score_parts(model, windows, once, baselines):
-                take(scores)
-    finally:
-        model.train(was_training)
-
-
-def score_parts(
-    model: Transformer, windows: Windows, once: bool, baselines: Mapping[str, Baseline]
-) -> Iterator[Scores]:
-    """Yield the scores of each group of windows."""
     device = next(model.parameters()).device
     size = max(1, TOKENS_AT_ONCE // windows.context_size)
-    for first in range(0, len(windows), size):
-        indices = np.arange(first, min(first + size, len(windows)))
-        batch = make_batch(windows, indices)
-        documents = windows.documents(indices)
-        is_scored = (batch.targets != IGNORED).numpy()
-        if once:
-            continues = documents == windows.documents(indices - 1)
-            continues[indices == 0] = False
-            # All but the last `stride` targets are also in the window before.
-            is_scored[continues, : windows.context_size - windows.stride] = False
-        rows, columns = np.nonzero(is_scored)
-        residual_SE = model.final_residual(batch.tokens.to(device))[torch.from_numpy(is_scored).to(device)]
-        tokens_S = batch.targets[rows, columns]
-        found = score_logits(residual_SE, model.token_embedding.weight, tokens_S.to(device))
-        windows_NT, _ = windows.cut(indices)
-        own = {
-            **{name: values.cpu().double().numpy() for name, values in found._asdict().items()},
-            "positions": columns + 1,
-            "tokens": tokens_S.numpy(),
-            "documents": documents[rows],
-            "windows": indices[rows],
-        }
-        theirs = {name: baseline.losses(windows_NT)[rows, columns] for name, baseline in baselines.items()}
-        yield Scores(**own, baselines=theirs)
+    with evaluation_mode(model):
+        for first in range(0, len(windows), size):
+            indices = np.arange(first, min(first + size, len(windows)))
+            batch = make_batch(windows, indices)
+            documents = windows.documents(indices)
+            is_scored = (batch.targets != IGNORED).numpy()
+            if once:
+                continues = documents == windows.documents(indices - 1)
+                continues[indices == 0] = False
+                # All but the last `stride` targets are also in the window before.
+                is_scored[continues, : windows.context_size - windows.stride] = False
+            rows, columns = np.nonzero(is_scored)
+            residual_SE = model.final_residual(batch.tokens.to(device))[torch.from_numpy(is_scored).to(device)]
+            tokens_S = batch.targets[rows, columns]
+            found = score_logits(residual_SE, model.token_embedding.weight, tokens_S.to(device))
+            windows_NT, _ = windows.cut(indices)
+            own = {
+                **{name: values.cpu().double().numpy() for name, values in found._asdict().items()},
+                "positions": columns + 1,
+                "tokens": tokens_S.numpy(),
+                "documents": documents[rows],
+                "windows": indices[rows],
+            }
+            theirs = {name: baseline.losses(windows_NT)[rows, columns] for name, baseline in baselines.items()}
+            take(Scores(**own, baselines=theirs))
 
 
 def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -> ModelScores:
@@ -278,16 +266,8 @@ def document_totals(
         sizes: Sizes of the documents, from `document_sizes`.
         counts, nats, at_1, at_5: Scored tokens, and the sums of their columns in `Scores`: (D,) each.
     """
-    return DocumentTotals(
-        nats=nats,
-        num_scored=counts,
-        at_1=at_1,
-        at_5=at_5,
-        num_targets=np.diff(split.offsets) - 1,
-        num_bytes=sizes.num_bytes,
-        num_words=sizes.num_words,
-        num_normalized_bytes=sizes.num_normalized_bytes,
-    )
+    lengths = (sizes.num_bytes, sizes.num_words, sizes.num_normalized_bytes)
+    return DocumentTotals(nats, counts, at_1, at_5, np.diff(split.offsets) - 1, *lengths)
 
 
 def metrics(totals: DocumentTotals) -> Metrics:
