@@ -13,7 +13,7 @@ from lumiere.persistence.runs import RunStore
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", help="an id, or latest")
     parser.add_argument("--runs-dir", default=None)
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8])

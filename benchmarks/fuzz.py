@@ -445,7 +445,7 @@ def changed(value: Any, draw: random.Random) -> Any:
         case 1 if isinstance(copy, dict):
             name = draw.choice(["", "../x", "\x1b", f"{key}x", draw.choice(list(copy))])
             copy[name] = copy.pop(key)
-        case 1:
+        case 1 if isinstance(copy, list):
             copy.insert(draw.randrange(len(copy) + 1), child)
         case _:
             copy[key] = changed(child, draw)
@@ -457,9 +457,9 @@ def changed(value: Any, draw: random.Random) -> Any:
 
 def work(name: str, runs: int, seed: int, folder: Path) -> None:
     """Fuzz one target and exit; writes `summary.json` and the failing inputs."""
-    import atheris
+    import atheris  # pyright: ignore[reportMissingModuleSource]
 
-    with atheris.instrument_imports(include=INSTRUMENTED):
+    with atheris.instrument_imports(include=INSTRUMENTED):  # pyright: ignore[reportAttributeAccessIssue]
         import lumiere.cli.runs.ls
         import lumiere.cli.runs.show
         import lumiere.config.loader

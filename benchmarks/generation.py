@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 from lumiere.cli import sleep_while_waiting
 
@@ -100,7 +101,9 @@ def hugging_face() -> Write:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
     ids = {"bos_token_id": SOT, "eos_token_id": None, "pad_token_id": PAD}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes, **heads, **ids, tie_word_embeddings=True)).eval()
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(vocab_size=4096, **sizes, **heads, **ids, tie_word_embeddings=True)
+    ).eval()
 
     @torch.inference_mode()
     def write(num_rows: int) -> None:

@@ -203,13 +203,13 @@ def analyses(run: str, runs_dir: str, console: Console) -> dict[str, float]:
     figures: dict[str, float] = {}
     for command in inspect_app.registered_commands:
         name = command.name or getattr(command.callback, "__name__", "")
-        seconds = []
+        seconds, exit_code = [], 0
         for _ in range(ANALYSIS_REPEATS + 1):
             arguments = ["inspect", name, "--run", run, "--runs-dir", runs_dir, *OPTIONS.get(name, [])]
-            result = CliRunner().invoke(app, arguments)
+            exit_code = CliRunner().invoke(app, arguments).exit_code
             seconds.append(time.perf_counter() - loaded[-1] if loaded else float("nan"))
         figures[name] = statistics.median(seconds[1:])
-        table.add_row(name, f"{figures[name]:.2f}", str(result.exit_code))
+        table.add_row(name, f"{figures[name]:.2f}", str(exit_code))
     console.print(table)
     return figures
 

@@ -42,7 +42,7 @@ def count(path: Path) -> Counter[str]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     print("".ljust(24), *(column.rjust(10) for column in COLUMNS))
     for top in ("lumiere", "tests"):
         totals: dict[str, Counter[str]] = {}

@@ -62,7 +62,7 @@ def trained(size: str, rate: float, steps: int, seed: int) -> tuple[float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0], help="x those of small-fast")
     parser.add_argument("--steps", nargs="+", type=int, default=[300, 600, 1200])

@@ -59,8 +59,9 @@ def make_runs(folder: Path) -> None:
     }
     store = RunStore(folder / "runs")
     usual = metrics(LINES_PER_RUN)
+    run = store.create()
     for i in range(NUM_RUNS):
-        run = store.create()
+        run = run if i == 0 else store.create()
         run.record_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
         run.metrics_path.write_bytes(usual)
         if i % 10 == 0:

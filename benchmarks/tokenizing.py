@@ -119,7 +119,7 @@ def one_document(folder: Path, num_bytes: int, num_scored: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--one-document", action="store_true")
     parser.add_argument("--eval-megabytes", type=float, default=5.0)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -104,7 +105,8 @@ def hugging_face_step(precision: str, dropout: float, is_compiled: bool) -> Step
 
     sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS, "head_dim": HEAD_WIDTH}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "max_position_embeddings": CONTEXT}
-    config = LlamaConfig(vocab_size=VOCAB, **sizes, **heads, tie_word_embeddings=True, use_cache=False)
+    options: dict[str, Any] = sizes | heads | {"tie_word_embeddings": True, "use_cache": False}
+    config = LlamaConfig(vocab_size=VOCAB, **options)
     model = LlamaForCausalLM(config).train()
     forward = torch.compile(model) if is_compiled else model
     tokens, _ = random_tokens()
@@ -199,7 +201,7 @@ def our_evaluation() -> Step:
     keep_freed_memory()
     config, state = our_state(0.0, "float32", False)
     windows = random_windows(num_windows=BATCH * STEPS_A_TURN)
-    facts = SplitFacts(num_documents=1, num_tokens=2, num_bytes=1, num_words=1, sha256="")
+    facts = SplitFacts(num_documents=1, num_tokens=2, num_bytes=1, num_words=1, sha256="", num_normalized_bytes=1)
     return lambda: evaluate(state.model, windows, facts, config.training.batch_size)
 
 

@@ -67,7 +67,7 @@ def be_busy() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--spin-counts", nargs="+", type=int, default=[300_000, 10_000, 3_000, 1_000, 0])
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds per measurement")
     parser.add_argument("--repeats", type=int, default=3)

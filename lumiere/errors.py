@@ -1,4 +1,4 @@
-"""The errors that a user can fix; anything else that escapes is a bug and keeps its traceback."""
+"""Errors that a user can fix. Any other exception is a bug and keeps its traceback."""
 
 from collections.abc import Collection, Iterable
 
@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable
 class LumiereError(Exception):
     """Something the user can fix.
 
-    The command line prints `error: <message>` and `hint: <hint>` and exits with code 2. Both are one printable line,
-    whatever the names and values in them hold: what comes from a file or a shell must not steer the terminal.
+    The command line prints `error: <message>` and `hint: <hint>` and exits with code 2. Control characters in both are
+    made visible, so that names and values from files or a shell cannot control the terminal.
 
     Args:
-        message: what is wrong, with the name and the value at fault.
-        hint: the way out, if there is one.
+        message: What is wrong, with the name and the value at fault.
+        hint: What to do about it.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -24,15 +24,15 @@ class LumiereError(Exception):
 
 
 class ConfigError(LumiereError):
-    """A config file or an override that cannot be used."""
+    """An unusable config file or override."""
 
 
 class DataError(LumiereError):
-    """A corpus that cannot be read, or that holds no text."""
+    """A corpus that cannot be read or holds no text."""
 
 
 class RunNotFoundError(LumiereError):
-    """A run that does not exist, or a name that fits several runs."""
+    """A run that does not exist, or an ambiguous reference."""
 
 
 class RunBusyError(LumiereError):
@@ -40,40 +40,40 @@ class RunBusyError(LumiereError):
 
 
 class CheckpointError(LumiereError):
-    """A checkpoint that does not exist, or that is damaged."""
+    """A missing or damaged checkpoint."""
 
 
 class NonFiniteError(LumiereError):
-    """A training whose loss, gradients or weights are no longer finite numbers."""
+    """NaN or infinity in the loss, gradients or weights of a training run."""
 
 
 class LostProcessError(LumiereError):
-    """Another process of the same training that has ended, while this one waited for it."""
+    """Another process of the training run ended while this one waited for it."""
 
 
 class RankTimeoutError(LostProcessError):
-    """Other processes of the same training that hang: the message names their ranks."""
+    """Other processes of the training run hang; the message names their ranks."""
 
 
 class FailedCheckError(LumiereError):
-    """Numbers that do not agree with those they were checked against. The command line exits with code 3."""
+    """Numbers that differ from those they were checked against. The command line exits with code 3."""
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with its control characters made visible, and all others that have no shape, but for those in `keep`."""
+    """Return `text` with unprintable characters escaped, except those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def shortened(text: str, length: int = 200) -> str:
-    """`text` if it is short, or else its beginning."""
+    """Return `text`, truncated to `length` characters."""
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `name` misspells, or None.
+    """Return the candidate that `name` misspells, or None.
 
-    At most one edit apart, or two if `name` has more than five characters; case is ignored. Names that merely have much
-    in common (`transformers` and `transformer-lens`, `n_kv_head` and `num_heads`) mean other things.
+    They differ by at most one edit, or two if `name` has more than five characters; case is ignored. Names that merely
+    have much in common (`transformers` and `transformer-lens`, `n_kv_head` and `num_heads`) mean different things.
     """
     limit = 1 if len(name) <= 5 else 2
     close = [candidate for candidate in candidates if abs(len(candidate) - len(name)) <= limit]
@@ -82,10 +82,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def check_choice(kind: str, name: str, choices: Collection[str]) -> None:
-    """Refuse a name that is none of the choices.
+    """Check that `name` is one of the choices.
 
     Raises:
-        LumiereError: with the nearest choice as hint, or all of them.
+        LumiereError: It is not; the hint is the nearest choice, or all of them.
     """
     if name not in choices:
         guess = nearest(name, choices)
@@ -94,7 +94,7 @@ def check_choice(kind: str, name: str, choices: Collection[str]) -> None:
 
 
 def edits(a: str, b: str) -> int:
-    """The fewest insertions, deletions, substitutions and swaps of neighbors that turn `a` into `b`."""
+    """Return the smallest number of insertions, deletions, substitutions and swaps of neighbors from `a` to `b`."""
     before: list[int] = []
     last = list(range(len(b) + 1))
     for i, character in enumerate(a, start=1):

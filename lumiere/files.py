@@ -1,8 +1,7 @@
 """Read untrusted files, replace files atomically, and lock a run's folder.
 
-Reading never takes more than is wanted, opens nothing but regular files, and accepts strict JSON only. A write leaves
-either the old file or the whole new one, whenever the power goes.
-Loads nothing but the standard library, because listing runs reads their records.
+Reads are bounded, open only regular files, and accept only strict JSON. A write leaves either the old file or the
+complete new one, even after a power failure. Importing this module loads only the standard library.
 """
 
 import errno
@@ -22,13 +21,13 @@ MAX_INTEGER = 2**63 - 1
 
 
 def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """The regular file at `path`, to be read.
+    """Open the regular file at `path` for reading.
 
     Args:
-        buffering: as for `open`.
+        buffering: As in `open`.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, a pipe or a device, on which a reader may wait for ever.
+        OSError: It cannot be opened, or is a folder, a pipe or a device, which could block the reader forever.
     """
     file = open(path, "rb", buffering, opener=_open_at_once)  # noqa: SIM115 (the caller closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -38,13 +37,13 @@ def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
 
 
 def read_file(path: str | Path, limit: int) -> bytes:
-    """All of a file of at most `limit` bytes.
+    """Return the contents of a file of at most `limit` bytes.
 
     Raises:
-        OSError: as `open_file`, or the file is larger.
+        OSError: As `open_file`, or the file is larger.
     """
     with open_file(path) as file:
-        # Python allocates all that it is asked for. Files of the system give more than their size, which is 0.
+        # Python allocates the requested size at once. System files, whose size is 0, contain more than that.
         size = max(os.fstat(file.fileno()).st_size, 1 << 16)
         data = file.read(min(size, limit) + 1)
     if len(data) > limit:
@@ -53,10 +52,10 @@ def read_file(path: str | Path, limit: int) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value in a text of standard JSON (RFC 8259).
+    """Return the value of a text in standard JSON (RFC 8259).
 
     Raises:
-        ValueError: it is not UTF-8, not JSON, is nested more than `MAX_DEPTH` deep, or holds a key twice, NaN, an
+        ValueError: It is not UTF-8, not JSON, is nested more than `MAX_DEPTH` deep, or holds a duplicate key, NaN, an
             infinity, or an integer of more than 64 bits.
     """
     try:
@@ -68,14 +67,14 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    # Without this flag, which Windows does not have, opening a pipe waits for somebody to write into it.
+    # Without this flag, which Windows lacks, opening a pipe blocks until another process writes to it.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("duplicate key")
     return mapping
 
 
@@ -106,14 +105,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 
 def is_writable(folder: str) -> bool:
-    """Whether files can be made in a folder, or in its nearest parent where it does not exist."""
+    """Return whether files can be created in a folder, or in its closest existing parent."""
     from tempfile import TemporaryFile
 
     folder = os.path.abspath(folder)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     try:
-        # Tried out: permissions say nothing about a read-only file system, or for root.
+        # By trying, because permissions say nothing about a read-only file system, or for root.
         with TemporaryFile(dir=folder):
             return True
     except OSError:
@@ -125,10 +124,10 @@ UNSUPPORTED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes `data` to `path` so that no reader and no crash ever sees a part of it.
+    """Write `data` to `path` so that neither a reader nor a crash ever sees part of it.
 
     Raises:
-        OSError: as writing does; up to the moment of the replacement the old file is untouched.
+        OSError: It cannot be written. The old file is untouched until the replacement.
     """
     with replacing(path) as file:
         file.write(data)
@@ -139,12 +138,12 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces the one at `path` when the block ends without an error.
 
     Raises:
-        OSError: as `write_atomically`.
+        OSError: As `write_atomically`.
     """
     import secrets
 
     path = Path(path)
-    # Beside the target, because a replacement is atomic within one file system only.
+    # Next to the target, because a replacement is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -159,7 +158,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` durable, where the file system supports it; Windows needs no request."""
+    """Make the names in `folder` durable if the file system supports it; Windows does so by itself."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -176,7 +175,7 @@ def unwritable(path: str | Path, error: OSError) -> LumiereError:
     """Return the error to raise when a file of a run cannot be written."""
     return LumiereError(
         f"{str(path)!r} cannot be written: {error.strerror or error}",
-        "make room or check the folder; lumiere train --resume RUN goes on from what was saved before",
+        "make room or check the folder; lumiere train --resume RUN resumes from the last save",
     )
 
 
@@ -190,28 +189,28 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 LOCK_NAME = ".lock"
-PATIENCE = 2.0  # seconds; a look by `is_locked` holds the lock for an instant
+PATIENCE = 2.0  # seconds; `is_locked` holds the lock for an instant
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside of it, no other process holds the lock of the run in `folder`.
+    """Hold an exclusive lock on the run in `folder`.
 
     Raises:
-        RunBusyError: another process holds it.
-        LumiereError: the folder cannot be written to.
+        RunBusyError: Another process holds it.
+        LumiereError: The folder cannot be written to.
     """
-    # Here and below: half of the time of `lumiere runs ls`, which needs it only where a run says that it is running.
+    # Imported here and below: it takes half the time of `lumiere runs ls`, which needs it only for running runs.
     from filelock import FileLock, Timeout
 
     try:
-        folder.stat()  # the lock would make a folder where there is none
+        folder.stat()  # the lock would create a missing folder
         lock = FileLock(folder / LOCK_NAME)
         lock.acquire(timeout=PATIENCE, poll_interval=0.05)
     except Timeout:
         raise RunBusyError(
             f"{folder.name} is being trained by another process",
-            f"lumiere runs show {folder.name} says where; wait for its end, or stop it",
+            f"lumiere runs show {folder.name} shows where; wait for it to end, or stop it",
         ) from None
     except OSError as error:
         raise LumiereError(
@@ -224,15 +223,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Return whether a process of this machine holds the lock of the run in `folder`.
+    """Return whether a process on this machine holds the lock of the run in `folder`.
 
-    None stands for unknown: there is no lock file, or it cannot be locked. A process of another machine may hold the
-    lock without being seen.
+    None: unknown, because the lock file is missing or cannot be locked. Processes on other machines are not seen.
     """
     from filelock import FileLock, Timeout
 
     path = folder / LOCK_NAME
-    if not path.is_file():  # and a look leaves no file behind
+    if not path.is_file():  # a look must not create the file
         return None
     lock = FileLock(path)
     try:

@@ -1,4 +1,4 @@
-"""Commands that work as printed, also while the Python environment is not active."""
+"""Commands that work as printed, even if the Python environment is not active."""
 
 import os
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def program(name: str) -> str:
-    """What to type in a shell to start `name` of this Python environment: its name if on the PATH, else its path."""
+    """Return what starts `name` of this Python environment in a shell: its name if it is on the PATH, else its path."""
     installed = shutil.which(name, path=sysconfig.get_path("scripts"))
     if installed is None:
         return f"{_typed(sys.executable)} -m {name}"
@@ -18,15 +18,15 @@ def program(name: str) -> str:
 
 
 def install_command(*requirements: str) -> str:
-    """The command that installs packages into this environment.
+    """Return the command that installs packages into this environment.
 
-    The packages themselves, never an extra of ours: the name `lumiere` on PyPI belongs to another project.
+    Name the packages themselves, never an extra of ours: `lumiere` on PyPI is another project.
     """
     return f"{program('pip')} install {shlex.join(requirements)}"
 
 
 def _typed(path: str) -> str:
-    """`path` as typed from the current folder, with a separator in it, without which a shell searches the PATH."""
+    """Return `path` relative to the current folder, with a separator; without one, a shell searches the PATH."""
     here = Path.cwd()
     if not Path(path).is_relative_to(here):
         return shlex.quote(path)

@@ -93,7 +93,11 @@ def main() -> None:
     from lumiere.distributed import ProcessGroup
 
     if ProcessGroup.from_environment().size > 1:
-        leave_at_once(code)
+        # Threads of torch outlive distributed training and sometimes abort the process during the interpreter's cleanup
+        # ("terminate called without an active exception"), which torchrun would report as a failed run.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -111,14 +115,3 @@ def run_app() -> int:
             print_error(error.problem)
         code = code or error.exit_code
     return code
-
-
-def leave_at_once(code: int) -> None:
-    """Exit without the interpreter's cleanup.
-
-    Threads of torch outlive distributed training and sometimes abort the process during cleanup ("terminate called
-    without an active exception"), which torchrun would report as a failed run.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from lumiere.persistence.loading import OpenedModel
 
-
 INTERRUPTED = 130
 COMMAND = re.compile(r"\blumiere(?= (?:tokenize|train|eval|generate|export|inspect|runs)\b)")
 

@@ -78,10 +78,9 @@ def evaluate(
     Example: [bold]lumiere eval latest --split test[/]
     """
     if output is not None:
-        from lumiere.report.figures.figure import check_drawing, check_picture
+        from lumiere.report.figures.figure import check_picture
 
         check_picture(Path(output))
-        check_drawing()
     read = text_reader(text, dataset, subset, split)
 
     from lumiere.cli.scores import Evaluated, as_values, draw, show

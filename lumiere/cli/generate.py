@@ -170,7 +170,7 @@ def generate(
         worst = max(checks, key=lambda check: check.difference)
         show_note(
             f"check {'passed' if worst.holds else 'FAILED'}: {sum(check.num_steps for check in checks):,} cached steps "
-            f"against full forward passes, largest logit error {worst.difference:.0e} (tolerance {worst.allowed:.0e})"
+            f"against full forward passes, largest logit error {worst.difference:.0e} (tolerance {worst.tolerance:.0e})"
         )
         if not worst.holds:
             raise Exit(FAILED_CHECK)

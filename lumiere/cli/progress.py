@@ -1,10 +1,18 @@
 """Progress of training and tokenizing: a bar on a terminal, lines in a file."""
 
 import time
-from types import TracebackType
+from collections.abc import Callable
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lumiere.cli.console import duration, escape, show_note, stderr
 from lumiere.data.dataset import Progress as DataProgress
@@ -19,26 +27,33 @@ class Display:
     """Context manager that shows a progress bar if stderr is a terminal."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
+        console = stderr()
         self._bar = Progress(
             *columns,
-            console=stderr(),
+            console=console,
             transient=True,
-            disable=not stderr().is_terminal,
+            disable=not console.is_terminal,
             refresh_per_second=REFRESHES_PER_SECOND,
         )
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+    def _print_line(self, line: Callable[[], str]) -> None:
+        """Print a line in place of the bar, now and then, if stderr is not a terminal."""
+        now = time.monotonic()
+        if not stderr().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            stderr().print(line())
 
 
 class TrainingProgress(Display):
-    """A listener of the training's events."""
+    """Callback for the events of training."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -48,63 +63,46 @@ class TrainingProgress(Display):
             TimeRemainingColumn(),
         )
         self._task = self._bar.add_task("training", total=None, figures="")
-        self._last_line = time.monotonic()
         self._total_steps = 0
 
     def __call__(self, event: Event) -> None:
         match event:
-            case StartEvent():
-                self._start(event)
-            case StepEvent():
-                self._step(event)
-            case EvaluationEvent():
-                self._evaluation(event)
+            case StartEvent(step=step, total_steps=total):
+                self._total_steps = total
+                self._bar.update(self._task, total=total, completed=step)
+                stderr().print(f"[bold]{event.run_name}[/]")
+                stderr().print(
+                    f"{event.num_parameters:,} parameters, {event.num_windows:,} training windows, {total:,} steps "
+                    f"({total / event.steps_per_epoch:,.1f} epochs), {event.precision} on {event.device} "
+                    f"(peak {event.peak_flops / 1e9:,.0f} GFLOP/s)"
+                )
+                if step:
+                    stderr().print(f"resuming from step {step:,}")
+            case StepEvent(step=step):
+                speed = f"{event.tokens_per_second:,.0f} tok/s  {event.mfu:.0%} mfu"
+                figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {speed}"
+                self._bar.update(self._task, completed=step, figures=figures)
+                left = event.seconds / step * (self._total_steps - step)
+                self._print_line(lambda: f"step {step:,}/{self._total_steps:,}  {figures}  {duration(left)} left")
+            case EvaluationEvent(evaluation=found):
+                best = "  [green]best[/]" if event.is_best else ""
+                stderr().print(
+                    f"step {event.step:>7,}  epoch {event.epoch:6.2f}  validation loss {found.loss:.4f}  "
+                    f"perplexity {found.perplexity:,.2f}  {duration(event.seconds)}{best}"
+                )
             case WarningEvent(message=message):
                 show_warning(message)
             case CheckpointEvent():
                 pass
 
-    def _start(self, event: StartEvent) -> None:
-        self._total_steps = event.total_steps
-        self._bar.update(self._task, total=event.total_steps, completed=event.step)
-        stderr().print(f"[bold]{event.run_name}[/]")
-        epochs = event.total_steps / event.steps_per_epoch
-        stderr().print(
-            f"{event.num_parameters:,} parameters, {event.num_windows:,} training windows, "
-            f"{event.total_steps:,} steps ({epochs:,.1f} epochs), {event.precision} on {event.device} "
-            f"(peak {event.peak_flops / 1e9:,.0f} GFLOP/s)"
-        )
-        if event.step:
-            stderr().print(f"resuming from step {event.step:,}")
-
-    def _step(self, event: StepEvent) -> None:
-        speed = f"{event.tokens_per_second:,.0f} tok/s  {event.mfu:.0%} mfu"
-        figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {speed}"
-        self._bar.update(self._task, completed=event.step, figures=figures)
-        now = time.monotonic()
-        if not stderr().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            steps_left = self._total_steps - event.step
-            seconds_left = event.seconds / event.step * steps_left
-            stderr().print(f"step {event.step:,}/{self._total_steps:,}  {figures}  {duration(seconds_left)} left")
-
-    def _evaluation(self, event: EvaluationEvent) -> None:
-        best = "  [green]best[/]" if event.is_best else ""
-        stderr().print(
-            f"step {event.step:>7,}  epoch {event.epoch:6.2f}  validation loss {event.evaluation.loss:.4f}  "
-            f"perplexity {event.evaluation.perplexity:,.2f}  {duration(event.seconds)}{best}"
-        )
-
 
 class CorpusProgress(Display):
-    """A listener of `tokenize_corpus`: silent while the cache is read, a bar or lines once there is work."""
+    """Callback for `tokenize_corpus`: silent while the cache is read, a bar or lines once there is work."""
 
     def __init__(self) -> None:
-        super().__init__(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[figures]}")
-        )
-        self._tasks: dict[str, int] = {}
-        self._last_line = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[figures]}"))
+        super().__init__(*columns)
+        self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, progress: DataProgress) -> None:
         if progress.is_note:
@@ -114,12 +112,8 @@ class CorpusProgress(Display):
             self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.total, figures="")
         documents = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""
         figures = documents or (f"{progress.num_bytes / 1e6:,.0f} MB" if progress.num_bytes else "")
-        now = time.monotonic()
-        if not stderr().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            stderr().print(f"{progress.stage}  {figures}")
-        task = self._tasks[progress.stage]
-        self._bar.update(task, completed=progress.done, total=progress.total, figures=figures)  # pyright: ignore
+        self._print_line(lambda: f"{progress.stage}  {figures}")
+        self._bar.update(self._tasks[progress.stage], completed=progress.done, total=progress.total, figures=figures)
 
 
 class SnapshotProgress(Display):

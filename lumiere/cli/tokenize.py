@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lumiere.data.tokenizer import Tokenizer
 
 TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow")
+ROW = "{:11}  {:>9}  {:>12}  {:>15}  {:>9}  {:>7}"
 
 
 def tokenize(
@@ -37,10 +38,21 @@ def tokenize(
         corpus = tokenize_corpus(resolved, progress, verify=verify)
     if text is not None:
         show_text(text, corpus.tokenizer, as_json)
-    elif as_json:
-        print_json(summary(corpus, resolved))
-    else:
-        show_summary(corpus, resolved)
+        return
+    facts = summary(corpus, resolved)
+    if as_json:
+        print_json(facts)
+        return
+    title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
+    stdout().print(f"[bold]{escape(title)}[/]")
+    stdout().print(ROW.format("split", "documents", "tokens", "bytes per token", "windows", "padding"))
+    for name, split in facts["splits"].items():
+        documents, tokens, windows = (f"{split[key]:,}" for key in ("documents", "tokens", "windows"))
+        per_token, padding = f"{split['bytes_per_token']:.2f}", f"{split['padding_share']:.1%}"
+        stdout().print(ROW.format(name, documents, tokens, per_token, windows, padding))
+    used, rows = facts["num_tokens_used"], facts["vocab_size"]
+    stdout().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))
+    stdout().print(f"fingerprint  {facts['fingerprint'][:16]}" + (" (from the cache)" if corpus.from_cache else ""))
 
 
 def show_text(text: str, tokenizer: "Tokenizer", as_json: bool) -> None:
@@ -62,6 +74,17 @@ def show_text(text: str, tokenizer: "Tokenizer", as_json: bool) -> None:
 
 def summary(corpus: "TokenizedCorpus", config: "RunConfig") -> dict[str, Any]:
     """Return the facts of the encoded corpus, split by split."""
+    splits = {}
+    for name, split in corpus.splits.items():
+        facts, windows = split.facts, corpus.windows(name, config)
+        splits[name] = {
+            "documents": facts.num_documents,
+            "tokens": facts.num_tokens,
+            "bytes": facts.num_bytes,
+            "bytes_per_token": facts.num_bytes / facts.num_tokens,
+            "windows": len(windows),
+            "padding_share": windows.padding_share,
+        }
     return {
         "dataset": config.dataset.name,
         "subset": config.dataset.subset,
@@ -69,32 +92,5 @@ def summary(corpus: "TokenizedCorpus", config: "RunConfig") -> dict[str, Any]:
         "from_cache": corpus.from_cache,
         "num_tokens_used": len(corpus.tokenizer),
         "vocab_size": config.tokenizer.vocab_size,
-        "splits": {
-            name: {
-                "documents": split.facts.num_documents,
-                "tokens": split.facts.num_tokens,
-                "bytes": split.facts.num_bytes,
-                "bytes_per_token": split.facts.num_bytes / split.facts.num_tokens,
-                "windows": len(corpus.windows(name, config)),
-                "padding_share": corpus.windows(name, config).padding_share,
-            }
-            for name, split in corpus.splits.items()
-        },
+        "splits": splits,
     }
-
-
-def show_summary(corpus: "TokenizedCorpus", config: "RunConfig") -> None:
-    facts = summary(corpus, config)
-    title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
-    stdout().print(f"[bold]{escape(title)}[/]")
-    stdout().print(
-        f"{'split':11}  {'documents':>9}  {'tokens':>12}  {'bytes per token':>15}  {'windows':>9}  {'padding':>7}"
-    )
-    for name, split in facts["splits"].items():
-        stdout().print(
-            f"{name:11}  {split['documents']:>9,}  {split['tokens']:>12,}  "
-            f"{split['bytes_per_token']:>15.2f}  {split['windows']:>9,}  {split['padding_share']:>7.1%}"
-        )
-    used, rows = facts["num_tokens_used"], facts["vocab_size"]
-    stdout().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))
-    stdout().print(f"fingerprint  {facts['fingerprint'][:16]}" + (" (from the cache)" if corpus.from_cache else ""))

@@ -1,12 +1,13 @@
-"""Reading and changing activations: named identity modules, and `with` blocks that set functions on them.
+"""Hook points: read or replace activations inside a `with` block.
 
-A `HookPoint` marks a place in the model's forward pass. Its public name is the one TransformerLens gives the same
-place, so that knowledge and scripts carry over; the module's own path follows Lumiere's glossary.
+A `HookPoint` marks a place in the model's forward pass. Its public name is that of TransformerLens, so that knowledge
+and scripts carry over; the module's own path follows Lumiere's names.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,10 +22,7 @@ PUBLIC_NAMES = {"attention": "attn", "feedforward": "mlp", "final_norm": "ln_fin
 
 
 class HookPoint(nn.Module):
-    """The identity, with one slot for a function that looks at the activation or replaces it.
-
-    The slot is set by `hooked` only. A point has no parameters and leaves no trace in the state dict.
-    """
+    """The identity, with a slot, set by `hooked`, for a function that reads or replaces the activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +47,7 @@ class HookPoint(nn.Module):
 
 
 def hook_points(model: nn.Module) -> dict[str, HookPoint]:
-    """The model's hook points by public name, such as `blocks.0.attn.hook_pattern`."""
+    """Return the model's hook points by public name, such as `blocks.0.attn.hook_pattern`."""
     return {
         ".".join(PUBLIC_NAMES.get(part, part) for part in path.split(".")): module
         for path, module in model.named_modules()
@@ -58,104 +56,82 @@ def hook_points(model: nn.Module) -> dict[str, HookPoint]:
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether a function is set on any hook point of the model."""
+    """Return whether a function is set on any hook point of the model."""
     return any(isinstance(module, HookPoint) and module.is_set for module in model.modules())
 
 
 @contextmanager
-def hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
-    """Set hooks for the length of a `with` block.
+def hooked(
+    model: nn.Module, hooks: Mapping[str, Hook], points: Mapping[str, HookPoint] | None = None
+) -> Iterator[None]:
+    """Set hooks inside a `with` block.
 
         with hooked(model, {"blocks.1.attn.hook_z": torch.zeros_like}):
             output = model(tokens)
 
     Args:
-        model: any module that holds hook points.
-        hooks: for each public name a function `activation -> replacement`; None as replacement only looks.
+        hooks: Functions `activation -> replacement` by public name; None leaves the activation as it is.
+        points: `hook_points(model)`, if known.
 
     Raises:
-        LumiereError: a name is unknown; a point already has a hook; or a hook was never called inside the block,
-            which would make a result that looks like an intervention and is none.
-        ValueError: a replacement has another shape than the activation.
+        LumiereError: A name is unknown; a point already has a hook; or a hook was never called inside the block,
+            which would pass off a plain result as an intervention.
+        ValueError: A replacement's shape differs from the activation's.
     """
-    with _hooked(hook_points(model), hooks):
-        yield
-
-
-@contextmanager
-def _hooked(points: Mapping[str, HookPoint], hooks: Mapping[str, Hook]) -> Iterator[None]:
+    points = hook_points(model) if points is None else points
     for name in hooks:
         if name not in points:
-            raise _unknown_name(name, points)
+            matches = get_close_matches(name, points, n=3)
+            hint = f"did you mean {' or '.join(matches)}?" if matches else "hook_points(model) lists all names"
+            raise LumiereError(f"no hook point '{name}'", hint)
         if points[name].hook is not None:
-            raise LumiereError(
-                f"hook point '{name}' already has a hook", "a point takes one function: combine the two into one"
-            )
+            hint = "a point takes one function: combine the two into one"
+            raise LumiereError(f"hook point '{name}' already has a hook", hint)
     fired: set[str] = set()
     try:
         for name, hook in hooks.items():
-            points[name].hook = _recorded(name, hook, fired)
+            points[name].hook = partial(_call_checked, name, hook, fired)
         yield
     finally:
         for name in hooks:
             points[name].hook = None
-    # Reached only if the block raised nothing: an error from inside is not masked by this one.
+    # Reached only if the block raised nothing, so this does not mask an error from inside.
     if silent := [name for name in hooks if name not in fired]:
-        raise LumiereError(
-            f"no activation reached {', '.join(repr(name) for name in silent)}",
-            "run the model inside the with block",
+        names = ", ".join(map(repr, silent))
+        raise LumiereError(f"no activation reached {names}", "run the model inside the with block")
+
+
+def _call_checked(name: str, hook: Hook, fired: set[str], activation: Tensor) -> Tensor | None:
+    fired.add(name)
+    replacement = hook(activation)
+    # A smaller tensor would broadcast further down and change more than was meant.
+    if replacement is not None and replacement.shape != activation.shape:
+        raise ValueError(
+            f"the hook on '{name}' returned shape {tuple(replacement.shape)} "
+            f"for an activation of shape {tuple(activation.shape)}"
         )
+    return replacement
 
 
 def run_with_cache(
     model: nn.Module, tokens_BT: Tensor, names: Iterable[str] | None = None
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Run the model and keep activations.
+    """Run `model(tokens_BT)` and keep activations.
 
     Args:
-        model: any module that holds hook points, called as `model(tokens_BT)`.
-        tokens_BT: token ids, (B, T).
-        names: public names of the hook points to keep; all of them if None.
+        names: Public names of the hook points to keep. Default: all.
 
     Returns:
-        The model's output, and the activations by public name in the order in which they were computed. They are not
-        detached: gradients flow through them, and `torch.no_grad()` around the call saves that memory.
+        The model's output, and the activations by public name in the order in which they were computed. Gradients flow
+        through them; `torch.no_grad()` around the call saves that memory.
 
     Raises:
-        LumiereError: as `hooked`.
+        LumiereError: As `hooked`.
     """
     cache: dict[str, Tensor] = {}
-
-    def keeper(name: str) -> Hook:
-        def keep(activation: Tensor) -> None:
-            cache[name] = activation
-
-        return keep
-
-    points = hook_points(model)  # found once, since that takes as long as all hooks
-    with _hooked(points, {name: keeper(name) for name in (points if names is None else names)}):
+    points = hook_points(model)  # found once: finding them takes as long as all hooks
+    # The lambda keeps the activation and returns None.
+    hooks = {name: lambda x, name=name: cache.update({name: x}) for name in (points if names is None else names)}
+    with hooked(model, hooks, points):
         output = model(tokens_BT)
     return output, cache
-
-
-def _recorded(name: str, hook: Hook, fired: set[str]) -> Hook:
-    """`hook`, noting that it was called and holding its replacement to the activation's shape."""
-
-    def call(activation: Tensor) -> Tensor | None:
-        fired.add(name)
-        replacement = hook(activation)
-        # A smaller tensor would broadcast further down and change more than was meant.
-        if replacement is not None and replacement.shape != activation.shape:
-            raise ValueError(
-                f"the hook on '{name}' returned shape {tuple(replacement.shape)} "
-                f"for an activation of shape {tuple(activation.shape)}"
-            )
-        return replacement
-
-    return call
-
-
-def _unknown_name(name: str, points: Mapping[str, HookPoint]) -> LumiereError:
-    matches = get_close_matches(name, points, n=3)
-    hint = f"did you mean {' or '.join(matches)}?" if matches else "hook_points(model) lists all names"
-    return LumiereError(f"no hook point '{name}'", hint)

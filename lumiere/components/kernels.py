@@ -180,7 +180,7 @@ class _CausalAttention(Function):
 
 
 def gated_silu(branches_BTF: Tensor) -> Tensor:
-    """`silu(gate) * linear` of the two branches side by side: (B, T, 2 F) to (B, T, F)."""
+    """Return `silu(gate) * linear` of the two branches side by side: (B, T, 2 F) to (B, T, F)."""
     if prefers_hand_written(branches_BTF) and torch.is_grad_enabled():
         return _GatedSilu.apply(branches_BTF)
     gate_BTF, linear_BTF = branches_BTF.chunk(2, dim=-1)
@@ -268,62 +268,45 @@ BITS_A_NAT = math.log2(math.e)
 
 
 def linear_cross_entropy(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
-    """The summed cross-entropy, in nats, of the logits `x @ weight.T`; differentiable once.
+    """Return `cross_entropy(x @ weight.T, targets, reduction="sum")` in nats, without holding all logits.
 
-    Under `torch.autocast` the products are in its type. Sums over words and over rows are in float32 or wider.
-
-    Args:
-        x_NE: what the linear layer reads.
-        weight_VocabE: its weight.
-        targets_N: the right word's row, or `IGNORED`.
-
-    Returns:
-        One number, as `cross_entropy(x @ weight.T, targets, reduction="sum")`.
+    Differentiable once. Under `torch.autocast` the products are in its type; sums over tokens and rows are in float32
+    or wider. `targets_N` holds rows of the weight, or `IGNORED`.
     """
     return _LinearCrossEntropy.apply(x_NE, weight_VocabE, targets_N)
 
 
 @torch.no_grad()
 def linear_cross_entropy_losses(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Tensor:
-    """Each row's cross-entropy in nats, (N,), zero where the target is `IGNORED`; without gradients, for evaluation."""
-    chunks = chunks_of_powers(x_NE * BITS_A_NAT, weight_VocabE, *rows_of(targets_N))
-    losses = [chunk.losses * chunk.is_real for chunk in chunks]
-    return torch.cat(losses).squeeze(1)
+    """Return each row's cross-entropy in nats, (N,), 0 where the target is `IGNORED`; without gradients."""
+    chunks = chunks_of_powers(x_NE * BITS_A_NAT, weight_VocabE, targets_N)
+    return torch.cat([chunk.losses * chunk.is_real for chunk in chunks]).squeeze(1)
 
 
 class Chunk(NamedTuple):
-    """Some rows, and what comes of their logits."""
+    """Some rows, and what is computed from their logits."""
 
     x: Tensor
     """(M, E), times `BITS_A_NAT`."""
     rows: Tensor
-    """(M, 1), from `rows_of`."""
+    """(M, 1), the target's row of the weight; any row if the target is `IGNORED`."""
     is_real: Tensor
-    """(M, 1)."""
+    """(M, 1), False if the target is `IGNORED`."""
     losses: Tensor
-    """(M, 1), in nats; any number where the row is not real."""
+    """(M, 1), in nats; any number where `is_real` is False."""
     powers: Tensor
-    """(M, Vocab): the probabilities, but for a factor of each row; valid until the next chunk is asked for."""
+    """(M, Vocab), the probabilities times `sums`; valid until the next chunk."""
     sums: Tensor
-    """(M, 1), of the powers: that factor."""
+    """(M, 1), of the powers."""
 
 
-def rows_of(targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The target's row in the table, (N, 1), any where there is none; and whether there is one, (N, 1)."""
-    is_real_N1 = (targets_N != IGNORED).unsqueeze(1)
-    return targets_N.unsqueeze(1) * is_real_N1, is_real_N1
-
-
-def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, rows_N1: Tensor, is_real_N1: Tensor) -> Iterator[Chunk]:
-    """The rows in chunks, each one's logits in the same piece of memory.
-
-    Args:
-        x_NE: times `BITS_A_NAT`.
-    """
+def chunks_of_powers(x_NE: Tensor, weight_VocabE: Tensor, targets_N: Tensor) -> Iterator[Chunk]:
+    """Yield the rows in chunks, whose logits share one piece of memory. `x_NE` is times `BITS_A_NAT`."""
     is_cpu = x_NE.device.type == "cpu"
-    limit = CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE)
-    size = max(MIN_CHUNK_ROWS, limit // len(weight_VocabE))
+    size = max(MIN_CHUNK_ROWS, CHUNK_LOGITS.get(x_NE.device.type, CHUNK_LOGITS_ELSEWHERE) // len(weight_VocabE))
     memory = x_NE.new_empty(min(size, len(x_NE)), len(weight_VocabE))
+    is_real_N1 = (targets_N != IGNORED).unsqueeze(1)
+    rows_N1 = targets_N.unsqueeze(1) * is_real_N1
     for x_ME, rows_M1, is_real_M1 in zip(*(tensor.split(size) for tensor in (x_NE, rows_N1, is_real_N1)), strict=True):
         logits = torch.mm(x_ME, weight_VocabE.T, out=memory[: len(x_ME)])
         sums_M1, losses_M1 = exponentiate_(logits, rows_M1, subtracts_max=not is_cpu)
@@ -366,7 +349,7 @@ class _LinearCrossEntropy(Function):
         )
         loss = torch.zeros((), dtype=sum_dtype, device=x_NE.device)
         with torch.autocast(device, enabled=False):
-            for chunk in chunks_of_powers(x_NE, weight_VocabE, *rows_of(targets_N)):
+            for chunk in chunks_of_powers(x_NE, weight_VocabE, targets_N):
                 loss += (chunk.losses * chunk.is_real).sum()
                 # The gradient by the logits is the probabilities, powers / sums, less 1 at the target. The subtraction
                 # is done in the type of the sums, because near 1 bfloat16 has too few digits; the division outside of

@@ -15,25 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumiere.components.hooks import HookPoint
-from lumiere.components.kernels import (
-    EPSILON,
-    attention,
-    dropout,
-    gated_silu,
-    masked_scores,
-    rms_norm,
-)
+from lumiere.components.kernels import EPSILON, attention, dropout, gated_silu, masked_scores, rms_norm
 
 ROTARY_BASE = 10_000.0
 
 
 class TokenEmbedding(nn.Module):
-    """The token embedding, which is also the output head (weight tying, Press & Wolf 2017).
-
-    Args:
-        vocab_size: Number of rows, one per token.
-        embedding_size: Width of a row.
-    """
+    """The token embedding, which is also the output head (weight tying, Press & Wolf 2017)."""
 
     def __init__(self, vocab_size: int, embedding_size: int) -> None:
         super().__init__()
@@ -49,12 +37,7 @@ class TokenEmbedding(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for each position, added to the token embeddings.
-
-    Args:
-        context_size: Number of positions.
-        embedding_size: Width of a vector.
-    """
+    """A learned vector for each position, added to the token embeddings."""
 
     def __init__(self, context_size: int, embedding_size: int) -> None:
         super().__init__()
@@ -101,9 +84,6 @@ class Dropout(nn.Module):
 
     The identity in evaluation mode. On a CPU the mask takes 16 random bits per number and a tenth of torch's time, so
     the probability is `rate` rounded to a multiple of 2^-16. Its seed comes from torch's generator.
-
-    Args:
-        rate: Probability of a zero, 0 to 1.
     """
 
     def __init__(self, rate: float) -> None:
@@ -120,10 +100,8 @@ class Dropout(nn.Module):
 class RMSNorm(nn.Module):
     """RMSNorm (Zhang & Sennrich 2019): `x / s(x) * gain` with `s(x) = sqrt(mean(x^2) + epsilon)`, over the last axis.
 
-    Args:
-        embedding_size: Width of the vectors.
-        has_hooks: Add hook points: `hook_scale` sees s(x), (B, T, 1), and `hook_normalized` sees `x / s(x)`,
-            (B, T, E), before the gain, as in TransformerLens 4.3.
+    With `has_hooks`, `hook_scale` sees s(x), (B, T, 1), and `hook_normalized` sees `x / s(x)`, (B, T, E), before the
+    gain, as in TransformerLens 4.3.
     """
 
     def __init__(self, embedding_size: int, has_hooks: bool = False) -> None:
@@ -210,31 +188,19 @@ class Attention(nn.Module):
     rotation, `hook_attn_scores` (B, H, T, S) scaled and with -inf where a key is hidden, `hook_pattern` (B, H, T, S),
     and `hook_z` (B, T, H, V), the output of each head before the heads are joined. Scores and pattern exist only while
     one of their hook points is set.
-
-    Args:
-        embedding_size: Width of the residual stream.
-        num_heads: Number of heads.
-        d_key: Width of a head's queries and keys.
-        d_value: Width of a head's values.
     """
 
     def __init__(self, embedding_size: int, num_heads: int, d_key: int, d_value: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.d_key = d_key
-        self.d_value = d_value
+        self.num_heads, self.d_key, self.d_value = num_heads, d_key, d_value
         self.query = nn.Linear(embedding_size, num_heads * d_key, bias=False)
         self.key = nn.Linear(embedding_size, num_heads * d_key, bias=False)
         self.value = nn.Linear(embedding_size, num_heads * d_value, bias=False)
         self.output = nn.Linear(num_heads * d_value, embedding_size, bias=False)
-        self.joined: Tensor | None = None  # a copy, set by `join_weights` for generation
+        self.joined: Tensor | None = None  # a copy, set for generation
         self._widths = [num_heads * d_key, num_heads * d_key, num_heads * d_value]
-        self.hook_q = HookPoint()
-        self.hook_k = HookPoint()
-        self.hook_v = HookPoint()
-        self.hook_attn_scores = HookPoint()
-        self.hook_pattern = HookPoint()
-        self.hook_z = HookPoint()
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern, self.hook_z = HookPoint(), HookPoint(), HookPoint()
 
     def joined_weight(self) -> Tensor:
         """Return the weights of queries, keys and values in one matrix.
@@ -264,11 +230,9 @@ class Attention(nn.Module):
         """
         q, k, v = torch.split_with_sizes(F.linear(x_BTE, self.joined_weight()), self._widths, dim=-1)
         heads = (*x_BTE.shape[:2], self.num_heads)
-        q_BTHK, k_BTHK, v_BTHV = (
-            self.hook_q(q.view(*heads, self.d_key)),
-            self.hook_k(k.view(*heads, self.d_key)),
-            self.hook_v(v.view(*heads, self.d_value)),
-        )
+        q_BTHK = self.hook_q(q.view(*heads, self.d_key))
+        k_BTHK = self.hook_k(k.view(*heads, self.d_key))
+        v_BTHV = self.hook_v(v.view(*heads, self.d_value))
         if rotation is not None:
             q_BTHK, k_BTHK = rotate(q_BTHK, rotation), rotate(k_BTHK, rotation)
         q_BHTK, k_BHSK, v_BHSV = q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2)
@@ -291,10 +255,6 @@ class SwiGLU(nn.Module):
 
     Hook points, named as in TransformerLens, all (B, T, F): `hook_pre` sees the gate before the silu, `hook_pre_linear`
     the linear branch, `hook_post` their product, the neurons' activations.
-
-    Args:
-        embedding_size: Width of the residual stream.
-        d_ff: Number of neurons.
     """
 
     def __init__(self, embedding_size: int, d_ff: int) -> None:
@@ -302,10 +262,8 @@ class SwiGLU(nn.Module):
         self.gate = nn.Linear(embedding_size, d_ff, bias=False)
         self.up = nn.Linear(embedding_size, d_ff, bias=False)
         self.down = nn.Linear(d_ff, embedding_size, bias=False)
-        self.joined: Tensor | None = None  # a copy, set by `join_weights` for generation
-        self.hook_pre = HookPoint()
-        self.hook_pre_linear = HookPoint()
-        self.hook_post = HookPoint()
+        self.joined: Tensor | None = None  # a copy, set for generation
+        self.hook_pre, self.hook_pre_linear, self.hook_post = HookPoint(), HookPoint(), HookPoint()
 
     def joined_weight(self) -> Tensor:
         """Return the weights of both branches in one matrix."""
@@ -325,14 +283,6 @@ class Block(nn.Module):
     Normalized before each part (Xiong et al. 2020) by RMSNorm. Hook points, all (B, T, E): `hook_resid_pre`,
     `hook_attn_out`, `hook_resid_mid`, `hook_mlp_out`, `hook_resid_post`. The two `_out` are what is added to the
     stream: after dropout during training.
-
-    Args:
-        embedding_size: Width of the residual stream.
-        num_heads: Number of attention heads.
-        d_key: Width of a head's queries and keys.
-        d_value: Width of a head's values.
-        d_ff: Number of neurons of the feed-forward part.
-        dropout: Rate of the dropout of each part's output.
     """
 
     def __init__(
@@ -344,11 +294,8 @@ class Block(nn.Module):
         self.feedforward_norm = RMSNorm(embedding_size)
         self.feedforward = SwiGLU(embedding_size, d_ff)
         self.dropout = Dropout(dropout)
-        self.hook_resid_pre = HookPoint()
-        self.hook_attn_out = HookPoint()
-        self.hook_resid_mid = HookPoint()
-        self.hook_mlp_out = HookPoint()
-        self.hook_resid_post = HookPoint()
+        self.hook_resid_pre, self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint(), HookPoint()
+        self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint()
 
     def forward(
         self,

@@ -1,17 +1,17 @@
-"""Decoders: what turns rows of tokens into the logits of their next tokens, with a key/value cache or without.
+"""Decoders: compute the logits of each row's next token, with a key/value cache or without.
 
-The window slides in steps. Learned positions end at `context_size`, so a text that grows past it must lose its
-beginning, and then everything left stands at other positions and is computed again. Losing one token at a time would
-make every token cost a whole window. So when the window is full, its last `context_size // 2` tokens are kept: one
-window of work for every half window of text.
+The window slides in steps. Learned positions end at `context_size`, so a longer text loses its beginning, and the rest
+is computed again at other positions. Losing one token at a time would cost a whole window per token; therefore a full
+window keeps its last `context_size // 2` tokens, which costs one window per half window of text.
 
-Shapes: B rows, T position, H head, C context_size, K d_key, V d_value or vocabulary.
+Shapes: B rows, T position, E embedding_size, H head, C context_size, K d_key, V d_value or vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -28,14 +28,14 @@ Step = Callable[[Transformer, KVCache, Tensor], Tensor]
 
 
 class Decoder(Protocol):
-    """Rows of text that grow by one token at a time. Each has its own window, independent of its neighbors."""
+    """Rows of text that grow by one token at a time, each with its own window."""
 
     def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Begin with these texts, each of at least one token; return the logits of each row's next token, (B, V)."""
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each row; return the next logits, (B, V), valid until the next call."""
+        """Append one token to each row; return the next logits, (B, V)."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -43,14 +43,12 @@ class Decoder(Protocol):
         ...
 
 
-def first_window(tokens: Sequence[int], context_size: int) -> list[int]:
-    """Return what the model sees of a prompt: its last `context_size` tokens."""
-    return list(tokens[-context_size:])
-
-
-def kept_when_full(window: Sequence[int], context_size: int) -> list[int]:
-    """Return what stays of a full window before the next token: its last `context_size // 2` tokens."""
-    return list(window[len(window) - context_size // 2 :])
+def slide(windows: Sequence[list[int]], context_size: int) -> list[int]:
+    """Cut the windows that are full to their last `context_size // 2` tokens; return their rows."""
+    full = [row for row, window in enumerate(windows) if len(window) == context_size]
+    for row in full:
+        del windows[row][: context_size - context_size // 2]
+    return full
 
 
 def suppression(vocab_size: int, suppressed: Collection[int], like: Tensor) -> Tensor:
@@ -74,18 +72,17 @@ class FullForward:
         self._windows: list[list[int]] = []
 
     def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        self._windows = [first_window(row, self._model.context_size) for row in rows]
+        self._windows = [list(row[-self._model.context_size :]) for row in rows]
         return self._logits()
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        context_size = self._model.context_size
-        for i, (window, token) in enumerate(zip(self._windows, tokens, strict=True)):
-            kept = kept_when_full(window, context_size) if len(window) == context_size else window
-            self._windows[i] = [*kept, token]
+        slide(self._windows, self._model.context_size)
+        for window, token in zip(self._windows, tokens, strict=True):
+            window.append(token)
         return self._logits()
 
     def keep(self, rows: Sequence[int]) -> None:
-        self._windows = [self._windows[row] for row in rows]
+        self._windows = [list(self._windows[row]) for row in rows]
 
     @torch.no_grad()
     def _logits(self) -> Tensor:
@@ -111,24 +108,25 @@ class CachedDecoder:
         self._unembedding = self._weight.T.contiguous()
         self._bias = suppression(model.vocab_size, suppressed, self._weight)
         self._num_weights = sum(parameter.numel() for parameter in model.parameters())
-        self._fused: OneStream | None = None
         self._one_stream: OneStream | None = None
         self._cache = KVCache([], [], 0, 0)
         self._num_cached = 0
         self._windows: list[list[int]] = []
 
+    @cached_property
+    def _fused(self) -> OneStream:
+        return OneStream(self._model, self._bias)
+
     @torch.inference_mode()
     def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        self._windows = [first_window(row, self._model.context_size) for row in rows]
+        self._windows = [list(row[-self._model.context_size :]) for row in rows]
         self._allocate(len(rows))
-        return self._logits_after(self._encode(range(len(rows))))
+        return self._logits(self._encode(range(len(rows))))
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
-        context_size = self._model.context_size
-        full = [i for i, window in enumerate(self._windows) if len(window) == context_size]
-        for i in full:
-            self._windows[i] = kept_when_full(self._windows[i], context_size)
+        context_size, device = self._model.context_size, self._weight.device
+        full = slide(self._windows, context_size)
         if full and context_size > 1:
             self._encode(full, fill_only=True)
         lengths = [len(window) for window in self._windows]
@@ -138,14 +136,13 @@ class CachedDecoder:
             if self._one_stream is not None:
                 return self._one_stream.step(tokens[0], lengths[0])
             unused = [0] * (self._num_cached - len(tokens))
-            if self._compiled_step is None and len(set(lengths)) == 1:
-                self._cache.lengths = lengths[0]
-            else:
-                self._cache.lengths = torch.tensor([*lengths, *unused], device=self._weight.device)
-            self._cache.num_keys = max(lengths) + 1 if self._compiled_step is None else context_size
-            tokens_B = torch.tensor([*tokens, *unused], device=self._weight.device)
+            tokens_B = torch.tensor([*tokens, *unused], device=device)
+            is_compiled = self._compiled_step is not None
+            has_one_length = not is_compiled and len(set(lengths)) == 1
+            self._cache.lengths = lengths[0] if has_one_length else torch.tensor([*lengths, *unused], device=device)
+            self._cache.num_keys = context_size if is_compiled else max(lengths) + 1
             step = self._compiled_step or step_rows
-            return self._logits_after(step(self._model, self._cache, tokens_B)[: len(tokens)])
+            return self._logits(step(self._model, self._cache, tokens_B)[: len(tokens)])
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
@@ -164,43 +161,38 @@ class CachedDecoder:
             self._one_stream.reorder(self._model.context_size)
 
     def _allocate(self, num_rows: int) -> None:
-        model = self._model
-        is_one_stream = num_rows == 1 and self._weight.device.type == "cpu" and self._compiled_step is None
-        if is_one_stream:
-            self._fused = self._fused or OneStream(model, self._bias)
+        if num_rows == 1 and self._weight.device.type == "cpu" and self._compiled_step is None:
             self._one_stream, self._cache = self._fused, self._fused.cache
         elif self._one_stream is not None or num_rows != self._num_cached:
             self._one_stream = None
-            shapes = [(num_rows, model.num_heads, model.context_size, width) for width in (model.d_key, model.d_value)]
-            keys, values = ([self._weight.new_zeros(shape) for _ in model.blocks] for shape in shapes)
-            self._cache = KVCache(keys, values, 0, 0)
+            self._cache = self._new_cache(num_rows, self._model.context_size)
         self._num_cached = num_rows
+
+    def _new_cache(self, num_rows: int, num_positions: int) -> KVCache:
+        shapes = [(num_rows, self._model.num_heads, num_positions, x) for x in (self._model.d_key, self._model.d_value)]
+        keys, values = ([self._weight.new_zeros(shape) for _ in self._model.blocks] for shape in shapes)
+        return KVCache(keys, values, 0, num_positions)
 
     def _encode(self, rows: Sequence[int], fill_only: bool = False) -> Tensor:
         """Fill the cache with the windows of `rows`; return the final residual stream after each, (B, E)."""
         windows, device = [self._windows[row] for row in rows], self._weight.device
         num_positions = max(map(len, windows))
         # No token sees what stands to the right of a shorter row: attention is causal, and later steps overwrite it.
-        padded = [window + [0] * (num_positions - len(window)) for window in windows]
-        cache, index = KVCache(self._cache.keys, self._cache.values, 0, num_positions), None
-        if len(rows) < self._num_cached:
+        tokens_BT = torch.tensor([window + [0] * (num_positions - len(window)) for window in windows], device=device)
+        is_whole = len(rows) == self._num_cached
+        whole = KVCache(self._cache.keys, self._cache.values, 0, num_positions)
+        part = whole if is_whole else self._new_cache(len(rows), num_positions)
+        with few_threads(self._num_weights * tokens_BT.numel()):
+            final_BTE = self._model.final_residual(tokens_BT, cache=part, fill_only=fill_only)
+        if not is_whole:
             index = torch.tensor(list(rows), device=device)
-            keys, values = (
-                [x.new_empty(len(rows), x.shape[1], num_positions, x.shape[3]) for x in tensors]
-                for tensors in (cache.keys, cache.values)
-            )
-            cache = KVCache(keys, values, 0, num_positions)
-        with few_threads(self._num_weights * len(rows) * num_positions):
-            tokens_BT = torch.tensor(padded, device=device)
-            final_BTE = self._model.final_residual(tokens_BT, cache=cache, fill_only=fill_only)
-        if index is not None:
-            for x, part in zip((*self._cache.keys, *self._cache.values), (*cache.keys, *cache.values), strict=True):
-                x[index, :, :num_positions] = part
+            for tensor, filled in zip((*whole.keys, *whole.values), (*part.keys, *part.values), strict=True):
+                tensor[index, :, :num_positions] = filled
         if self._one_stream is not None:
             self._one_stream.reorder(num_positions)
         return final_BTE[torch.arange(len(rows)), [len(window) - 1 for window in windows]]
 
-    def _logits_after(self, final_BE: Tensor) -> Tensor:
+    def _logits(self, final_BE: Tensor) -> Tensor:
         with few_threads(self._num_weights * len(final_BE)):
             return torch.addmm(self._bias, final_BE, self._unembedding)
 
@@ -229,27 +221,27 @@ def step_rows(model: Transformer, cache: KVCache, tokens_B: Tensor) -> Tensor:
 
 
 def compiled_step(warn: Callable[[str], None] | None = None) -> Step:
-    """Return `step_rows` compiled; where that fails, it warns once and continues without.
+    """Return `step_rows` compiled; if that fails, it warns once and continues uncompiled.
 
     Args:
         warn: Called with the reason: no C++ compiler, for example.
     """
-    fast: Step | None = None
-    works = True
+    current: Step | None = None
 
     def step(model: Transformer, cache: KVCache, tokens_B: Tensor) -> Tensor:
-        nonlocal fast, works
-        if works:
-            try:
-                fast = fast or torch.compile(step_rows, dynamic=False)
-                return fast(model, cache, tokens_B)
-            except Exception as error:  # torch raises many kinds, none of them documented
-                works = False
-                if warn is not None:
-                    reason = str(error).strip().partition("\n")[0]
-                    warn(f"torch.compile does not work here, generation goes on without it: {reason}")
-        # A step that failed half-way has written nothing to the cache that this does not write again.
-        return step_rows(model, cache, tokens_B)
+        nonlocal current
+        try:
+            current = current or torch.compile(step_rows, dynamic=False)
+            return current(model, cache, tokens_B)
+        except Exception as error:  # torch raises many kinds, none of them documented
+            if current is step_rows:
+                raise
+            current = step_rows
+            if warn is not None:
+                reason = str(error).strip().partition("\n")[0]
+                warn(f"torch.compile does not work here, continuing without it: {reason}")
+            # A step that failed half-way has written nothing to the cache that this does not write again.
+            return step_rows(model, cache, tokens_B)
 
     return step
 
@@ -270,39 +262,35 @@ def few_threads(multiplications: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CacheCheck:
-    """How far the logits of the cache are from those of full forward passes: `lumiere generate --check`.
-
-    Attributes:
-        num_steps: Number of steps compared.
-        difference: Largest difference between two logits, relative to the largest logit where that is above 1.
-        allowed: The difference that rounding explains.
-    """
+    """The error of the cached logits against full forward passes: `lumiere generate --check`."""
 
     num_steps: int
     difference: float
-    allowed: float
+    """Largest difference between two logits, relative to the largest logit where that is above 1."""
+    tolerance: float
+    """The difference that rounding explains."""
 
     @property
     def holds(self) -> bool:
-        return self.difference <= self.allowed
+        return self.difference <= self.tolerance
 
 
 def check_cache(decoder: Decoder, slow: Decoder, prompt: Sequence[int], tokens: Sequence[int]) -> CacheCheck:
-    """Write `tokens` after `prompt` again with both decoders, and compare their logits at each step.
+    """Generate `tokens` after `prompt` again with both decoders, and compare their logits at each step.
 
     Args:
         decoder: The one with a cache.
         slow: `FullForward`, whose windows slide by the same rule.
     """
-    difference, allowed = 0.0, 1e-4
+    difference, tolerance = 0.0, 1e-4
     for i in range(len(tokens) + 1):
         ours, theirs = (
             (each.start([prompt]) if i == 0 else each.step([tokens[i - 1]])).cpu() for each in (decoder, slow)
         )
-        allowed = 1e-10 if theirs.dtype == torch.float64 else 1e-4
+        tolerance = 1e-10 if theirs.dtype == torch.float64 else 1e-4
         is_open = theirs > -torch.inf
         if not torch.equal(is_open, ours > -torch.inf):
-            return CacheCheck(i + 1, float("inf"), allowed)
+            return CacheCheck(i + 1, float("inf"), tolerance)
         ours, theirs = ours[is_open], theirs[is_open]
         difference = max(difference, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)))
-    return CacheCheck(len(tokens) + 1, difference, allowed)
+    return CacheCheck(len(tokens) + 1, difference, tolerance)

@@ -1,10 +1,10 @@
-"""A model that writes: what `lumiere generate` does, from Python.
+"""Generate text with a trained model: what `lumiere generate` does, from Python.
 
     from lumiere.generation.text import TextGenerator
     generator = TextGenerator.open("latest")
     print(generator.write("Once upon a time", seed=1).text)
 
-The class holds what is made once: the weights, arranged for decoding, and the cache.
+`TextGenerator` copies the weights once, in a layout for decoding.
 """
 
 import secrets
@@ -34,30 +34,25 @@ from lumiere.persistence.runs import RunStore
 
 @dataclass(frozen=True)
 class Generation:
-    """A text that a model has written.
-
-    Attributes:
-        prompt: what it was to go on from.
-        text: what it wrote, without the prompt.
-        tokens: chosen one by one, without the end of the document; those of a stop string among them.
-        finish_reason: `eos` (the model ended the document), `length` or `stop`.
-        seed: that gives it again; None where nothing was drawn.
-        score: of a beam search, the mean log of probability of its tokens; None otherwise.
-    """
+    """A generated text."""
 
     prompt: str | None
     text: str
+    """Without the prompt."""
     tokens: tuple[Token, ...]
+    """Without the end of the document; tokens of a stop string are included."""
     finish_reason: FinishReason
     seed: int | None
+    """The seed that gives the same text again; None if nothing was drawn."""
     score: float | None = None
+    """Of a beam search: the mean log-probability of its tokens."""
 
 
 def generation_of(prompt: str | None, pieces: Sequence[Piece], seed: int | None) -> Generation:
-    """The text that all pieces of one row make.
+    """Join all pieces of one row.
 
     Raises:
-        ValueError: if the last one does not end it.
+        ValueError: The last piece does not end the row.
     """
     reason = pieces[-1].finish_reason
     if reason is None:
@@ -67,13 +62,16 @@ def generation_of(prompt: str | None, pieces: Sequence[Piece], seed: int | None)
 
 
 class TextGenerator:
-    """A model with its tokenizer, made ready to write one text, or one batch of texts, at a time.
+    """A model and its tokenizer, prepared to generate one text, or one batch of texts, at a time.
+
+    All methods share one cache: each call ends the text of the call before. They raise `LumiereError` for an empty
+    prompt, and `NonFiniteError` if the model's logits are not finite.
 
     Args:
-        model: in evaluation mode, on any device; its weights are copied.
-        tokenizer: the one that it was trained with.
-        compile: make the steps with `torch.compile`, which takes some seconds before the first token.
-        warn: called with the reason where that fails; the steps are then made as without it.
+        model: In evaluation mode, on any device; its weights are copied.
+        tokenizer: The one that the model was trained with.
+        compile: Use `torch.compile`, which takes some seconds before the first token.
+        warn: Called with the reason if that fails; generation then continues uncompiled.
     """
 
     def __init__(
@@ -90,16 +88,12 @@ class TextGenerator:
 
     @classmethod
     def open(
-        cls,
-        run: str = "latest",
-        checkpoint: str = "best",
-        runs_dir: Path | str | None = None,
-        device: str = "auto",
+        cls, run: str = "latest", checkpoint: str = "best", runs_dir: Path | str | None = None, device: str = "auto"
     ) -> "TextGenerator":
-        """The model of a run.
+        """Load the model of a run.
 
         Raises:
-            LumiereError: if the run, the checkpoint or the device is not there, or the checkpoint is damaged.
+            LumiereError: The run, the checkpoint or the device does not exist, or the checkpoint is damaged.
         """
         opened = RunStore(runs_dir).open(run)
         return cls(opened.load_model(checkpoint).to(resolve_device(device)), opened.load_tokenizer())
@@ -111,14 +105,7 @@ class TextGenerator:
         limits: Limits | None = None,
         seed: int | None = None,
     ) -> Iterator[Piece]:
-        """Write on after `prompt` (None: begin a document), piece by piece.
-
-        The cache is the generator's: whatever it writes next ends this text.
-
-        Raises:
-            LumiereError: if the prompt is empty.
-            NonFiniteError: if the model's logits are no finite numbers.
-        """
+        """Continue `prompt` (None: start a document), piece by piece."""
         rows = [prompt_tokens(self.tokenizer, prompt)]
         randoms = [row_random(seed)]
         return generate_pieces(self._decoder, self.tokenizer, rows, sampling or Sampling(), randoms, limits or Limits())
@@ -130,7 +117,7 @@ class TextGenerator:
         limits: Limits | None = None,
         seed: int | None = None,
     ) -> Generation:
-        """One whole text."""
+        """Generate one whole text."""
         return next(self.write_many([prompt], sampling, limits, seed))
 
     def write_many(
@@ -142,46 +129,36 @@ class TextGenerator:
         num_return_sequences: int = 1,
         batch_size: int = 64,
     ) -> Iterator[Generation]:
-        """Texts for each prompt, in order, made `batch_size` at a time.
+        """Generate texts for each prompt, in order, `batch_size` at a time.
 
         A text depends on the seed, on its prompt's place in `prompts` and on its number, not on `batch_size`.
 
         Raises:
-            LumiereError: if a prompt is empty, a number below 1, or several texts are asked of a greedy choice, which
-                has but one.
-            NonFiniteError: if the model's logits are no finite numbers.
+            LumiereError: A number is below 1, or several texts are requested from greedy decoding, which has only one.
         """
         sampling = sampling or Sampling()
         _check_counts(num_return_sequences, batch_size)
         if sampling.is_greedy and num_return_sequences > 1:
-            raise LumiereError(
-                f"temperature 0 gives the same text {num_return_sequences} times",
-                "raise the temperature, or leave out num-return-sequences",
-            )
-        seed = secrets.randbits(32) if seed is None else seed
+            message = f"temperature 0 gives the same text {num_return_sequences} times"
+            raise LumiereError(message, "raise the temperature, or leave out num-return-sequences")
+        drawn_seed = secrets.randbits(32) if seed is None else seed
         rows = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
         jobs = [(i, j) for i in range(len(prompts)) for j in range(num_return_sequences)]
-        return self._batches(prompts, rows, jobs, sampling, limits or Limits(), seed, batch_size)
 
-    def _batches(
-        self,
-        prompts: Sequence[str | None],
-        rows: Sequence[Sequence[int]],
-        jobs: Sequence[tuple[int, int]],
-        sampling: Sampling,
-        limits: Limits,
-        seed: int,
-        batch_size: int,
-    ) -> Iterator[Generation]:
-        for begin in range(0, len(jobs), batch_size):
-            batch = jobs[begin : begin + batch_size]
-            randoms = [row_random(seed, i, j) for i, j in batch]
-            pieces: list[list[Piece]] = [[] for _ in batch]
-            batch_rows = [rows[i] for i, _ in batch]
-            for piece in generate_pieces(self._decoder, self.tokenizer, batch_rows, sampling, randoms, limits):
-                pieces[piece.row].append(piece)
-            for (i, _), row in zip(batch, pieces, strict=True):
-                yield generation_of(prompts[i], row, None if sampling.is_greedy else seed)
+        def generations() -> Iterator[Generation]:
+            for begin in range(0, len(jobs), batch_size):
+                batch = jobs[begin : begin + batch_size]
+                randoms = [row_random(drawn_seed, *job) for job in batch]
+                pieces: list[list[Piece]] = [[] for _ in batch]
+                texts = [rows[i] for i, _ in batch]
+                for piece in generate_pieces(
+                    self._decoder, self.tokenizer, texts, sampling, randoms, limits or Limits()
+                ):
+                    pieces[piece.row].append(piece)
+                for (i, _), row in zip(batch, pieces, strict=True):
+                    yield generation_of(prompts[i], row, None if sampling.is_greedy else drawn_seed)
+
+        return generations()  # a generator of its own, so that wrong arguments raise here
 
     def search(
         self,
@@ -191,20 +168,18 @@ class TextGenerator:
         max_new_tokens: int = 200,
         num_return_sequences: int = 1,
     ) -> list[Generation]:
-        """The best texts of a beam search, best first.
+        """Return the best texts of a beam search, best first.
 
         Args:
-            sampling: its `repetition_penalty` and `no_repeat_ngram_size`.
+            sampling: Its `repetition_penalty` and `no_repeat_ngram_size`.
 
         Raises:
-            LumiereError: if the prompt is empty, or more texts are asked for than there are beams.
-            NonFiniteError: if the model's logits are no finite numbers.
+            LumiereError: More texts are requested than there are beams.
         """
         _check_counts(num_return_sequences, 1)
         if num_return_sequences > num_beams:
-            raise LumiereError(
-                f"{num_beams} beams cannot give {num_return_sequences} texts", "raise num-beams to that number"
-            )
+            message = f"{num_beams} beams cannot give {num_return_sequences} texts"
+            raise LumiereError(message, "raise num-beams to that number")
         Limits(max_new_tokens)
         row = prompt_tokens(self.tokenizer, prompt)
         beams = beam_search(self._decoder, row, num_beams, max_new_tokens, sampling)
@@ -221,7 +196,7 @@ class TextGenerator:
         ]
 
     def check(self, generation: Generation) -> CacheCheck:
-        """The cache against full forward passes, along a text."""
+        """Compare the cache with full forward passes along a text."""
         slow = FullForward(self.model, self._suppressed)
         tokens = [token.id for token in generation.tokens]
         return check_cache(self._decoder, slow, prompt_tokens(self.tokenizer, generation.prompt), tokens)

@@ -231,7 +231,8 @@ def value_sizes(
         weights_HTS = torch.from_numpy(patterns[layer]).to(given.device)
         added = torch.einsum("hts,shx->thx", weights_HTS, given)
         added = added.sum(1) if projected else added
-        error = max(error, (added - whole).abs().max().item() / max(1.0, whole.abs().max().item()))
+        # NaN, if there is one, is the maximum.
+        error = float(np.maximum(error, (added - whole).abs().max().item() / max(1.0, whole.abs().max().item())))
         sizes.append(torch.linalg.vector_norm(given, dim=-1).T.cpu().numpy())
     return np.stack(sizes), error
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,25 +25,24 @@ from lumiere.interpret.head_scores import (
     score_heads,
 )
 from lumiere.interpret.logit_lens import LogitLens, logit_lens
-from lumiere.interpret.result import Receipt, Result
-from lumiere.interpret.summary import MatrixFacts, matrix_facts
+from lumiere.interpret.result import Receipt, Result, largest_difference, table
+from lumiere.interpret.summary import matrix_facts
 from lumiere.models.transformer import Transformer
 
 SPAN = 0.5
 """The shortest stretch over which a slope is taken, in doublings of the step: over less, late noise looks steep."""
 STEEPNESS = 6.0
-"""How many times as steep, over log2 steps, as the median of the other stretches the steepest one has to be."""
+"""The least slope of the steepest stretch, over log2 steps, as a multiple of the median of the others."""
 FASTER = 2.0
-"""How many times as fast, over steps, the change has to be as the curve is just before and just after it."""
+"""The least rate of the change, over steps, as a multiple of the rate just before and just after it."""
 LEVEL = 0.18
-"""The share of the change by which the curve may depart, per doubling of the step, from where the change starts and
-ends."""
+"""The largest departure from the values at its start and end, as a share of the change per doubling of the step."""
 LONGEST = 1.0
 """The longest change, in doublings of the step; where snapshots are further apart, two intervals between them."""
 AFTER = 0.5
-"""How long the curve has to continue after the change, as a share of the steps that the change took."""
+"""The shortest rest of the curve after the change, as a share of the steps that the change took."""
 SURE = 4.0
-"""How many standard errors the change has to have."""
+"""The smallest change in standard errors."""
 LEAST_VALUES = 4
 """Curves of fewer values are not searched."""
 KEPT = 0.8
@@ -151,12 +150,13 @@ def is_faster(steps_N: np.ndarray, positions_N: np.ndarray, values_N: np.ndarray
 
 def is_between_levels(positions_N: np.ndarray, values_N: np.ndarray, first: int, last: int) -> bool:
     """Return whether a curve, before and after a change, stays near the values at its start and end."""
-    allowed = LEVEL * (values_N[last] - values_N[first])
-    before = np.abs(values_N[:first] - values_N[first]) <= allowed * np.maximum(
-        positions_N[first] - positions_N[:first], 1
-    )
-    after = np.abs(values_N[last:] - values_N[last]) <= allowed * np.maximum(positions_N[last:] - positions_N[last], 1)
-    return bool(before.all() and after.all())
+    tolerance = LEVEL * (values_N[last] - values_N[first])
+
+    def stays(part: slice, end: int) -> bool:
+        doublings = np.maximum(np.abs(positions_N[part] - positions_N[end]), 1)
+        return bool((np.abs(values_N[part] - values_N[end]) <= tolerance * doublings).all())
+
+    return stays(slice(first), first) and stays(slice(last, None), last)
 
 
 def stretches(positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,23 +198,25 @@ class Texts:
     averaged: Sequence[int] | None = None
 
 
+AnyResult = TypeVar("AnyResult", bound=Result)
+
+
 @dataclass
 class SnapshotMetrics:
-    """One snapshot and its analyses, each computed once when it is first needed."""
+    """One snapshot and its analyses, each computed once when it is first needed, and their receipts."""
 
     model: Transformer
     texts: Texts
-    found: dict[str, Result] = field(default_factory=dict)
+    receipts: list[Receipt] = field(default_factory=list)
 
-    @property
-    def receipts(self) -> list[Receipt]:
-        return [receipt for result in self.found.values() for receipt in result.receipts]
+    def checked(self, result: AnyResult) -> AnyResult:
+        """Keep the receipts of a result and return it."""
+        self.receipts.extend(result.receipts)
+        return result
 
     @cached_property
     def heads(self) -> HeadScores:
-        result = score_heads(self.model, self.texts.tokens, self.texts.windows, self.texts.averaged)
-        self.found["heads"] = result
-        return result
+        return self.checked(score_heads(self.model, self.texts.tokens, self.texts.windows, self.texts.averaged))
 
     @cached_property
     def loss(self) -> tuple[float, float]:
@@ -222,23 +224,23 @@ class SnapshotMetrics:
 
     @cached_property
     def composition(self) -> Composition:
-        result = composition_scores(self.model)
-        self.found["composition"] = result
-        return result
+        return self.checked(composition_scores(self.model))
 
     @cached_property
-    def matrices(self) -> MatrixFacts:
+    def matrices(self) -> Mapping[str, Any]:
         return matrix_facts(self.model)
 
     @cached_property
     def lenses(self) -> list[LogitLens]:
-        results = [logit_lens(self.model, row) for row in self.texts.lens_rows]
-        self.found |= {f"lens {number}": result for number, result in enumerate(results)}
-        return results
+        return [self.checked(logit_lens(self.model, row)) for row in self.texts.lens_rows]
 
 
 Values = Mapping[str, float]
 """By place: a head, a pair of heads, a matrix; under the empty name a number of the whole model."""
+
+
+def unknown(snapshot: SnapshotMetrics) -> float:
+    return math.nan
 
 
 @dataclass(frozen=True)
@@ -252,10 +254,10 @@ class Metric:
         noticeable: the least change that can be a phase change.
         measure: takes it from a snapshot.
         baseline: the value by chance; NaN if it is unknown.
-        error: the standard error of a number of the whole model; NaN where it is not known.
+        error: the standard error of a number of the whole model; NaN if it is unknown.
         needs_corpus: whether it is a number of the validation split.
+        needs_tokens: whether it is a result of `score_heads`, which reads the tokens of `Texts`.
         zero_is_missing: whether a value of 0 is that of a matrix of zeros, which has no level to rise from.
-        needs_tokens: whether it is a result of `head_scores`, which reads the tokens of `Texts`.
     """
 
     name: str
@@ -263,36 +265,41 @@ class Metric:
     unit: str
     noticeable: float
     measure: Callable[[SnapshotMetrics], Values]
-    baseline: Callable[[SnapshotMetrics], float] = lambda subject: float("nan")
-    error: Callable[[SnapshotMetrics], float] = lambda subject: float("nan")
+    baseline: Callable[[SnapshotMetrics], float] = unknown
+    error: Callable[[SnapshotMetrics], float] = unknown
     needs_corpus: bool = False
-    zero_is_missing: bool = False
     needs_tokens: bool = False
+    zero_is_missing: bool = False
 
 
-def score_metric(number: int, name: str, source: str) -> Metric:
-    def measure(subject: SnapshotMetrics) -> Values:
-        return by_head(subject.heads.scores[..., number])
+def loss_metric(name: str, meaning: str, value: str, error: str, *, needs_corpus: bool) -> Metric:
+    """Return the metric of a difference of losses, from fields of `HeadScores`."""
 
-    def baseline(subject: SnapshotMetrics) -> float:
-        return float(subject.heads.uniform[number])
+    def read(field_name: str) -> Callable[[SnapshotMetrics], float]:
+        return lambda snapshot: or_nan(getattr(snapshot.heads, field_name))
 
-    meaning = f"share of a head's attention that goes to {source}"
-    return Metric(name, meaning, "share", 0.1, measure, baseline, needs_tokens=True)
+    def measure(snapshot: SnapshotMetrics) -> Values:
+        return {"": read(value)(snapshot)}
 
-
-def text_induction(subject: SnapshotMetrics) -> Values:
-    scores = subject.heads.text_scores
-    return {} if scores is None else by_head(scores[..., INDUCTION])
-
-
-def text_chance(subject: SnapshotMetrics) -> float:
-    uniform = subject.heads.text_uniform
-    return float("nan") if uniform is None else float(uniform[INDUCTION])
+    return Metric(name, meaning, "nats", 0.1, measure, lambda snapshot: 0.0, read(error), needs_corpus, True)
 
 
 def or_nan(value: np.ndarray | None) -> float:
-    return float("nan") if value is None else float(value)
+    return math.nan if value is None else float(value)
+
+
+def score_metric(name: str, meaning: str, number: int, prefix: str = "") -> Metric:
+    """Return the metric of a score of `HeadScores`; at natural repeats with the prefix `text_`."""
+
+    def measure(snapshot: SnapshotMetrics) -> Values:
+        scores = getattr(snapshot.heads, f"{prefix}scores")
+        return {} if scores is None else by_head(scores[..., number])
+
+    def baseline(snapshot: SnapshotMetrics) -> float:
+        uniform = getattr(snapshot.heads, f"{prefix}uniform")
+        return math.nan if uniform is None else float(uniform[number])
+
+    return Metric(name, meaning, "share", 0.1, measure, baseline, needs_corpus=bool(prefix), needs_tokens=True)
 
 
 def by_head(values_LH: np.ndarray) -> Values:
@@ -300,20 +307,19 @@ def by_head(values_LH: np.ndarray) -> Values:
 
 
 def composition_metric(number: int, kind: str) -> Metric:
-    def measure(subject: SnapshotMetrics) -> Values:
-        result = subject.composition
+    def measure(snapshot: SnapshotMetrics) -> Values:
+        result = snapshot.composition
         labels = (f"L{a}H{b}>L{c}H{d}" for a, b, c, d in result.pairs.tolist())
         return dict(zip(labels, (result.scores[:, number] / result.chance).tolist(), strict=True))
 
     meaning = f"{kind.upper()}-composition of a head with a later one, as a multiple of chance"
-    return Metric(f"{kind}-composition", meaning, "x chance", 0.5, measure, lambda subject: 1.0)
+    return Metric(f"{kind}-composition", meaning, "x chance", 0.5, measure, lambda snapshot: 1.0)
 
 
-def matrix_metric(name: str, field_name: str, meaning: str, unit: str, noticeable: float) -> Metric:
-    def measure(subject: SnapshotMetrics) -> Values:
-        facts = subject.matrices
-        labels = [label.removesuffix(".weight").removeprefix("blocks.") for label in facts.matrices]
-        return dict(zip(labels, getattr(facts, field_name).tolist(), strict=True))
+def matrix_metric(name: str, meaning: str, unit: str, noticeable: float) -> Metric:
+    def measure(snapshot: SnapshotMetrics) -> Values:
+        labels = [label.removesuffix(".weight").removeprefix("blocks.") for label in snapshot.matrices["matrices"]]
+        return dict(zip(labels, snapshot.matrices[f"{name.replace('-', '_')}s"].tolist(), strict=True))
 
     return Metric(name, meaning, unit, noticeable, measure, zero_is_missing=True)
 
@@ -332,13 +338,13 @@ def mean_loss(model: Transformer, batches: Sequence[Batch]) -> tuple[float, floa
     return float(mean), float(error)
 
 
-def mean_depth(subject: SnapshotMetrics) -> Values:
-    """Return the mean decision depth of the logit lens over all positions of the texts."""
-    return {"": float(np.concatenate([lens.decision_stages for lens in subject.lenses]).mean())}
-
-
-INDUCTION = SCORES.index("induction")
-SOURCES = ("the token before", "the token itself", "the first token", "earlier places of the same token")
+SOURCES = {
+    "previous": "the token before",
+    "current": "the token itself",
+    "first": "the first token",
+    "duplicate": "earlier places of the same token",
+    "induction": "what came after earlier places of the same token",
+}
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -347,66 +353,46 @@ METRICS: Mapping[str, Metric] = {
             "mean loss on validation windows",
             "nats",
             0.1,
-            lambda subject: {"": subject.loss[0]},
-            lambda subject: float(np.log(subject.model.vocab_size)),
-            lambda subject: subject.loss[1],
+            lambda snapshot: {"": snapshot.loss[0]},
+            lambda snapshot: float(np.log(snapshot.model.vocab_size)),
+            lambda snapshot: snapshot.loss[1],
             needs_corpus=True,
         ),
-        Metric(
+        loss_metric(
             "in-context-score",
             "loss late in a validation window minus loss early in it",
-            "nats",
-            0.1,
-            lambda subject: {"": float(subject.heads.in_context_score)},
-            lambda subject: 0.0,
-            lambda subject: float(subject.heads.in_context_error),
+            *("in_context_score", "in_context_error"),
             needs_corpus=True,
-            needs_tokens=True,
         ),
-        Metric(
+        loss_metric(
             "repeat-gap",
             "loss of random tokens minus their loss when repeated",
-            "nats",
-            0.1,
-            lambda subject: {"": float(subject.heads.repeat_gap)},
-            lambda subject: 0.0,
-            lambda subject: float(subject.heads.repeat_gap_error),
-            needs_tokens=True,
+            *("repeat_gap", "repeat_gap_error"),
+            needs_corpus=False,
         ),
         *(
-            score_metric(number, name, source)
-            for number, (name, source) in enumerate(
-                zip(SCORES, (*SOURCES, "what came after earlier places of the same token"), strict=True)
-            )
+            score_metric(name, f"share of a head's attention that goes to {SOURCES[name]}", number)
+            for number, name in enumerate(SCORES)
         ),
-        Metric(
+        loss_metric(
             "text-repeat-gap",
             "loss of names at their first occurrence in a validation window minus their loss when repeated",
-            "nats",
-            0.1,
-            lambda subject: {"": or_nan(subject.heads.text_gap)},
-            lambda subject: 0.0,
-            lambda subject: or_nan(subject.heads.text_gap_error),
+            *("text_gap", "text_gap_error"),
             needs_corpus=True,
-            needs_tokens=True,
         ),
-        Metric(
+        score_metric(
             "text-induction",
             "share of a head's attention at repeated names of a validation window that goes to what came after",
-            "share",
-            0.1,
-            text_induction,
-            text_chance,
-            needs_corpus=True,
-            needs_tokens=True,
+            SCORES.index("induction"),
+            "text_",
         ),
         Metric(
             "copying",
             "how much more probable a head makes the tokens that it attends to, from its weights",
             "from -1 to 1",
             0.2,
-            lambda subject: by_head(subject.heads.copying),
-            lambda subject: 0.0,
+            lambda snapshot: by_head(snapshot.heads.copying),
+            lambda snapshot: 0.0,
             needs_tokens=True,
         ),
         *(composition_metric(number, kind) for number, kind in enumerate(COMPOSITION_KINDS)),
@@ -415,13 +401,13 @@ METRICS: Mapping[str, Metric] = {
             "mean stage from which on the logit lens has the model's final token on top",
             "stages",
             0.25,
-            mean_depth,
+            lambda snapshot: {"": float(np.concatenate([lens.decision_stages for lens in snapshot.lenses]).mean())},
             needs_corpus=True,
         ),
-        matrix_metric("norm", "norms", "Frobenius norm of a matrix", "", 1.0),
-        matrix_metric("spectral-norm", "spectral_norms", "largest singular value of a matrix", "", 0.5),
-        matrix_metric("effective-rank", "effective_ranks", "effective rank of a matrix", "ranks", 2.0),
-        matrix_metric("stable-rank", "stable_ranks", "stable rank of a matrix", "ranks", 1.0),
+        matrix_metric("norm", "Frobenius norm of a matrix", "", 1.0),
+        matrix_metric("spectral-norm", "largest singular value of a matrix", "", 0.5),
+        matrix_metric("effective-rank", "effective rank of a matrix", "ranks", 2.0),
+        matrix_metric("stable-rank", "stable rank of a matrix", "ranks", 1.0),
     )
 }
 """All metrics by name."""
@@ -466,11 +452,12 @@ class Dynamics(Result):
     curve_losses: np.ndarray
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for series, (metric, place) in enumerate(zip(self.metrics, self.places, strict=True)):
-            start, end = int(self.phase_starts[series]), int(self.phase_ends[series])
-            for step, value in zip(self.steps.tolist(), self.values[series].tolist(), strict=True):
-                in_phase = start >= 0 and start <= step <= end
-                yield {"metric": metric, "place": place, "step": step, "value": value, "in_phase_change": in_phase}
+        for metric, place, values, start, end in zip(
+            self.metrics, self.places, self.values, self.phase_starts, self.phase_ends, strict=True
+        ):
+            in_phase = (start >= 0) & (start <= self.steps) & (self.steps <= end)
+            rows = table({"step": self.steps.tolist()}, value=values, in_phase_change=in_phase)
+            yield from ({"metric": metric, "place": place, **row} for row in rows)
 
     def series_of(self, metric: str) -> list[int]:
         """Return the series of a metric, ordered by their change from the first to the last value."""
@@ -508,54 +495,53 @@ def follow(
     chosen = [METRICS[name] for name in metrics]
     columns, errors, worst = [], [], {}
     for number, step in enumerate(steps):
-        subject = SnapshotMetrics(load(step), texts)
-        columns.append(measure(subject, chosen))
-        errors.append({metric.name: metric.error(subject) for metric in chosen})
-        found = [*subject.receipts, *(untrained(subject, chosen) if step == 0 else ())]
-        for receipt in found:
+        snapshot = SnapshotMetrics(load(step), texts)
+        columns.append(measure(snapshot, chosen))
+        errors.append({metric.name: metric.error(snapshot) for metric in chosen})
+        for receipt in [*snapshot.receipts, *(untrained(snapshot, chosen) if step == 0 else ())]:
             worst[receipt.check] = worse(receipt, worst.get(receipt.check))
         emit(number + 1)
     last = SnapshotMetrics(load(steps[-1]), texts)
-    labels = list(columns[0])
-    values_MN = np.array([[column[label] for column in columns] for label in labels]).reshape(len(labels), len(steps))
-    errors_MN = np.array([[found[name] for found in errors] for name, _ in labels]).reshape(values_MN.shape)
     again_M = np.array(list(measure(last, chosen).values()))
-    steps_N = np.array(steps)
-    curves = [searched(METRICS[name], values_MN[row]) for row, (name, _) in enumerate(labels)]
-    phases = [
-        find_phase_change(steps_N, curves[row], METRICS[name].noticeable, errors_MN[row])
-        for row, (name, _) in enumerate(labels)
-    ]
     baselines = {metric.name: metric.baseline(last) for metric in chosen}
+    series = [(METRICS[name], place) for name, place in columns[0]]
+    steps_N, shape = np.array(steps), (len(series), len(steps))
+    values_MN = np.array([[column[metric.name, place] for column in columns] for metric, place in series]).reshape(
+        shape
+    )
+    errors_MN = np.array([[error[metric.name] for error in errors] for metric, _ in series]).reshape(shape)
+    curves = [
+        np.where(values_N == 0, np.nan, values_N) if metric.zero_is_missing else values_N
+        for values_N, (metric, _) in zip(values_MN, series, strict=True)
+    ]
+    phases = [
+        find_phase_change(steps_N, curve_N, metric.noticeable, errors_N)
+        for curve_N, errors_N, (metric, _) in zip(curves, errors_MN, series, strict=True)
+    ]
     return Dynamics(
         steps=steps_N,
-        metrics=tuple(name for name, _ in labels),
-        places=tuple(place for _, place in labels),
-        units=tuple(METRICS[name].unit for name, _ in labels),
+        metrics=tuple(metric.name for metric, _ in series),
+        places=tuple(place for _, place in series),
+        units=tuple(metric.unit for metric, _ in series),
         values=values_MN,
         errors=errors_MN,
-        baselines=np.array([baselines[name] for name, _ in labels]),
+        baselines=np.array([baselines[metric.name] for metric, _ in series]),
         phase_starts=np.array([-1 if phase is None else steps[phase.first] for phase in phases], dtype=int),
         phase_ends=np.array([-1 if phase is None else steps[phase.last] for phase in phases], dtype=int),
         phase_sizes=np.array([np.nan if phase is None else phase.change for phase in phases]),
-        num_tried=sum(int(np.isfinite(curve).sum()) >= LEAST_VALUES for curve in curves),
+        num_tried=sum(int(np.isfinite(curve_N).sum()) >= LEAST_VALUES for curve_N in curves),
         curve_steps=np.array([step for step, _ in curve], dtype=int),
         curve_losses=np.array([loss for _, loss in curve], dtype=float),
         receipts=(
-            Receipt("the last snapshot, loaded and analysed alone", difference(values_MN[:, -1], again_M), 0.0),
+            Receipt("the last snapshot, loaded and analysed alone", largest_difference(values_MN[:, -1], again_M), 0.0),
             *worst.values(),
         ),
     )
 
 
-def measure(subject: SnapshotMetrics, metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
+def measure(snapshot: SnapshotMetrics, metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
     """Return the values by metric and place."""
-    return {(metric.name, place): value for metric in metrics for place, value in metric.measure(subject).items()}
-
-
-def searched(metric: Metric, values_N: np.ndarray) -> np.ndarray:
-    """Return the values to search for a phase change, without those of matrices that are still zero."""
-    return np.where(values_N == 0, np.nan, values_N) if metric.zero_is_missing else values_N
+    return {(metric.name, place): value for metric in metrics for place, value in metric.measure(snapshot).items()}
 
 
 def worse(receipt: Receipt, other: Receipt | None) -> Receipt:
@@ -563,31 +549,24 @@ def worse(receipt: Receipt, other: Receipt | None) -> Receipt:
     return receipt if other is None or not receipt.error <= other.error else other
 
 
-def untrained(subject: SnapshotMetrics, metrics: Sequence[Metric]) -> Iterator[Receipt]:
+def untrained(snapshot: SnapshotMetrics, metrics: Sequence[Metric]) -> Iterator[Receipt]:
     """Yield what must hold before the first update, for the chosen metrics."""
-    names = {metric.name for metric in metrics}
-    scores = [METRICS[name] for name in names & {"previous", "current", "first", "duplicate", "induction"}]
     errors = [
-        abs(value - metric.baseline(subject))
-        for metric in scores
-        for value in metric.measure(subject).values()
+        abs(value - metric.baseline(snapshot))
+        for metric in metrics
+        if metric.name in SCORES
+        for value in metric.measure(snapshot).values()
         if np.isfinite(value)
     ]
     if errors:
         yield Receipt("at step 0 heads look at all tokens alike", max(errors), NEAR_UNIFORM)
-    gap = float(subject.heads.repeat_gap) if "repeat-gap" in names else np.nan
+    gap = float(snapshot.heads.repeat_gap) if METRICS["repeat-gap"] in metrics else np.nan
     if np.isfinite(gap):
         yield Receipt("at step 0 there is no repeat gap", abs(gap), NEAR_NOTHING)
-        # Of different tokens: an untrained model with a tied output expects each token to come again at once, and so
-        # is better than chance at text in which that happens.
-        model, losses = subject.model, subject.heads.losses
+        # Of different tokens: an untrained model with a tied output predicts that each token repeats at once, and so is
+        # better than chance at text in which that happens.
+        model, losses = snapshot.model, snapshot.heads.losses
         error = abs(float(losses[: len(losses) // 2].mean()) - math.log(model.vocab_size))
         # Logits of weights N(0, 0.02^2) on a stream of norm sqrt(E) have a variance of 0.02^2 E, half of which is loss.
         tolerance = NEAR_NOTHING + 0.02**2 * model.embedding_size
         yield Receipt("at step 0 different tokens have the loss of chance", error, tolerance)
-
-
-def difference(values_M: np.ndarray, expected_M: np.ndarray) -> float:
-    """Return the largest difference; values missing in both do not differ."""
-    same = (values_M == expected_M) | (np.isnan(values_M) & np.isnan(expected_M))
-    return float(np.abs(np.where(same, 0.0, values_M - expected_M)).max(initial=0.0))

@@ -363,7 +363,7 @@ def score_heads(
         expected.append(expected_NTM.sum(1) if is_many else expected_NTM[0])
         counts.append((num_sources_NTM > 0).sum(1) if is_many else num_sources_NTM[0] > 0)
         losses.append(loss_BT.numpy())
-        row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
+        row_error = float(np.maximum(row_error, (patterns.sum(-1) - 1).abs().max().item()))
     shares_CLHM, expected_CM, counts_CM = map(np.concatenate, (shares, expected, counts))
     num_destinations = counts_CM.sum(0)
     with np.errstate(invalid="ignore"):
@@ -481,6 +481,8 @@ def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndar
         written = (unembedding @ output).reshape(len(embedding), model.num_heads, -1)
         traces = np.einsum("whv,whv->h", read, written)
         circuits = np.einsum("whu,whv->huv", written, read, optimize=True)
+        if not np.isfinite(circuits).all():
+            return scores, float("nan")
         for head, eigenvalues in enumerate(np.linalg.eigvals(circuits)):
             total = np.abs(eigenvalues).sum()
             size = np.linalg.norm(read[:, head]) * np.linalg.norm(written[:, head])
@@ -542,7 +544,7 @@ def text_repeats(
         uniform += (num_sources_BMT / np.arange(1, tokens_NT.shape[1] + 1)).sum((0, 2))
         counts += (num_sources_BMT > 0).sum((0, 2))
         gaps.append((loss_BT.gather(1, firsts_BC.clamp(min=0)) - loss_BT).where(is_repeat_BT, 0.0).sum(1).numpy())
-        row_error = max(row_error, (patterns.sum(-1) - 1).abs().max().item())
+        row_error = float(np.maximum(row_error, (patterns.sum(-1) - 1).abs().max().item()))
     repeats_N = (firsts_NC >= 0).sum(1).numpy()
     found = repeats_N > 0
     gap = error = np.full(1, np.nan)

@@ -5,8 +5,9 @@ and B layers of the two and their embeddings, E and F their widths, H and G thei
 tokens, M matched heads or tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from lumiere.evaluation.scoring import (
     DocumentTotals,
     GroupSums,
     PairedDifference,
+    Scores,
     document_totals,
     metrics,
     paired_difference,
@@ -29,7 +31,7 @@ from lumiere.evaluation.scoring import (
     strided_windows,
 )
 from lumiere.interpret.head_scores import head_matrices
-from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, outside_unit, rounding
 from lumiere.models.transformer import Transformer, TransformerOutput
 
 
@@ -37,14 +39,13 @@ def cheapest_assignment(costs: np.ndarray) -> np.ndarray:
     """Assign rows to columns, (M, 2), each at most once and as many as possible, with the smallest sum of costs.
 
     The Hungarian method (Kuhn 1955, "The Hungarian Method for the Assignment Problem"; Munkres 1957) by shortest
-    augmenting paths, O(n^2 m): rows come in one after the other, and potentials keep all reduced costs from being
-    negative. Every assignment is compared, so no order of the rows and no greedy first choice decides.
+    augmenting paths, O(n^2 m): rows are added one after the other, and potentials keep all reduced costs nonnegative.
 
     Args:
         costs: (N, M), finite.
 
     Raises:
-        ValueError: a cost is not finite.
+        ValueError: a cost is not finite, as for a model with NaN among its weights.
     """
     if not np.isfinite(costs).all():
         raise ValueError("every cost of an assignment must be a finite number")
@@ -84,56 +85,47 @@ class LinearCka:
 
     `|Y^T X|^2 / (|X^T X| |Y^T Y|)`, Frobenius norms, X (N, E) and Y (N, F) with the mean of each column subtracted
     (Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", equation 5 with a linear kernel).
-    1 for equal representations and for such that are rotated, mirrored or scaled as a whole; other linear maps change
-    it. This is the biased estimate of that paper: two unrelated representations have about (E + F) / N where N is not
-    much larger than the widths, so give it many tokens. The debiased one (Székely & Rizzo 2014; for CKA, Nguyen et al.
-    2021) needs the dot products of all pairs of tokens to be corrected for their own, and is the choice for few tokens.
+    1 for equal representations and for rotated, mirrored or scaled ones; other linear maps change it. This is the
+    biased estimate of that paper: two unrelated representations have about (E + F) / N where N is not much larger than
+    the widths, so give it many tokens. For few tokens, the debiased estimate (Székely & Rizzo 2014; for CKA, Nguyen et
+    al. 2021) is better; it needs the dot products of all pairs of tokens.
 
     Sums are in float64. Columns are measured from the means of the first part, so that a large mean costs no digits.
     """
 
     def __init__(self) -> None:
-        self.num_tokens = 0
-        self.shifts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self.sums: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self.products: dict[tuple[str, int, int], Tensor] = {}
+        self.num_tokens = self.num_first = 0
+        self.shifts: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.products: dict[tuple[int, int], Tensor] = {}
 
     def add(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-        """Takes in the same N tokens of both models: A times (N, E), B times (N, F)."""
-        sides = [[x.cpu().double() for x in side] for side in (first, second)]
+        """Add the same N tokens of both models: A times (N, E), B times (N, F)."""
+        xs = [x.cpu().double() for x in (*first, *second)]
         if not self.num_tokens:
-            self.shifts = ([x.mean(0) for x in sides[0]], [x.mean(0) for x in sides[1]])
-            self.sums = ([torch.zeros_like(x[0]) for x in sides[0]], [torch.zeros_like(x[0]) for x in sides[1]])
-        xs, ys = ([x - shift for x, shift in zip(*pair, strict=True)] for pair in zip(sides, self.shifts, strict=True))
-        for sums, side in zip(self.sums, (xs, ys), strict=True):
-            for total, x in zip(sums, side, strict=True):
-                total += x.sum(0)
-        # One product a pair, all of the same kind: equal representations then give equal sums to the last bit.
-        for a, x in enumerate(xs):
-            self._add_product("aa", a, a, x.T @ x)
-            for b, y in enumerate(ys):
-                self._add_product("ab", a, b, x.T @ y)
-        for b, y in enumerate(ys):
-            self._add_product("bb", b, b, y.T @ y)
+            self.num_first, self.shifts = len(first), [x.mean(0) for x in xs]
+        xs = [x - shift for x, shift in zip(xs, self.shifts, strict=True)]
+        self.sums = [total + x.sum(0) for total, x in zip(self.sums or [0.0] * len(xs), xs, strict=True)]
+        # Always the same product of a pair: equal representations then give equal sums to the last bit.
+        pairs = [(i, i) for i in range(len(xs))]
+        pairs += [(a, b) for a in range(self.num_first) for b in range(self.num_first, len(xs))]
+        for i, j in pairs:
+            self.products[i, j] = self.products.get((i, j), 0.0) + xs[i].T @ xs[j]
         self.num_tokens += len(xs[0])
-
-    def _add_product(self, kind: str, row: int, column: int, product: Tensor) -> None:
-        key = (kind, row, column)
-        self.products[key] = self.products[key] + product if key in self.products else product
 
     def similarities(self) -> np.ndarray:
         """Return (A, B); NaN for a representation that is the same for all tokens."""
-        found = np.empty((len(self.sums[0]), len(self.sums[1])))
+        found = np.empty((self.num_first, len(self.sums) - self.num_first))
         for a, b in np.ndindex(*found.shape):
-            own = self._alignment("aa", a, a) * self._alignment("bb", b, b)
-            found[a, b] = self._alignment("ab", a, b) / np.sqrt(own) if own > 0 else np.nan
+            other = self.num_first + b
+            own = self._alignment(a, a) * self._alignment(other, other)
+            found[a, b] = self._alignment(a, other) / np.sqrt(own) if own > 0 else np.nan
         return found
 
-    def _alignment(self, kind: str, row: int, column: int) -> float:
+    def _alignment(self, i: int, j: int) -> float:
         """Return the squared Frobenius norm of the centered product."""
-        left, right = (self.sums["ab".index(side)][index] for side, index in zip(kind, (row, column), strict=True))
-        centred = self.products[kind, row, column] - torch.outer(left, right) / self.num_tokens
-        return float(centred.square().sum())
+        centered = self.products[i, j] - torch.outer(self.sums[i], self.sums[j]) / self.num_tokens
+        return float(centered.square().sum())
 
 
 def pattern_divergences(first_BHTS: Tensor, second_BGTS: Tensor, is_real_BT: Tensor) -> np.ndarray:
@@ -182,17 +174,13 @@ class WeightChanges(ShortRepr):
 def weight_changes(first: Transformer, second: Transformer, left_out: Sequence[str] = ()) -> WeightChanges:
     """Compute `|W_B - W_A|_F`, the same relative to `|W_A|_F`, and `|W_B - W_A|_2` of each tensor.
 
-    The two norms differ where a change has low rank: a change along one direction has both alike, one that is spread
-    over all n directions has a spectral norm smaller by the root of n.
+    The two norms are equal for a change along one direction; for a change that is spread over all n directions, the
+    spectral norm is smaller by the root of n.
 
     Args:
         left_out: tensors not to compare, which are named among the other ones.
     """
-    sides = [
-        {name: weight.detach().cpu().double().numpy() for name, weight in model.state_dict().items()}
-        for model in (first, second)
-    ]
-    a, b = sides
+    a, b = ({name: float64(weight) for name, weight in model.state_dict().items()} for model in (first, second))
     shared = [name for name in a if name in b and a[name].shape == b[name].shape and name not in left_out]
     differences = [b[name] - a[name] for name in shared]
     norms = np.array([np.linalg.norm(difference) for difference in differences])
@@ -207,10 +195,8 @@ def weight_changes(first: Transformer, second: Transformer, left_out: Sequence[s
 
 
 def relative(change: float, weight: np.ndarray) -> float:
-    if change == 0:
-        return 0.0
     size = np.linalg.norm(weight)
-    return float(change / size) if size > 0 else float("nan")
+    return 0.0 if change == 0 else float(change / size) if size > 0 else float("nan")
 
 
 def circuit_changes(first: Transformer, second: Transformer, matches: np.ndarray) -> dict[str, np.ndarray]:
@@ -218,27 +204,23 @@ def circuit_changes(first: Transformer, second: Transformer, matches: np.ndarray
     if the widths of the residual streams differ.
 
     `|C_B - C_A| / |C_A|` with C = W_V W_O or W_Q W_K^T, (E, E) for row vectors, with the norms' gains in the matrices
-    that read (Elhage et al. 2021). Unlike the weights themselves, they stay as they are when a head's own
-    coordinates are turned. They are in the coordinates of the residual stream, so that the comparison means something
-    only for two models with a common past.
+    that read (Elhage et al. 2021). Unlike the weights, they do not depend on a head's own basis. They do depend on the
+    basis of the residual stream, so they are comparable only for two models with a common past.
 
     Args:
         matches: (M, 2) heads of the one and of the other, counted through all layers.
     """
-    names = ("ov_changes", "qk_changes")
-    if first.embedding_size != second.embedding_size:
-        return {name: np.full(len(matches), np.nan) for name in names}
-    sides = [[part.reshape(-1, *part.shape[2:]) for part in head_matrices(model)] for model in (first, second)]
-
-    def circuits(side: int, head: int) -> list[np.ndarray]:
-        reads, writes, queries, keys = (part[head] for part in sides[side])
-        return [reads @ writes, queries @ keys.T]
-
-    found = np.empty((len(matches), 2))
-    for row, (a, b) in enumerate(matches):
-        for column, (old, new) in enumerate(zip(circuits(0, a), circuits(1, b), strict=True)):
-            found[row, column] = relative(float(np.linalg.norm(new - old)), old)
-    return dict(zip(names, found.T, strict=True))
+    found = np.full((2, len(matches)), np.nan)
+    if first.embedding_size == second.embedding_size:
+        sides = [[part.reshape(-1, *part.shape[2:]) for part in head_matrices(model)] for model in (first, second)]
+        for column, heads in enumerate(matches):
+            (ov_a, qk_a), (ov_b, qk_b) = (
+                (reads[head] @ writes[head], queries[head] @ keys[head].T)
+                for (reads, writes, queries, keys), head in zip(sides, heads, strict=True)
+            )
+            for row, (old, new) in enumerate(((ov_a, ov_b), (qk_a, qk_b))):
+                found[row, column] = relative(float(np.linalg.norm(new - old)), old)
+    return dict(zip(("ov_changes", "qk_changes"), found, strict=True))
 
 
 LOGITS_AT_ONCE = 2**20
@@ -272,14 +254,14 @@ class PredictionDiff(ShortRepr):
     kl_ab_by_position: np.ndarray
     kl_ba_by_position: np.ndarray
 
-    @classmethod
-    def join(cls, parts: Sequence[Mapping[str, np.ndarray]]) -> "PredictionDiff":
-        """Concatenate the columns of `compare_predictions` over all batches."""
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        numbers, places = np.unique(columns["positions"], return_inverse=True)
-        counts = np.bincount(places)
-        means = {f"{name}_by_position": np.bincount(places, columns[name]) / counts for name in ("kl_ab", "kl_ba")}
-        return cls(**columns, position_numbers=numbers, **means)
+
+def join_predictions(parts: Sequence[Mapping[str, np.ndarray]]) -> PredictionDiff:
+    """Concatenate the columns of `compare_predictions` over all batches."""
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    numbers, places = np.unique(columns["positions"], return_inverse=True)
+    counts = np.bincount(places)
+    means = {f"{name}_by_position": np.bincount(places, columns[name]) / counts for name in ("kl_ab", "kl_ba")}
+    return PredictionDiff(**columns, position_numbers=numbers, **means)
 
 
 def compare_predictions(
@@ -294,22 +276,21 @@ def compare_predictions(
     rows, columns = (index.cpu().numpy() for index in is_real_BT.nonzero(as_tuple=True))
     targets_P = batch.targets[is_real_BT].cpu()
     size = max(1, LOGITS_AT_ONCE // first_BTVocab.shape[-1])
-    found: list[tuple[Tensor, ...]] = []
+    found: list[dict[str, Tensor]] = []
     chunks = (logits[is_real_BT].split(size) for logits in (first_BTVocab, second_BTVocab))
     for first, second, targets in zip(*chunks, targets_P.split(size), strict=True):
         log_p, log_q = (logits.cpu().double().log_softmax(-1) for logits in (first, second))
         ratio = log_p - log_q
         found.append(
-            (
-                -log_p.gather(1, targets[:, None])[:, 0],
-                -log_q.gather(1, targets[:, None])[:, 0],
-                (log_p.exp() * ratio).sum(-1),
-                (log_q.exp() * -ratio).sum(-1),
-                same_choices(log_p, log_q),
-            )
+            {
+                "losses_a": -log_p.gather(1, targets[:, None])[:, 0],
+                "losses_b": -log_q.gather(1, targets[:, None])[:, 0],
+                "kl_ab": (log_p.exp() * ratio).sum(-1),
+                "kl_ba": (log_q.exp() * -ratio).sum(-1),
+                "same_choice": same_choices(log_p, log_q),
+            }
         )
-    names = ("losses_a", "losses_b", "kl_ab", "kl_ba", "same_choice")
-    values = {name: torch.cat(column).numpy() for name, column in zip(names, zip(*found, strict=True), strict=True)}
+    values = {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
     return {"sequences": rows + first_sequence, "positions": columns + 1, "targets": targets_P.numpy(), **values}
 
 
@@ -326,15 +307,13 @@ def paired_losses(found: PredictionDiff, documents_S: np.ndarray) -> PairedDiffe
         documents_S: which document each sequence is cut from.
     """
     _, documents = np.unique(documents_S[found.sequences], return_inverse=True)
-    base, other = (loss_totals(documents, losses) for losses in (found.losses_a, found.losses_b))
+    counts = np.bincount(documents)
+    unknown = np.zeros(len(counts))  # what a mean loss does not need
+    base, other = (
+        DocumentTotals(np.bincount(documents, losses), counts, unknown, unknown, counts, unknown, unknown, unknown)
+        for losses in (found.losses_a, found.losses_b)
+    )
     return paired_difference(base, other, "loss")
-
-
-def loss_totals(documents: np.ndarray, losses: np.ndarray) -> DocumentTotals:
-    """Return the sums of each document; fields that a mean loss does not need are 0."""
-    nats, counts = np.bincount(documents, losses), np.bincount(documents)
-    unknown = np.zeros(len(nats))
-    return DocumentTotals(nats, counts, unknown, unknown, counts, unknown, unknown, unknown)
 
 
 def evaluation_error(model: Transformer, batch: Batch, losses_P: np.ndarray) -> float:
@@ -397,11 +376,11 @@ class ModelDiff(Result):
     losses: np.ndarray
     loss_unit: str
     loss_difference: PairedDifference | None
-    predictions: PredictionDiff | None
-    cka: np.ndarray | None
-    num_cka_tokens: int
-    across_layers: bool
-    heads: HeadMatches | None
+    predictions: PredictionDiff | None = None
+    cka: np.ndarray | None = None
+    num_cka_tokens: int = 0
+    across_layers: bool = False
+    heads: HeadMatches | None = None
     weights: WeightChanges
 
     def as_dict(self) -> dict[str, Any]:
@@ -412,30 +391,28 @@ class ModelDiff(Result):
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         """Yield one number a row: a quantity and its places in A and B, without the numbers of single tokens."""
-        for name, value in zip("ab", self.losses.tolist(), strict=True):
-            yield row(f"loss_{name}", "", "", value)
+
+        def rows(quantity: str, labels_a: Iterable[Any], labels_b: Iterable[Any], values: Any) -> Iterator[Any]:
+            for a, b, value in zip(labels_a, labels_b, np.ravel(values).tolist(), strict=True):
+                yield {"quantity": quantity, "a": f"{a}", "b": f"{b}", "value": value}
+
+        for name, value in zip("ab", self.losses, strict=True):
+            yield from rows(f"loss_{name}", [""], [""], value)
         if (found := self.predictions) is not None:
-            yield row("kl_ab", "", "", float(found.kl_ab.mean()))
-            yield row("kl_ba", "", "", float(found.kl_ba.mean()))
-            yield row("same_choice", "", "", float(found.same_choice.mean()))
+            for name in ("kl_ab", "kl_ba", "same_choice"):
+                yield from rows(name, [""], [""], getattr(found, name).mean())
             for name in ("kl_ab_by_position", "kl_ba_by_position"):
-                for position, value in zip(found.position_numbers.tolist(), getattr(found, name).tolist(), strict=True):
-                    yield row(name, f"{position}", f"{position}", value)
+                yield from rows(name, found.position_numbers, found.position_numbers, getattr(found, name))
         if self.cka is not None:
-            names_a, names_b = (stream_names(count - 1) for count in self.cka.shape)
-            for a, b in np.ndindex(*self.cka.shape):
-                yield row("cka", names_a[a], names_b[b], float(self.cka[a, b]))
+            labels_a, labels_b = zip(*product(*(stream_names(count - 1) for count in self.cka.shape)), strict=True)
+            yield from rows("cka", labels_a, labels_b, self.cka)
         if (heads := self.heads) is not None:
+            labels = [heads.heads_a[a] for a in heads.matches[:, 0]], [heads.heads_b[b] for b in heads.matches[:, 1]]
             for name in ("match_divergences", "ov_changes", "qk_changes"):
-                for (a, b), value in zip(heads.matches, getattr(heads, name).tolist(), strict=True):
-                    yield row(name.removesuffix("s"), heads.heads_a[a], heads.heads_b[b], value)
+                yield from rows(name.removesuffix("s"), *labels, getattr(heads, name))
         for name in ("relative_changes", "change_norms", "spectral_changes"):
-            for tensor, value in zip(self.weights.tensors, getattr(self.weights, name).tolist(), strict=True):
-                yield row(name.removesuffix("s"), tensor, tensor, value)
-
-
-def row(quantity: str, a: str, b: str, value: float) -> dict[str, Any]:
-    return {"quantity": quantity, "a": a, "b": b, "value": value}
+            tensors = self.weights.tensors
+            yield from rows(name.removesuffix("s"), tensors, tensors, getattr(self.weights, name))
 
 
 def stream_names(num_layers: int) -> list[str]:
@@ -451,14 +428,13 @@ def diff_models(
     Predictions: KL(A || B) = sum p_A ln(p_A / p_B), what is lost by expecting B where A is right, and KL(B || A)
     (Kullback & Leibler 1951, "On Information and Sufficiency"). Representations: linear CKA (`LinearCka`). Heads: the
     assignment with the least sum of the divergences of their patterns (`pattern_divergences`, from position 1 on,
-    since position 0 sees only itself), within a layer or across all of them. Others match by the similarity of
-    circuits, which says nothing of two models that were trained apart: these have no coordinates in common, and what
-    a head attends to is comparable nonetheless. Weights: `weight_changes`.
+    since position 0 sees only itself), within a layer or across all of them. Unlike the similarity of circuits, which
+    others match by, this also compares models that were trained separately. Weights: `weight_changes`.
 
     Args:
         first, second: A and B, in evaluation mode, on one device and in one type, with equal vocabularies.
-        batches: sequences; of those that are longer than one of the models takes, the start.
-        across_layers: match heads of any layers; always so where the two have not as many layers.
+        batches: sequences; only the start is read of those longer than the shorter of the two contexts.
+        across_layers: match heads of any layers; always so if the numbers of layers differ.
 
     Raises:
         ValueError: the vocabularies differ.
@@ -477,9 +453,20 @@ def diff_models(
             is_real_BT = batch.tokens != PAD
             cka.add(*([stream[is_real_BT] for stream in output.residuals] for output in outputs))
             patterns.add(*outputs, is_real_BT)
-    predictions = PredictionDiff.join(parts)
+    predictions = join_predictions(parts)
     similarities, weights = cka.similarities(), weight_changes(first, second)
     heads = match_heads(first, second, patterns)
+    sides = (first, predictions.losses_a), (second, predictions.losses_b)
+    evaluation = max(evaluation_error(model, batches[0], losses) for model, losses in sides)
+    below_zero = max(0.0, -float(predictions.kl_ab.min()), -float(predictions.kl_ba.min()))
+    receipts = [
+        Receipt("the losses are those of an evaluation", evaluation, rounding(first)),
+        Receipt("no KL is negative", below_zero, FLOAT64_TOLERANCE),
+        Receipt("CKA lies between 0 and 1", outside_unit(similarities), FLOAT64_TOLERANCE),
+    ]
+    if heads is not None:
+        outside = outside_unit(heads.pattern_divergences)
+        receipts.append(Receipt("divergences lie between 0 and 1", outside, rounding(first)))
     return ModelDiff(
         tokens=tuple(rows_of(batches)),
         not_compared=() if heads else ("heads: there is only one position, and a single token to look at",),
@@ -492,20 +479,7 @@ def diff_models(
         across_layers=across_layers,
         heads=heads,
         weights=weights,
-        receipts=(
-            Receipt(
-                "the losses are those of an evaluation",
-                max(
-                    evaluation_error(first, batches[0], predictions.losses_a),
-                    evaluation_error(second, batches[0], predictions.losses_b),
-                ),
-                rounding(first),
-            ),
-            Receipt("no KL is negative", below_zero(predictions.kl_ab, predictions.kl_ba), FLOAT64_TOLERANCE),
-            Receipt("CKA lies between 0 and 1", beyond_1(similarities), FLOAT64_TOLERANCE),
-            *pattern_receipts(heads, rounding(first)),
-            weight_receipt(weights),
-        ),
+        receipts=(*receipts, weight_receipt(weights)),
     )
 
 
@@ -522,13 +496,11 @@ def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[To
     for model, (split, sizes) in zip((first, second), texts, strict=True):
         windows, protocol = strided_windows(split, model.context_size, model.context_size)
         sums = GroupSums(split.facts.num_documents, 3)
-        score(
-            model,
-            windows,
-            protocol.once,
-            {},
-            lambda scores, sums=sums: sums.add(scores.documents, scores.losses, scores.at_1, scores.at_5),
-        )
+
+        def add(scores: Scores, sums: GroupSums = sums) -> None:
+            sums.add(scores.documents, scores.losses, scores.at_1, scores.at_5)
+
+        score(model, windows, protocol.once, {}, add)
         totals.append(document_totals(split, sizes, sums.counts, *sums.sums))
     weights = weight_changes(first, second, left_out=("token_embedding.weight",))
     return ModelDiff(
@@ -537,11 +509,6 @@ def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[To
         losses=np.array([float(metrics(total.total).bits_per_byte) for total in totals]),
         loss_unit=OTHER_TOKENS,
         loss_difference=paired_difference(totals[0], totals[1], "bits_per_byte"),
-        predictions=None,
-        cka=None,
-        num_cka_tokens=0,
-        across_layers=False,
-        heads=None,
         weights=weights,
         receipts=(weight_receipt(weights),),
     )
@@ -556,7 +523,7 @@ class PatternSums:
         self.num_rows = self.num_sequences = 0
 
     def add(self, first: TransformerOutput, second: TransformerOutput, is_real_BT: torch.Tensor) -> None:
-        """Takes in the patterns of a batch, until there were `PATTERN_SEQUENCES` sequences."""
+        """Add the patterns of a batch, up to `PATTERN_SEQUENCES` sequences in all."""
         count = min(len(is_real_BT), PATTERN_SEQUENCES - self.num_sequences)
         counts_BT = is_real_BT[:count].clone()
         counts_BT[:, 0] = False
@@ -585,9 +552,13 @@ def match_heads(first: Transformer, second: Transformer, patterns: PatternSums) 
         corners = [np.array([layer * heads, layer * partners]) for layer in range(first.num_layers)]
         blocks = [found[a : a + heads, b : b + partners] for a, b in corners]
         matches = np.concatenate([cheapest_assignment(x) + corner for x, corner in zip(blocks, corners, strict=True)])
+    names = [
+        tuple(f"L{layer}H{head}" for layer, head in np.ndindex(model.num_layers, model.num_heads))
+        for model in (first, second)
+    ]
     return HeadMatches(
-        heads_a=head_names(first),
-        heads_b=head_names(second),
+        heads_a=names[0],
+        heads_b=names[1],
         pattern_divergences=found,
         matches=matches,
         match_divergences=found[tuple(matches.T)],
@@ -596,21 +567,10 @@ def match_heads(first: Transformer, second: Transformer, patterns: PatternSums) 
     )
 
 
-def head_names(model: Transformer) -> tuple[str, ...]:
-    return tuple(f"L{layer}H{head}" for layer, head in np.ndindex(model.num_layers, model.num_heads))
-
-
 def shortened(batch: Batch, length: int) -> Batch:
     """Return the first `length` positions of a batch."""
-    if batch.tokens.shape[1] <= length:
-        return batch
-    targets = batch.targets[:, :length]
-    return replace(
-        batch,
-        tokens=batch.tokens[:, :length].contiguous(),
-        targets=targets,
-        num_targets=int((targets != IGNORED).sum()),
-    )
+    tokens, targets = batch.tokens[:, :length].contiguous(), batch.targets[:, :length]
+    return replace(batch, tokens=tokens, targets=targets, num_targets=int((targets != IGNORED).sum()))
 
 
 def rows_of(batches: Sequence[Batch]) -> Iterator[tuple[int, ...]]:
@@ -619,20 +579,6 @@ def rows_of(batches: Sequence[Batch]) -> Iterator[tuple[int, ...]]:
         for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
             ids = [*tokens, targets[-1] if targets[-1] != IGNORED else PAD]
             yield tuple(token for token in ids if token != PAD)
-
-
-def below_zero(*values: np.ndarray) -> float:
-    return max(0.0, *(-float(part.min()) for part in values))
-
-
-def beyond_1(values: np.ndarray) -> float:
-    """Return how far the values leave 0 to 1; NaN is ignored."""
-    return float(np.nanmax(np.abs(values - 0.5), initial=0.5)) - 0.5
-
-
-def pattern_receipts(heads: HeadMatches | None, tolerance: float) -> Iterator[Receipt]:
-    if heads is not None:
-        yield Receipt("divergences lie between 0 and 1", beyond_1(heads.pattern_divergences), tolerance)
 
 
 def weight_receipt(weights: WeightChanges) -> Receipt:

@@ -14,7 +14,7 @@ import torch
 from lumiere.components.hooks import run_with_cache
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
-from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, rounding
 from lumiere.models.transformer import Transformer
 
 NO_EXAMPLE = -1
@@ -49,18 +49,17 @@ class NeuronExamples(Result):
     num_tokens: int
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for layer, row, rank in np.ndindex(*self.windows.shape):
+        for layer, row, rank in np.argwhere(self.windows != NO_EXAMPLE).tolist():
             window, position = int(self.windows[layer, row, rank]), int(self.positions[layer, row, rank])
-            if window != NO_EXAMPLE:
-                yield {
-                    "layer": layer,
-                    "neuron": int(self.neurons[layer, row]),
-                    "rank": rank,
-                    "activation": float(self.activations[layer, row, rank]),
-                    "window": window,
-                    "position": position,
-                    "token": int(self.tokens[window, position]),
-                }
+            yield {
+                "layer": layer,
+                "neuron": int(self.neurons[layer, row]),
+                "rank": rank,
+                "activation": float(self.activations[layer, row, rank]),
+                "window": window,
+                "position": position,
+                "token": int(self.tokens[window, position]),
+            }
 
 
 def neuron_examples(
@@ -93,9 +92,7 @@ def neuron_examples(
     """
     device = model.token_embedding.weight.device
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.num_layers)]
-    norms_LF = torch.stack(
-        [torch.linalg.vector_norm(block.feedforward.down.weight.detach(), dim=0).cpu() for block in model.blocks]
-    )
+    norms_LF = torch.stack([block.feedforward.down.weight.detach().norm(dim=0).cpu() for block in model.blocks])
     tokens_WT = torch.cat([batch.tokens for batch in batches]).cpu()
     peaks, places = [], []
     with torch.inference_mode():
@@ -116,7 +113,7 @@ def neuron_examples(
         is_there_LNK = (top_LKN.values >= 0).transpose(1, 2)
         windows_LNK = top_LKN.indices.transpose(1, 2).where(is_there_LNK, NO_EXAMPLE)
         positions_LNK = place_LWN.gather(1, top_LKN.indices).transpose(1, 2)
-        around_LNKA = torch.full((*windows_LNK.shape, before + 1 + after), torch.nan)
+        around_LNKA = torch.full((*windows_LNK.shape, before + 1 + after), torch.nan, dtype=peak_LWF.dtype)
         first = 0
         for batch in batches:  # again, rather than hold all activations of all windows
             posts_LWTF = neuron_activations(model, batch.tokens.to(device), names)
@@ -208,7 +205,7 @@ def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5
         tokens: at least one id, each once. The coordinates along missing components are 0.
         num_neighbours: neighbors of each token; fewer if there are fewer tokens.
     """
-    table_NE = model.token_embedding.weight.detach().cpu().double().numpy()[list(tokens)]
+    table_NE = float64(model.token_embedding.weight)[list(tokens)]
     centered_NE = table_NE - table_NE.mean(0)
     left, sizes, directions = np.linalg.svd(centered_NE, full_matrices=False)
     # One token, or a width of one, has a single component.
@@ -224,6 +221,7 @@ def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5
     order = np.argsort(-cosine_NN, axis=1, kind="stable")[:, : min(num_neighbours, len(tokens) - 1)]
     projected_N2 = centered_NE @ directions[:2].T
     missed = np.abs(np.abs(projected_N2) - np.abs(points_N2)).max() / max(1.0, float(np.abs(points_N2).max()))
+    variance_error = abs(np.square(sizes).sum() - np.square(centered_NE).sum()) / total
     return TokenMap(
         tokens=tuple(tokens),
         points=points_N2,
@@ -232,10 +230,6 @@ def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5
         cosines=np.take_along_axis(cosine_NN, order, axis=1),
         receipts=(
             Receipt("the map is a projection of the embeddings", float(missed), FLOAT64_TOLERANCE),
-            Receipt(
-                "the directions hold all variance",
-                abs(float((np.square(sizes).sum() - np.square(centered_NE).sum()) / total)),
-                1e-10,
-            ),
+            Receipt("the directions hold all variance", float(variance_error), FLOAT64_TOLERANCE),
         ),
     )

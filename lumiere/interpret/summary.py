@@ -13,38 +13,14 @@ import torch
 from torch import Tensor
 
 from lumiere.components.hooks import run_with_cache
-from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
-from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, rounding
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, relative_error, rounding, table
 from lumiere.models.transformer import Transformer
 
 PARTS: tuple[str, ...] = ("token_embedding", "positions", "attention", "feedforward", "norms")
+SIZES = ("norms", "rms", "spectral_norms", "stable_ranks", "effective_ranks")
 ROWS_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class MatrixFacts(ShortRepr):
-    """Norms and ranks of a model's matrices, all (M,), computed in float64; NaN for a matrix that is not finite.
-
-    Attributes:
-        matrices: their names in the state dict.
-        shapes: (M, 2).
-        norms: Frobenius.
-        rms: root mean square of the entries.
-        spectral_norms: the largest singular values.
-        stable_ranks: Frobenius norm squared over spectral norm squared.
-        effective_ranks: the exponential of the entropy of the singular values over their sum (Roy & Vetterli 2007,
-            "The Effective Rank"). Both ranks are 0 for a matrix of zeros.
-    """
-
-    matrices: tuple[str, ...]
-    shapes: np.ndarray
-    norms: np.ndarray
-    rms: np.ndarray
-    spectral_norms: np.ndarray
-    stable_ranks: np.ndarray
-    effective_ranks: np.ndarray
 
 
 def count_parts(model: Transformer) -> dict[str, int]:
@@ -65,23 +41,18 @@ def part_of(name: str) -> str:
     return path[-1] if path else module
 
 
-def matrices(model: Transformer) -> Mapping[str, np.ndarray]:
-    """Return the matrices by name, in float64."""
-    return {name: value.cpu().double().numpy() for name, value in model.state_dict().items() if value.ndim == 2}
+def matrix_facts(model: Transformer) -> dict[str, Any]:
+    """Compute the fields of `ModelSummary` on matrices from their singular values, in float64."""
+    matrices = {name: float64(value) for name, value in model.state_dict().items() if value.ndim == 2}
+    facts = np.array([spectrum_facts(matrix) for matrix in matrices.values()])
+    shapes = np.array([matrix.shape for matrix in matrices.values()])
+    return {"matrices": tuple(matrices), "shapes": shapes, **dict(zip(SIZES, facts.T, strict=True))}
 
 
-def matrix_facts(model: Transformer) -> MatrixFacts:
-    """Compute norms and ranks of every matrix from its singular values."""
-    found = matrices(model)
-    facts = np.array([spectrum_facts(matrix) for matrix in found.values()])
-    shapes = np.array([matrix.shape for matrix in found.values()])
-    return MatrixFacts(tuple(found), shapes, *facts.T)
-
-
-def spectrum_facts(matrix: np.ndarray) -> tuple[float, float, float, float, float]:
-    """Return Frobenius norm, root mean square, spectral norm, stable rank and effective rank."""
+def spectrum_facts(matrix: np.ndarray) -> tuple[float, ...]:
+    """Return the numbers that `SIZES` names."""
     if not np.isfinite(matrix).all():
-        return np.nan, np.nan, np.nan, np.nan, np.nan
+        return (np.nan,) * len(SIZES)
     values = np.linalg.svd(matrix, compute_uv=False)
     largest = float(values.max())
     norm = float(np.sqrt(np.square(matrix).sum()))
@@ -112,33 +83,16 @@ def same_rows(table_VE: Tensor, cosine: float) -> Iterator[tuple[int, int]]:
 LEAVES = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out")
 
 
-@dataclass(frozen=True)
-class Activity(ShortRepr):
-    """Means over all tokens without padding.
-
-    Attributes:
-        num_windows: windows that were read.
-        num_tokens: tokens in them.
-        writes: (L, 2) the norm of what attention and feed-forward part write, over that of the stream before it.
-        head_writes: (L, H) the same of each head.
-        largest_activations: (L, F) the largest absolute activation of each neuron.
-        tied_error: how far the logits are from the products with the token embedding, relative to the largest.
-    """
-
-    num_windows: int
-    num_tokens: int
-    writes: np.ndarray
-    head_writes: np.ndarray
-    largest_activations: np.ndarray
-    tied_error: float
-
-
-def measure_activity(model: Transformer, batches: Iterable[Batch]) -> Activity:
-    """Measure what the parts do, one forward pass a batch, keeping only a few numbers of each layer.
+def measure_activity(model: Transformer, batches: Iterable[Batch]) -> tuple[dict[str, Any], float]:
+    """Measure what the parts do, one forward pass per batch, keeping only a few numbers of each layer.
 
     Args:
         model: in evaluation mode.
         batches: at least one.
+
+    Returns:
+        The fields of `ModelSummary` on activity, and the error of the logits against the products of the normalized
+        stream with the token embedding, relative to the largest.
     """
     num_windows, num_tokens, tied_error = 0, 0, 0.0
     writes_L2 = np.zeros((model.num_layers, 2))
@@ -150,7 +104,8 @@ def measure_activity(model: Transformer, batches: Iterable[Batch]) -> Activity:
         real_BT = tokens_BT != PAD
         with torch.inference_mode():
             output, cache = run_with_cache(model, tokens_BT, names)
-            tied_error = float(np.maximum(tied_error, head_error(model, output.hidden_states[:, -1], output.logits)))
+            expected = model.final_norm(output.hidden_states[:, -1]) @ model.token_embedding.weight.T
+            tied_error = float(np.maximum(tied_error, relative_error(output.logits, expected)))  # NaN, if there is one
             for layer in range(model.num_layers):
                 # Only real tokens: N of them in place of B and T.
                 pre_NE, z_NHV, attention_NE, mid_NE, post_NF, feedforward_NE = (
@@ -159,17 +114,17 @@ def measure_activity(model: Transformer, batches: Iterable[Batch]) -> Activity:
                 scale_N = lengths(pre_NE)
                 writes_L2[layer, 0] += total(lengths(attention_NE) / scale_N)
                 writes_L2[layer, 1] += total(lengths(feedforward_NE) / lengths(mid_NE))
-                heads_LH[layer] += (head_lengths(model, layer, z_NHV) / scale_N[:, None]).cpu().double().sum(0).numpy()
-                largest_LF[layer] = np.maximum(largest_LF[layer], post_NF.abs().amax(0).cpu().double().numpy())
+                heads_LH[layer] += total(head_lengths(model, layer, z_NHV) / scale_N[:, None])
+                largest_LF[layer] = np.maximum(largest_LF[layer], float64(post_NF.abs().amax(0)))
         num_windows += len(tokens_BT)
         num_tokens += int(real_BT.sum())
-    return Activity(num_windows, num_tokens, writes_L2 / num_tokens, heads_LH / num_tokens, largest_LF, tied_error)
-
-
-def head_error(model: Transformer, resid_BTE: Tensor, logits_BTV: Tensor) -> float:
-    """Return the error of the logits against the normalized stream times the token embedding, relative to the max."""
-    expected_BTV = model.final_norm(resid_BTE) @ model.token_embedding.weight.T
-    return float((logits_BTV - expected_BTV).abs().max() / expected_BTV.abs().max().clamp(min=1))
+    return {
+        "num_windows": num_windows,
+        "num_tokens": num_tokens,
+        "writes": writes_L2 / num_tokens,
+        "head_writes": heads_LH / num_tokens,
+        "largest_activations": largest_LF,
+    }, tied_error
 
 
 def head_lengths(model: Transformer, layer: int, z_NHV: Tensor) -> Tensor:
@@ -184,8 +139,9 @@ def lengths(vectors_NE: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vectors_NE, dim=-1).clamp(min=torch.finfo(vectors_NE.dtype).tiny)
 
 
-def total(values_N: Tensor) -> float:
-    return float(values_N.cpu().double().sum())
+def total(values: Tensor) -> np.ndarray:
+    """Return the sum over the first axis in float64."""
+    return values.cpu().double().sum(0).numpy()
 
 
 SILENT = 1e-3
@@ -225,14 +181,25 @@ class ModelSummary(Result):
 
     Attributes:
         parameters: by part; the token embedding is the output head too, and counts once.
-        matrices, shapes, norms, rms, spectral_norms, stable_ranks, effective_ranks: as `MatrixFacts`.
+        matrices: (M,) the names of the matrices in the state dict. Their facts are computed in float64; NaN for a
+            matrix that is not finite.
+        shapes: (M, 2).
+        norms: (M,) Frobenius.
+        rms: (M,) root mean square of the entries.
+        spectral_norms: (M,) the largest singular values.
+        stable_ranks: (M,) Frobenius norm squared over spectral norm squared.
+        effective_ranks: (M,) the exponential of the entropy of the singular values over their sum (Roy & Vetterli 2007,
+            "The Effective Rank"). Both ranks are 0 for a matrix of zeros.
         gain_names: (N,) the norms with a gain.
         gains: (N, E).
         token_norms: (V,) norms of the rows of the token embedding.
         token_mean_share: of the mean square of a row, how much is the mean row's.
         position_norms: (C,) norms of the rows of the position embedding; None where positions are rotary.
         position_cosine: mean cosine of neighboring rows of it.
-        num_windows, num_tokens, writes, head_writes, largest_activations: as `Activity`.
+        num_windows, num_tokens: of the text that was read, without padding. The means are over these tokens.
+        writes: (L, 2) the norm of what attention and feed-forward part write, over that of the stream before it.
+        head_writes: (L, H) the same of each head.
+        largest_activations: (L, F) the largest absolute activation of each neuron.
         checks: all that was looked for, with its threshold; those that found something are warnings.
     """
 
@@ -250,11 +217,11 @@ class ModelSummary(Result):
     token_mean_share: float
     position_norms: np.ndarray | None
     position_cosine: float | None
-    num_windows: int
-    num_tokens: int
-    writes: np.ndarray | None
-    head_writes: np.ndarray | None
-    largest_activations: np.ndarray | None
+    num_windows: int = 0
+    num_tokens: int = 0
+    writes: np.ndarray | None = None
+    head_writes: np.ndarray | None = None
+    largest_activations: np.ndarray | None = None
     checks: tuple[Check, ...]
 
     @property
@@ -262,13 +229,9 @@ class ModelSummary(Result):
         return tuple(check for check in self.checks if check.count)
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        columns = ("norms", "rms", "spectral_norms", "stable_ranks", "effective_ranks")
-        for number, name in enumerate(self.matrices):
-            shape = {"rows": int(self.shapes[number, 0]), "columns": int(self.shapes[number, 1])}
-            sizes = {
-                column.removesuffix("s") if column != "rms" else column: getattr(self, column) for column in columns
-            }
-            yield {"matrix": name, **shape, **{column: float(values[number]) for column, values in sizes.items()}}
+        rows, columns = self.shapes.T
+        sizes = {name if name == "rms" else name.removesuffix("s"): getattr(self, name) for name in SIZES}
+        return table({"matrix": self.matrices}, rows=rows, columns=columns, **sizes)
 
 
 def summarize(
@@ -283,76 +246,70 @@ def summarize(
     """
     parameters, facts = count_parts(model), matrix_facts(model)
     gains = {name: value for name, value in model.state_dict().items() if value.ndim == 1}
-    gains_NE = np.stack([gain.cpu().double().numpy() for gain in gains.values()])
-    table_VE = model.token_embedding.weight.detach().cpu().double().numpy()
+    gains_NE = np.stack([float64(gain) for gain in gains.values()])
+    table_VE = float64(model.token_embedding.weight)
     token_norms = np.linalg.norm(table_VE, axis=1)
     position_norms = position_cosine = None
     if model.position_embedding is not None:
-        position_CE = model.position_embedding.weight.detach().cpu().double().numpy()
+        position_CE = float64(model.position_embedding.weight)
         position_norms = np.linalg.norm(position_CE, axis=1)
         directions_CE = position_CE / np.maximum(position_norms, np.finfo(float).tiny)[:, None]
-        position_cosine = (
-            float((directions_CE[1:] * directions_CE[:-1]).sum(1).mean()) if len(directions_CE) > 1 else 1.0
-        )
-    activity = measure_activity(model, batches) if batches else None
+        cosines = (directions_CE[1:] * directions_CE[:-1]).sum(1)
+        position_cosine = float(cosines.mean()) if len(cosines) else 1.0
+    activity, tied_error = measure_activity(model, batches) if batches else ({}, None)
     gain_names = tuple(name.removesuffix(".weight") for name in gains)
     checks = [*weight_checks(model, facts, gain_names, gains_NE, token_norms), *token_checks(token_counts)]
     return ModelSummary(
         parameters=parameters,
-        **vars(facts),
+        **facts,
         gain_names=gain_names,
         gains=gains_NE,
         token_norms=token_norms,
         token_mean_share=float(np.square(table_VE.mean(0)).sum() / np.square(token_norms).mean()),
         position_norms=position_norms,
         position_cosine=position_cosine,
-        num_windows=0 if activity is None else activity.num_windows,
-        num_tokens=0 if activity is None else activity.num_tokens,
-        writes=None if activity is None else activity.writes,
-        head_writes=None if activity is None else activity.head_writes,
-        largest_activations=None if activity is None else activity.largest_activations,
-        checks=tuple(checks if activity is None else [*checks, *activity_checks(activity)]),
-        receipts=tuple(receipts(model, parameters, facts, activity)),
+        **activity,
+        checks=(*checks, *activity_checks(activity)),
+        receipts=tuple(receipts(model, parameters, facts, tied_error)),
     )
 
 
 def receipts(
-    model: Transformer, parameters: Mapping[str, int], facts: MatrixFacts, activity: Activity | None
+    model: Transformer, parameters: Mapping[str, int], facts: Mapping[str, Any], tied_error: float | None
 ) -> Iterator[Receipt]:
     yield Receipt("the parts hold all parameters", abs(sum(parameters.values()) - model.num_parameters), 0.0)
-    by_rank = facts.spectral_norms * np.sqrt(facts.stable_ranks)
-    error = np.abs(by_rank - facts.norms) / np.maximum(facts.norms, np.finfo(float).tiny)
+    by_rank = facts["spectral_norms"] * np.sqrt(facts["stable_ranks"])
+    error = np.abs(by_rank - facts["norms"]) / np.maximum(facts["norms"], np.finfo(float).tiny)
     yield Receipt(
         "spectral norm x root of the stable rank is the Frobenius norm", float(error.max()), FLOAT64_TOLERANCE
     )
-    largest = np.maximum(facts.stable_ranks, facts.effective_ranks) / facts.shapes.min(axis=1)
+    largest = np.maximum(facts["stable_ranks"], facts["effective_ranks"]) / facts["shapes"].min(axis=1)
     yield Receipt("no rank exceeds the shape", float(np.maximum(largest.max() - 1, 0.0)), FLOAT64_TOLERANCE)
-    if activity is not None:
-        yield Receipt("the output head is the token embedding (tied)", activity.tied_error, rounding(model))
+    if tied_error is not None:
+        yield Receipt("the output head is the token embedding (tied)", tied_error, rounding(model))
 
 
 def weight_checks(
-    model: Transformer, facts: MatrixFacts, gain_names: Sequence[str], gains_NE: np.ndarray, token_norms: np.ndarray
+    model: Transformer,
+    facts: Mapping[str, Any],
+    gain_names: Sequence[str],
+    gains_NE: np.ndarray,
+    token_norms: np.ndarray,
 ) -> Iterator[Check]:
-    state = model.state_dict()
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     yield check("weights that are no finite numbers", "any", broken)
-    collapsed = facts.effective_ranks < LOW_RANK * facts.shapes.min(axis=1)
-    yield check(
-        "matrices of low rank",
-        f"effective rank below {LOW_RANK:.0%} of the smaller side",
-        [name for name, is_collapsed in zip(facts.matrices, collapsed, strict=True) if is_collapsed],
-    )
+    collapsed = np.flatnonzero(facts["effective_ranks"] < LOW_RANK * facts["shapes"].min(axis=1))
+    low = f"effective rank below {LOW_RANK:.0%} of the smaller side"
+    yield check("matrices of low rank", low, [facts["matrices"][number] for number in collapsed])
     small = [f"{gain_names[row]}.{column}" for row, column in np.argwhere(np.abs(gains_NE) < SMALL_GAIN)]
     yield check("gains that shut a direction out", f"absolute value below {SMALL_GAIN:g}", small)
     yield check("tokens without a vector", "norm 0", [f"{token}" for token in np.flatnonzero(token_norms == 0)])
-    pairs = same_rows(model.token_embedding.weight, SAME)
-    named = [f"{row}, {earlier}" for row, earlier in pairs]
-    yield check("tokens with the vector of an earlier token", f"cosine {SAME:g} or more", named)
+    tables: dict[str, Tensor] = {"tokens with the vector of an earlier token": model.token_embedding.weight}
     if model.position_embedding is not None:
-        pairs = same_rows(model.position_embedding.weight, SAME)
-        named = [f"{row}, {earlier}" for row, earlier in pairs]
-        yield check("positions with the vector of an earlier one", f"cosine {SAME:g} or more", named)
+        tables["positions with the vector of an earlier one"] = model.position_embedding.weight
+    for what, weight in tables.items():
+        pairs = same_rows(weight, SAME)
+        yield check(what, f"cosine {SAME:g} or more", [f"{row}, {earlier}" for row, earlier in pairs])
 
 
 def token_checks(token_counts: np.ndarray | None) -> Iterator[Check]:
@@ -361,16 +318,15 @@ def token_checks(token_counts: np.ndarray | None) -> Iterator[Check]:
         yield check("tokens that were never met in training", "not once in the training split", never)
 
 
-def activity_checks(activity: Activity) -> Iterator[Check]:
-    silent = f"writes below {SILENT:.1%} of the stream"
-    parts = ("attention", "feed-forward")
-    named = [f"L{layer} {parts[part]}" for layer, part in np.argwhere(activity.writes < SILENT)]
-    yield check("parts of layers that do nothing", silent, named)
-    heads = [f"L{layer}H{head}" for layer, head in np.argwhere(activity.head_writes < SILENT)]
-    yield check("heads that do nothing", silent, heads)
-    dead = [f"L{layer}N{neuron}" for layer, neuron in np.argwhere(activity.largest_activations <= DEAD)]
-    over = f"never above {DEAD:g} in {activity.num_tokens:,} tokens"
-    yield check("dead neurons", over, dead)
+def activity_checks(activity: Mapping[str, Any]) -> Iterator[Check]:
+    if activity:
+        silent, parts = f"writes below {SILENT:.1%} of the stream", ("attention", "feed-forward")
+        named = [f"L{layer} {parts[part]}" for layer, part in np.argwhere(activity["writes"] < SILENT)]
+        yield check("parts of layers that do nothing", silent, named)
+        heads = [f"L{layer}H{head}" for layer, head in np.argwhere(activity["head_writes"] < SILENT)]
+        yield check("heads that do nothing", silent, heads)
+        dead = [f"L{layer}N{neuron}" for layer, neuron in np.argwhere(activity["largest_activations"] <= DEAD)]
+        yield check("dead neurons", f"never above {DEAD:g} in {activity['num_tokens']:,} tokens", dead)
 
 
 def check(what: str, threshold: str, places: Sequence[str]) -> Check:

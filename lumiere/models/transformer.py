@@ -1,8 +1,7 @@
 """The model: a decoder-only transformer with pre-RMSNorm, SwiGLU and an output tied to the token embedding.
 
-There is one forward pass, `Transformer.final_residual`, through the layers of `lumiere.components.layers` and their
-hook points. Training, evaluation and generation call it; `model(tokens)` adds logits, attention weights and hidden
-states.
+There is one forward pass, `Transformer.final_residual`. Training, evaluation and generation call it; `model(tokens)`
+adds logits, attention weights and hidden states.
 
 Shapes: B batch, T position of the query, S position of the key, E embedding_size, H head, L num_layers,
 Vocab vocab_size.
@@ -28,7 +27,6 @@ from lumiere.components.layers import (
     LayerCache,
     LearnedPositions,
     RMSNorm,
-    Rotation,
     TokenEmbedding,
     rotation_at,
 )
@@ -37,17 +35,12 @@ from lumiere.components.short_repr import ShortRepr
 if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig
 
-# The id of <|pad|>. `lumiere.data.tokenizer` gives it out and must agree; models may not import data.
-PADDING_ID = 2
+PADDING_ID = 2  # of <|pad|>, as in `lumiere.data.tokenizer`, which models may not import
 
 
 @dataclass(frozen=True)
 class TransformerOutput(ShortRepr):
-    """The result of `model(tokens)`.
-
-    Attention weights and hidden states are computed from what the layers kept when they are first read, so that a
-    caller who wants the logits alone pays nothing for them.
-    """
+    """The result of `model(tokens)`. Attention weights and hidden states are computed when they are first read."""
 
     logits: Tensor
     """(B, T, Vocab)."""
@@ -75,23 +68,21 @@ class Transformer(nn.Module):
     """A GPT-style language model.
 
     Args:
-        vocab_size: rows of the token embedding, and logits.
-        embedding_size: width of the residual stream.
-        context_size: longest sequence, in tokens.
-        num_layers: number of blocks.
-        num_heads: attention heads in each block.
-        d_key: width of a head's queries and keys.
-        d_value: width of a head's values.
-        d_ff: neurons in each block's feed-forward part.
-        dropout: share of the embedding sum and of each part's output that is dropped while training.
-        padding_id: the id of padding, which `model(tokens)` hides by itself; None: no id is padding.
+        vocab_size: Rows of the token embedding, and logits.
+        embedding_size: Width of the residual stream.
+        context_size: Longest sequence, in tokens.
+        d_key: Width of a head's queries and keys.
+        d_value: Width of a head's values.
+        d_ff: Neurons of each block's feed-forward part.
+        dropout: Rate for the embedding sum and each part's output, during training.
+        padding_id: Id of padding, which `model(tokens)` hides by itself. None: no id is padding.
         positions: `learned` embeddings, or `rotary`, which makes the model a Llama (Touvron et al. 2023).
-        zero_output_init: start the matrices that write to the residual stream at zero.
-        activation_checkpointing: in training, keep only what each block reads, and compute the block again in the
+        zero_output_init: Start the matrices that write to the residual stream at zero.
+        activation_checkpointing: In training, keep only what each block reads, and compute the block again in the
             backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"), with the same dropout.
 
     Raises:
-        ValueError: `positions` is neither, or is rotary with an odd `d_key`.
+        ValueError: `positions` is unknown, or rotary with an odd `d_key`.
     """
 
     def __init__(
@@ -114,19 +105,12 @@ class Transformer(nn.Module):
         if positions not in ("learned", "rotary"):
             raise ValueError(f"positions must be 'learned' or 'rotary', not {positions!r}")
         if positions == "rotary" and d_key % 2:
-            raise ValueError(f"rotary positions turn pairs of numbers, so d_key must be even, not {d_key}")
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size
-        self.context_size = context_size
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.d_key = d_key
-        self.d_value = d_value
-        self.d_ff = d_ff
-        self.padding_id = padding_id
-        self.positions = positions
+            raise ValueError(f"rotary positions rotate pairs of numbers, so d_key must be even, not {d_key}")
+        self.vocab_size, self.embedding_size, self.context_size = vocab_size, embedding_size, context_size
+        self.num_layers, self.num_heads = num_layers, num_heads
+        self.d_key, self.d_value, self.d_ff = d_key, d_value, d_ff
+        self.padding_id, self.positions = padding_id, positions
         self.activation_checkpointing = activation_checkpointing
-
         self.token_embedding = TokenEmbedding(vocab_size, embedding_size)
         self.hook_embed = HookPoint()
         self.position_embedding = None
@@ -144,11 +128,11 @@ class Transformer(nn.Module):
     def _initialize(self, zero_output_init: bool) -> None:
         """Draw every matrix from N(0, 0.02^2), as GPT-2 does; gains stay 1.
 
-        The two matrices of a block that write to the residual stream are smaller by sqrt(2 * num_layers): that many
-        independent parts add up there, and so the stream's variance does not grow with depth. Or they are zero.
+        The two matrices of a block that write to the residual stream are smaller by sqrt(2 * num_layers), so that the
+        variance of the stream, a sum of that many independent parts, does not grow with depth. Or they are zero.
         """
         for name, parameter in self.named_parameters():
-            # Drawing numbers that nobody keeps would load torch's compiler: a second before a model's first token.
+            # Drawing numbers for a meta tensor would load torch's compiler: a second before a model's first token.
             if parameter.ndim == 1 or parameter.is_meta:
                 continue
             writes_to_stream = name.endswith(("attention.output.weight", "feedforward.down.weight"))
@@ -158,7 +142,7 @@ class Transformer(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Trainable numbers; the tied output counts once."""
+        """Number of trainable numbers; the tied output counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
@@ -182,7 +166,7 @@ class Transformer(nn.Module):
         return TransformerOutput(self.token_embedding.unembed(final_BTE), tuple(record.residuals), record.patterns)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Return the logits alone, (B, T, Vocab); padding may be on the right only, as in `final_residual`."""
+        """Return only the logits, (B, T, Vocab); padding must be on the right, as in `final_residual`."""
         return self.token_embedding.unembed(self.final_residual(tokens_BT))
 
     def final_residual(
@@ -196,7 +180,7 @@ class Transformer(nn.Module):
         """Return the normalized final residual stream, (B, T, E): the forward pass up to the unembedding.
 
         A loss that works in chunks takes this and the embedding, and never holds all logits at once. Without a mask,
-        padding may be on the right only: no real token sees it, and the results at padding are to be ignored.
+        padding must be on the right, where no real token sees it; ignore the results at padding.
 
         Args:
             record: Receives the residual stream and the patterns, the stream after the last block included.
@@ -232,11 +216,9 @@ class Transformer(nn.Module):
         return self._run_blocks(self.dropout(resid_BTE), 0, positions, mask_B1TS, layer_caches, record, fill_only)
 
     def continue_from(self, resid_BTE: Tensor, layer: int) -> Tensor:
-        """Return `final_residual`, given the stream that block `layer` reads.
+        """Return `final_residual`, given the stream that block `layer` reads, (B, T, E), with padding on the right.
 
-        Args:
-            resid_BTE: (B, T, E), from position 0 on, with padding on the right only.
-            layer: 0 to `num_layers`; at `num_layers` only the norm is left.
+        At `num_layers` only the norm is left.
         """
         return self._run_blocks(resid_BTE, layer, torch.arange(resid_BTE.shape[1], device=resid_BTE.device))
 
@@ -250,7 +232,11 @@ class Transformer(nn.Module):
         record: ForwardRecord | None = None,
         fill_only: bool = False,
     ) -> Tensor:
-        rotation = self._rotation(positions)
+        rotation = None
+        if self.positions == "rotary":
+            # Computed in each call: a stored table would have to follow the model's dtype without losing precision.
+            dtype = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
+            rotation = rotation_at(positions, self.d_key, dtype)
         # A block that is computed again, after a `with hooked` block has ended, would miss the hooks.
         recomputes = (
             self.activation_checkpointing and torch.is_grad_enabled() and record is None and not has_hooks(self)
@@ -268,22 +254,14 @@ class Transformer(nn.Module):
             record.residuals.append(resid_BTE)
         return self.final_norm(resid_BTE)
 
-    def _rotation(self, positions_T: Tensor) -> Rotation | None:
-        """Computed on each call: a stored table would have to follow the model's dtype without losing precision."""
-        if self.positions == "learned":
-            return None
-        dtype = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
-        return rotation_at(positions_T, self.d_key, dtype)
-
     def _check_padding_mask(self, padding_mask_BT: Tensor, tokens_BT: Tensor, cache: KVCache | None) -> None:
         if cache is not None:
             raise ValueError("a cache takes no padding mask")
         if padding_mask_BT.dtype != torch.bool:
             raise ValueError(f"padding_mask must be of type torch.bool, not {padding_mask_BT.dtype}")
         if padding_mask_BT.shape != tokens_BT.shape:
-            raise ValueError(
-                f"padding_mask has shape {tuple(padding_mask_BT.shape)}, the tokens {tuple(tokens_BT.shape)}"
-            )
+            shapes = tuple(padding_mask_BT.shape), tuple(tokens_BT.shape)
+            raise ValueError(f"padding_mask has shape {shapes[0]}, the tokens {shapes[1]}")
 
     def _check_tokens(self, tokens_BT: Tensor) -> None:
         if tokens_BT.ndim != 2:
@@ -295,26 +273,16 @@ class Transformer(nn.Module):
 
 
 def empty_model(config: "RunConfig") -> Transformer:
-    """The model that a config describes without any memory for its weights: to count or to compare their shapes."""
+    """Return the model that a config describes, without memory for its weights: to count or compare their shapes."""
     with torch.device("meta"):
         return build_model(config)
 
 
 def build_model(config: "RunConfig") -> Transformer:
-    """The untrained model that a config describes, with weights from torch's current seed."""
-    model = config.model
+    """Return the untrained model that a config describes, with weights drawn from torch's current seed."""
     return Transformer(
         vocab_size=config.tokenizer.vocab_size,
-        embedding_size=model.embedding_size,
-        context_size=model.context_size,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        d_key=model.d_key,
-        d_value=model.d_value,
-        d_ff=model.d_ff,
-        dropout=model.dropout,
         padding_id=PADDING_ID,
-        positions=model.positions,
-        zero_output_init=model.zero_output_init,
         activation_checkpointing=config.training.activation_checkpointing,
+        **config.model.model_dump(),
     )

@@ -16,7 +16,7 @@ from lumiere.models.transformer import Transformer
 from lumiere.training import costs
 from lumiere.training.costs import Disk, Parameters
 from lumiere.training.loss import Objective, compiled, summed_loss
-from lumiere.training.schedule import earliest_stop, num_evaluations, num_steps, unfinished_warmup
+from lumiere.training.schedule import earliest_stop, num_evaluations, unfinished_warmup
 from lumiere.training.setup import TrainingSetup, check_shares
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import train_step
@@ -118,7 +118,7 @@ def make_plan(setup: TrainingSetup, warn: Callable[[str], None], processes: Proc
     config, epoch_steps = setup.config, setup.epoch_steps
     settings = config.training
     check_shares(settings, setup.device, processes)
-    total_steps = num_steps(settings, epoch_steps)
+    total_steps = setup.total_steps
     if setup.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setup.device)
     objective = compiled(warn) if settings.compile else summed_loss
@@ -154,8 +154,7 @@ def make_plan(setup: TrainingSetup, warn: Callable[[str], None], processes: Proc
         num_evaluations=num_evaluations(settings, epoch_steps),
         num_processes=processes.size,
         windows_per_process=settings.batch_size // processes.size,
-        device=str(setup.device),
-        precision=str(setup.precision).removeprefix("torch."),
+        **setup.resolved,
         peak_flops=setup.peak_flops * processes.size,
         measured_steps=len(seconds) - WARMUP_STEPS,
         seconds_per_step=seconds_per_step,
@@ -199,7 +198,7 @@ def measure_evaluation(setup: TrainingSetup, model: Transformer) -> float:
 
 
 def measure_activations(setup: TrainingSetup, model: Transformer, objective: Objective, num_shares: int = 1) -> int:
-    """The bytes that autograd keeps from the forward to the backward pass of a batch's first part, weights left out."""
+    """Return the bytes that autograd keeps for the backward pass of a batch's first part, without the weights."""
     config, settings = setup.config, setup.config.training
     windows = setup.corpus.windows("train", config)
     batch = batch_at(0, windows, settings.batch_size, settings.seed, 0, num_shares)

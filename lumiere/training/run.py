@@ -40,13 +40,13 @@ from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.costs import disk
 from lumiere.training.events import Callback, WarningEvent
 from lumiere.training.loggers import metrics_log, opened_loggers
-from lumiere.training.schedule import num_steps
 from lumiere.training.setup import (
+    INEXACT,
+    Change,
     TrainingSetup,
     changes,
     check_schedule,
     check_shares,
-    inexact_changes,
     set_up_rank,
     trained_config,
     with_overrides,
@@ -112,9 +112,7 @@ def resume(
         if checkpoint is not None:
             check_compatible(setup.config, checkpoint, f"the {name} checkpoint of run {run.id}")
         check_schedule(before.training, setup.config.training, setup.epoch_steps, step)
-        warnings = []
-        if checkpoint and name:
-            warnings = resume_warnings(checkpoint, name, setup, run.record, processes)
+        warnings = resume_warnings(checkpoint, name, setup, run.record, processes) if checkpoint and name else []
         shown = list(warnings)
         if checkpoint and name != "latest":
             # A kill can leave a new `best` without the `latest` of the same step.
@@ -266,7 +264,7 @@ def record_start(setup: TrainingSetup, run: Run, processes: ProcessGroup) -> Non
         status="running",
         error=None,
         **setup.resolved,
-        total_steps=num_steps(setup.config.training, setup.epoch_steps),
+        total_steps=setup.total_steps,
         **this_process(),
         world_size=processes.size,
         job=job(processes),
@@ -389,49 +387,37 @@ def resume_warnings(
         name: Of the checkpoint to resume from.
         record: Contents of `run.json`, with the device and the precision so far.
     """
-    before = trained_config(checkpoint.metadata.get("config"), name)
-    warnings = [inexactness(checkpoint, before, setup.config, processes), other_numerics(checkpoint)]
-    if changed := inexact_changes(before, setup, record):
+    before, warnings = trained_config(checkpoint.metadata.get("config"), name), []
+    size = checkpoint.metadata.get("world_size", 1)
+    old, new = process_count(size, before), process_count(processes.size, setup.config)
+    if old != new:
+        # The masks depend on the seed, the step and the rank.
+        masks = setup.config.model.dropout > 0.0 and size != processes.size
+        lost = "the dropout masks and the order of sums" if masks else "the order of sums"
+        warnings.append(
+            f"trained so far with {old}, now with {new}: the data and its order stay the same, {lost} do not, so the "
+            f"weights will differ from those of an uninterrupted run"
+        )
+    if checkpoint.metadata.get("numerics", 1) != NUMERICS:
+        trained_by = checkpoint.metadata.get("lumiere_version", "unknown")
+        warnings.append(
+            f"trained so far with another Lumiere (version {trained_by}), whose training steps round differently: the "
+            f"weights may differ in their last bits from those of an uninterrupted run"
+        )
+    recorded = {"device": record.device, "precision": record.precision}
+    moved = [Change(key, recorded[key], value) for key, value in setup.resolved.items() if recorded[key] != value]
+    changed = [change for change in moved if change.before is not None]
+    changed += [change for change in changes(before, setup.config) if change.path in INEXACT]
+    if changed:
         warnings.append(
             f"{', '.join(map(str, changed))}: the data and its order stay the same, but the weights will not be "
             f"bit-identical to those of an uninterrupted run"
         )
-    return [warning for warning in warnings if warning]
-
-
-def inexactness(checkpoint: Checkpoint, before: RunConfig, after: RunConfig, processes: ProcessGroup) -> str | None:
-    """Return what another number of processes, or another way to share, changes; None if nothing.
-
-    Args:
-        before: The config that the checkpoint was trained with.
-        after: The config to resume with.
-    """
-    size = checkpoint.metadata.get("world_size", 1)
-    old, new = process_count(size, before), process_count(processes.size, after)
-    if old == new:
-        return None
-    # The masks depend on the seed, the step and the rank.
-    masks = after.model.dropout > 0.0 and size != processes.size
-    lost = "the dropout masks and the order of sums" if masks else "the order of sums"
-    return (
-        f"trained so far with {old}, now with {new}: the data and its order stay the same, {lost} do not, so the "
-        f"weights will differ from those of an uninterrupted run"
-    )
-
-
-def other_numerics(checkpoint: Checkpoint) -> str | None:
-    """Return a warning if a version of Lumiere that rounds differently trained the checkpoint."""
-    if checkpoint.metadata.get("numerics", 1) == NUMERICS:
-        return None
-    trained_by = checkpoint.metadata.get("lumiere_version", "unknown")
-    return (
-        f"trained so far with another Lumiere (version {trained_by}), whose training steps round differently: the "
-        f"weights may differ in their last bits from those of an uninterrupted run"
-    )
+    return warnings
 
 
 def process_count(size: int, config: RunConfig) -> str:
-    """`2 processes (fsdp)`."""
+    """Return a text such as `2 processes (fsdp)`."""
     return "1 process" if size == 1 else f"{size} processes ({config.training.parallel})"
 
 
@@ -440,8 +426,7 @@ def process_count(size: int, config: RunConfig) -> str:
 
 def check_room(runs_dir: Path, setup: TrainingSetup) -> None:
     """Refuse a run whose checkpoints do not fit on the disk."""
-    config = setup.config
-    needed = disk(config, num_steps(config.training, setup.epoch_steps)).total
+    needed = disk(setup.config, setup.total_steps).total
     folder, free = free_room(runs_dir)
     if free < needed:
         raise CheckpointError(

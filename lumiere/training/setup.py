@@ -78,6 +78,11 @@ class TrainingSetup:
         return steps_per_epoch(self.corpus.windows("train", self.config), self.config.training.batch_size)
 
     @property
+    def total_steps(self) -> int:
+        """Steps, unless patience ends training earlier."""
+        return num_steps(self.config.training, self.epoch_steps)
+
+    @property
     def resolved(self) -> dict[str, str]:
         """Device and precision as `run.json` records them."""
         return {"device": str(self.device), "precision": str(self.precision).removeprefix("torch.")}
@@ -256,20 +261,6 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
     """Return the settings that differ."""
     old, new = flat_settings(before), flat_settings(after)
     return [Change(path, old[path], value) for path, value in new.items() if value != old[path]]
-
-
-def inexact_changes(before: RunConfig, setup: TrainingSetup, record: RunRecord) -> list[Change]:
-    """Return the changes after which the weights are no longer bit-identical to those of an uninterrupted run.
-
-    Args:
-        before: The config of the checkpoint to resume from.
-        record: Contents of `run.json`, with the device and the precision so far.
-    """
-    recorded = {"device": record.device, "precision": record.precision}
-    moved = [
-        Change(key, recorded[key], value) for key, value in setup.resolved.items() if recorded[key] not in (None, value)
-    ]
-    return moved + [change for change in changes(before, setup.config) if change.path in INEXACT]
 
 
 def check_changes(changed: Sequence[Change], run_id: str) -> None:

@@ -43,7 +43,7 @@ from lumiere.training.parallel import (
     parallelize,
     seed_dropout,
 )
-from lumiere.training.schedule import is_snapshot, learning_rate_factor, num_steps, unfinished_warmup
+from lumiere.training.schedule import is_snapshot, learning_rate_factor, unfinished_warmup
 from lumiere.training.setup import TrainingSetup
 from lumiere.training.state import NUMERICS, TrainingState, new_model
 
@@ -96,7 +96,7 @@ class Trainer:
         self.windows = setup.corpus.windows("train", config)
         self.validation = setup.corpus.windows("validation", config)
         self.epoch_steps = setup.epoch_steps
-        self.total_steps = num_steps(self.settings, self.epoch_steps)
+        self.total_steps = setup.total_steps
         self.peak_flops = setup.peak_flops * processes.size
         self.evaluation: Evaluation | None = None
         self.checkpoints = CheckpointManager(run.path.parent)
@@ -270,7 +270,7 @@ class Trainer:
             num_parameters=self.state.model.num_parameters,
             num_windows=len(self.windows),
             device=str(self.device),
-            precision=str(self.setup.precision).removeprefix("torch."),
+            precision=self.setup.resolved["precision"],
             peak_flops=self.peak_flops,
         )
         self.emit(event)

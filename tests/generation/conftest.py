@@ -1,6 +1,7 @@
-"""Models and decoders to write with."""
+"""Models and decoders to generate with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -9,17 +10,25 @@ from torch import Tensor
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.models.transformer import Transformer
+from lumiere.persistence.runs import Run
 
 CONTEXT_SIZE = 16
 VOCAB_SIZE = 40
 
 
 class Script:
-    """Stands in for a decoder: predicts the tokens of a script, one a call, and keeps what it was shown."""
+    """A decoder that predicts the tokens of a script, one per call, and records the rows it was given.
 
-    def __init__(self, script: Sequence[int], vocab_size: int) -> None:
+    Args:
+        change: Called with the logits and the rows before they are returned.
+    """
+
+    def __init__(
+        self, script: Sequence[int], vocab_size: int, change: Callable[[Tensor, list[list[int]]], object] | None = None
+    ) -> None:
         self.script = iter(script)
         self.vocab_size = vocab_size
+        self.change = change
         self.shown: list[list[int]] = []
 
     def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -37,6 +46,8 @@ class Script:
     def _logits(self) -> Tensor:
         logits_BV = torch.zeros(len(self.shown), self.vocab_size)
         logits_BV[:, next(self.script)] = 10.0
+        if self.change is not None:
+            self.change(logits_BV, self.shown)
         return logits_BV
 
 
@@ -45,10 +56,17 @@ def tokenizer(tiny_corpus: TokenizedCorpus) -> Tokenizer:
     return tiny_corpus.tokenizer
 
 
-def random_model(positions: str, dtype: torch.dtype = torch.float32, d_value: int = 7, layers: int = 2) -> Transformer:
-    """Large random weights, gains too, so that every part matters; queries and values are of different widths."""
+@pytest.fixture
+def model(trained_run: Run) -> Transformer:
+    return trained_run.load_model()
+
+
+def random_model(
+    positions: Literal["learned", "rotary"], dtype: torch.dtype = torch.float32, d_value: int = 7, layers: int = 2
+) -> Transformer:
+    """Large random weights, gains too, so that every part matters; queries and values of different widths."""
     torch.manual_seed(1)
-    model = Transformer(VOCAB_SIZE, 32, CONTEXT_SIZE, layers, 4, 8, d_value, 24, positions=positions)  # type: ignore[arg-type]
+    model = Transformer(VOCAB_SIZE, 32, CONTEXT_SIZE, layers, 4, 8, d_value, 24, positions=positions)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         if parameter.ndim == 1:

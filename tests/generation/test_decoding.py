@@ -1,4 +1,4 @@
-"""Text, token by token: which tokens may come, where texts end, and what a seed decides."""
+"""Generation token by token: which tokens are allowed, where texts end, what a seed determines, what a stream shows."""
 
 import gc
 import tracemalloc
@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
 from lumiere.errors import LumiereError, NonFiniteError
 from lumiere.generation.decoding import (
     Limits,
     Piece,
+    TextStream,
     generate,
     generate_pieces,
     prompt_tokens,
@@ -24,15 +26,9 @@ from lumiere.generation.decoding import (
 from lumiere.generation.kv_cache import CachedDecoder
 from lumiere.generation.sampling import Sampling
 from lumiere.models.transformer import Transformer
-from lumiere.persistence.runs import Run
 from tests.generation.conftest import Script
 
 GREEDY = Sampling(temperature=0)
-
-
-@pytest.fixture
-def model(trained_run: Run) -> Transformer:
-    return trained_run.load_model()
 
 
 def endless(model: Transformer, tokenizer: Tokenizer) -> CachedDecoder:
@@ -41,7 +37,6 @@ def endless(model: Transformer, tokenizer: Tokenizer) -> CachedDecoder:
 
 
 def play(script: Sequence[int], tokenizer: Tokenizer, **limits: Any) -> list[Piece]:
-    """The pieces that come of a script."""
     decoder = Script(script, len(tokenizer))
     return list(generate_pieces(decoder, tokenizer, [[SOT]], GREEDY, [Random()], Limits(**limits)))
 
@@ -50,8 +45,12 @@ def texts(pieces: Sequence[Piece]) -> list[str]:
     return [piece.text for piece in pieces if piece.text]
 
 
-def test_greedy_is_the_likeliest_token_each_time(model: Transformer, tokenizer: Tokenizer) -> None:
-    """By hand, on the watching path, past the context window of 16, which then keeps 8."""
+def ids(pieces: Sequence[Piece]) -> list[int]:
+    return [piece.token.id for piece in pieces if piece.token]
+
+
+def test_greedy_takes_the_most_probable_token_each_time(model: Transformer, tokenizer: Tokenizer) -> None:
+    """By hand, past the context window of 16, which then keeps 8."""
     window = [SOT, *tokenizer.encode("Once there was")]
     expected = []
     for _ in range(40):
@@ -62,7 +61,7 @@ def test_greedy_is_the_likeliest_token_each_time(model: Transformer, tokenizer: 
         window = [*(window[-8:] if len(window) == 16 else window), expected[-1]]
     rows = [prompt_tokens(tokenizer, "Once there was")]
     pieces = list(generate_pieces(endless(model, tokenizer), tokenizer, rows, GREEDY, [Random()], Limits(40)))
-    assert [piece.token.id for piece in pieces if piece.token] == expected
+    assert ids(pieces) == expected
     assert "".join(texts(pieces)) == tokenizer.decode(expected)
 
 
@@ -74,29 +73,28 @@ def test_a_seed_gives_the_same_text(model: Transformer, tokenizer: Tokenizer) ->
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert text(3) == first
-    # The global generator is neither read nor moved.
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is neither read nor moved
     assert text(4) != first
     assert text(None) != text(None)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=20, top_p=0.9), Sampling(1.2, min_p=0.01)])
-def test_rows_together_write_what_each_writes_alone(
+def test_rows_together_generate_what_each_generates_alone(
     model: Transformer, tokenizer: Tokenizer, sampling: Sampling
 ) -> None:
     """Prompts of different lengths, ends at different times, past the window."""
     decoder = CachedDecoder(model.double(), suppressed_ids(model.vocab_size, len(tokenizer)))
     rows = [prompt_tokens(tokenizer, prompt) for prompt in ("The", "Once upon a time there was", None, "x " * 30)]
 
-    def written(numbers: Sequence[int]) -> dict[int, list[int]]:
+    def generated(numbers: Sequence[int]) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {number: [] for number in numbers}
         randoms = [row_random(5, number) for number in numbers]
         for piece in generate_pieces(decoder, tokenizer, [rows[i] for i in numbers], sampling, randoms, Limits(50)):
             found[numbers[piece.row]].append(piece.token.id if piece.token else -1)
         return found
 
-    together = written([0, 1, 2, 3])
-    assert together == written([2, 0]) | written([3]) | written([1])
+    together = generated([0, 1, 2, 3])
+    assert together == generated([2, 0]) | generated([3]) | generated([1])
     assert len({tuple(tokens) for tokens in together.values()}) == 4
 
 
@@ -104,21 +102,9 @@ def test_pieces_are_the_text_of_the_tokens(model: Transformer, tokenizer: Tokeni
     """Hot enough for bytes that are no characters."""
     rows, sampling = [prompt_tokens(tokenizer, "The")], Sampling(temperature=5.0)
     pieces = list(generate_pieces(endless(model, tokenizer), tokenizer, rows, sampling, [row_random(7)], Limits(200)))
-    tokens = [piece.token.id for piece in pieces if piece.token]
-    assert len(tokens) == 200
-    assert "\ufffd" in tokenizer.decode(tokens)
-    assert "".join(texts(pieces)) == tokenizer.decode(tokens)
-
-
-def test_no_piece_holds_half_a_character(tokenizer: Tokenizer) -> None:
-    script = tokenizer.encode("a😀é!")
-    assert len(script) == 1 + 4 + 2 + 1
-    assert texts(play([*script, EOT], tokenizer)) == ["a", "😀", "é", "!"]
-    grin, a = tokenizer.encode("😀"), tokenizer.encode("a")
-    # Cut off by another character, by the end of the document, and by the number of tokens.
-    assert texts(play([*grin[:2], *a, EOT], tokenizer)) == ["\ufffda"]
-    assert texts(play([*a, *grin[:3], EOT], tokenizer)) == ["a", "\ufffd"]
-    assert texts(play(grin, tokenizer, max_new_tokens=3)) == ["\ufffd"]
+    assert len(ids(pieces)) == 200
+    assert "\ufffd" in tokenizer.decode(ids(pieces))
+    assert "".join(texts(pieces)) == tokenizer.decode(ids(pieces))
 
 
 def test_why_texts_end(tokenizer: Tokenizer) -> None:
@@ -133,34 +119,30 @@ def test_why_texts_end(tokenizer: Tokenizer) -> None:
     assert ending(max_new_tokens=2) == (["x", "y"], "length")
     assert ending(max_new_tokens=0) == ([], "length")
     assert ending(stop=("yz",)) == (["x"], "stop")
-    # The last token that may come is the first half of a stop string, or its second half.
+    # The last token allowed is the first half of a stop string, or its second half.
     assert ending(stop=("yz",), max_new_tokens=2) == (["x", "y"], "length")
     assert ending(stop=("yz",), max_new_tokens=3) == (["x"], "stop")
+    grin = tokenizer.encode("😀")
+    assert texts(play(grin, tokenizer, max_new_tokens=3)) == ["\ufffd"]
+    assert texts(play([*grin[:2], *script[:1], EOT], tokenizer)) == ["\ufffdx"]
 
 
-def test_rows_end_alone(tokenizer: Tokenizer) -> None:
-    """The stub tells every row the same, so only stop strings tell them apart; the other goes on."""
+def test_a_row_that_ends_leaves_the_others_alone(tokenizer: Tokenizer) -> None:
+    def end_the_first(logits_BV: torch.Tensor, shown: list[list[int]]) -> None:
+        for row, tokens in enumerate(shown):
+            if tokens[1] == 5 and len(tokens) == 4:
+                logits_BV[row, EOT] = 20.0
 
-    class Two(Script):
-        def _logits(self) -> Tensor:
-            logits_BV = super()._logits()
-            for row, shown in enumerate(self.shown):
-                if shown[1] == 5 and len(shown) == 4:
-                    logits_BV[row, EOT] = 20.0
-            return logits_BV
-
-    decoder = Two([10] * 9, len(tokenizer))
+    decoder = Script([10] * 9, len(tokenizer), end_the_first)
     rows = [[SOT, 5], [SOT, 6]]
     pieces = list(generate_pieces(decoder, tokenizer, rows, GREEDY, [Random()] * 2, Limits(6)))
-    ends = [(piece.row, piece.finish_reason) for piece in pieces if piece.finish_reason]
-    assert ends == [(0, "eos"), (1, "length")]
-    assert sum(piece.token is not None for piece in pieces if piece.row == 0) == 2
-    assert sum(piece.token is not None for piece in pieces if piece.row == 1) == 6
+    assert [(piece.row, piece.finish_reason) for piece in pieces if piece.finish_reason] == [(0, "eos"), (1, "length")]
+    assert [len(ids([piece for piece in pieces if piece.row == row])) for row in (0, 1)] == [2, 6]
     assert decoder.shown == [[SOT, 6, *[10] * 5]]
 
 
 def test_logprobs_are_those_of_the_model(model: Transformer, tokenizer: Tokenizer) -> None:
-    """Whatever the controls are; by a full forward pass without the ids that never come."""
+    """Whatever the controls are: a full forward pass without the ids that are never generated."""
     suppressed = suppressed_ids(model.vocab_size, len(tokenizer))
     decoder = CachedDecoder(model, suppressed)
     row = prompt_tokens(tokenizer, "The")
@@ -174,52 +156,44 @@ def test_logprobs_are_those_of_the_model(model: Transformer, tokenizer: Tokenize
         logits_V[suppressed] = -torch.inf
         expected_V = logits_V.log_softmax(0)
         assert token.logprob == pytest.approx(float(expected_V[token.id]), abs=1e-4)
-        values, ids = expected_V.topk(3)
-        assert [i for i, _ in token.alternatives] == ids.tolist()
+        values, alternatives = expected_V.topk(3)
+        assert [i for i, _ in token.alternatives] == alternatives.tolist()
         assert [value for _, value in token.alternatives] == pytest.approx(values.tolist(), abs=1e-4)
         row = [*row, token.id]
-    assert play([5, EOT], tokenizer)[0].token.logprob is None  # type: ignore[union-attr]
+    (first, _) = play([5, EOT], tokenizer)
+    assert first.token is not None
+    assert first.token.logprob is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_an_error_of_ours(
-    value: float, temperature: float, tokenizer: Tokenizer
-) -> None:
-    class Broken(Script):
-        def _logits(self) -> Tensor:
-            logits_BV = torch.zeros(2, self.vocab_size)
-            logits_BV[1] = value
-            return logits_BV
-
-    pieces = generate_pieces(Broken([], 40), tokenizer, [[SOT]] * 2, Sampling(temperature), [Random()] * 2, Limits(5))
-    with pytest.raises(NonFiniteError, match="logits are not finite"):
+def test_non_finite_logits_are_an_error(value: float, temperature: float, tokenizer: Tokenizer) -> None:
+    broken = Script([1], 40, lambda logits_BV, shown: logits_BV[1].fill_(value))
+    pieces = generate_pieces(broken, tokenizer, [[SOT]] * 2, Sampling(temperature), [Random()] * 2, Limits(5))
+    with pytest.raises(NonFiniteError):
         next(pieces)
 
 
-def test_no_token_without_a_text_comes() -> None:
+def test_ids_without_text_are_never_generated() -> None:
     assert suppressed_ids(8, 6) == [SOT, PAD, 6, 7]
 
 
-def test_repetition_is_held_against_prompt_and_text(tokenizer: Tokenizer) -> None:
-    """Without it the stub would write the same token again and again."""
-    decoder = Script([10] * 9, 12)
+def test_the_prompt_counts_as_text_for_repetition(tokenizer: Tokenizer) -> None:
     sampling = Sampling(temperature=0, no_repeat_ngram_size=1)
-    pieces = list(generate_pieces(decoder, tokenizer, [[SOT, 3]], sampling, [Random()], Limits(1)))
-    assert [piece.token.id for piece in pieces if piece.token] == [10]
-    decoder = Script([10] * 9, 12)
-    pieces = list(generate_pieces(decoder, tokenizer, [[SOT, 10]], sampling, [Random()], Limits(1)))
-    assert pieces[0].token is None or pieces[0].token.id != 10
-    # Two ids, both there already.
-    with pytest.raises(LumiereError, match="every token would repeat an n-gram"):
-        next(generate_pieces(Script([1], 2), tokenizer, [[0, 1]], sampling, [Random()], Limits(1)))
+
+    def first_ids(prompt: list[int], vocab_size: int) -> list[int]:
+        script = Script([10 % vocab_size] * 9, vocab_size)
+        return ids(list(generate_pieces(script, tokenizer, [prompt], sampling, [Random()], Limits(1))))
+
+    assert first_ids([SOT, 3], 12) == [10]
+    assert first_ids([SOT, 10], 12) != [10]
+    with pytest.raises(LumiereError, match="n-gram"):
+        first_ids([0, 1], 2)  # two ids, both in the prompt
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"), [("", "the prompt is empty"), (" \n", "empty"), ("\ud800", "surrogate")]
-)
-def test_refused_prompts(model: Transformer, tokenizer: Tokenizer, prompt: str, message: str) -> None:
-    with pytest.raises(LumiereError, match=message) as caught:
+@pytest.mark.parametrize(("prompt", "named"), [("", "prompt"), (" \n", "prompt"), ("\ud800", "surrogate")])
+def test_refused_prompts(model: Transformer, tokenizer: Tokenizer, prompt: str, named: str) -> None:
+    with pytest.raises(LumiereError, match=named) as caught:
         generate(model, tokenizer, prompt)
     assert caught.value.hint
 
@@ -246,7 +220,76 @@ def test_ten_thousand_tokens_take_no_more_memory_than_two_thousand(model: Transf
         assert number == 10_000
     finally:
         tracemalloc.stop()
-    # The text itself would be 80 kB of references.
-    assert marks[1] - marks[0] < 20_000
-    # The views of all positions are there by then; one tensor a step would be 8,000.
+    assert marks[1] - marks[0] < 20_000  # the text itself would be 80 kB of references
+    # The views of all positions exist by then; one tensor per step would be 8,000.
     assert num_tensors[1] - num_tensors[0] < 100
+
+
+# --- streams of text --------------------------------------------------------------------------------------------------
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+    def normalize(self, text: str) -> str:
+        return text
+
+
+def pushed(text: bytes, stop: list[str]) -> tuple[list[str], bool]:
+    stream = TextStream(Bytes(), stop)  # pyright: ignore[reportArgumentType]
+    pieces = [stream.push(byte) for byte in text]
+    return [*pieces, stream.finish()], stream.is_stopped
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces", "is_stopped"),
+    [
+        ("a😀é!".encode(), [], ["a", "", "", "", "😀", "", "é", "!", ""], False),
+        ("😀".encode()[:3], [], ["", "", "", "\ufffd"], False),
+        (b"one. Two", [". T"], ["o", "n", "e", "", "", "", "", "", ""], True),
+        (b"a.b", [". T"], ["a", "", ".b", ""], False),  # it only looked like a stop string
+        (b"aab", ["ab"], ["", "a", "", ""], True),
+        (b"x..", ["...", "!"], ["x", "", "", ".."], False),
+    ],
+)
+def test_no_piece_holds_half_a_character_or_the_start_of_a_stop_string(
+    text: bytes, stop: list[str], pieces: list[str], is_stopped: bool
+) -> None:
+    assert pushed(text, stop) == (pieces, is_stopped)
+
+
+@given(st.text("abé", max_size=30), st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
+def test_the_text_is_what_precedes_the_first_stop_string(text: str, stop: list[str]) -> None:
+    pieces, is_stopped = pushed(text.encode(), stop)
+    # The earliest end, since the text is read from its beginning; then its earliest beginning.
+    ends = [text.find(each) + len(each) for each in stop if each in text]
+    shown = text[: min(ends)] if ends else text
+    begins = [shown.find(each) for each in stop if each in shown]
+    assert "".join(pieces) == (shown[: min(begins)] if ends else text)
+    assert is_stopped == bool(ends)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("Once there was a fox. It slept.", "e was a", "Once ther"),  # across the border of tokens
+        ("Once there was a fox. It slept.", "x. I", "Once there was a fo"),
+        ("Wait... No", "…", "Wait"),  # normalized as the training text is
+        ("a\nNo", "\r\nＮ", "a"),
+        ("a fish", "ﬁ", "a "),
+    ],
+)
+def test_a_stop_string_is_found_in_what_the_model_generates(
+    tokenizer: Tokenizer, text: str, stop: str, shown: str
+) -> None:
+    stream = TextStream(tokenizer, [stop])
+    assert "".join(map(stream.push, tokenizer.encode(text))) + stream.finish() == shown
+    assert stream.is_stopped
+
+
+def test_an_empty_stop_string_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(LumiereError):
+        TextStream(tokenizer, ["a", ""])

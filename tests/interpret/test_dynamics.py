@@ -10,7 +10,7 @@ from lumiere.config.loader import validate
 from lumiere.data.batches import make_batch
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.evaluation.loss import evaluate
-from lumiere.interpret.dynamics import DEFAULT_METRICS, METRICS, Dynamics, Texts, follow, total_change, worse
+from lumiere.interpret.dynamics import METRICS, Dynamics, Texts, follow, worse
 from lumiere.interpret.head_scores import SCORES, composition_scores, repeated_tokens, score_heads
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.result import Receipt
@@ -80,11 +80,11 @@ def test_each_number_is_that_of_the_analysis_alone(
     facts = matrix_facts(model)
     assert (
         value(result, "norm", "1.attention.query", column)
-        == facts.norms[facts.matrices.index("blocks.1.attention.query.weight")]
+        == facts["norms"][facts["matrices"].index("blocks.1.attention.query.weight")]
     )
     assert (
         value(result, "effective-rank", "token_embedding", column)
-        == facts.effective_ranks[facts.matrices.index("token_embedding.weight")]
+        == facts["effective_ranks"][facts["matrices"].index("token_embedding.weight")]
     )
     depths = [logit_lens(model, row).decision_stages for row in texts.lens_rows]
     assert value(result, "lens-depth", "", column) == pytest.approx(np.mean(depths))
@@ -177,24 +177,6 @@ def test_matrices_of_zeros_have_no_level_to_rise_from() -> None:
     assert short.num_tried == len(short.metrics) - 16, "three values are too few"
 
 
-def test_heads_that_write_nothing_have_no_numbers(texts: Texts) -> None:
-    settings = {"num_layers": 2, "num_heads": 2, "context_size": 16, "zero_output_init": True}
-    model = build_model(validate({"model": settings, "tokenizer": {"vocab_size": 320}})).eval()
-    found = follow([0, 1, 2, 4], lambda step: model, ["k-composition", "copying"], Texts(texts.tokens))
-    assert np.isnan(found.values).all()
-    assert found.num_tried == 0
-    assert (found.phase_starts == -1).all()
-    assert found.holds
-
-
-def test_a_single_layer_has_no_pairs(texts: Texts) -> None:
-    settings = {"num_layers": 1, "context_size": 16}
-    model = build_model(validate({"model": settings, "tokenizer": {"vocab_size": 320}})).eval()
-    found = follow([0], lambda step: model, ["k-composition"], Texts(texts.tokens))
-    assert found.metrics == ()
-    assert found.values.shape == (0, 1)
-
-
 def test_rows_and_curve(trained_run: Run, texts: Texts) -> None:
     found = follow([0, 8], loader(trained_run), ["previous"], texts, curve=[(2, 5.0), (4, 4.5)])
     rows = list(found.rows())
@@ -217,16 +199,3 @@ def test_the_worse_receipt_of_a_law() -> None:
     assert worse(large, small) is large
     assert worse(broken, large) is broken
     assert not worse(broken, large).holds
-
-
-def test_total_change() -> None:
-    assert total_change(np.array([np.nan, 1.0, 5.0, 3.0, np.nan])) == 2.0
-    assert total_change(np.array([np.nan])) == 0.0
-
-
-def test_every_metric_says_what_it_is() -> None:
-    assert set(DEFAULT_METRICS) <= set(METRICS)
-    for name, metric in METRICS.items():
-        assert metric.name == name
-        assert metric.meaning
-        assert metric.noticeable > 0

@@ -14,6 +14,7 @@ from lumiere.components.hooks import run_with_cache
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
 from lumiere.data.dataset import TokenizedCorpus
+from lumiere.data.tokenizer import PAD
 from lumiere.interpret import summary as weights
 from lumiere.interpret.summary import (
     PLACES_KEPT,
@@ -28,24 +29,18 @@ from lumiere.interpret.summary import (
     summarize,
 )
 from lumiere.models.transformer import Transformer, build_model
-from lumiere.persistence.runs import Run
 from lumiere.training.costs import count_parameters
+from tests.interpret.models import SIZES, untrained_model
+
+TEXT = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
 def random_model(positions: str = "learned") -> Transformer:
-    sizes = {"embedding_size": 12, "context_size": 16, "num_layers": 2, "num_heads": 2, "d_key": 6, "d_value": 7}
-    torch.manual_seed(1)
-    settings = {"model": {**sizes, "d_ff": 9, "positions": positions}, "tokenizer": {"vocab_size": 320}}
-    return build_model(validate(settings)).eval()
-
-
-def text() -> Batch:
-    tokens = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0))
-    return Batch(tokens, tokens, tokens.numel())
+    return untrained_model(**{**SIZES, "num_layers": 2, "positions": positions})
 
 
 def summary(model: Transformer, token_counts: np.ndarray | None = None) -> ModelSummary:
-    return summarize(model, [text()], token_counts)
+    return summarize(model, [Batch(TEXT, TEXT, TEXT.numel())], token_counts)
 
 
 def found(result: ModelSummary) -> dict[str, tuple[str, ...]]:
@@ -62,81 +57,61 @@ def test_a_fresh_model_is_well(positions: str) -> None:
     assert len(result.checks) == (10 if positions == "learned" else 9)
 
 
-def test_a_trained_model(trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
+def test_a_trained_model(trained: Transformer, tiny_corpus: TokenizedCorpus) -> None:
     counts = np.bincount(tiny_corpus.splits["train"].ids, minlength=320)
-    result = summary(trained_run.load_model("best").eval(), counts)
-    assert result.holds
-    assert len(found(result)["tokens that were never met in training"]) == (counts == 0).sum() > 0
+    assert len(found(summary(trained, counts))["tokens that were never met in training"]) == (counts == 0).sum() > 0
 
 
-def broken_attention(model: Transformer) -> None:
-    model.blocks[1].attention.output.weight.data.zero_()
-
-
-def broken_feedforward(model: Transformer) -> None:
-    model.blocks[0].feedforward.down.weight.data *= 1e-6
-
-
-def broken_head(model: Transformer) -> None:
-    model.blocks[0].attention.value.weight.data[7:] = 0
-
-
-def broken_neuron(model: Transformer) -> None:
-    model.blocks[1].feedforward.up.weight.data[4] = 0
-
-
-def broken_gain(model: Transformer) -> None:
-    model.blocks[1].attention_norm.weight.data[3] = -0.001
-
-
-def broken_rank(model: Transformer) -> None:
-    model.blocks[0].attention.key.weight.data[:] = torch.outer(torch.randn(12), torch.randn(12)) * 0.01
-
-
-def broken_token(model: Transformer) -> None:
-    model.token_embedding.weight.data[17] = 0
-
-
-def broken_pair(model: Transformer) -> None:
-    model.token_embedding.weight.data[99] = model.token_embedding.weight.data[41] * 2
-
-
-def broken_position(model: Transformer) -> None:
-    assert model.position_embedding is not None
-    model.position_embedding.weight.data[9] = model.position_embedding.weight.data[8]
+def same_direction(weight: torch.Tensor) -> None:
+    weight[:] = torch.outer(torch.randn(12), torch.randn(12)) * 0.01
 
 
 @pytest.mark.parametrize(
-    ("break_it", "what", "places"),
+    ("name", "break_it", "warnings"),
     [
-        (broken_feedforward, "parts of layers that do nothing", ("L0 feed-forward",)),
-        (broken_head, "heads that do nothing", ("L0H1",)),
-        (broken_neuron, "dead neurons", ("L1N4",)),
-        (broken_gain, "gains that shut a direction out", ("blocks.1.attention_norm.3",)),
-        (broken_rank, "matrices of low rank", ("blocks.0.attention.key.weight",)),
-        (broken_token, "tokens without a vector", ("17",)),
-        (broken_pair, "tokens with the vector of an earlier token", ("99, 41",)),
-        (broken_position, "positions with the vector of an earlier one", ("9, 8",)),
+        (
+            "blocks.0.feedforward.down",
+            lambda weight: weight.mul_(1e-6),
+            {"parts of layers that do nothing": ("L0 feed-forward",)},
+        ),
+        ("blocks.0.attention.value", lambda weight: weight[7:].zero_(), {"heads that do nothing": ("L0H1",)}),
+        ("blocks.1.feedforward.up", lambda weight: weight[4].zero_(), {"dead neurons": ("L1N4",)}),
+        (
+            "blocks.1.attention_norm",
+            lambda weight: weight[3].fill_(-0.001),
+            {"gains that shut a direction out": ("blocks.1.attention_norm.3",)},
+        ),
+        ("blocks.0.attention.key", same_direction, {"matrices of low rank": ("blocks.0.attention.key.weight",)}),
+        ("token_embedding", lambda weight: weight[17].zero_(), {"tokens without a vector": ("17",)}),
+        (
+            "token_embedding",
+            lambda weight: weight[99].copy_(weight[41] * 2),
+            {"tokens with the vector of an earlier token": ("99, 41",)},
+        ),
+        (
+            "position_embedding",
+            lambda weight: weight[9].copy_(weight[8]),
+            {"positions with the vector of an earlier one": ("9, 8",)},
+        ),
+        (
+            "blocks.1.attention.output",
+            lambda weight: weight.zero_(),
+            {
+                "matrices of low rank": ("blocks.1.attention.output.weight",),
+                "parts of layers that do nothing": ("L1 attention",),
+                "heads that do nothing": ("L1H0", "L1H1"),
+            },
+        ),
     ],
 )
 def test_what_is_broken_is_found_and_nothing_else(
-    break_it: Callable[[Transformer], None], what: str, places: tuple[str, ...]
+    name: str, break_it: Callable[[torch.Tensor], None], warnings: dict[str, tuple[str, ...]]
 ) -> None:
     model = random_model()
-    break_it(model)
+    break_it(model.get_parameter(f"{name}.weight").data)
     result = summary(model)
-    assert found(result) == {what: places}
+    assert found(result) == warnings
     assert result.holds
-
-
-def test_attention_that_writes_nothing_has_heads_that_write_nothing() -> None:
-    model = random_model()
-    broken_attention(model)
-    assert found(summary(model)) == {
-        "matrices of low rank": ("blocks.1.attention.output.weight",),
-        "parts of layers that do nothing": ("L1 attention",),
-        "heads that do nothing": ("L1H0", "L1H1"),
-    }
 
 
 def test_weights_that_are_not_finite_are_named_and_fail() -> None:
@@ -151,6 +126,9 @@ def test_tokens_that_were_never_met() -> None:
     counts = np.ones(320)
     counts[[5, 300]] = 0
     assert found(summary(random_model(), counts)) == {"tokens that were never met in training": ("5", "300")}
+    many = check("tokens", "any", [str(number) for number in range(PLACES_KEPT + 5)])
+    assert (many.count, len(many.places)) == (PLACES_KEPT + 5, PLACES_KEPT)
+    assert check("tokens", "any", []) == Check("tokens", "any", 0, ())
 
 
 def test_without_a_text_the_weights_have_to_do() -> None:
@@ -176,30 +154,6 @@ def test_embeddings() -> None:
     assert summary(moved).token_mean_share == pytest.approx(1, rel=1e-5)
 
 
-def test_rows_are_the_matrices() -> None:
-    result = summary(random_model())
-    rows = list(result.rows())
-    assert [row["matrix"] for row in rows] == list(result.matrices)
-    row = rows[3]
-    assert (row["rows"], row["columns"]) == tuple(result.shapes[3])
-    assert row["effective_rank"] == result.effective_ranks[3]
-    assert row["spectral_norm"] <= row["norm"]
-    assert row["rms"] == pytest.approx(row["norm"] / math.sqrt(row["rows"] * row["columns"]))
-
-
-def test_many_places_are_counted_and_some_named() -> None:
-    many = check("tokens", "any", [str(number) for number in range(PLACES_KEPT + 5)])
-    assert (many.count, len(many.places)) == (PLACES_KEPT + 5, PLACES_KEPT)
-    assert check("tokens", "any", []) == Check("tokens", "any", 0, ())
-
-
-def test_the_model_is_left_as_it_was() -> None:
-    model = random_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    summary(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_parts_are_what_the_config_says(positions: str) -> None:
     config = validate({"model": {"positions": positions, "d_value": 12, "d_ff": 24, "num_layers": 3}})
@@ -215,14 +169,14 @@ def test_parts_are_what_the_config_says(positions: str) -> None:
         (np.eye(5) * 7, 5, 5),
         (np.diag([2.0, 1.0, 1.0]), 6 / 4, math.exp(0.5 * math.log(2) + 0.5 * math.log(4))),
         (np.zeros((3, 2)), 0, 0),
+        (np.array([[1.0, math.inf]]), math.nan, math.nan),
     ],
 )
 def test_ranks_by_hand(matrix: np.ndarray, stable: float, effective: float) -> None:
     norm, rms, spectral, *ranks = spectrum_facts(matrix)
-    assert ranks == pytest.approx([stable, effective])
-    assert norm == pytest.approx(math.sqrt((matrix**2).sum()))
-    assert rms == pytest.approx(math.sqrt((matrix**2).mean()))
-    assert spectral == pytest.approx(np.linalg.norm(matrix, 2))
+    sizes = [math.sqrt((matrix**2).sum()), math.sqrt((matrix**2).mean())]
+    sizes = [*sizes, np.linalg.norm(matrix, 2)] if np.isfinite(matrix).all() else [math.nan] * 3
+    assert [norm, rms, spectral, *ranks] == pytest.approx([*sizes, stable, effective], nan_ok=True)
 
 
 @given(st.integers(0, 1000), st.floats(1e-3, 1e3))
@@ -233,19 +187,15 @@ def test_ranks_know_neither_scale_nor_rotation(seed: int, scale: float) -> None:
     assert spectrum_facts(scale * rotation @ matrix)[3:] == pytest.approx(spectrum_facts(matrix)[3:])
 
 
-def test_a_matrix_that_is_not_finite_has_no_sizes() -> None:
-    assert np.isnan(spectrum_facts(np.array([[1.0, math.inf]]))).all()
-
-
 def test_every_matrix_has_its_row() -> None:
-    model = build_model(validate({"model": {"num_layers": 1}, "tokenizer": {"vocab_size": 300}}))
+    model = untrained_model(num_layers=1)
     facts = matrix_facts(model)
-    assert dict(zip(facts.matrices, map(tuple, facts.shapes), strict=True)) == {
+    assert dict(zip(facts["matrices"], map(tuple, facts["shapes"]), strict=True)) == {
         name: tuple(value.shape) for name, value in model.state_dict().items() if value.ndim == 2
     }
-    number = facts.matrices.index("blocks.0.feedforward.gate.weight")
+    number = facts["matrices"].index("blocks.0.feedforward.gate.weight")
     gate = model.blocks[0].feedforward.gate.weight.detach().double()
-    assert facts.norms[number] == pytest.approx(float(gate.norm()))
+    assert facts["norms"][number] == pytest.approx(float(gate.norm()))
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
@@ -261,31 +211,12 @@ def test_same_rows_by_comparing_all(rows_at_once: int, monkeypatch: pytest.Monke
     assert list(same_rows(table, 0.999)) == expected == [(7, 2), (9, 2), (11, 4)]
 
 
-WINDOWS = [[0, 70, 71, 72, 70], [5, 9, 300, 1, 2], [80, 2, 2, 2, 2]]  # 2 is padding
-
-
-@pytest.fixture(scope="module", params=["random", "trained"])
-def model(request: pytest.FixtureRequest, trained_run: Run) -> Transformer:
-    if request.param == "trained":
-        return trained_run.load_model("best").eval()
-    sizes = {"embedding_size": 12, "context_size": 16, "num_layers": 2, "num_heads": 2, "d_key": 5, "d_value": 7}
-    torch.manual_seed(1)
-    model = build_model(validate({"model": {**sizes, "d_ff": 9}, "tokenizer": {"vocab_size": 320}})).eval()
-    for parameter in model.parameters():
-        parameter.data *= 20 if parameter.ndim == 2 else 1
-    return model
-
-
-def batch(windows: list[list[int]]) -> Batch:
-    tokens = torch.tensor(windows)
-    return Batch(tokens, tokens, tokens.numel())
-
-
 def test_means_are_those_of_the_tokens_one_by_one(model: Transformer) -> None:
-    activity = measure_activity(model, [batch(WINDOWS)])
+    windows = torch.tensor([[0, 70, 71, 72, 70], [5, 9, 300, 1, 4], [80, PAD, PAD, PAD, PAD]])
+    activity, _ = measure_activity(model, [Batch(windows, windows, 15)])
     writes, heads = np.zeros((model.num_layers, 2)), np.zeros((model.num_layers, model.num_heads))
     largest = np.zeros((model.num_layers, model.d_ff))
-    texts = [[token for token in window if token != 2] for window in WINDOWS]
+    texts = [[token for token in window if token != PAD] for window in windows.tolist()]
     for text in texts:
         with torch.no_grad():
             _, cache = run_with_cache(model, torch.tensor([text]))
@@ -303,20 +234,13 @@ def test_means_are_those_of_the_tokens_one_by_one(model: Transformer) -> None:
                         heads[layer, head] += float(block.attention.output(alone.flatten()).norm() / before)
                     largest[layer] = np.maximum(largest[layer], at["mlp.hook_post"][position].abs().numpy())
     num_tokens = sum(map(len, texts))
-    assert (activity.num_windows, activity.num_tokens) == (3, num_tokens) == (3, 10)
-    np.testing.assert_allclose(activity.writes, writes / num_tokens, rtol=1e-4)
-    np.testing.assert_allclose(activity.head_writes, heads / num_tokens, rtol=1e-4)
-    np.testing.assert_allclose(activity.largest_activations, largest, rtol=1e-4)
+    assert (activity["num_windows"], activity["num_tokens"]) == (3, num_tokens) == (3, 11)
+    np.testing.assert_allclose(activity["writes"], writes / num_tokens, rtol=1e-4)
+    np.testing.assert_allclose(activity["head_writes"], heads / num_tokens, rtol=1e-4)
+    np.testing.assert_allclose(activity["largest_activations"], largest, rtol=1e-4)
 
 
-def test_batches_make_no_difference(model: Transformer) -> None:
-    whole, parts = measure_activity(model, [batch(WINDOWS)]), measure_activity(model, [batch([w]) for w in WINDOWS])
-    for name in ("writes", "head_writes", "largest_activations"):
-        np.testing.assert_allclose(getattr(whole, name), getattr(parts, name), rtol=1e-4)
-    assert (whole.num_windows, whole.num_tokens) == (parts.num_windows, parts.num_tokens)
-
-
-def test_the_head_is_the_embedding_or_it_is_noticed(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure_activity(model, [batch(WINDOWS)]).tied_error < 1e-5
+def test_the_head_is_the_embedding_or_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
     monkeypatch.setattr(model.token_embedding, "unembed", lambda resid: resid @ model.token_embedding.weight.T * 1.01)
-    assert measure_activity(model, [batch(WINDOWS)]).tied_error > 1e-3
+    assert summary(model).receipts[-1].error > 1e-3

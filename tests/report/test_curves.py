@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,8 +15,6 @@ from lumiere.evaluation.loss import Evaluation
 from lumiere.evaluation.scoring import DocumentTotals
 from lumiere.persistence.metrics import History, Point
 from lumiere.report.figures.curves import (
-    EvaluationPlot,
-    LossCurves,
     draw_evaluations,
     draw_loss_curves,
     save_evaluation_plots,
@@ -29,14 +28,14 @@ HISTORY = History(
     validation=(Point(2, 200, 0.5, 5.5), Point(4, 400, 1.0, 3.5)),
 )
 TEXT = "aaaaaaaa on $x$ <b>&amp;</b>"
-CURVES = [LossCurves(TEXT, HISTORY), LossCurves("bbbbbbbb on stories", HISTORY)]
+CURVES = [(TEXT, HISTORY), ("bbbbbbbb on stories", HISTORY)]
 NAN = float("nan")
 FREQUENCIES = LossByGroup(["0", "1 to 9", "10 to 99", "100 to 999"], [NAN, 9.0, 6.0, 2.0], [0, 2, 3, 4])
 
 
-def make_plot(label: str, by_frequency: LossByGroup | None) -> EvaluationPlot:
-    found = DetailedEvaluation(
-        evaluation=Evaluation(*[1.0] * 6, *[1] * 4, seconds=1.0),
+def evaluation(by_frequency: LossByGroup | None) -> DetailedEvaluation:
+    return DetailedEvaluation(
+        evaluation=Evaluation(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 1, 1, 1, seconds=1.0),
         byte_perplexity=2.0,
         normalized_share=0.0,
         accuracy=0.3,
@@ -51,25 +50,30 @@ def make_plot(label: str, by_frequency: LossByGroup | None) -> EvaluationPlot:
         baselines=None,
         totals=DocumentTotals(*[np.zeros(1)] * 8),
     )
-    return EvaluationPlot(label, found)
 
 
-PLOTS = [make_plot("aaaaaaaa, best", FREQUENCIES), make_plot("bbbbbbbb, best", FREQUENCIES)]
+PLOTS = [("aaaaaaaa, best", evaluation(FREQUENCIES)), ("bbbbbbbb, best", evaluation(FREQUENCIES))]
 
 
-@pytest.mark.parametrize(
-    ("axis", "xs"), [("step", [1, 2, 3, 4]), ("tokens", [100, 200, 300, 400]), ("time", [0.25, 0.5, 0.75, 1.0])]
-)
-def test_loss_curves_hold_the_numbers(axis: str, xs: list[float]) -> None:
+def points(line: Any) -> list[list[float]]:
+    return line.get_xydata().tolist()
+
+
+def legend(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize(("axis", "unit"), [("step", 1), ("tokens", 100), ("time", 0.25)])
+def test_loss_curves_hold_the_numbers(axis: str, unit: float) -> None:
     (axes,) = draw_loss_curves(CURVES, axis).axes
     training, validation, *others = axes.get_lines()
     assert len(others) == 2
-    assert training.get_xydata().tolist() == [list(pair) for pair in zip(xs, [7, 6, 5, 4], strict=True)]  # pyright: ignore
-    assert validation.get_xydata().tolist() == [[xs[1], 5.5], [xs[3], 3.5]]  # pyright: ignore
+    assert points(training) == [[unit * step, 8 - step] for step in range(1, 5)]
+    assert points(validation) == [[unit * 2, 5.5], [unit * 4, 3.5]]
 
 
 def test_twenty_runs_look_different() -> None:
-    (axes,) = draw_loss_curves([LossCurves(str(i), HISTORY) for i in range(20)], "step").axes
+    (axes,) = draw_loss_curves([(str(i), HISTORY) for i in range(20)], "step").axes
     looks = {(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in axes.get_lines()}
     assert len(looks) == 40
     assert {str(color) for color, _, _ in looks} == set(COLORS)
@@ -79,48 +83,46 @@ def test_evaluations_hold_the_numbers() -> None:
     figure = draw_evaluations(PLOTS, TEXT)
     positions, frequencies, reliability = figure.axes
     assert figure.get_suptitle() == TEXT
-    assert [text.get_text() for text in positions.get_legend().get_texts()] == ["aaaaaaaa, best", "bbbbbbbb, best"]
-    assert positions.get_lines()[0].get_xydata().tolist() == [[1, 5], [2, 4], [3, 3.5], [4, 3]]  # pyright: ignore
-    # An empty group is left out, and keeps its place.
-    assert frequencies.get_lines()[1].get_xydata().tolist() == [[1, 9], [2, 6], [3, 2]]  # pyright: ignore
+    assert legend(positions) == ["aaaaaaaa, best", "bbbbbbbb, best"]
+    assert points(positions.get_lines()[0]) == [[1, 5], [2, 4], [3, 3.5], [4, 3]]
+    # An empty group is omitted, and keeps its place.
+    assert points(frequencies.get_lines()[1]) == [[1, 9], [2, 6], [3, 2]]
     assert [label.get_text() for label in frequencies.get_xticklabels()] == ["0", "1+", "10+", "100+"]
     first, _, diagonal = reliability.get_lines()
-    assert first.get_xydata().tolist() == [[0.4, 0.3], [0.9, 0.95]]  # pyright: ignore
-    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]  # pyright: ignore
-    assert [text.get_text() for text in reliability.get_legend().get_texts()] == ["ECE 12.50%", "ECE 12.50%"]
-    small, large = reliability.collections[0].get_sizes()  # pyright: ignore
+    assert (points(first), points(diagonal)) == ([[0.4, 0.3], [0.9, 0.95]], [[0, 0], [1, 1]])
+    assert legend(reliability) == ["ECE 12.50%", "ECE 12.50%"]
+    small, large = reliability.collections[0].get_sizes()  # pyright: ignore[reportAttributeAccessIssue]
     assert large == pytest.approx(3 * small), "areas are shares of the tokens"
-    assert len(draw_evaluations([make_plot("a", None)], TEXT).axes) == 2
-    assert len(draw_evaluations([make_plot("a", None), PLOTS[0]], TEXT).axes) == 3
+    bare = ("a", evaluation(None))
+    assert [len(draw_evaluations(plots, TEXT).axes) for plots in ([bare], [bare, PLOTS[0]])] == [2, 3]
     names = {"0": "0", "1 to 9": "1+", "10,000 to 99,999": "10K+", "1,000,000 to 9,999,999": "1M+"}
     assert {name: short_range(name) for name in names} == names
 
 
 @pytest.mark.parametrize("kind", ["losses", "evaluations"])
-def test_a_page_is_self_contained_and_takes_the_colors_of_the_reader(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "out.html"
+def test_a_page_is_self_contained_and_takes_the_colors_of_the_reader(kind: str) -> None:
     if kind == "losses":
-        save_loss_curves(path, CURVES)
+        save_loss_curves(Path("out.html"), CURVES)
     else:
-        save_evaluation_plots(path, PLOTS, TEXT)
-    text = path.read_text(encoding="utf-8")
+        save_evaluation_plots(Path("out.html"), PLOTS, TEXT)
+    text = Path("out.html").read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", text)
     assert not re.search(r'(?:href|src)="(?!#)', text)
     assert "prefers-color-scheme: dark" in text
     assert "aaaaaaaa on $x$ &lt;b&gt;&amp;amp;&lt;/b&gt;" in text
-    colors = {color.upper() for color in re.findall(r"#[0-9a-fA-F]{6}\b", text)}
-    assert colors == set(COLORS[:2]), "everything else has the color of the text, and there is no background"
+    # Everything else has the color of the text, and there is no background.
+    assert {color.upper() for color in re.findall(r"#[0-9a-fA-F]{6}\b", text)} == set(COLORS[:2])
     assert "currentColor" in text
 
 
-def test_each_suffix_gives_its_format_and_equal_losses_equal_bytes(tmp_path: Path) -> None:
-    (tmp_path / "loss.SVG").write_text("old")
+def test_each_suffix_gives_its_format_and_equal_losses_equal_bytes() -> None:
+    Path("loss.SVG").write_text("old")
     for name in ("loss.png", "loss.SVG", "again.svg"):
-        save_loss_curves(tmp_path / name, CURVES)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert ElementTree.parse(tmp_path / "loss.SVG").getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    assert (tmp_path / "loss.SVG").read_bytes() == (tmp_path / "again.svg").read_bytes()
-    assert len(list(tmp_path.iterdir())) == 3, "no temporary file is left"
+        save_loss_curves(Path(name), CURVES)
+    assert Path("loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert ElementTree.parse("loss.SVG").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert Path("loss.SVG").read_bytes() == Path("again.svg").read_bytes()
+    assert len(list(Path().iterdir())) == 3, "no temporary file is left"
 
 
 @pytest.mark.parametrize(
@@ -132,17 +134,13 @@ def test_each_suffix_gives_its_format_and_equal_losses_equal_bytes(tmp_path: Pat
         ("none/loss.png", "step", "'none'"),
         ("loss.png", "tokns", "'tokns' .*tokens"),
         ("loss.png", "x", "'x' .*step, tokens, time"),
+        ("no-matplotlib.png", "step", "pip install matplotlib"),
     ],
 )
-def test_bad_paths_and_axes_are_refused(name: str, axis: str, named: str) -> None:
+def test_bad_input_is_refused(name: str, axis: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("folder.png").mkdir()
+    if "matplotlib" in name:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(LumiereError, match=named):
         save_loss_curves(Path(name), CURVES, axis)
-    assert [path.name for path in Path.cwd().iterdir()] == ["folder.png"]
-
-
-def test_without_matplotlib_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(LumiereError, match="pip install matplotlib"):
-        save_loss_curves(Path("loss.png"), CURVES)
-    assert not Path("loss.png").exists()
+    assert [path.name for path in Path().iterdir()] == ["folder.png"]

@@ -54,24 +54,17 @@ RECORD = {
 NASTY = "x|y `z` ``q``\n---\n# Heading\n<script>$(id)</script>\x1b[31m ]]"
 
 
-def make_facts() -> CardFacts:
-    """A run of the original Lumiére model card's config."""
-    return CardFacts(
-        run_name="run_hiq6ihsb_20250819_001808",
-        status="finished",
-        config=load_config("small"),
-        record=RunRecord.from_json(RECORD),
-        checkpoint="best",
-        step=18_590,
-        evaluation=SCORES,
-        num_tokens_used=4096,
-        on_hub=True,
-    )
-
-
-@pytest.fixture
-def card_facts() -> CardFacts:
-    return make_facts()
+FACTS = CardFacts(  # a run of the original Lumiére model card's config
+    run_name="run_hiq6ihsb_20250819_001808",
+    status="finished",
+    config=load_config("small"),
+    record=RunRecord.from_json(RECORD),
+    checkpoint="best",
+    step=18_590,
+    evaluation=SCORES,
+    num_tokens_used=4096,
+    on_hub=True,
+)
 
 
 def changed(config: RunConfig, **changes: Any) -> RunConfig:
@@ -79,35 +72,40 @@ def changed(config: RunConfig, **changes: Any) -> RunConfig:
     return validate({name: section | changes.get(name, {}) for name, section in config.model_dump().items()})
 
 
-def changed_card(facts: CardFacts, facts_changes: dict[str, Any] | None = None, **config: Any) -> str:
-    return model_card(dataclasses.replace(facts, config=changed(facts.config, **config), **(facts_changes or {})))
+def card(facts: dict[str, Any] | None = None, **config: Any) -> str:
+    """The card of the fixed run with other facts, and other values in sections of its config."""
+    return model_card(dataclasses.replace(FACTS, config=changed(FACTS.config, **config), **(facts or {})))
 
 
-def section(card: str, title: str) -> str:
-    return card.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+def header(text: str) -> Any:
+    return ModelCard(text).data
 
 
-def headings(card: str) -> list[str]:
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def headings(text: str) -> list[str]:
     """The headings that a reader of CommonMark with tables finds below the header."""
-    tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(card).text)
+    tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)
     return [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
 
 
 HEADINGS = headings((ROOT / "tests/golden/card.md").read_text(encoding="utf-8"))
 
 
-def test_the_card_of_a_fixed_run_is_the_golden_one(card_facts: CardFacts, golden) -> None:
-    card = model_card(card_facts)
-    assert card == golden("card.md", card)
+def test_the_card_of_a_fixed_run_is_the_golden_one(golden: Any) -> None:
+    text = card()
+    assert text == golden("card.md", text)
     assert len(HEADINGS) == 15
 
 
-def test_the_hub_reads_its_header(card_facts: CardFacts) -> None:
-    data = ModelCard(model_card(card_facts)).data
-    header = data.to_dict()
-    assert [header[key] for key in ("license", "library_name", "pipeline_tag")] == ["mit", "lumiere", "text-generation"]
+def test_the_hub_reads_its_header() -> None:
+    data = header(card())
+    keys = ("license", "library_name", "pipeline_tag")
+    assert [data.to_dict()[key] for key in keys] == ["mit", "lumiere", "text-generation"]
     assert (data.language, data.datasets) == (["en"], ["Salesforce/wikitext"])
-    assert data.model_name == card_facts.run_name
+    assert data.model_name == FACTS.run_name
     results = {result.metric_type: result for result in data.eval_results}
     values = {name: results[name].metric_value for name in ("loss", "mean_batch_loss", "mean_batch_perplexity")}
     assert values == {"loss": 4.4, "mean_batch_loss": 4.418, "mean_batch_perplexity": 85.01}
@@ -115,17 +113,17 @@ def test_the_hub_reads_its_header(card_facts: CardFacts) -> None:
     found = (first.dataset_type, first.dataset_config, first.dataset_split)
     assert found == ("Salesforce/wikitext", "wikitext-2-raw-v1", "validation")
     infinite = {"evaluation": dataclasses.replace(SCORES, word_perplexity=float("inf"))}
-    left = ModelCard(changed_card(card_facts, infinite)).data.eval_results
+    left = header(card(infinite)).eval_results
     assert {result.metric_type for result in left} == results.keys() - {"word_perplexity"}
 
 
-def test_a_local_corpus_claims_no_language_and_hides_its_folder(card_facts: CardFacts) -> None:
+def test_a_local_corpus_claims_no_language_and_hides_its_folder() -> None:
     own = {"name": "text", "subset": None, "data_files": "/home/me/secret/book.txt"}
-    card = changed_card(card_facts, {"on_hub": False}, dataset=own)
-    data = ModelCard(card).data
+    text = card({"on_hub": False}, dataset=own)
+    data = header(text)
     assert (data.language, data.datasets) == (None, None)
-    assert "`book.txt`" in card
-    assert not re.search("English|/home", card)
+    assert "`book.txt`" in text
+    assert not re.search("English|/home", text)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +136,8 @@ def test_a_local_corpus_claims_no_language_and_hides_its_folder(card_facts: Card
         ("..", ".."),
     ],
 )
-def test_a_path_keeps_only_its_last_part(card_facts: CardFacts, name: str, shown: str) -> None:
-    assert corpus_name(changed(card_facts.config, dataset={"name": name}).dataset) == shown
+def test_a_path_keeps_only_its_last_part(name: str, shown: str) -> None:
+    assert corpus_name(changed(FACTS.config, dataset={"name": name}).dataset) == shown
 
 
 @pytest.mark.parametrize(
@@ -155,50 +153,48 @@ def test_a_path_keeps_only_its_last_part(card_facts: CardFacts, name: str, shown
         ("Limitations", "not a language", {"dataset": {"name": "chains", "subset": None}}),
     ],
 )
-def test_a_statement_depends_on_the_config(card_facts: CardFacts, title: str, words: str, changes: Any) -> None:
-    assert words not in section(model_card(card_facts), title)
-    assert words in section(changed_card(card_facts, **changes), title)
+def test_a_statement_depends_on_the_config(title: str, words: str, changes: Any) -> None:
+    assert words not in section(card(), title)
+    assert words in section(card(**changes), title)
 
 
-def test_parameters_are_those_of_the_model(card_facts: CardFacts) -> None:
-    table = section(model_card(card_facts), "Parameters")
+def test_parameters_are_those_of_the_model() -> None:
+    table = section(card(), "Parameters")
     counts = [int(number.replace(",", "")) for number in re.findall(r"\| ([\d,]+) \|", table)]
     assert counts[-1] == sum(counts[:-1]) == 1_188_992
 
 
-def test_limitations_state_the_record(card_facts: CardFacts) -> None:
-    limits = section(model_card(card_facts), "Limitations")
+def test_limitations_state_the_record() -> None:
+    limits = section(card(), "Limitations")
     # 64 tokens of 10,940,000 bytes in 3,080,000 tokens are 227.3 bytes.
     assert "64 tokens at once, about 227 bytes" in limits
     assert "raw text (`wikitext-2-raw-v1`)" in limits
     short = {"status": "interrupted", "record": RunRecord.from_json(RECORD | {"epoch": 0.25})}
-    limits = section(changed_card(card_facts, short), "Limitations")
+    limits = section(card(short), "Limitations")
     assert "`interrupted`" in limits
     assert "25% of the training windows" in limits
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_built_in_corpus_is_described(card_facts: CardFacts, name: str) -> None:
-    card = changed_card(card_facts, {"on_hub": False}, dataset={"name": name, "subset": None, "document_start": None})
-    assert f"`{name}`: " in section(card, "Dataset")
-    assert "is generated by Lumiere and has no license" in section(card, "License")
-    assert "a local dataset" not in card
+def test_a_built_in_corpus_is_described(name: str) -> None:
+    text = card({"on_hub": False}, dataset={"name": name, "subset": None, "document_start": None})
+    assert f"`{name}`: " in section(text, "Dataset")
+    assert "is generated by Lumiere and has no license" in section(text, "License")
+    assert "a local dataset" not in text
 
 
-def test_text_from_files_breaks_nothing(card_facts: CardFacts) -> None:
+def test_text_from_files_breaks_nothing() -> None:
     names = ("name", "subset", "text_column")
     dataset = dict.fromkeys(names, NASTY) | {"data_files": [NASTY], "document_start": "|`\n---\n|"}
     versions = {"lumiere": NASTY, "torch": NASTY}
     record = RECORD | dict.fromkeys(("device", "precision", "corpus_sha256"), NASTY) | {"versions": versions}
-    card = changed_card(
-        card_facts, {"record": RunRecord.from_json(record), "status": NASTY, "on_hub": False}, dataset=dataset
-    )
-    assert headings(card) == HEADINGS
-    assert all(line.isprintable() for line in card.splitlines())
-    data = ModelCard(card).data
+    text = card({"record": RunRecord.from_json(record), "status": NASTY, "on_hub": False}, dataset=dataset)
+    assert headings(text) == HEADINGS
+    assert all(line.isprintable() for line in text.splitlines())
+    data = header(text)
     assert data.to_dict()["library_name"] == "lumiere"
     assert data.eval_results[0].dataset_config.startswith("x|y `z` ``q``\\n---")
-    html = MarkdownIt("commonmark").enable("table").render(ModelCard(card).text)
+    html = MarkdownIt("commonmark").enable("table").render(ModelCard(text).text)
     assert "<script>" not in html
     # Every row of a table has as many cells as its head, so nothing was cut off.
     for table in re.findall(r"<table>.*?</table>", html, flags=re.DOTALL):
@@ -210,11 +206,11 @@ def test_text_from_files_breaks_nothing(card_facts: CardFacts) -> None:
 
 @given(name=st.text())
 def test_no_name_ends_the_header(name: str) -> None:
-    facts = make_facts()
+    facts = FACTS
     dataset = facts.config.dataset.model_copy(update={"name": name, "subset": name + " ---\n---\n" * 20})
-    card = model_card(dataclasses.replace(facts, config=facts.config.model_copy(update={"dataset": dataset})))
-    assert ModelCard(card).data.to_dict()["pipeline_tag"] == "text-generation"
-    assert headings(card) == HEADINGS
+    text = model_card(dataclasses.replace(facts, config=facts.config.model_copy(update={"dataset": dataset})))
+    assert header(text).to_dict()["pipeline_tag"] == "text-generation"
+    assert headings(text) == HEADINGS
 
 
 def test_a_value_without_a_filter_is_refused() -> None:
@@ -237,7 +233,7 @@ def test_a_damaged_record_crashes_nothing(damaged: dict[str, Any], split: Any) -
     for record in (RECORD | damaged, RECORD | {"splits": counts}):
         recorded = RunRecord.from_json(record)
         kept_evaluation(recorded, 5)
-        facts = dataclasses.replace(make_facts(), record=recorded, status=recorded.status)
+        facts = dataclasses.replace(FACTS, record=recorded, status=recorded.status)
         assert headings(model_card(facts)) == HEADINGS
 
 
@@ -266,8 +262,8 @@ def test_the_python_of_the_card_runs(trained_run: Run, capsys: pytest.CaptureFix
     evaluation = kept_evaluation(trained_run.record, step)
     assert evaluation is not None
     assert evaluation.loss == trained_run.record.best_loss
-    card = model_card(gather(trained_run, checkpoint, step, evaluation))
-    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    text = model_card(gather(trained_run, checkpoint, step, evaluation))
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
     names: dict[str, Any] = {}
     for block in blocks:
@@ -278,15 +274,15 @@ def test_the_python_of_the_card_runs(trained_run: Run, capsys: pytest.CaptureFix
     assert torch.equal(names["model"].logits(tokens), trained_run.load_model("best").logits(tokens))
 
 
-def test_the_python_of_a_rotary_card_builds_its_model(card_facts: CardFacts) -> None:
-    card = changed_card(card_facts, model={"positions": "rotary"})
-    (call,) = re.findall(r"Transformer\(.*?\)\n", card, flags=re.DOTALL)
+def test_the_python_of_a_rotary_card_builds_its_model() -> None:
+    text = card(model={"positions": "rotary"})
+    (call,) = re.findall(r"Transformer\(.*?\)\n", text, flags=re.DOTALL)
     assert eval(call, {"Transformer": Transformer}).num_parameters == 1_188_992 - 64 * 128
 
 
-def test_the_citation_is_that_of_citation_cff(card_facts: CardFacts) -> None:
+def test_the_citation_is_that_of_citation_cff() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    text = section(model_card(card_facts), "Citation")
+    text = section(card(), "Citation")
     assert f"title = {{{cited['title']}}}" in text
     assert f"author = {{{{{cited['authors'][0]['name']}}}}}" in text
     assert f"license = {{{cited['license']}}}" in text

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from lumiere import device as device_module
 from lumiere.config.loader import load_config
 from lumiere.config.messages import setting_paths
 from lumiere.errors import CheckpointError, DataError, LumiereError
+from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.liveness import HEARTBEAT_NAME
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import run as run_module
+from lumiere.training import trainer
 from lumiere.training.run import check_room, free_room
 from lumiere.training.setup import set_up
 from tests.training.short import PEAK_FLOPS, at_step, hashes, names, only_run, raising, resume, short, stop_at, train
@@ -114,6 +117,26 @@ def test_the_record() -> None:
     tokenizer = setup.corpus.tokenizer
     assert trained.run.tokenizer_path.read_text() == tokenizer.to_json()
     assert trained.run.load_tokenizer().encode("Once upon a time") == tokenizer.encode("Once upon a time")
+
+
+def test_the_record_keeps_the_best_evaluation_and_the_size_of_each_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5])
+
+    def evaluate(*arguments: object) -> Evaluation:
+        loss = next(losses)
+        return Evaluation(loss, 2 * loss, 3 * loss, 4 * loss, 5 * loss, 6 * loss, 1000, 80, 3, 32, 0.5)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    config = short({"dataset.num_documents": 10}, eval_interval=2, max_steps=5)
+    trained = train(config)
+    record, scored = trained.run.record, trained.evaluations
+    assert [(event.step, event.is_best) for event in scored] == [(2, True), (4, True), (5, False)]
+    assert record.best_evaluation == {"step": 4} | asdict(scored[1].evaluation)
+    assert (record.best_evaluation["word_perplexity"], record.best_step) == (12.0, 4)
+    split = set_up(config).corpus.splits["train"]
+    assert list(record.splits) == ["train", "validation", "test"]
+    sizes = {"num_documents": 10, "num_tokens": len(split.ids), "sha256": split.facts.sha256}
+    assert record.splits["train"].items() >= sizes.items()
 
 
 def test_the_command_is_recorded(trained_run: Run) -> None:

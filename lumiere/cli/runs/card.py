@@ -1,6 +1,7 @@
 """`lumiere runs card`: the model card of a run."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -8,12 +9,11 @@ from typer import Option
 from lumiere.cli.console import open_model, show_note
 from lumiere.cli.options import Device, RunReference, RunsDir
 from lumiere.errors import LumiereError
+from lumiere.files import write_atomically
 from lumiere.persistence.loading import open_corpus
 from lumiere.persistence.runs import Run, RunStore
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lumiere.evaluation.loss import Evaluation
 
 
@@ -40,7 +40,10 @@ def show_card(
     if path is None:
         sys.stdout.write(card)
         return
-    write_card(path, card)
+    try:
+        write_atomically(path, card.encode())
+    except OSError as error:
+        raise LumiereError(f"{path} cannot be written: {error.strerror}", "name another file with -o") from None
     show_note(f"wrote {path}")
 
 
@@ -56,25 +59,13 @@ def evaluate_now(run: Run, checkpoint: str, device: str, runs_dir: str | None) -
     return evaluate(opened.model, windows, facts, opened.config.training.batch_size)
 
 
-def check_target(output: str, force: bool) -> "Path":
+def check_target(output: str, force: bool) -> Path:
     """Return the file to write; raise `LumiereError` if it exists or cannot be written."""
-    from pathlib import Path
-
     path = Path(output)
     if not output or path.is_dir():
-        raise LumiereError(f"'{output}' is {'a folder' if output else 'no file'}", "name a file: -o README.md")
+        raise LumiereError(f"'{output}' is {'a folder' if output else 'not a file name'}", "name a file: -o README.md")
     if path.exists() and not force:
         raise LumiereError(f"{path} exists", "replace it with --force, or name another file")
     if not path.parent.is_dir():
         raise LumiereError(f"there is no folder {path.parent}", "create it first, or name another file")
     return path
-
-
-def write_card(path: "Path", card: str) -> None:
-    """Write the card atomically."""
-    from lumiere.files import write_atomically
-
-    try:
-        write_atomically(path, card.encode())
-    except OSError as error:
-        raise LumiereError(f"{path} cannot be written: {error.strerror}", "name another file with -o") from None

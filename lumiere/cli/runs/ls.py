@@ -45,8 +45,7 @@ def list_all(
         ),
     ] = None,
     tags: Annotated[
-        list[str] | None,
-        Option("--tag", metavar="TAG", help="List runs with this tag. Repeat it to require several."),
+        list[str] | None, Option("--tag", metavar="TAG", help="List runs with this tag. Repeat it to require several.")
     ] = None,
     sort: Annotated[
         str,

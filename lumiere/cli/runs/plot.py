@@ -13,7 +13,7 @@ from typer import Option
 from lumiere.cli.console import duration, is_colored, print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.streams import is_unicode
-from lumiere.errors import LumiereError, printable
+from lumiere.errors import LumiereError, check_choice, printable
 from lumiere.persistence.catalog import distinct, read_entry
 from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import RunStore
@@ -35,10 +35,10 @@ def plot_runs(
 
     Example: [bold]lumiere runs plot 3ka5 9xwz --x tokens -o losses.html[/]
     """
-    from lumiere.report.figures.curves import LossCurves, check_axis, save_loss_curves
+    from lumiere.report.figures.curves import AXES, save_loss_curves
     from lumiere.report.figures.figure import check_picture
 
-    check_axis(axis)
+    check_choice("axis", axis, AXES)
     if output is not None:
         check_picture(Path(output))
         if as_json:
@@ -56,7 +56,7 @@ def plot_runs(
     # With its corpus, without which a loss cannot be compared.
     labels = [printable(f"{entry.run.id} on {entry.record.dataset or '?'}") for entry in entries]
     if output is not None:
-        curves = [LossCurves(name, history) for name, history in zip(labels, histories, strict=True)]
+        curves = list(zip(labels, histories, strict=True))
         save_loss_curves(Path(output), curves, axis)
         show_note(f"wrote {printable(output)}")
         return

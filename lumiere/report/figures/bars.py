@@ -13,8 +13,8 @@ from lumiere.report.figures.figure import (
     Picture,
     add_legend,
     fitted,
+    label_axes,
     new_figure,
-    set_title,
     style_axes,
     style_text,
 )
@@ -26,9 +26,7 @@ from lumiere.report.figures.heat_maps import (
     add_scale,
     fitting_font,
     heat_map,
-    label_columns,
     label_rows,
-    write_numbers,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ def draw_bars(
     """Draw horizontal bars from top to bottom."""
     axes.barh(range(len(names)), values, left=left, color=colors, height=0.7)
     axes.invert_yaxis()
-    axes.set_xlabel(xlabel, fontsize=8)
+    label_axes(axes, xlabel=xlabel)
     style_axes(axes)
     axes.grid(visible=False, axis="y")
     axes.tick_params(labelsize=8)
@@ -77,30 +75,19 @@ def signed_colors(values: np.ndarray) -> list[str]:
 
 
 def draw_heads(result: HeadScores) -> Picture:
-    """Draw the scores of all heads, whether they copy, and the loss along the sequences.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw the scores of all heads, whether they copy, and the loss along the sequences."""
     names = [f"L{layer}H{head}" for layer in result.layers for head in result.heads]
     figure = new_figure(12.5, max(len(names) * ROW, 2.5) + 2.2)
     score_axes, copying_axes, loss_axes = figure.subplots(1, 3, width_ratios=(5, 1, 5))
-    image = heat_map(score_axes, result.scores.reshape(len(names), -1), low=0.0, high=1.0)
-    label_rows(score_axes, names)
-    label_columns(score_axes, result.score_names)
-    write_numbers(score_axes, image, "{:.0%}")
-    set_title(score_axes, "attention")
+    scores, columns = result.scores.reshape(len(names), -1), result.score_names
+    image = heat_map(score_axes, scores, low=0.0, high=1.0, rows=names, columns=columns, form="{:.0%}")
     uniform = zip(result.score_names, result.uniform, strict=True)
     baseline = ", ".join(f"{name} {value:.0%}" for name, value in uniform if np.isfinite(value))
-    score_axes.set_xlabel(f"uniform attention: {baseline}", fontsize=8)
-    style_text(score_axes.xaxis.label)
+    label_axes(score_axes, "attention", f"uniform attention: {baseline}")
     add_scale(figure, image, score_axes, "attention")
-    image = heat_map(copying_axes, result.copying.reshape(-1, 1), is_signed=True)
-    image.set_clim(-1.0, 1.0)
-    write_numbers(copying_axes, image, "{:+.2f}")
-    label_columns(copying_axes, [""])
-    label_rows(copying_axes, [])
-    set_title(copying_axes, "copying")
+    copying = result.copying.reshape(-1, 1)
+    heat_map(copying_axes, copying, high=1.0, is_signed=True, rows=[], columns=[""], form="{:+.2f}")
+    label_axes(copying_axes, "copying")
     draw_loss_by_position(loss_axes, result)
     caption = (
         "Left: mean attention of each head to these positions (prefix matching and others, Olsson et al. 2022). "
@@ -121,11 +108,9 @@ def draw_loss_by_position(axes: Axes, result: HeadScores) -> None:
         axes.plot(places[:length], result.losses[length : 2 * length], "--", color=COLORS[1], label="second copy")
         add_legend(axes, fontsize=8)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("position", fontsize=8)
-    axes.set_ylabel("loss (nats)", fontsize=8)
+    label_axes(axes, "mean loss by position", "position", "loss (nats)")
     axes.tick_params(labelsize=8)
     style_axes(axes)
-    set_title(axes, "mean loss by position")
 
 
 ABLATION_MODES = {
@@ -136,29 +121,28 @@ ABLATION_MODES = {
 
 
 def draw_ablations(result: Ablations) -> Picture:
-    """Draw the change of the loss without each unit: all units as a signed map, the largest changes as bars.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw the change of the loss without each unit: all units as a signed map, the largest changes as bars."""
     layers = list(dict.fromkeys(result.layers.tolist()))
     changes_LU = result.changes.reshape(len(layers), -1)
     num_units = changes_LU.shape[1]
     chosen = result.order[:MAX_BARS]
     figure = new_figure(11.0, max(len(layers) * 0.45, len(chosen) * ROW, 1.8) + 2.0)
     map_axes, bar_axes = figure.subplots(1, 2, width_ratios=(3, 2) if num_units > 1 else (1, 3))
-    image = heat_map(map_axes, changes_LU, is_signed=True)
-    label_rows(map_axes, [f"L{layer}" for layer in layers])
+    names, form = [], None
     if num_units <= MAX_UNIT_NUMBERS:
-        size = fitting_font(6.0 / num_units, 1) or 6.0
-        write_numbers(map_axes, image, "{:+.3f}", min(size, 7.0))
         names = [f"{result.unit} {index}" if num_units > 1 else "" for index in result.indices[:num_units]]
-        label_columns(map_axes, names, rotation=90 if num_units > 6 else 0)
-    else:
-        map_axes.set_xlabel(f"{result.unit} {result.indices[0]} to {result.indices[-1]}", fontsize=8)
-        label_columns(map_axes, [])
-        style_text(map_axes.xaxis.label)
-    set_title(map_axes, "all")
+        form = "{:+.3f}"
+    image = heat_map(
+        map_axes,
+        changes_LU,
+        is_signed=True,
+        rows=[f"L{layer}" for layer in layers],
+        columns=names,
+        rotation=90 if num_units > 6 else 0,
+        form=form,
+        fontsize=min(fitting_font(6.0 / num_units, 1) or 6.0, 7.0),
+    )
+    label_axes(map_axes, "all", None if names else f"{result.unit} {result.indices[0]} to {result.indices[-1]}")
     add_scale(figure, image, map_axes, "change of the loss (nats)")
     changes, errors = result.changes[chosen], result.standard_errors[chosen]
     labels = [result.labels[number] for number in chosen]
@@ -166,7 +150,7 @@ def draw_ablations(result: Ablations) -> Picture:
     if np.isfinite(errors).all():
         bar_axes.errorbar(changes, range(len(changes)), xerr=errors, fmt="none", ecolor=INK, elinewidth=1)
     bar_axes.axvline(0, color=INK, linewidth=0.8)
-    set_title(bar_axes, "largest first")
+    label_axes(bar_axes, "largest first")
     bars = " Error bars: standard errors, clustered by document." if result.num_documents > 1 else ""
     caption = (
         f"Change of the loss of {result.loss:.3f} nats/token when one {result.unit} is {ABLATION_MODES[result.mode]}. "
@@ -176,11 +160,7 @@ def draw_ablations(result: Ablations) -> Picture:
 
 
 def draw_logits(result: LogitAttribution, label: Label) -> Picture:
-    """Draw which part adds what to a logit: waterfalls for a few positions, a signed map for many.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw which part adds what to a logit: waterfalls for a few positions, a signed map for many."""
     if len(result.positions) <= MAX_WATERFALLS:
         figure = draw_waterfalls(result, label)
         seen = "Each bar starts where the previous one ends; together they reach the model's logit"
@@ -198,7 +178,7 @@ def draw_waterfalls(result: LogitAttribution, label: Label) -> Figure:
         draw_waterfall(axes, all_parts[column])
         position = result.positions[column]
         where = f"after {fitted(label(result.tokens[position]))} at position {position}"
-        set_title(axes, f"logit of {fitted(label(result.targets[column]))}{reference(result, label)}\n{where}")
+        label_axes(axes, f"logit of {fitted(label(result.targets[column]))}{reference(result, label)}\n{where}")
     return figure
 
 
@@ -226,16 +206,15 @@ def draw_logit_map(result: LogitAttribution, label: Label) -> Figure:
         names, values = [names[row] for row in kept], values[kept]
     figure = new_figure(max(6.0, len(columns) * POSITION_WIDTH + 3.0), len(names) * ROW + 2.8)
     axes = figure.add_subplot()
-    image = heat_map(axes, values, is_signed=True)
-    label_rows(axes, names)
-    label_columns(axes, [fitted(label(result.tokens[position])) for position in result.positions], rotation=90)
-    axes.set_xlabel("token (above: the token whose logit is explained)", fontsize=8)
+    tokens = [fitted(label(result.tokens[position])) for position in result.positions]
+    image = heat_map(axes, values, is_signed=True, rows=names, columns=tokens, rotation=90)
+    label_axes(axes, xlabel="token (above: the token whose logit is explained)")
     above = axes.secondary_xaxis("top")
     targets = [fitted(label(target)) for target in result.targets]
     above.set_xticks(range(len(targets)), targets, rotation=90, fontsize=8)
     above.tick_params(length=0)
     above.spines[:].set_visible(False)
-    style_text(axes.xaxis.label, *above.get_xticklabels())
+    style_text(*above.get_xticklabels())
     add_scale(figure, image, axes, f"added to the logit{reference(result, label)}")
     return figure
 
@@ -294,11 +273,7 @@ def part_name(part: Mapping[str, Any]) -> str:
 
 
 def draw_diff(result: ModelDiff) -> Picture:
-    """Draw a panel for each comparison that the two models allow.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw a panel for each comparison that the two models allow."""
     panels = [
         (draw_predictions, result.predictions),
         (draw_cka, result.cka),
@@ -312,7 +287,6 @@ def draw_diff(result: ModelDiff) -> Picture:
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, (draw, part) in zip(axes, shown, strict=False):
         draw(place, part)
-        style_text(place.xaxis.label, place.yaxis.label)
     for place in axes[len(shown) :]:
         place.remove()
     caption = (
@@ -327,54 +301,43 @@ def draw_predictions(axes: Axes, found: PredictionDiff) -> None:
     axes.plot(found.position_numbers, found.kl_ab_by_position, "-", color=COLORS[0], linewidth=1.2, label="KL(A||B)")
     axes.plot(found.position_numbers, found.kl_ba_by_position, "--", color=COLORS[1], linewidth=1.2, label="KL(B||A)")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("position in the window", fontsize=8)
-    axes.set_ylabel("KL (nats/token)", fontsize=8)
+    label_axes(axes, "predictions", "position in the window", "KL (nats/token)")
     style_axes(axes)
-    set_title(axes, "predictions")
     add_legend(axes, fontsize=8)
 
 
 def draw_cka(axes: Axes, cka: np.ndarray) -> None:
     from lumiere.interpret.model_diff import stream_names
 
-    image = heat_map(axes, cka, low=0.0, high=1.0)
     names_a, names_b = (stream_names(count - 1) for count in cka.shape)
-    label_rows(axes, names_a)
-    label_columns(axes, names_b, rotation=0 if len(names_b) <= MAX_LAYER_NUMBERS else 90)
-    if max(cka.shape) <= MAX_LAYER_NUMBERS + 1:
-        write_numbers(axes, image, "{:.2f}")
-    axes.set_xlabel("B", fontsize=8)
-    axes.set_ylabel("A", fontsize=8)
-    set_title(axes, "CKA of the residual streams")
+    rotation = 0 if len(names_b) <= MAX_LAYER_NUMBERS else 90
+    form = "{:.2f}" if max(cka.shape) <= MAX_LAYER_NUMBERS + 1 else None
+    heat_map(axes, cka, low=0.0, high=1.0, rows=names_a, columns=names_b, rotation=rotation, form=form)
+    label_axes(axes, "CKA of the residual streams", "B", "A")
 
 
 def draw_matched_heads(axes: Axes, heads: HeadMatches) -> None:
-    order = np.argsort(-heads.match_divergences, kind="stable")[:MAX_BARS]
-    names = [f"{heads.heads_a[a]} → {heads.heads_b[b]}" for a, b in heads.matches[order]]
-    draw_bars(axes, names, heads.match_divergences[order], "divergence of the patterns", fontsize=6)
+    names = [f"{heads.heads_a[a]} → {heads.heads_b[b]}" for a, b in heads.matches]
+    draw_largest(axes, names, heads.match_divergences, "matched heads, A → B", "divergence of the patterns")
     axes.set_xlim(0, 1)
-    set_title(axes, f"matched heads, A → B ({number_shown(order, heads.match_divergences)})")
 
 
 def draw_weight_changes(axes: Axes, weights: WeightChanges) -> None:
-    changes = np.nan_to_num(weights.relative_changes)
-    order = np.argsort(-changes, kind="stable")[:MAX_BARS]
-    names = [weights.tensors[number].removesuffix(".weight") for number in order]
-    draw_bars(axes, names, changes[order], "relative change", fontsize=6)
+    names = [name.removesuffix(".weight") for name in weights.tensors]
+    draw_largest(axes, names, np.nan_to_num(weights.relative_changes), "weights", "relative change")
     axes.set_xlim(left=0)
-    set_title(axes, f"weights ({number_shown(order, changes)})")
 
 
-def number_shown(order: np.ndarray, values: np.ndarray) -> str:
-    return "all" if len(order) == len(values) else f"the {len(order)} most different of {len(values)}"
+def draw_largest(axes: Axes, names: list[str], values: np.ndarray, title: str, xlabel: str) -> None:
+    """Draw the `MAX_BARS` largest values as bars."""
+    order = np.argsort(-values, kind="stable")[:MAX_BARS]
+    draw_bars(axes, [names[number] for number in order], values[order], xlabel, fontsize=6)
+    shown = "all" if len(order) == len(values) else f"the {len(order)} most different of {len(values)}"
+    label_axes(axes, f"{title} ({shown})")
 
 
 def draw_summary(result: ModelSummary) -> Picture:
-    """Draw parameter counts, effective ranks and sizes of the matrices, and what each part writes, if measured.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw parameter counts, effective ranks and sizes of the matrices, and what each part writes, if measured."""
     num_layers = len(result.gain_names) // 2
     layers = [f"L{layer}" for layer in range(num_layers)]
     figure = new_figure(12.0, 2 * max(num_layers * LAYER_HEIGHT, 1.4) + 3.0)
@@ -394,11 +357,9 @@ def draw_summary(result: ModelSummary) -> Picture:
         title = "norm of what each part adds / norm of the stream before it"
         maps.insert(1, (write_axes, writes, names, None, "{:.0%}", title, "ratio"))
     for axes, values, names, high, form, title, unit in maps:
-        image = heat_map(axes, values, low=0.0, high=high)
-        label_rows(axes, layers)
-        label_columns(axes, names, rotation=90 if axes is write_axes else 0)
-        write_numbers(axes, image, form)
-        set_title(axes, title)
+        rotation = 90 if axes is write_axes else 0
+        image = heat_map(axes, values, low=0.0, high=high, rows=layers, columns=names, rotation=rotation, form=form)
+        label_axes(axes, title)
         add_scale(figure, image, axes, unit)
     caption = (
         "Parameters by part, effective rank (Roy & Vetterli 2007) and size of the weight matrices, and how much each "
@@ -418,7 +379,7 @@ def draw_parameters(axes: Axes, result: ModelSummary) -> None:
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0, labelbottom=False)
-    set_title(axes, f"{total:,} parameters")
+    label_axes(axes, f"{total:,} parameters")
 
 
 def matrix_kind(name: str) -> str:

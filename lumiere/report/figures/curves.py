@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumiere.errors import LumiereError, nearest
+from lumiere.errors import check_choice
 from lumiere.persistence.metrics import History
 from lumiere.report.figures.figure import (
     COLORS,
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lumiere.evaluation.detailed import DetailedEvaluation
+    from lumiere.evaluation.detailed import Calibration, DetailedEvaluation
 
 AXES: Mapping[str, str] = {"step": "step", "tokens": "tokens", "time": "training time (s)"}
 LOSS_CAPTION = "Loss in nats/token. Thin: training, one batch per point. Bold with dots: validation."
@@ -39,31 +38,10 @@ EVALUATION_CAPTION = (
 )
 
 
-@dataclass(frozen=True)
-class LossCurves:
-    """The losses of a run. The label names the run and its corpus."""
-
-    label: str
-    history: History
-
-
-@dataclass(frozen=True)
-class EvaluationPlot:
-    """An evaluation. The label names the run and its checkpoint."""
-
-    label: str
-    found: DetailedEvaluation
-
-
-def check_axis(axis: str) -> None:
-    """Check the name of an x-axis.
-
-    Raises:
-        LumiereError: it is not in `AXES`.
-    """
-    if axis not in AXES:
-        guess = nearest(axis, AXES)
-        raise LumiereError(f"no axis {axis!a}", f"did you mean {guess}?" if guess else f"one of {', '.join(AXES)}")
+LossCurves = tuple[str, History]
+"""The losses of a run, with a label that names the run and its corpus."""
+EvaluationPlot = tuple[str, "DetailedEvaluation"]
+"""An evaluation, with a label that names the run and its checkpoint."""
 
 
 def save_loss_curves(path: Path, curves: Sequence[LossCurves], axis: str = "step") -> None:
@@ -72,7 +50,7 @@ def save_loss_curves(path: Path, curves: Sequence[LossCurves], axis: str = "step
     Raises:
         LumiereError: invalid path or axis, matplotlib is not installed, or the file cannot be written.
     """
-    check_axis(axis)
+    check_choice("axis", axis, AXES)
     check_picture(path)
     save_picture(path, Picture(draw_loss_curves(curves, axis), "Loss curves", LOSS_CAPTION))
 
@@ -83,14 +61,10 @@ def draw_loss_curves(curves: Sequence[LossCurves], axis: str) -> Figure:
     axes = figure.add_subplot()
     thin: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.75}
     bold: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
-    for index, curve in enumerate(curves):
-        color, style = line_look(index)
-        for kind, points, look in (
-            ("training", curve.history.training, thin),
-            ("validation", curve.history.validation, bold),
-        ):
+    for index, (label, history) in enumerate(curves):
+        for kind, points, look in (("training", history.training, thin), ("validation", history.validation, bold)):
             x, y = [getattr(point, axis) for point in points], [point.loss for point in points]
-            axes.plot(x, y, color=color, linestyle=style, label=f"{curve.label}, {kind}", **look)
+            axes.plot(x, y, label=f"{label}, {kind}", **line_look(index), **look)
     axes.set_xlabel(AXES[axis])
     axes.set_ylabel(LOSS_LABEL)
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
@@ -99,9 +73,9 @@ def draw_loss_curves(curves: Sequence[LossCurves], axis: str) -> Figure:
     return figure
 
 
-def line_look(index: int) -> tuple[str, str]:
+def line_look(index: int) -> dict[str, str]:
     """Color and line style of the curve with this number: all colors, then the next style."""
-    return COLORS[index % len(COLORS)], LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
+    return {"color": COLORS[index % len(COLORS)], "linestyle": LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]}
 
 
 def save_evaluation_plots(path: Path, plots: Sequence[EvaluationPlot], text: str) -> None:
@@ -119,18 +93,17 @@ def save_evaluation_plots(path: Path, plots: Sequence[EvaluationPlot], text: str
 
 def draw_evaluations(plots: Sequence[EvaluationPlot], text: str) -> Figure:
     """Draw loss by position and reliability, and loss by frequency if the training split was available."""
-    frequencies = [plot.found.by_frequency.names for plot in plots if plot.found.by_frequency is not None]
+    frequencies = [found.by_frequency.names for _, found in plots if found.by_frequency is not None]
     figure = new_figure(15 if frequencies else 10, 5)
     positions, *middle, reliability = figure.subplots(1, 3 if frequencies else 2)
-    for index, plot in enumerate(plots):
-        color, style = line_look(index)
-        look: dict[str, Any] = {"color": color, "linestyle": style, "linewidth": 1.8}
-        losses = plot.found.by_position.losses
-        positions.plot(range(1, len(losses) + 1), losses, label=plot.label, **look)
-        if (groups := plot.found.by_frequency) is not None:
+    for index, (label, found) in enumerate(plots):
+        look: dict[str, Any] = {**line_look(index), "linewidth": 1.8}
+        losses = found.by_position.losses
+        positions.plot(range(1, len(losses) + 1), losses, label=label, **look)
+        if (groups := found.by_frequency) is not None:
             seen = [index for index, count in enumerate(groups.counts) if count]
             middle[0].plot(seen, [groups.losses[index] for index in seen], marker="o", markersize=5, **look)
-        draw_reliability(reliability, plot.found, color, style)
+        draw_reliability(reliability, found.calibration, **line_look(index))
     positions.set_xscale("log", base=2)
     positions.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
     reliability.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1)
@@ -153,13 +126,12 @@ def draw_evaluations(plots: Sequence[EvaluationPlot], text: str) -> Figure:
     return figure
 
 
-def draw_reliability(axes: Axes, found: DetailedEvaluation, color: str, style: str) -> None:
+def draw_reliability(axes: Axes, table: Calibration, color: str, linestyle: str) -> None:
     """Draw a dot for each bin that is not empty."""
-    table = found.calibration
     total = sum(table.counts)
     bins = [i for i, count in enumerate(table.counts) if count]
     confidences, accuracies = [table.confidences[i] for i in bins], [table.accuracies[i] for i in bins]
-    axes.plot(confidences, accuracies, color=color, linestyle=style, linewidth=1.2, label=f"ECE {table.ece:.2%}")
+    axes.plot(confidences, accuracies, color=color, linestyle=linestyle, linewidth=1.2, label=f"ECE {table.ece:.2%}")
     areas = [max(SMALLEST_DOT, LARGEST_DOT * table.counts[i] / total) for i in bins]
     axes.scatter(confidences, accuracies, areas, color=color)
 

@@ -16,8 +16,8 @@ from lumiere.report.figures.figure import (
     LINE_STYLES,
     Picture,
     add_legend,
+    label_axes,
     new_figure,
-    set_title,
     style_axes,
 )
 
@@ -59,11 +59,7 @@ def training_curve(result: Dynamics) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_dynamics(result: Dynamics) -> Picture:
-    """Draw the training loss, then a panel for each metric, in two columns.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw the training loss, then a panel for each metric, in two columns."""
     metrics = list(dict.fromkeys(result.metrics))
     with_curve = bool(len(result.curve_steps))
     num_panels = max(1, len(metrics) + with_curve)
@@ -73,7 +69,7 @@ def draw_dynamics(result: Dynamics) -> Picture:
     if with_curve:
         steps, losses = training_curve(result)
         panels[0].plot(log_steps(steps), losses, color=COLORS[0], linewidth=1)
-        set_title(panels[0], "training loss (nats)")
+        label_axes(panels[0], "training loss (nats)")
     for axes, metric in zip(panels[int(with_curve) :], metrics, strict=False):
         draw_metric(axes, result, metric)
     for axes in panels[num_panels:]:
@@ -83,7 +79,7 @@ def draw_dynamics(result: Dynamics) -> Picture:
         is_lowest = number + 2 >= num_panels
         axes.set_xticks(log_steps(ticks), [f"{step:,}" for step in ticks])
         axes.tick_params(labelsize=7, labelbottom=is_lowest)
-        axes.set_xlabel("step" if is_lowest else "", fontsize=8)
+        label_axes(axes, xlabel="step" if is_lowest else "")
         style_axes(axes)
     return Picture(figure, "Metrics over training", CAPTION, page=lambda title: dynamics_page(result, title))
 
@@ -108,7 +104,7 @@ def draw_metric(axes: Axes, result: Dynamics, metric: str) -> None:
         start, end = log_steps([result.phase_starts[first], result.phase_ends[first]])
         axes.axvspan(start, end, color=COLORS[0], alpha=0.12, linewidth=0)
     unit = METRICS[metric].unit
-    set_title(axes, f"{metric} ({unit})" if unit else metric)
+    label_axes(axes, f"{metric} ({unit})" if unit else metric)
     if result.places[first]:
         handles, labels = axes.get_legend_handles_labels()
         add_legend(axes, handles=handles[::-1], labels=labels[::-1], fontsize=7)

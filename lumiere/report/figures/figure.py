@@ -1,4 +1,7 @@
-"""Figures in any format: PNG, SVG, or a self-contained HTML page; readable on light and dark backgrounds."""
+"""Figures as PNG, SVG or a self-contained HTML page, readable on light and dark backgrounds.
+
+Functions `draw_...` raise a `LumiereError` if matplotlib is not installed.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise LumiereError(f"{str(path)!r} is not a picture file", f"end the name in {', '.join(SUFFIXES)}")
     check_output(path)
-    check_drawing()
+    new_figure(1, 1)
 
 
 def check_output(path: Path) -> None:
@@ -70,15 +73,6 @@ def check_output(path: Path) -> None:
         raise LumiereError(f"{str(path)!r} is a directory", "give the name of a file")
     if not path.parent.is_dir():
         raise LumiereError(f"directory {str(path.parent)!r} does not exist", "create it first, or choose another")
-
-
-def check_drawing() -> None:
-    """Check that figures can be drawn.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
-    new_figure(1, 1)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -113,8 +107,14 @@ def style_text(*texts: Text) -> None:
         text.set_color(INK)
 
 
-def set_title(axes: Axes, text: str, fontsize: float = 9) -> None:
-    style_text(axes.set_title(text, fontsize=fontsize, loc="left"))
+def label_axes(axes: Axes, title: str | None = None, xlabel: str | None = None, ylabel: str | None = None) -> None:
+    """Set the title and the names of the axes in a small font."""
+    if title is not None:
+        style_text(axes.set_title(title, fontsize=9, loc="left"))
+    if xlabel is not None:
+        style_text(axes.set_xlabel(xlabel, fontsize=8))
+    if ylabel is not None:
+        style_text(axes.set_ylabel(ylabel, fontsize=8))
 
 
 def add_legend(axes: Axes, **options: Any) -> None:
@@ -141,19 +141,24 @@ def save_picture(path: Path, picture: Picture, facts: str | None = None) -> None
     Raises:
         LumiereError: the file cannot be written.
     """
-    suffix = path.suffix.lower()
+    suffix, figure = path.suffix.lower(), picture.figure
     if suffix == ".html" and picture.page is not None:
         data = picture.page(f"{picture.title}: {facts}").encode()
     elif suffix == ".html":
         from lumiere.report.rendering import render_html
 
         paragraphs = [*picture.caption.splitlines(), *([] if facts is None else [facts])]
-        svg = inline_svg(picture.figure)
+        # Without a background, and with the text in the color of the page's text.
+        svg = render_figure(figure, "svg", facecolor="none").decode().replace(INK, "currentColor")
+        svg = svg[svg.index("<svg") :]
         data = render_html("figure.html.j2", title=picture.title, svg=svg, paragraphs=paragraphs).encode()
     else:
         if facts is not None:
-            add_words(picture, facts)
-        data = render_figure(picture.figure, suffix.removeprefix("."), facecolor="white")
+            width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
+            facts = textwrap.fill(facts, int(width * CAPTION_SIZE / FACTS_SIZE))
+            title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=FACTS_SIZE)
+            style_text(title, figure.supxlabel(textwrap.fill(picture.caption, width), fontsize=CAPTION_SIZE))
+        data = render_figure(figure, suffix.removeprefix("."), facecolor="white")
     write_output(path, data)
 
 
@@ -166,18 +171,8 @@ def write_output(path: Path, data: bytes) -> None:
     try:
         write_atomically(path, data)
     except OSError as error:
-        raise LumiereError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}", "choose another path"
-        ) from error
-
-
-def add_words(picture: Picture, facts: str) -> None:
-    """Write title and facts above the figure and the caption below it."""
-    figure = picture.figure
-    width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
-    facts = textwrap.fill(facts, int(width * CAPTION_SIZE / FACTS_SIZE))
-    title = figure.suptitle(f"{picture.title}\n{facts}", fontsize=FACTS_SIZE)
-    style_text(title, figure.supxlabel(textwrap.fill(picture.caption, width), fontsize=CAPTION_SIZE))
+        reason = error.strerror or error
+        raise LumiereError(f"{str(path)!r} cannot be written: {reason}", "choose another path") from error
 
 
 def render_figure(figure: Figure, form: str, facecolor: str) -> bytes:
@@ -185,13 +180,12 @@ def render_figure(figure: Figure, form: str, facecolor: str) -> bytes:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else None
     if form == "png":
         escape_missing_glyphs(figure)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lumiere"}), warnings.catch_warnings():
         # The reader's fonts draw the text of an SVG; the font that measures it here may lack a character.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure.savefig(buffer, format=form, metadata=metadata, facecolor=facecolor)
+        figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else None, facecolor=facecolor)
     return buffer.getvalue()
 
 
@@ -215,9 +209,3 @@ def escape_missing_glyphs(figure: Figure) -> None:
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_text(escape(text.get_text()))
-
-
-def inline_svg(figure: Figure) -> str:
-    """Return an `<svg>` element without a background, its text in the color of the page's text."""
-    text = render_figure(figure, "svg", facecolor="none").decode()
-    return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -18,9 +18,9 @@ from lumiere.report.figures.figure import (
     Picture,
     add_legend,
     fitted,
+    label_axes,
     new_figure,
     rank_label,
-    set_title,
     style_axes,
     style_text,
 )
@@ -55,17 +55,31 @@ MAX_LENS_ROWS = 96
 
 
 def heat_map(
-    axes: Axes, values: np.ndarray, *, low: float | None = None, high: float | None = None, is_signed: bool = False
+    axes: Axes,
+    values: np.ndarray,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    is_signed: bool = False,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    rotation: float = 0,
+    form: str | None = None,
+    fontsize: float = LARGEST_FONT,
 ) -> AxesImage:
     """Draw an image of (rows, columns) numbers. Cells that are not finite stay empty.
 
     Args:
         low, high: limits of the color scale. Default: the smallest and largest value.
         is_signed: use a scale that is symmetric about zero.
+        rows, columns: labels.
+        rotation: of the column labels, in degrees.
+        form: format of the numbers in the cells, such as `{:.0%}`. Default: no numbers.
+        fontsize: of the numbers.
     """
     finite = values[np.isfinite(values)]
     if is_signed:
-        high = float(np.abs(finite).max(initial=0)) or 1.0
+        high = high or float(np.abs(finite).max(initial=0)) or 1.0
         low = -high
     low = float(finite.min(initial=0)) if low is None else low
     high = float(finite.max(initial=low)) if high is None else high
@@ -77,6 +91,13 @@ def heat_map(
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+    if rows is not None:
+        label_rows(axes, rows)
+    if columns is not None:
+        label_columns(axes, columns, rotation=rotation)
+    if form is not None:
+        texts = [["" if np.isnan(x) else form.format(x) for x in row] for row in np.ma.filled(shown, np.nan)]
+        write_cells(axes, image, texts, fontsize)
     return image
 
 
@@ -101,9 +122,7 @@ def label_tokens(axes: Axes, labels: Sequence[str], inches: float, *, on_rows: b
     size = fitting_font(inches, len(labels))
     if size is None:
         axes.tick_params(labelsize=LARGEST_FONT, labelleft=on_rows, labelbottom=on_columns)
-        axes.set_ylabel("position" if on_rows else "", fontsize=LARGEST_FONT)
-        axes.set_xlabel("position" if on_columns else "", fontsize=LARGEST_FONT)
-        style_text(axes.xaxis.label, axes.yaxis.label)
+        label_axes(axes, xlabel="position" if on_columns else "", ylabel="position" if on_rows else "")
         return
     shown = [fitted(label) for label in labels]
     label_rows(axes, shown if on_rows else [], size)
@@ -123,12 +142,6 @@ def write_cells(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], fo
             written = axes.text(column, row, text, ha="center", va="center", fontsize=fontsize)
             style_text(written)
             written.set_color(INK if empty[row, column] else "white" if is_dark else "black")
-
-
-def write_numbers(axes: Axes, image: AxesImage, form: str, fontsize: float = LARGEST_FONT) -> None:
-    """Write the values into the cells in a format such as `{:.0%}`; missing values stay empty."""
-    values = np.ma.filled(np.ma.asarray(image.get_array()).astype(float), np.nan)
-    write_cells(axes, image, [["" if np.isnan(x) else form.format(x) for x in row] for row in values], fontsize)
 
 
 def add_scale(figure: Figure, image: AxesImage, axes: Axes | Sequence[Axes], name: str) -> None:
@@ -155,11 +168,7 @@ ATTENTION_KINDS = {
 
 
 def draw_attention(result: AttentionPatterns | CombinedAttention, label: Label) -> Picture:
-    """Draw one map for each head, layers from top to bottom; for combined heads, one map for each layer.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw one map for each head, layers from top to bottom; for combined heads, one map for each layer."""
     from lumiere.interpret.attention import CombinedAttention
 
     size = len(result.tokens)
@@ -178,7 +187,7 @@ def draw_attention(result: AttentionPatterns | CombinedAttention, label: Label) 
     for number, (axes, name, weights) in enumerate(zip(panels, names, maps, strict=False)):
         images.append(heat_map(axes, np.where(is_hidden, np.nan, weights), low=0.0, high=1.0))
         axes.set_aspect("equal")
-        set_title(axes, name)
+        label_axes(axes, name)
         is_lowest = number + columns >= len(names)
         label_tokens(axes, labels, side, on_rows=number % columns == 0, on_columns=is_lowest)
     for axes in panels[len(names) :]:
@@ -198,9 +207,6 @@ def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None) ->
     Args:
         stat: top, probability, rank, entropy or kl.
         target: printable form of the token asked for. Default: the next token of the text.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
     """
     asked = f"of {target}" if target is not None else "of the next token"
     values, name, low, high = {
@@ -214,8 +220,7 @@ def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None) ->
     height = max(num_rows * ROW, 1.5) if num_rows <= MAX_LENS_ROWS else MAX_LENS_ROWS * ROW / 2
     figure = new_figure(max(6.0, num_stages * LENS_COLUMN + LENS_MARGIN), height + 1.7)
     axes = figure.add_subplot()
-    image = heat_map(axes, values.T, low=low, high=high)
-    label_columns(axes, [stage_name(stage) for stage in result.stages])
+    image = heat_map(axes, values.T, low=low, high=high, columns=[stage_name(stage) for stage in result.stages])
     axes.xaxis.tick_top()
     if num_rows <= MAX_LENS_ROWS:
         label_rows(axes, [fitted(label(result.tokens[position])) for position in result.positions])
@@ -253,11 +258,7 @@ def lens_cells(result: LogitLens, stat: str, label: Label) -> list[list[str]]:
 
 
 def draw_tokens(result: TokenLosses, label: Label) -> Picture:
-    """Draw a bar for each token's loss, beside the model's entropy and the n-gram baselines.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw a bar for each token's loss, beside the model's entropy and the n-gram baselines."""
     count = len(result.losses)
     width = float(np.clip(count * TEXT_TOKEN, 5.0, WIDEST_TEXT))
     figure = new_figure(width + 3.0, 5.0)
@@ -271,11 +272,11 @@ def draw_tokens(result: TokenLosses, label: Label) -> Picture:
             axes.plot(places, losses, mark, color=color, markersize=4, label=name)
     size = fitting_font(width, count)
     if size is None:
-        axes.set_xlabel("position − 1", fontsize=8)
+        label_axes(axes, xlabel="position − 1")
     else:
         label_columns(axes, [fitted(label(token)) for token in result.tokens[1:]], size, rotation=90)
     axes.set_xlim(-0.7, count - 0.3)
-    axes.set_ylabel("loss (nats)", fontsize=8)
+    label_axes(axes, ylabel="loss (nats)")
     style_axes(axes)
     axes.grid(visible=False, axis="x")
     axes.tick_params(axis="y", labelsize=8)
@@ -289,11 +290,7 @@ def draw_tokens(result: TokenLosses, label: Label) -> Picture:
 
 
 def draw_activations(result: Activations, label: Label) -> Picture:
-    """Draw the size of each activation at each token.
-
-    Raises:
-        LumiereError: matplotlib is not installed.
-    """
+    """Draw the size of each activation at each token."""
     sizes = [rms_by_token(value, axes) for value, axes in zip(result.values.values(), result.axes, strict=True)]
     width = float(np.clip(len(result.tokens) * TEXT_TOKEN, 4.0, WIDEST_TEXT))
     figure = new_figure(width + 4.0, max(len(result.names) * 0.19, 1.0) + 2.4)

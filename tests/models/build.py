@@ -1,0 +1,63 @@
+"""Small models with random weights, and the same weights in `transformers`."""
+
+from typing import Any, Literal
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lumiere.models.transformer import Transformer
+
+Positions = Literal["learned", "rotary"]
+NAMES = {
+    "token_embedding": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "blocks": "model.layers",
+    "attention_norm": "input_layernorm",
+    "feedforward_norm": "post_attention_layernorm",
+    "attention": "self_attn",
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "output": "o_proj",
+    "feedforward": "mlp",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+}
+
+
+def make_model(positions: Positions = "learned", std: float = 0.3, **changes: Any) -> Transformer:
+    """Return a model in evaluation mode, with d_value unlike d_key and weights so large that every part matters."""
+    sizes: dict[str, Any] = {"vocab_size": 13, "embedding_size": 12, "context_size": 9, "num_layers": 2, "num_heads": 3}
+    sizes |= {"d_key": 4, "d_value": 5, "d_ff": 20, "dropout": 0.0}
+    model = Transformer(**(sizes | changes), positions=positions).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std)
+    return model
+
+
+def stock_llama(model: Transformer, **settings: Any) -> Any:
+    """Return the Llama of `transformers` with the weights of a rotary model."""
+    config = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.embedding_size,
+        intermediate_size=model.d_ff,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_heads,
+        head_dim=model.d_key,
+        max_position_embeddings=model.context_size,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-6,
+        hidden_act="silu",
+        attention_bias=False,
+        **settings,
+    )
+    llama = LlamaForCausalLM(config).eval()
+    weights = {
+        ".".join(NAMES.get(part, part) for part in name.split(".")): value for name, value in model.state_dict().items()
+    }
+    problems = llama.load_state_dict(weights, strict=False)
+    assert (problems.missing_keys, problems.unexpected_keys) == (["lm_head.weight"], [])
+    return llama
