@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, tee
 from operator import itemgetter
 from typing import Any
 
@@ -337,12 +337,8 @@ def numbered_rows(rows: Iterable[str], document_start: str) -> Iterator[tuple[in
 
 def neighbors(rows: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     """Yield each row between the row before it and the row after it, which are empty beyond the edges."""
-    iterator = iter(rows)
-    previous, row = "", next(iterator, None)
-    while row is not None:
-        following = next(iterator, None)
-        yield previous, row, following or ""
-        previous, row = row, following
+    before, row, after = tee(chain([""], rows, [""]), 3)
+    return zip(before, islice(row, 1, None), islice(after, 2, None), strict=False)
 
 
 class Matcher(contextlib.ExitStack):

@@ -188,7 +188,8 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback
             unfinished.rename(folder)
             return True
     except OSError as error:
-        raise unwritable(folder, error) from None
+        problem = f"the cache {str(folder)!r} cannot be written: {error.strerror}"
+        raise LumiereError(problem, "set LUMIERE_CACHE_DIR") from None
 
 
 @contextmanager
@@ -332,10 +333,6 @@ def mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
 
 def damaged(folder: Path, reason: str) -> DataError:
     return DataError(f"the cached corpus in {str(folder)!r} is damaged: {reason}", "delete that folder")
-
-
-def unwritable(folder: Path, error: OSError) -> LumiereError:
-    return LumiereError(f"the cache {str(folder)!r} cannot be written: {error.strerror}", "set LUMIERE_CACHE_DIR")
 
 
 # Texts outside of the cache, and sizes of documents

@@ -200,11 +200,15 @@ def measured_batches(parts: Iterator[Part], before: State) -> Iterator[Batch]:
 
     Raises:
         ChangedError: The text of the parts before differs from what `before` describes.
+        LumiereError: A text contains half of a surrogate pair.
     """
     digest = hashlib.sha256()
 
     def update(part: Part) -> None:
-        digest.update(utf_8(part.text) + (b"\0" if part.is_last else b""))
+        try:
+            digest.update(part.text.encode() + b"\0" * part.is_last)
+        except UnicodeError:
+            raise not_a_character() from None
 
     for part in islice(parts, before.num_parts):
         update(part)
@@ -233,18 +237,6 @@ def measured_batches(parts: Iterator[Part], before: State) -> Iterator[Batch]:
             state, batch, num_bytes, num_words = done.state, [], 0, 0
     if batch:
         yield complete()
-
-
-def utf_8(text: str) -> bytes:
-    """Encode text as UTF-8.
-
-    Raises:
-        LumiereError: It contains half of a surrogate pair.
-    """
-    try:
-        return text.encode()
-    except UnicodeError:
-        raise not_a_character() from None
 
 
 def measure(text: str) -> tuple[int, int]:

@@ -177,7 +177,8 @@ def hub_source(config: DatasetConfig) -> Source:
     offline = bool(huggingface_hub.constants.HF_HUB_OFFLINE) or not hub_reachable()
     with errors_in_our_words(config, offline):
         if offline:
-            go_offline()
+            # For this process. Both libraries have already read the environment.
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         try:
             builder = resolved_builder(config, config.name)
         except DataError:
@@ -318,9 +319,3 @@ def hub_reachable() -> bool:
     thread.start()
     thread.join(NO_NETWORK_SECONDS)
     return connected.is_set()
-
-
-def go_offline() -> None:
-    """Restrict this process to the local cache. Both libraries have already read the environment."""
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True

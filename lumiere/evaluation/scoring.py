@@ -10,7 +10,7 @@ D documents, R resamples, U quantities.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -320,11 +320,9 @@ def standard_errors(totals: DocumentTotals) -> Mapping[str, float] | None:
     """Return the standard error of each metric by bootstrap over documents (Efron 1979); None for a single document."""
     if totals.num_documents < 2:
         return None
-    resamples = [metrics(resampled) for resampled in resample(totals)]
-    columns = {name: np.concatenate([getattr(part, name) for part in resamples]) for name in Metrics._fields}
     # An infinite perplexity has an infinite error.
     with np.errstate(invalid="ignore"):
-        return {name: float(np.std(values, ddof=1)) for name, values in columns.items()}
+        return {name: float(np.std(values, ddof=1)) for name, values in resampled(totals)._asdict().items()}
 
 
 def paired_difference(base: DocumentTotals, other: DocumentTotals, metric: str) -> PairedDifference | None:
@@ -342,11 +340,7 @@ def paired_difference(base: DocumentTotals, other: DocumentTotals, metric: str) 
         raise ValueError("a paired difference needs the same documents")
     if base.num_documents < 2:
         return None
-
-    def values(totals: DocumentTotals) -> np.ndarray:
-        return np.concatenate([getattr(metrics(resampled), metric) for resampled in resample(totals)])
-
-    differences = values(other) - values(base)
+    differences = getattr(resampled(other), metric) - getattr(resampled(base), metric)
     difference = float(getattr(metrics(other.total), metric) - getattr(metrics(base.total), metric))
     standard_error = float(np.std(differences, ddof=1))
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -368,18 +362,20 @@ def paired_difference(base: DocumentTotals, other: DocumentTotals, metric: str) 
     )
 
 
-def resample(totals: DocumentTotals) -> Iterator[DocumentTotals]:
-    """Yield the sums of `NUM_RESAMPLES` resamples of the documents with replacement, several at a time.
+def resampled(totals: DocumentTotals) -> Metrics:
+    """Return the metrics of `NUM_RESAMPLES` resamples of the documents with replacement, (NUM_RESAMPLES,) each.
 
     The draws depend only on the number of documents, so those of two models on the same documents are paired.
     """
     draw = np.random.default_rng(SEED)
     count = totals.num_documents
     size = max(1, WEIGHTS_AT_ONCE // count)
+    parts = []
     for first in range(0, NUM_RESAMPLES, size):
         rows = min(size, NUM_RESAMPLES - first)
         weights_RD = draw.multinomial(count, np.full(count, 1 / count), size=rows).astype(float)
-        yield DocumentTotals(*(weights_RD @ column for column in totals))
+        parts.append(metrics(DocumentTotals(*(weights_RD @ column for column in totals))))
+    return Metrics(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 FEW_DOCUMENTS = 20
