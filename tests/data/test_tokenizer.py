@@ -160,9 +160,14 @@ def test_training_reports_progress_and_can_be_interrupted() -> None:
     def interrupt(num_bytes: int) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        Tokenizer.train(texts(), 300, 2, emit=interrupt)
-    resume.set()
+    # A background shell starts its processes with SIGINT ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Tokenizer.train(texts(), 300, 2, emit=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        resume.set()
 
 
 def test_errors_of_the_texts_are_raised() -> None:
