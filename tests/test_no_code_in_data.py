@@ -55,25 +55,24 @@ def dangers(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "from dill import loads",
-        "torch.load(path)",
-        "torch.load(path, weights_only=True)",
-        "np.load(path, allow_pickle=True)",
-        "yaml.load(text)",
-        "yaml.load(text, yaml.Loader)",
-        "yaml.unsafe_load(text)",
-        "eval(text)",
-        "exec(text)",
-        "subprocess.run(text, shell=True)",
-        "datasets.load_dataset(name, trust_remote_code=True)",
-    ],
-)
-def test_the_search_finds_what_it_looks_for(source: str) -> None:
-    assert dangers(source)
+DANGEROUS = """
+import pickle
+from dill import loads
+torch.load(path)
+torch.load(path, weights_only=True)
+np.load(path, allow_pickle=True)
+yaml.load(text)
+yaml.load(text, yaml.Loader)
+yaml.unsafe_load(text)
+eval(text)
+exec(text)
+subprocess.run(text, shell=True)
+datasets.load_dataset(name, trust_remote_code=True)
+"""
+
+
+def test_the_search_finds_what_it_looks_for() -> None:
+    assert [line for line in DANGEROUS.strip().splitlines() if not dangers(line)] == []
 
 
 def test_no_file_of_the_package_runs_data() -> None:
@@ -198,18 +197,11 @@ def ending_is_ours(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, "train.md")) and not os.path.exists(os.path.join(folder, "README.md"))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "model: !!python/object/apply:os.mkdir [fired]",
-        "model: !!python/object/new:os.mkdir [fired]",
-        "model: !!python/name:os.mkdir",
-        "model: !!python/module:antigravity",
-    ],
-)
-def test_a_yaml_tag_makes_no_object(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("tag", ["object/apply:os.mkdir [fired]", "object/new:os.mkdir [fired]", "name:os.mkdir",
+                                 "module:antigravity"])  # fmt: skip
+def test_a_yaml_tag_makes_no_object(tmp_path: Path, tag: str) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text(text)
+    path.write_text(f"model: !!python/{tag}")
     with pytest.raises(ConfigError, match="could not determine a constructor"):
         load_config_file(path)
     assert not (tmp_path / "fired").exists()

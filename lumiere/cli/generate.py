@@ -147,7 +147,6 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    settings.check()
     texts = read_prompts(prompts) if prompts is not None else [read_prompt(prompt)]
     opened = open_model(run, checkpoint, device, runs_dir)
     generator = TextGenerator(opened.model, opened.tokenizer, compile_step, show_note)
@@ -250,6 +249,10 @@ class Settings:
     stop: tuple[str, ...]
     seed: int | None
 
+    def __post_init__(self) -> None:
+        """Raise `LumiereError` if a value is out of range."""
+        _ = self.sampling, self.limits()
+
     @property
     def sampling(self) -> "Sampling":
         from lumiere.generation.sampling import Sampling
@@ -260,10 +263,6 @@ class Settings:
         from lumiere.generation.decoding import Limits
 
         return Limits(self.max_new_tokens, self.stop, num_logprobs)
-
-    def check(self) -> None:
-        """Raise `LumiereError` if a value is out of range."""
-        _ = self.sampling, self.limits()
 
     def changed(self, name: str, text: str) -> "Settings":
         """Return the settings with one value read from `text`; `none` turns a control off.
@@ -286,9 +285,7 @@ class Settings:
             except ValueError:
                 hint = "for example /set temperature 0.7"
                 raise LumiereError(f"{name} must be a number, not '{text}'", hint) from None
-        settings = replace(self, **{name: value})
-        settings.check()
-        return settings
+        return replace(self, **{name: value})
 
 
 class Output:
@@ -314,15 +311,13 @@ class Output:
         pieces: list[Piece] = []
         for piece in self._generator.stream(prompt, self._settings.sampling, limits, self._settings.seed):
             if self._num_logprobs is None:
-                if not pieces:
-                    write(prompt or "")
+                write("" if pieces else prompt or "")
                 write_piece(piece, self._color)
             elif piece.token is not None:
                 self._write_token(piece.token)
             pieces.append(piece)
             sys.stdout.flush()
-        if self._num_logprobs is None:
-            write("\n")
+        write("\n" if self._num_logprobs is None else "")
         return generation_of(prompt, pieces, self._settings.seed)
 
     def show(self, generations: "Iterable[Generation]", as_lines: bool, as_json: bool) -> "list[Generation]":
@@ -334,13 +329,11 @@ class Output:
                 print_json(self._record(generation), indent=None)
                 sys.stdout.flush()
             elif not as_json:
-                if len(shown) > 1:
-                    write("\n---\n\n")
+                write("\n---\n\n" if len(shown) > 1 else "")
                 if self._num_logprobs is None:
                     write((generation.prompt or "") + generation.text + "\n")
-                else:
-                    for token in generation.tokens:
-                        self._write_token(token)
+                for token in generation.tokens if self._num_logprobs is not None else ():
+                    self._write_token(token)
         if as_json and not as_lines:
             print_json([self._record(generation) for generation in shown])
         return shown

@@ -73,34 +73,25 @@ def config_files(folder: str, depth: int) -> list[str]:
     return files
 
 
-CONFIG_HELP = "A YAML or TOML file, or a preset: tiny, induction, small, small-fast."
+CONFIG = Argument(
+    help="A YAML or TOML file, or a preset: tiny, induction, small, small-fast.", autocompletion=complete_config
+)
 RUN_HELP = "Run name, id, unique start of an id, or latest."
+RUNS_HELP = "Run names, ids, unique starts of ids, or latest."
+CHECKPOINT_HELP = "Use this checkpoint: best, latest, previous, or a step with a snapshot."
+SET_HELP = "Override a setting, for example model.num_layers=6. Repeatable."
+RUNS_DIR_HELP = "Use the runs in DIR. \\[default: $LUMIERE_RUNS_DIR or runs]"
 
-Config = Annotated[str, Argument(help=CONFIG_HELP, autocompletion=complete_config)]
-OptionalConfig = Annotated[str | None, Argument(help=CONFIG_HELP, autocompletion=complete_config)]
-Overrides = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="Override a setting, for example model.num_layers=6. Repeatable."),
-]
+Config = Annotated[str, CONFIG]
+OptionalConfig = Annotated[str | None, CONFIG]
+Overrides = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
 # A str, because Typer imports pydantic for a Path, which would slow down `runs ls`.
-RunsDir = Annotated[
-    str | None, Option("--runs-dir", metavar="DIR", help="Use the runs in DIR. \\[default: $LUMIERE_RUNS_DIR or runs]")
-]
+RunsDir = Annotated[str | None, Option("--runs-dir", metavar="DIR", help=RUNS_DIR_HELP)]
 RunReference = Annotated[str, Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
-RunReferences = Annotated[
-    list[str],
-    Argument(metavar="RUN...", help="Run names, ids, unique starts of ids, or latest.", autocompletion=complete_run),
-]
+RunReferences = Annotated[list[str], Argument(metavar="RUN...", help=RUNS_HELP, autocompletion=complete_run)]
 RunOption = Annotated[str, Option("--run", "-r", metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
 CheckpointName = Annotated[
-    str,
-    Option(
-        "--checkpoint",
-        "-c",
-        metavar="NAME",
-        help="Use this checkpoint: best, latest, previous, or a step with a snapshot.",
-        autocompletion=complete_checkpoint,
-    ),
+    str, Option("--checkpoint", "-c", metavar="NAME", help=CHECKPOINT_HELP, autocompletion=complete_checkpoint)
 ]
 Device = Annotated[str, Option("--device", metavar="DEVICE", help="Compute on auto, cpu, cuda, cuda:1 or mps.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]

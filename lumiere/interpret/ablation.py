@@ -115,7 +115,7 @@ class Trial:
 
     Args:
         means: by layer, from `mean_activations`; of mode `mean`.
-        generator: of mode `resample`; each trial takes from it what it needs once, whatever is ablated.
+        generator: of mode `resample`; each trial draws its donors once, for all units.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Trial:
         num_copies = len(residual_RTE) // len(targets_BT)
         is_real_RT = (targets_BT != IGNORED).repeat(num_copies, 1)
         targets_P = targets_BT.repeat(num_copies, 1)[is_real_RT]
-        # What is not to be predicted, such as a first copy, needs no logits, which are most of the work.
+        # Tokens that are not predicted, such as a first copy, need no logits, which are most of the work.
         losses_P = linear_cross_entropy_losses(residual_RTE[is_real_RT], self.model.token_embedding.weight, targets_P)
         sums_R = torch.zeros(len(is_real_RT), dtype=torch.float64)
         sums_R.index_add_(0, is_real_RT.nonzero()[:, 0].cpu(), losses_P.cpu().double())
@@ -156,9 +156,6 @@ class Trial:
         """Return the mean over the tokens."""
         return losses_B.sum(-1) / self.batch.num_targets
 
-    def _losses_from(self, layer: int, stream_RTE: Tensor) -> Tensor:
-        return self._losses(stream_after(self.model, layer, self.kind.stage, stream_RTE))
-
     def ablated(self, layer: int, indices: Sequence[int]) -> Tensor:
         """Sum each sequence's losses without each unit of a layer, one at a time, (N, B)."""
         at_once = max(1, TOKENS_AT_ONCE // self.batch.tokens.numel())
@@ -166,7 +163,8 @@ class Trial:
         for first in range(0, len(indices), at_once):
             chosen = indices[first : first + at_once]
             written_NBTE = self.kind.written(self.model.blocks[layer], self.changes[layer], chosen)
-            losses.append(self._losses_from(layer, (self.streams[layer] + written_NBTE).flatten(0, 1)))
+            copies_RTE = (self.streams[layer] + written_NBTE).flatten(0, 1)
+            losses.append(self._losses(stream_after(self.model, layer, self.kind.stage, copies_RTE)))
         return torch.cat(losses)
 
     def by_hook(self, layer: int, index: int) -> Tensor:
@@ -187,7 +185,8 @@ class Trial:
     def receipts(self, indices: Sequence[int], ablated_UB: Tensor) -> tuple[Receipt, ...]:
         """Check that nothing but the ablation changes the loss, and recompute the strongest ablation by a hook."""
         clean, ablated_U = self._loss(self.losses_B), self._loss(ablated_UB)
-        again = [self._loss(self._losses_from(layer, stream)[0]) for layer, stream in self.streams.items()]
+        streams = [stream_after(self.model, layer, self.kind.stage, x) for layer, x in self.streams.items()]
+        again = [self._loss(self._losses(stream)[0]) for stream in streams]
         strongest = int((ablated_U - clean).abs().argmax())
         row, column = divmod(strongest, len(indices))
         by_hook = self.by_hook(list(self.streams)[row], indices[column])
@@ -238,7 +237,7 @@ MODES = ("mean", "zero", "resample")
 
 @dataclass(frozen=True, kw_only=True)
 class Ablations(Result):
-    """The effect of each ablation on the loss, in nats per token: positive if the part was of use.
+    """The effect of each ablation on the loss, in nats per token: positive if the part helps.
 
     Attributes:
         unit: what is ablated, a name of `UNITS`.
@@ -256,7 +255,7 @@ class Ablations(Result):
         batch_changes: (U, M) the change within each batch.
         num_targets: (M,) predicted tokens of each batch.
         tokens: (S, T + 1) the ids, `<|pad|>` after the end of a sequence; the model read all but the last column.
-        first_target: the first column of `tokens` whose prediction counts; from there on, all that are no padding.
+        first_target: the first column of `tokens` whose prediction counts; from there on, all but padding count.
     """
 
     unit: str
@@ -310,12 +309,10 @@ def ablate(
     there, for many ablations in one forward pass. Standard errors are clustered by document (`clustered_means`).
 
     Args:
-        model: in evaluation mode.
         batches: inputs and targets, of one width T, padded on the right.
         unit: a name of `UNITS`.
         mode: its replacement, one of `MODES`.
-        layers: which layers (None: all).
-        indices: which heads, neurons or positions of each (None: all).
+        layers, indices: which layers, and which heads, neurons or positions of each (None: all).
         seed: of `resample`.
 
     Raises:

@@ -70,7 +70,6 @@ def activations(model: Transformer, tokens: Sequence[int], patterns: Sequence[st
     2021, "A Mathematical Framework for Transformer Circuits"), and the logits are the same with and without hooks.
 
     Args:
-        model: in evaluation mode.
         tokens: (T,) ids, at most `context_size` of them.
         patterns: names, in which `*` stands for any characters, `?` for one and `[01]` for one of these.
 

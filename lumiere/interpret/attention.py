@@ -28,8 +28,7 @@ class Attention(Result):
     Attributes:
         tokens: (T,) the ids that the model was given.
         kind: one of `WEIGHTED` or `COMBINED`.
-        layers: (L,) the layers, counted from 0.
-        heads: (H,) the heads of each layer, counted from 0; for `COMBINED`, those that were combined.
+        layers, heads: (L,), (H,) the layers and the heads of each, counted from 0; for `COMBINED`, the combined heads.
     """
 
     tokens: tuple[int, ...]
@@ -118,10 +117,8 @@ def attention_patterns(
     stream (Kobayashi et al. 2020, "Attention is Not Only a Weight", equation 5).
 
     Args:
-        model: in evaluation mode.
         tokens: (T,) ids, at most `context_size` of them.
-        layers: which layers (None: all).
-        heads: which heads of each (None: all).
+        layers, heads: which layers, and which heads of each (None: all).
         kind: one of `WEIGHTED`.
 
     Raises:
@@ -157,10 +154,8 @@ def combined_attention(
     whichever layers are asked for, weights all heads and tokens alike, and ignores the feed-forward parts.
 
     Args:
-        model: in evaluation mode.
         tokens: (T,) ids, at most `context_size` of them.
-        layers: which layers (None: all).
-        heads: which heads are combined (None: all).
+        layers, heads: which layers, and which heads are combined (None: all).
         kind: one of `COMBINED`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Follow the numbers of other analyses along the snapshots of a run, and find phase changes.
 
-Shapes: N snapshot, M series (one for each metric and each head, pair of heads or matrix that it has a value for), P
-point of the training's loss curve.
+Shapes: N snapshot, M series (one for each metric and each of its heads, pairs of heads or matrices), P point of the
+training loss curve.
 """
 
 import math
@@ -82,10 +82,10 @@ def find_phase_change(
     - the curve continues for half as many steps as the change took.
 
     A straight line fails the second and third condition: it is steepest at its end over log steps, but as fast before.
-    Of the candidates that pass, the fastest over steps is returned. Curves of fewer than four values have none.
+    The candidate that is fastest over steps is returned. Curves of fewer than four values have no phase change.
 
-    Olsson et al. 2022, "In-context Learning and Induction Heads", call the birth of induction heads a phase change and
-    mark it by eye; the rule is ours. `benchmarks/phases.py` measures how often it is wrong.
+    Olsson et al. 2022, "In-context Learning and Induction Heads", call the formation of induction heads a phase change
+    and mark it by eye; this rule is our own. `benchmarks/phases.py` measures how often it is wrong.
 
     Args:
         steps_N: rising.
@@ -414,9 +414,9 @@ METRICS: Mapping[str, Metric] = {
 
 
 NEAR_UNIFORM = 0.1
-"""How far an untrained head's score may be from that of uniform attention."""
+"""The largest difference of an untrained head's score from that of uniform attention."""
 NEAR_NOTHING = 0.1
-"""How many nats an untrained model may gain or lose where a trained one learns to look back."""
+"""The largest repeat gap of an untrained model, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,15 +481,15 @@ def follow(
 ) -> Dynamics:
     """Compute each metric at each snapshot. Each snapshot is loaded once, and each analysis computed once.
 
-    Olsson et al. 2022, "In-context Learning and Induction Heads", follow head scores and losses so; Biderman et al.
-    2023, "Pythia", keep the snapshots so. Phase changes are those of `find_phase_change`.
+    As Olsson et al. 2022, "In-context Learning and Induction Heads", do with head scores and losses, on snapshots that
+    are spaced as in Biderman et al. 2023, "Pythia". Phase changes are those of `find_phase_change`.
 
     Args:
         steps: of the snapshots, rising, at least one.
         load: returns the model at a step, in evaluation mode.
         metrics: names of `METRICS`, without those that need a corpus where `texts` has none.
         texts: the inputs of all snapshots.
-        curve: (P) steps and losses of the training.
+        curve: (P,) steps and losses of the training run.
         emit: called with the number of snapshots done.
     """
     chosen = [METRICS[name] for name in metrics]

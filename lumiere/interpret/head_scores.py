@@ -6,6 +6,7 @@ K d_key, V d_value, C cluster (a sequence, or a token of a single one), Vocab vo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from lumiere.models.transformer import Transformer
 
 SEQUENCES = 32
 COPY_LENGTH = 25
-"""As many tokens as Olsson et al. 2022 draw; fewer where the context or the vocabulary is smaller."""
+"""As in Olsson et al. 2022; shorter where the context or the vocabulary is smaller."""
 
 
 def longest_copy(model: Transformer, num_tokens: int) -> int:
@@ -37,8 +38,7 @@ def longest_copy(model: Transformer, num_tokens: int) -> int:
 
 
 def first_copied(length: int) -> int:
-    """Return the first position that counts as copied: the second token of the second copy, since nothing announces the
-    first."""
+    """Return the first predictable position: the second token of the second copy."""
     return length + 2
 
 
@@ -47,7 +47,7 @@ def repeated_tokens(
 ) -> torch.Tensor:
     """Return the start token and `length` different random tokens, twice, (N, 2 S + 1).
 
-    Drawn without replacement, since a token that comes back by chance would be another place to look at.
+    Drawn without replacement, so that no token repeats by chance.
 
     Args:
         num_tokens: how many tokens to draw from: `first`, `first` + 1, and so on.
@@ -154,12 +154,8 @@ def gram(matrices: np.ndarray) -> np.ndarray:
 
 def pair_list(num_layers: int, num_heads: int) -> np.ndarray:
     """Return layer and head of the earlier and of the later head, (P, 4), in order; empty for a single layer."""
-    pairs = [
-        (*earlier, *later)
-        for earlier in np.ndindex(num_layers, num_heads)
-        for later in np.ndindex(num_layers, num_heads)
-        if later[0] > earlier[0]
-    ]
+    places = list(np.ndindex(num_layers, num_heads))
+    pairs = [(*earlier, *later) for earlier, later in product(places, places) if later[0] > earlier[0]]
     return np.array(pairs, dtype=int).reshape(-1, 4)
 
 
@@ -216,13 +212,13 @@ def position_bands(context_size: int) -> tuple[tuple[int, int], tuple[int, int]]
 
 SCORES = ("previous", "current", "first", "duplicate", "induction")
 THRESHOLD = 0.4
-"""The share above which a head has a role, that of the ARENA course; any such line is a convention."""
+"""The smallest score of a head with a role, a convention of the ARENA course."""
 MARGIN = 0.1
-"""How far above the uniform baseline the score of a role has to be."""
+"""The smallest difference of the score of a role from the uniform baseline."""
 NUM_ERRORS = 2
-"""By how many standard errors it has to be above it."""
+"""The same, in standard errors."""
 FEWEST = 5
-"""Tokens over which the score of a role has to be a mean: fewer agree by chance."""
+"""The fewest tokens that the score of a role averages: fewer agree by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,27 +227,25 @@ class HeadScores(Result):
 
     Attributes:
         tokens: (N, T) the ids that the model was given.
-        layers: (L,) the layers, counted from 0.
-        heads: (H,) the heads of each layer, counted from 0.
+        layers, heads: (L,), (H,) the layers and the heads of each, counted from 0.
         score_names: (M,) `SCORES`.
         scores: (L, H, M) mean share of a head's attention; NaN if no token has such a source.
         uniform: (M,) the scores of uniform attention.
         errors: (L, H, M) standard errors of the scores less the uniform baseline: clustered by sequence, or of a single
-            sequence over its tokens; NaN where there are fewer than two of them.
-        num_destinations: (M,) tokens, of all sequences together, over which a score is a mean.
+            sequence over its tokens; NaN for fewer than two of them.
+        num_destinations: (M,) the number of tokens, in all sequences, that a score averages.
         num_overlaps: (M,) tokens whose source t - 1 is left out, since a previous-token head attends there too.
         copying: (L, H) from -1 (suppresses what it sees) to 1 (copies it); NaN for a head that writes nothing.
         num_averaged: the number of tokens that `copying` is computed over.
         threshold: the score above which a head has a role.
-        margin: how far above the uniform baseline the score of a role has to be.
+        margin: the smallest difference of the score of a role from the uniform baseline.
         roles: (L, H) the names of the scores of at least `threshold`, over at least `FEWEST` tokens, and above the
             uniform baseline by at least `margin` and by more than `NUM_ERRORS` standard errors.
-        losses: (T - 1,) mean loss, in nats, of predicting token 1, 2, ... of the sequences.
-        repeat_gap: () mean loss of tokens 2 to S of the first copy minus that of the same in the second, in nats; NaN
-            where the tokens are not two copies. Token 1 is left out: nothing announces the second copy.
+        losses: (T - 1,) mean loss of token 1, 2, ... of the sequences, in nats.
+        repeat_gap: () mean loss of tokens 2 to S of the first copy minus their mean loss in the second, in nats; NaN
+            if the tokens are not two copies. Token 1 is not predictable in the second copy, so it is left out.
         repeat_gap_error: () its standard error over the sequences.
-        in_context_positions: the middle of the early and of the late band of positions; None without a text, or where
-            the context has no two.
+        in_context_positions: the middle of the early and of the late band of positions; None without full windows.
         in_context_bands: the first and the last position of both bands.
         in_context_losses: (2,) mean loss there, in nats.
         in_context_score: () late minus early: negative where a longer context helps.
@@ -261,7 +255,7 @@ class HeadScores(Result):
             are None without such windows.
         text_uniform: (M,) the scores of uniform attention there.
         text_repeats, text_documents: how many repeats, in how many documents.
-        text_gap: () mean loss of a repeated token where it first came, minus that where it comes again, in nats.
+        text_gap: () mean loss of a repeated token at its first occurrence minus that at its repetition, in nats.
         text_gap_error: () its standard error, clustered by document.
     """
 
@@ -305,16 +299,10 @@ class HeadScores(Result):
     def rows(self) -> Iterator[Mapping[str, Any]]:
         for row, column, _ in self.places():
             place, roles = {"layer": self.layers[row], "head": self.heads[column]}, self.roles[row][column]
-            yield from (
-                {**place, **values}
-                for values in table(
-                    {"score": self.score_names},
-                    value=self.scores[row, column],
-                    uniform=self.uniform,
-                    error=self.errors[row, column],
-                    role=[name in roles for name in self.score_names],
-                )
-            )
+            numbers = np.stack([self.scores[row, column], self.uniform, self.errors[row, column]], axis=1)
+            for name, (value, uniform, error) in zip(self.score_names, numbers.tolist(), strict=True):
+                role = name in roles
+                yield {**place, "score": name, "value": value, "uniform": uniform, "error": error, "role": role}
             copying = float(self.copying[row, column])
             yield {**place, "score": "copying", "value": copying, "uniform": "", "error": "", "role": ""}
 
@@ -333,19 +321,17 @@ def score_heads(
     `previous` t - 1, `current` t, `first` 0, `duplicate` all earlier places of token t, `induction` all places just
     after those (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; the prefix matching score of
     Olsson et al. 2022, "In-context Learning and Induction Heads"). The last two leave out t - 1, since a previous-token
-    head attends there too: all of induction in a b a b. Position 0 has only itself and never counts. On
-    `repeated_tokens` of length S these are t - S and t - S + 1, for the second copy alone. Others take a diagonal of
-    the whole pattern, which has two entries too many: a perfect induction head then has 0.96, and one that attends to
-    the start token 0.04 (S = 25).
+    head attends there too (all of induction in a b a b). Position 0 attends only to itself and never counts. On
+    `repeated_tokens` of length S these are t - S and t - S + 1, for the second copy only. The usual diagonal of the
+    whole pattern has two entries too many: a perfect induction head scores 0.96, and a head that attends to the start
+    token 0.04 (S = 25).
 
     Args:
-        model: in evaluation mode.
         tokens_NT: (N, T) ids, at most `context_size` in a row.
         windows: real text, for the in-context-learning score and the scores at natural repeats: (N, context_size + 1)
             ids, `<|pad|>` after the end, and (N,) the document that each is cut from; None: leave both out.
         averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
-        layers: which layers (None: all).
-        heads: which heads of each (None: all).
+        layers, heads: which layers, and which heads of each (None: all).
         threshold: the score above which a head has a role, if it is clearly above the uniform baseline too.
     """
     layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
@@ -445,12 +431,9 @@ def roles_of(
 
 
 def source_masks(tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (N, M, T, S), true where source s is what score m looks for from position t.
-
-    And (N, M, T), true where t - 1 would have been such a source too, and is left out.
-    """
-    num_positions = tokens_NT.shape[1]
-    t_T1, s_S = torch.arange(num_positions)[:, None], torch.arange(num_positions)
+    """Return whether source s counts for score m at t, (N, M, T, S), and whether t - 1 is left out, (N, M, T)."""
+    s_S = torch.arange(tokens_NT.shape[1])
+    t_T1 = s_S[:, None]
     same_NTS = tokens_NT[:, :, None] == tokens_NT[:, None, :]
     # Source s follows a token that is equal to token t: the column before, moved by one.
     follows_NTS = torch.cat([torch.zeros_like(same_NTS[..., :1]), same_NTS[..., :-1]], dim=-1)
@@ -465,11 +448,11 @@ def source_masks(tokens_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndarray, float]:
     """Return sum Re(lambda) / sum |lambda| over the eigenvalues of each OV circuit, (L, H), and a receipt's error.
 
-    The circuit W_E W_V W_O W_U, with the norms' gains in W_V and W_U, says how much more probable each token becomes by
-    being attended to (Elhage et al. 2021, "Copying / primitive in-context learning"); (Vocab, Vocab) and of rank V at
-    most, with the rows and columns of the tokens in `averaged` only. AB and BA have the same eigenvalues but for zeros,
-    so those of (W_O W_U)(W_E W_V), (V, V), are taken. Its trace, summed over these tokens, is the independent check:
-    relative to sum |lambda|, the largest of all heads.
+    The circuit W_E W_V W_O W_U, with the norms' gains in W_V and W_U, is how much more probable each token becomes by
+    being attended to (Elhage et al. 2021, "Copying / primitive in-context learning"). It is (Vocab, Vocab), restricted
+    to the tokens in `averaged`, and of rank at most V. AB and BA have the same nonzero eigenvalues, so those of the
+    (V, V) matrix (W_O W_U)(W_E W_V) are computed. The check is the trace, summed over these tokens: its error relative
+    to sum |lambda|, the largest of all heads.
     """
     embedding = float64(model.token_embedding.weight)[list(averaged)]
     unembedding = embedding * float64(model.final_norm.weight)
@@ -508,15 +491,11 @@ def standard_error(values: np.ndarray) -> float:
 
 MOST_TEXT_TOKENS = 2**15
 RARE = 0.02
-"""The largest share of the documents that a pair may occur in; a single document is always allowed."""
+"""The largest share of the documents that a rare pair occurs in; a pair of a single document is always rare."""
 
 
 def text_repeats(
-    model: Transformer,
-    windows_NT: torch.Tensor,
-    documents_N: np.ndarray,
-    layers: Sequence[int],
-    heads: Sequence[int],
+    model: Transformer, windows_NT: torch.Tensor, documents_N: np.ndarray, layers: Sequence[int], heads: Sequence[int]
 ) -> tuple[dict[str, Any], tuple[Receipt, ...]]:
     """Return the scores at natural repeats, the fields `text_...` of `HeadScores`, and a receipt.
 
@@ -568,7 +547,7 @@ def first_occurrences(windows_NT: torch.Tensor, documents_N: np.ndarray) -> torc
     is_text_NC = (windows_NT[:, :-1] >= len(SPECIAL_TOKENS)) & (windows_NT[:, 1:] >= len(SPECIAL_TOKENS))
     same_NCC = (pairs_NC[:, :, None] == pairs_NC[:, None, :]).tril(diagonal=-1)
     has_earlier_NC = same_NCC.any(-1) & is_text_NC & torch.from_numpy(rare_pairs(pairs_NC.numpy(), documents_N))
-    # Of equal values, the first is the largest's place.
+    # `argmax` returns the first of equal values.
     return same_NCC.byte().argmax(-1).where(has_earlier_NC, -1)
 
 

@@ -114,7 +114,6 @@ def logit_attribution(
     ln p(target) plus that entropy.
 
     Args:
-        model: in evaluation mode.
         tokens: (T,) ids, at most `context_size` of them.
         positions: whose logits to explain (None: the last).
         target: the token, or one for each position (None: at each position the model's most probable one).

@@ -101,7 +101,6 @@ def logit_lens(
     one loses it, and the first whose confidence passes a threshold (Schuster et al. 2022).
 
     Args:
-        model: in evaluation mode.
         tokens: (T,) ids, at most `context_size` of them.
         positions: which of them to look at (None: all).
         sublayers: look between the attention and the feed-forward part of each block too.

@@ -132,14 +132,14 @@ def pattern_divergences(first_BHTS: Tensor, second_BGTS: Tensor, is_real_BT: Ten
     """Sum the Jensen-Shannon divergences of two heads' rows, (H, G), in bits, over the rows that count.
 
     `H((p + q) / 2) - (H(p) + H(q)) / 2` with the entropy H (Lin 1991, "Divergence Measures Based on the Shannon
-    Entropy", equation 4.1): 0 where both look at the same tokens alike, 1 where no token has weight from both.
+    Entropy", equation 4.1): 0 for equal rows, 1 where no token has weight in both.
 
     Args:
         first_BHTS, second_BGTS: patterns on the same tokens, rows summing to 1.
         is_real_BT: the rows that count; others may hold anything.
     """
     found = np.empty((first_BHTS.shape[1], second_BGTS.shape[1]))
-    # Each head in memory of its own: the same numbers in the same places make the same entropies to the last bit.
+    # Each head in its own memory, so that equal patterns have equal entropies to the last bit.
     firsts, seconds = (
         [(p_BTS, torch.special.entr(p_BTS)) for p_BTS in (patterns[:, head].contiguous() for head in range(count))]
         for patterns, count in zip((first_BHTS, second_BGTS), found.shape, strict=True)

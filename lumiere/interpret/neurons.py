@@ -14,7 +14,7 @@ import torch
 from lumiere.components.hooks import run_with_cache
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
-from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, rounding
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, rounding, table
 from lumiere.models.transformer import Transformer
 
 NO_EXAMPLE = -1
@@ -73,22 +73,19 @@ def neuron_examples(
 ) -> NeuronExamples:
     """Find the tokens at which each neuron's activation (`hook_post`) is largest in absolute value, one in a window.
 
-    The first token of a window never counts: it has no context, and many neurons answer to that alone.
+    The first token of a window never counts: it has no context, and many neurons respond to that.
 
-    Geva et al. 2021, "Transformer Feed-Forward Layers Are Key-Value Memories", section 3: a neuron answers to patterns
-    in its input. What it writes there is the activation times its row of the second matrix, which read by the output
-    head promotes tokens: Geva et al. 2022, "Transformer Feed-Forward Layers Build Predictions by Promoting Concepts in
-    the Vocabulary Space", section 3. With SwiGLU an activation has a sign, and a negative one promotes the opposite,
-    so that the largest absolute value counts. The `num_neurons` of a layer that once write the largest vector are kept.
+    A neuron responds to patterns in its input (Geva et al. 2021, "Transformer Feed-Forward Layers Are Key-Value
+    Memories", section 3). It writes its activation times its row of the second matrix, which promotes tokens (Geva et
+    al. 2022, "Transformer Feed-Forward Layers Build Predictions by Promoting Concepts in the Vocabulary Space", section
+    3). With SwiGLU a negative activation promotes the opposite tokens, so the largest absolute value counts. The
+    `num_neurons` of each layer that write the largest vectors are kept.
 
     Args:
-        model: in evaluation mode.
         batches: at least one; all of one width T.
         num_neurons: how many of each layer (at most d_ff).
-        num_examples: windows of each.
-        num_promoted: tokens of each.
-        before: context of an example, in tokens.
-        after: the same, after it.
+        num_examples, num_promoted: windows and tokens of each.
+        before, after: context of an example, in tokens.
     """
     device = model.token_embedding.weight.device
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.num_layers)]
@@ -109,24 +106,22 @@ def neuron_examples(
         peak_LWN, place_LWN = peak_LWF.gather(-1, index_LWN), place_LWF.gather(-1, index_LWN)
         kept = min(num_examples, len(tokens_WT))
         top_LKN = peak_LWN.topk(kept, dim=1)
-        # A window of one token has no example; it comes last, and only where there are too few windows.
+        # A window of one token has no example; it is last, and only among the top where there are too few windows.
         is_there_LNK = (top_LKN.values >= 0).transpose(1, 2)
         windows_LNK = top_LKN.indices.transpose(1, 2).where(is_there_LNK, NO_EXAMPLE)
         positions_LNK = place_LWN.gather(1, top_LKN.indices).transpose(1, 2)
         around_LNKA = torch.full((*windows_LNK.shape, before + 1 + after), torch.nan, dtype=peak_LWF.dtype)
+        places_LNKA = positions_LNK.unsqueeze(-1) + torch.arange(-before, after + 1)
+        is_inside = (places_LNKA >= 0) & (places_LNKA < tokens_WT.shape[1]) & (windows_LNK != NO_EXAMPLE).unsqueeze(-1)
+        is_inside &= tokens_WT[windows_LNK.unsqueeze(-1), places_LNKA.clamp(0, tokens_WT.shape[1] - 1)] != PAD
         first = 0
         for batch in batches:  # again, rather than hold all activations of all windows
             posts_LWTF = neuron_activations(model, batch.tokens.to(device), names)
-            last = first + len(batch.tokens)
-            for layer, row, rank in ((windows_LNK >= first) & (windows_LNK < last)).nonzero().tolist():
-                position = int(positions_LNK[layer, row, rank])
-                start, end = max(0, position - before), min(tokens_WT.shape[1], position + after + 1)
-                offset = start - position + before
-                window = int(windows_LNK[layer, row, rank]) - first
-                values = posts_LWTF[layer, window, start:end, int(chosen_LN[layer, row])]
-                padding = tokens_WT[window + first, start:end] == PAD
-                around_LNKA[layer, row, rank, offset : offset + end - start] = values.masked_fill(padding, torch.nan)
-            first = last
+            is_here = (windows_LNK >= first) & (windows_LNK < first + len(batch.tokens))
+            place = layer, row, rank, _ = (is_inside & is_here.unsqueeze(-1)).nonzero(as_tuple=True)
+            windows = windows_LNK[layer, row, rank] - first
+            around_LNKA[place] = posts_LWTF[layer, windows, places_LNKA[place], chosen_LN[layer, row]]
+            first += len(batch.tokens)
         activations_LNK = around_LNKA[..., before].clone()
         promoted_LNP = torch.stack(
             [
@@ -161,9 +156,12 @@ def promoted(
     model: Transformer, layer: int, neurons_N: torch.Tensor, activations_N: torch.Tensor, count: int
 ) -> torch.Tensor:
     """Return the tokens whose logits rise most by what each neuron writes, (N, count), up to the final norm's scale."""
-    written_NE = model.blocks[layer].feedforward.down.weight.detach().T.cpu()[neurons_N] * activations_N.sign()[:, None]
-    gain_E = model.final_norm.weight.detach().cpu()
-    return ((written_NE * gain_E) @ model.token_embedding.weight.detach().cpu().T).topk(count, dim=-1).indices
+    down, gain, embedding = (
+        part.weight.detach().cpu()
+        for part in (model.blocks[layer].feedforward.down, model.final_norm, model.token_embedding)
+    )
+    written_NE = down.T[neurons_N] * activations_N.sign()[:, None]
+    return ((written_NE * gain) @ embedding.T).topk(count, dim=-1).indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,23 +183,19 @@ class TokenMap(Result):
     cosines: np.ndarray
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        for token, (x, y), neighbour, cosine in zip(
-            self.tokens, self.points, self.neighbours, self.cosines, strict=True
-        ):
-            nearest = {"neighbour": int(neighbour[0]), "cosine": float(cosine[0])} if len(neighbour) else {}
-            yield {"token": token, "x": float(x), "y": float(y), **nearest}
+        nearest = {"neighbour": self.neighbours[:, 0], "cosine": self.cosines[:, 0]} if self.cosines.size else {}
+        return table({"token": self.tokens}, x=self.points[:, 0], y=self.points[:, 1], **nearest)
 
 
 def token_map(model: Transformer, tokens: Sequence[int], num_neighbours: int = 5) -> TokenMap:
     """Compute principal components of the embeddings of `tokens` (Pearson 1901; Hotelling 1933), and nearest neighbors.
 
-    A flat map of E dimensions hides most of them: points near on it may be far apart. The neighbors are computed in
-    all dimensions, by the cosine of embeddings less their mean, since one shared direction makes all cosines large
-    (Mu and Viswanath 2018, "All-but-the-Top"). The sign of a component means nothing; here the largest absolute
-    coordinate is positive, so that a map comes out the same every time.
+    A flat map hides most of the E dimensions: points that are near on it may be far apart. The neighbors are computed
+    in all dimensions, by the cosine of embeddings less their mean, since one shared direction makes all cosines large
+    (Mu and Viswanath 2018, "All-but-the-Top"). The sign of a component is arbitrary; here the largest absolute
+    coordinate is positive.
 
     Args:
-        model: any.
         tokens: at least one id, each once. The coordinates along missing components are 0.
         num_neighbours: neighbors of each token; fewer if there are fewer tokens.
     """

@@ -1,4 +1,7 @@
-"""The base of all results: arrays, labels and receipts of the checked invariants; and helpers of the analyses."""
+"""The base of all results: arrays, labels and receipts of the checked invariants; and helpers of the analyses.
+
+An analysis is a pure function of a model in evaluation mode, a text and options.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

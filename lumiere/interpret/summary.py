@@ -87,7 +87,6 @@ def measure_activity(model: Transformer, batches: Iterable[Batch]) -> tuple[dict
     """Measure what the parts do, one forward pass per batch, keeping only a few numbers of each layer.
 
     Args:
-        model: in evaluation mode.
         batches: at least one.
 
     Returns:
@@ -163,9 +162,9 @@ class Check:
     """Something that may be wrong, and where.
 
     Attributes:
-        what: what was looked for.
+        what: the problem.
         threshold: from where on it counts.
-        count: how often it was found; 0 is well.
+        count: how often it was found.
         places: where, the first `PLACES_KEPT`.
     """
 
@@ -200,7 +199,7 @@ class ModelSummary(Result):
         writes: (L, 2) the norm of what attention and feed-forward part write, over that of the stream before it.
         head_writes: (L, H) the same of each head.
         largest_activations: (L, F) the largest absolute activation of each neuron.
-        checks: all that was looked for, with its threshold; those that found something are warnings.
+        checks: all checks; those that found something are warnings.
     """
 
     parameters: Mapping[str, int]
@@ -240,9 +239,8 @@ def summarize(
     """Summarize parameters, norms, ranks, gains and embeddings, what the parts do on `batches`, and checks.
 
     Args:
-        model: in evaluation mode.
         batches: a text, such as validation windows; none: the weights alone.
-        token_counts: (V,) how often the model met each token in training, if that is known.
+        token_counts: (V,) counts of the tokens in the training split, if known.
     """
     parameters, facts = count_parts(model), matrix_facts(model)
     gains = {name: value for name, value in model.state_dict().items() if value.ndim == 1}

@@ -81,7 +81,6 @@ def token_losses(
     was uncertain.
 
     Args:
-        model: in evaluation mode.
         tokens: (T,) ids, 2 to `context_size` of them.
         unigram: fitted to the training split.
         bigram: the same.

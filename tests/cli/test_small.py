@@ -26,8 +26,11 @@ MODEL = {"embedding_size": 8, "num_layers": 1, "num_heads": 1, "d_key": 4, "d_va
 TRAINING = {"batch_size": 2, "max_steps": 2, "device": "cpu", "precision": "float32", "warmup_steps": 0}
 
 
+Call = Callable[[str, str], Result]
+
+
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """A runs directory with one run of a name of `SIZES`, trained when it is first asked for."""
     folder = tmp_path_factory.mktemp("small")
 
@@ -36,58 +39,52 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         text, context_size = SIZES[name]
         file = folder / f"{name}.txt"
         file.write_text(text)
-        config = validate(
-            {
-                "model": {**MODEL, "context_size": context_size},
-                "tokenizer": {"vocab_size": 260},
-                "dataset": {"name": "text", "data_files": str(file), "sliding_window_size": 0},
-                "training": TRAINING,
-            }
-        )
-        start(set_up(config), RunStore(folder / name))
+        dataset = {"name": "text", "data_files": str(file), "sliding_window_size": 0}
+        values = {"model": MODEL | {"context_size": context_size}, "tokenizer": {"vocab_size": 260}}
+        start(set_up(validate(values | {"dataset": dataset, "training": TRAINING})), RunStore(folder / name))
         return str(folder / name)
 
     return train
 
 
-def invoke(command: str, runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> Result:
-    monkeypatch.setenv("LUMIERE_RUNS_DIR", runs_dir)
-    Path("text.txt").write_text("ab")
-    result = CliRunner().invoke(app, command.split())
-    assert isinstance(result.exception, SystemExit | None), f"{command}: {result.exception!r}"
-    assert result.exit_code in (0, 2), result.output
-    if result.exit_code:
-        *_, error, hint = result.stderr.splitlines()
-        assert error.startswith("error: ")
-        assert hint.startswith("hint: ")
-    return result
+@pytest.fixture
+def call(runs_dir: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run a command on the run of a name of `SIZES`: it works, or says what is too small."""
+
+    def run(name: str, command: str) -> Result:
+        monkeypatch.setenv("LUMIERE_RUNS_DIR", runs_dir(name) if name in SIZES else name)
+        Path("text.txt").write_text("ab")
+        result = CliRunner().invoke(app, command.split())
+        assert isinstance(result.exception, SystemExit | None), f"{command}: {result.exception!r}"
+        assert result.exit_code in (0, 2), result.output
+        if result.exit_code:
+            *_, error, hint = result.stderr.splitlines()
+            assert (error[:7], hint[:6]) == ("error: ", "hint: ")
+        return result
+
+    return run
 
 
 @pytest.mark.parametrize("command", ["inspect heads", "inspect dynamics", "inspect report"])
 @pytest.mark.parametrize("name", ["two-bytes-context-1", "line-context-1", "line-context-2"])
-def test_contexts_without_room_for_a_repeated_token(
-    name: str, command: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = invoke(command, small_run(name), monkeypatch)
+def test_contexts_without_room_for_a_repeated_token(name: str, command: str, call: Call) -> None:
+    result = call(name, command)
     assert result.exit_code == 2
     assert "model.context_size=3" in result.stderr
     assert not Path("report.html").exists()
 
 
 @pytest.mark.parametrize(
-    "command",
-    ["inspect report", "inspect report --prompt a", "inspect heads --random 1", "inspect dynamics -m induction"],
+    ("name", "command"),
+    [
+        # The training split of the two bytes is one token.
+        *(("two-bytes", f"inspect {rest}") for rest in ("report", "report --prompt a", "heads --random 1")),
+        ("two-bytes", "inspect dynamics -m induction"),
+        *(("line-context-1", f"inspect dynamics -m {name}") for name in ("validation-loss", "lens-depth", "norm")),
+    ],
 )
-def test_one_token_to_draw_from(command: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training split of the two bytes is one token."""
-    assert invoke(command, small_run("two-bytes"), monkeypatch).exit_code == 0
-
-
-@pytest.mark.parametrize("metric", ["validation-loss", "lens-depth", "norm"])
-def test_metrics_that_need_no_repeated_tokens(
-    metric: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert invoke(f"inspect dynamics -m {metric}", small_run("line-context-1"), monkeypatch).exit_code == 0
+def test_what_needs_no_repeated_tokens_works(name: str, command: str, call: Call) -> None:
+    assert call(name, command).exit_code == 0
 
 
 TEXTS = ("", " --prompt a", " --file text.txt", " --val 0", " --random 1")
@@ -108,18 +105,15 @@ COMMANDS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
-def test_every_command_works_or_says_what_is_too_small(
-    name: str, small_run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_works_or_says_what_is_too_small(name: str, call: Call) -> None:
     for command in COMMANDS:
-        result = invoke(command, small_run(name), monkeypatch)
-        assert "nan" not in result.stdout, command
+        assert "nan" not in call(name, command).stdout, command
 
 
 @pytest.mark.parametrize("command", ["tokenize", "train"])
-def test_a_vocabulary_of_three(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small.yaml").write_text("dataset: {num_documents: 2}\n")
-    result = invoke(f"{command} small.yaml --set tokenizer.vocab_size=3", str(tmp_path / "runs"), monkeypatch)
+def test_a_vocabulary_of_three(command: str, call: Call) -> None:
+    Path("small.yaml").write_text("dataset: {num_documents: 2}\n")
+    result = call("runs", f"{command} small.yaml --set tokenizer.vocab_size=3")
     assert result.exit_code == 2
     assert "tokenizer.vocab_size" in result.stderr
-    assert not (tmp_path / "runs").exists()
+    assert not Path("runs").exists()

@@ -3,17 +3,8 @@
 import pytest
 import torch
 
-from lumiere.components.hooks import hooked
 from lumiere.models.transformer import Transformer
-from tests.interpret.circuits import (
-    CURRENT,
-    DUPLICATE,
-    FIRST,
-    INDUCTION,
-    PREVIOUS,
-    UNIFORM,
-    repeated_tokens,
-)
+from tests.interpret.circuits import CURRENT, DUPLICATE, FIRST, INDUCTION, PREVIOUS, UNIFORM, repeated_tokens
 
 LENGTH = 15
 TOKENS = torch.tensor([repeated_tokens(LENGTH, seed=seed) for seed in range(3)])
@@ -49,19 +40,3 @@ def test_a_head_without_a_match_is_uniform(circuit: Transformer) -> None:
         torch.testing.assert_close(patterns[place][1 : LENGTH + 1], uniform[1 : LENGTH + 1])
     assert torch.equal(output.logits.argmax(-1)[:, LENGTH + 1 : -1], TOKENS[:, LENGTH + 2 :])  # and yet copied
     assert float(output.logits[:, -2].max()) == pytest.approx(20, rel=0.01)
-
-
-def test_without_its_previous_token_head_the_induction_head_is_uniform(circuit: Transformer) -> None:
-    """Its K composition is with this head alone: a match there is all that it looks for."""
-
-    def silence(z_BTHV: torch.Tensor) -> torch.Tensor:
-        changed = z_BTHV.clone()
-        changed[:, :, PREVIOUS[1]] = 0
-        return changed
-
-    with torch.no_grad(), hooked(circuit, {"blocks.0.attn.hook_z": silence}):
-        output = circuit(TOKENS)
-    pattern = output.attention_weights[:, INDUCTION[0], INDUCTION[1]]
-    for i in SECOND_COPY:
-        torch.testing.assert_close(pattern[:, i, : i + 1], torch.full((3, i + 1), 1 / (i + 1)))
-    assert (output.logits.argmax(-1)[:, LENGTH + 1 : -1] != TOKENS[:, LENGTH + 2 :]).all()

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,30 +164,31 @@ def test_a_role_is_clearly_above_the_uniform_baseline() -> None:
     assert roles_of(scores, uniform, errors, enough - 1, 0.4) == (((),),)
 
 
+def excesses_by_hand(tokens: list[int], pattern_TS: torch.Tensor, name: str) -> list[tuple[float, float]]:
+    """For each token with such a source, the attention to its sources and the share that uniform attention has."""
+    sources = [(t, sources_by_hand(tokens, name, t)) for t in range(len(tokens))]
+    return [(sum(float(pattern_TS[t, s]) for s in found), len(found) / (t + 1)) for t, found in sources if found]
+
+
 @pytest.mark.parametrize("num_sequences", [1, 3])
-def test_standard_errors_by_hand(num_sequences: int) -> None:
+def test_scores_and_standard_errors_by_hand(model: Transformer, num_sequences: int) -> None:
     """Of one text over its tokens; of several over the sequences, of which some have more such tokens than others."""
-    model, generator = random_model(), torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, 7, (num_sequences, 12), generator=generator)
+    tokens = torch.randint(3, 7, (num_sequences, 12), generator=torch.Generator().manual_seed(0))
     result = score_heads(model, tokens)
     with torch.no_grad():
-        patterns = model(tokens).attention_weights
-    for number, name in enumerate(SCORES):
-        clusters: list[list[float]] = []
-        for row, pattern_TS in zip(tokens.tolist(), patterns[:, 1, 1], strict=True):
-            sources = [sources_by_hand(row, name, t) for t in range(len(row))]
-            excesses = [
-                sum(float(pattern_TS[t, s]) for s in found) - len(found) / (t + 1)
-                for t, found in enumerate(sources)
-                if found
-            ]
-            clusters += [excesses] if num_sequences > 1 else [[excess] for excess in excesses]
-        count = sum(map(len, clusters))
-        mean = sum(map(sum, clusters)) / count
-        residuals = [sum(cluster) - mean * len(cluster) for cluster in clusters]
-        variance = len(clusters) / (len(clusters) - 1) * sum(residual**2 for residual in residuals)
-        assert result.errors[1, 1, number] == pytest.approx(np.sqrt(variance) / count, rel=1e-4)
-        assert result.scores[1, 1, number] - result.uniform[number] == pytest.approx(mean, abs=1e-6)
+        patterns = [model(row[None]).attention_weights[0] for row in tokens]
+    for layer, head, number in np.ndindex(*result.scores.shape):
+        rows = [
+            np.array(excesses_by_hand(row, pattern[layer, head], SCORES[number]))
+            for row, pattern in zip(tokens.tolist(), patterns, strict=True)
+        ]
+        found = np.concatenate(rows)
+        assert [result.scores[layer, head, number], result.uniform[number]] == pytest.approx(found.mean(0), abs=1e-6)
+        clusters = rows if num_sequences > 1 else list(found[:, None])
+        mean = (found[:, 0] - found[:, 1]).mean()
+        residuals = [(cluster[:, 0] - cluster[:, 1] - mean).sum() for cluster in clusters]
+        variance = len(clusters) / (len(clusters) - 1) * np.square(residuals).sum()
+        assert result.errors[layer, head, number] == pytest.approx(np.sqrt(variance) / len(found), rel=1e-3)
 
 
 def test_thresholds_and_a_wrong_trace(
@@ -200,31 +202,17 @@ def test_thresholds_and_a_wrong_trace(
     assert not score_heads(random_model(), SHORT).holds
 
 
-def test_scores_losses_and_gap_one_by_one(model: Transformer) -> None:
-    """Batched, and computed with a loop over sequences, heads and tokens."""
+def test_losses_and_gap_one_by_one(model: Transformer) -> None:
     tokens = repeated_tokens(200, 7, 3, seed=0, start=0, first=3)
     result = score_heads(model, tokens)
     with torch.no_grad():
-        outputs = [model(row[None]) for row in tokens]
-    for number, score_name in enumerate(SCORES):
-        for layer, head in np.ndindex(*result.scores.shape[:2]):
-            found = []
-            for row, output in zip(tokens.tolist(), outputs, strict=True):
-                pattern = output.attention_weights[0, layer, head]
-                for t in range(len(row)):
-                    if sources := sources_by_hand(row, score_name, t):
-                        found.append(sum(float(pattern[t, s]) for s in sources))
-            assert result.scores[layer, head, number] == pytest.approx(np.mean(found), abs=1e-6)
-    losses = np.array(
-        [
-            torch.nn.functional.cross_entropy(output.logits[0, :-1], row[1:], reduction="none").numpy()
-            for row, output in zip(tokens, outputs, strict=True)
-        ]
-    )
+        logits = [model(row[None]).logits[0, :-1] for row in tokens]
+    found = [F.cross_entropy(each, row[1:], reduction="none") for each, row in zip(logits, tokens, strict=True)]
+    losses = torch.stack(found).numpy()
     np.testing.assert_allclose(result.losses, losses.mean(0), rtol=1e-5)
     gaps = losses[:, 1:7].mean(1) - losses[:, 8:].mean(1)
     assert float(result.repeat_gap) == pytest.approx(gaps.mean(), abs=1e-5)
-    assert float(result.repeat_gap_error) == pytest.approx(np.std(gaps, ddof=1) / np.sqrt(3), rel=1e-4)
+    assert float(result.repeat_gap_error) == pytest.approx(np.std(gaps, ddof=1) / np.sqrt(3), rel=1e-3)
 
 
 def dense_copying(model: Transformer, layer: int, head: int, averaged: list[int]) -> float:

@@ -1,12 +1,10 @@
 """Direct logit attribution: every part alone against its own forward pass, and the sums."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
-from lumiere.components.hooks import hooked, run_with_cache
+from lumiere.components.hooks import run_with_cache
 from lumiere.interpret import logit_attribution as logits_module
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.models.transformer import Transformer
@@ -53,19 +51,6 @@ def test_every_part_is_what_it_writes_alone(model: Transformer) -> None:
                 written = explained(model, block.feedforward.down(alone_F), scale)
                 assert result.neurons[0, layer, neuron] == pytest.approx(written, abs=1e-4)
     assert np.abs(result.heads).max() > 0.001  # they matter
-
-
-def test_without_the_last_feedforward_part_the_logit_is_less_by_its_part(model: Transformer) -> None:
-    """By an ablation at the frozen scale: nothing comes after this part, so that its direct effect is all it has."""
-    last = model.num_layers - 1
-    result = logit_attribution(model, TOKENS, target=TARGET)
-    with torch.no_grad():
-        _, cache = run_with_cache(model, torch.tensor([TOKENS]), ["ln_final.hook_scale"])
-        hooks = {f"blocks.{last}.hook_mlp_out": torch.zeros_like}
-        with hooked(model, hooks):
-            stream_TE = model(torch.tensor([TOKENS])).hidden_states[0, -1]
-        ablated = explained(model, stream_TE[-1], cache["ln_final.hook_scale"][0, -1])
-    assert ablated - result.logits[0] == pytest.approx(-result.feedforward[0, last], abs=1e-4)
 
 
 def test_all_levels_sum_to_the_models_logit(model: Transformer) -> None:
@@ -126,19 +111,15 @@ def test_log_probability_by_its_gradient(model: Transformer) -> None:
     assert result.holds
 
 
-def test_attributions_of_all_tokens_sum_to_zero() -> None:
+def test_attributions_of_all_tokens_sum_to_zero(model: Transformer) -> None:
     """Of centered logits by themselves, and of log-probabilities weighted by the prediction."""
-    model = random_model(vocab_size=301, num_layers=1)
-    centered, weighted = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
-    for token in range(model.vocab_size):
-        plain = logit_attribution(model, TOKENS, target=token)
-        of_log = logit_attribution(model, TOKENS, target=token, log_probability=True)
-        for name in PARTS:
-            centered[name] += getattr(plain, name)
-            weighted[name] += of_log.probabilities[0] * getattr(of_log, name)
+    every = range(model.vocab_size)
+    plain, of_log = (
+        logit_attribution(model, TOKENS, [9] * len(every), every, log_probability=is_log) for is_log in (False, True)
+    )
     for name in PARTS:
-        np.testing.assert_allclose(centered[name], 0, atol=1e-9)
-        np.testing.assert_allclose(weighted[name], 0, atol=1e-9)
+        np.testing.assert_allclose(getattr(plain, name).sum(0), 0, atol=1e-9)
+        np.testing.assert_allclose(np.tensordot(of_log.probabilities, getattr(of_log, name), 1), 0, atol=1e-9)
 
 
 def test_without_a_target_it_is_the_most_probable(model: Transformer) -> None:
@@ -172,10 +153,4 @@ def test_the_gain_belongs_to_the_direction(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         logits_module, "frozen_directions", lambda model, *rest: original(model, *rest) / model.final_norm.weight
     )
-    assert not any(receipt.holds for receipt in logit_attribution(model, TOKENS, target=TARGET).receipts)
-
-
-def test_a_model_that_is_broken_fails_every_law() -> None:
-    model = random_model()
-    model.final_norm.weight.data[0] = math.nan
     assert not any(receipt.holds for receipt in logit_attribution(model, TOKENS, target=TARGET).receipts)

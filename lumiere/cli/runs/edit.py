@@ -80,14 +80,12 @@ def remove_runs(
     for run in chosen:
         check_removable(run)
     sizes = {run: disk_bytes(run.path) for run in chosen}
-    total = sum(sizes.values())
     delete(
-        f"{len(chosen)} run{'s' * (len(chosen) > 1)}, {size(total)}",
+        f"{len(chosen)} run{'s' * (len(chosen) > 1)}, {size(sum(sizes.values()))}",
         (describe_run(read_entry(run), num_bytes) for run, num_bytes in sizes.items()),
         [partial(remove_leftovers, store), *(partial(remove_run, run) for run in chosen)],
-        {"runs": [run.name for run in chosen], "num_bytes": total} if as_json else None,
-        yes,
-        dry_run,
+        {"runs": [run.name for run in chosen], "num_bytes": sum(sizes.values())},
+        (yes, dry_run, as_json),
     )
 
 
@@ -131,9 +129,8 @@ def prune_runs(
         f"{count:,} checkpoint{'s' * (count != 1)} of {len(plans):,} run{'s' * (len(plans) != 1)}, {size(total)}",
         lines,
         [partial(prune, plan) for plan in plans],
-        {"runs": pruned, "num_bytes": total} if as_json else None,
-        yes,
-        dry_run,
+        {"runs": pruned, "num_bytes": total},
+        (yes, dry_run, as_json),
     )
 
 
@@ -151,41 +148,38 @@ def delete(
     what: str,
     lines: Iterable[str],
     deletions: Sequence[Callable[[], None]],
-    values: dict[str, Any] | None,
-    yes: bool,
-    dry_run: bool,
+    values: dict[str, Any],
+    options: tuple[bool, bool, bool],
 ) -> None:
     """Show what would be deleted on stderr, ask, delete, and report; exit with 1 unless the answer is yes.
 
     Args:
         what: What is deleted, in words.
         lines: Descriptions of its parts.
-        values: What `--json` prints; None without that option.
+        values: What `--json` prints.
+        options: `--yes`, `--dry-run` and `--json`.
 
     Raises:
         LumiereError: A confirmation is needed, and stdin is not a terminal.
     """
+    yes, dry_run, as_json = options
     if not (yes or dry_run or is_interactive()):
-        raise LumiereError(
-            "stdin is not a terminal, so nobody can confirm",
-            "delete without asking with --yes, or preview with --dry-run",
-        )
-    for line in lines:
-        sys.stderr.write(f"{line}\n")
+        hint = "delete without asking with --yes, or preview with --dry-run"
+        raise LumiereError("stdin is not a terminal, so nobody can confirm", hint)
+    sys.stderr.writelines(f"{line}\n" for line in lines)
     if deletions and not (yes or dry_run):
         sys.stderr.write(f"Delete {what}? [y/N] ")  # `typer.confirm` would ask on stdout
         sys.stderr.flush()
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             sys.stderr.write("nothing was deleted\n")
             raise Exit(1)
-    for deletion in [] if dry_run else deletions:
+    for deletion in () if dry_run else deletions:
         deletion()
-    if values is not None:
+    if as_json:
         print_json(values | {"dry_run": dry_run})
-    elif deletions:
-        sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {what}\n")
     else:
-        sys.stdout.write("nothing to delete\n")
+        did = f"{'would delete' if dry_run else 'deleted'} {what}" if deletions else "nothing to delete"
+        sys.stdout.write(f"{did}\n")
 
 
 def is_interactive() -> bool:
