@@ -17,8 +17,7 @@ from datasets.packaged_modules import _EXTENSION_TO_MODULE, _PACKAGED_DATASETS_M
 from lumiere.config.loader import UniqueKeyLoader, dump_config, load_config_file
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import hub
-from lumiere.data.corpus import load_rows
-from lumiere.data.sources import find_source
+from lumiere.data.corpus import find_source, load_rows
 from lumiere.errors import CheckpointError, ConfigError, DataError
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
 from lumiere.persistence.record import RunRecord

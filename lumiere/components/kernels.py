@@ -71,30 +71,27 @@ class _RMSNorm(Function):
 
 
 # Torch's fused attention never stores the T x S scores. On a CPU it is faster at every length in float32 (forward and
-# backward, 1.4 times at 64 positions, 2 times at 511), but in bfloat16 its backward is so slow that batched matrix
-# products win below this length: 4 times at 64 positions, 1.6 times at 256. Other devices always want it fused.
+# backward, 1.4 times at 64 positions, 2 times at 511), but in bfloat16 batched matrix products win below this length:
+# 4 times at 64 positions, 1.6 times at 256. Other devices always take it.
 BFLOAT16_FUSED_MIN_POSITIONS = 512
 
 
 def attention_mask(positions_BT: Tensor, num_keys: int, dtype: torch.dtype, real_BS: Tensor | None = None) -> Tensor:
     """Return what is added to attention scores, (B, 1, T, S): 0 where a query may see a key, -inf elsewhere.
 
-    A query sees the real tokens at its own position and before. It always sees itself, so that the row of a padding
-    token is not empty: a softmax over nothing is NaN, and NaN times zero would spread from there.
+    A query sees the real tokens at its own position and before. It always sees itself, so that no row is empty: a
+    softmax over nothing is NaN, which would spread.
 
     Args:
         positions_BT: Position of each query; B may be 1.
-        num_keys: S.
-        dtype: Of the scores.
         real_BS: True where the key is a real token, False where it is padding.
     """
     columns_S = torch.arange(num_keys, device=positions_BT.device)
     hidden_BTS = columns_S > positions_BT[..., None]
     if real_BS is not None:
         hidden_BTS = hidden_BTS | (~real_BS[:, None] & (columns_S != positions_BT[..., None]))
-    return torch.zeros(hidden_BTS.shape, dtype=dtype, device=columns_S.device).masked_fill_(hidden_BTS, -math.inf)[
-        :, None
-    ]
+    mask_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=columns_S.device)
+    return mask_BTS.masked_fill_(hidden_BTS, -math.inf)[:, None]
 
 
 def masked_scores(q_BHTK: Tensor, k_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
@@ -148,10 +145,9 @@ def is_fused(q_BHTK: Tensor, v_BHSV: Tensor) -> bool:
 
 
 class _CausalAttention(Function):
-    """Attention by products of small matrices, one for each head of each sequence.
+    """Attention by products of small matrices, one for each head of each sequence, in the type of the queries.
 
-    The forward and the backward compute in the type of the queries: `torch.autocast` would take the softmax, and with
-    it all that is kept for the backward, to float32. The softmax of bfloat16 still adds up in float32.
+    `torch.autocast` would compute the softmax, and keep it, in float32. The softmax of bfloat16 sums in float32.
     """
 
     @staticmethod
@@ -188,7 +184,7 @@ def gated_silu(branches_BTF: Tensor) -> Tensor:
 
 
 class _GatedSilu(Function):
-    """`silu(gate) * linear` for the two joined, (..., 2 F); the backward fills one tensor for both halves."""
+    """`gated_silu`; the backward fills one tensor for both halves."""
 
     @staticmethod
     def forward(ctx: Any, branches: Tensor) -> Tensor:
@@ -210,7 +206,7 @@ class _GatedSilu(Function):
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:
-    """Return `x` with each number zero with probability `rate`, or else divided by `1 - rate`."""
+    """Return `x` with each number set to zero with probability `rate`, and divided by `1 - rate` otherwise."""
     if x.device.type != "cpu" or rate == 1.0:
         return F.dropout(x, rate)
     seed = torch.randint(2**63 - 1, ())
@@ -344,17 +340,16 @@ class _LinearCrossEntropy(Function):
         gradients_ME: list[Tensor] = []
         gradient_VocabE = torch.zeros(weight_VocabE.shape, dtype=sum_dtype, device=x_NE.device)
         # Buffers for the products of a chunk, where their type is not that of the sums.
-        memory = (
-            None if x_NE.dtype == sum_dtype else (torch.empty_like(weight_VocabE), torch.empty_like(gradient_VocabE))
-        )
+        memory = None
+        if x_NE.dtype != sum_dtype:
+            memory = torch.empty_like(weight_VocabE), torch.empty_like(gradient_VocabE)
         loss = torch.zeros((), dtype=sum_dtype, device=x_NE.device)
         with torch.autocast(device, enabled=False):
             for chunk in chunks_of_powers(x_NE, weight_VocabE, targets_N):
                 loss += (chunk.losses * chunk.is_real).sum()
-                # The gradient by the logits is the probabilities, powers / sums, less 1 at the target. The subtraction
-                # is done in the type of the sums, because near 1 bfloat16 has too few digits; the division outside of
-                # the products, because dividing the powers would be another pass over the logits.
-                # Not `scatter_`, which copies all of a bfloat16 tensor to float32 and back.
+                # The gradient of the logits is the probabilities, powers / sums, less 1 at the target. Subtract in the
+                # type of the sums: near 1 bfloat16 has too few digits. Divide outside the products: dividing the
+                # powers would be another pass over the logits. Not `scatter_`, which copies bfloat16 to float32.
                 gradient = chunk.powers
                 targets = (torch.arange(len(gradient), device=x_NE.device).unsqueeze(1), chunk.rows)
                 gradient[targets] = (gradient[targets] - chunk.sums).to(x_NE.dtype)

@@ -48,11 +48,8 @@ class LearnedPositions(nn.Module):
         return F.embedding(positions_T, self.weight)
 
 
-class Rotation(NamedTuple):
-    """Cosines and sines that rotate queries and keys, both (T, 1, K) or (B, T, 1, K), shared by all heads."""
-
-    cos: Tensor
-    sin: Tensor
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines that rotate queries and keys, both (T, 1, K) or (B, T, 1, K), shared by all heads."""
 
 
 def rotation_at(positions_T: Tensor, d_key: int, dtype: torch.dtype) -> Rotation:
@@ -69,14 +66,13 @@ def rotation_at(positions_T: Tensor, d_key: int, dtype: torch.dtype) -> Rotation
     exponents = torch.arange(0, d_key, 2, dtype=dtype, device=positions_T.device) / d_key
     angles = positions_T[..., None].to(dtype) / ROTARY_BASE**exponents
     angles_T1K = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
-    return Rotation(angles_T1K.cos(), angles_T1K.sin())
+    return angles_T1K.cos(), angles_T1K.sin()
 
 
 def rotate(x_BTHK: Tensor, rotation: Rotation) -> Tensor:
     """Rotate queries or keys by their position; same shape and type."""
-    first, second = x_BTHK.chunk(2, dim=-1)
-    quarter_turn_BTHK = torch.cat([-second, first], dim=-1)
-    return (x_BTHK * rotation.cos + quarter_turn_BTHK * rotation.sin).to(x_BTHK.dtype)
+    (cos, sin), (first, second) = rotation, x_BTHK.chunk(2, dim=-1)
+    return (x_BTHK * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BTHK.dtype)
 
 
 class Dropout(nn.Module):

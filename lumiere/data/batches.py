@@ -22,12 +22,13 @@ DOCUMENTS_AT_ONCE = 2**20
 """Maximum number of documents whose window counts are kept in memory; beyond it, they are kept in a file."""
 
 
+@dataclass(eq=False, repr=False)
 class Windows:
     """Documents cut into overlapping windows of `context_size + 1` tokens, on demand and by index.
 
     A window never crosses a document.
 
-    Args:
+    Attributes:
         ids: (num_tokens,), all documents concatenated.
         offsets: (num_documents + 1,), where each document starts in `ids`, and where the last one ends.
         context_size: Inputs of a window; with the targets it spans one token more.
@@ -37,23 +38,13 @@ class Windows:
         path: Path of the split's files without their endings, if it has files.
     """
 
-    def __init__(
-        self,
-        ids: np.ndarray,
-        offsets: np.ndarray,
-        context_size: int,
-        sliding_window_size: int,
-        shifts: bool = False,
-        vocab_size: int | None = None,
-        path: Path | None = None,
-    ) -> None:
-        self.ids = ids
-        self.offsets = offsets
-        self.context_size = context_size
-        self.sliding_window_size = sliding_window_size
-        self.shifts = shifts
-        self._vocab_size = vocab_size
-        self._path = path
+    ids: np.ndarray
+    offsets: np.ndarray
+    context_size: int
+    sliding_window_size: int
+    shifts: bool = False
+    vocab_size: int | None = None
+    path: Path | None = None
 
     @property
     def stride(self) -> int:
@@ -64,9 +55,9 @@ class Windows:
     def _ends(self) -> np.ndarray:
         """(num_documents,), cumulative number of windows; memory-mapped if there are many documents."""
         num_documents = len(self.offsets) - 1
-        if self._path is None or num_documents <= DOCUMENTS_AT_ONCE:
+        if self.path is None or num_documents <= DOCUMENTS_AT_ONCE:
             return self._count(0, num_documents)
-        path = self._path.with_name(f"{self._path.name}.windows-{self.context_size}-{self.sliding_window_size}")
+        path = self.path.with_name(f"{self.path.name}.windows-{self.context_size}-{self.sliding_window_size}")
         if not path.is_file() or path.stat().st_size != num_documents * COUNT_TYPE.itemsize:
             self._write_ends(path, num_documents)
         return np.asarray(np.memmap(path, dtype=COUNT_TYPE, mode="r"))
@@ -99,7 +90,7 @@ class Windows:
         return np.cumsum(1 + np.maximum(-(-needed // self.stride), 0), dtype=COUNT_TYPE)
 
     def _damaged(self, what: str) -> DataError:
-        where = "the encoded text" if self._path is None else f"the cached corpus in {str(self._path.parent)!r}"
+        where = "the encoded text" if self.path is None else f"the cached corpus in {str(self.path.parent)!r}"
         return DataError(f"{where} is damaged: it has {what}", "delete that folder")
 
     def __len__(self) -> int:
@@ -141,7 +132,7 @@ class Windows:
         real = column < lengths[:, None]
         # Positions beyond a document are read from its first token, then overwritten.
         tokens = self.ids[np.where(real, start[:, None] + column, start[:, None])].astype(np.int64)
-        if self._vocab_size is not None and tokens.max() >= self._vocab_size:
+        if self.vocab_size is not None and tokens.max() >= self.vocab_size:
             raise self._damaged(f"the id {tokens.max()}, which its tokenizer does not have")
         tokens[~real] = PAD
         return tokens, lengths

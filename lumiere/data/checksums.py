@@ -12,7 +12,7 @@ from typing import cast
 
 import platformdirs
 
-from lumiere.files import open_file, parse_json, read_file
+from lumiere.files import open_file, parse_json, read_file, write_atomically
 
 CHECKSUMS = "checksums.json"
 MAX_RECORD_BYTES = 10_000
@@ -51,24 +51,14 @@ def file_sha256(path: str | Path, fresh: bool = False) -> str:
         sha256 = hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
     if started - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
         with contextlib.suppress(OSError):  # without a writable cache, the file is only read again
-            write_record(record_path, {"stamp": stamp, "sha256": sha256})
+            record_path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record_path, {"stamp": stamp, "sha256": sha256})
     return sha256
 
 
-def write_record(path: Path, record: Mapping[str, object]) -> None:
-    """Write a small JSON file that other processes may read or write at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, json.dumps(record), suffix=f".{os.getpid()}.tmp")
-
-
-def write_durably(path: Path, text: str, suffix: str = "-new") -> None:
-    """Replace a small file atomically: after a crash it has the old or the complete new content."""
-    temporary = path.with_name(path.name + suffix)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Replace a small JSON file atomically; other processes may read or write it at the same time."""
+    write_atomically(path, json.dumps(value).encode())
 
 
 def checksums_of(folder: Path, fresh: bool = False) -> dict[str, str]:
@@ -86,7 +76,7 @@ def checksums_of(folder: Path, fresh: bool = False) -> dict[str, str]:
 
 def write_checksums(folder: Path) -> None:
     """Write the checksums of an encoded corpus into its folder."""
-    write_record(folder / CHECKSUMS, checksums_of(folder))
+    write_json(folder / CHECKSUMS, checksums_of(folder))
 
 
 def changed_files(folder: Path, fresh: bool = False) -> list[str]:
@@ -102,7 +92,7 @@ def changed_files(folder: Path, fresh: bool = False) -> list[str]:
         written = parse_json(read_file(folder / CHECKSUMS, MAX_RECORD_BYTES))
     except FileNotFoundError:
         with contextlib.suppress(OSError):  # the cache may be read-only
-            write_record(folder / CHECKSUMS, found)
+            write_json(folder / CHECKSUMS, found)
         return []
     if not isinstance(written, dict):
         raise ValueError(f"{CHECKSUMS} is no mapping of files")

@@ -11,13 +11,25 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, tee
 from operator import itemgetter
 from typing import Any
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
-from lumiere.data.sources import BUILDERS, SPLIT_NAMES, SPLITS, Source, absolute_data_files, find_source, local
+from lumiere.data.sources import (
+    BUILDERS,
+    ENDINGS,
+    SPLIT_NAMES,
+    SPLITS,
+    Source,
+    absolute_data_files,
+    ending,
+    has_subsets,
+    local,
+    plain_folder,
+    resolve_data_files,
+)
 from lumiere.data.stories import STORIES_VERSION, stories
 from lumiere.data.tables import csv_rows, json_rows
 from lumiere.data.text import Part, blocks, lines, parts
@@ -177,6 +189,33 @@ def load_corpus(config: DatasetConfig) -> Corpus:
     return Corpus(ordered, fingerprint_of(source, config), unused=unused, rows=counted)
 
 
+def find_source(config: DatasetConfig) -> Source:
+    """Return the source that the config names, without reading any rows.
+
+    Raises:
+        DataError: It does not exist, cannot be reached, or has no format that Lumiere reads.
+    """
+    if config.name in BUILDERS:
+        if not config.data_files:
+            raise DataError(f"dataset '{config.name}' needs dataset.data_files", "--set dataset.data_files=book.txt")
+        return Source(config.name, resolve_data_files(config.data_files, ENDINGS[config.name]))
+    path = os.path.expanduser(config.name)
+    if os.path.isfile(path):
+        builder = next((name for name, endings in ENDINGS.items() if ending(path) in endings), "text")
+        raise DataError(
+            f"dataset '{config.name}' is a file, not a folder",
+            f"--set dataset.name={builder} --set dataset.data_files={config.name}",
+        )
+    is_folder = os.path.isdir(path)
+    if is_folder and not config.data_files and not has_subsets(path):
+        return plain_folder(config, local(path))
+    if not is_folder and (config.name.startswith((".", "~")) or os.path.isabs(path)):
+        raise DataError(f"there is no dataset folder '{config.name}'", "check dataset.name")
+    from lumiere.data.hub import described_folder, hub_source
+
+    return described_folder(config, local(path)) if is_folder else hub_source(config)
+
+
 def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
     """Return the rows of each split, and the identity of their source.
 
@@ -298,12 +337,8 @@ def numbered_rows(rows: Iterable[str], document_start: str) -> Iterator[tuple[in
 
 def neighbors(rows: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     """Yield each row between the row before it and the row after it, which are empty beyond the edges."""
-    iterator = iter(rows)
-    previous, row = "", next(iterator, None)
-    while row is not None:
-        following = next(iterator, None)
-        yield previous, row, following or ""
-        previous, row = row, following
+    before, row, after = tee(chain([""], rows, [""]), 3)
+    return zip(before, islice(row, 1, None), islice(after, 2, None), strict=False)
 
 
 class Matcher(contextlib.ExitStack):

@@ -21,7 +21,7 @@ import numpy as np
 from lumiere.components.short_repr import ShortRepr
 from lumiere.config.schema import DatasetConfig, RunConfig
 from lumiere.data.batches import Windows
-from lumiere.data.checksums import cache_dir, changed_files, write_checksums, write_durably
+from lumiere.data.checksums import cache_dir, changed_files, write_checksums
 from lumiere.data.corpus import Corpus, load_corpus, numbered_parts
 from lumiere.data.encoding import (
     EMPTY,
@@ -37,7 +37,7 @@ from lumiere.data.sources import SPLITS
 from lumiere.data.text import Part, parts
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import DataError, LumiereError, shortened
-from lumiere.files import open_file, parse_json, read_file
+from lumiere.files import open_file, parse_json, read_file, write_atomically
 
 CACHE_FORMAT = 2
 MAX_FACTS_BYTES = 10_000
@@ -188,7 +188,8 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback
             unfinished.rename(folder)
             return True
     except OSError as error:
-        raise unwritable(folder, error) from None
+        problem = f"the cache {str(folder)!r} cannot be written: {error.strerror}"
+        raise LumiereError(problem, "set LUMIERE_CACHE_DIR") from None
 
 
 @contextmanager
@@ -239,7 +240,7 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback)
             settings.normalizer,
             emit=lambda num_bytes: emit(Progress("training the tokenizer", num_bytes=num_bytes)),
         )
-        write_durably(path, tokenizer.to_json())
+        write_atomically(path, tokenizer.to_json().encode())
     # Loaded even if it was just trained, so that a resumed pass gives the same ids.
     tokenizer = Tokenizer.load(path)
     facts = {}
@@ -255,9 +256,10 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback)
         if rows.num_empty:
             note = f"{split}: skipped {rows.num_empty:,} of {rows.num_rows:,} rows, which are empty"
             emit(Progress(note, is_note=True))
-    write_durably(folder / "splits.json", json.dumps(facts, indent=2))
-    for journal in folder.glob("*.journal"):
-        journal.unlink()
+    write_atomically(folder / "splits.json", json.dumps(facts, indent=2).encode())
+    # An interrupted write leaves its temporary file.
+    for path in (*folder.glob("*.journal"), *folder.glob(".*.tmp")):
+        path.unlink()
 
 
 def sample(parts: Iterable[Part], num_bytes: int) -> Iterator[str]:
@@ -331,10 +333,6 @@ def mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
 
 def damaged(folder: Path, reason: str) -> DataError:
     return DataError(f"the cached corpus in {str(folder)!r} is damaged: {reason}", "delete that folder")
-
-
-def unwritable(folder: Path, error: OSError) -> LumiereError:
-    return LumiereError(f"the cache {str(folder)!r} cannot be written: {error.strerror}", "set LUMIERE_CACHE_DIR")
 
 
 # Texts outside of the cache, and sizes of documents

@@ -5,7 +5,6 @@ file of any size can be memory-mapped as well as many small ones, and is easier 
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from lumiere.data.checksums import write_durably
+from lumiere.data.checksums import write_json
 from lumiere.data.text import Part
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer, not_a_character
 from lumiere.files import parse_json, read_file
@@ -201,11 +200,15 @@ def measured_batches(parts: Iterator[Part], before: State) -> Iterator[Batch]:
 
     Raises:
         ChangedError: The text of the parts before differs from what `before` describes.
+        LumiereError: A text contains half of a surrogate pair.
     """
     digest = hashlib.sha256()
 
     def update(part: Part) -> None:
-        digest.update(utf_8(part.text) + (b"\0" if part.is_last else b""))
+        try:
+            digest.update(part.text.encode() + b"\0" * part.is_last)
+        except UnicodeError:
+            raise not_a_character() from None
 
     for part in islice(parts, before.num_parts):
         update(part)
@@ -234,18 +237,6 @@ def measured_batches(parts: Iterator[Part], before: State) -> Iterator[Batch]:
             state, batch, num_bytes, num_words = done.state, [], 0, 0
     if batch:
         yield complete()
-
-
-def utf_8(text: str) -> bytes:
-    """Encode text as UTF-8.
-
-    Raises:
-        LumiereError: It contains half of a surrogate pair.
-    """
-    try:
-        return text.encode()
-    except UnicodeError:
-        raise not_a_character() from None
 
 
 def measure(text: str) -> tuple[int, int]:
@@ -287,4 +278,4 @@ class Journal:
             return EMPTY, False
 
     def write(self, state: State, done: bool = False) -> None:
-        write_durably(self._path, json.dumps(asdict(state) | {"done": done}))
+        write_json(self._path, asdict(state) | {"done": done})

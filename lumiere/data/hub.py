@@ -24,7 +24,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import HFValidationError
 
 from lumiere.config.schema import DatasetConfig
-from lumiere.data.sources import BUILDERS, Source, as_list, checked_sha256, has_subsets, local, plain_folder
+from lumiere.data.sources import BUILDERS, Source, checked_sha256, has_subsets, local, plain_folder
 from lumiere.data.tables import no_column
 from lumiere.errors import DataError, nearest, shortened
 from lumiere.files import is_writable
@@ -177,7 +177,8 @@ def hub_source(config: DatasetConfig) -> Source:
     offline = bool(huggingface_hub.constants.HF_HUB_OFFLINE) or not hub_reachable()
     with errors_in_our_words(config, offline):
         if offline:
-            go_offline()
+            # For this process. Both libraries have already read the environment.
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         try:
             builder = resolved_builder(config, config.name)
         except DataError:
@@ -207,7 +208,7 @@ def resolved_builder(config: DatasetConfig, path: str) -> datasets.DatasetBuilde
     """Return the builder that `datasets` resolves for a folder or a Hub name, before it reads any data."""
     files = config.data_files
     for entries in files.values() if isinstance(files, dict) else [files or []]:
-        for entry in as_list(entries):
+        for entry in [entries] if isinstance(entries, str) else entries:
             local(entry)  # rejects URLs
     with warnings.catch_warnings(action="ignore"):  # deprecations of builders, which are rejected below anyway
         builder = datasets.load_dataset_builder(path, config.subset, data_files=files)
@@ -318,9 +319,3 @@ def hub_reachable() -> bool:
     thread.start()
     thread.join(NO_NETWORK_SECONDS)
     return connected.is_set()
-
-
-def go_offline() -> None:
-    """Restrict this process to the local cache. Both libraries have already read the environment."""
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True

@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.checksums import file_sha256
@@ -81,33 +81,6 @@ class Source:
         return hashlib.sha256(json.dumps([self.builder, self.separator, contents], sort_keys=True).encode()).hexdigest()
 
 
-def find_source(config: DatasetConfig) -> Source:
-    """Return the source that the config names, without reading any rows.
-
-    Raises:
-        DataError: It does not exist, cannot be reached, or has no format that Lumiere reads.
-    """
-    if config.name in BUILDERS:
-        if not config.data_files:
-            raise DataError(f"dataset '{config.name}' needs dataset.data_files", "--set dataset.data_files=book.txt")
-        return Source(config.name, resolve_data_files(config.data_files, ENDINGS[config.name]))
-    path = os.path.expanduser(config.name)
-    if os.path.isfile(path):
-        builder = next((name for name, endings in ENDINGS.items() if ending(path) in endings), "text")
-        raise DataError(
-            f"dataset '{config.name}' is a file, not a folder",
-            f"--set dataset.name={builder} --set dataset.data_files={config.name}",
-        )
-    is_folder = os.path.isdir(path)
-    if is_folder and not config.data_files and not has_subsets(path):
-        return plain_folder(config, local(path))
-    if not is_folder and (config.name.startswith((".", "~")) or os.path.isabs(path)):
-        raise DataError(f"there is no dataset folder '{config.name}'", "check dataset.name")
-    from lumiere.data.hub import described_folder, hub_source
-
-    return described_folder(config, local(path)) if is_folder else hub_source(config)
-
-
 def plain_folder(config: DatasetConfig, folder: str) -> Source:
     """Return the source of a folder whose files have one format, recognized by their endings.
 
@@ -171,7 +144,7 @@ def resolve_data_files(data_files: DataFiles, endings: Collection[str] | None = 
     if isinstance(data_files, str) and os.path.isdir(local(data_files)):
         return folder_files(data_files, endings)
     if not isinstance(data_files, dict):
-        return {"train": expand(as_list(data_files), endings)}
+        return {"train": expand(data_files, endings)}
     splits: dict[str, list[str]] = {}
     for name, entries in data_files.items():
         split = SPLIT_NAMES.get(name.strip().lower())
@@ -186,37 +159,30 @@ def resolve_data_files(data_files: DataFiles, endings: Collection[str] | None = 
                 f"dataset.data_files names the {split} split twice",
                 f"'{name}' means {split}: list all its files under one name",
             )
-        splits[split] = expand(as_list(entries), endings)
+        splits[split] = expand(entries, endings)
     return splits
 
 
 def absolute_data_files(data_files: DataFiles) -> DataFiles:
     """Return the same entries with absolute paths, valid in any working directory."""
     if isinstance(data_files, dict):
-        return {name: absolute_entries(as_list(own)) for name, own in data_files.items()}
-    entries = absolute_entries(as_list(data_files))
+        return {name: absolute_entries(own) for name, own in data_files.items()}
+    entries = absolute_entries(data_files)
     return entries[0] if isinstance(data_files, str) and len(entries) == 1 else entries
 
 
-def as_list(entries: str | list[str]) -> list[str]:
-    return [entries] if isinstance(entries, str) else entries
+def entries_of(given: str | list[str]) -> list[str]:
+    """Return each entry on its own: text that names no file may be several entries separated by commas."""
+    entries = []
+    for entry in [given] if isinstance(given, str) else given:
+        is_one = "," not in entry or os.path.exists(local(entry)) or matches(entry, None)
+        entries += [entry] if is_one else [part.strip() for part in entry.split(",") if part.strip()]
+    return entries
 
 
-def comma_separated(entry: str) -> list[str]:
-    return [part.strip() for part in entry.split(",") if part.strip()]
-
-
-def absolute_entries(entries: Iterable[str]) -> list[str]:
-    """Return files, folders and patterns with absolute paths, and comma-separated entries apart."""
-    found = []
-    for entry in entries:
-        if os.path.exists(local(entry)):
-            found.append(local(entry))
-        elif "," in entry and not matches(entry, None):
-            found += absolute_entries(comma_separated(entry))
-        else:
-            found.append(absolute_pattern(entry))
-    return found
+def absolute_entries(given: str | list[str]) -> list[str]:
+    """Return files, folders and patterns with absolute paths."""
+    return [local(entry) if os.path.exists(local(entry)) else absolute_pattern(entry) for entry in entries_of(given)]
 
 
 def absolute_pattern(entry: str) -> str:
@@ -271,16 +237,9 @@ def local(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def expand(entries: Iterable[str], endings: Collection[str] | None) -> list[str]:
+def expand(given: str | list[str], endings: Collection[str] | None) -> list[str]:
     """Return the files that the entries name, each once."""
-    paths = []
-    for entry in entries:
-        found = matches(entry, endings)
-        if not found and "," in entry:
-            found = [
-                path for part in comma_separated(entry) for path in matches(part, endings) or missing(part, endings)
-            ]
-        paths += found or missing(entry, endings)
+    paths = [path for entry in entries_of(given) for path in matches(entry, endings) or missing(entry, endings)]
     if not paths:
         raise DataError("dataset.data_files names no file", "--set dataset.data_files=book.txt")
     return list(dict.fromkeys(paths))
@@ -317,7 +276,7 @@ def ending(path: str) -> str:
     return os.path.splitext(root)[1] if last in (".gz", ".bz2", ".xz", ".zst") else last
 
 
-def missing(entry: str, endings: Collection[str] | None) -> list[str]:
+def missing(entry: str, endings: Collection[str] | None) -> NoReturn:
     """Raise the error for an entry that names no file."""
     if os.path.isdir(local(entry)):
         raise no_files(entry, endings)

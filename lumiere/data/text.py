@@ -12,7 +12,6 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -33,6 +32,8 @@ WIDE_ENCODINGS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 """Encodings by byte-order mark; longer marks first, because one of them starts with a shorter one."""
+
+DECOMPRESSORS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 CUT = re.compile(r"(?<=\S)[ \n](?=\w)")
 """Where a text can be split without changing its ids in our byte-level tokenizer: before a single space or line end
@@ -70,30 +71,18 @@ def read_text(path: str | Path) -> str:
 
 
 def blocks(path: str) -> Iterator[str]:
-    """Yield the text of a file block by block.
+    """Yield the text of a file, which may be compressed, block by block.
 
     Raises:
         DataError: It cannot be read, or is not UTF-8.
     """
     try:
         with open_file(path) as file:
-            yield from decoded(uncompressed(file, path), path)
+            opened = DECOMPRESSORS.get(Path(path).suffix.lower(), lambda file: file)(file)
+            yield from decoded(cast("BinaryIO", opened), path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise DataError(f"{path} cannot be read: {reason}", "check the path") from None
-
-
-def uncompressed(file: BinaryIO, path: str) -> BinaryIO:
-    """Return a reader of the decompressed file, chosen by its ending; the file itself if it is not compressed."""
-    match Path(path).suffix.lower():
-        case ".gz":
-            return cast("BinaryIO", gzip.open(file))
-        case ".bz2":
-            return cast("BinaryIO", bz2.open(file))
-        case ".xz":
-            return cast("BinaryIO", lzma.open(file))
-        case _:
-            return file
 
 
 def decoded(file: BinaryIO, name: str) -> Iterator[str]:
@@ -116,16 +105,13 @@ def decoded(file: BinaryIO, name: str) -> Iterator[str]:
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         before = error.object[: error.start].decode("utf-8", "replace")
-        raise not_utf_8(name, num_lines + plain(before).count("\n"), beginning) from None
-
-
-def not_utf_8(name: str, line: int, beginning: bytes) -> DataError:
-    encoding = next((name for mark, name in WIDE_ENCODINGS.items() if beginning.startswith(mark)), "WINDOWS-1252")
-    source = Path(name).name
-    return DataError(
-        f"{name}, line {line}: not UTF-8 text",
-        f"convert it, for example: iconv -f {encoding} -t UTF-8 {source} > utf8-{source}",
-    )
+        line = num_lines + plain(before).count("\n")
+        encoding = next((own for mark, own in WIDE_ENCODINGS.items() if beginning.startswith(mark)), "WINDOWS-1252")
+        source = Path(name).name
+        raise DataError(
+            f"{name}, line {line}: not UTF-8 text",
+            f"convert it, for example: iconv -f {encoding} -t UTF-8 {source} > utf8-{source}",
+        ) from None
 
 
 def lines(path: str) -> Iterator[str]:
@@ -161,7 +147,8 @@ def pieces(text: Iterable[str]) -> Iterator[str]:
         DataError: It has `MAX_PIECE_CHARACTERS` without a place to split.
     """
     held, searched = "", 0
-    for block in chain.from_iterable(map(sliced, text)):
+    slices = (long[i : i + PIECE_CHARACTERS] for long in text for i in range(0, len(long), PIECE_CHARACTERS))
+    for block in slices:
         held += block
         if len(held) < PIECE_CHARACTERS:
             continue
@@ -177,10 +164,6 @@ def pieces(text: Iterable[str]) -> Iterator[str]:
             )
     if held:
         yield held
-
-
-def sliced(text: str) -> Iterator[str]:
-    return (text[first : first + PIECE_CHARACTERS] for first in range(0, len(text), PIECE_CHARACTERS))
 
 
 def last_cut(text: str, first: int) -> int:

@@ -138,20 +138,28 @@ def evaluate_in_detail(
     """
     start = time.perf_counter()
     baselines = baselines or {}
-    sums = Sums(split.facts.num_documents, len(windows), windows.context_size, batch_size, len(baselines))
-    by_digits = None if train is None else FrequencySums(train, model.vocab_size)
+    documents = GroupSums(split.facts.num_documents, 3 + len(baselines))
+    batches = GroupSums(-(-len(windows) // batch_size), 1)
+    positions = GroupSums(windows.context_size, 1)
+    bins = GroupSums(NUM_BINS, 2)
+    names, group_of = ([], np.empty(0)) if train is None else frequency_groups(train, model.vocab_size)
+    frequencies = GroupSums(len(names), 1)
 
     def take(scores: Scores) -> None:
-        sums.add(scores)
-        if by_digits is not None:
-            by_digits.add(scores)
+        losses = scores.losses
+        documents.add(scores.documents, losses, scores.at_1, scores.at_5, *scores.baselines.values())
+        batches.add(scores.windows // batch_size, losses)
+        positions.add(scores.positions - 1, losses)
+        bins.add(bins_of(scores.confidences), scores.confidences, scores.at_1)
+        if names:
+            frequencies.add(group_of[scores.tokens], losses)
 
     score(model, windows, protocol.once, baselines, take)
-    nats, at_1, at_5, *baseline_nats = sums.documents.sums
-    totals = document_totals(split, sizes, sums.documents.counts, nats, at_1, at_5)
+    nats, at_1, at_5, *baseline_nats = documents.sums
+    totals = document_totals(split, sizes, documents.counts, nats, at_1, at_5)
     found = metrics(totals.total)
     per_document = metrics(totals)
-    [means] = sums.batches.means
+    [means] = batches.means
     with np.errstate(over="ignore"):
         mean_batch_perplexity = float(np.exp(means).mean())
     evaluation = Evaluation(
@@ -161,7 +169,7 @@ def evaluate_in_detail(
         mean_batch_perplexity=mean_batch_perplexity,
         bits_per_byte=float(found.bits_per_byte),
         word_perplexity=float(found.word_perplexity),
-        num_tokens=int(sums.documents.counts.sum()),
+        num_tokens=int(documents.counts.sum()),
         num_windows=len(windows),
         num_batches=len(means),
         batch_size=batch_size,
@@ -173,9 +181,9 @@ def evaluate_in_detail(
         normalized_share=float(sizes.num_changed_bytes.sum() / sizes.num_bytes.sum()),
         accuracy=float(found.accuracy),
         accuracy_at_5=float(found.accuracy_at_5),
-        calibration=calibration(sums.bins),
-        by_position=by_group(sums.positions, [str(position) for position in range(1, windows.context_size + 1)]),
-        by_frequency=None if by_digits is None else by_group(by_digits.groups, by_digits.names),
+        calibration=calibration(bins),
+        by_position=by_group(positions, [str(position) for position in range(1, windows.context_size + 1)]),
+        by_frequency=by_group(frequencies, names) if names else None,
         by_document=LossByDocument(
             per_document.loss.tolist(),
             per_document.bits_per_byte.tolist(),
@@ -193,39 +201,16 @@ def evaluate_in_detail(
     )
 
 
-class Sums:
-    """Running sums over the scores of a text."""
+def frequency_groups(train: TokenizedSplit, vocab_size: int) -> tuple[list[str], np.ndarray]:
+    """Group tokens by how often they are a target in the training split: never, or by powers of ten.
 
-    def __init__(
-        self, num_documents: int, num_windows: int, context_size: int, batch_size: int, num_baselines: int
-    ) -> None:
-        self._batch_size = batch_size
-        self.documents = GroupSums(num_documents, 3 + num_baselines)
-        self.batches = GroupSums(-(-num_windows // batch_size), 1)
-        self.positions = GroupSums(context_size, 1)
-        self.bins = GroupSums(NUM_BINS, 2)
-
-    def add(self, scores: Scores) -> None:
-        losses = scores.losses
-        self.documents.add(scores.documents, losses, scores.at_1, scores.at_5, *scores.baselines.values())
-        self.batches.add(scores.windows // self._batch_size, losses)
-        self.positions.add(scores.positions - 1, losses)
-        self.bins.add(bins_of(scores.confidences), scores.confidences, scores.at_1)
-
-
-class FrequencySums:
-    """Running sums by how often a token is a target in the training split: never, or by powers of ten."""
-
-    def __init__(self, train: TokenizedSplit, vocab_size: int) -> None:
-        counts = target_counts(train.ids, train.offsets, vocab_size)
-        # By number of digits, which is exact; 0 has none.
-        self._digits = np.array([len(str(count)) if count else 0 for count in counts.tolist()])
-        powers = range(self._digits.max())
-        self.names = ["0", *(f"{10**power:,} to {10 ** (power + 1) - 1:,}" for power in powers)]
-        self.groups = GroupSums(len(self.names), 1)
-
-    def add(self, scores: Scores) -> None:
-        self.groups.add(self._digits[scores.tokens], scores.losses)
+    Returns:
+        Names of the groups, and the group of each token, (vocab_size,).
+    """
+    counts = target_counts(train.ids, train.offsets, vocab_size)
+    # By number of digits, which is exact; 0 has none.
+    digits = np.array([len(str(count)) if count else 0 for count in counts.tolist()])
+    return ["0", *(f"{10**power:,} to {10 ** (power + 1) - 1:,}" for power in range(digits.max()))], digits
 
 
 def bins_of(confidences: np.ndarray) -> np.ndarray:

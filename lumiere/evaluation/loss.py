@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,26 +59,21 @@ def evaluate(
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        sums, counts = [], []
-        with torch.inference_mode():
-            for batch in batches_in_order(windows, batch_size, processes.rank, processes.size):
-                residual = model.final_residual(batch.tokens.to(device)).flatten(0, 1)
-                targets = batch.targets.to(device).flatten()
-                losses = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets)
-                # In float64, so that sums do not depend on the batches; on the CPU, as not every device has it.
-                sums.append(losses.cpu().double().sum())
-                counts.append(batch.num_targets)
+    sums, counts = [], []
+    with evaluation_mode(model):
+        for batch in batches_in_order(windows, batch_size, processes.rank, processes.size):
+            residual = model.final_residual(batch.tokens.to(device)).flatten(0, 1)
+            targets = batch.targets.to(device).flatten()
+            losses = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets)
+            # In float64, so that sums do not depend on the batches; on the CPU, as not every device has it.
+            sums.append(losses.cpu().double().sum())
+            counts.append(batch.num_targets)
         # Every entry is nonzero in one process only, so the all-reduce does not round.
         by_batch = torch.zeros(2, -(-len(windows) // batch_size), dtype=torch.float64)
         mine = by_batch[:, processes.rank :: processes.size]
         columns = torch.tensor([[total.item() for total in sums], counts], dtype=torch.float64)
         mine.copy_(columns[:, : mine.shape[1]])  # drops the batch without targets of a rank without data
         totals, num_targets = processes.all_reduce_tensor(by_batch)
-    finally:
-        model.train(was_training)
     means = totals / num_targets
     num_tokens = int(num_targets.sum())
     loss = totals.sum().item() / num_tokens
@@ -95,6 +92,18 @@ def evaluate(
         batch_size=batch_size,
         seconds=time.perf_counter() - start,
     )
+
+
+@contextmanager
+def evaluation_mode(model: Transformer) -> Iterator[None]:
+    """Switch off dropout and gradients, then restore the model's mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def exponential(nats: float) -> float:

@@ -10,7 +10,7 @@ D documents, R resamples, U quantities.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -23,6 +23,7 @@ from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Windows, make_batch
 from lumiere.data.dataset import Sizes, TokenizedSplit
 from lumiere.errors import LumiereError
+from lumiere.evaluation.loss import evaluation_mode
 from lumiere.evaluation.ngrams import Baseline
 from lumiere.models.transformer import Transformer
 
@@ -117,46 +118,33 @@ def score(
         baselines: Fitted baselines by name.
         take: Called with the scores of each group of windows, in order. Long texts have too many to keep.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for scores in score_parts(model, windows, once, baselines):
-                take(scores)
-    finally:
-        model.train(was_training)
-
-
-def score_parts(
-    model: Transformer, windows: Windows, once: bool, baselines: Mapping[str, Baseline]
-) -> Iterator[Scores]:
-    """Yield the scores of each group of windows."""
     device = next(model.parameters()).device
     size = max(1, TOKENS_AT_ONCE // windows.context_size)
-    for first in range(0, len(windows), size):
-        indices = np.arange(first, min(first + size, len(windows)))
-        batch = make_batch(windows, indices)
-        documents = windows.documents(indices)
-        is_scored = (batch.targets != IGNORED).numpy()
-        if once:
-            continues = documents == windows.documents(indices - 1)
-            continues[indices == 0] = False
-            # All but the last `stride` targets are also in the window before.
-            is_scored[continues, : windows.context_size - windows.stride] = False
-        rows, columns = np.nonzero(is_scored)
-        residual_SE = model.final_residual(batch.tokens.to(device))[torch.from_numpy(is_scored).to(device)]
-        tokens_S = batch.targets[rows, columns]
-        found = score_logits(residual_SE, model.token_embedding.weight, tokens_S.to(device))
-        windows_NT, _ = windows.cut(indices)
-        own = {
-            **{name: values.cpu().double().numpy() for name, values in found._asdict().items()},
-            "positions": columns + 1,
-            "tokens": tokens_S.numpy(),
-            "documents": documents[rows],
-            "windows": indices[rows],
-        }
-        theirs = {name: baseline.losses(windows_NT)[rows, columns] for name, baseline in baselines.items()}
-        yield Scores(**own, baselines=theirs)
+    with evaluation_mode(model):
+        for first in range(0, len(windows), size):
+            indices = np.arange(first, min(first + size, len(windows)))
+            batch = make_batch(windows, indices)
+            documents = windows.documents(indices)
+            is_scored = (batch.targets != IGNORED).numpy()
+            if once:
+                continues = documents == windows.documents(indices - 1)
+                continues[indices == 0] = False
+                # All but the last `stride` targets are also in the window before.
+                is_scored[continues, : windows.context_size - windows.stride] = False
+            rows, columns = np.nonzero(is_scored)
+            residual_SE = model.final_residual(batch.tokens.to(device))[torch.from_numpy(is_scored).to(device)]
+            tokens_S = batch.targets[rows, columns]
+            found = score_logits(residual_SE, model.token_embedding.weight, tokens_S.to(device))
+            windows_NT, _ = windows.cut(indices)
+            own = {
+                **{name: values.cpu().double().numpy() for name, values in found._asdict().items()},
+                "positions": columns + 1,
+                "tokens": tokens_S.numpy(),
+                "documents": documents[rows],
+                "windows": indices[rows],
+            }
+            theirs = {name: baseline.losses(windows_NT)[rows, columns] for name, baseline in baselines.items()}
+            take(Scores(**own, baselines=theirs))
 
 
 def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -> ModelScores:
@@ -278,16 +266,8 @@ def document_totals(
         sizes: Sizes of the documents, from `document_sizes`.
         counts, nats, at_1, at_5: Scored tokens, and the sums of their columns in `Scores`: (D,) each.
     """
-    return DocumentTotals(
-        nats=nats,
-        num_scored=counts,
-        at_1=at_1,
-        at_5=at_5,
-        num_targets=np.diff(split.offsets) - 1,
-        num_bytes=sizes.num_bytes,
-        num_words=sizes.num_words,
-        num_normalized_bytes=sizes.num_normalized_bytes,
-    )
+    lengths = (sizes.num_bytes, sizes.num_words, sizes.num_normalized_bytes)
+    return DocumentTotals(nats, counts, at_1, at_5, np.diff(split.offsets) - 1, *lengths)
 
 
 def metrics(totals: DocumentTotals) -> Metrics:
@@ -340,11 +320,9 @@ def standard_errors(totals: DocumentTotals) -> Mapping[str, float] | None:
     """Return the standard error of each metric by bootstrap over documents (Efron 1979); None for a single document."""
     if totals.num_documents < 2:
         return None
-    resamples = [metrics(resampled) for resampled in resample(totals)]
-    columns = {name: np.concatenate([getattr(part, name) for part in resamples]) for name in Metrics._fields}
     # An infinite perplexity has an infinite error.
     with np.errstate(invalid="ignore"):
-        return {name: float(np.std(values, ddof=1)) for name, values in columns.items()}
+        return {name: float(np.std(values, ddof=1)) for name, values in resampled(totals)._asdict().items()}
 
 
 def paired_difference(base: DocumentTotals, other: DocumentTotals, metric: str) -> PairedDifference | None:
@@ -362,11 +340,7 @@ def paired_difference(base: DocumentTotals, other: DocumentTotals, metric: str) 
         raise ValueError("a paired difference needs the same documents")
     if base.num_documents < 2:
         return None
-
-    def values(totals: DocumentTotals) -> np.ndarray:
-        return np.concatenate([getattr(metrics(resampled), metric) for resampled in resample(totals)])
-
-    differences = values(other) - values(base)
+    differences = getattr(resampled(other), metric) - getattr(resampled(base), metric)
     difference = float(getattr(metrics(other.total), metric) - getattr(metrics(base.total), metric))
     standard_error = float(np.std(differences, ddof=1))
     low, high = np.quantile(differences, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -388,18 +362,20 @@ def paired_difference(base: DocumentTotals, other: DocumentTotals, metric: str) 
     )
 
 
-def resample(totals: DocumentTotals) -> Iterator[DocumentTotals]:
-    """Yield the sums of `NUM_RESAMPLES` resamples of the documents with replacement, several at a time.
+def resampled(totals: DocumentTotals) -> Metrics:
+    """Return the metrics of `NUM_RESAMPLES` resamples of the documents with replacement, (NUM_RESAMPLES,) each.
 
     The draws depend only on the number of documents, so those of two models on the same documents are paired.
     """
     draw = np.random.default_rng(SEED)
     count = totals.num_documents
     size = max(1, WEIGHTS_AT_ONCE // count)
+    parts = []
     for first in range(0, NUM_RESAMPLES, size):
         rows = min(size, NUM_RESAMPLES - first)
         weights_RD = draw.multinomial(count, np.full(count, 1 / count), size=rows).astype(float)
-        yield DocumentTotals(*(weights_RD @ column for column in totals))
+        parts.append(metrics(DocumentTotals(*(weights_RD @ column for column in totals))))
+    return Metrics(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 FEW_DOCUMENTS = 20

@@ -54,9 +54,7 @@ class OneStream:
         else:
             half = model.d_key // 2
             tables = rotation_at(torch.arange(model.context_size), model.d_key, weight.dtype)
-            self._rotation = torch.view_as_complex(
-                torch.stack([tables.cos[..., :half], tables.sin[..., :half]], dim=-1)
-            )
+            self._rotation = torch.complex(*(table[..., :half].contiguous() for table in tables))
             # Numbers that turn together, i and i + d_key/2, become neighbors: the two parts of a complex number.
             self._order = torch.stack(torch.arange(model.d_key).chunk(2), dim=-1).flatten()
         with torch.no_grad():

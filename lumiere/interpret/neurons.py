@@ -89,7 +89,8 @@ def neuron_examples(
     """
     device = model.token_embedding.weight.device
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.num_layers)]
-    norms_LF = torch.stack([block.feedforward.down.weight.detach().norm(dim=0).cpu() for block in model.blocks])
+    downs = (block.feedforward.down.weight.detach() for block in model.blocks)
+    norms_LF = torch.stack([torch.linalg.vector_norm(down, dim=0).cpu() for down in downs])  # Tensor.norm warns on mps
     tokens_WT = torch.cat([batch.tokens for batch in batches]).cpu()
     peaks, places = [], []
     with torch.inference_mode():

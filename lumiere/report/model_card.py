@@ -129,27 +129,24 @@ def model_card(facts: CardFacts) -> str:
     }
     splits, epoch = record.splits, record.epoch
     version, fingerprint = versions.get("lumiere"), record.corpus_sha256
-    text = (
-        environment()
-        .get_template("model_card.md.j2")
-        .render(
-            {field.name: getattr(facts, field.name) for field in fields(CardFacts)},
-            run_id=facts.run_name.split("_")[1],
-            parameters=parameters,
-            parts=[part for part in parts.items() if part[1]],
-            weight_megabytes=weight_bytes(config) / 1e6,
-            corpus=corpus_name(config.dataset),
-            files=file_names(config.dataset.data_files),
-            language=known_language(config.dataset),
-            fingerprint=fingerprint if isinstance(fingerprint, str) else None,
-            splits=[(name, splits[name]) for name in SPLITS if splits.get(name)],
-            context_bytes=context_bytes(facts),
-            part_of_epoch=epoch if is_number(epoch) and 0 <= epoch < 1 else None,
-            settings=config.training.model_dump(),
-            versions=versions,
-            version=version if isinstance(version, str) and version.replace(".", "").isalnum() else __version__,
-        )
-    )
+    values = {
+        **{field.name: getattr(facts, field.name) for field in fields(CardFacts)},
+        "run_id": facts.run_name.split("_")[1],
+        "parameters": parameters,
+        "parts": [part for part in parts.items() if part[1]],
+        "weight_megabytes": weight_bytes(config) / 1e6,
+        "corpus": corpus_name(config.dataset),
+        "files": file_names(config.dataset.data_files),
+        "language": known_language(config.dataset),
+        "fingerprint": fingerprint if isinstance(fingerprint, str) else None,
+        "splits": [(name, splits[name]) for name in SPLITS if splits.get(name)],
+        "context_bytes": context_bytes(facts),
+        "part_of_epoch": epoch if is_number(epoch) and 0 <= epoch < 1 else None,
+        "settings": config.training.model_dump(),
+        "versions": versions,
+        "version": version if isinstance(version, str) and version.replace(".", "").isalnum() else __version__,
+    }
+    text = environment().get_template("model_card.md.j2").render(values)
     return f"---\n{header(facts)}---\n\n{text}"
 
 
@@ -204,10 +201,9 @@ def file_names(data_files: str | list[str] | Mapping[str, str | list[str]] | Non
             return []
         case str():
             return [data_files.replace("\\", "/").rpartition("/")[2]]
-        case list():
-            return [name for item in data_files for name in file_names(item)]
         case _:
-            return [name for item in data_files.values() for name in file_names(item)]
+            items = data_files if isinstance(data_files, list) else data_files.values()
+            return [name for item in items for name in file_names(item)]
 
 
 def known_language(dataset: DatasetConfig) -> str | None:

@@ -26,6 +26,8 @@ from lumiere.interpret.summary import ModelSummary, summarize
 from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.metrics import History
+from lumiere.report.figures.bars import part_name
+from lumiere.report.figures.heat_maps import Label
 from lumiere.report.model_card import corpus_name
 from lumiere.report.rendering import Scale, plural, render_html, signed, svg_path
 from lumiere.training.costs import count_parameters
@@ -39,9 +41,6 @@ SCRIPTS = ("core.js", "dom.js", "text.js", "attention.js", "lens.js", "parts.js"
 """Each uses only those before it."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 300, 44, 708, 20, 264
 """Size of the loss chart, and the edges of its plot, in SVG units."""
-
-Label = Callable[[int], str]
-"""Returns a token as printable text."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,21 @@ class Inspection:
 
     def results(self) -> list[tuple[str, Result]]:
         """All results with the names of the commands that compute them."""
-        named: list[tuple[str, Result | None]] = [
-            ("summary", self.summary),
-            ("heads", self.heads),
-            ("ablate", self.ablation),
-            ("neurons", self.neurons),
-            ("embeddings", self.embeddings),
-        ]
+        named: dict[str, Result | None] = {
+            "summary": self.summary,
+            "heads": self.heads,
+            "ablate": self.ablation,
+            "neurons": self.neurons,
+            "embeddings": self.embeddings,
+        }
         for number, text in enumerate(self.texts, 1):
-            named += [
-                (f"attention, text {number}", text.attention),
-                (f"lens, text {number}", text.lens),
-                (f"tokens, text {number}", text.losses),
-                *((f"logits, text {number}, word {rank}", found) for rank, found in enumerate(text.candidates, 1)),
-            ]
-        return [(name, result) for name, result in named if result is not None]
+            named |= {
+                f"attention, text {number}": text.attention,
+                f"lens, text {number}": text.lens,
+                f"tokens, text {number}": text.losses,
+                **{f"logits, text {number}, word {rank}": found for rank, found in enumerate(text.candidates, 1)},
+            }
+        return [(name, result) for name, result in named.items() if result is not None]
 
 
 def inspect_model(
@@ -239,9 +238,8 @@ def repeat_gains(heads: HeadScores) -> list[str]:
         found.append(gain("Random tokens", float(heads.repeat_gap), float(heads.repeat_gap_error), len(heads.tokens)))
     if heads.text_repeats and heads.text_gap is not None and heads.text_gap_error is not None:
         documents = heads.text_documents or 0
-        what = (
-            f"Names in the validation split ({plural(heads.text_repeats, 'repeat')} in {plural(documents, 'document')})"
-        )
+        counts = f"{plural(heads.text_repeats, 'repeat')} in {plural(documents, 'document')}"
+        what = f"Names in the validation split ({counts})"
         found.append(gain(what, float(heads.text_gap), float(heads.text_gap_error), documents))
     return found
 
@@ -305,7 +303,7 @@ def text_data(text: TextInspection, name: Callable[[Any], int]) -> dict[str, Any
             "targets": thousandths(lens.target_probabilities),
             "ranks": rounded(lens.target_places, 1),
         },
-        "parts": [part_label(part) for part, _ in text.candidates[0].parts("head")],
+        "parts": [part_name(part).replace("feed-forward", "MLP") for part, _ in text.candidates[0].parts("head")],
         "words": [
             {
                 "tokens": [name(token) for token in found.targets],
@@ -317,12 +315,6 @@ def text_data(text: TextInspection, name: Callable[[Any], int]) -> dict[str, Any
             for found in text.candidates
         ],
     }
-
-
-def part_label(part: Mapping[str, Any]) -> str:
-    """`embed`, `position`, `L0H1`, `L0 MLP`."""
-    formats = {"head": "L{layer}H{head}", "feedforward": "L{layer} MLP", "embed": "embed", "pos_embed": "position"}
-    return formats[part["part"]].format(**part)
 
 
 def neuron_data(result: NeuronExamples, name: Callable[[Any], int]) -> dict[str, Any]:
@@ -371,19 +363,22 @@ def embedding_data(result: TokenMap, name: Callable[[Any], int]) -> dict[str, An
 
 def thousandths(values: Any) -> Any:
     """Nested lists of integers, in thousandths; None for NaN."""
-    values = values.tolist() if isinstance(values, np.ndarray) else values
-    if isinstance(values, list):
-        return [thousandths(value) for value in values]
-    return None if math.isnan(values) else round(values * 1000)
+    return nested(values, lambda value: round(value * 1000))
 
 
 def rounded(values: Any, decimals: int) -> Any:
     """Nested lists of rounded numbers; None for infinity and NaN, which JSON does not have."""
+
+    def short(value: float) -> float:
+        number = round(float(value), decimals)
+        return int(number) if number.is_integer() else number
+
+    return nested(values, short)
+
+
+def nested(values: Any, convert: Callable[[float], float]) -> Any:
+    """Convert the finite numbers of an array or of nested lists; None for others."""
     values = values.tolist() if isinstance(values, np.ndarray) else values
     if isinstance(values, list):
-        return [rounded(value, decimals) for value in values]
-    number = float(values)
-    if not math.isfinite(number):
-        return None
-    number = round(number, decimals)
-    return int(number) if number.is_integer() else number
+        return [nested(value, convert) for value in values]
+    return convert(values) if math.isfinite(values) else None

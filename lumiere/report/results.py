@@ -67,11 +67,7 @@ def as_npz(result: Result, provenance: Mapping[str, Any]) -> bytes:
     return data.getvalue()
 
 
-FORMATS: Mapping[str, Callable[[Result, Mapping[str, Any]], bytes]] = {
-    ".json": as_json,
-    ".csv": as_csv,
-    ".npz": as_npz,
-}
+FORMATS: Mapping[str, Callable[[Result, Mapping[str, Any]], bytes]] = {".json": as_json, ".csv": as_csv, ".npz": as_npz}
 
 
 def check_export(path: Path) -> None:
@@ -99,9 +95,8 @@ def save_result(path: Path, result: Result, provenance: Mapping[str, Any], draw:
         draw: returns the picture, called only if the suffix asks for one.
 
     Raises:
-        LumiereError: as `check_export`, or the file cannot be written.
+        LumiereError: matplotlib is not installed, or the file cannot be written.
     """
-    check_export(path)
     if path.suffix.lower() in SUFFIXES:
         save_picture(path, draw(), facts_line(provenance))
     else:

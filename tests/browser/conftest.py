@@ -1,4 +1,4 @@
-"""A real browser without a network, and a report of the tiny run in it. Without Chromium these tests are skipped."""
+"""An offline browser with the report of the tiny run. Without Chromium, these tests are skipped."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,74 +6,74 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from lumiere.cli import app
+from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
+from tests.cli.commands import invoke
 
 PROMPTS = ("One day a little", "a <b> fox")
 
 
 @pytest.fixture(scope="session")
 def report_file(trained_run: Run, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Path:
-    """The page of the tiny run, as the command writes it."""
     file = tmp_path_factory.mktemp("report") / "report.html"
     prompts = [option for prompt in PROMPTS for option in ("--prompt", prompt)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
-        result = CliRunner().invoke(
-            app, ["inspect", "report", *prompts, "-o", str(file), "--runs-dir", str(trained_run.path.parent)]
-        )
-    assert result.exit_code == 0, result.output
+        invoke("inspect", "report", *prompts, "-o", str(file), "--runs-dir", str(trained_run.path.parent))
     return file
+
+
+@pytest.fixture
+def model(trained_run: Run) -> Transformer:
+    return trained_run.load_model()
+
+
+@pytest.fixture
+def tokens(trained_run: Run) -> list[int]:
+    return [0, *trained_run.load_tokenizer().encode(PROMPTS[0])]
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="make browser installs what drives the browser")
+    playwright = pytest.importorskip("playwright.sync_api", reason="make browser installs Playwright")
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        pytest.skip("there is no chromium; apt-get install chromium brings it")
+        pytest.skip("Chromium is not installed")
     with playwright.sync_playwright() as driver:
-        # Root in a container has no sandbox.
+        # Without a sandbox, which root in a container cannot use.
         started = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()
 
 
-class Watched:
-    """A page that fails on every error of a script and on every request but that of the file itself."""
+@pytest.fixture
+def opened(browser: Any, report_file: Path) -> Iterator[Any]:
+    """Open the report in a new window; at the end, fail on errors of scripts and on requests but for the page."""
+    complaints: list[str] = []
+    contexts: list[Any] = []
 
-    def __init__(self, browser: Any, file: Path, width: int, scheme: str = "light", scripts: bool = True) -> None:
-        self.complaints: list[str] = []
-        self.context = browser.new_context(
+    def see(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:")) or request.resource_type != "document":
+            complaints.append(f"request of {request.url}")
+
+    def open_page(width: int = 1280, scheme: str = "light", scripts: bool = True, file: Path = report_file) -> Any:
+        context = browser.new_context(
             viewport={"width": width, "height": 900},
             color_scheme=scheme,
-            reduced_motion="reduce",  # else the page still glides where the pointer is to go
+            reduced_motion="reduce",  # otherwise the page scrolls smoothly below the pointer
             offline=True,
             java_script_enabled=scripts,
         )
-        self.page = self.context.new_page()
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", self.see)
-        self.page.goto(file.as_uri())
-
-    def see(self, request: Any) -> None:
-        if not request.url.startswith(("file:", "data:")) or request.resource_type != "document":
-            self.complaints.append(f"a request of {request.url}")
-
-
-@pytest.fixture
-def opened(browser: Any, report_file: Path) -> Iterator[Any]:
-    """`opened(width, scheme)`: the report in a new window, whose complaints are none at the end."""
-    windows = []
-
-    def open_page(width: int = 1280, scheme: str = "light", scripts: bool = True) -> Any:
-        windows.append(Watched(browser, report_file, width, scheme, scripts))
-        return windows[-1].page
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", see)
+        page.goto(file.as_uri())
+        return page
 
     yield open_page
-    for window in windows:
-        window.context.close()
-    assert [complaint for window in windows for complaint in window.complaints] == []
+    for context in contexts:
+        context.close()
+    assert complaints == []

@@ -1,4 +1,4 @@
-"""The report in a real browser: every section by mouse and keyboard, and its numbers beside Python's."""
+"""The report in a browser: each section by mouse and keyboard, with the numbers of the analyses."""
 
 from pathlib import Path
 from typing import Any
@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.data.tokenizer import SOT
 from lumiere.interpret.attention import attention_patterns
 from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
+from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 from lumiere.report.rendering import asset
 
 pytestmark = pytest.mark.slow
 
-PROMPT = "One day a little"
 SECTIONS = (
     *("overview", "reading", "explorer", "attention", "heads", "lens"),
     *("attribution", "neurons", "map", "receipts"),
@@ -24,7 +23,7 @@ SECTIONS = (
 
 
 def percent(share: float) -> str:
-    """As the page has it, from Python's own number."""
+    """Format a share as the page does."""
     thousandths = round(float(share) * 1000)
     if thousandths == 0:
         return "<0.1%"
@@ -34,11 +33,6 @@ def percent(share: float) -> str:
 def signed(value: float) -> str:
     text = f"{abs(value):.2f}"
     return text if float(text) == 0 else ("−" if value < 0 else "+") + text
-
-
-@pytest.fixture
-def tokens(trained_run: Run) -> tuple[int, ...]:
-    return (SOT, *trained_run.load_tokenizer().encode(PROMPT))
 
 
 def texts(page: Any, selector: str) -> list[str]:
@@ -59,8 +53,8 @@ def test_nothing_is_wider_than_the_window(opened: Any, width: int, scheme: str, 
     assert (brightness > 600) == (scheme == "light")
 
 
-def test_a_word_by_mouse_and_by_keyboard(opened: Any, tokens: tuple[int, ...], trained_run: Run) -> None:
-    page, model, label = opened(), trained_run.load_model(), trained_run.load_tokenizer().label
+def test_a_word_by_mouse_and_by_keyboard(opened: Any, tokens: list[int], trained_run: Run, model: Transformer) -> None:
+    page, label = opened(), trained_run.load_tokenizer().label
     assert texts(page, "#tokens button") == [label(token) for token in tokens]
     page.locator("#tokens button").nth(3).click()
     page.keyboard.press("ArrowRight")
@@ -84,8 +78,8 @@ def test_a_word_by_mouse_and_by_keyboard(opened: Any, tokens: tuple[int, ...], t
             assert guesses[4 * line + 1 + rank] == shown
 
 
-def test_a_word_adds_up(opened: Any, tokens: tuple[int, ...], trained_run: Run, tiny_corpus: TokenizedCorpus) -> None:
-    page, model = opened(), trained_run.load_model()
+def test_a_word_adds_up(opened: Any, tokens: list[int], model: Transformer, tiny_corpus: TokenizedCorpus) -> None:
+    page = opened()
     occurring = np.unique(tiny_corpus.splits["train"].ids).tolist()
     page.locator("#tokens button").nth(2).click()
     lens = logit_lens(model, tokens, top_k=3)
@@ -104,9 +98,9 @@ def test_a_word_adds_up(opened: Any, tokens: tuple[int, ...], trained_run: Run, 
     assert page.locator("#sources .token").count() == 3
 
 
-def test_a_head_opens_and_is_read_out(opened: Any, tokens: tuple[int, ...], trained_run: Run) -> None:
+def test_a_head_opens_and_is_read_out(opened: Any, tokens: list[int], model: Transformer) -> None:
     page = opened()
-    pattern = attention_patterns(trained_run.load_model(), tokens).patterns[1, 0]
+    pattern = attention_patterns(model, tokens).patterns[1, 0]
     page.locator("#thumbnails button").first.focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
@@ -133,7 +127,7 @@ def test_a_head_opens_and_is_read_out(opened: Any, tokens: tuple[int, ...], trai
     assert painted == [True] * 4
 
 
-def test_the_lens_follows_and_leads(opened: Any, tokens: tuple[int, ...], trained_run: Run) -> None:
+def test_the_lens_follows_and_leads(opened: Any, tokens: list[int], trained_run: Run) -> None:
     page, label = opened(360), trained_run.load_tokenizer().label
     lens = logit_lens(trained_run.load_model(), tokens)
     shown = texts(page, "#lens-table tbody tr:nth-child(2) td")
@@ -172,26 +166,7 @@ def test_neurons_and_map(opened: Any) -> None:
     assert read.text_content() != before or page.locator("#embedding circle").count() < 3
 
 
-def test_the_theme_turns_by_hand(opened: Any) -> None:
-    page = opened()
-    color = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(color)
-    page.locator("#theme").click()
-    assert page.evaluate(color) != light
-    page.locator("#theme").click()
-    assert page.evaluate(color) == light
-
-
-def test_the_tab_key_reaches_every_part(opened: Any) -> None:
-    page = opened()
-    reached = set()
-    for _ in range(60):
-        page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.closest('section')?.id"))
-    assert {"explorer", "attention", "heads", "lens", "attribution", "neurons", "map", "receipts"} <= reached
-
-
-def test_without_scripts_what_is_static_is_there(opened: Any) -> None:
+def test_static_parts_without_scripts(opened: Any) -> None:
     page = opened(scripts=False)
     assert page.locator("#explorer").is_hidden()
     assert "Scripts are off" in page.locator("body").inner_text()
@@ -201,7 +176,7 @@ def test_without_scripts_what_is_static_is_there(opened: Any) -> None:
 
 def test_printed(opened: Any) -> None:
     page = opened(794, "dark")
-    # From a copy, since a canvas that is often read complains.
+    # From a copy: a canvas that is read often logs a warning.
     corner = (
         "(() => { const copy = document.createElement('canvas').getContext('2d');"
         " copy.drawImage(document.querySelector('#thumbnails canvas'), 0, 0);"
@@ -209,7 +184,7 @@ def test_printed(opened: Any) -> None:
     )
     assert page.evaluate(corner) < 60
     page.emulate_media(media="print", color_scheme="dark")
-    for _ in range(200):  # not by `wait_for_function`, which the page's policy lets look once only
+    for _ in range(200):  # the page's policy blocks `wait_for_function`
         if page.evaluate(corner) == 255:
             break
         page.wait_for_timeout(20)
@@ -230,7 +205,7 @@ REACHES = """() => [...document.querySelectorAll("table")].flatMap((table) => [.
     const box = cell.getBoundingClientRect();
     const content = document.createRange();
     const parts = [...cell.querySelectorAll("*")];
-    // Text that stands in the cell itself; what is longer than its own element is cut there.
+    // Text of the cell itself; text that is longer than its own element is cut there.
     for (const node of cell.childNodes) {
       content.selectNode(node);
       if (node.nodeType === Node.TEXT_NODE && node.textContent) parts.push(content.cloneRange());

@@ -1,4 +1,4 @@
-"""The report as somebody uses it who trusts nothing: one plain forward pass, the keyboard alone, every button, harm."""
+"""The report compared with a plain forward pass, by keyboard alone, on a phone, and with hostile tokens."""
 
 import json
 import re
@@ -12,34 +12,22 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from lumiere.components.hooks import run_with_cache
 from lumiere.data.dataset import TokenizedCorpus
-from lumiere.data.tokenizer import SOT
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 
 pytestmark = pytest.mark.slow
 
-PROMPT = "One day a little"
 HARM = "</script><script>window.harm=1</script><img src=x onerror=window.harm=1>\u2028\u2029 ${harm} {{title}} &lt;"
 COLORS = "['color', 'backgroundColor'].map((name) => getComputedStyle(document.body)[name])"
 
 
-@pytest.fixture
-def model(trained_run: Run) -> Transformer:
-    return trained_run.load_model()
-
-
-@pytest.fixture
-def tokens(trained_run: Run) -> list[int]:
-    return [SOT, *trained_run.load_tokenizer().encode(PROMPT)]
-
-
 def percents(text: str) -> list[float]:
-    """All percentages of a text; "<0.1%" counts as nothing."""
+    """All percentages of a text; "<0.1%" is 0."""
     return [0.0 if below else float(number) for below, number in re.findall(r"(<?)(\d+(?:\.\d+)?)%", text)]
 
 
 def is_shown(percent: float, share: float) -> bool:
-    """Whether a share may be printed so: rounded to thousandths, and from a tenth on to hundredths."""
+    """Whether a share is printed correctly: rounded to thousandths, and to hundredths from 10 %."""
     return abs(percent - share * 100) <= (0.56 if percent >= 10 else 0.11)
 
 
@@ -121,7 +109,7 @@ def focused(page: Any) -> dict[str, str]:
 
 
 def reach(page: Any, part: str) -> None:
-    """Presses Tab until the focus is in a part. Few presses do, since a group of buttons is one stop."""
+    """Press Tab until the focus is in a part; a group of buttons is one stop."""
     for _ in range(25):
         page.keyboard.press("Tab")
         if page.evaluate("(id) => document.getElementById(id).contains(document.activeElement)", part):
@@ -130,7 +118,7 @@ def reach(page: Any, part: str) -> None:
 
 
 def test_every_button_on_a_phone(opened: Any) -> None:
-    """No click makes an error (the fixture holds that) or a page wider than the window."""
+    """No click causes an error (see the fixture) or a page wider than the window."""
     page = opened(360)
     for group in ("nav", "#looks", "#thumbnails", "#pushes", "#waterfall", "#lens-table", "#neuron"):
         buttons = page.locator(f"{group} {'a' if group == 'nav' else 'button'}")
@@ -167,8 +155,8 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_a_hostile_vocabulary_is_text(browser: Any, report_file: Path, tmp_path: Path) -> None:
-    """Tokens come from a corpus that anybody may have written. What it asks for, the page's policy refuses."""
+def test_a_hostile_vocabulary_is_text(opened: Any, report_file: Path, tmp_path: Path) -> None:
+    """Tokens come from a corpus that anybody may have written."""
     written = report_file.read_text(encoding="utf-8")
     start = written.index(opening := '<script type="application/json" id="data">') + len(opening)
     end = written.index("</script>", start)
@@ -176,23 +164,17 @@ def test_a_hostile_vocabulary_is_text(browser: Any, report_file: Path, tmp_path:
     data["labels"] = dict.fromkeys(data["labels"], HARM)
     file = tmp_path / "hostile.html"
     file.write_text(written[:start] + str(htmlsafe_json_dumps(data)) + written[end:], encoding="utf-8")
-    context = browser.new_context(offline=True)
-    page = context.new_page()
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(file.as_uri())
+    page = opened(file=file)
     assert page.locator("#tokens button").first.text_content() == HARM
     page.locator("#text").select_option("1")
     for group, index in product(("#looks", "#thumbnails", "#neuron", "#lens-table", "#waterfall"), (0, 1)):
         page.locator(f"{group} button").nth(index).click()
     assert page.locator("img").count() == 0
     assert page.evaluate("window.harm") is None
-    assert errors == []
-    context.close()
 
 
 def test_the_policy_lets_nothing_out(browser: Any, report_file: Path) -> None:
-    """Even a script in the page, were there one, cannot reach a network: the page's own policy says so."""
+    """The page's policy would stop even a script in the page from reaching a network."""
     context = browser.new_context()
     page = context.new_page()
     asked: list[str] = []

@@ -1,4 +1,4 @@
-"""Batches: a pure function of seed and step, each window once an epoch, and nothing predicted that is padding."""
+"""Batches: a pure function of seed and step, each window once per epoch, padding never a target."""
 
 import numpy as np
 import pytest
@@ -25,14 +25,14 @@ DOCUMENTS = [[0, 10, 11, 12, 13, 14, 15, 16, 1], [0, 20, 1], [0, 1]]
 
 @pytest.fixture(scope="module")
 def windows() -> Windows:
-    """Three windows of the first document, one of each other: five, which batches of two do not divide."""
+    """Five windows, which batches of two do not divide: three of the first document, one of each other."""
     ids = np.array([token for document in DOCUMENTS for token in document], dtype=np.uint16)
     return Windows(ids, np.cumsum([0, *map(len, DOCUMENTS)]), context_size=4, sliding_window_size=2)
 
 
 @pytest.fixture(scope="module")
 def many_windows() -> Windows:
-    """A hundred documents of one window each, told apart by their second token."""
+    """A hundred documents of one window each, identified by their second token."""
     ids = np.array([[0, 3 + number, 1] for number in range(100)]).ravel()
     return Windows(ids, np.arange(0, 301, 3), context_size=4, sliding_window_size=2)
 
@@ -58,7 +58,7 @@ def test_targets_are_the_next_tokens(windows: Windows) -> None:
     assert batch.documents.tolist() == [0, 0, 1, 2]
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert batch.tokens.is_contiguous()
-    # What cross_entropy leaves out unless told otherwise.
+    # The default `ignore_index` of cross_entropy.
     logits = torch.randn(4, 4, 30)
     summed = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
@@ -66,7 +66,7 @@ def test_targets_are_the_next_tokens(windows: Windows) -> None:
 
 
 @given(num_windows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 5), epoch=st.integers(0, 3))
-def test_each_window_is_seen_once_an_epoch(num_windows: int, batch_size: int, seed: int, epoch: int) -> None:
+def test_each_window_is_seen_once_per_epoch(num_windows: int, batch_size: int, seed: int, epoch: int) -> None:
     windows = Windows(np.array([0, 1] * num_windows), np.arange(0, 2 * num_windows + 1, 2), 4, 2)
     steps = steps_per_epoch(windows, batch_size)
     batches = [
@@ -77,7 +77,7 @@ def test_each_window_is_seen_once_an_epoch(num_windows: int, batch_size: int, se
     assert len(batches[-1]) == num_windows - (steps - 1) * batch_size > 0
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(many_windows: Windows) -> None:
+def test_each_epoch_and_seed_has_its_own_order(many_windows: Windows) -> None:
     def epoch(number: int, seed: int) -> tuple[int, ...]:
         steps = range(number * 10, (number + 1) * 10)
         return tuple(index for step in steps for index in indices_at(step, many_windows, 10, seed).tolist())
@@ -87,15 +87,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(many_windows: Windows) -> Non
     assert tuple(range(100)) not in orders
 
 
-def test_documents_of_a_step_are_those_of_its_tokens(windows: Windows, many_windows: Windows) -> None:
-    for step in range(20):
-        second_tokens = batch_at(step, many_windows, 7, seed=3).tokens[:, 1].tolist()
-        assert documents_at(step, many_windows, 7, seed=3) == sorted(token - 3 for token in second_tokens)
-    # Three windows of the first document, and each document once.
-    assert documents_at(0, windows, 5, seed=0) == [0, 1, 2]
-
-
-def test_a_step_has_the_same_batch_whenever_it_is_asked_for(many_windows: Windows) -> None:
+def test_a_batch_depends_on_its_step_only(many_windows: Windows) -> None:
     forward = [batch_at(step, many_windows, 7, seed=3).tokens for step in range(40)]
     torch.manual_seed(1)
     backward = [batch_at(step, many_windows, 7, seed=3).tokens for step in reversed(range(40))]
@@ -119,7 +111,7 @@ def test_evaluation_reads_the_windows_in_order(windows: Windows) -> None:
 
 
 @given(num_windows=st.integers(1, 12), num_parts=st.integers(1, 15))
-def test_parts_of_a_batch_are_the_whole(num_windows: int, num_parts: int) -> None:
+def test_parts_of_a_batch_concatenate_to_it(num_windows: int, num_parts: int) -> None:
     targets = torch.arange(num_windows * 3).view(-1, 3)
     targets[:, 2] = torch.where(targets[:, 0] % 2 == 0, IGNORED, targets[:, 2])
     batch = Batch(torch.arange(num_windows * 3).view(-1, 3), targets, int((targets != IGNORED).sum()))
@@ -143,7 +135,7 @@ def test_a_batch_is_split_without_waiting_for_the_device() -> None:
     assert [part.tokens.shape for part in Batch(tokens, tokens, 15).split(2)] == [(3, 3), (2, 3)]
 
 
-def test_a_batch_moves_whole(windows: Windows) -> None:
+def test_moving_a_batch_moves_all_tensors(windows: Windows) -> None:
     batch = make_batch(windows, np.arange(2)).to(torch.device("meta"))
     assert batch.tokens.is_meta
     assert batch.targets.is_meta
@@ -160,7 +152,7 @@ def test_shifts_are_spread_evenly_and_depend_on_epoch_and_seed() -> None:
     assert [shift_at(epoch, 57, seed=1) for epoch in range(9)] != [shift_at(epoch, 57, seed=2) for epoch in range(9)]
 
 
-def test_windows_that_shift_are_others_in_each_epoch_and_the_same_in_each_call() -> None:
+def test_windows_shift_between_epochs_and_not_between_calls() -> None:
     ids = np.arange(3, 203)
     windows = Windows(ids, np.array([0, 200]), context_size=9, sliding_window_size=2, shifts=True)
     steps = steps_per_epoch(windows, 5)
@@ -177,11 +169,12 @@ def test_windows_that_shift_are_others_in_each_epoch_and_the_same_in_each_call()
     assert in_order.tokens[:, 0].tolist() == [3, 11, 19, 27, 35], "an evaluation never shifts"
 
 
-def test_documents_of_a_step_are_those_of_its_shifted_tokens() -> None:
-    """Each document repeats one token of its own, which says where a window was cut."""
+@pytest.mark.parametrize("shifts", [False, True])
+def test_documents_of_a_step_are_those_of_its_tokens(shifts: bool) -> None:
+    """Each document repeats one token of its own, which identifies the document of a window."""
     lengths = [4, 30, 11, 57, 2, 23]
     ids = np.repeat(np.arange(3, 9), lengths)
-    windows = Windows(ids, np.cumsum([0, *lengths]), context_size=9, sliding_window_size=2, shifts=True)
+    windows = Windows(ids, np.cumsum([0, *lengths]), context_size=9, sliding_window_size=2, shifts=shifts)
     for step in range(12 * steps_per_epoch(windows, 4)):
         batch = batch_at(step, windows, 4, seed=1)
         targets = batch.targets[batch.targets != IGNORED]

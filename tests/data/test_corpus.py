@@ -1,6 +1,7 @@
-"""Documents: where they begin, which are held out, and that nothing is lost or seen twice."""
+"""Documents: where they start, which are held out, and that none is lost or used twice."""
 
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from lumiere.data import corpus as corpus_module
 from lumiere.data import text as text_module
 from lumiere.data.corpus import (
     Corpus,
+    Matcher,
     Reader,
     joined,
     load_corpus,
@@ -28,11 +30,12 @@ from lumiere.errors import DataError
 
 FIRST_LEVEL = "^=[^=]*=$"
 HEADING, SUB_HEADING = " = A = \n", " = = b = = \n"
+ENDLESS = "a" * 60 + "!"
 
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`load_corpus` on rows that a test gives, in the place of those that `datasets` reads."""
+    """`load_corpus` on given rows instead of those that `datasets` reads."""
 
     def load(rows: dict[str, list[str]], source: str = "source", **settings: Any) -> Corpus:
         monkeypatch.setattr("lumiere.data.corpus.load_rows", lambda config: (rows, source))
@@ -83,7 +86,7 @@ def test_a_row_is_a_document() -> None:
         pytest.param(["=A=", "", "x", "y"], ["=A=xy"], id="rows without line ends are joined as they are"),
     ],
 )
-def test_documents_begin_at_headings_that_stand_alone(rows: list[str], documents: list[str]) -> None:
+def test_documents_start_at_headings_that_stand_alone(rows: list[str], documents: list[str]) -> None:
     assert read(rows, FIRST_LEVEL) == documents
 
 
@@ -102,33 +105,53 @@ def test_grouping_loses_no_text(rows: list[str]) -> None:
     assert all(document.startswith(HEADING) for document in documents[1:])
 
 
+@pytest.mark.parametrize("pattern", ["^=[^=]*=$", r"\d", r"(?<!x)(.)\1", "\u2028|é", "^$"])
+def test_the_same_rows_match_as_in_this_process(pattern: str) -> None:
+    rows = ["", "= A =", "aa", "xaa", "١", "[", "\u2028", "café", "a\ud800a", "\n", '"', "=" * 100_000]
+    with Matcher(pattern) as matches:
+        for batch in (rows, [], rows[::-1]):
+            assert list(matches(batch)) == [re.search(pattern, row) is not None for row in batch]
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "(a*)*$", "(.*a){30}$"])
+def test_a_pattern_that_never_ends_is_an_error(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.setattr(corpus_module, "SECONDS", 0.2)
+    with Matcher(pattern) as matches, pytest.raises(DataError, match="document_start"):
+        matches(["a", ENDLESS])
+
+
+@pytest.mark.parametrize("name", ["text", "csv"])
+def test_a_corpus_with_such_a_pattern_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(corpus_module, "SECONDS", 0.2)
+    (tmp_path / "book").write_text(f"text\n\n{ENDLESS}\n\n")
+    files = str(tmp_path / "book")
+    corpus = load_corpus(DatasetConfig(name=name, data_files=files, document_start="(a+)+$"))
+    with pytest.raises(DataError, match="document_start"):
+        list(corpus.documents("train"))
+
+
 # What is held out
 
 
 @given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 3))
-def test_documents_are_held_out_once(count: int, fraction: float, seed: int) -> None:
+def test_each_document_is_in_one_split_in_order(count: int, fraction: float, seed: int) -> None:
     documents = [f"document {i}" for i in range(count)]
-    splits = split(split_validation, documents, fraction, seed)
-    assert split(split_validation, documents, fraction, seed) == splits
-    assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
-    assert splits["train"] == sorted(splits["train"], key=documents.index)
-    assert len(splits["validation"]) == min(max(1, round(count * fraction)), count - 1)
-
-
-@given(st.integers(2, 60), st.floats(0.001, 0.999), st.integers(0, 3))
-def test_of_a_stream_documents_are_held_out_once(count: int, fraction: float, seed: int) -> None:
-    documents = [f"document {i}" for i in range(count)]
-    splits = split(split_validation_of_stream, documents, fraction, seed)
-    assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
-    assert splits["train"] == sorted(splits["train"], key=documents.index)
-    assert documents[0] in splits["train"]
-    assert documents[1] in splits["validation"]
-    # What a document is drawn for does not depend on how many follow it.
+    counted, streamed = (
+        split(hold, documents, fraction, seed) for hold in (split_validation, split_validation_of_stream)
+    )
+    for splits in (counted, streamed):
+        assert sorted(splits["train"] + splits["validation"]) == sorted(documents)
+        assert splits["train"] == sorted(splits["train"], key=documents.index)
+    assert split(split_validation, documents, fraction, seed) == counted
+    assert len(counted["validation"]) == min(max(1, round(count * fraction)), count - 1)
+    assert documents[0] in streamed["train"]
+    assert documents[1] in streamed["validation"]
+    # In a stream, the split of a document does not depend on how many follow it.
     longer = split(split_validation_of_stream, [*documents, "one more"], fraction, seed)
-    assert set(longer["validation"]) - {"one more"} == set(splits["validation"])
+    assert set(longer["validation"]) - {"one more"} == set(streamed["validation"])
 
 
-def test_of_a_stream_the_fraction_is_held_out() -> None:
+def test_a_stream_holds_out_its_fraction() -> None:
     texts = list(map(str, range(20_000)))
     held_out = [set(split(split_validation_of_stream, texts, 0.05, seed)["validation"]) for seed in (0, 1)]
     # Four standard deviations of a binomial of 20,000 draws.
@@ -136,7 +159,7 @@ def test_of_a_stream_the_fraction_is_held_out() -> None:
     assert held_out[0] != held_out[1]
 
 
-def test_what_is_held_out_depends_on_the_seed() -> None:
+def test_the_seed_determines_what_is_held_out() -> None:
     def held_out(seed: int) -> list[str]:
         return split(split_validation, list(map(str, range(100))), 0.05, seed)["validation"]
 
@@ -153,20 +176,6 @@ def test_many_documents_are_held_out_like_a_stream(monkeypatch: pytest.MonkeyPat
         assert (split(split_validation, texts, 0.2, 0) == split(split_validation_of_stream, texts, 0.2, 0)) == rule
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.99])
-def test_of_two_documents_one_is_held_out(load: Any, fraction: float) -> None:
-    splits = contents(load({"train": ["one", "two"]}, validation_fraction=fraction))
-    assert sorted(splits["train"] + splits["validation"]) == ["one", "two"]
-    assert len(splits["train"]) == 1
-
-
-def test_of_one_document_the_tail_is_held_out(load: Any) -> None:
-    text = "one two three four\n"
-    splits = contents(load({"train": [text]}, validation_fraction=0.4))
-    # Three fifths of 18 characters end in 'three', so the cut is behind it.
-    assert splits == {"train": ["one two three"], "validation": [" four\n"]}
-
-
 @given(st.text(st.sampled_from("ab \n字"), max_size=40), st.floats(0.001, 0.999), st.integers(1, 50))
 def test_a_single_document_is_cut_before_a_word(text: str, fraction: float, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -179,13 +188,21 @@ def test_a_single_document_is_cut_before_a_word(text: str, fraction: float, size
     assert bool(splits["validation"]) == bool(text.strip())
 
 
-def test_a_text_too_short_to_cut_leaves_no_blank_document(load: Any) -> None:
+def test_few_or_short_documents(load: Any) -> None:
+    # Three fifths of 18 characters end in 'three'.
+    splits = contents(load({"train": ["one two three four\n"]}, validation_fraction=0.4))
+    assert splits == {"train": ["one two three"], "validation": [" four\n"]}
+    for fraction in (0.05, 0.5, 0.99):
+        splits = contents(load({"train": ["one", "two"]}, validation_fraction=fraction))
+        assert sorted(splits["train"] + splits["validation"]) == ["one", "two"]
+        assert len(splits["train"]) == 1
+    # No side becomes a blank document.
     assert contents(load({"train": ["a"]})) == {"train": [], "validation": ["a"]}
     assert contents(load({"train": [" abc"]}, validation_fraction=0.99)) == {"train": [], "validation": [" abc"]}
     assert contents(load({"train": []})) == {"train": [], "validation": []}
 
 
-def test_a_validation_split_is_left_as_it_is(load: Any) -> None:
+def test_an_existing_validation_split_is_kept(load: Any) -> None:
     rows = {"test": ["t"], "unsupervised": ["u"], "validation": ["v"], "train": ["a", "b", "c"]}
     corpus = load(rows)
     assert corpus.splits == ("train", "validation", "test")
@@ -204,7 +221,7 @@ def test_a_validation_split_is_left_as_it_is(load: Any) -> None:
         (["train", "vaild", "unsupervised"], {"train": "train"}, ("vaild", "unsupervised")),
     ],
 )
-def test_usual_names_of_splits(load: Any, names: list[str], used: dict[str, str], unused: tuple[str, ...]) -> None:
+def test_common_names_of_splits(load: Any, names: list[str], used: dict[str, str], unused: tuple[str, ...]) -> None:
     corpus = load({name: [f"{name} 1", f"{name} 2"] for name in names})
     assert corpus.unused == unused
     found = contents(corpus)
@@ -243,7 +260,7 @@ def test_fingerprint_changes_with_everything_that_changes_documents(load: Any) -
         {"seed": 1},
     ]
     assert len({load(rows, **setting).fingerprint for setting in settings}) == len(settings)
-    # How windows are cut is no matter of the documents.
+    # Windows do not affect the documents.
     assert load(rows, sliding_window_size=0).fingerprint == load(rows).fingerprint
 
 
@@ -322,9 +339,9 @@ def test_compressed_text(module: str) -> None:
 def test_plain_text_needs_no_datasets_library() -> None:
     write("book.txt", b"one two three four five six seven eight")
     code = (
-        "import sys; from lumiere.config.loader import load_config; from lumiere.data.dataset import tokenize_corpus; "
-        "tokenize_corpus(load_config('tiny', ['dataset.name=text', 'dataset.data_files=book.txt'])); "
-        "assert 'datasets' not in sys.modules"
+        "import sys; from lumiere.config.schema import DatasetConfig; from lumiere.data.corpus import load_corpus; "
+        "corpus = load_corpus(DatasetConfig(name='text', data_files='book.txt')); "
+        "assert list(corpus.parts('train')) and list(corpus.parts('validation')); assert 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,4 +1,4 @@
-"""Encoded corpora: what is on disk, when it is made anew, and what happens when that goes wrong."""
+"""Encoded corpora: contents of the cache, when it is rebuilt, and errors."""
 
 import hashlib
 import json
@@ -34,23 +34,22 @@ from lumiere.data.dataset import (
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer
 from lumiere.errors import DataError, LumiereError
 
-DOCUMENTS = {
-    "train": ["low lower\nlowest ﬁn\n", "東京 low"],
-    "validation": ["low½"],
-    "test": ["e\u0301\n\n"],
-}
+DOCUMENTS = {"train": ["low lower\nlowest ﬁn\n", "東京 low"], "validation": ["low½"], "test": ["e\u0301\n\n"]}
+
+
+Give = Callable[[dict[str, list[str]]], None]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, where `folders` finds what was built."""
+    """A cache per test; `folders` lists what was built."""
     monkeypatch.setenv("LUMIERE_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def give(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[str]]], None]:
-    """Puts documents in the place of the corpus that the config names."""
+def give(monkeypatch: pytest.MonkeyPatch) -> Give:
+    """Return a function that replaces the corpus of the config with its argument."""
 
     def give(documents: dict[str, list[str]]) -> None:
         readers = {split: row_reader(texts, None) for split, texts in documents.items()}
@@ -62,7 +61,7 @@ def give(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[str]]], No
 
 
 @pytest.fixture
-def given_documents(give: Callable[[dict[str, list[str]]], None]) -> None:
+def given_documents(give: Give) -> None:
     give(DOCUMENTS)
 
 
@@ -71,7 +70,7 @@ def config_of(**tokenizer: Any) -> RunConfig:
 
 
 def folders(cache: Path) -> list[Path]:
-    """All corpora in the cache, unfinished ones too."""
+    """Return all corpora in the cache, including unfinished ones."""
     return sorted((cache / "corpora").iterdir()) if cache.is_dir() else []
 
 
@@ -79,7 +78,7 @@ def folders(cache: Path) -> list[Path]:
 
 
 @pytest.mark.usefixtures("given_documents")
-def test_ids_of_all_documents_one_after_the_other() -> None:
+def test_ids_are_all_documents_concatenated() -> None:
     corpus = tokenize_corpus(config_of())
     assert list(corpus.splits) == ["train", "validation", "test"]
     for split, documents in DOCUMENTS.items():
@@ -112,7 +111,7 @@ def test_measure() -> None:
     assert measure(" a  b\u00a0c\t\n") == (10, 4)
 
 
-def test_the_tokenizer_learns_from_training_documents_only(give: Callable[[dict[str, list[str]]], None]) -> None:
+def test_the_tokenizer_learns_from_training_documents_only(give: Give) -> None:
     give({"train": ["aaaa aaaa"], "validation": ["bbbb bbbb bbbb"]})
     tokenizer = tokenize_corpus(config_of()).tokenizer
     assert len(tokenizer.encode("aaaa")) == 1
@@ -130,9 +129,7 @@ def test_large_vocabularies_take_four_bytes(monkeypatch: pytest.MonkeyPatch, num
     assert large.splits["train"].ids.tolist() == small.splits["train"].ids.tolist()
 
 
-def test_more_documents_than_are_encoded_at_once(
-    give: Callable[[dict[str, list[str]]], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_documents_than_are_encoded_at_once(give: Give, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "BATCH_PARTS", 3)
     documents = {"train": [f"low {i}" for i in range(7)], "validation": ["low"]}
     give(documents)
@@ -178,7 +175,7 @@ def test_a_corpus_is_encoded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(folders(cache)) == 1
 
 
-def test_another_tokenizer_or_corpus_has_a_folder_of_its_own(cache: Path) -> None:
+def test_each_tokenizer_and_corpus_has_its_own_folder(cache: Path) -> None:
     base = config_of()
     others = [
         config_of(vocab_size=310),
@@ -189,13 +186,13 @@ def test_another_tokenizer_or_corpus_has_a_folder_of_its_own(cache: Path) -> Non
     assert not any(corpus.from_cache for corpus in corpora)
     assert len(folders(cache)) == 4
     assert len({corpus.fingerprint for corpus in corpora}) == 4
-    # How windows are cut, and the model, are no matter of the cache.
+    # Windows and the model do not affect the cache.
     wide = validate({"model": {"context_size": 9}, "dataset": {"num_documents": 4, "sliding_window_size": 1}})
     same = wide.model_copy(update={"tokenizer": base.tokenizer})
     assert tokenize_corpus(same).from_cache
 
 
-def test_the_fingerprint_is_of_the_text(give: Callable[[dict[str, list[str]]], None]) -> None:
+def test_the_fingerprint_is_of_the_text(give: Give) -> None:
     give(DOCUMENTS)
     first = tokenize_corpus(config_of())
     changed = DOCUMENTS | {"test": ["é\n\n"]}
@@ -223,26 +220,19 @@ def folder(built: Path, cache: Path) -> Path:
     return folders(cache)[0]
 
 
-def set_field(split: str, field: str, value: Any) -> Callable[[Path], Any]:
+def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    """Change the facts in `splits.json`."""
+
     def damage(path: Path) -> None:
         facts = json.loads(path.read_bytes())
-        facts[split][field] = value
-        path.write_text(json.dumps(facts))
-
-    return damage
-
-
-def rename_split(name: str) -> Callable[[Path], Any]:
-    def damage(path: Path) -> None:
-        facts = json.loads(path.read_bytes())
-        facts[name] = facts.pop("test")
+        change(facts)
         path.write_text(json.dumps(facts))
 
     return damage
 
 
 def put(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """Puts something else in the place of a file."""
+    """Replace a file with something else."""
     return lambda path: (path.unlink(), make(path))
 
 
@@ -264,9 +254,13 @@ DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
         ("splits.json", lambda path, text=text: path.write_text(text))
         for text in ("[]", "7", '{"train": 7}', "{}", "[" * 9999, " " * 20_000)
     ),
-    *(("splits.json", rename_split(name)) for name in ("../../../etc/passwd", "\x1b[31m", "../../outside")),
     *(
-        ("splits.json", set_field("train", field, value))
+        ("splits.json", edit(lambda facts, name=name: facts.update({name: facts.pop("test")})))
+        for name in ("../../../etc/passwd", "\x1b[31m", "../../outside")
+    ),
+    *(("checksums.json", lambda path, text=text: path.write_text(text)) for text in ("[]", "{", "7", " " * 20_000)),
+    *(
+        ("splits.json", edit(lambda facts, field=field, value=value: facts["train"].update({field: value})))
         for field, value in [
             ("num_tokens", 1),
             ("num_tokens", "9"),
@@ -307,7 +301,7 @@ def test_a_damaged_cache_is_an_error(folder: Path, cache: Path, name: str, damag
         ),
     ],
 )
-def test_damage_that_only_reading_can_find_is_an_error_then(
+def test_damage_within_the_files_is_found_when_they_are_read(
     folder: Path, name: str, damage: Callable[[Path], Any], problem: str
 ) -> None:
     (folder / "checksums.json").unlink()
@@ -319,7 +313,7 @@ def test_damage_that_only_reading_can_find_is_an_error_then(
 
 
 @pytest.mark.parametrize("name", ["train.ids", "validation.ids", "train.offsets"])
-def test_ids_that_were_changed_to_other_valid_ones_are_an_error(folder: Path, name: str) -> None:
+def test_ids_changed_to_other_valid_ones_are_an_error(folder: Path, name: str) -> None:
     path = folder / name
     status = path.stat()
     if name.endswith("ids"):
@@ -352,7 +346,7 @@ def test_files_are_read_again_only_if_they_may_have_changed(folder: Path, monkey
     assert read == [str(folder / "train.ids")]
 
 
-def test_verifying_finds_changes_that_leave_the_times_alone(
+def test_verifying_finds_changes_that_preserve_the_times(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checksums, "SETTLED_SECONDS", -1e9)
@@ -375,13 +369,6 @@ def test_a_cache_of_an_older_version_gets_checksums(folder: Path) -> None:
     assert json.loads((folder / "checksums.json").read_text()) == json.loads(whole)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "7", " " * 20_000])
-def test_damaged_checksums_are_an_error(folder: Path, text: str) -> None:
-    (folder / "checksums.json").write_text(text)
-    with pytest.raises(DataError, match="damaged"):
-        tokenize_corpus(config_of())
-
-
 def test_a_cache_with_a_larger_tokenizer_is_an_error(cache: Path) -> None:
     tokenize_corpus(config_of(vocab_size=310))
     [large] = folders(cache)
@@ -393,7 +380,7 @@ def test_a_cache_with_a_larger_tokenizer_is_an_error(cache: Path) -> None:
         tokenize_corpus(config_of())
 
 
-def test_a_file_in_the_place_of_a_cached_corpus_is_an_error(cache: Path) -> None:
+def test_a_file_in_place_of_a_cached_corpus_is_an_error(cache: Path) -> None:
     tokenize_corpus(config_of())
     [folder] = folders(cache)
     shutil.rmtree(folder)
@@ -437,7 +424,7 @@ def test_a_corpus_that_cannot_be_read_leaves_nothing(cache: Path, monkeypatch: p
     assert folders(cache) == []
 
 
-def test_a_second_process_waits_and_takes_what_the_first_has_built(cache: Path) -> None:
+def test_a_second_process_waits_and_reads_what_the_first_built(cache: Path) -> None:
     stages: list[str] = []
     waiting = threading.Event()
     built_by_second: list[bool] = []
@@ -478,10 +465,10 @@ def test_stale_unfinished_corpora_are_removed(cache: Path) -> None:
     assert recent.exists()
 
 
-def test_where_the_cache_is(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_location_of_the_cache(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == cache
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / "home" / name))
-    # Empty, as a shell leaves it, is as good as not set.
+    # An empty value counts as unset.
     monkeypatch.setenv("LUMIERE_CACHE_DIR", "")
     assert cache_dir() == tmp_path / "home" / "lumiere"
     monkeypatch.delenv("LUMIERE_CACHE_DIR")
@@ -503,16 +490,14 @@ def test_a_cache_that_cannot_be_written_is_an_error(cache: Path) -> None:
     ("documents", "split"),
     [({"train": [], "validation": ["a"]}, "train"), ({"train": ["a"], "validation": [], "test": ["a"]}, "validation")],
 )
-def test_a_split_without_text_is_an_error(
-    give: Callable[[dict[str, list[str]]], None], cache: Path, documents: dict[str, list[str]], split: str
-) -> None:
+def test_a_split_without_text_is_an_error(give: Give, cache: Path, documents: dict[str, list[str]], split: str) -> None:
     give(documents)
     with pytest.raises(DataError, match=f"the {split} split of dataset 'stories' holds no text"):
         tokenize_corpus(config_of())
     assert folders(cache) == []
 
 
-def test_a_test_split_without_text_is_left_out(give: Callable[[dict[str, list[str]]], None]) -> None:
+def test_a_test_split_without_text_is_left_out(give: Give) -> None:
     give(DOCUMENTS | {"test": []})
     assert list(tokenize_corpus(config_of()).splits) == ["train", "validation"]
 
@@ -533,7 +518,7 @@ def test_a_single_text() -> None:
 
 
 @pytest.mark.usefixtures("given_documents")
-def test_a_cache_of_a_version_without_normalized_bytes_is_taken(cache: Path) -> None:
+def test_a_cache_of_a_version_without_normalized_bytes_is_read(cache: Path) -> None:
     before = tokenize_corpus(config_of())
     [folder] = folders(cache)
     path = folder / "splits.json"

@@ -1,4 +1,4 @@
-"""An encoding that is stopped goes on where it was, and the result is the same, byte for byte."""
+"""An interrupted encoding resumes where it stopped; the result is identical, byte for byte."""
 
 import json
 import os
@@ -34,40 +34,59 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "JOURNAL_BYTES", 150)
 
 
-def encode(folder: Path, tokenizer: Tokenizer, documents: list[str], tell: Callable[[int], None]) -> SplitFacts:
+def encode(
+    folder: Path, tokenizer: Tokenizer, documents: list[str], emit: Callable[[SplitFacts], None] = lambda _: None
+) -> SplitFacts:
     folder.mkdir(exist_ok=True)
-    read = row_reader(documents, None)
-    return encode_split(folder, "train", read, tokenizer, lambda facts: tell(facts.num_documents))
+    return encode_split(folder, "train", row_reader(documents, None), tokenizer, emit)
+
+
+def encode_until(
+    folder: Path, tokenizer: Tokenizer, documents: list[str], is_reached: Callable[[SplitFacts], bool]
+) -> None:
+    def stop(facts: SplitFacts) -> None:
+        if is_reached(facts):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(folder, tokenizer, documents, stop)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def ignore(done: int) -> None:
-    pass
-
-
 @pytest.mark.parametrize("last", range(3, 40, 3))
-def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, last: int) -> None:
-    expected = encode(tmp_path / "undisturbed", tokenizer, DOCUMENTS, ignore)
-
-    def stop(done: int) -> None:
-        if done >= last:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        encode(tmp_path / "stopped", tokenizer, DOCUMENTS, stop)
-    told: list[int] = []
-    assert encode(tmp_path / "stopped", tokenizer, DOCUMENTS, told.append) == expected
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
-    # It did not begin again: at most the text of one entry of the journal, and a batch, comes twice.
-    assert told[0] > last - 12
-    assert told == sorted(set(told))
+def test_interrupted_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, last: int) -> None:
+    expected = encode(tmp_path / "whole", tokenizer, DOCUMENTS)
+    encode_until(tmp_path / "stopped", tokenizer, DOCUMENTS, lambda facts: facts.num_documents >= last)
+    progress: list[int] = []
+    resumed = encode(tmp_path / "stopped", tokenizer, DOCUMENTS, lambda facts: progress.append(facts.num_documents))
+    assert resumed == expected
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    # Repeats at most the text of one journal entry and a batch.
+    assert progress[0] > last - 12
+    assert progress == sorted(set(progress))
 
 
-def test_what_is_whole_is_not_read_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    facts = encode(tmp_path, tokenizer, DOCUMENTS, ignore)
+@pytest.mark.parametrize("last", [100, 400, 900])
+def test_it_resumes_within_a_document(
+    tmp_path: Path, tokenizer: Tokenizer, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = ["\n".join(DOCUMENTS), "low"]
+    whole = encode(tmp_path / "whole", tokenizer, documents)
+    monkeypatch.setattr(text, "PIECE_CHARACTERS", 20)
+    encode_until(tmp_path / "stopped", tokenizer, documents, lambda facts: facts.num_bytes >= last)
+    progress: list[int] = []
+    resumed = encode(tmp_path / "stopped", tokenizer, documents, lambda facts: progress.append(facts.num_bytes))
+    assert resumed == whole
+    assert progress[0] > last - 250
+    for name in ("train.ids", "train.offsets"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_complete_split_is_not_read_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    facts = encode(tmp_path, tokenizer, DOCUMENTS)
 
     def fail() -> Iterator[Part]:
         raise AssertionError
@@ -75,30 +94,15 @@ def test_what_is_whole_is_not_read_again(tmp_path: Path, tokenizer: Tokenizer) -
     assert encode_split(tmp_path, "train", fail, tokenizer, lambda _: None) == facts
 
 
-def stopped(folder: Path, tokenizer: Tokenizer) -> None:
-    def stop(done: int) -> None:
-        if done > 30:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        encode(folder, tokenizer, DOCUMENTS, stop)
-
-
-def test_other_documents_are_encoded_from_the_first_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    stopped(tmp_path / "a", tokenizer)
-    changed = ["another", *DOCUMENTS[1:]]
-    assert encode(tmp_path / "a", tokenizer, changed, ignore) == encode(tmp_path / "b", tokenizer, changed, ignore)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-@pytest.mark.parametrize("name", ["train.ids", "train.offsets"])
-def test_a_file_that_has_lost_something_is_written_from_its_beginning(
-    tmp_path: Path, tokenizer: Tokenizer, name: str
+@pytest.mark.parametrize("lost", [None, "train.ids", "train.offsets"])
+def test_changed_documents_or_lost_ids_are_encoded_from_the_start(
+    tmp_path: Path, tokenizer: Tokenizer, lost: str | None
 ) -> None:
-    stopped(tmp_path / "a", tokenizer)
-    (tmp_path / "a" / name).write_bytes(b"")
-    encode(tmp_path / "a", tokenizer, DOCUMENTS, ignore)
-    encode(tmp_path / "b", tokenizer, DOCUMENTS, ignore)
+    encode_until(tmp_path / "a", tokenizer, DOCUMENTS, lambda facts: facts.num_documents > 30)
+    documents = DOCUMENTS if lost else ["another", *DOCUMENTS[1:]]
+    if lost:
+        (tmp_path / "a" / lost).write_bytes(b"")
+    assert encode(tmp_path / "a", tokenizer, documents) == encode(tmp_path / "b", tokenizer, documents)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -121,12 +125,12 @@ def journal_of(**facts: Any) -> str:
         journal_of().replace('"num_parts": 1', '"num_parts": -1'),
     ],
 )
-def test_a_journal_that_says_nothing_is_one_of_nothing(tmp_path: Path, text: str) -> None:
+def test_a_damaged_journal_counts_as_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.journal").write_text(text)
     assert Journal(tmp_path / "a.journal").read() == (EMPTY, False)
 
 
-def test_the_beginning_is_whole_documents() -> None:
+def test_a_sample_is_whole_parts() -> None:
     def sample(texts: list[str], num_bytes: int) -> list[str]:
         return list(sample_parts(row_reader(texts, None)(), num_bytes))
 
@@ -138,12 +142,12 @@ def test_the_beginning_is_whole_documents() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_killed_process_goes_on_and_gives_the_same_bytes(tmp_path: Path, streaming: bool) -> None:
+def test_a_killed_process_resumes_to_the_same_bytes(tmp_path: Path, streaming: bool) -> None:
     with open(tmp_path / "corpus.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in stories("train", 3000))
 
     def command(cache: str) -> tuple[list[str], dict[str, str]]:
-        # Small batches, each with an entry in the journal, so that there is something to go on from.
+        # Small batches, each with an entry in the journal, so that there is something to resume.
         code = (
             "from lumiere.data import encoding; import sys, time; encoding.BATCH_PARTS = 20; "
             "encoding.JOURNAL_BYTES = 1; from lumiere.cli import main; sys.argv = ['lumiere', *sys.argv[1:]]; main()"
@@ -161,10 +165,10 @@ def test_a_killed_process_goes_on_and_gives_the_same_bytes(tmp_path: Path, strea
         }
         return [sys.executable, "-c", code, *arguments], environment
 
-    line, environment = command("undisturbed")
+    line, environment = command("whole")
     subprocess.run(line, env=environment, check=True, capture_output=True)
-    [undisturbed] = (tmp_path / "undisturbed" / "corpora").iterdir()
-    size = (undisturbed / "train.ids").stat().st_size
+    [whole] = (tmp_path / "whole" / "corpora").iterdir()
+    size = (whole / "train.ids").stat().st_size
 
     line, environment = command("killed")
     process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -183,29 +187,5 @@ def test_a_killed_process_goes_on_and_gives_the_same_bytes(tmp_path: Path, strea
 
     subprocess.run(line, env=environment, check=True, capture_output=True)
     [folder] = (tmp_path / "killed" / "corpora").iterdir()
-    assert folder.name == undisturbed.name
-    assert contents(folder) == contents(undisturbed)
-
-
-@pytest.mark.parametrize("last", [100, 400, 900])
-def test_an_encoding_goes_on_within_a_document(
-    tmp_path: Path, tokenizer: Tokenizer, last: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = encode(tmp_path / "whole", tokenizer, ["\n".join(DOCUMENTS), "low"], ignore)
-    monkeypatch.setattr(text, "PIECE_CHARACTERS", 20)
-    read = row_reader(["\n".join(DOCUMENTS), "low"], None)
-    folder = tmp_path / "stopped"
-    folder.mkdir()
-
-    def stop(facts: SplitFacts) -> None:
-        if facts.num_bytes >= last:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        encode_split(folder, "train", read, tokenizer, stop)
-    told: list[int] = []
-    assert encode_split(folder, "train", read, tokenizer, lambda facts: told.append(facts.num_bytes)) == whole
-    # It did not begin again, though the first document had not ended.
-    assert told[0] > last - 250
-    for name in ("train.ids", "train.offsets"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert folder.name == whole.name
+    assert contents(folder) == contents(whole)

@@ -1,4 +1,4 @@
-"""The built-in corpus: the same everywhere, good English, and full of things that only copying can predict."""
+"""The built-in stories: reproducible, well-formed English, with content that only copying can predict."""
 
 import hashlib
 import re
@@ -22,24 +22,24 @@ def train() -> list[str]:
 
 
 def hero_of(text: str) -> str:
-    """The name in a story's first sentence, found from the text alone."""
+    """Return the name in the first sentence of a story."""
     match = re.search(r"^(\w+) was a |Everybody in \w+ knew (\w+),|(?:named|called|whose name was) (\w+)\.", text)
     assert match, text
     return next(name for name in match.groups() if name)
 
 
 def quotations(text: str) -> list[str]:
-    """What is said aloud, sentence by sentence, without the last stop."""
+    """Return the quoted sentences without their final punctuation."""
     spoken = re.findall(r'"([^"]*)"', text)
     return [sentence.strip(" .,!?") for quotation in spoken for sentence in re.split(r"[.:!?](?: |$)", quotation)]
 
 
 def refrain_of(text: str) -> str:
-    """The longest spoken sentence that is said at least three times."""
+    """Return the longest quoted sentence that occurs at least three times."""
     return max((said for said in quotations(text) if text.count(said) >= 3), key=len, default="")
 
 
-# Which story is told
+# Reproducibility
 
 
 def test_a_story_depends_on_seed_split_and_index_only(train: list[str]) -> None:
@@ -49,12 +49,12 @@ def test_a_story_depends_on_seed_split_and_index_only(train: list[str]) -> None:
     assert len({*train[:20], *others}) == 80
 
 
-def test_any_number_of_stories_is_told_one_by_one(train: list[str]) -> None:
+def test_stories_are_generated_lazily(train: list[str]) -> None:
     assert list(islice(stories("train", 10**12), 2)) == train[:2]
     assert list(stories("train", 0)) == []
 
 
-def test_no_story_is_told_twice(train: list[str]) -> None:
+def test_no_story_occurs_twice(train: list[str]) -> None:
     assert len(set(train)) == NUM_STORIES
     assert set(train).isdisjoint(stories("validation", 500))
 
@@ -67,7 +67,7 @@ def test_the_text_of_this_version_does_not_drift() -> None:
 # The grammar
 
 
-def test_the_notation_is_read_as_its_description_says() -> None:
+def test_parsing_the_notation() -> None:
     assert parse("pet = cat\n  | {Colour} dog\n\ncolour: [dark|light] red ¶ or\n  so | blue\n") == {
         "pet": (True, [("cat", []), ("%s dog", ["Colour"])]),
         "colour": (False, [("%s red\n\nor so", ["dark|light"]), ("blue", [])]),
@@ -87,7 +87,7 @@ def test_every_rule_is_defined_and_reached_from_the_story() -> None:
     assert reached == set(GRAMMAR)
 
 
-def test_a_rule_says_all_it_can_before_it_repeats_itself() -> None:
+def test_a_rule_uses_all_alternatives_before_it_repeats_one() -> None:
     plain = {
         symbol: [text for text, _ in alternatives]
         for symbol, (once, alternatives) in GRAMMAR.items()
@@ -116,31 +116,24 @@ def test_pronouns_follow_the_name() -> None:
 # The English
 
 
-def test_no_trace_of_the_notation_is_left(train: list[str]) -> None:
+def test_stories_are_well_formed_english(train: list[str]) -> None:
     for text in train:
+        # No trace of the notation, doubled words or misplaced spaces.
         assert re.fullmatch(r"[A-Za-z ,.!?:'\"\n]+", text)
         assert not re.search(r"  | \n|\n |\n\n\n| [,.!?:]|[,.!?]{2}|\b(\w+) \1\b|^\s|\s$", text)
-
-
-def test_articles_fit_the_word_that_follows(train: list[str]) -> None:
-    for text in train:
+        # Articles fit the next word.
         assert not re.search(r"\b[Aa] [aeiouAEIOU]", text)
         assert set(re.findall(r"\b[Aa]n ([^aeiou]\w*)", text)) <= {"hour"}
         assert not re.search(r"\b[Aa]n (?:uni|use|eu|one)", text)
-
-
-def test_paragraphs_are_whole_sentences_with_capitals_and_closed_quotes(train: list[str]) -> None:
-    for text in train:
+        # Paragraphs are whole sentences with capitals and closed quotes.
         paragraphs = text.split("\n\n")
         assert 3 < len(paragraphs) < 8
         for paragraph in paragraphs:
             assert re.match(r'"?[A-Z]', paragraph)
             assert re.search(r'[.!?]"?$', paragraph)
             assert paragraph.count('"') % 2 == 0
-            spoken = paragraph.split('"')[1::2]
-            assert all(re.match(r"[A-Z].*[.,!?]$", quotation) for quotation in spoken)
-            assert not re.search(r'[.!?] "?[a-z]', paragraph)
-            assert not re.search(r'\."? [a-z]', paragraph)
+            assert all(re.match(r"[A-Z].*[.,!?]$", quotation) for quotation in paragraph.split('"')[1::2])
+            assert not re.search(r'[.!?] "?[a-z]|\."? [a-z]', paragraph)
 
 
 def test_stories_are_short(train: list[str]) -> None:
@@ -179,7 +172,7 @@ def test_every_story_repeats_a_sentence_word_for_word_and_soon(train: list[str])
         assert len(before_second.split()) <= 20, text
 
 
-def test_a_refrain_cannot_be_learned_by_heart(train: list[str]) -> None:
+def test_a_refrain_occurs_in_one_story_only(train: list[str]) -> None:
     everything = "\n".join(train)
     elsewhere = 0
     for text in train[:500]:

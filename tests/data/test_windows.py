@@ -29,7 +29,7 @@ def windows_of(documents: list[list[int]], context_size: int, sliding_window_siz
 
 
 def cut(document: list[int], context_size: int, sliding_window_size: int) -> list[list[int]]:
-    """A document's windows, from the description: go on from the overlap as long as something new is predicted."""
+    """Cut a document as documented: continue from the overlap while there is a new token to predict."""
     windows = [document[: context_size + 1]]
     end = len(windows[0])
     while len(document) - end + sliding_window_size >= 2 and end < len(document):
@@ -47,7 +47,7 @@ def cuttings(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
 
 
 @given(cuttings())
-def test_windows_are_those_cut_by_hand(cutting: tuple[list[list[int]], int, int]) -> None:
+def test_windows_equal_those_cut_in_plain_python(cutting: tuple[list[list[int]], int, int]) -> None:
     documents, context_size, sliding_window_size = cutting
     windows = windows_of(*cutting)
     expected = [
@@ -62,12 +62,11 @@ def test_windows_are_those_cut_by_hand(cutting: tuple[list[list[int]], int, int]
     assert tokens.tolist() == [window + [PAD] * (context_size + 1 - len(window)) for window, _ in expected]
     assert lengths.tolist() == [len(window) for window, _ in expected]
     assert windows.documents(indices).tolist() == [number for _, number in expected]
+    assert windows.cut(indices[::-1])[0].tolist() == tokens[::-1].tolist()
 
 
 @given(cuttings())
-def test_every_token_is_predicted_and_nothing_but_the_overlap_twice(
-    cutting: tuple[list[list[int]], int, int],
-) -> None:
+def test_every_token_is_predicted_and_only_the_overlap_twice(cutting: tuple[list[list[int]], int, int]) -> None:
     documents, _, sliding_window_size = cutting
     windows = windows_of(*cutting)
     indices = np.arange(len(windows))
@@ -77,7 +76,7 @@ def test_every_token_is_predicted_and_nothing_but_the_overlap_twice(
     for number, document in enumerate(documents):
         own = [row for row, owner in zip(rows, numbers, strict=True) if owner == number]
         targets = {token for row in own for token in row[1:]}
-        # Without an overlap a window's first token is predicted by none: the one before it ends there.
+        # Without an overlap, no window predicts the first token of the next one.
         unpredicted = {row[0] for row in own} if sliding_window_size == 0 else {SOT}
         lost = {document[-1]} if sliding_window_size == 0 else set()
         assert set(document) - unpredicted - lost <= targets <= set(document) - {SOT}
@@ -87,24 +86,8 @@ def test_every_token_is_predicted_and_nothing_but_the_overlap_twice(
     assert all(len(row) >= 2 for row in rows)
 
 
-def test_by_hand() -> None:
-    windows = windows_of(corpus([8, 1]), context_size=4, sliding_window_size=2)
-    # 0 10..17 1 | 0 18 1
-    tokens, lengths = windows.cut(np.arange(len(windows)))
-    assert tokens.tolist() == [
-        [0, 10, 11, 12, 13],
-        [12, 13, 14, 15, 16],
-        [15, 16, 17, 1, PAD],
-        [0, 18, 1, PAD, PAD],
-    ]
-    assert lengths.tolist() == [5, 5, 4, 3]
-    # Any windows in any order, also twice.
-    some = np.array([3, 0, 3])
-    assert windows.cut(some)[0].tolist() == tokens[some].tolist()
-
-
 @given(cuttings(), st.integers(0, 5), st.sampled_from([1, 3, 2**20]))
-def test_padding_is_what_the_windows_cut_one_by_one_have(
+def test_padding_share_equals_that_of_the_windows(
     cutting: tuple[list[list[int]], int, int], shift: int, at_once: int
 ) -> None:
     documents, context_size, sliding_window_size = cutting
@@ -144,7 +127,7 @@ def test_counts_on_wikitext(wikitext: Path, tmp_path: Path, monkeypatch: pytest.
     sliding_window_size=st.integers(0, 1),
     shift=st.integers(-12, 12),
 )
-def test_shifted_windows_are_as_many_and_go_on_in_their_document(
+def test_shifted_windows_stay_within_their_document(
     lengths: list[int], context_size: int, sliding_window_size: int, shift: int
 ) -> None:
     documents = corpus(lengths)

@@ -1,11 +1,13 @@
-"""The detailed evaluation against numpy, against a stock Llama, and against the laws of averages."""
+"""Both evaluations against numpy, a stock Llama, and invariants of averages."""
 
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from lumiere.data.dataset import Sizes, SplitFacts, TokenizedSplit
 from lumiere.errors import LumiereError
 from lumiere.evaluation import scoring
 from lumiere.evaluation.detailed import DetailedEvaluation, bins_of, calibration, evaluate_in_detail
-from lumiere.evaluation.loss import evaluate
+from lumiere.evaluation.loss import Evaluation, evaluate
 from lumiere.evaluation.ngrams import fit_baselines
 from lumiere.evaluation.scoring import (
     DocumentTotals,
@@ -54,7 +56,7 @@ SPLIT, TRAIN = make_split(), make_split(1)
 
 
 def make_model(seed: int = 2, positions: str = "learned") -> Transformer:
-    """With dropout, which an evaluation must not use, and logits that are far apart."""
+    """Build a model with dropout, which an evaluation must not use, and logits that are far apart."""
     torch.manual_seed(seed)
     model = Transformer(VOCAB, 12, CONTEXT, 2, 2, 6, 6, 9, dropout=0.5, positions=positions)  # pyright: ignore
     model.token_embedding.weight.data *= 20
@@ -67,39 +69,41 @@ def run(model: Transformer, windows: tuple[Windows, Protocol] | None = None, bat
     return evaluate_in_detail(model, SPLIT, SIZES, *windows, batch_size, TRAIN, baselines)
 
 
-def numpy_evaluation(model: Transformer, stride: int, once: bool) -> dict[str, object]:
-    """The same in plain Python from a transformer in numpy: a window, then a token at a time."""
+def run_light(model: Transformer, batch_size: int = 4) -> Evaluation:
+    return evaluate(model, training_windows(SPLIT, CONTEXT, OVERLAP)[0], SPLIT.facts, batch_size)
+
+
+both = pytest.mark.parametrize(
+    "run_either", [run_light, lambda model: run(model).evaluation], ids=["light", "detailed"]
+)
+
+
+def numpy_evaluation(model: Transformer, stride: int, once: bool) -> dict[str, Any]:
+    """Evaluate in plain Python, token by token, with a transformer in numpy."""
     weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
     counts = Counter(t for d in np.split(TRAIN.ids, TRAIN.offsets[1:-1]) for t in d[1:].tolist())
     scored: list[dict[str, float]] = []
+    windows: list[list[float]] = []
     for number, ids in enumerate(np.split(SPLIT.ids, SPLIT.offsets[1:-1])):
         document, start, done = ids.tolist(), 0, 0
         while True:
             window = document[start : start + CONTEXT + 1]
             logits, _, _ = reference.transformer(weights, window[:-1], num_heads=2)
+            windows.append([])
             for place, (row, target) in enumerate(zip(logits, window[1:], strict=True), start=1):
                 if once and start + place <= done:
                     continue
                 likely = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-                rank = int((likely > likely[target]).sum())
-                scored.append(
-                    {
-                        "loss": -math.log(likely[target]),
-                        "rank": rank,
-                        "confidence": likely.max(),
-                        "position": place,
-                        "document": number,
-                        "digits": len(str(counts[target])) if counts[target] else 0,
-                    }
-                )
+                loss, rank = -math.log(likely[target]), int((likely > likely[target]).sum())
+                windows[-1].append(loss)
+                groups = {"position": place, "document": number, "digits": len(str(counts[target] or ""))}
+                scored.append({"loss": loss, "rank": rank, "confidence": likely.max(), **groups})
             done = start + len(window) - 1
             if done == len(document) - 1:
                 break
             start += stride
-    mean = {  # of a column, by a column
-        key: {
-            value: float(np.mean([s["loss"] for s in scored if s[key] == value])) for value in {s[key] for s in scored}
-        }
+    mean = {
+        key: {value: np.mean([s["loss"] for s in scored if s[key] == value]) for value in {s[key] for s in scored}}
         for key in ("position", "document", "digits")
     }
     ece = 0.0
@@ -112,26 +116,27 @@ def numpy_evaluation(model: Transformer, stride: int, once: bool) -> dict[str, o
         "accuracy_at_5": np.mean([s["rank"] < 5 for s in scored]),
         "ece": ece,
         "num_tokens": len(scored),
+        "windows": windows,
         **mean,
     }
 
 
 @pytest.mark.parametrize("stride", [None, 1, 4, CONTEXT])
-def test_everything_by_hand(stride: int | None) -> None:
+def test_every_metric_against_numpy(stride: int | None) -> None:
     model = make_model()
     if stride is None:
         expected, windows = numpy_evaluation(model, CONTEXT + 1 - OVERLAP, False), None
     else:
         expected, windows = numpy_evaluation(model, stride, True), strided_windows(SPLIT, CONTEXT, stride)
     found = run(model, windows)
-    nats = float(expected["loss"]) * (sum(LENGTHS) - len(LENGTHS))  # pyright: ignore
+    nats = expected["loss"] * (sum(LENGTHS) - len(LENGTHS))
 
     def close(value: object) -> object:
         return pytest.approx(value, rel=2e-5)
 
     assert found.evaluation.num_tokens == expected["num_tokens"]
     assert found.evaluation.loss == close(expected["loss"])
-    assert found.evaluation.perplexity == close(math.exp(float(expected["loss"])))  # pyright: ignore
+    assert found.evaluation.perplexity == close(math.exp(expected["loss"]))
     assert found.evaluation.bits_per_byte == close(nats / math.log(2) / 120)
     assert found.byte_perplexity == close(math.exp(nats / 120))
     assert found.evaluation.word_perplexity == close(math.exp(nats / 23))
@@ -139,22 +144,42 @@ def test_everything_by_hand(stride: int | None) -> None:
     assert found.accuracy_at_5 == close(expected["accuracy_at_5"])
     assert 0 < found.accuracy < found.accuracy_at_5 < 1
     assert found.calibration.ece == close(expected["ece"])
-    assert found.by_document.losses == close([expected["document"][i] for i in range(5)])  # pyright: ignore
+    assert found.by_document.losses == close([expected["document"][i] for i in range(5)])
     by_position = expected["position"]
-    assert found.by_position.losses == close([by_position[i] for i in range(1, CONTEXT + 1)])  # pyright: ignore
+    assert found.by_position.losses == close([by_position[i] for i in range(1, CONTEXT + 1)])
     by_frequency = asdict(found)["by_frequency"]
     assert by_frequency["names"][:2] == ["0", "1 to 9"]
     assert dict(enumerate(by_frequency["losses"])) == close(expected["digits"])
 
 
-def test_it_is_what_training_evaluates() -> None:
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 32])
+def test_the_light_evaluation_agrees_and_averages_over_batches(batch_size: int) -> None:
     model = make_model()
-    windows, _ = training_windows(SPLIT, CONTEXT, OVERLAP)
-    light, detailed = evaluate(model, windows, SPLIT.facts, 4), run(model).evaluation
+    light, detailed = run_light(model, batch_size), run(model, batch_size=batch_size).evaluation
     for name in ("loss", "perplexity", "mean_batch_loss", "mean_batch_perplexity", "bits_per_byte", "word_perplexity"):
         assert getattr(detailed, name) == pytest.approx(getattr(light, name), rel=1e-6)
     for name in ("num_tokens", "num_windows", "num_batches", "batch_size"):
         assert getattr(detailed, name) == getattr(light, name)
+    losses = numpy_evaluation(model, CONTEXT + 1 - OVERLAP, False)["windows"]
+    means = [np.mean(list(chain(*losses[i : i + batch_size]))) for i in range(0, len(losses), batch_size)]
+    assert light.mean_batch_loss == pytest.approx(np.mean(means), rel=1e-5)
+    assert light.mean_batch_perplexity == pytest.approx(np.mean(np.exp(means)), rel=1e-5)
+    assert (light.num_batches, light.batch_size) == (len(means), batch_size)
+    # Windows of 7 that share 2: 3 + 1 + 2 + 1 + 4, each overlap scored twice.
+    assert (light.num_windows, light.num_tokens) == (11, 45 + (OVERLAP - 1) * (11 - 5))
+
+
+@both
+@pytest.mark.parametrize("level", [-200.0, -100.0, -95.0, -90.0, 90.0, 100.0, 200.0])
+def test_logits_that_are_all_far_from_zero(run_either: Callable[[Transformer], Evaluation], level: float) -> None:
+    model = make_model()
+    with torch.no_grad():
+        # By far the largest component of every residual, which the last norm makes sqrt(12).
+        model.token_embedding.weight[:, 0] = 100.0
+        model.final_norm.weight[0] = level / 100.0 / math.sqrt(12)
+    assert ((model.logits(torch.arange(CONTEXT)[None]) / level - 1).abs() < 0.1).all()
+    expected = numpy_evaluation(model, CONTEXT + 1 - OVERLAP, False)["loss"]
+    assert run_either(model).loss == pytest.approx(expected, abs=2e-5)
 
 
 def test_groups_of_windows_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +229,7 @@ def test_a_model_that_knows_nothing_is_the_uniform_baseline() -> None:
     torch.nn.init.zeros_(model.token_embedding.weight)
     found = run(model)
     assert found.evaluation.perplexity == pytest.approx(VOCAB, rel=1e-12)
+    assert run_light(model).perplexity == pytest.approx(VOCAB, rel=1e-5)
     assert found.accuracy == pytest.approx(1 / VOCAB, rel=1e-12), "all tokens share the first place"
     assert found.accuracy_at_5 == pytest.approx(5 / VOCAB, rel=1e-12)
     assert found.calibration.ece == pytest.approx(0, abs=1e-12)
@@ -239,20 +265,10 @@ def test_a_rotary_model_scores_as_a_stock_llama() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = make_model(positions="rotary")
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=12,
-            intermediate_size=9,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            head_dim=6,
-            max_position_embeddings=CONTEXT,
-            rms_norm_eps=1e-6,
-            rope_theta=10_000.0,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    sizes = {"vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 9, "max_position_embeddings": CONTEXT}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 6, "rope_theta": 10_000.0}
+    config: dict[str, Any] = {**sizes, **heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    llama = LlamaForCausalLM(LlamaConfig(**config)).eval()
     names = {
         "token_embedding": "model.embed_tokens",
         "final_norm": "model.norm",
@@ -343,18 +359,42 @@ def test_few_documents_have_the_interval_of_a_paired_t_test(documents: int) -> N
     assert found.high - found.low == pytest.approx(2 * quantile * error, rel=0.1)
 
 
-def test_dropout_is_off_and_the_mode_comes_back() -> None:
+@both
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_mode_and_random_state_are_restored(
+    run_either: Callable[[Transformer], Evaluation], training: bool
+) -> None:
     model = make_model()
-    expected = run(model).evaluation.loss
-    model.train()
-    assert run(model).evaluation.loss == expected
+    expected = run_either(model).loss
+    model.train(training)
+    state = torch.get_rng_state()
+    assert run_either(model).loss == expected
+    assert model.training is training
+    # A resumed run must draw the same dropout whether or not it was evaluated.
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@both
+def test_the_mode_is_restored_after_an_error(
+    run_either: Callable[[Transformer], Evaluation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tokens: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    model = make_model().train()
+    monkeypatch.setattr(model, "final_residual", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_either(model)
     assert model.training
 
 
-def test_a_model_that_is_surely_wrong_is_infinite_and_not_an_error() -> None:
+def test_a_confidently_wrong_model_has_an_infinite_perplexity() -> None:
     model = make_model()
     model.token_embedding.weight.data *= 1e6
-    found = run(model)
+    found, light = run(model), run_light(model)
     assert found.evaluation.perplexity == found.evaluation.mean_batch_perplexity == math.inf
+    assert light.perplexity == light.word_perplexity == light.mean_batch_perplexity == math.inf
     assert math.isfinite(found.evaluation.bits_per_byte)
+    assert math.isfinite(light.bits_per_byte)
     assert json.dumps(found.by_document.losses)

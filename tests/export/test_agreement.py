@@ -44,11 +44,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=TOLERANCES)
 def pair(
-    request: pytest.FixtureRequest,
-    kind: str,
-    make_model: MakeModel,
-    trained_run: Run,
-    without_transformer_lens: None,
+    request: pytest.FixtureRequest, kind: str, make_model: MakeModel, trained_run: Run, without_transformer_lens: None
 ) -> Pair:
     """A model, and TransformerLens's model from its exported folder."""
     if kind == "trained":

@@ -158,6 +158,7 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
         {"top_k": 60, "top_p": 0.9, "min_p": 0.02},
         {"top_k": 30, "typical_p": 0.6},
         {"top_k": 1, "top_p": 0.1},
+        {"top_k": 5, "top_p": 1e-20},
     ],
 )
 @pytest.mark.parametrize("rounded", [False, True])

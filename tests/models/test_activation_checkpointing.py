@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lumiere.components.hooks import hooked
 from lumiere.models.transformer import Transformer
 from lumiere.training.loss import compiled, summed_loss
 from tests.models.build import Positions, make_model
@@ -33,6 +34,16 @@ def test_gradients_loss_and_random_numbers_are_bit_identical(
 ) -> None:
     expected = gradients(model(False, dropout, positions), dtype)
     found = gradients(model(True, dropout, positions), dtype)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_blocks_with_hooks_are_kept_because_the_hooks_are_gone_in_the_backward_pass() -> None:
+    def hooked_gradients(of: Transformer) -> tuple[torch.Tensor, ...]:
+        with hooked(of, {"blocks.1.mlp.hook_post": torch.square}):
+            loss = of.logits(TOKENS_BT).square().mean()
+        return torch.autograd.grad(loss, list(of.parameters()))
+
+    found, expected = (hooked_gradients(model(checkpointing)) for checkpointing in (True, False))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

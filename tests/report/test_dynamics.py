@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -78,6 +79,8 @@ def test_the_page_is_self_contained_and_has_the_numbers(result: Dynamics) -> Non
     page = dynamics_page(result, "a </script> <b> & c")
     assert not re.search(r"https?:|src=|@import|url\(", page)
     assert "a &lt;/script&gt; &lt;b&gt; &amp; c" in page
+    for panel in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(panel)  # every tag is closed
     assert len(elements(page, "section")) == 3
     assert sum('class="phase"' in rect for rect in elements(page, "rect")) == 1
     _, data = data_of(page)

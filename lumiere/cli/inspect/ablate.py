@@ -2,11 +2,21 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import show_note, stdout
-from lumiere.cli.inspect.command import Analysis, Heads, Layers, Positions, TopK, analysis, parse_indices
-from lumiere.cli.inspect.inputs import InspectTarget, choose_batches, counted_documents
+from lumiere.cli.inspect.command import (
+    Analysis,
+    Heads,
+    Layers,
+    NumBatches,
+    Positions,
+    TopK,
+    analysis,
+    show_wrapped,
+    signed_bar,
+)
+from lumiere.cli.inspect.inputs import InspectTarget, choose_batches, counted_documents, parse_indices
 from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
@@ -18,17 +28,15 @@ MANY = 64
 BATCH_SIZE, SMALL_BATCH_SIZE = 32, 4
 
 UnitName = Annotated[
-    str, typer.Option("--unit", metavar="UNIT", help="What to ablate: head, feedforward, layer, neuron or position.")
+    str, Option("--unit", metavar="UNIT", help="What to ablate: head, feedforward, layer, neuron or position.")
 ]
-ModeName = Annotated[str, typer.Option("--mode", metavar="MODE", help="Replacement: mean, zero or resample.")]
+ModeName = Annotated[str, Option("--mode", metavar="MODE", help="Replacement: mean, zero or resample.")]
 Neurons = Annotated[
-    str | None,
-    typer.Option("--neuron", metavar="LIST", help="Neurons, from 0, such as 7 or 0-31. \\[default: all]"),
+    str | None, Option("--neuron", metavar="LIST", help="Neurons, from 0, such as 7 or 0-31. \\[default: all]")
 ]
-NumBatches = Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Number of batches.")]
 BatchSize = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--batch-size",
         metavar="N",
         min=1,
@@ -65,7 +73,7 @@ def ablate(
         if value is not None and unit != wanted:
             raise LumiereError(f"--{option} needs --unit {wanted}, and the unit is {unit}", f"add --unit {wanted}")
     model = target.opened.model
-    layers = parse_indices(layer, model.num_layers, "layer")
+    layers = target.layers(layer)
     _, listed = lists.get(unit, (unit, None))
 
     def chosen(num_positions: int) -> list[int]:
@@ -97,9 +105,8 @@ def show_ablations(result: "Ablations", top_k: int) -> None:
     for number in shown:
         change = float(result.changes[number])
         spread = f" ± {result.standard_errors[number]:.4f}" if has_errors else ""
-        length = round(abs(change) / largest * BAR_WIDTH)
-        bar = f"  [cyan]{'█' * length}[/]" if change > 0 else f"  [red]{'░' * length}[/]"
-        stdout().print(f"{result.labels[number]:{width}}  {change:+8.4f}{spread}{bar if length else ''}")
+        bar = signed_bar(change, largest, BAR_WIDTH)
+        stdout().print(f"{result.labels[number]:{width}}  {change:+8.4f}{spread}{bar and f'  {bar}'}")
     stdout().print()
     if len(shown) < len(result.order):
         show_note(f"{len(result.order) - len(shown):,} more: --top-k shows more, -o FILE saves all")
@@ -107,7 +114,4 @@ def show_ablations(result: "Ablations", top_k: int) -> None:
         reach = half_width(result.num_documents)
         units = counted_documents(result.num_documents, are_windows=bool((result.documents >= 0).all()))
         clear = int((abs(result.changes) > reach * result.standard_errors).sum())
-        stdout().print(
-            f"{clear:,} of {len(result.order):,} changes exceed {reach:.2f} standard errors (95 %, {units})",
-            soft_wrap=False,
-        )
+        show_wrapped(f"{clear:,} of {len(result.order):,} changes exceed {reach:.2f} standard errors (95 %, {units})")

@@ -1,12 +1,12 @@
 """`lumiere inspect attention`."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import color_support, show_note, stdout
-from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, parse_indices
+from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis
 from lumiere.cli.inspect.inputs import InspectTarget
 from lumiere.errors import check_choice
 
@@ -20,13 +20,13 @@ KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 MAX_WHOLE_MAPS, MAX_THUMBNAILS = 2, 8
 """Up to this many heads are drawn as whole maps, or as thumbnails; of more there is a table only."""
 
-Kind = Annotated[str, typer.Option("--kind", metavar="KIND", help=f"What the weights are: {', '.join(KINDS)}.")]
+Kind = Annotated[str, Option("--kind", metavar="KIND", help=f"What the weights are: {', '.join(KINDS)}.")]
 
 
 @analysis(text=True)
 def attention(
     target: InspectTarget, layer: Layers = None, head: Heads = None, kind: Kind = "pattern"
-) -> "Analysis[AttentionPatterns] | Analysis[CombinedAttention]":
+) -> "Analysis[Any]":
     """What does each head attend to? One line per head; --layer and --head draw a head's whole map.
 
     In a map, rows are destination tokens and columns source tokens. value-weighted and norm-weighted scale each weight
@@ -34,22 +34,15 @@ def attention(
     layers.
     """
     check_choice("kind", kind, KINDS)
-    shape = target.opened.config.model
-    layers = parse_indices(layer, shape.num_layers, "layer")
-    heads = parse_indices(head, shape.num_heads, "head")
-    tokens, labels = target.tokens, target.labels
+    layers, heads, tokens, labels = target.layers(layer), target.heads(head), target.tokens, target.labels
     from lumiere.interpret.attention import WEIGHTED, attention_patterns, combined_attention
     from lumiere.report.figures.heat_maps import draw_attention
 
-    if kind in WEIGHTED:
-        return Analysis(
-            compute=lambda model: attention_patterns(model, tokens, layers, heads, kind),
-            show=lambda result: show_heads(result, labels),
-            draw=lambda result: draw_attention(result, target.label),
-        )
+    is_by_head = kind in WEIGHTED
+    compute, show = (attention_patterns, show_heads) if is_by_head else (combined_attention, show_layers)
     return Analysis(
-        compute=lambda model: combined_attention(model, tokens, layers, heads, kind),
-        show=lambda result: show_layers(result, labels),
+        compute=lambda model: compute(model, tokens, layers, heads, kind),
+        show=lambda result: show(result, labels),
         draw=lambda result: draw_attention(result, target.label),
     )
 
@@ -76,7 +69,7 @@ def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:
 
 
 def show_table(result: "AttentionPatterns", names: list[str]) -> None:
-    """Print one line a head, and below it the values of uniform attention for comparison."""
+    """Print one line per head, and below it the values of uniform attention for comparison."""
     import numpy as np
 
     from lumiere.interpret.attention import statistics
@@ -117,7 +110,7 @@ def show_thumbnails(maps: "dict[str, np.ndarray]") -> None:
 
 
 def show_layers(result: "CombinedAttention", labels: list[str]) -> None:
-    """Print a line a layer, and the map of the last one."""
+    """Print one line per layer, and the map of the last one."""
     from lumiere.cli.terminal_plots import show_legend
 
     for layer, weights in zip(result.layers, result.weights, strict=True):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import size, stdout
 from lumiere.cli.inspect.command import Analysis, analysis
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Names = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--names",
         metavar="GLOB",
         help="Activations, such as 'blocks.*.attn.hook_pattern'. Repeatable. \\[default: all]",

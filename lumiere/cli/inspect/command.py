@@ -8,10 +8,11 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
-import typer
+from typer import Argument, Exit, Option
 
 from lumiere.cli.console import escape, guarded, open_model, print_json, show_note, stderr, stdout
 from lumiere.cli.inspect.inputs import InspectTarget
@@ -27,62 +28,52 @@ if TYPE_CHECKING:
 CHECK_FAILED = 3
 
 PAIR_HELP = "A run, or RUN@CHECKPOINT, such as latest@best or 3ka5@500. Default checkpoint: --checkpoint."
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything drawn at random.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of everything drawn at random.")]
 Layers = Annotated[
-    str | None,
-    typer.Option("--layer", "-l", metavar="LIST", help="Layers, from 0, such as 2 or 0,2-3. \\[default: all]"),
+    str | None, Option("--layer", "-l", metavar="LIST", help="Layers, from 0, such as 2 or 0,2-3. \\[default: all]")
 ]
 Heads = Annotated[
-    str | None, typer.Option("--head", metavar="LIST", help="Heads, from 0, such as 1 or 0-2. \\[default: all]")
+    str | None, Option("--head", metavar="LIST", help="Heads, from 0, such as 1 or 0-2. \\[default: all]")
 ]
 Positions = Annotated[
-    str | None,
-    typer.Option("--pos", metavar="LIST", help="Positions of the text, such as 5 or 0,8-11; -1 is the last."),
+    str | None, Option("--pos", metavar="LIST", help="Positions of the text, such as 5 or 0,8-11; -1 is the last.")
 ]
-TopK = Annotated[int, typer.Option("--top-k", metavar="K", min=1, help="Maximum number of entries in each list.")]
+TopK = Annotated[int, Option("--top-k", metavar="K", min=1, help="Maximum number of entries in each list.")]
+NumBatches = Annotated[int, Option("--batches", metavar="N", min=1, help="Number of batches.")]
+Verify = Annotated[bool, Option("--verify", help="Recompute in float64 and compare.")]
+Output = Annotated[
+    Path | None,
+    Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the numbers to .json, .csv or .npz, or the picture to .html, .svg or .png.",
+    ),
+]
 
-REQUIRED = inspect.Parameter.empty
+
+def text_option(kind: Any, name: str, letter: str, text: str, *short: str, **limits: Any) -> tuple[Any, Any]:
+    return Annotated[kind | None, Option(f"--{name}", *short, metavar=letter, help=text, **limits)], None
+
+
+# The type and the default of each option, by parameter name.
 PAIR_OPTIONS = {
-    "run": (Annotated[str, typer.Argument(metavar="A", help=PAIR_HELP, autocompletion=complete_run)], REQUIRED),
-    "other": (Annotated[str, typer.Argument(metavar="B", help="As A.", autocompletion=complete_run)], REQUIRED),
+    "run": (Annotated[str, Argument(metavar="A", help=PAIR_HELP, autocompletion=complete_run)], Parameter.empty),
+    "other": (Annotated[str, Argument(metavar="B", help="As A.", autocompletion=complete_run)], Parameter.empty),
 }
 TEXT_OPTIONS = {
-    "prompt": (Annotated[str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to look at.")], None),
-    "file": (
-        Annotated[
-            Path | None, typer.Option("--file", metavar="FILE", help="UTF-8 text file: as much of its start as fits.")
-        ],
-        None,
-    ),
-    "val": (
-        Annotated[
-            int | None, typer.Option("--val", metavar="N", min=0, help="Window of the validation split, from 0.")
-        ],
-        None,
-    ),
-    "random": (
-        Annotated[int | None, typer.Option("--random", metavar="S", min=1, help="S random tokens, repeated once.")],
-        None,
-    ),
+    "prompt": text_option(str, "prompt", "TEXT", "Text to look at.", "-p"),
+    "file": text_option(Path, "file", "FILE", "UTF-8 text file: as much of its start as fits."),
+    "val": text_option(int, "val", "N", "Window of the validation split, from 0.", min=0),
+    "random": text_option(int, "random", "S", "S random tokens, repeated once.", min=1),
 }
 COMMON_OPTIONS = {
     "seed": (Seed, 0),
     "run": (RunOption, "latest"),
     "checkpoint": (CheckpointName, "best"),
     "device": (Device, "cpu"),
-    "verify": (Annotated[bool, typer.Option("--verify", help="Recompute in float64 and compare.")], False),
-    "output": (
-        Annotated[
-            Path | None,
-            typer.Option(
-                "--output",
-                "-o",
-                metavar="FILE",
-                help="Write the numbers to .json, .csv or .npz, or the picture to .html, .svg or .png.",
-            ),
-        ],
-        None,
-    ),
+    "verify": (Verify, False),
+    "output": (Output, None),
     "as_json": (Json, False),
     "runs_dir": (RunsDir, None),
 }
@@ -125,8 +116,8 @@ def analysis(
 
     def decorate(describe: Callable[..., Analysis[Any]]) -> Callable[..., None]:
         own = list(inspect.signature(describe).parameters.values())[1:]
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own] + [
+            Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
             for name, (annotation, default) in shared.items()
         ]
 
@@ -173,7 +164,7 @@ def run_analysis(describe: Callable[..., Analysis[Any]], common: Mapping[str, An
     if not result.holds:
         failed = "; ".join(receipt.check for receipt in result.receipts if not receipt.holds)
         stderr().print(f"[bold red]failed:[/] {escape(failed)}")
-        raise typer.Exit(CHECK_FAILED)
+        raise Exit(CHECK_FAILED)
 
 
 def open_target(common: Mapping[str, Any]) -> InspectTarget:
@@ -191,11 +182,7 @@ def open_target(common: Mapping[str, Any]) -> InspectTarget:
 
 
 def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
-    """Return the run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` if it names none.
-
-    Raises:
-        LumiereError: one of the two is empty.
-    """
+    """Return the run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` if it names none."""
     run, at, named = reference.partition("@")
     if not run or (at and not named):
         raise LumiereError(f"{reference!r} names no checkpoint of a run", "write RUN or RUN@CHECKPOINT: latest@500")
@@ -203,11 +190,7 @@ def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
 
 
 def last_snapshot(reference: str, runs_dir: str | None) -> str:
-    """Return the name of a run's last snapshot.
-
-    Raises:
-        LumiereError: there is no such run, or it has no snapshots.
-    """
+    """Return the name of a run's last snapshot."""
     from lumiere.persistence.checkpoint_manager import NAMES, checkpoint_names
     from lumiere.persistence.runs import RunStore
 
@@ -261,7 +244,7 @@ def show_heading(target: InspectTarget, source: str | None) -> None:
         tokens, source = target.chosen
         source += f": {len(tokens)} tokens; token ids {' '.join(map(str, tokens))}"
     if source is not None:
-        stdout().print(f"{escape(source)}\n", soft_wrap=False)
+        show_wrapped(f"{escape(source)}\n")
 
 
 def show_receipts(receipts: "Iterable[Receipt]") -> None:
@@ -272,34 +255,13 @@ def show_receipts(receipts: "Iterable[Receipt]") -> None:
         stdout().print(f"[{style}]{escape(line)}[/]")
 
 
-def parse_indices(text: str | None, count: int, name: str) -> list[int]:
-    """Return the numbers of a list such as `0,2-3`, in its order, each once; all of them if it is None.
+def show_wrapped(text: str, **options: Any) -> None:
+    """Print text that Rich wraps at words, instead of the terminal at its edge."""
+    stdout().print(text, soft_wrap=False, **options)
 
-    Negative numbers count from the end: -1 is the last.
 
-    Args:
-        count: the number of indices there are.
-        name: what is counted, for the error: layer, head or position.
-
-    Raises:
-        LumiereError: the text is not such a list, or there is no such index.
-    """
-    if text is None:
-        return list(range(count))
-    found: list[int] = []
-    for part in map(str.strip, text.split(",")):
-        head, dash, tail = part[1:].partition("-")
-        try:
-            first = int(part[:1] + head)
-            last = int(tail) if dash else first
-        except ValueError:
-            raise LumiereError(f"{part!r} is not a {name}", "write numbers and ranges, such as 0,2-3") from None
-        for index in (first, last):
-            if not -count <= index < count:
-                known = "0" if count == 1 else f"0 to {count - 1}"
-                raise LumiereError(f"there is no {name} {index}", f"the {name}s are {known}")
-        first, last = first % count, last % count
-        if first > last:
-            raise LumiereError(f"the {name}s {part} run backwards", "write the smaller number first")
-        found += range(first, last + 1)
-    return list(dict.fromkeys(found))
+def signed_bar(value: float, largest: float, width: int) -> str:
+    """Return a bar as markup, in cyan or red by the sign; at most `width` characters, for `largest`."""
+    length = round(abs(value) / largest * width) if abs(value) < float("inf") else 0
+    bar = f"[cyan]{'█' * length}[/]" if value > 0 else f"[red]{'░' * length}[/]"
+    return bar if length else ""

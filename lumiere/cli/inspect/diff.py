@@ -1,12 +1,13 @@
 """`lumiere inspect diff`."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import escape, sparkline, stdout
-from lumiere.cli.inspect.command import Analysis, TopK, analysis
-from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, choose_batches, counted_documents
+from lumiere.cli.inspect.command import Analysis, NumBatches, TopK, analysis, show_wrapped
+from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, check_single, choose_batches, counted_documents
 from lumiere.errors import LumiereError
 from lumiere.persistence.loading import OpenedModel, open_corpus
 
@@ -22,9 +23,8 @@ MAX_LAYERS = 10
 MAX_COLUMNS = 60
 CONTEXT_WIDTH = 48
 
-AcrossLayers = Annotated[bool, typer.Option("--across-layers", help="Match heads across layers.")]
-NumBatches = Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Number of batches.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Sequences in a batch.")]
+AcrossLayers = Annotated[bool, Option("--across-layers", help="Match heads across layers.")]
+BatchSize = Annotated[int, Option("--batch-size", metavar="N", min=1, help="Sequences in a batch.")]
 
 
 @analysis(text=True, pair=True)
@@ -82,9 +82,6 @@ def choose_documents(target: InspectTarget, num_windows: int) -> tuple[list["Par
 
     Args:
         num_windows: the drawn documents have about as many tokens as this many windows of A.
-
-    Raises:
-        LumiereError: the text is given as tokens or is empty, or the corpus is missing.
     """
     import numpy as np
 
@@ -94,8 +91,7 @@ def choose_documents(target: InspectTarget, num_windows: int) -> tuple[list["Par
     from lumiere.data.text import blocks, parts, plain
 
     given, text, opened = target.given, target.text, target.opened
-    if len(given) > 1:
-        raise LumiereError(f"{' and '.join(f'--{name}' for name in given)} are two texts", "choose one")
+    check_single(given)
     if given in (["random"], ["val"]):
         raise LumiereError(
             f"the tokenizers differ, and --{given[0]} gives tokens of A", "give a text: --prompt or --file"
@@ -126,14 +122,13 @@ def show_diff(result: "ModelDiff", opened: OpenedModel, other: OpenedModel, top_
         stdout().print("[bold]the same model: no weight differs[/]\n")
         return
     for line in summary_lines(result):
-        stdout().print(line, soft_wrap=False)
+        show_wrapped(line)
     for reason in result.not_compared:
-        stdout().print(f"[yellow]not compared:[/] {escape(reason)}", soft_wrap=False)
+        show_wrapped(f"[yellow]not compared:[/] {escape(reason)}")
     if opened.run != other.run:
-        stdout().print(
+        show_wrapped(
             "[dim]two runs: weights, OV and QK are in the coordinates of each model and comparable only if both began "
-            "with the same weights[/]",
-            soft_wrap=False,
+            "with the same weights[/]"
         )
     stdout().print()
     if result.predictions is not None:
@@ -146,80 +141,60 @@ def show_diff(result: "ModelDiff", opened: OpenedModel, other: OpenedModel, top_
     show_weights(result.weights, top_k)
 
 
-def summary_lines(result: "ModelDiff") -> list[str]:
-    """Return the differences, most important first."""
+def summary_lines(result: "ModelDiff") -> Iterator[str]:
+    """Yield the differences, most important first."""
     import numpy as np
 
-    weights = result.weights
-    lines = loss_lines(result)
+    from lumiere.interpret.model_diff import SAME_TOKENS, stream_names
+
+    a, b = result.losses
+    ends, paired = f"A {a:.4f}, B {b:.4f} {result.loss_unit}", result.loss_difference
+    if paired is None:
+        yield f"[bold]{ends}[/], a difference of {b - a:+.4f}"
+    else:
+        are_windows = result.loss_unit != SAME_TOKENS or paired.num_documents < len(result.tokens)
+        units = counted_documents(paired.num_documents, are_windows=are_windows)
+        is_clear = paired.low > 0 or paired.high < 0
+        better = f"{'B' if b < a else 'A'} is" if is_clear else "neither is significantly"
+        yield f"[bold]{better} better: {ends}[/]"
+        interval = f"{paired.confidence:.0%} interval {paired.low:+.4f} to {paired.high:+.4f}"
+        yield f"B minus A {paired.difference:+.4f}, {interval} ({units})"
     if (found := result.predictions) is not None:
-        lines.append(
+        yield (
             f"predictions: KL(A||B) {found.kl_ab.mean():.4f}, KL(B||A) {found.kl_ba.mean():.4f} nats per token; "
             f"same top token for {found.same_choice.mean():.1%} of {len(found.targets):,} tokens"
         )
-    if result.cka is not None:
-        lines.append(cka_line(result.cka))
-    if result.heads is not None:
-        lines.append(heads_line(result.heads))
-    if weights.tensors:
+    if (cka := result.cka) is not None:
+        same = np.diagonal(cka)
+        if cka.shape[0] != cka.shape[1]:
+            yield f"representations: CKA of the last layers {cka[-1, -1]:.3f}"
+        elif np.isnan(same).all():
+            yield "representations: none changes from token to token"
+        else:
+            least = f"{np.nanmin(same):.3f} ({stream_names(len(same) - 1)[int(np.nanargmin(same))]})"
+            yield f"representations: CKA of the same stages {least} to {np.nanmax(same):.3f}"
+    if (heads := result.heads) is not None:
+        places = [(heads.heads_a[a], heads.heads_b[b]) for a, b in heads.matches]
+        moved = [f"{a}→{b}" for a, b in places if a != b]
+        others = f"; {', '.join(moved[:4])}{' …' if len(moved) > 4 else ''}" if moved else ""
+        worst = int(heads.match_divergences.argmax())
+        pair = "→".join(dict.fromkeys(places[worst]))
+        yield (
+            f"heads: {len(places) - len(moved)} of {len(places)} matched with the head in the same place{others}; "
+            f"most different pattern: {pair}, {heads.match_divergences[worst]:.3f} of 1"
+        )
+    if (weights := result.weights).tensors:
         most = int(np.nanargmax(weights.relative_changes)) if np.isfinite(weights.relative_changes).any() else 0
-        lines.append(
+        yield (
             f"weights: changed by {np.nanmedian(weights.relative_changes):.1%} of their norm in the median tensor, "
             f"most in {weights.tensors[most]} ({weights.relative_changes[most]:.1%})"
         )
-    return lines
-
-
-def loss_lines(result: "ModelDiff") -> list[str]:
-    from lumiere.interpret.model_diff import SAME_TOKENS
-
-    a, b = result.losses
-    paired = result.loss_difference
-    ends = f"A {a:.4f}, B {b:.4f} {result.loss_unit}"
-    if paired is None:
-        return [f"[bold]{ends}[/], a difference of {b - a:+.4f}"]
-    are_windows = result.loss_unit != SAME_TOKENS or paired.num_documents < len(result.tokens)
-    units = counted_documents(paired.num_documents, are_windows=are_windows)
-    is_clear = paired.low > 0 or paired.high < 0
-    verdict = f"{'B' if b < a else 'A'} is better" if is_clear else "neither is significantly better"
-    return [
-        f"[bold]{verdict}: {ends}[/]",
-        f"B minus A {paired.difference:+.4f}, {paired.confidence:.0%} interval {paired.low:+.4f} to {paired.high:+.4f} "
-        f"({units})",
-    ]
-
-
-def cka_line(cka: "np.ndarray") -> str:
-    import numpy as np
-
-    from lumiere.interpret.model_diff import stream_names
-
-    if cka.shape[0] != cka.shape[1]:
-        return f"representations: CKA of the last layers {cka[-1, -1]:.3f}"
-    same = np.diagonal(cka)
-    if np.isnan(same).all():
-        return "representations: none changes from token to token"
-    least = int(np.nanargmin(same))
-    names = stream_names(len(same) - 1)
-    return f"representations: CKA of the same stages {same[least]:.3f} ({names[least]}) to {np.nanmax(same):.3f}"
-
-
-def heads_line(heads: "HeadMatches") -> str:
-    places = [(heads.heads_a[a], heads.heads_b[b]) for a, b in heads.matches]
-    moved = [f"{a}→{b}" for a, b in places if a != b]
-    worst = int(heads.match_divergences.argmax())
-    stay = f"{len(places) - len(moved)} of {len(places)} matched with the head in the same place"
-    others = f"; {', '.join(moved[:4])}{' …' if len(moved) > 4 else ''}" if moved else ""
-    return (
-        f"heads: {stay}{others}; most different pattern: {'→'.join(dict.fromkeys(places[worst]))}, "
-        f"{heads.match_divergences[worst]:.3f} of 1"
-    )
 
 
 def show_tokens(result: "ModelDiff", found: "PredictionDiff", opened: OpenedModel, top_k: int) -> None:
     """Print the tokens whose loss changed most, with the text before them."""
     changes = found.losses_b - found.losses_a
-    # Windows overlap and documents begin alike: a context that stands in several of them is printed once.
+    # Windows overlap and documents begin alike: a context in several of them is printed once.
     once = {
         result.tokens[int(found.sequences[number])][: int(found.positions[number]) + 1]: number
         for number in abs(changes).argsort(kind="stable")
@@ -264,20 +239,17 @@ def show_positions(found: "PredictionDiff") -> None:
 def show_cka(cka: "np.ndarray") -> None:
     from lumiere.interpret.model_diff import stream_names
 
-    def cell(value: float, decimals: int) -> str:
-        return f"{value:.{decimals}f}" if value == value else "-"  # no CKA if nothing changes from token to token
-
     names_a, names_b = (stream_names(count - 1) for count in cka.shape)
     if max(cka.shape) > MAX_LAYERS:
         stdout().print("[bold]CKA at the same depth[/]")
         for place in range(min(cka.shape)):
-            stdout().print(f"  {names_a[place]:9} {cell(cka[place, place], 3)}")
+            stdout().print(f"  {names_a[place]:9} {known(cka[place, place], '.3f')}")
         stdout().print("[dim]-o FILE has all pairs[/]\n")
         return
     stdout().print("[bold]CKA[/] (rows A, columns B; 1: equal up to rotation and scale)")
     stdout().print(" " * 11 + "".join(f"{'embed' if name == 'embedding' else name:>6}" for name in names_b))
     for name, row in zip(names_a, cka, strict=True):
-        stdout().print(f"  {name:9}" + "".join(f"{cell(value, 2):>6}" for value in row))
+        stdout().print(f"  {name:9}" + "".join(f"{known(value, '.2f'):>6}" for value in row))
     stdout().print()
 
 
@@ -287,15 +259,13 @@ def show_heads(heads: "HeadMatches", top_k: int) -> None:
     stdout().print("[bold]matched heads  A        B        pattern       OV       QK[/]")
     for number in order[:top_k]:
         a, b = heads.matches[number]
-        circuits = "".join(f"{share(float(values[number])):>9}" for values in (heads.ov_changes, heads.qk_changes))
+        circuits = "".join(f"{known(float(values[number])):>9}" for values in (heads.ov_changes, heads.qk_changes))
         names = f"{heads.heads_a[a]:9}{heads.heads_b[b]:9}"
         stdout().print(f"{'':15}{names}{heads.match_divergences[number]:7.3f}{circuits}")
     left = max(0, len(order) - top_k)
     more = f"; {left} differ less" if left else ""
     sequences = "1 sequence" if heads.num_pattern_sequences == 1 else f"{heads.num_pattern_sequences} sequences"
-    stdout().print(
-        f"[dim]pattern: divergence, 0 to 1, over {sequences}; OV, QK: relative change{more}[/]\n", soft_wrap=False
-    )
+    show_wrapped(f"[dim]pattern: divergence, 0 to 1, over {sequences}; OV, QK: relative change{more}[/]\n")
 
 
 def show_weights(weights: "WeightChanges", top_k: int) -> None:
@@ -307,13 +277,13 @@ def show_weights(weights: "WeightChanges", top_k: int) -> None:
         stdout().print(f"[bold]{'weights that changed most':38} relative  Frobenius  spectral[/]")
     for number in order[:top_k]:
         numbers = f"{weights.change_norms[number]:11.3f}{weights.spectral_changes[number]:10.3f}"
-        stdout().print(f"  {weights.tensors[number]:36} {share(float(weights.relative_changes[number])):>8}{numbers}")
+        stdout().print(f"  {weights.tensors[number]:36} {known(float(weights.relative_changes[number])):>8}{numbers}")
     if weights.other_tensors:
         names = ", ".join(weights.other_tensors[:3]) + (" …" if len(weights.other_tensors) > 3 else "")
-        stdout().print(f"[dim]{len(weights.other_tensors)} tensors not compared: {names}[/]", soft_wrap=False)
+        show_wrapped(f"[dim]{len(weights.other_tensors)} tensors not compared: {names}[/]")
     stdout().print()
 
 
-def share(value: float) -> str:
-    """Return a relative change; a dash if it is unknown."""
-    return f"{value:.1%}" if value == value else "-"
+def known(value: float, form: str = ".1%") -> str:
+    """Format a number; a dash for NaN, such as the CKA of a stage that does not change from token to token."""
+    return "-" if value != value else format(value, form)

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import escape, show_note, sparkline, stdout
-from lumiere.cli.inspect.command import Analysis, analysis
+from lumiere.cli.inspect.command import Analysis, analysis, show_wrapped
 from lumiere.cli.inspect.inputs import (
     InspectTarget,
     averaged_tokens,
+    drawn_batches,
     full_windows,
     scored_sequences,
     spread_windows,
-    validation_batches,
 )
 from lumiere.errors import LumiereError, check_choice
 
@@ -33,13 +33,10 @@ PLACE_WIDTH, MAX_COLUMNS = 18, 24
 MARK = "bold yellow"
 
 Metrics = Annotated[
-    list[str] | None,
-    typer.Option("--metric", "-m", metavar="NAME", help="Metric to follow, of docs/inspect.md. Repeatable."),
+    list[str] | None, Option("--metric", "-m", metavar="NAME", help="Metric to follow, of docs/inspect.md. Repeatable.")
 ]
-Every = Annotated[int, typer.Option("--every", metavar="N", min=1, help="Read every N-th snapshot, and the last.")]
-Lines = Annotated[
-    int, typer.Option("--top-k", metavar="K", min=1, help="Heads, pairs or matrices shown of each metric.")
-]
+Every = Annotated[int, Option("--every", metavar="N", min=1, help="Read every N-th snapshot, and the last.")]
+Lines = Annotated[int, Option("--top-k", metavar="K", min=1, help="Heads, pairs or matrices shown of each metric.")]
 
 
 @analysis(text=True, whole_run=True)
@@ -93,8 +90,7 @@ def load_snapshot(target: InspectTarget, step: int, like: "Transformer") -> "Tra
 def choose_texts(target: InspectTarget, names: list[str], *, is_asked: bool) -> "tuple[Texts, list[str], str]":
     """Return the inputs of all snapshots, the metrics that can be computed from them, and their source.
 
-    Raises:
-        LumiereError: as `choose_text`, or a metric that was asked for by name needs a corpus that is missing.
+    Without the corpus, refuse metrics that were asked for by name, and omit others with a note.
     """
     import torch
 
@@ -111,7 +107,7 @@ def choose_texts(target: InspectTarget, names: list[str], *, is_asked: bool) -> 
         return Texts(tokens), names, "".join(sources)
     try:
         windows = spread_windows(target.opened, MAX_TOKENS)
-        batches, source = validation_batches(target, NUM_BATCHES, BATCH_SIZE)
+        batches, source = drawn_batches(target, NUM_BATCHES, BATCH_SIZE)
         # Only the lens needs full windows, and a split may have none.
         lens_rows = full_windows(target.opened, LENS_WINDOWS)[:, :-1].tolist() if "lens-depth" in names else []
     except LumiereError as error:
@@ -137,7 +133,7 @@ def show_dynamics(result: "Dynamics", top_k: int) -> None:
     for metric in dict.fromkeys(result.metrics):
         found = result.series_of(metric)
         show_metric(result, metric, found[:top_k], len(found), columns)
-    stdout().print(f"[dim]{claims(result)}[/]\n", soft_wrap=False)
+    show_wrapped(f"[dim]{claims(result)}[/]\n")
 
 
 def ruler(steps: Sequence[int]) -> str:
@@ -158,9 +154,7 @@ def show_metric(result: "Dynamics", name: str, series: Sequence[int], count: int
     baseline = result.baselines[series[0]] if series else np.nan
     chance = f"at chance {baseline:.2f}" if np.isfinite(baseline) else ""
     unit = ", ".join(part for part in ("" if metric.unit == "share" else metric.unit, chance) if part)
-    stdout().print(
-        f"[bold]{name}[/]: {escape(metric.meaning)}" + (f" ({escape(unit)})" if unit else ""), soft_wrap=False
-    )
+    show_wrapped(f"[bold]{name}[/]: {escape(metric.meaning)}" + (f" ({escape(unit)})" if unit else ""))
     values = result.values[series]
     finite = values[np.isfinite(values)]
     if not len(finite):

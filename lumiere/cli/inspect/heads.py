@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import escape, stdout
-from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, parse_indices
+from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, show_wrapped
 from lumiere.cli.inspect.inputs import (
     InspectTarget,
     averaged_tokens,
@@ -21,7 +21,7 @@ MAX_TEXT_HEADS = 4
 """Heads that are named for their induction on text; -o FILE has all."""
 
 Threshold = Annotated[
-    float, typer.Option("--threshold", metavar="SHARE", min=0, max=1, help="Minimum score of a head with a role.")
+    float, Option("--threshold", metavar="SHARE", min=0, max=1, help="Minimum score of a head with a role.")
 ]
 
 
@@ -39,8 +39,7 @@ def heads(
     from lumiere.report.figures.bars import draw_heads
 
     opened = target.opened
-    layers = parse_indices(layer, opened.config.model.num_layers, "layer")
-    chosen = parse_indices(head, opened.config.model.num_heads, "head")
+    layers, chosen = target.layers(layer), target.heads(head)
     tokens_NT, source = scored_sequences(target)
     windows = spread_windows_if_any(opened)
     averaged, averaged_over = averaged_tokens(opened)
@@ -65,7 +64,7 @@ def show_scores(result: "HeadScores", averaged_over: str) -> None:
         stdout().print(f"{name:8} {shown}  {copies:>7}")
     stdout().print(f"[dim]{'uniform':8} {'  '.join(map(share, result.uniform))}  {0:>7}[/]\n")
     show_roles(result)
-    stdout().print(f"[dim]copying is over {averaged_over}[/]\n", soft_wrap=False)
+    show_wrapped(f"[dim]copying is over {averaged_over}[/]\n")
     show_text_repeats(result)
     show_losses(result)
 
@@ -91,23 +90,22 @@ def show_roles(result: "HeadScores") -> None:
             if name in result.roles[row][column]
         ]
         if found:
-            listed = ", ".join(
+            heads = (
                 f"{head} ({-score:.0%} ± {result.errors[row, column, number]:.0%})"
                 for score, row, column, head in sorted(found)
             )
-            stdout().print(f"{escape(name)} heads: {listed}", soft_wrap=False)
+            show_wrapped(f"{escape(name)} heads: {', '.join(heads)}")
     if not any(roles for layer in result.roles for roles in layer):
         stdout().print("no head has a role")
-    stdout().print(
+    show_wrapped(
         f"[dim]a role is a score of {result.threshold:.0%} or more over {FEWEST} tokens or more, above uniform by "
-        f"{result.margin * 100:.0f} points and by {NUM_ERRORS} standard errors[/]",
-        soft_wrap=False,
+        f"{result.margin * 100:.0f} points and by {NUM_ERRORS} standard errors[/]"
     )
     for name, count in zip(result.score_names, result.num_overlaps.tolist(), strict=True):
         if count:
             tokens = "1 token has" if count == 1 else f"{count:,} tokens have"
             note = f"{tokens} a source of {name} at t - 1, where previous-token heads attend too; it is left out"
-            stdout().print(f"[dim]{note}[/]", soft_wrap=False)
+            show_wrapped(f"[dim]{note}[/]")
     stdout().print()
 
 
@@ -118,12 +116,11 @@ def show_text_repeats(result: "HeadScores") -> None:
     number = result.score_names.index("induction")
     scores = [(-float(result.text_scores[row, column, number]), name) for row, column, name in result.places()]
     best = sorted(scores, key=lambda scored: scored[0])[:MAX_TEXT_HEADS]
-    stdout().print(
+    show_wrapped(
         f"induction on repeated names of the validation split ({result.text_repeats:,} in "
         f"{result.text_documents:,} documents): {', '.join(f'{name} {-score:.1%}' for score, name in best)} "
         f"(uniform {result.text_uniform[number]:.1%}); "
-        f"their loss falls by {result.text_gap:.3f} ± {result.text_gap_error:.3f} nats\n",
-        soft_wrap=False,
+        f"their loss falls by {result.text_gap:.3f} ± {result.text_gap_error:.3f} nats\n"
     )
 
 
@@ -132,20 +129,18 @@ def show_losses(result: "HeadScores") -> None:
     if result.repeat_gap == result.repeat_gap:
         length = len(result.losses) // 2
         first, second = result.losses[1:length].mean(), result.losses[length + 1 :].mean()
-        stdout().print(
+        show_wrapped(
             f"repeat gap {result.repeat_gap:.3f}{spread(float(result.repeat_gap_error))} nats: tokens 2 to {length} "
-            f"have a loss of {first:.3f} in the first copy and {second:.3f} in the second",
-            soft_wrap=False,
+            f"have a loss of {first:.3f} in the first copy and {second:.3f} in the second"
         )
     if result.in_context_bands is not None:
         early, late = ("{} to {}".format(*band) for band in result.in_context_bands)
         units = counted_documents(result.in_context_documents, are_windows=True)
         before, after = result.in_context_losses
-        stdout().print(
+        show_wrapped(
             f"in-context-learning score {result.in_context_score:+.3f}{spread(float(result.in_context_error))} nats: "
             f"loss {after:.3f} at positions {late} minus {before:.3f} at positions {early} of "
-            f"{result.in_context_windows:,} validation windows ({units})",
-            soft_wrap=False,
+            f"{result.in_context_windows:,} validation windows ({units})"
         )
     elif result.text_repeats is not None:
         stdout().print("no in-context-learning score: no validation window is full and has two positions")

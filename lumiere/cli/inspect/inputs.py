@@ -1,6 +1,6 @@
 """What an analysis looks at: one or two models, and a text, validation windows or random tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from lumiere.data.batches import Batch
-    from lumiere.data.dataset import TokenizedCorpus
+    from lumiere.data.batches import Batch, Windows
     from lumiere.data.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 32
@@ -25,6 +24,8 @@ MAX_SCORED_TOKENS = 2**17
 MAX_COUNTED_TOKENS = 10_000_000
 """Training tokens, from the start of the split, that are searched for the tokens that occur in training."""
 MAX_LISTED_TOKENS = 8
+PART = 1_000_000
+"""Tokens that are counted at once."""
 RESTORE = "restore it as it was"
 
 
@@ -51,6 +52,7 @@ class InspectTarget:
 
     @cached_property
     def chosen(self) -> tuple[tuple[int, ...], str]:
+        """The ids of the text, and its source."""
         return choose_text(self)
 
     @property
@@ -71,6 +73,15 @@ class InspectTarget:
     def label(self, token: int) -> str:
         return token_label(self.opened.tokenizer, token)
 
+    def layers(self, text: str | None) -> list[int]:
+        return parse_indices(text, self.opened.config.model.num_layers, "layer")
+
+    def heads(self, text: str | None) -> list[int]:
+        return parse_indices(text, self.opened.config.model.num_heads, "head")
+
+    def positions(self, text: str | None) -> list[int]:
+        return parse_indices(text, len(self.tokens), "position")
+
 
 def token_label(tokenizer: "Tokenizer", token: int) -> str:
     """Return the token as it is printed; #id if the tokenizer does not use the id, which a model may still predict."""
@@ -78,11 +89,7 @@ def token_label(tokenizer: "Tokenizer", token: int) -> str:
 
 
 def parse_token(text: str, tokenizer: "Tokenizer") -> int:
-    """Return the id of a token, named by its id in digits, by a text that is one token, or by its printed form.
-
-    Raises:
-        LumiereError: there is no such id, or the text is not one token.
-    """
+    """Return the id of a token, named by its id in digits, by a text that is one token, or by its printed form."""
     if text.isdecimal() and text.isascii():
         token = int(text)
         if token >= len(tokenizer):
@@ -105,15 +112,45 @@ def parse_token(text: str, tokenizer: "Tokenizer") -> int:
     )
 
 
-def choose_text(target: InspectTarget) -> tuple[tuple[int, ...], str]:
-    """Return the ids to look at and their source; without a text option, the start of a validation window.
+def parse_indices(text: str | None, count: int, name: str) -> list[int]:
+    """Return the numbers of a list such as `0,2-3`, in its order, each once; all `count` of them for None.
 
-    Raises:
-        LumiereError: several options are given, or the one given is empty or does not fit the model.
+    Negative numbers count from the end: -1 is the last.
+
+    Args:
+        name: what is counted, for the error: layer, head or position.
     """
+    if text is None:
+        return list(range(count))
+    found: list[int] = []
+    for part in map(str.strip, text.split(",")):
+        head, dash, tail = part[1:].partition("-")
+        try:
+            first = int(part[:1] + head)
+            last = int(tail) if dash else first
+        except ValueError:
+            raise LumiereError(f"{part!r} is not a {name}", "write numbers and ranges, such as 0,2-3") from None
+        for index in (first, last):
+            if not -count <= index < count:
+                known = "0" if count == 1 else f"0 to {count - 1}"
+                raise LumiereError(f"there is no {name} {index}", f"the {name}s are {known}")
+        first, last = first % count, last % count
+        if first > last:
+            raise LumiereError(f"the {name}s {part} run backwards", "write the smaller number first")
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
+def check_single(options: Sequence[str]) -> None:
+    """Refuse several text options."""
+    if len(options) > 1:
+        raise LumiereError(f"{' and '.join(f'--{name}' for name in options)} are two texts", "choose one")
+
+
+def choose_text(target: InspectTarget) -> tuple[tuple[int, ...], str]:
+    """Return the ids of the text and their source; without a text option, the start of a validation window."""
     opened, text = target.opened, target.text
-    if len(target.given) > 1:
-        raise LumiereError(f"{' and '.join(f'--{name}' for name in target.given)} are two texts", "choose one")
+    check_single(target.given)
     if text["prompt"] is not None:
         return prompt_tokens(opened, text["prompt"]), "prompt"
     if text["file"] is not None:
@@ -122,18 +159,14 @@ def choose_text(target: InspectTarget) -> tuple[tuple[int, ...], str]:
         rows, origin = repeated_sequences(opened, text["random"], 1, target.seed)
         return rows[0], f"{text['random']} random tokens {origin}, twice (seed {target.seed})"
     tokens = validation_window(opened, text["val"] or 0)
-    name = opened.config.dataset.name
+    split = f"the validation split of {opened.config.dataset.name}"
     if text["val"] is None:
-        return tokens[:DEFAULT_TOKENS], f"start of the validation split of {name}"
-    return tokens, f"window {text['val']} of the validation split of {name}"
+        return tokens[:DEFAULT_TOKENS], f"start of {split}"
+    return tokens, f"window {text['val']} of {split}"
 
 
 def prompt_tokens(opened: OpenedModel, prompt: str) -> tuple[int, ...]:
-    """Return the start token and the prompt's ids.
-
-    Raises:
-        LumiereError: the prompt is empty or longer than the context.
-    """
+    """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context."""
     from lumiere.data.text import plain
 
     if not prompt.strip():
@@ -149,11 +182,7 @@ def prompt_tokens(opened: OpenedModel, prompt: str) -> tuple[int, ...]:
 
 
 def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
-    """Return the start token and as many of the file's ids as fit the context, and a source that says so.
-
-    Raises:
-        LumiereError: the file cannot be read or contains no text.
-    """
+    """Return the start token and as many of the file's ids as fit the context, and a source that says so."""
     from lumiere.data.text import read_text
 
     text = read_text(file)
@@ -172,9 +201,6 @@ def repeated_sequences(
     Args:
         length: None: as many as fit the model, up to `at_most`.
         at_most: None: `COPY_LENGTH`.
-
-    Raises:
-        LumiereError: the sequences are longer than the context, or there are fewer tokens to draw from.
     """
     import torch
 
@@ -206,10 +232,9 @@ def scored_sequences(target: InspectTarget) -> "tuple[Tensor, str | None]":
 
     if set(target.given) - {"random"}:
         return torch.tensor([target.tokens]), None
-    sequences, origin = repeated_sequences(target.opened, target.text["random"], SEQUENCES, target.seed)
-    length = len(sequences[0]) // 2
-    source = f"{SEQUENCES} sequences of {length} random tokens {origin}, twice (seed {target.seed})"
-    return torch.tensor(sequences), source
+    rows, origin = repeated_sequences(target.opened, target.text["random"], SEQUENCES, target.seed)
+    number = f"{SEQUENCES} sequences of {len(rows[0]) // 2} random tokens"
+    return torch.tensor(rows), f"{number} {origin}, twice (seed {target.seed})"
 
 
 def drawable_tokens(opened: OpenedModel) -> tuple[list[int], str]:
@@ -246,24 +271,19 @@ def count_tokens(ids: "np.ndarray", vocab_size: int) -> "np.ndarray":
     """Count each id in `ids`, (vocab_size,), in parts, since `ids` may be larger than memory."""
     import numpy as np
 
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    part = 1_000_000
-    for first in range(0, len(ids), part):
-        counts += np.bincount(ids[first : first + part], minlength=vocab_size)
-    return counts
+    parts = (ids[first : first + PART] for first in range(0, len(ids), PART))
+    return sum((np.bincount(part, minlength=vocab_size) for part in parts), np.zeros(vocab_size, dtype=np.int64))
+
+
+def validation_windows(opened: OpenedModel, hint: str = RESTORE) -> "Windows":
+    return open_corpus(opened, hint).windows("validation", opened.config)
 
 
 def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
-    """Return the inputs of a window of the validation split.
-
-    Raises:
-        LumiereError: there is no such window, or the corpus is missing.
-    """
+    """Return the inputs of a window of the validation split."""
     import numpy as np
 
-    windows = open_corpus(opened, f"{RESTORE}, or give a text with --prompt or --file").windows(
-        "validation", opened.config
-    )
+    windows = validation_windows(opened, f"{RESTORE}, or give a text with --prompt or --file")
     if number >= len(windows):
         raise LumiereError(
             f"there is no window {number} in the validation split", f"its windows are 0 to {len(windows) - 1}"
@@ -272,20 +292,22 @@ def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
     return tuple(tokens[0, : min(int(lengths[0]), opened.config.model.context_size)].tolist())
 
 
+def spread(count: int, chosen: int) -> "np.ndarray":
+    """Return `chosen` of the numbers below `count`, spread evenly from the first to the last."""
+    import numpy as np
+
+    return np.linspace(0, count - 1, chosen).round().astype(np.int64)
+
+
 def spread_windows(opened: OpenedModel, max_tokens: int = MAX_SCORED_TOKENS) -> "tuple[Tensor, np.ndarray]":
     """Return windows spread evenly over the validation split, (N, context_size + 1), and their documents, (N,).
 
     At most `max_tokens` tokens; `<|pad|>` after the end of a document.
-
-    Raises:
-        LumiereError: the corpus is missing.
     """
-    import numpy as np
     import torch
 
-    windows = open_corpus(opened, RESTORE).windows("validation", opened.config)
-    count = min(max(1, max_tokens // windows.context_size), len(windows))
-    chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
+    windows = validation_windows(opened)
+    chosen = spread(len(windows), min(max(1, max_tokens // windows.context_size), len(windows)))
     return torch.from_numpy(windows.cut(chosen)[0]), windows.documents(chosen)
 
 
@@ -299,24 +321,19 @@ def spread_windows_if_any(opened: OpenedModel) -> "tuple[Tensor, np.ndarray] | N
 
 
 def full_windows(opened: OpenedModel, count: int) -> "Tensor":
-    """Return at most `count` windows without padding, (N, context_size + 1), spread over the validation split.
-
-    Raises:
-        LumiereError: the corpus is missing, or no document fills a window.
-    """
+    """Return at most `count` windows without padding, (N, context_size + 1), spread over the validation split."""
     import numpy as np
     import torch
 
-    windows = open_corpus(opened, RESTORE).windows("validation", opened.config)
+    windows = validation_windows(opened)
     # Most documents end in a window that is not full, and a split may be too large to read all of it.
-    tried = np.unique(np.linspace(0, len(windows) - 1, min(4 * count, len(windows))).round().astype(np.int64))
-    tokens, lengths = windows.cut(tried)
+    tokens, lengths = windows.cut(np.unique(spread(len(windows), min(4 * count, len(windows)))))
     full = tokens[lengths == tokens.shape[1]]
     if not len(full):
         raise LumiereError(
             "no document of the validation split seems to fill a window", "train with a smaller model.context_size"
         )
-    return torch.from_numpy(full[np.linspace(0, len(full) - 1, min(count, len(full))).round().astype(int)])
+    return torch.from_numpy(full[spread(len(full), min(count, len(full)))])
 
 
 def choose_batches(target: InspectTarget, num_batches: int, batch_size: int) -> tuple[list["Batch"], str | None]:
@@ -324,12 +341,11 @@ def choose_batches(target: InspectTarget, num_batches: int, batch_size: int) -> 
 
     Without a text option, validation windows are drawn by the seed, without replacement. With `--random S`, there are
     as many sequences of S random tokens, twice; the targets are tokens 2 to S of the second copy.
-
-    Raises:
-        LumiereError: as `choose_text`, or the text has one token and nothing to predict.
     """
     if not target.given:
-        return validation_batches(target, num_batches, batch_size)
+        return drawn_batches(
+            target, num_batches, batch_size, f"{RESTORE}, or give a text with --prompt, --file or --random"
+        )
     if target.given != ["random"]:
         return [batch_of([target.tokens])], None
     from lumiere.interpret.head_scores import first_copied
@@ -348,26 +364,20 @@ def choose_batches(target: InspectTarget, num_batches: int, batch_size: int) -> 
     )
 
 
-def validation_batches(target: InspectTarget, num_batches: int, batch_size: int) -> tuple[list["Batch"], str]:
-    corpus = open_corpus(target.opened, f"{RESTORE}, or give a text with --prompt, --file or --random")
-    return drawn_batches(target, corpus, num_batches, batch_size)
-
-
 def drawn_batches(
-    target: InspectTarget, corpus: "TokenizedCorpus", num_batches: int, batch_size: int
+    target: InspectTarget, num_batches: int, batch_size: int, hint: str = RESTORE
 ) -> tuple[list["Batch"], str]:
     """Return windows of the validation split, drawn by the seed, and their source."""
     import numpy as np
 
     from lumiere.data.batches import make_batch, permute
 
-    config = target.opened.config
-    windows = corpus.windows("validation", config)
+    windows, name = validation_windows(target.opened, hint), target.opened.config.dataset.name
     count = min(num_batches * batch_size, len(windows))
     drawn = permute(np.arange(count), len(windows), key=str(target.seed))
     batches = [make_batch(windows, part) for part in np.array_split(drawn, min(num_batches, count))]
     return batches, (
-        f"{count:,} of {len(windows):,} windows of the validation split of {config.dataset.name} "
+        f"{count:,} of {len(windows):,} windows of the validation split of {name} "
         f"(seed {target.seed}), in {counted_batches(len(batches))}"
     )
 
@@ -393,9 +403,6 @@ def batch_of(sequences: "list[tuple[int, ...]]", first_target: int = 1) -> "Batc
 
     Args:
         first_target: the first position whose prediction counts.
-
-    Raises:
-        LumiereError: the sequences have one token.
     """
     import torch
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import color_support, show_note, stdout
-from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, parse_indices
+from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, show_wrapped
 from lumiere.cli.inspect.inputs import InspectTarget, parse_token
 from lumiere.errors import LumiereError, check_choice
 
@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 MIN_CELL, MAX_CELL = 7, 12
 
-Statistic = Annotated[
-    str, typer.Option("--stat", metavar="STAT", help=f"What each cell shows: {', '.join(STATISTICS)}.")
-]
-Sublayers = Annotated[bool, typer.Option("--sublayers", help="Add the stage after each block's attention.")]
+Statistic = Annotated[str, Option("--stat", metavar="STAT", help=f"What each cell shows: {', '.join(STATISTICS)}.")]
+Sublayers = Annotated[bool, Option("--sublayers", help="Add the stage after each block's attention.")]
 Target = Annotated[
-    str | None,
-    typer.Option("--target", metavar="TOKEN", help="Token to look for. \\[default: the next token of the text]"),
+    str | None, Option("--target", metavar="TOKEN", help="Token to look for. \\[default: the next token of the text]")
 ]
 
 
@@ -49,7 +46,7 @@ def lens(
     opened, tokens = target.opened, target.tokens
     if top_k > opened.model.vocab_size:
         raise LumiereError(f"--top-k {top_k} is too large", f"the vocabulary has {opened.model.vocab_size} tokens")
-    positions = parse_indices(pos, len(tokens), "position")
+    positions = target.positions(pos)
     wanted = None if token is None else parse_token(token, opened.tokenizer)
     words = None if wanted is None else target.label(wanted)
     return Analysis(
@@ -76,7 +73,7 @@ def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], targe
         "entropy": "entropy in nats",
         "kl": "KL(final || here) in nats",
     }[stat]
-    stdout().print(f"{meaning}\n", soft_wrap=False, markup=False)
+    show_wrapped(f"{meaning}\n", markup=False)
     if len(columns) < len(result.stages):
         show_note(f"the terminal has room for {len(columns)} of {len(result.stages)} stages")
     headings = "".join(names[stage].ljust(width) for stage in columns)
@@ -138,7 +135,7 @@ def cell_text(result: "LogitLens", stat: str, stage: int, row: int, width: int, 
 
 
 def show_means(result: "LogitLens", names: Sequence[str], target: str | None) -> None:
-    """Print one line a stage: means over the tokens, and how many are decided."""
+    """Print one line per stage: means over the tokens, and how many are decided."""
     import numpy as np
     from rich.text import Text
 
@@ -157,9 +154,8 @@ def show_means(result: "LogitLens", names: Sequence[str], target: str | None) ->
             line += f"{losses.mean():9.2f} {median:>12} {result.target_on_top[stage][has_target].mean():7.0%}"
         stdout().print(line)
     counts = [(name, int((result.decision_stages == stage).sum())) for stage, name in enumerate(names)]
-    stdout().print(
+    show_wrapped(
         f"\nloss, rank and on top are those of {target or 'the next token'}; decided: the top token is the final one "
         f"from here on\ndecision depth: {', '.join(f'{name} {count}' for name, count in counts if count)}",
-        soft_wrap=False,
         markup=False,
     )

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import escape, stdout
-from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, parse_indices
+from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, show_wrapped, signed_bar
 from lumiere.cli.inspect.inputs import InspectTarget, averaged_tokens, parse_token
 from lumiere.errors import LumiereError, check_choice
 
@@ -15,17 +15,15 @@ if TYPE_CHECKING:
 BAR_WIDTH, NAME_WIDTH = 36, 16
 
 Target = Annotated[
-    str | None, typer.Option("--target", metavar="TOKEN", help="Token to explain. \\[default: the most probable]")
+    str | None, Option("--target", metavar="TOKEN", help="Token to explain. \\[default: the most probable]")
 ]
 Versus = Annotated[
-    str | None,
-    typer.Option("--vs", metavar="TOKEN", help="Explain the target's logit minus the logit of this token."),
+    str | None, Option("--vs", metavar="TOKEN", help="Explain the target's logit minus the logit of this token.")
 ]
-By = Annotated[str, typer.Option("--by", metavar="LEVEL", help="layer, head, neuron or source.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Explain the logit itself; subtract nothing.")]
+By = Annotated[str, Option("--by", metavar="LEVEL", help="layer, head, neuron or source.")]
+Raw = Annotated[bool, Option("--raw", help="Explain the logit itself; subtract nothing.")]
 LogProb = Annotated[
-    bool,
-    typer.Option("--log-prob", help="Explain the log-probability: subtract the mean logit under the prediction."),
+    bool, Option("--log-prob", help="Explain the log-probability: subtract the mean logit under the prediction.")
 ]
 
 
@@ -55,7 +53,7 @@ def logits(
     if len(given) > 1:
         raise LumiereError(f"{given[0]} and {given[1]} are two references", "choose one")
     opened, tokens = target.opened, target.tokens
-    positions = parse_indices(pos, len(tokens), "position")
+    positions = target.positions(pos)
     wanted, other = (None if name is None else parse_token(name, opened.tokenizer) for name in (token, vs))
     if wanted is not None and wanted == other:
         raise LumiereError(f"--target and --vs are the same token, {wanted}", "choose two different tokens")
@@ -83,11 +81,10 @@ def show_attribution(result: "LogitAttribution", target: InspectTarget, top_k: i
             reference = f" minus the mean of {averaged_over}"
         elif result.reference == "prediction":
             what, reference = "log-probability", f" plus the entropy {result.entropies[column]:.3f}"
-        stdout().print(
+        show_wrapped(
             f"at position {position}, {label(result.tokens[position])}: the {what} of {label(result.targets[column])} "
             f"({result.targets[column]}){reference} is {result.logits[column]:+.3f}; its probability "
             f"{result.probabilities[column]:.1%}\n",
-            soft_wrap=False,
             markup=False,
         )
         show_parts(named_parts(result, column, label), top_k)
@@ -100,8 +97,7 @@ def show_parts(parts: list[tuple[str, float]], top_k: int) -> None:
     scale = max((abs(added) for _, added in parts), default=0.0) or 1.0
     for number in sorted(largest):
         name, added = parts[number]
-        length = round(abs(added) / scale * BAR_WIDTH) if abs(added) < float("inf") else 0
-        bar = f"[cyan]{'█' * length}[/]" if added > 0 else f"[red]{'░' * length}[/]"
+        bar = signed_bar(added, scale, BAR_WIDTH)
         stdout().print(f"{escape(name.ljust(NAME_WIDTH))} {added:+9.3f}  {bar}".rstrip())
     rest = [added for number, (_, added) in enumerate(parts) if number not in set(largest)]
     if rest:

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Exit, Option
 
 from lumiere.cli.console import guarded, open_model, show_note, stderr, stdout
-from lumiere.cli.inspect.command import CHECK_FAILED, Seed
+from lumiere.cli.inspect.command import CHECK_FAILED, Seed, model_provenance
 from lumiere.cli.inspect.inputs import (
     DEFAULT_TOKENS,
-    RESTORE,
     InspectTarget,
     averaged_tokens,
     prompt_tokens,
@@ -17,11 +16,13 @@ from lumiere.cli.inspect.inputs import (
     scored_sequences,
     spread_windows_if_any,
     validation_window,
+    validation_windows,
 )
 from lumiere.cli.inspect.summary import summary_inputs
 from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
 from lumiere.errors import LumiereError
-from lumiere.persistence.loading import OpenedModel, open_corpus
+from lumiere.persistence.loading import OpenedModel
+from lumiere.report.figures.figure import check_output, write_output
 
 if TYPE_CHECKING:
     from lumiere.report.report_page import Text
@@ -32,10 +33,8 @@ SHOWN_WINDOWS = 2
 REPEATED_TOKENS = 12
 """Random tokens in the repeated text that is shown: it shows best what an induction head does."""
 
-Prompts = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to explore. Repeatable.")
-]
-Page = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Page to write or replace: .html.")]
+Prompts = Annotated[list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="Text to explore. Repeatable.")]
+Page = Annotated[Path, Option("--output", "-o", metavar="FILE", help="Page to write or replace: .html.")]
 
 
 @guarded
@@ -53,9 +52,10 @@ def report(
     Click a token to see what each head attends to from it, what each layer would predict next, and which part pushed
     which prediction. Without --prompt, it shows two texts of the validation split and repeated random tokens.
     """
-    check_page(output)
+    if output.suffix.lower() != ".html":
+        raise LumiereError(f"{str(output)!r} is not an .html file", "give a name that ends in .html")
+    check_output(output)
     from lumiere.device import keep_freed_memory
-    from lumiere.files import write_atomically
     from lumiere.persistence.metrics import read_history
     from lumiere.report.report_page import Text, build_page, inspect_model
 
@@ -75,39 +75,14 @@ def report(
         len(opened.tokenizer),
         averaged,
     )
-    provenance = {
-        "run": opened.run.name,
-        "checkpoint": opened.checkpoint,
-        "step": opened.step,
-        "source": source,
-        "averaged_over": averaged_over,
-        "seed": seed,
-        "weights_sha256": opened.weights_sha256,
-    }
+    provenance = model_provenance(opened) | {"source": source, "averaged_over": averaged_over, "seed": seed}
     history = read_history(opened.run.metrics_path, max_points=200)
     page = build_page(inspection, opened.config, history, opened.tokenizer.label, provenance).encode()
-    try:
-        write_atomically(output, page)
-    except OSError as error:
-        raise LumiereError(f"cannot write {str(output)!r}: {error.strerror}", "choose another place") from error
+    write_output(output, page)
     stdout().print(f"written to {output}, {len(page) / 1e6:.1f} MB: open it in a browser", markup=False)
     if failed := [name for name, result in inspection.results() if not result.holds]:
         stderr().print(f"failed: the receipts of {'; '.join(failed)}", style="bold red", markup=False)
-        raise typer.Exit(CHECK_FAILED)
-
-
-def check_page(path: Path) -> None:
-    """Refuse a path that no page can be written to, before anything is computed.
-
-    Raises:
-        LumiereError: it does not end in .html, it is a folder, or its folder does not exist.
-    """
-    if path.suffix.lower() != ".html":
-        raise LumiereError(f"{str(path)!r} is not an .html file", "give a name that ends in .html")
-    if path.is_dir():
-        raise LumiereError(f"{str(path)!r} is a folder", "give the name of a file")
-    if not path.parent.is_dir():
-        raise LumiereError(f"there is no folder {str(path.parent)!r}", "create it first, or choose another")
+        raise Exit(CHECK_FAILED)
 
 
 def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
@@ -116,7 +91,7 @@ def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
 
     texts = []
     try:
-        count = len(open_corpus(opened, RESTORE).windows("validation", opened.config))
+        count = len(validation_windows(opened))
         for number in [count * part // SHOWN_WINDOWS for part in range(SHOWN_WINDOWS)]:
             tokens = validation_window(opened, number)[:DEFAULT_TOKENS]
             if len(tokens) > 1:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from lumiere.cli.console import escape, show_note, stdout
-from lumiere.cli.inspect.command import Analysis, analysis
+from lumiere.cli.inspect.command import Analysis, analysis, show_wrapped
 from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, count_tokens, drawn_batches, token_label
 from lumiere.errors import LumiereError
 from lumiere.persistence.loading import open_corpus
@@ -26,13 +26,10 @@ PART_NAMES = {
     "feedforward": ("feed-forward", ""),
     "norms": ("norms", ""),
 }
-KINDS = dict.fromkeys(("query", "key", "value", "output"), "attention") | dict.fromkeys(
-    ("gate", "up", "down"), "feedforward"
-)
 MAX_PLACES = 6
 
 NumWindows = Annotated[
-    int, typer.Option("--windows", metavar="N", min=0, help="Validation windows to run; 0 for the weights alone.")
+    int, Option("--windows", metavar="N", min=0, help="Validation windows to run; 0 for the weights alone.")
 ]
 
 
@@ -57,15 +54,16 @@ def summary_inputs(target: InspectTarget, num_windows: int) -> "tuple[list[Batch
     Without the corpus there are neither, and a note says so.
     """
     try:
-        corpus = open_corpus(target.opened, RESTORE)
+        token_counts = count_tokens(
+            open_corpus(target.opened, RESTORE).splits["train"].ids, target.opened.model.vocab_size
+        )
     except LumiereError as error:
         show_note(f"{error.message}: only the weights are summarized")
         return [], None, "weights alone"
-    token_counts = count_tokens(corpus.splits["train"].ids, target.opened.model.vocab_size)
     if num_windows == 0:
         return [], token_counts, "weights, and the training split's tokens"
     batch_size = min(BATCH_SIZE, num_windows)
-    batches, source = drawn_batches(target, corpus, -(-num_windows // batch_size), batch_size)
+    batches, source = drawn_batches(target, -(-num_windows // batch_size), batch_size)
     return batches, token_counts, source
 
 
@@ -97,16 +95,16 @@ def show_parameters(result: "ModelSummary") -> None:
 
 
 def show_table(result: "ModelSummary", title: str, values: "np.ndarray", form: str) -> None:
-    """Print one value of every matrix of the blocks: a line a layer, a column a kind."""
-    by_name = dict(zip(result.matrices, values, strict=True))
-    stdout().print(f"[dim]{title:18}{''.join(f'{kind:>8}' for kind in KINDS)}[/]")
-    for layer in range(len(result.gain_names) // 2):
-        cells = (by_name[f"blocks.{layer}.{part}.{kind}.weight"] for kind, part in KINDS.items())
-        stdout().print(f"  {f'L{layer}':16}{''.join(f'{value:8{form}}' for value in cells)}")
+    """Print one value of every matrix of the blocks: one line per layer, one column per kind."""
+    from lumiere.report.figures.bars import by_layer
+
+    kinds, rows = by_layer(result, values)
+    stdout().print(f"[dim]{title:18}{''.join(f'{kind:>8}' for kind in kinds)}[/]")
+    for layer, row in enumerate(rows):
+        stdout().print(f"  {f'L{layer}':16}{''.join(f'{value:8{form}}' for value in row)}")
     if values is result.effective_ranks:
-        smaller = dict(zip(result.matrices, result.shapes.min(axis=1), strict=True))
-        limits = "".join(f"{smaller[f'blocks.0.{part}.{kind}.weight']:8}" for kind, part in KINDS.items())
-        stdout().print(f"[dim]  {'at most':16}{limits}[/]")
+        limits = by_layer(result, result.shapes.min(axis=1))[1][0]
+        stdout().print(f"[dim]  {'at most':16}{''.join(f'{limit:8.0f}' for limit in limits)}[/]")
     stdout().print()
 
 
@@ -139,30 +137,27 @@ def spread(values: "np.ndarray") -> str:
 
 def show_activity(result: "ModelSummary", writes: "np.ndarray", head_writes: "np.ndarray") -> None:
     """Print how much each part writes, relative to the norm of the residual stream before it."""
-    stdout().print(
+    show_wrapped(
         f"norm of what each part writes, relative to the residual stream before it; mean over {result.num_tokens:,} "
-        f"tokens of {result.num_windows:,} windows",
-        soft_wrap=False,
+        f"tokens of {result.num_windows:,} windows"
     )
     stdout().print(f"[dim]{'':4}{'attention':>10}{'feed-forward':>14}   its heads[/]")
     for layer, (attention, feedforward) in enumerate(writes):
         heads = " ".join(f"{share:.0%}" for share in head_writes[layer])
-        stdout().print(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}", soft_wrap=False)
+        show_wrapped(f"{f'L{layer}':4}{attention:10.0%}{feedforward:14.0%}   {heads}")
     stdout().print()
 
 
 def show_checks(checks: "Sequence[Check]", tokenizer: "Tokenizer") -> None:
-    """Print one line a check, and where it found something."""
+    """Print one line per check, and where it found something."""
     for check in checks:
         verdict, style = ("warning", "yellow") if check.count else ("ok", "green")
         found = f"{check.count:,}" if check.count else "no"
-        stdout().print(
-            f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})", soft_wrap=False
-        )
+        show_wrapped(f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})")
         if check.count:
             places = "; ".join(place_name(place, check, tokenizer) for place in check.places[:MAX_PLACES])
             more = f"; and {check.count - MAX_PLACES:,} more" if check.count > MAX_PLACES else ""
-            stdout().print(f"[dim]{'':8}{escape(places)}{more}[/]", soft_wrap=False)
+            show_wrapped(f"[dim]{'':8}{escape(places)}{more}[/]")
 
 
 def place_name(place: str, check: "Check", tokenizer: "Tokenizer") -> str:

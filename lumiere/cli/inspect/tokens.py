@@ -51,7 +51,7 @@ def fit_bigram(opened: OpenedModel) -> "BigramModel | None":
 
 
 def show_losses(result: "TokenLosses", target: InspectTarget) -> None:
-    """Print a line a token, colored by its loss, and the means."""
+    """Print one line per token, colored by its loss, and the means."""
     from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
 
     candidates = {"unigram": result.unigram_losses, "bigram": result.bigram_losses}

@@ -256,20 +256,18 @@ def named_parts(result: LogitAttribution, column: int, label: Label) -> list[tup
     return [*zip(names, read_S.tolist(), strict=True), *parts]
 
 
+PART_NAMES = {
+    "embed": "embed",
+    "pos_embed": "position",
+    "attention": "L{layer} attention",
+    "feedforward": "L{layer} feed-forward",
+    "head": "L{layer}H{head}",
+    "neuron": "L{layer}N{neuron}",
+}
+
+
 def part_name(part: Mapping[str, Any]) -> str:
-    match part:
-        case {"part": "head", "layer": layer, "head": head}:
-            return f"L{layer}H{head}"
-        case {"part": "neuron", "layer": layer, "neuron": neuron}:
-            return f"L{layer}N{neuron}"
-        case {"part": "feedforward", "layer": layer}:
-            return f"L{layer} feed-forward"
-        case {"part": "attention", "layer": layer}:
-            return f"L{layer} attention"
-        case {"part": "pos_embed"}:
-            return "position"
-        case _:
-            return "embed"
+    return PART_NAMES[part["part"]].format(**part)
 
 
 def draw_diff(result: ModelDiff) -> Picture:
@@ -343,11 +341,10 @@ def draw_summary(result: ModelSummary) -> Picture:
     figure = new_figure(12.0, 2 * max(num_layers * LAYER_HEIGHT, 1.4) + 3.0)
     (parameter_axes, rank_axes), (write_axes, rms_axes) = figure.subplots(2, 2)
     draw_parameters(parameter_axes, result)
-    kinds = list(dict.fromkeys(matrix_kind(name) for name in result.matrices if name.startswith("blocks.")))
-    ranks = by_layer(result, result.effective_ranks / result.shapes.min(axis=1), kinds)
+    kinds, ranks = by_layer(result, result.effective_ranks / result.shapes.min(axis=1))
     maps = [
         (rank_axes, ranks, kinds, 1.0, "{:.0%}", "effective rank / full rank", "ratio"),
-        (rms_axes, by_layer(result, result.rms, kinds), kinds, None, "{:.3f}", "RMS of the weights", "RMS"),
+        (rms_axes, by_layer(result, result.rms)[1], kinds, None, "{:.3f}", "RMS of the weights", "RMS"),
     ]
     if result.writes is None or result.head_writes is None:
         write_axes.remove()
@@ -382,15 +379,12 @@ def draw_parameters(axes: Axes, result: ModelSummary) -> None:
     label_axes(axes, f"{total:,} parameters")
 
 
-def matrix_kind(name: str) -> str:
-    """`query` of blocks.0.attention.query.weight."""
-    return name.split(".")[-2]
-
-
-def by_layer(result: ModelSummary, values: np.ndarray, kinds: list[str]) -> np.ndarray:
-    """(L, kinds) values of the blocks' matrices, NaN if a layer has none of a kind."""
+def by_layer(result: ModelSummary, values: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The kinds of the blocks' matrices, such as `query`, and (L, kinds) values; NaN if a layer has none of a kind."""
+    places = [name.split(".") for name in result.matrices]
+    kinds = list(dict.fromkeys(place[-2] for place in places if place[0] == "blocks"))
     table = np.full((len(result.gain_names) // 2, len(kinds)), np.nan)
-    for name, value in zip(result.matrices, values, strict=True):
-        if name.startswith("blocks."):
-            table[int(name.split(".")[1]), kinds.index(matrix_kind(name))] = value
-    return table
+    for place, value in zip(places, values, strict=True):
+        if place[0] == "blocks":
+            table[int(place[1]), kinds.index(place[-2])] = value
+    return kinds, table

@@ -1,20 +1,22 @@
-"""Calls of `lumiere inspect`; a file of tests makes its own of them by `functools.partial`."""
+"""Calls of `lumiere inspect`."""
 
-import json
 from typing import Any
 
-from typer.testing import CliRunner, Result
-
-from lumiere.cli import app
+from tests.cli.commands import invoke, read_json
 
 
-def inspect(name: str, *options: str) -> Result:
-    """`lumiere inspect NAME OPTIONS`, whatever comes of it."""
-    return CliRunner().invoke(app, ["inspect", name, *options])
+def shown(name: str, *options: str) -> dict[str, Any]:
+    """Return the JSON of a command that must succeed."""
+    return read_json("inspect", name, *options)
 
 
-def inspect_json(name: str, *options: str) -> dict[str, Any]:
-    """What it prints for scripts, if it succeeds."""
-    result = inspect(name, *options, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+def printed(name: str, *options: str) -> list[str]:
+    """Return the lines that a command prints, which must fit 80 columns; receipts may be wider."""
+    lines = invoke("inspect", name, *options).stdout.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("receipt")) <= 80
+    return lines
+
+
+def words(name: str, *options: str) -> str:
+    """Return what a command prints, without line breaks."""
+    return " ".join(" ".join(printed(name, *options)).split())

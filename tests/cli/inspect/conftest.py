@@ -1,4 +1,4 @@
-"""What the tests of all analyses share."""
+"""Runs that the commands find without `--runs-dir`."""
 
 from typing import Any
 
@@ -6,20 +6,24 @@ import pytest
 
 from lumiere.models.transformer import Transformer
 from lumiere.persistence import loading
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 
 
-@pytest.fixture
-def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The folder of the trained run, in which every command looks without `--runs-dir`."""
-    path = str(trained_run.path.parent)
-    monkeypatch.setenv("LUMIERE_RUNS_DIR", path)
-    return path
+@pytest.fixture(autouse=True)
+def runs_dir(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(trained_run.path.parent))
 
 
 @pytest.fixture
-def uniform_model(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command opens the trained model with an embedding of zeros: all 320 tokens are always tied."""
+def without_corpus(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained run was trained on another corpus than the one that its config names."""
+    monkeypatch.setattr(type(trained_run), "record", RunRecord(corpus_sha256="another"))
+
+
+@pytest.fixture
+def uniform_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained model has an embedding of zeros: all 320 tokens are always tied."""
     load = loading.load_weights
 
     def load_zeros(*arguments: Any) -> Transformer:
