@@ -40,7 +40,7 @@ check: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-test: check  ## run lint, format and type checks, and the fast tests (under three minutes)
+test: check  ## run lint, format and type checks (tests and benchmarks too), and the fast tests (under three minutes)
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
 gate: .venv/.installed-test  ## compare losses, weights and outputs with the reference commit, bit for bit

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ class Version:
             raise SystemExit(f"{' '.join(arguments)} failed in {self.source}:\n{done.stdout}\n{done.stderr}")
         return done.stdout
 
-    def results(self, case: Case, steps: int, analyses: list[str]) -> Iterator[tuple[str, str]]:
+    def results(self, case: Case, steps: int, analyses: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Train a case, then yield what it gave, each thing with its name."""
         shutil.rmtree(self.work / "runs", ignore_errors=True)
         record = self.work / f"steps-{case.name}"
@@ -230,7 +230,7 @@ def _json_differences(reference: Any, found: Any, tolerance: float, path: str = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("commit", nargs="?", help=f"what to compare with (the one in {REFERENCE.name})")
     parser.add_argument("--quick", action="store_true", help="one training of 12 steps and two analyses")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this training")
@@ -239,9 +239,9 @@ def main() -> None:
 
     commit = arguments.commit or REFERENCE.read_text().split()[0]
     cases = [case for case in CASES if case.name in (arguments.case or [case.name])]
-    steps, analyses = 60, list(ANALYSES)
+    steps, analyses = 60, tuple(ANALYSES)
     if arguments.quick:
-        cases, steps, analyses = cases[:1], 12, list(QUICK_ANALYSES)
+        cases, steps, analyses = cases[:1], 12, QUICK_ANALYSES
     found = []
     with tempfile.TemporaryDirectory(prefix="lumiere-gate-") as name:
         folder = Path(name)

@@ -31,13 +31,16 @@ VARIANTS = {
 
 def normalize_queries_and_keys() -> None:
     """Divide each head's query and key by its root mean square, before rotation."""
-    project = Attention.project
+    initialize = Attention.__init__
 
-    def normalized(self: Attention, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BTHK, k_BTHK, v_BTHV = project(self, x_BTE)
-        return F.rms_norm(q_BTHK, (self.d_key,)), F.rms_norm(k_BTHK, (self.d_key,)), v_BTHV
+    def normalized(x_BTHK: Tensor) -> Tensor:
+        return F.rms_norm(x_BTHK, x_BTHK.shape[-1:])
 
-    Attention.project = normalized
+    def initialize_normalized(self: Attention, embedding_size: int, num_heads: int, d_key: int, d_value: int) -> None:
+        initialize(self, embedding_size, num_heads, d_key, d_value)
+        self.hook_q.hook = self.hook_k.hook = normalized
+
+    Attention.__init__ = initialize_normalized
 
 
 def command(variant: str, dataset: str, seed: int, epochs: int, runs_dir: str) -> list[str]:

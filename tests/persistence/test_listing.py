@@ -70,7 +70,7 @@ def test_filters_and_limit(store: RunStore) -> None:
 @pytest.mark.parametrize("value", [None, "x", [], {}, True, float("nan"), float("-inf"), 10**400, -(10**400)])
 @pytest.mark.parametrize("sort", SORTS)
 def test_records_of_any_type_are_sorted_last(store: RunStore, sort: str, value: Any) -> None:
-    damaged = dict.fromkeys(("status", "best_loss", "step", "num_parameters"), value)
+    damaged: dict[str, Any] = dict.fromkeys(("status", "best_loss", "step", "num_parameters"), value)
     runs = make(store, RECORDS[0], damaged)
     found = order(store, runs, sort=sort)
     assert sorted(found) == [0, 1]

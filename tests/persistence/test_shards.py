@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.multiprocessing.spawn import spawn
 
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lumiere.errors import CheckpointError
@@ -67,7 +68,7 @@ def test_nothing_is_pickled_and_torch_reads_the_folder_by_itself(tmp_path: Path)
 
 @pytest.fixture
 def group_of_one(tmp_path: Path) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path / "store"), 1)
+    store = FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -104,7 +105,7 @@ class BrokenDisk(Disk):
 
 def in_process(rank: int, size: int, work: Callable[[ProcessGroup, Path], None], tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(tmp_path / f"store-{size}"), size)
+    store = FileStore(str(tmp_path / f"store-{size}"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     work(ProcessGroup(rank, size, rank, size), tmp_path)
     dist.barrier()
@@ -112,7 +113,7 @@ def in_process(rank: int, size: int, work: Callable[[ProcessGroup, Path], None],
 
 
 def run_in(size: int, work: Callable[[ProcessGroup, Path], None], tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_process, (size, work, tmp_path), nprocs=size)
+    spawn(in_process, (size, work, tmp_path), nprocs=size)
 
 
 def save_by_three(processes: ProcessGroup, tmp_path: Path) -> None:
