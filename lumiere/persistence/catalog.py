@@ -35,9 +35,9 @@ class Entry:
 
 
 def read_entry(run: Run) -> Entry:
-    """What the small files of a run say."""
+    """Read the small files of a run."""
     record = run.record
-    # Only a run that is recorded as running can really be something else; for the others one reading is enough.
+    # Only a run recorded as running can have another status; for the others one read suffices.
     status = run.status if record.status == "running" else record.status
     return Entry(run, status, record, read_notes(run))
 
@@ -67,17 +67,17 @@ def list_runs(
     sort: str = "age",
     limit: int | None = None,
 ) -> list[Entry]:
-    """The runs of a store.
+    """Return the runs of a store.
 
     Args:
-        statuses: those that are wanted; none stands for all.
-        tags: those that a run must have, all of them.
+        statuses: Statuses to include. Default: all.
+        tags: Tags that a run must have, all of them.
         sort: `age` (newest first), `loss` (lowest best validation loss first), `steps`, `parameters` (most first) or
-            `name`. Runs that are equal are newest first; those whose value is not known come last.
-        limit: the most runs, after sorting.
+            `name`. Equal runs are newest first; unknown values come last.
+        limit: Maximum number of runs, after sorting.
 
     Raises:
-        LumiereError: there is no such status or order, a tag is none, or the limit is less than 1.
+        LumiereError: The status or order does not exist, a tag is invalid, or the limit is less than 1.
     """
     for status in statuses:
         _check_word("status", status, STATUSES)
@@ -102,11 +102,11 @@ def _check_word(kind: str, word: str, words: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Reached:
-    """How far one run came.
+    """The progress of one run.
 
     Attributes:
-        training, evaluation: the last line of each kind in its metrics; empty where there is none.
-        training_at, validation_at: its last losses at or before the comparison's `common_tokens`.
+        training, evaluation: The last record of each kind in its metrics; empty if there is none.
+        training_at, validation_at: Its last losses at or before the comparison's `common_tokens`.
     """
 
     entry: Entry
@@ -117,7 +117,7 @@ class Reached:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the whole training, evaluating and saving left out; by its last line of metrics."""
+        """Of the whole run, without evaluation and saving, by its last training record."""
         tokens, seconds = as_number(self.training.get("tokens")), as_number(self.training.get("time"))
         return tokens / seconds if tokens is not None and seconds else None
 
@@ -127,11 +127,11 @@ class Comparison:
     """Several runs.
 
     Attributes:
-        differences: by dotted key, the value in each run; only keys whose values are not all equal.
-        common_tokens: as many tokens as every run has an evaluation at or before: the fewest among their last
-            evaluations. None where a run was never evaluated. Losses there are measured ones, never interpolated:
-            where runs are evaluated at other steps, the tokens that stand beside each loss tell how far they are apart.
-        same_corpus: whether the losses are over the same tokens; None where a run does not say.
+        differences: The value in each run by dotted key, for keys whose values are not all equal.
+        common_tokens: The smallest number of tokens among the runs' last evaluations, so that every run has a loss at
+            or before it. None if a run was never evaluated. Losses are measured, never interpolated; the tokens beside
+            each loss show how far apart they are.
+        same_corpus: Whether the losses are over the same tokens; None if a run does not record it.
     """
 
     runs: tuple[Reached, ...]
@@ -144,7 +144,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     """Compare runs.
 
     Raises:
-        LumiereError: there are fewer than two, or a run's config cannot be read.
+        LumiereError: There are fewer than two, or a run's config cannot be read.
     """
     if len(set(runs)) < 2:
         raise LumiereError("a comparison needs two runs or more", "for example lumiere runs compare a6jz dkxc")
@@ -165,13 +165,12 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def config_values(run: Run) -> dict[str, Any]:
-    """A run's config by dotted keys, in the order of the schema, as JSON values.
+    """Return a run's config by dotted keys, in the order of the schema, as JSON values.
 
-    What this version refuses stands there as text, so that runs of other versions can be looked at; a key that such a
-    run does not have stands there with its default.
+    Runs of other versions can be read: values that this version refuses are text, and missing keys have their default.
 
     Raises:
-        ConfigError: there is no config, or it is no YAML.
+        ConfigError: There is no config, or it is not YAML.
     """
     from lumiere.config.loader import read_config, read_value
 
@@ -180,17 +179,17 @@ def config_values(run: Run) -> dict[str, Any]:
 
 
 def default_values() -> dict[str, Any]:
-    """The default of every setting, by dotted key."""
+    """Return the default of every setting by dotted key."""
     from lumiere.config.schema import RunConfig
 
     return flatten(RunConfig().model_dump())
 
 
 def changed_values(run: Run) -> dict[str, tuple[Any, Any]]:
-    """The settings of a run that are not the default: value and default by dotted key.
+    """Return the settings of a run that differ from the default: value and default by dotted key.
 
     Raises:
-        ConfigError: as `config_values`.
+        ConfigError: As `config_values`.
     """
     defaults = default_values()
     pairs = {key: (value, defaults.get(key)) for key, value in config_values(run).items()}
@@ -198,7 +197,7 @@ def changed_values(run: Run) -> dict[str, tuple[Any, Any]]:
 
 
 def flatten(config: dict[Any, Any]) -> dict[str, Any]:
-    """`{"model": {"dropout": 0.1}}` as `{"model.dropout": 0.1}`; what is deeper is one value."""
+    """Return `{"model": {"dropout": 0.1}}` as `{"model.dropout": 0.1}`; deeper levels stay one value."""
     flat = {}
     for section, values in config.items():
         if isinstance(values, dict):
@@ -209,7 +208,7 @@ def flatten(config: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON has it: YAML also knows dates and sets."""
+    """Return `value` as a JSON value: YAML also has dates and sets."""
     match value:
         case None | bool() | int() | float() | str():
             return value
@@ -222,7 +221,7 @@ def _plain(value: Any) -> Any:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    # Python takes True for 1.
+    # True == 1 in Python.
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
@@ -248,9 +247,9 @@ def checkpoint_files(run: Run) -> list[CheckpointFile]:
 
 
 def disk_bytes(folder: Path, without: Collection[Path] = ()) -> int:
-    """Bytes of the files in a folder, without those files and folders in it; links are not followed.
+    """Return the bytes of the files in a folder, except those in `without`; links are not followed.
 
-    A file with several names counts once, and as long as one of them is left: only then its room is taken.
+    A file with several names counts once, unless `without` has all of them.
     """
     return sum({(entry.st_dev, entry.st_ino): entry.st_size for entry in _file_stats(folder, without)}.values())
 
@@ -279,7 +278,7 @@ def _file_stats(folder: Path, without: Collection[Path]) -> Iterator[os.stat_res
                 continue
             try:
                 yield path.lstat()
-            except OSError:  # a training drops files while we look
+            except OSError:  # training removes files meanwhile
                 continue
 
 
@@ -289,12 +288,12 @@ SNAPSHOTS = "snapshots"
 
 @dataclass(frozen=True)
 class Pruning:
-    """What is to be deleted of one run.
+    """What to delete of one run.
 
     Attributes:
-        names: of the checkpoints that go; none where the run is left alone.
-        num_bytes: that the disk gets back.
-        reason: why the run is left alone.
+        names: Checkpoints to delete; empty if the run is skipped.
+        num_bytes: Bytes that this frees.
+        reason: Why the run is skipped.
     """
 
     run: Run
@@ -304,30 +303,30 @@ class Pruning:
 
 
 def check_removable(run: Run) -> None:
-    """Refuses a run that is being trained.
+    """Check that a run is not being trained.
 
     Raises:
-        RunBusyError: its status is running.
+        RunBusyError: Its status is running.
     """
     if run.status == "running":
         raise run.busy(run.record)
 
 
 def remove_run(run: Run, disk: Disk = DISK) -> None:
-    """Deletes a run; of a run that is a link, the link.
+    """Delete a run; if it is a link, delete the link.
 
-    The folder is first renamed to a name that is no run's: a run is there as a whole or not at all, also for a process
-    that is killed in between. `remove_leftovers` then finds the rest.
+    The folder is first renamed to a name that is not a run's, so that a kill leaves no half run; `remove_leftovers`
+    deletes the rest.
 
     Raises:
-        LumiereError: it is running, or cannot be deleted.
+        LumiereError: It is running, or cannot be deleted.
     """
     import secrets
 
     check_removable(run)
     aside = run.path.with_name(f".removed.{run.name}.{secrets.token_hex(4)}")
     try:
-        with locked(run.path):  # so that no training begins in between
+        with locked(run.path):  # so that no training starts meanwhile
             run.check_not_elsewhere()
             os.rename(run.path, aside)
         sync_folder(run.path.parent)
@@ -339,7 +338,7 @@ def remove_run(run: Run, disk: Disk = DISK) -> None:
 
 
 def remove_leftovers(store: RunStore) -> None:
-    """Deletes what a killed `remove_run` has left; what cannot be deleted stays for the next time."""
+    """Delete what a killed `remove_run` left; what cannot be deleted stays for the next time."""
     try:
         names = os.listdir(store.runs_dir)
     except OSError:
@@ -353,10 +352,10 @@ def remove_leftovers(store: RunStore) -> None:
 
 
 def parse_keep(keep: str) -> tuple[str, ...]:
-    """`best,latest,512` as the names of checkpoints; `snapshots` stands for all of them.
+    """Parse `best,latest,512` as names of checkpoints; `snapshots` means all of them.
 
     Raises:
-        LumiereError: a word is neither a checkpoint nor a step.
+        LumiereError: A word is neither a checkpoint nor a step.
     """
     words = (*NAMES, SNAPSHOTS)
     names = []
@@ -373,10 +372,9 @@ def parse_keep(keep: str) -> tuple[str, ...]:
 
 
 def plan_pruning(run: Run, keep: Collection[str]) -> Pruning:
-    """Which checkpoints of a run go where those of `keep`, as `parse_keep` gives them, stay.
+    """Plan to delete the checkpoints of a run except `keep`, from `parse_keep`.
 
-    A run is left alone that is not finished, that would have no checkpoint left, or whose checkpoints lie elsewhere,
-    behind a link.
+    Runs that are not finished, that would have no checkpoint left, or whose checkpoints are behind a link are skipped.
     """
     names = checkpoint_names(run)
     kept = [name for name in names if name in keep or (SNAPSHOTS in keep and name.startswith("step-"))]
@@ -392,14 +390,14 @@ def plan_pruning(run: Run, keep: Collection[str]) -> Pruning:
 
 
 def prune(pruning: Pruning) -> None:
-    """Deletes what `plan_pruning` found.
+    """Delete what `plan_pruning` found.
 
     Raises:
-        LumiereError: the run is running by now, or a checkpoint cannot be deleted.
+        LumiereError: The run is running by now, or a checkpoint cannot be deleted.
     """
     run = pruning.run
     check_removable(run)
-    with locked(run.path):  # so that no training begins in between
+    with locked(run.path):  # so that no training starts meanwhile
         run.check_not_elsewhere()
         try:
             remove(run.checkpoints_dir, pruning.names)
@@ -411,5 +409,5 @@ def prune(pruning: Pruning) -> None:
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:
-    """The runs in their order, each once, however often and by whatever name it was given."""
+    """Return the runs in order, each once."""
     return list(dict.fromkeys(runs))

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: written as training runs, cut back on resume, read as records, curves or a live tail.
+"""`metrics.jsonl`: append records while training, truncate on resume, read records, curves or a live tail.
 
-One JSON object a line. `read_metrics`, which a resume relies on, refuses damage; the readers of curves skip it, and
-none of those holds the whole file. Importing this module loads neither torch nor numpy.
+One JSON object per line. `read_metrics`, which a resume relies on, refuses damage; the readers of curves skip it, and
+none of them holds the whole file. Importing this module loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ MAX_NUMBER = 1e18  # no count or loss is larger; NaN and infinity are not below 
 
 
 class MetricsWriter:
-    """Appends records to a metrics file; each line reaches the system before `write` returns.
+    """Append records to a metrics file; each line reaches the system before `write` returns.
 
     Raises:
-        LumiereError: the file cannot be opened, or is a link, which could lead out of the run's folder.
+        LumiereError: The file cannot be opened, or is a link, which could lead out of the run's folder.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         try:
-            # Without a buffer, whose rest a failed write would leave to be written later.
+            # Unbuffered: after a failed write, the rest of a buffer would be written later.
             self._file = open(path, "ab", buffering=0, opener=_open_no_link)  # noqa: SIM115 (close() closes it)
         except OSError as error:
             raise unwritable(self._path, error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one line; NaN and infinity, which JSON does not have, become null.
+        """Append one line. NaN and infinity, which JSON does not have, become null.
 
         Raises:
-            LumiereError: it cannot be written: the disk is full, perhaps.
-            ValueError: `record` has no `step`, which every line of the file has.
+            LumiereError: It cannot be written, for example because the disk is full.
+            ValueError: `record` has no `step`.
         """
         if "step" not in record:
             raise ValueError(f"a metrics record needs a step, it has {', '.join(record) or 'nothing'}")
@@ -54,12 +54,12 @@ class MetricsWriter:
             written = self._file.write(line)
         except OSError as error:
             raise unwritable(self._path, error) from error
-        # The system takes a part of what a disk has no more room for, and complains the next time.
+        # A full disk takes a part of the line; only the next write would fail.
         if written != len(line):
             raise unwritable(self._path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
     def close(self) -> None:
-        with writing(self._path):  # a file server may report only now that there was no room
+        with writing(self._path):  # a file server may report a full disk only now
             self._file.close()
 
     def __enter__(self) -> Self:
@@ -72,26 +72,26 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file in the order of writing; none where there is no file yet.
+    """Return the records of a metrics file in order; empty if it does not exist.
 
-    A last line that was torn by a crash is left out.
+    A last line that a crash cut short is left out.
 
     Raises:
-        LumiereError: a line before the last is damaged, or the file cannot be read.
+        LumiereError: A line before the last is damaged, or the file cannot be read.
     """
     return [record for _, record in _read_lines(Path(path))]
 
 
 def truncate_metrics(path: str | Path, last_step: int) -> None:
-    """Drops the lines after `last_step`, and a torn last line, so that a resumed run can append.
+    """Remove the lines after `last_step`, and an incomplete last line, so that a resumed run can append.
 
     Raises:
-        LumiereError: as `read_metrics`; the file stays as it is.
+        LumiereError: As `read_metrics`; the file is unchanged.
     """
     path = Path(path)
     if not path.exists():
         return
-    # In blocks: a long training writes gigabytes.
+    # In blocks: the file of a long run has gigabytes.
     block = bytearray()
     with writing(path), replacing(path) as file:
         for line, record in _read_lines(path):
@@ -104,7 +104,7 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where the line is damaged or torn."""
+    """Return the record in a line; None if the line is damaged or incomplete."""
     try:
         record = parse_json(line)
     except ValueError:
@@ -114,13 +114,13 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def as_number(value: Any) -> int | float | None:
-    """`value` if it is a number that can be compared and shown; None for whatever else a file may hold."""
+    """Return `value` if it is a finite number of reasonable size; None for anything else that a file may hold."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and -MAX_NUMBER < value < MAX_NUMBER else None
 
 
 def to_json(value: Any, indent: int | None = None, *, ensure_ascii: bool = False) -> str:
-    """`value` as standard JSON text, with null for every NaN and infinity in it; nothing in it steers a terminal."""
+    """Return `value` as standard JSON, with null for NaN and infinity, and without control characters."""
     options: dict[str, Any] = {"indent": indent, "ensure_ascii": ensure_ascii, "allow_nan": False}
     try:
         text = json.dumps(value, **options)
@@ -128,7 +128,7 @@ def to_json(value: Any, indent: int | None = None, *, ensure_ascii: bool = False
         text = json.dumps(_finite(value), **options)
     if text.replace("\n", "").isprintable():
         return text
-    # Beyond those that JSON refuses, some characters steer a terminal, and no file can hold half of a surrogate pair.
+    # JSON allows some characters that control a terminal, and half surrogate pairs, which no file can hold.
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
@@ -145,7 +145,7 @@ def _finite(value: Any) -> Any:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each whole line of the file as it stands, and the record in it."""
+    """Yield each complete line of the file, with its record."""
     damaged = None
     try:
         with open_file(path) as file:
@@ -153,7 +153,7 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 if damaged is not None:
                     raise LumiereError(
                         f"line {damaged} of {str(path)!r} is damaged",
-                        "mend or delete that line; the checkpoints do not depend on this file",
+                        "repair or delete that line; the checkpoints do not depend on this file",
                     )
                 record = parse_line(line)
                 if record is None:
@@ -169,20 +169,20 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    # As `open` does, but for the two flags, which Windows does not have: a pipe that nobody reads is an error too.
+    # As `open`, with two flags that Windows lacks: a link, and a pipe that nobody reads, are errors.
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-SAMPLE_BYTES = 1024  # holds a whole training line, wherever it begins
-MAX_POINTS = 1000  # of a curve; twice as many are still fewer than a picture has columns of pixels
-# A training loss in the middle of whatever surrounds it: ten times as fast as to find the line and to parse it.
+SAMPLE_BYTES = 1024  # contains a complete training line, wherever it begins
+MAX_POINTS = 1000  # of a curve; twice that is still fewer than the columns of a picture
+# A training loss within any text: ten times as fast as finding and parsing its line.
 LOSS = re.compile(rb'"loss": ?(-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)(?=[,}])')
 
 Item = TypeVar("Item")
 
 
 class Point(NamedTuple):
-    """A loss, and when it was measured: updates, targets trained on, seconds of training."""
+    """A loss in nats, with the updates, the targets trained on, and the seconds of training until then."""
 
     step: int
     tokens: int
@@ -192,19 +192,19 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class History:
-    """The losses of a run in nats a token, in the order of the file."""
+    """The losses of a run, in nats per token, in the order of the file."""
 
     training: tuple[Point, ...]
     validation: tuple[Point, ...]
 
 
 def read_history(path: Path, max_points: int = MAX_POINTS) -> History:
-    """The loss curves of a metrics file, each thinned out evenly to `max_points` to twice as many.
+    """Return the loss curves of a metrics file, each downsampled evenly to between `max_points` and twice that.
 
-    The first and the last line of each are always kept, and no more than the kept lines are parsed or held.
+    The first and the last line of each are always kept; only kept lines are parsed or held.
     """
-    training: Thinned[bytes] = Thinned(max_points)
-    validation: Thinned[bytes] = Thinned(max_points)
+    training: Downsampler[bytes] = Downsampler(max_points)
+    validation: Downsampler[bytes] = Downsampler(max_points)
     for line in _whole_lines(path):
         (validation if b'"val_loss"' in line else training).add(line)
     return History(
@@ -214,7 +214,7 @@ def read_history(path: Path, max_points: int = MAX_POINTS) -> History:
 
 
 def point_of(record: dict[str, Any], key: str) -> Point | None:
-    """The loss named `key` of a record; None where it has none, or where a number is not one."""
+    """Return the loss `key` of a record; None if it or a number of its position is missing or invalid."""
     step, tokens, time, loss = (as_number(record.get(name)) for name in ("step", "tokens", "time", key))
     if step is None or tokens is None or time is None or loss is None:
         return None
@@ -222,7 +222,7 @@ def point_of(record: dict[str, Any], key: str) -> Point | None:
 
 
 def points_at(path: Path, tokens: int) -> tuple[Point | None, Point | None]:
-    """The last training loss and the last validation loss at or before `tokens`; None where there is none."""
+    """Return the last training loss and the last validation loss at or before `tokens`; None if there is none."""
     found: dict[str, Point | None] = {"loss": None, "val_loss": None}
     for line in _whole_lines(path):
         record = parse_line(line) or {}
@@ -236,12 +236,12 @@ def points_at(path: Path, tokens: int) -> tuple[Point | None, Point | None]:
 
 
 def last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last training line and the last evaluation line, found from the end; empty where there is none."""
+    """Return the last training record and the last evaluation record, searched from the end; empty if none."""
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
     for line in _lines_from_the_end(path):
         if training and b'"val_loss"' not in line:
-            continue  # to parse a million lines takes ten seconds
+            continue  # parsing a million lines takes ten seconds
         record = parse_line(line) or {}
         if not training and "loss" in record:
             training = record
@@ -253,13 +253,13 @@ def last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def sample_losses(path: Path, count: int) -> list[float]:
-    """Training losses at `count` places spread evenly over a metrics file, the last one included.
+    """Return training losses at `count` places spread evenly over a metrics file, the last one included.
 
-    Reads `count` (two or more) kilobytes at most, however large the file is: a list of a thousand runs has to be there
-    at once. A summary in `run.json` would be as fast, but stand still between two saves and be missing in older runs.
+    Reads at most `count` (two or more) kilobytes, so that a thousand runs are listed at once. A summary in `run.json`
+    would be as fast, but older runs lack it, and it changes only with a save.
     """
     try:
-        # Unbuffered, because a buffer would read more than the blocks that are asked for.
+        # Unbuffered: a buffer would read more than the requested blocks.
         with open_file(path, buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size <= count * SAMPLE_BYTES:
@@ -277,8 +277,8 @@ def sample_losses(path: Path, count: int) -> list[float]:
     return [loss for text in texts if (loss := as_number(float(text))) is not None]
 
 
-class Thinned(Generic[Item]):
-    """Keeps `size` to `2 * size` of the items that it is given, evenly spaced, however many there are.
+class Downsampler(Generic[Item]):
+    """Keep between `size` and `2 * size` evenly spaced items of any number that is added.
 
     The first and the last are always among them.
     """
@@ -297,7 +297,7 @@ class Thinned(Generic[Item]):
         else:
             self._kept.append(item)
             if len(self._kept) > 2 * self._size:
-                self._kept = self._kept[::2]  # an odd number of them, so that the newest stays
+                self._kept = self._kept[::2]  # an odd number, so that the newest stays
                 self._stride *= 2
         self._count += 1
 
@@ -313,9 +313,9 @@ def _points(lines: Iterable[bytes], key: str) -> Iterator[Point]:
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file up to one that is too long to be ours; a torn last one is left out.
+    """Yield the complete lines of a file, up to one that is too long to be ours.
 
-    So a file with holes, which may be terabytes long and take no room on the disk, is not read to its end.
+    A sparse file of terabytes is therefore not read to its end.
     """
     try:
         with open_file(path) as file:
@@ -326,7 +326,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def _lines_from_the_end(path: Path, block_bytes: int = 1 << 16) -> Iterator[bytes]:
-    """The lines of a file, last one first, with what a torn last one has, down to one that is too long to be ours."""
+    """Yield the lines of a file from the last one, which may be incomplete, to one that is too long to be ours."""
     try:
         with open_file(path) as file:
             end = file.seek(0, os.SEEK_END)
@@ -344,10 +344,10 @@ def _lines_from_the_end(path: Path, block_bytes: int = 1 << 16) -> Iterator[byte
 
 
 class MetricsFollower:
-    """Gives each line of a metrics file once, as it comes, without reading the file again.
+    """Return each new line of a metrics file once, without reading the file again.
 
     Attributes:
-        restarts: how often the file was cut back, as a resume does; the lines that `poll` gives then begin anew.
+        restarts: How often the file was truncated, as by a resume; `poll` then starts again from its first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -357,14 +357,14 @@ class MetricsFollower:
         self.restarts = 0
 
     def poll(self) -> Iterator[dict[str, Any]]:
-        """The records that were written since the last call; none where there is no file yet.
+        """Yield the records written since the last call; none if the file does not exist.
 
-        A last line that has no end yet waits for the next call, a damaged one is passed over.
+        An incomplete last line waits for the next call; damaged lines are skipped.
         """
         try:
             with open_file(self._path) as file:
-                # The line before tells whether this is still the same text: a resume may have cut the file, and
-                # training may have written past the old place since.
+                # Compare the line before: a resume may have truncated the file, and training may have written past
+                # this place since.
                 file.seek(self._offset - len(self._last_line))
                 if file.read(len(self._last_line)) != self._last_line:
                     self._offset, self._last_line = 0, b""

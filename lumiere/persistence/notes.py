@@ -1,7 +1,7 @@
-"""Notes and evaluations kept beside a run: `notes.json` and `eval/*.json`.
+"""Notes and evaluations stored with a run: `notes.json` and `eval/*.json`.
 
-Separate files, because the training process rewrites `run.json` at any moment, and without a lock: a run may be
-annotated and evaluated while another process trains it. Importing this module loads no torch.
+They are separate files because the training process may rewrite `run.json` at any time: a run can be annotated and
+evaluated while another process trains it. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,40}")
 
 @dataclass(frozen=True)
 class Notes:
-    """Tags in the order in which they were given, and a text, which may be empty."""
+    """Tags in the order in which they were added, and a text, which may be empty."""
 
     tags: tuple[str, ...] = ()
     text: str = ""
 
 
 def read_notes(run: Run) -> Notes:
-    """The notes of a run; what is missing or damaged counts as not written."""
+    """Return the notes of a run; empty if they are missing or damaged."""
     try:
         return _parse(read_file(run.path / NOTES_NAME, MAX_NOTES_BYTES))
     except (OSError, ValueError):
@@ -40,10 +40,10 @@ def read_notes(run: Run) -> Notes:
 
 
 def add_tags(run: Run, tags: Iterable[str]) -> Notes:
-    """Gives a run tags; those that it has already stay where they are.
+    """Add tags to a run; those that it has already keep their place.
 
     Raises:
-        LumiereError: one is not a tag, or the notes cannot be read or written.
+        LumiereError: One is not a tag, or the notes cannot be read or written.
     """
     tags = list(tags)
     for tag in tags:
@@ -53,10 +53,10 @@ def add_tags(run: Run, tags: Iterable[str]) -> Notes:
 
 
 def remove_tags(run: Run, tags: Iterable[str]) -> Notes:
-    """Takes tags from a run.
+    """Remove tags from a run.
 
     Raises:
-        LumiereError: the run does not have one of them, or the notes cannot be read or written.
+        LumiereError: The run does not have one of them, or the notes cannot be read or written.
     """
     tags = list(tags)
     notes = _read_to_change(run)
@@ -69,32 +69,32 @@ def remove_tags(run: Run, tags: Iterable[str]) -> Notes:
 
 
 def write_note(run: Run, text: str) -> Notes:
-    """Sets the note of a run; an empty text removes it.
+    """Set the note of a run; an empty text removes it.
 
     Raises:
-        LumiereError: the text is not valid Unicode, or the notes cannot be read or written.
+        LumiereError: The text is not valid Unicode, or the notes cannot be read or written.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise LumiereError(
-            f"the note is not valid text (character {error.start + 1})", "write it in a terminal that speaks UTF-8"
+            f"the note is not valid text (character {error.start + 1})", "write it in a terminal that uses UTF-8"
         ) from None
     return _write(run, Notes(_read_to_change(run).tags, text.strip()))
 
 
 def check_tag(tag: str) -> None:
-    """Refuses what is not a tag.
+    """Check that a text is a tag.
 
     Raises:
-        LumiereError: it is empty, too long, or has other characters.
+        LumiereError: It is empty, too long, or has other characters.
     """
     if not TAG_PATTERN.fullmatch(tag):
         raise LumiereError(f"{tag!a} is not a tag", "a tag is 1 to 40 letters, digits, dots, hyphens and underscores")
 
 
 def _parse(data: bytes) -> Notes:
-    """Raises ValueError where the file is not ours; single values that are not are left out."""
+    """Return the notes in a file without its invalid values; raise ValueError if it is not a JSON object."""
     values = parse_json(data)
     if not isinstance(values, dict):
         raise ValueError("not an object")
@@ -113,7 +113,9 @@ def _read_to_change(run: Run) -> Notes:
     except OSError as error:
         raise LumiereError(f"{str(path)!r} cannot be read: {error.strerror}", "check its permissions") from None
     except ValueError:
-        raise LumiereError(f"{str(path)!r} is damaged", "mend or delete it; it holds the run's tags and note") from None
+        raise LumiereError(
+            f"{str(path)!r} is damaged", "repair or delete it; it holds the run's tags and note"
+        ) from None
 
 
 def _write(run: Run, notes: Notes) -> Notes:
@@ -136,13 +138,13 @@ FIGURES = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "accuracy")
 
 @dataclass(frozen=True)
 class KeptEvaluation:
-    """The heart of an evaluation that is kept; None for what its file does not say.
+    """The main numbers of a stored evaluation; None for what its file lacks.
 
     Attributes:
-        name: of the file, without its suffix.
+        name: Of the file, without its suffix.
         protocol: `windows`, or `stride-<N>`.
-        figures: those of `FIGURES`.
-        problem: why the file cannot be read.
+        figures: Those of `FIGURES`.
+        problem: Why the file cannot be read.
     """
 
     name: str
@@ -156,24 +158,24 @@ class KeptEvaluation:
 
 
 def evaluation_name(checkpoint: str, corpus: str, corpus_sha256: str, protocol: str) -> str:
-    """The name under which an evaluation is kept: the same question has the same name, and the newer answer stays."""
+    """Return the name of a stored evaluation. A later one of the same text by the same protocol replaces it."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(corpus)).strip("-.")[:60]
     return f"{checkpoint}-{readable or 'text'}-{corpus_sha256[:8]}-{protocol}"
 
 
 def save_evaluation(run: Run, name: str, values: Mapping[str, Any]) -> Path:
-    """Keeps an evaluation, atomically, in the place of an older one of the same name.
+    """Store an evaluation atomically; replace an older one of the same name.
 
     Raises:
-        LumiereError: it cannot be written, or `eval` is a link, which could lead out of the run's folder.
-        ValueError: `name` is no name for a file.
+        LumiereError: It cannot be written, or `eval` is a link, which could lead out of the run's folder.
+        ValueError: `name` is not a valid file name.
     """
     if not NAME_PATTERN.fullmatch(name) or name.startswith("."):
-        raise ValueError(f"{name!r} is no name for an evaluation")
+        raise ValueError(f"{name!r} is not a valid name for an evaluation")
     folder = run.path / FOLDER
     path = folder / f"{name}{SUFFIX}"
     if folder.is_symlink():
-        raise LumiereError(f"{str(folder)!r} is a link", "remove it: evaluations are kept in the run's own folder")
+        raise LumiereError(f"{str(folder)!r} is a link", "remove it: evaluations are stored in the run's own folder")
     try:
         folder.mkdir(exist_ok=True)
         write_atomically(path, (to_json(values) + "\n").encode())
@@ -185,7 +187,7 @@ def save_evaluation(run: Run, name: str, values: Mapping[str, Any]) -> Path:
 
 
 def read_evaluations(run: Run) -> list[KeptEvaluation]:
-    """The evaluations that are kept with a run, by name; the first `MAX_FILES`, where somebody put more there."""
+    """Return the stored evaluations of a run by name, at most `MAX_FILES`."""
     folder = run.path / FOLDER
     try:
         names = sorted(entry for entry in os.listdir(folder) if entry.endswith(SUFFIX) and not entry.startswith("."))
@@ -203,7 +205,7 @@ def _read_evaluation(path: Path) -> KeptEvaluation:
     except ValueError as error:
         return KeptEvaluation(name, problem=printable(str(error)))
     if not isinstance(values, dict):
-        return KeptEvaluation(name, problem="it is no evaluation")
+        return KeptEvaluation(name, problem="it is not an evaluation")
 
     def text(key: str) -> str | None:
         value = values.get(key)

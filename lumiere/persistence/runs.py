@@ -1,6 +1,6 @@
-"""The runs directory: makes runs, finds them by name, and gives what is in one.
+"""The runs directory: create runs, find them by name, read their files.
 
-Importing this module loads neither torch nor pydantic, so that listing runs is instant.
+Importing this module loads neither torch nor pydantic, so that listing runs is fast.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ ID_LENGTH = 8
 ID_ALPHABET = string.ascii_lowercase + string.digits
 NAME_PATTERN = re.compile(r"run_([a-z0-9]{8})_([0-9]{8}_[0-9]{6})")
 TIME_FORMAT = "%Y%m%d_%H%M%S"
-# Found in the text of a record: to parse a thousand records, to put them in order, takes a third of a second.
+# Searched in the text: parsing a thousand records in order to sort them takes a third of a second.
 CREATED_AT = re.compile(rb'"created_at": ?"([0-9TZ:.+-]+)"')
-MAX_RECORD_BYTES = 4_000_000  # ours have some kB, most of them the command that the user typed
-MAX_CANDIDATES = 5  # as many runs an error about an ambiguous name lists
+MAX_RECORD_BYTES = 4_000_000  # ours have some kB
+MAX_CANDIDATES = 5  # listed in an error about an ambiguous name
 
 FOLDER_README = """\
 # Runs of Lumiere
 
 Each folder `run_<id>_<date>_<time>` is one training run:
 
-| file | what it holds |
+| file | contents |
 |---|---|
 | `config.yaml` | the complete config; `lumiere train` repeats the run from it |
-| `tokenizer.json` | the tokenizer, as Hugging Face `tokenizers` reads it |
-| `metrics.jsonl` | what was measured, one JSON object a line |
+| `tokenizer.json` | the tokenizer, in the format of Hugging Face `tokenizers` |
+| `metrics.jsonl` | losses and speed, one JSON object per line |
 | `run.json` | status, device, versions, command |
-| `notes.json` | your tags and note, where you wrote some |
-| `eval/` | what `lumiere eval` has found, where you called it |
+| `notes.json` | your tags and note |
+| `eval/` | results of `lumiere eval` |
 | `checkpoints/` | a folder of safetensors files per step; `pointers.json` says which are `best`, `latest`, `previous` |
 
-`lumiere runs ls` lists the runs; a folder that is deleted is simply gone. Git ignores this folder.
+`lumiere runs ls` lists the runs. Deleting a folder deletes the run. Git ignores this folder.
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a folder whose name has its id and the local time of its start."""
+    """One training run: a folder named by its id and the local time of its start."""
 
     path: Path
 
@@ -69,11 +69,11 @@ class Run:
 
     @property
     def created_at(self) -> datetime:
-        """When the run was made, in UTC: by `run.json`, or else by the name, whose local time may occur twice."""
+        """The time of creation, in UTC, from `run.json`, or else from the name, whose local time may be ambiguous."""
         return self._recorded_time() or _named_time(self.name)
 
     def command(self, *arguments: str) -> str:
-        """`lumiere` with `arguments` that name this run, and `--runs-dir` unless it is in the default folder."""
+        """Return the command `lumiere ARGUMENTS`, with `--runs-dir` unless the run is in the default folder."""
         is_default = RunStore().runs_dir.resolve() == self.path.parent.resolve()
         return shlex.join(["lumiere", *arguments, *([] if is_default else ["--runs-dir", str(self.path.parent)])])
 
@@ -107,15 +107,15 @@ class Run:
 
     @property
     def status(self) -> str:
-        """`running`, `finished`, `interrupted` or `failed`, as the record says; `crashed` where it says `running` and
-        no process that trains the run shows life (`liveness.is_alive`); `unknown` where it says nothing."""
+        """`running`, `finished`, `interrupted` or `failed`, as recorded; `crashed` if it is recorded as running and no
+        process trains it (`liveness.is_alive`); `unknown` if nothing is recorded."""
         from lumiere.persistence.liveness import is_alive
 
         record = self.record
         return "crashed" if record.status == "running" and not is_alive(self.path, record) else record.status
 
     def check_not_elsewhere(self) -> None:
-        """Refuse a run that another machine trains; whoever holds the lock knows that this one does not.
+        """Check that no other machine trains the run. The caller holds the lock, so this machine does not.
 
         Raises:
             RunBusyError: It is running there.
@@ -137,23 +137,23 @@ class Run:
         )
 
     def update(self, **fields: Any) -> None:
-        """Sets `fields` in `run.json`, atomically, and keeps the others; only one process may do so at a time.
+        """Set `fields` in `run.json` atomically; keep the others. Only one process at a time may do so.
 
         Raises:
-            LumiereError: the file cannot be read or written; it is as it was.
+            LumiereError: The file cannot be read or written; it is unchanged.
         """
         with writing(self.record_path):
             try:
                 record = self._parse_record() | fields
             except OSError as error:
-                # Only what is missing or no record of ours is written anew, and not what cannot be read right now.
+                # Replace a file that is missing or not a record, but not one that cannot be read right now.
                 if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EFBIG):
                     raise
                 record = fields
             write_atomically(self.record_path, (to_json(record, indent=2) + "\n").encode())
 
     def load_config(self) -> RunConfig:
-        """The complete config that the run was started with."""
+        """Return the complete config that the run was started with."""
         from lumiere.config.loader import load_config_file
 
         return load_config_file(self.config_path)
@@ -202,20 +202,20 @@ class RunStore:
     """The folder that holds the runs.
 
     Args:
-        runs_dir: the folder; None stands for `LUMIERE_RUNS_DIR`, or `runs` under the current folder.
+        runs_dir: The folder. Default: `LUMIERE_RUNS_DIR`, or `runs` in the current folder.
     """
 
     def __init__(self, runs_dir: Path | str | None = None) -> None:
         self.runs_dir = Path(runs_dir or os.environ.get("LUMIERE_RUNS_DIR") or "runs")
 
     def create(self, now: datetime | None = None) -> Run:
-        """A new run with an empty `checkpoints` folder; the runs directory is made where there is none.
+        """Create a run with an empty `checkpoints` folder, and the runs directory if it does not exist.
 
         Args:
-            now: the local time for the run's name.
+            now: Local time for the run's name.
 
         Raises:
-            LumiereError: the runs directory cannot be written to.
+            LumiereError: The runs directory cannot be written to.
         """
         import secrets
 
@@ -244,15 +244,15 @@ class RunStore:
             ) from error
 
     def all(self) -> list[Run]:
-        """The runs, newest first; whatever is not named like a run is left out.
+        """Return the runs, newest first; other files and folders are ignored.
 
         Raises:
-            LumiereError: the runs directory exists, but cannot be read.
+            LumiereError: The runs directory exists, but cannot be read.
         """
         try:
             with os.scandir(self.runs_dir) as entries:
                 found = [
-                    # Of two runs made at the same time, the one that was written to last is the newer one.
+                    # Of two runs created at the same time, the one written to last is newer.
                     (run.created_at, written_at, run.name, run)
                     for entry in entries
                     if _is_run_name(entry.name) and (written_at := _written_at(entry)) is not None
@@ -268,24 +268,24 @@ class RunStore:
         return [run for *_, run in sorted(found, key=lambda item: item[:3], reverse=True)]
 
     def open(self, reference: str) -> Run:
-        """The run that `reference` stands for: a full name, an id, a unique prefix of the id, or `latest`.
+        """Return the run with this full name, id or unique prefix of an id, or the `latest`.
 
-        The reference is only ever compared with the names that are there, never made part of a path.
+        The reference is compared with existing names; it never becomes part of a path.
 
         Raises:
-            RunNotFoundError: it fits no run, or several.
+            RunNotFoundError: It matches no run, or several.
         """
         runs = self.all()
         if reference == "latest" and runs:
             return runs[0]
-        fitting = [run for run in runs if reference and (run.id.startswith(reference) or run.name == reference)]
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
-            names = ", ".join(run.name for run in fitting[:MAX_CANDIDATES])
-            rest = f" and {len(fitting) - MAX_CANDIDATES} more" if len(fitting) > MAX_CANDIDATES else ""
+        matching = [run for run in runs if reference and (run.id.startswith(reference) or run.name == reference)]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
+            names = ", ".join(run.name for run in matching[:MAX_CANDIDATES])
+            rest = f" and {len(matching) - MAX_CANDIDATES} more" if len(matching) > MAX_CANDIDATES else ""
             raise RunNotFoundError(
-                f"{reference!r} fits {len(fitting)} runs in {self.runs_dir}/: {names}{rest}",
+                f"{reference!r} matches {len(matching)} runs in {self.runs_dir}/: {names}{rest}",
                 "give more letters of the id, or the full name",
             )
         raise RunNotFoundError(f"no run {reference!r} in {self.runs_dir}/", self._hint(reference, runs))
@@ -293,13 +293,13 @@ class RunStore:
     def _hint(self, reference: str, runs: list[Run]) -> str:
         if not runs:
             return "train one: lumiere train tiny"
-        name = reference.rstrip("/").rpartition("/")[2]  # a shell completes the folder's path
+        name = reference.rstrip("/").rpartition("/")[2]  # shells complete the folder's path
         guess = nearest(name, [*(run.id for run in runs), *(run.name for run in runs), "latest"])
         return f"did you mean {guess}?" if guess else "lumiere runs ls lists them"
 
     def _make_folder(self) -> None:
         self.runs_dir.mkdir(parents=True, exist_ok=True)
-        # Only into an empty folder: a .gitignore of ours must not hide what else a user keeps there.
+        # Only into an empty folder: our .gitignore must not hide a user's other files.
         if any(self.runs_dir.iterdir()):
             return
         files = {self.runs_dir / ".gitignore": b"*\n", self.runs_dir / "README.md": FOLDER_README.encode()}
@@ -307,13 +307,13 @@ class RunStore:
             for path, text in files.items():
                 write_atomically(path, text)
         except OSError:
-            for path in files:  # half of them would look like a folder of the user's
+            for path in files:  # one alone would look like the user's folder
                 path.unlink(missing_ok=True)
             raise
 
 
 def _written_at(entry: os.DirEntry[str]) -> int | None:
-    """When a folder was last written to, in nanoseconds; None for what is no folder, or links to itself."""
+    """Return when a folder was last written to, in nanoseconds; None for anything else, or a link to itself."""
     try:
         return entry.stat().st_mtime_ns if entry.is_dir() else None
     except OSError:
@@ -329,12 +329,12 @@ def _is_run_name(name: str) -> bool:
 
 
 def _parse_timestamp(timestamp: str) -> datetime:
-    """`20250819_001808` as a time. In ISO form, which is read ten times as fast as by `strptime`."""
+    """Parse `20250819_001808`. In ISO form this is ten times as fast as by `strptime`."""
     return datetime.fromisoformat(timestamp.replace("_", "T"))
 
 
 def _named_time(name: str) -> datetime:
-    """The time in a run's name, which is local, in UTC."""
+    """Return the local time in a run's name as UTC."""
     time = _parse_timestamp(name.split("_", 2)[2])
     try:
         return time.astimezone(UTC)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lumiere.persistence import metrics as history
 from lumiere.persistence.metrics import (
     SAMPLE_BYTES,
+    Downsampler,
     Point,
-    Thinned,
     last_records,
     points_at,
     read_history,
@@ -55,7 +55,7 @@ def test_a_history_is_every_point_where_there_are_few(path: Path) -> None:
 
 @given(st.integers(1, 20), st.integers(0, 300))
 def test_thinning_is_even_and_keeps_both_ends(size: int, count: int) -> None:
-    thinned: Thinned[int] = Thinned(size)
+    thinned: Downsampler[int] = Downsampler(size)
     for item in range(count):
         thinned.add(item)
     items = thinned.items()

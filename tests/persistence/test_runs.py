@@ -204,7 +204,7 @@ def test_a_prefix_of_several_runs_lists_them(store: RunStore) -> None:
     make(store, CARD_NAME, "run_hiq7aaaa_20250820_000000")
     error = error_of(store, "hiq")
     assert error.message == (
-        f"'hiq' fits 2 runs in {store.runs_dir}/: run_hiq7aaaa_20250820_000000, run_hiq6ihsb_20250819_001808"
+        f"'hiq' matches 2 runs in {store.runs_dir}/: run_hiq7aaaa_20250820_000000, run_hiq6ihsb_20250819_001808"
     )
     assert error.hint == "give more letters of the id, or the full name"
     make(store, *(f"run_hiq9000{i}_20240101_000000" for i in range(6)))
@@ -214,7 +214,7 @@ def test_a_prefix_of_several_runs_lists_them(store: RunStore) -> None:
 def test_the_full_name_decides_between_runs_with_the_same_id(store: RunStore) -> None:
     make(store, CARD_NAME, "run_hiq6ihsb_20250820_000000")
     assert store.open(CARD_NAME).name == CARD_NAME
-    assert "fits 2 runs" in error_of(store, "hiq6ihsb").message
+    assert "matches 2 runs" in error_of(store, "hiq6ihsb").message
 
 
 def test_an_unknown_run_is_an_error_that_helps(store: RunStore) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lumiere.cli.console import STATUS_STYLES, duration, number, print_json, stdout
 from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.errors import LumiereError, printable
-from lumiere.persistence.metrics import History, MetricsFollower, Point, Thinned, as_number, point_of
+from lumiere.persistence.metrics import Downsampler, History, MetricsFollower, Point, as_number, point_of
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 
@@ -51,7 +51,7 @@ class Watched:
     def _clear(self) -> None:
         self.training: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
-        self._curves: dict[str, Thinned[Point]] = {key: Thinned(MAX_POINTS) for key in ("loss", "val_loss")}
+        self._curves: dict[str, Downsampler[Point]] = {key: Downsampler(MAX_POINTS) for key in ("loss", "val_loss")}
 
     def look(self) -> list[dict[str, Any]]:
         """Return the metrics since the last look; the first look returns the last training and evaluation."""
