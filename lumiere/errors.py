@@ -1,6 +1,8 @@
 """Errors that a user can fix. Any other exception is a bug and keeps its traceback."""
 
 from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
 
 
 class LumiereError(Exception):
@@ -105,3 +107,20 @@ def edits(a: str, b: str) -> int:
                 row[j] = min(row[j], before[j - 2] + 1)
         before, last = last, row
     return last[-1]
+
+
+MAX_LENGTH = 60
+"""Characters of a value in a message."""
+
+
+def quoted(value: Any) -> str:
+    """Return `value` as short printable text; of a container only its type, because its text is unbounded."""
+    match value:
+        case int() if value.bit_length() > 1000:  # Python refuses to convert huge integers to text
+            return "a number of hundreds of digits"
+        case int() | float() | None:
+            return shortened(str(value), MAX_LENGTH)
+        case str() | Path():
+            return f"'{shortened(printable(str(value)), MAX_LENGTH)}'"
+        case _:
+            return f"a {type(value).__name__}"

@@ -14,11 +14,10 @@ from yaml.constructor import ConstructorError
 
 from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.config.schema import RunConfig
-from lumiere.errors import ConfigError, nearest, printable, shortened
+from lumiere.errors import ConfigError, nearest, quoted, shortened
 from lumiere.files import read_file
 
 MAX_BYTES = 200_000  # PyYAML takes seconds for this much
-MAX_LENGTH = 60
 """Maximum characters of a value or key in a message."""
 NULL = re.compile("null|Null|NULL|~")
 NULL_TAG = "tag:yaml.org,2002:null"
@@ -160,19 +159,6 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
         child = values.get(section)
         values[section] = values = dict(child) if isinstance(child, dict) else {}
     values[leaf] = value
-
-
-def quoted(value: Any) -> str:
-    """Return `value` as short printable text; of a container only its type, because its text is unbounded."""
-    match value:
-        case int() if value.bit_length() > 1000:  # Python refuses to convert huge integers to text
-            return "a number of hundreds of digits"
-        case int() | float() | None:
-            return shortened(str(value), MAX_LENGTH)
-        case str() | Path():
-            return f"'{shortened(printable(str(value)), MAX_LENGTH)}'"
-        case _:
-            return f"a {type(value).__name__}"
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

@@ -5,9 +5,8 @@ import re
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from lumiere.config.loader import MAX_LENGTH, quoted
 from lumiere.config.schema import RunConfig
-from lumiere.errors import ConfigError, nearest, printable, shortened
+from lumiere.errors import MAX_LENGTH, ConfigError, nearest, printable, quoted, shortened
 
 LIMITS = {
     "greater_than": ("gt", "must be more than {}"),
