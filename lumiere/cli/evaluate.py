@@ -25,23 +25,17 @@ if TYPE_CHECKING:
 def evaluate(
     runs: RunReferences,
     checkpoint: CheckpointName = "best",
-    split: Annotated[
-        str | None, Option("--split", help="Score train, validation or test. \\[default: validation]")
-    ] = None,
+    split: Annotated[str | None, Option(help="Score train, validation or test. \\[default: validation]")] = None,
     text: Annotated[
-        str | None,
-        Option("--text", metavar="FILE", help="Score this UTF-8 text file instead of a split; - reads stdin."),
+        str | None, Option(metavar="FILE", help="Score this UTF-8 text file instead of a split; - reads stdin.")
     ] = None,
     dataset: Annotated[
-        str | None, Option("--dataset", metavar="NAME", help="Score a dataset: stories, a Hub name or a folder.")
+        str | None, Option(metavar="NAME", help="Score a dataset: stories, a Hub name or a folder.")
     ] = None,
-    subset: Annotated[
-        str | None, Option("--subset", metavar="NAME", help="Its subset, for example wikitext-2-raw-v1.")
-    ] = None,
+    subset: Annotated[str | None, Option(metavar="NAME", help="Its subset, for example wikitext-2-raw-v1.")] = None,
     stride: Annotated[
         int | None,
         Option(
-            "--stride",
             metavar="N",
             help="Score each token once, in windows N tokens apart. A smaller N gives longer contexts, slower. "
             "\\[default: the windows of training, which score overlaps twice]",
@@ -50,9 +44,7 @@ def evaluate(
     batch_size: Annotated[
         int | None,
         Option(
-            "--batch-size",
-            min=1,
-            help="Average over batches of this many windows, as the model card does. \\[default: as in training]",
+            min=1, help="Average over batches of this many windows, as the model card does. \\[default: as in training]"
         ),
     ] = None,
     baselines: Annotated[

@@ -15,7 +15,7 @@ from lumiere.errors import FailedCheckError, check_choice
 def export(
     run: RunReference,
     folder: Annotated[Path, Argument(metavar="DIR", help="A new or empty folder.")],
-    to: Annotated[str, Option("--to", metavar="LIBRARY", help="Export to this library: transformer-lens.")],
+    to: Annotated[str, Option(metavar="LIBRARY", help="Export to this library: transformer-lens.")],
     checkpoint: CheckpointName = "best",
     as_json: Json = False,
     runs_dir: RunsDir = None,

@@ -44,9 +44,7 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        Option(
-            "--prompts", metavar="FILE", help='One prompt a line, or .jsonl with {"prompt": ...}. Prints JSON Lines.'
-        ),
+        Option(metavar="FILE", help='One prompt a line, or .jsonl with {"prompt": ...}. Prints JSON Lines.'),
     ] = None,
     interactive: Annotated[
         bool, Option("--interactive", "-i", help="Read prompts in a session; /help lists its commands.")
@@ -60,44 +58,31 @@ def generate(
         float | None,
         Option("--temperature", "-t", metavar="T", help="Divide logits by T; 0 is greedy. \\[default: 0.8]"),
     ] = None,
-    top_k: Annotated[int | None, Option("--top-k", metavar="K", help="Sample from the K most probable tokens.")] = None,
+    top_k: Annotated[int | None, Option(metavar="K", help="Sample from the K most probable tokens.")] = None,
     top_p: Annotated[
-        float | None,
-        Option("--top-p", metavar="P", help="Sample from the smallest set of tokens whose probabilities sum to P."),
+        float | None, Option(metavar="P", help="Sample from the smallest set of tokens whose probabilities sum to P.")
     ] = None,
     min_p: Annotated[
-        float | None,
-        Option("--min-p", metavar="P", help="Drop tokens less probable than P times the most probable one."),
+        float | None, Option(metavar="P", help="Drop tokens less probable than P times the most probable one.")
     ] = None,
     typical_p: Annotated[
-        float | None,
-        Option("--typical-p", metavar="P", help="Sample from the most typical tokens that hold probability P."),
+        float | None, Option(metavar="P", help="Sample from the most typical tokens that hold probability P.")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, Option("--repetition-penalty", metavar="X", help="Penalize tokens of the text so far if above 1.")
+        float | None, Option(metavar="X", help="Penalize tokens of the text so far if above 1.")
     ] = None,
     no_repeat_ngram_size: Annotated[
-        int | None,
-        Option("--no-repeat-ngram-size", metavar="N", help="Never generate the same n-gram of N tokens twice."),
+        int | None, Option(metavar="N", help="Never generate the same n-gram of N tokens twice.")
     ] = None,
-    stop: Annotated[
-        list[str] | None, Option("--stop", metavar="TEXT", help="Stop before this text. Repeatable.")
-    ] = None,
-    num_return_sequences: Annotated[
-        int, Option("--num-return-sequences", metavar="N", min=1, help="Generate N texts for each prompt.")
-    ] = 1,
-    seed: Annotated[
-        int | None, Option("--seed", metavar="N", min=0, help="Seed the sampling, to repeat a text.")
-    ] = None,
+    stop: Annotated[list[str] | None, Option(metavar="TEXT", help="Stop before this text. Repeatable.")] = None,
+    num_return_sequences: Annotated[int, Option(metavar="N", min=1, help="Generate N texts for each prompt.")] = 1,
+    seed: Annotated[int | None, Option(metavar="N", min=0, help="Seed the sampling, to repeat a text.")] = None,
     greedy: Annotated[bool, Option("--greedy", help="Always take the most probable token.")] = False,
-    num_beams: Annotated[
-        int | None, Option("--num-beams", metavar="N", min=2, help="Use beam search with N beams.")
-    ] = None,
-    batch_size: Annotated[int, Option("--batch-size", metavar="N", min=1, help="Generate N texts at a time.")] = 64,
+    num_beams: Annotated[int | None, Option(metavar="N", min=2, help="Use beam search with N beams.")] = None,
+    batch_size: Annotated[int, Option(metavar="N", min=1, help="Generate N texts at a time.")] = 64,
     logprobs: Annotated[
         int | None,
         Option(
-            "--logprobs",
             min=0,
             metavar="N",
             help="Print each token's log-probability and the N most probable tokens. They are the model's own: at "

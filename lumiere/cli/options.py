@@ -86,7 +86,7 @@ Config = Annotated[str, CONFIG]
 OptionalConfig = Annotated[str | None, CONFIG]
 Overrides = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
 # A str, because Typer imports pydantic for a Path, which would slow down `runs ls`.
-RunsDir = Annotated[str | None, Option("--runs-dir", metavar="DIR", help=RUNS_DIR_HELP)]
+RunsDir = Annotated[str | None, Option(metavar="DIR", help=RUNS_DIR_HELP)]
 RunReference = Annotated[str, Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
 RunReferences = Annotated[list[str], Argument(metavar="RUN...", help=RUNS_HELP, autocompletion=complete_run)]
 RunOption = Annotated[str, Option("--run", "-r", metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]

@@ -45,19 +45,14 @@ STOP_REASONS = {
 def train(
     config: OptionalConfig = None,
     overrides: Overrides = None,
-    max_steps: Annotated[
-        int | None, Option("--max-steps", metavar="N", help="Stop after N steps (training.max_steps).")
-    ] = None,
-    device: Annotated[
-        str | None, Option("--device", help="Train on auto, cpu, cuda, cuda:1 or mps (training.device).")
-    ] = None,
+    max_steps: Annotated[int | None, Option(metavar="N", help="Stop after N steps (training.max_steps).")] = None,
+    device: Annotated[str | None, Option(help="Train on auto, cpu, cuda, cuda:1 or mps (training.device).")] = None,
     seed: Annotated[
-        int | None, Option("--seed", metavar="N", help="Seed weights, dropout and data order (training.seed).")
+        int | None, Option(metavar="N", help="Seed weights, dropout and data order (training.seed).")
     ] = None,
     resume: Annotated[
         str | None,
         Option(
-            "--resume",
             metavar="RUN",
             help="Continue a run from its latest checkpoint. On a CPU, the result is bit-identical to an uninterrupted "
             "run. Extend it with --set training.max_epochs=N; move it with --device.",

@@ -31,13 +31,10 @@ UnitName = Annotated[
     str, Option("--unit", metavar="UNIT", help="What to ablate: head, feedforward, layer, neuron or position.")
 ]
 ModeName = Annotated[str, Option("--mode", metavar="MODE", help="Replacement: mean, zero or resample.")]
-Neurons = Annotated[
-    str | None, Option("--neuron", metavar="LIST", help="Neurons, from 0, such as 7 or 0-31. \\[default: all]")
-]
+Neurons = Annotated[str | None, Option(metavar="LIST", help="Neurons, from 0, such as 7 or 0-31. \\[default: all]")]
 BatchSize = Annotated[
     int | None,
     Option(
-        "--batch-size",
         metavar="N",
         min=1,
         help=f"Sequences in a batch. \\[default: {BATCH_SIZE}; {SMALL_BATCH_SIZE} for more than {MANY} ablations]",

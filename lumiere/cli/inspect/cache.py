@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 Names = Annotated[
     list[str] | None,
-    Option(
-        "--names",
-        metavar="GLOB",
-        help="Activations, such as 'blocks.*.attn.hook_pattern'. Repeatable. \\[default: all]",
-    ),
+    Option(metavar="GLOB", help="Activations, such as 'blocks.*.attn.hook_pattern'. Repeatable. \\[default: all]"),
 ]
 
 

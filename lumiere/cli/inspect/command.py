@@ -28,18 +28,16 @@ if TYPE_CHECKING:
 CHECK_FAILED = 3
 
 PAIR_HELP = "A run, or RUN@CHECKPOINT, such as latest@best or 3ka5@500. Default checkpoint: --checkpoint."
-Seed = Annotated[int, Option("--seed", min=0, help="Seed of everything drawn at random.")]
+Seed = Annotated[int, Option(min=0, help="Seed of everything drawn at random.")]
 Layers = Annotated[
     str | None, Option("--layer", "-l", metavar="LIST", help="Layers, from 0, such as 2 or 0,2-3. \\[default: all]")
 ]
-Heads = Annotated[
-    str | None, Option("--head", metavar="LIST", help="Heads, from 0, such as 1 or 0-2. \\[default: all]")
-]
+Heads = Annotated[str | None, Option(metavar="LIST", help="Heads, from 0, such as 1 or 0-2. \\[default: all]")]
 Positions = Annotated[
-    str | None, Option("--pos", metavar="LIST", help="Positions of the text, such as 5 or 0,8-11; -1 is the last.")
+    str | None, Option(metavar="LIST", help="Positions of the text, such as 5 or 0,8-11; -1 is the last.")
 ]
-TopK = Annotated[int, Option("--top-k", metavar="K", min=1, help="Maximum number of entries in each list.")]
-NumBatches = Annotated[int, Option("--batches", metavar="N", min=1, help="Number of batches.")]
+TopK = Annotated[int, Option(metavar="K", min=1, help="Maximum number of entries in each list.")]
+NumBatches = Annotated[int, Option(metavar="N", min=1, help="Number of batches.")]
 Verify = Annotated[bool, Option("--verify", help="Recompute in float64 and compare.")]
 Output = Annotated[
     Path | None,

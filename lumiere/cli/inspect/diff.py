@@ -24,7 +24,7 @@ MAX_COLUMNS = 60
 CONTEXT_WIDTH = 48
 
 AcrossLayers = Annotated[bool, Option("--across-layers", help="Match heads across layers.")]
-BatchSize = Annotated[int, Option("--batch-size", metavar="N", min=1, help="Sequences in a batch.")]
+BatchSize = Annotated[int, Option(metavar="N", min=1, help="Sequences in a batch.")]
 
 
 @analysis(text=True, pair=True)

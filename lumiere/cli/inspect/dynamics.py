@@ -35,8 +35,8 @@ MARK = "bold yellow"
 Metrics = Annotated[
     list[str] | None, Option("--metric", "-m", metavar="NAME", help="Metric to follow, of docs/inspect.md. Repeatable.")
 ]
-Every = Annotated[int, Option("--every", metavar="N", min=1, help="Read every N-th snapshot, and the last.")]
-Lines = Annotated[int, Option("--top-k", metavar="K", min=1, help="Heads, pairs or matrices shown of each metric.")]
+Every = Annotated[int, Option(metavar="N", min=1, help="Read every N-th snapshot, and the last.")]
+Lines = Annotated[int, Option(metavar="K", min=1, help="Heads, pairs or matrices shown of each metric.")]
 
 
 @analysis(text=True, whole_run=True)

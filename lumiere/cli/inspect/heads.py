@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 MAX_TEXT_HEADS = 4
 """Heads that are named for their induction on text; -o FILE has all."""
 
-Threshold = Annotated[
-    float, Option("--threshold", metavar="SHARE", min=0, max=1, help="Minimum score of a head with a role.")
-]
+Threshold = Annotated[float, Option(metavar="SHARE", min=0, max=1, help="Minimum score of a head with a role.")]
 
 
 @analysis(text=True)

@@ -18,9 +18,9 @@ Target = Annotated[
     str | None, Option("--target", metavar="TOKEN", help="Token to explain. \\[default: the most probable]")
 ]
 Versus = Annotated[
-    str | None, Option("--vs", metavar="TOKEN", help="Explain the target's logit minus the logit of this token.")
+    str | None, Option(metavar="TOKEN", help="Explain the target's logit minus the logit of this token.")
 ]
-By = Annotated[str, Option("--by", metavar="LEVEL", help="layer, head, neuron or source.")]
+By = Annotated[str, Option(metavar="LEVEL", help="layer, head, neuron or source.")]
 Raw = Annotated[bool, Option("--raw", help="Explain the logit itself; subtract nothing.")]
 LogProb = Annotated[
     bool, Option("--log-prob", help="Explain the log-probability: subtract the mean logit under the prediction.")

@@ -28,9 +28,7 @@ PART_NAMES = {
 }
 MAX_PLACES = 6
 
-NumWindows = Annotated[
-    int, Option("--windows", metavar="N", min=0, help="Validation windows to run; 0 for the weights alone.")
-]
+NumWindows = Annotated[int, Option(metavar="N", min=0, help="Validation windows to run; 0 for the weights alone.")]
 
 
 @analysis(text=False)

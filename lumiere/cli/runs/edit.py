@@ -102,7 +102,7 @@ def prune_runs(
         Argument(metavar="[RUN...]", help="Names, ids, unique starts of ids, or latest. \\[default: all]"),
     ] = None,
     keep: Annotated[
-        str, Option("--keep", metavar="NAMES", help="Comma-separated: best, latest, previous, snapshots, or steps.")
+        str, Option(metavar="NAMES", help="Comma-separated: best, latest, previous, snapshots, or steps.")
     ] = "best,latest",
     yes: Yes = False,
     dry_run: DryRun = False,

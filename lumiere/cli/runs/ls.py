@@ -50,7 +50,6 @@ def list_all(
     sort: Annotated[
         str,
         Option(
-            "--sort",
             metavar="ORDER",
             help="Sort by age (newest first), loss (lowest first), steps, parameters (most first) or name (a to z). "
             "Unknown values come last.",
