@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lumiere.persistence.loading import OpenedModel
 
+CHECK_FAILED = 3
 INTERRUPTED = 130
 COMMAND = re.compile(r"\blumiere(?= (?:tokenize|train|eval|generate|export|inspect|runs)\b)")
 

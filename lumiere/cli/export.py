@@ -6,8 +6,8 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-from lumiere.cli.console import escape, open_model, print_error, print_json, show_note, stdout
-from lumiere.cli.inspect.command import CHECK_FAILED, show_receipts
+from lumiere.cli.console import CHECK_FAILED, escape, open_model, print_error, print_json, show_note, stdout
+from lumiere.cli.inspect.command import model_provenance, show_receipts
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
 from lumiere.errors import FailedCheckError, check_choice
 
@@ -34,13 +34,9 @@ def export(
     check_folder(folder)
     opened = open_model(run, checkpoint, "cpu", runs_dir)
     tokenizer = opened.tokenizer
-    provenance = {
-        "run": opened.run.name,
-        "checkpoint": opened.checkpoint,
-        "step": opened.step,
-        "weights_sha256": opened.weights_sha256,
-        "lumiere_version": __version__,
-    }
+    recorded = model_provenance(opened)
+    provenance = {key: recorded[key] for key in ("run", "checkpoint", "step", "weights_sha256")}
+    provenance["lumiere_version"] = __version__
     ids = range(len(SPECIAL_TOKENS), len(tokenizer))
     try:
         exported = export_model(TARGETS[to], folder, opened.model, tokenizer.to_json().encode(), ids, provenance)

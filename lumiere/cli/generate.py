@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
-from lumiere.cli.console import open_model, print_error, print_json, show_note, stdout
+from lumiere.cli.console import CHECK_FAILED, open_model, print_error, print_json, show_note, stdout
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
 from lumiere.errors import LumiereError, nearest, printable
 from lumiere.files import parse_json, read_file
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lumiere.generation.sampling import Sampling
     from lumiere.generation.text import Generation, TextGenerator
 
-FAILED_CHECK = 3
 MAX_BYTES = 100_000_000
 JOINERS = "\u200c\u200d"  # zero-width characters that words and emoji need
 SHADES = ((0.5, "green"), (0.2, "cyan"), (0.05, "yellow"), (0.01, "magenta"), (0.0, "bold red"))
@@ -157,7 +156,7 @@ def generate(
             f"against full forward passes, largest logit error {worst.difference:.0e} (tolerance {worst.tolerance:.0e})"
         )
         if not worst.holds:
-            raise Exit(FAILED_CHECK)
+            raise Exit(CHECK_FAILED)
 
 
 def given(options: Mapping[str, object]) -> list[str]:

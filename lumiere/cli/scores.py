@@ -111,10 +111,7 @@ def have_one_windowing(evaluated: Sequence[Evaluated]) -> bool:
 
 
 def show(evaluated: list[Evaluated]) -> None:
-    if len(evaluated) == 1:
-        show_one(evaluated[0])
-    else:
-        show_several(evaluated)
+    show_several(evaluated) if len(evaluated) > 1 else show_one(evaluated[0])
 
 
 def show_one(one: Evaluated) -> None:

@@ -70,7 +70,7 @@ def heatmap(weights: "np.ndarray", labels: Sequence[str], width: int, in_color: 
         cell_width = max(1, min(MAX_CELL_WIDTH, free // size))
     text = Text(no_wrap=True)
     columns = [label[:HEADING_HEIGHT].rjust(HEADING_HEIGHT) for label in labels]
-    for line in ("".join(characters) for characters in zip(*(column for column in columns), strict=True)):
+    for line in ("".join(characters) for characters in zip(*columns, strict=True)):
         if line.strip():
             spread = "".join(character.ljust(cell_width) for character in line).rstrip()
             text.append(" " * (LABEL_WIDTH + 1) + spread + "\n", style="dim")
@@ -225,8 +225,8 @@ class Canvas:
         for column, points in itertools.groupby(curve.points, key=lambda point: self._column(point[0])):
             ys = [y for _, y in points]
             places.append((column, self._row(sum(ys) / len(ys))))
-        for column, row in places[:1]:
-            self._set(column, row, curve)
+        if places:
+            self._set(*places[0], curve)
         for (column, row), (next_column, next_row) in itertools.pairwise(places):
             distance = next_column - column
             for i in range(distance):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lumiere.data.tokenizer import Tokenizer
 
 TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow")
+COLUMNS = {"documents": ",", "tokens": ",", "bytes_per_token": ".2f", "windows": ",", "padding_share": ".1%"}
 ROW = "{:11}  {:>9}  {:>12}  {:>15}  {:>9}  {:>7}"
 
 
@@ -45,11 +46,10 @@ def tokenize(
         return
     title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
     stdout().print(f"[bold]{escape(title)}[/]")
-    stdout().print(ROW.format("split", "documents", "tokens", "bytes per token", "windows", "padding"))
+    stdout().print(ROW.format("split", *(key.replace("_", " ").removesuffix(" share") for key in COLUMNS)))
     for name, split in facts["splits"].items():
-        documents, tokens, windows = (f"{split[key]:,}" for key in ("documents", "tokens", "windows"))
-        per_token, padding = f"{split['bytes_per_token']:.2f}", f"{split['padding_share']:.1%}"
-        stdout().print(ROW.format(name, documents, tokens, per_token, windows, padding))
+        cells = (format(split[key], form) for key, form in COLUMNS.items())
+        stdout().print(ROW.format(name, *cells))
     used, rows = facts["num_tokens_used"], facts["vocab_size"]
     stdout().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))
     stdout().print(f"fingerprint  {facts['fingerprint'][:16]}" + (" (from the cache)" if corpus.from_cache else ""))

@@ -274,7 +274,7 @@ def test_damaged_evaluations_are_named_and_harm_nothing(run: Run) -> None:
 def test_names_never_leave_the_folder(run: Run) -> None:
     assert evaluation_name("best", "../../x y/é\x1b", "0123456789", "windows") == "best-text-01234567-windows"
     for name in ("../a", ".a", "", "a/b"):
-        with pytest.raises(ValueError, match="is no name for an evaluation"):
+        with pytest.raises(ValueError, match="for an evaluation"):
             save_evaluation(run, name, {})
     for number in range(MAX_FILES + 5):
         (run.path / "eval").mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from typer import Argument, Exit, Option
 
-from lumiere.cli.console import escape, guarded, open_model, print_json, show_note, stderr, stdout
+from lumiere.cli.console import CHECK_FAILED, escape, guarded, open_model, print_json, show_note, stderr, stdout
 from lumiere.cli.inspect.inputs import InspectTarget
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, complete_run
 from lumiere.errors import LumiereError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from lumiere.interpret.result import Receipt, Result
     from lumiere.models.transformer import Transformer
     from lumiere.report.figures.figure import Picture
-
-CHECK_FAILED = 3
 
 PAIR_HELP = "A run, or RUN@CHECKPOINT, such as latest@best or 3ka5@500. Default checkpoint: --checkpoint."
 Seed = Annotated[int, Option(min=0, help="Seed of everything drawn at random.")]

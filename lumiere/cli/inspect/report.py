@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Exit, Option
 
-from lumiere.cli.console import guarded, open_model, show_note, stderr, stdout
-from lumiere.cli.inspect.command import CHECK_FAILED, Seed, model_provenance
+from lumiere.cli.console import CHECK_FAILED, guarded, open_model, show_note, stderr, stdout
+from lumiere.cli.inspect.command import Seed, model_provenance
 from lumiere.cli.inspect.inputs import (
     DEFAULT_TOKENS,
     InspectTarget,
