@@ -225,8 +225,8 @@ class Canvas:
         for column, points in itertools.groupby(curve.points, key=lambda point: self._column(point[0])):
             ys = [y for _, y in points]
             places.append((column, self._row(sum(ys) / len(ys))))
-        if places:
-            self._set(*places[0], curve)
+        for column, row in places[:1]:
+            self._set(column, row, curve)
         for (column, row), (next_column, next_row) in itertools.pairwise(places):
             distance = next_column - column
             for i in range(distance):
