@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option
 
 from lumiere.cli.console import CHECK_FAILED, open_model, print_error, print_json, show_note, stdout
-from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir
+from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, given, refuse_both
 from lumiere.errors import LumiereError, nearest, printable
 from lumiere.files import parse_json, read_file
 
@@ -159,17 +159,6 @@ def generate(
             raise Exit(CHECK_FAILED)
 
 
-def given(options: Mapping[str, object]) -> list[str]:
-    """Return the names of the options that the user set."""
-    return [name for name, value in options.items() if value not in (None, False, [], ())]
-
-
-def refuse_both(*options: str) -> None:
-    """Raise `LumiereError` if there are two options: the first excludes the others."""
-    if len(options) > 1:
-        raise LumiereError(f"{options[0]} and {options[1]} exclude each other", "use one of them")
-
-
 def refuse_useless(method: str, options: Mapping[str, object]) -> None:
     """Raise `LumiereError` if the user set one of the options, which have no effect with this method."""
     if useless := given(options):
@@ -241,7 +230,7 @@ class Settings:
     def sampling(self) -> "Sampling":
         from lumiere.generation.sampling import Sampling
 
-        return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
+        return Sampling(**{control.name: getattr(self, control.name) for control in fields(Sampling)})
 
     def limits(self, num_logprobs: int | None = None) -> "Limits":
         from lumiere.generation.decoding import Limits
@@ -255,7 +244,7 @@ class Settings:
             LumiereError: No such setting, or an invalid value.
         """
         name = name.replace("-", "_")
-        kinds: dict[str, Any] = {field.name: field.type for field in fields(self)}
+        kinds: dict[str, Any] = {control.name: control.type for control in fields(self)}
         if name not in kinds:
             guess = nearest(name, kinds)
             hint = f"did you mean {guess}?" if guess else f"choose from {', '.join(kinds)}"
@@ -272,37 +261,36 @@ class Settings:
         return replace(self, **{name: value})
 
 
+@dataclass(frozen=True)
 class Output:
     """Print generations as text, as colored text, as a table of tokens, or as JSON.
 
-    Args:
+    Attributes:
         num_logprobs: Alternatives to show for each token; None prints text.
         color: Whether to color tokens by their probability.
     """
 
-    def __init__(self, generator: "TextGenerator", settings: Settings, num_logprobs: int | None, color: bool) -> None:
-        self._generator = generator
-        self._settings = settings
-        self._num_logprobs = num_logprobs
-        self._color = color
-        self._label = generator.tokenizer.label
+    generator: "TextGenerator"
+    settings: Settings
+    num_logprobs: int | None
+    color: bool
 
     def stream(self, prompt: str | None) -> "Generation":
         """Generate one text and print it token by token."""
         from lumiere.generation.text import generation_of
 
-        limits = self._settings.limits(0 if self._color else self._num_logprobs)
+        limits = self.settings.limits(0 if self.color else self.num_logprobs)
         pieces: list[Piece] = []
-        for piece in self._generator.stream(prompt, self._settings.sampling, limits, self._settings.seed):
-            if self._num_logprobs is None:
+        for piece in self.generator.stream(prompt, self.settings.sampling, limits, self.settings.seed):
+            if self.num_logprobs is None:
                 write("" if pieces else prompt or "")
-                write_piece(piece, self._color)
+                write_piece(piece, self.color)
             elif piece.token is not None:
                 self._write_token(piece.token)
             pieces.append(piece)
             sys.stdout.flush()
-        write("\n" if self._num_logprobs is None else "")
-        return generation_of(prompt, pieces, self._settings.seed)
+        write("\n" if self.num_logprobs is None else "")
+        return generation_of(prompt, pieces, self.settings.seed)
 
     def show(self, generations: "Iterable[Generation]", as_lines: bool, as_json: bool) -> "list[Generation]":
         """Print generations as JSON Lines, as one JSON list, or as texts between separator lines."""
@@ -314,9 +302,9 @@ class Output:
                 sys.stdout.flush()
             elif not as_json:
                 write("\n---\n\n" if len(shown) > 1 else "")
-                if self._num_logprobs is None:
+                if self.num_logprobs is None:
                     write((generation.prompt or "") + generation.text + "\n")
-                for token in generation.tokens if self._num_logprobs is not None else ():
+                for token in generation.tokens if self.num_logprobs is not None else ():
                     self._write_token(token)
         if as_json and not as_lines:
             print_json([self._record(generation) for generation in shown])
@@ -325,15 +313,17 @@ class Output:
     def _write_token(self, token: "Token") -> None:
         """Print a token, its log-probability and probability, and the alternatives."""
         own = float("nan") if token.logprob is None else token.logprob
-        parts = [f"{self._label(token.id):16} {own:8.3f} {math.exp(own):6.1%}"]
-        parts += [f"{self._label(other)} {math.exp(logprob):.1%}" for other, logprob in token.alternatives]
+        parts = [f"{self.generator.tokenizer.label(token.id):16} {own:8.3f} {math.exp(own):6.1%}"]
+        parts += [
+            f"{self.generator.tokenizer.label(other)} {math.exp(logprob):.1%}" for other, logprob in token.alternatives
+        ]
         write("  ".join(parts) + "\n")
 
     def _record(self, generation: "Generation") -> dict[str, Any]:
         """Return a generation as JSON values."""
 
         def choice(token: int, logprob: float | None) -> dict[str, Any]:
-            return {"id": token, "token": self._label(token), "logprob": logprob}
+            return {"id": token, "token": self.generator.tokenizer.label(token), "logprob": logprob}
 
         record: dict[str, Any] = {
             "prompt": generation.prompt,
@@ -343,7 +333,7 @@ class Output:
         }
         optional = {"seed": generation.seed, "score": generation.score}
         record |= {name: value for name, value in optional.items() if value is not None}
-        if self._num_logprobs is not None:
+        if self.num_logprobs is not None:
             record["tokens"] = [
                 choice(token.id, token.logprob) | {"alternatives": [choice(*other) for other in token.alternatives]}
                 for token in generation.tokens
@@ -368,14 +358,14 @@ def write(text: str) -> None:
     sys.stdout.write(printable(text, keep="\n\t" + JOINERS) if sys.stdout.isatty() else text)
 
 
+@dataclass
 class Session:
     """Read prompts and commands from stdin until it ends."""
 
-    def __init__(self, generator: "TextGenerator", settings: Settings, color: bool) -> None:
-        self._generator = generator
-        self._settings = settings
-        self._color = color
-        self._texts: list[str] = []
+    generator: "TextGenerator"
+    settings: Settings
+    color: bool
+    texts: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         with suppress(ImportError):  # absent on Windows, whose terminal has a history of its own
@@ -403,14 +393,14 @@ class Session:
             case [word, *_] if not word.startswith("/"):
                 self._write(line)
             case ["/set", name, value]:
-                self._settings = self._settings.changed(name, value)
+                self.settings = self.settings.changed(name, value)
             case ["/set", *_]:
                 raise LumiereError("/set needs a name and a value", "for example /set temperature 0.7")
             case ["/settings", *_]:
-                for field in fields(self._settings):
-                    write(f"{field.name:21} {getattr(self._settings, field.name)}\n")
+                for name, value in vars(self.settings).items():
+                    write(f"{name:21} {value}\n")
             case ["/history", *_]:
-                for number, text in enumerate(self._texts, start=1):
+                for number, text in enumerate(self.texts, start=1):
                     write(f"{number}. {text}\n")
             case ["/help", *_]:
                 write(SESSION_HELP + "\n")
@@ -423,20 +413,20 @@ class Session:
         """Continue `prompt`, or the last text if it is None. Ctrl-C stops the text, not the session."""
         from lumiere.data.text import plain
 
-        continues = prompt is None and bool(self._texts)
-        text = self._texts[-1] if continues else plain(prompt or "")
-        limits = self._settings.limits(0 if self._color else None)
-        pieces = self._generator.stream(text or None, self._settings.sampling, limits, self._settings.seed)
+        continues = prompt is None and bool(self.texts)
+        text = self.texts[-1] if continues else plain(prompt or "")
+        limits = self.settings.limits(0 if self.color else None)
+        pieces = self.generator.stream(text or None, self.settings.sampling, limits, self.settings.seed)
         if continues:
-            self._texts.pop()
+            self.texts.pop()
         try:
             write(text)
             for piece in pieces:
                 text += piece.text
-                write_piece(piece, self._color)
+                write_piece(piece, self.color)
                 sys.stdout.flush()
         except KeyboardInterrupt:
             show_note(" stopped")
         finally:
-            self._texts.append(text)
+            self.texts.append(text)
         write("\n")

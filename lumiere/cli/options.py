@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, with their shell completion.
+"""Options and arguments that several commands share, with their checks and shell completion.
 
 A shell runs a completion in a new process at each TAB, so completions load neither torch nor pydantic and print
 nothing. They offer only file names without special characters: Typer's zsh script passes them to `eval`, and its bash
@@ -8,13 +8,14 @@ script splits and expands them.
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
 from lumiere.config.presets import SUFFIXES, shipped_configs
+from lumiere.errors import LumiereError
 from lumiere.persistence.checkpoint_manager import checkpoint_names
 from lumiere.persistence.runs import RunStore
 
@@ -35,6 +36,17 @@ def quietly(complete: Complete) -> Complete:
         return [name for name in found if name.startswith(incomplete) and HARMLESS.fullmatch(name)]
 
     return names
+
+
+def given(options: Mapping[str, object]) -> list[str]:
+    """Return the names of the options that the user set."""
+    return [name for name, value in options.items() if value not in (None, False, [], ())]
+
+
+def refuse_both(*options: str) -> None:
+    """Raise `LumiereError` if there are two options: the first excludes the others."""
+    if len(options) > 1:
+        raise LumiereError(f"{options[0]} and {options[1]} exclude each other", "use one of them")
 
 
 @quietly

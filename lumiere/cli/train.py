@@ -21,7 +21,7 @@ from lumiere.cli.console import (
     stderr,
     stdout,
 )
-from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir, complete_run
+from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir, complete_run, given, refuse_both
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
 
@@ -87,8 +87,7 @@ def train(
         """Return the config of the command line; None if a run is resumed, which has its own."""
         if plan and resume is not None:
             raise LumiereError("--plan and --resume exclude each other", f"lumiere runs show {resume} shows its config")
-        if plan and print_config:
-            raise LumiereError("--plan and --print-config exclude each other", "use one of them")
+        refuse_both(*given({"--plan": plan, "--print-config": print_config}))
         if resume is not None:
             if config or print_config:
                 hint = f"use: lumiere train --resume {resume}"
