@@ -16,7 +16,6 @@ from typer import Argument, Option
 
 from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.errors import LumiereError
-from lumiere.persistence.checkpoint_manager import checkpoint_names
 from lumiere.persistence.runs import RunStore
 
 HARMLESS = re.compile(r"[\w./%+,-]+")
@@ -63,6 +62,8 @@ def complete_checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the checkpoints of the run on the command line, or of the newest."""
     # Parsing stops at the option without a value, before arguments are named.
     reference = ctx.params.get("run") or next(iter(ctx.args), "latest")
+    from lumiere.persistence.checkpoint_manager import checkpoint_names
+
     return checkpoint_names(RunStore(ctx.params.get("runs_dir")).open(reference))
 
 

@@ -12,14 +12,11 @@ from typing import Any
 
 from lumiere.errors import CheckpointError, LumiereError, nearest
 from lumiere.files import locked, sync_folder
-from lumiere.persistence.checkpoint import read_metadata
-from lumiere.persistence.checkpoint_manager import NAMES, checkpoint_names
 from lumiere.persistence.disk import DISK, Disk
 from lumiere.persistence.metrics import Point, as_number, last_records, point_of, points_at
 from lumiere.persistence.notes import Notes, check_tag, read_notes
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import NAME_PATTERN, Run, RunStore
-from lumiere.persistence.step_folders import find, paths_of, remove
 
 STATUSES = ("running", "finished", "interrupted", "failed", "crashed", "unknown")
 
@@ -243,7 +240,9 @@ class CheckpointFile:
 
 def checkpoint_files(run: Run) -> list[CheckpointFile]:
     """Return the checkpoints of a run, in the order of `CheckpointManager.names`; no tensor is read."""
-    return [_checkpoint_file(run, name) for name in checkpoint_names(run)]
+    from lumiere.persistence.step_folders import checkpoint_names
+
+    return [_checkpoint_file(run, name) for name in checkpoint_names(run.checkpoints_dir)]
 
 
 def disk_bytes(folder: Path, without: Collection[Path] = ()) -> int:
@@ -255,6 +254,9 @@ def disk_bytes(folder: Path, without: Collection[Path] = ()) -> int:
 
 
 def _checkpoint_file(run: Run, name: str) -> CheckpointFile:
+    from lumiere.persistence.checkpoint import read_metadata
+    from lumiere.persistence.step_folders import find
+
     path = find(run.checkpoints_dir, name) or run.checkpoints_dir / name
     try:
         num_bytes = disk_bytes(path) if path.is_dir() else path.stat().st_size
@@ -357,7 +359,7 @@ def parse_keep(keep: str) -> tuple[str, ...]:
     Raises:
         LumiereError: A word is neither a checkpoint nor a step.
     """
-    words = (*NAMES, SNAPSHOTS)
+    words = ("best", "latest", "previous", SNAPSHOTS)
     names = []
     for word in (part.strip() for part in keep.split(",")):
         if re.fullmatch("[0-9]+", word):
@@ -376,7 +378,9 @@ def plan_pruning(run: Run, keep: Collection[str]) -> Pruning:
 
     Runs that are not finished, that would have no checkpoint left, or whose checkpoints are behind a link are skipped.
     """
-    names = checkpoint_names(run)
+    from lumiere.persistence.step_folders import checkpoint_names, paths_of
+
+    names = checkpoint_names(run.checkpoints_dir)
     kept = [name for name in names if name in keep or (SNAPSHOTS in keep and name.startswith("step-"))]
     gone = tuple(name for name in names if name not in kept)
     if run.status != "finished":
@@ -395,6 +399,8 @@ def prune(pruning: Pruning) -> None:
     Raises:
         LumiereError: The run is running by now, or a checkpoint cannot be deleted.
     """
+    from lumiere.persistence.step_folders import remove
+
     run = pruning.run
     check_removable(run)
     with locked(run.path):  # so that no training starts meanwhile

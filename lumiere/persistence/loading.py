@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING
 
 from lumiere.errors import CheckpointError, DataError, LumiereError
 from lumiere.files import parse_json, read_file
-from lumiere.persistence.checkpoint import Checkpoint
-from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.manifest import DAMAGE_HINT
 from lumiere.persistence.runs import Run, RunStore
 
 if TYPE_CHECKING:
@@ -25,6 +22,7 @@ if TYPE_CHECKING:
     from lumiere.data.dataset import Progress, TokenizedCorpus
     from lumiere.data.tokenizer import Tokenizer
     from lumiere.models.transformer import Transformer
+    from lumiere.persistence.checkpoint import Checkpoint
 
     ShowProgress = Callable[[], AbstractContextManager[Callable[[Progress], None] | None]]
 
@@ -153,6 +151,7 @@ def load_weights(config: RunConfig, checkpoint: Checkpoint, name: str) -> Transf
         CheckpointError: The weights belong to another model, or are not finite.
     """
     from lumiere.models.transformer import build_model
+    from lumiere.persistence.manifest import DAMAGE_HINT
 
     check_compatible(config, checkpoint, name)
     if broken := [key for key, weight in checkpoint.model.items() if not weight.isfinite().all()]:
@@ -211,6 +210,9 @@ def check_tokenizer(run: Run, tokenizer: Tokenizer, checkpoint: Checkpoint, name
 
 
 def _load(run: Run, checkpoint: str, config: RunConfig) -> tuple[str, Checkpoint, Transformer]:
+    # Here, because every command imports this module, and few load a checkpoint.
+    from lumiere.persistence.checkpoint_manager import CheckpointManager
+
     manager = CheckpointManager(run.path.parent)
     name = manager.resolve(run, checkpoint)
     loaded = manager.load(run, name, groups=("model",))
