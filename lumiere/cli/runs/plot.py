@@ -59,7 +59,7 @@ def plot_runs(
         save_loss_curves(Path(output), curves, axis)
         show_note(f"wrote {printable(output)}")
         return
-    lines = ["loss, nats per token", *draw(histories, axis, terminal_width()), "", *legend(labels)]
+    lines = ["loss, nats per token", *draw(histories, axis), "", *legend(labels)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -72,7 +72,7 @@ COLORS = (32, 166, 36, 175, 214, 117)
 CHART_HEIGHT = 18
 
 
-def draw(histories: Sequence[History], axis: str, width: int, height: int = CHART_HEIGHT) -> list[str]:
+def draw(histories: Sequence[History], axis: str, height: int = CHART_HEIGHT) -> list[str]:
     """Plot training as lines and validation as marks: in colors if stdout has them, else as letters."""
     from lumiere.cli.terminal_plots import Curve, chart
 
@@ -82,6 +82,7 @@ def draw(histories: Sequence[History], axis: str, width: int, height: int = CHAR
         for i, history in enumerate(histories)
         for points in [history.validation if is_marked else history.training]
     ]
+    width = shutil.get_terminal_size().columns
     return chart(curves, width, height, X_FORMATS[axis], paint if has_dots() else None)
 
 
@@ -103,10 +104,6 @@ def has_dots() -> bool:
 
 def paint(text: str, color: int) -> str:
     return typer.style(text, fg=COLORS[color])
-
-
-def terminal_width() -> int:
-    return shutil.get_terminal_size().columns
 
 
 X_FORMATS: dict[str, Callable[[float], str]] = {

@@ -152,7 +152,7 @@ def view(watched: Watched) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    from lumiere.cli.runs.plot import draw, legend, terminal_width
+    from lumiere.cli.runs.plot import draw, legend
 
     title = Text(watched.run.name, style="bold").append("  ")
     title.append(printable(watched.status), style=STATUS_STYLES.get(watched.status, "dim"))
@@ -168,6 +168,6 @@ def view(watched: Watched) -> "RenderableType":
     parts: list[RenderableType] = [title, Text("  ".join(figures) + watched.time_left)]
     history = watched.history
     if history.training or history.validation:
-        lines = [*draw([history], "step", terminal_width(), CHART_HEIGHT), *legend(["nats per token"])]
+        lines = [*draw([history], "step", CHART_HEIGHT), *legend(["nats per token"])]
         parts.extend(Text.from_ansi(line, no_wrap=True) for line in lines)
     return Group(*parts)
