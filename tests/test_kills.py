@@ -22,7 +22,6 @@ def test_twenty_kills_lose_nothing() -> None:
 BREAK = """
 import runpy, sys
 sys.path.insert(0, {root!r})
-from lumiere import files as atomic
 {how}
 sys.argv = ["kills.py", "--kills", "20"]
 runpy.run_path({program!r}, run_name="__main__")
@@ -30,12 +29,16 @@ runpy.run_path({program!r}, run_name="__main__")
 # Each of them as somebody might write it without thinking.
 BROKEN = {
     "in place": """
-def write_in_place(path, data):
-    with atomic.open(path, "wb") as file:
-        file.write(data)
-atomic.open = open
-from lumiere.persistence import checkpoint
-checkpoint.write_atomically = write_in_place
+from lumiere.persistence import disk
+def copy_in_place(self, old, new):
+    if old.is_dir():
+        old.rename(new)
+    else:
+        with disk.open(new, "wb") as file:
+            file.write(old.read_bytes())
+        old.unlink()
+disk.open = open
+disk.Disk.rename = copy_in_place
 """,
     "no random state": """
 import torch
