@@ -132,6 +132,31 @@ def test_a_save_that_fails_anywhere_leaves_the_checkpoints_and_the_next_one_work
     assert all(os.strerror(28) in error for error in errors)
 
 
+@pytest.mark.parametrize("shards", [False, True], ids=["files", "shards"])
+def test_contents_are_durable_before_a_rename_and_the_name_after(
+    run: Run, shards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, synced, renamed = os.fsync, [], []
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    class RenamingDisk(Disk):
+        def rename(self, old: Path, new: Path) -> None:
+            contents = {path.relative_to(old.parent): path.stat().st_ino for path in (old, *old.rglob("*"))}
+            assert [str(path) for path, inode in contents.items() if inode not in synced] == []
+            synced.clear()
+            super().rename(old, new)
+            assert synced == [new.parent.stat().st_ino]
+            renamed.append(new.name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    # The first save removes nothing, so that no inode is used twice.
+    save(run, ["best", "latest"], 1, RenamingDisk(), shards)
+    assert renamed == ["step-00000001", "pointers.json"]
+
+
 def test_what_no_pointer_names_goes(run: Run) -> None:
     save(run, ["best", "latest"], 1)
     for step in (2, 3, 4):

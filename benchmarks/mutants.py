@@ -1,0 +1,199 @@
+"""Break each guarantee once and see a test fail: `python benchmarks/mutants.py [--only NAME]`.
+
+Each mutation replaces a text that occurs exactly once in a file of the package, in a copy of the checkout, where the
+fast tests of the named files run until the first failure. First they must pass without a mutation. Exits with 1 if a
+mutation survives, if its tests end with anything but a failure, or if its text is not found exactly once.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("lumiere", "tests", "configs", "benchmarks", "pyproject.toml")
+LIMIT_SECONDS = 900
+
+
+class Mutation(NamedTuple):
+    """A defect.
+
+    Attributes:
+        name: The guarantee that it breaks.
+        file: In `lumiere/`, without `.py`.
+        old, new: The text that is replaced, and its replacement.
+        tests: Files in `tests/`, without `.py`, separated by spaces.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+PLACE = "                target = step_folders.place(temporary, stem, disk)\n"
+POINT = "                if names:\n                    step_folders.point(folder, names, target, disk)\n"
+CLEAR = "                step_folders.clear(folder, disk)\n"
+SYNC = "            os.fsync(file.fileno())\n"
+STEPS, STATE, TRAINER = "persistence/test_step_folders", "training/state", "training/trainer"
+
+# fmt: off
+MUTATIONS = [Mutation(*row) for row in (
+    # Saving and resuming
+    ("random-state", STATE, 'torch.set_rng_state(checkpoint.rng["cpu"])', "pass", "training/test_state"),
+    ("optimizer-state", STATE, "self.optimizers.load_state_tensors(checkpoint.optimizer)", "pass",
+     "training/test_state"),
+    ("fsync-file", "persistence/disk", f"            file.flush()\n{SYNC}", "", STEPS),
+    ("fsync-tensors", "persistence/disk", "        self.sync(path)\n", "", STEPS),
+    ("fsync-renamed", "persistence/disk", "        self.sync(new.parent)\n", "", STEPS),
+    ("fsync-names", "persistence/checkpoint_writer", "    disk.sync(folder)\n", "", STEPS),
+    ("fsync-replaced", "files", f"            file.flush()\n{SYNC}", "", "persistence/test_atomic"),
+    ("fsync-folder", "files", "os.fsync(descriptor)", "pass", "persistence/test_atomic"),
+    ("pointers-first", "persistence/checkpoint_manager", PLACE + POINT,
+     POINT.replace("target", "stem") + PLACE, STEPS),
+    ("delete-first", "persistence/checkpoint_manager", PLACE + POINT + CLEAR, PLACE + CLEAR + POINT, STEPS),
+    ("checkpoint-hash", "persistence/checkpoint", "if digest != file.sha256:", "if False:",
+     "persistence/test_checkpoint"),
+    ("tokenizer-of-checkpoint", "persistence/loading", "if saved in (None, tokenizer.fingerprint):", "if True:",
+     "cli/test_hostile_runs"),
+    ("tokenizer-of-resumed", "training/setup", "if exists and setup.corpus", "if False and setup.corpus",
+     "training/test_resume"),
+    ("lock-of-start", "training/run", "stack.enter_context(locked(run.path))", "pass", "training/test_extension"),
+    ("lock-of-resume", "training/run", "    with locked(run.path):\n        # After", "    if True:\n        # After",
+     "training/test_extension"),
+    ("prune-best", "persistence/catalog", "for name in names if name not in kept)",
+     'for name in names if name not in kept or name == "best")', "persistence/test_removal"),
+    # Data
+    ("shuffle-of-epoch", "data/batches", 'key=f"{seed} {epoch}"', 'key=f"{seed}"', "data/test_batches"),
+    ("other-shuffle", "data/batches", "0xBF58476D1CE4E5B9", "0xBF58476D1CE4E5BB", "data/test_permutation"),
+    ("overlap", "data/batches", "return self.context_size + 1 - self.sliding_window_size",
+     "return self.context_size - self.sliding_window_size", "data/test_windows"),
+    ("csv-null", "data/tables", 'yield fields[index] if fields else ""',
+     'yield fields[index].replace("null", "") if fields else ""', "data/test_tables"),
+    ("json-null", "data/tables", 'yield value or ""', "yield str(value)", "data/test_tables"),
+    ("byte-order-mark", "data/text", '"utf-8-sig"', '"utf-8"', "data/test_text"),
+    ("pickle", "persistence/tensor_files", "from safetensors import SafetensorError, safe_open\n",
+     "from safetensors import SafetensorError, safe_open\n\n    __import__('torch').load(path, weights_only=False)\n",
+     "test_no_code_in_data"),
+    # The model
+    ("norm-epsilon", "components/kernels", "mean_square_BT1.add_(epsilon).rsqrt_()", "mean_square_BT1.rsqrt_()",
+     "components/test_layers"),
+    ("norm-of-values", "components/layers", "x_BTE.square().mean(-1, keepdim=True)",
+     "x_BTE.mean(-1, keepdim=True).square()", "components/test_layers"),
+    ("next-key-masked", "components/kernels", "columns_S > positions_BT[..., None]",
+     "columns_S > positions_BT[..., None] + 1", "components/test_kernels"),
+    ("next-key-causal", "components/kernels", ".triu(diagonal=1)", ".triu(diagonal=2)", "components/test_kernels"),
+    ("softmax-scale", "components/kernels", "alpha=d_key**-0.5)", "alpha=1 / d_key)", "components/test_layers"),
+    ("swiglu", "components/layers", "torch.cat([self.gate.weight, self.up.weight])",
+     "torch.cat([self.up.weight, self.gate.weight])", "components/test_layers"),
+    # Training and evaluation
+    ("adamw-decay", "training/optim", '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}',
+     "training/test_optim"),
+    ("muon-decay", "training/optim", 'parameter.mul_(1 - group["lr"] * group["weight_decay"])', "pass",
+     "training/test_optim"),
+    ("clipping", TRAINER, "if grad_norm > limit:", "if False:", "training/test_trainer"),
+    ("average-evaluated", STATE, "if self.average is None:\n            yield", "if True:\n            yield",
+     "training/test_optim"),
+    ("warm-up", "training/schedule", "return step / warmup_steps", "return (step - 1) / warmup_steps",
+     "training/test_schedule"),
+    ("threshold", STATE, "loss < self.stopping_loss - threshold", "loss < self.stopping_loss", "training/test_state"),
+    ("patience", TRAINER, ">= self.settings.patience:", "> self.settings.patience:", "training/test_trainer"),
+    ("accumulation", TRAINER, "part.targets) / batch.num_targets", "part.targets) / (part.targets >= 0).sum()",
+     "training/test_trainer"),
+    ("masked-targets", "components/kernels", "chunk.losses * chunk.is_real for chunk", "chunk.losses for chunk",
+     "evaluation/test_detailed"),
+    ("word-perplexity", "evaluation/loss", "exponential(nats / facts.num_words)", "exponential(loss)",
+     "evaluation/test_detailed"),
+    ("word-perplexity-of-documents", "evaluation/scoring", "np.exp(nats / totals.num_words)", "np.exp(loss)",
+     "evaluation/test_detailed"),
+    # Generation
+    ("top-p", "generation/sampling", "ascending_BV.softmax(-1).cumsum(-1) <=",
+     "(p := ascending_BV.softmax(-1)).cumsum(-1) - p <=", "generation/test_sampling"),
+    ("top-p-of-one-row", "generation/sampling", "if kept and rest <=", "if kept and rest - weight <=",
+     "generation/test_sampling"),
+    ("repetition", "generation/sampling", "logits_BV * self._penalty, logits_BV / self._penalty",
+     "logits_BV / self._penalty, logits_BV * self._penalty", "generation/test_sampling"),
+    ("cache-position", "components/layers", "slice(self.lengths, self.lengths + len(positions))",
+     "slice(max(self.lengths - 1, 0), max(self.lengths - 1, 0) + len(positions))", "generation/test_kv_cache"),
+    ("cache-position-of-one-stream", "generation/kv_cache", "step(tokens[0], lengths[0])",
+     "step(tokens[0], lengths[0] - 1)", "generation/test_kv_cache"),
+    # Interpretability
+    ("lens-norm", "interpret/logit_lens", "unembed(model.final_norm(cache[stage]))", "unembed(cache[stage])",
+     "interpret/test_logit_lens"),
+    ("mean-ablation", "interpret/ablation", "means.get(layer, 0.0)", "0.0", "interpret/test_ablation"),
+    ("induction", "interpret/head_scores", "[torch.zeros_like(same_NTS[..., :1]), same_NTS[..., :-1]]",
+     "[same_NTS[..., 1:], torch.zeros_like(same_NTS[..., :1])]", "interpret/test_head_scores"),
+    ("head-sums", "interpret/logit_attribution", '(activations[f"{name}attn.hook_z"][positions] * direction_PHV)',
+     '(activations[f"{name}attn.hook_v"][positions] * direction_PHV)', "interpret/test_logit_attribution"),
+    # The command line
+    ("control-characters", "errors", "c if c.isprintable() or c in keep else ascii(c)[1:-1]", "c", "test_files"),
+    ("exit-code", "cli/console", "raise typer.Exit(2) from None", "raise typer.Exit(1) from None",
+     "cli/test_bad_input"),
+)]
+# fmt: on
+
+
+def copy_checkout(folder: Path) -> None:
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, tests: Iterable[str]) -> tuple[int, str]:
+    """Return pytest's exit code, or 124 after `LIMIT_SECONDS`, and its output."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *(f"tests/{test}.py" for test in tests)]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        result = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return 124, ""
+    return result.returncode, result.stdout + result.stderr
+
+
+def outcome(mutation: Mutation) -> str:
+    """Return `caught by TEST`, or what went wrong instead."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_checkout(folder)
+        path = folder / "lumiere" / f"{mutation.file}.py"
+        text = path.read_text(encoding="utf-8")
+        if (count := text.count(mutation.old)) != 1:
+            return f"INVALID: its text occurs {count} times in lumiere/{mutation.file}.py"
+        path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        code, output = run_tests(folder, mutation.tests.split())
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
+    if code == 1 and failed:
+        return f"caught by {failed[1]}"
+    return "SURVIVED" if code == 0 else f"ERROR: pytest ended with {code}\n{output[-2000:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", metavar="NAME", choices=[mutation.name for mutation in MUTATIONS])
+    only = parser.parse_args().only
+    chosen = [mutation for mutation in MUTATIONS if only in (None, mutation.name)]
+    with tempfile.TemporaryDirectory() as name:
+        copy_checkout(Path(name))
+        code, output = run_tests(Path(name), sorted({test for mutation in chosen for test in mutation.tests.split()}))
+    if code:
+        raise SystemExit(f"the tests fail without a mutation:\n{output[-2000:]}")
+    num_caught = 0
+    for mutation in chosen:
+        found = outcome(mutation)
+        num_caught += found.startswith("caught")
+        print(f"{mutation.name:30}{found}", flush=True)
+    print(f"{num_caught} of {len(chosen)} caught")
+    sys.exit(num_caught < len(chosen))
+
+
+if __name__ == "__main__":
+    main()
