@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, is_dtensor, rows_of
+from lumiere.errors import CheckpointError
 from lumiere.files import open_file
 from lumiere.persistence.checkpoint import TRAINED, Checkpoint
 from lumiere.persistence.disk import DISK, Disk
@@ -153,19 +154,23 @@ def writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def together(processes: ProcessGroup, work: Callable[[], T]) -> T:
-    """Return what `work` does if it succeeds in every process.
+    """Return what `work` returns if it succeeds in every process.
 
     Raises:
-        OSError: In all of them, because it failed in one.
+        OSError, CheckpointError: What `work` raised here; an OSError if it failed in another process.
     """
     result, problem = None, None
     try:
         result = work()
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         problem = error
-    code = processes.all_reduce_max((problem.errno or errno.EIO) if problem else 0)
+    # Every process takes part, whatever happened in it: the others would wait for it.
+    number = problem.errno if isinstance(problem, OSError) else None
+    code = processes.all_reduce_max((number or errno.EIO) if problem else 0)
+    if problem:
+        raise problem
     if code:
-        raise problem or OSError(code, os.strerror(code))
+        raise OSError(code, os.strerror(code))
     return result  # pyright: ignore[reportReturnType] (no problem, so there is one)
 
 

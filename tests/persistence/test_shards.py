@@ -20,7 +20,7 @@ from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, load_outline, read_metadata
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.checkpoint_writer import write_checkpoint
+from lumiere.persistence.checkpoint_writer import together, write_checkpoint
 from lumiere.persistence.disk import Disk
 from lumiere.persistence.runs import RunStore
 from tests.persistence.shards import METADATA, assert_same, flip, make_folder, whole_tensors
@@ -91,6 +91,24 @@ def test_only_rows_may_be_sharded(tmp_path: Path) -> None:
     columns = distribute_tensor(torch.ones(5, 2), init_device_mesh("cpu", (1,)), [Shard(1)])
     with pytest.raises(ValueError, match="rows"):
         write_checkpoint(tmp_path / "best", Checkpoint({"weight": columns}), SINGLE_PROCESS)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), CheckpointError("damaged")])
+def test_no_process_waits_for_one_that_failed(error: Exception) -> None:
+    """A process that fails still tells the others, whichever error it has."""
+    sent: list[int] = []
+
+    class Recording(ProcessGroup):
+        def all_reduce_max(self, value: int) -> int:
+            sent.append(value)
+            return value
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        together(Recording(), fail)
+    assert sent == [errno.ENOSPC if isinstance(error, OSError) else errno.EIO]
 
 
 class BrokenDisk(Disk):
