@@ -51,10 +51,3 @@ def seal(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(contents, sort_keys=True, separators=(",", ":"))
     sealed = contents | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
     (folder / "checkpoint.json").write_text(json.dumps(sealed, indent=1))
-
-
-def flip(path: Path) -> None:
-    """Change the last bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)

@@ -285,7 +285,6 @@ def _file_stats(folder: Path, without: Collection[Path]) -> Iterator[os.stat_res
 
 
 ASIDE_PATTERN = re.compile(rf"\.removed\.{NAME_PATTERN.pattern}\.[0-9a-f]{{8}}")
-SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True)
@@ -359,7 +358,9 @@ def parse_keep(keep: str) -> tuple[str, ...]:
     Raises:
         LumiereError: A word is neither a checkpoint nor a step.
     """
-    words = ("best", "latest", "previous", SNAPSHOTS)
+    from lumiere.persistence.step_folders import NAMES, SNAPSHOTS
+
+    words = (*NAMES, SNAPSHOTS)
     names = []
     for word in (part.strip() for part in keep.split(",")):
         if re.fullmatch("[0-9]+", word):
@@ -378,7 +379,7 @@ def plan_pruning(run: Run, keep: Collection[str]) -> Pruning:
 
     Runs that are not finished, that would have no checkpoint left, or whose checkpoints are behind a link are skipped.
     """
-    from lumiere.persistence.step_folders import checkpoint_names, paths_of
+    from lumiere.persistence.step_folders import SNAPSHOTS, checkpoint_names, paths_of
 
     names = checkpoint_names(run.checkpoints_dir)
     kept = [name for name in names if name in keep or (SNAPSHOTS in keep and name.startswith("step-"))]

@@ -19,9 +19,9 @@ from lumiere.errors import CheckpointError, shortened
 from lumiere.files import parse_json, read_file
 from lumiere.persistence import format_1
 from lumiere.persistence.disk import DISK, Disk
+from lumiere.persistence.format_1 import NAMES
 from lumiere.persistence.manifest import MANIFEST_NAME, read_format
 
-NAMES = ("best", "latest", "previous")
 SNAPSHOTS = "snapshots"
 POINTERS_NAME = "pointers.json"
 MAX_POINTERS_BYTES = 10_000  # ours have 80

@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tests.checkpoints import seal
+
 Shards = dict[str, tuple[int, Tensor]]
 """The tensors of a file: the first row of each, and its rows."""
 
@@ -80,13 +82,6 @@ def read(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / "checkpoint.json").read_text())
     del manifest["sha256"]
     return manifest
-
-
-def seal(folder: Path, manifest: Any) -> None:
-    """Writes the manifest with the hash that fits it."""
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    sealed = {**manifest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    (folder / "checkpoint.json").write_text(json.dumps(sealed, indent=1))
 
 
 def flip(name: str) -> Callable[[Path], object]:

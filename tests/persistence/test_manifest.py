@@ -14,7 +14,8 @@ from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint
 from lumiere.persistence.checkpoint_writer import write_checkpoint
 from lumiere.persistence.manifest import MANIFEST_NAME, read_manifest
-from tests.persistence.shards import flip, make_folder, read, seal, shared_out
+from tests.checkpoints import seal
+from tests.persistence.shards import flip, make_folder, read, shared_out
 
 
 @pytest.fixture
