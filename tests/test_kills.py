@@ -28,17 +28,14 @@ runpy.run_path({program!r}, run_name="__main__")
 """
 # Each of them as somebody might write it without thinking.
 BROKEN = {
-    "in place": """
-from lumiere.persistence import disk
-def copy_in_place(self, old, new):
-    if old.is_dir():
-        old.rename(new)
-    else:
-        with disk.open(new, "wb") as file:
-            file.write(old.read_bytes())
-        old.unlink()
-disk.open = open
-disk.Disk.rename = copy_in_place
+    "pointers first": """
+from lumiere.persistence import checkpoint_manager, step_folders
+write_checkpoint = checkpoint_manager.write_checkpoint
+def point_first(folder, checkpoint, *rest):
+    if folder.parent.name == "checkpoints":
+        step_folders.point(folder.parent, ["latest"], step_folders.snapshot_name(checkpoint.step))
+    write_checkpoint(folder, checkpoint, *rest)
+checkpoint_manager.write_checkpoint = point_first
 """,
     "no random state": """
 import torch
@@ -64,4 +61,4 @@ def test_what_is_broken_on_purpose_is_found(how: str) -> None:
     program = BREAK.format(root=root, how=BROKEN[how], program=str(PROGRAM))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 1, result.stdout
-    assert "is damaged" in result.stderr or "is not what it would have been" in result.stderr, result.stderr
+    assert "no checkpoint" in result.stderr or "is not what it would have been" in result.stderr, result.stderr
