@@ -10,7 +10,6 @@ Processes are forks of this one, which has loaded torch already: a kill then tak
 """
 
 import argparse
-import builtins
 import contextlib
 import json
 import os
@@ -21,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 
@@ -75,8 +74,7 @@ def in_child(act: Callable[[], int], hold_at: tuple[str, int] | None = None) -> 
 
 def hold(stage: str, number: int, pipe: int) -> None:
     """Suspend this process when it reaches a stage of writing a file for the `number`-th time."""
-    from lumiere import files as atomic
-    from lumiere.persistence import disk
+    from lumiere.files import Disk
 
     left = number
 
@@ -97,35 +95,21 @@ def hold(stage: str, number: int, pipe: int) -> None:
 
         return call
 
-    class SlowFile:
-        """A file whose writing can be interrupted in the middle."""
-
-        def __init__(self, file: Any) -> None:
-            self._file = file
-
-        def __enter__(self) -> "SlowFile":
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self._file.close()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._file, name)
-
-        def write(self, data: bytes) -> None:
-            come_to("write")
-            self._file.write(data[: len(data) // 2])
-            self._file.flush()
+    @contextlib.contextmanager
+    def new_file_slowly(self: Disk, path: Path) -> Iterator[BinaryIO]:
+        come_to("write")
+        with new_file(self, path) as file:
+            yield file
+            file.flush()
+            data = path.read_bytes()
+            file.truncate(len(data) // 2)
             come_to("half")
-            self._file.write(data[len(data) // 2 :])
+            file.seek(len(data) // 2)
+            file.write(data[len(data) // 2 :])
+            file.flush()
             come_to("written")
 
-    def open_slowly(*arguments: Any, **options: Any) -> Any:
-        if arguments[1] == "rb":
-            return builtins.open(*arguments, **options)
-        return SlowFile(builtins.open(*arguments, **options))
-
-    def write_slowly(self: Any, path: Path, tensors: Any, metadata: Any) -> None:
+    def write_slowly(self: Disk, path: Path, tensors: Any, metadata: Any) -> None:
         # Safetensors writes beside the path, then renames: a kill leaves a part of a file there.
         part = path.with_name(".tmp0a1b2c")
         part.write_bytes(b"half")
@@ -133,11 +117,10 @@ def hold(stage: str, number: int, pipe: int) -> None:
         part.unlink()
         write_tensors(self, path, tensors, metadata)
 
-    write_tensors, disk.Disk.write_tensors = disk.Disk.write_tensors, write_slowly
-    for module in (atomic, disk):
-        setattr(module, "open", open_slowly)  # noqa: B010 (the modules do not define this name)
-    os.fsync = around(os.fsync, "fsync", "fsynced")
-    os.replace = around(os.replace, "replace", "replaced")
+    new_file, Disk.new_file = Disk.new_file, new_file_slowly
+    write_tensors, Disk.write_tensors = Disk.write_tensors, write_slowly
+    Disk.fsync = around(Disk.fsync, "fsync", "fsynced")
+    Disk.rename = around(Disk.rename, "replace", "replaced")
     os.unlink = around(os.unlink, "unlink")
 
 

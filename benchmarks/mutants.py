@@ -41,7 +41,6 @@ class Mutation(NamedTuple):
 PLACE = "                target = step_folders.place(temporary, stem, disk)\n"
 POINT = "                if names:\n                    step_folders.point(folder, names, target, disk)\n"
 CLEAR = "                step_folders.clear(folder, disk)\n"
-SYNC = "            os.fsync(file.fileno())\n"
 STEPS, STATE, TRAINER = "persistence/test_step_folders", "training/state", "training/trainer"
 
 # fmt: off
@@ -50,12 +49,11 @@ MUTATIONS = [Mutation(*row) for row in (
     ("random-state", STATE, 'torch.set_rng_state(checkpoint.rng["cpu"])', "pass", "training/test_state"),
     ("optimizer-state", STATE, "self.optimizers.load_state_tensors(checkpoint.optimizer)", "pass",
      "training/test_state"),
-    ("fsync-file", "persistence/disk", f"            file.flush()\n{SYNC}", "", STEPS),
-    ("fsync-tensors", "persistence/disk", "        self.sync(path)\n", "", STEPS),
-    ("fsync-renamed", "persistence/disk", "        self.sync(new.parent)\n", "", STEPS),
-    ("fsync-names", "persistence/checkpoint_writer", "    disk.sync(folder)\n", "", STEPS),
-    ("fsync-replaced", "files", f"            file.flush()\n{SYNC}", "", "persistence/test_atomic"),
-    ("fsync-folder", "files", "os.fsync(descriptor)", "pass", "persistence/test_atomic"),
+    ("fsync-file", "files", "            self.fsync(file.fileno())\n", "", STEPS),
+    ("fsync-tensors", "files", "        self.sync(path)\n", "", STEPS),
+    ("fsync-renamed", "files", "        self.sync(new.parent)\n", "", STEPS),
+    ("fsync-folder", "files", "            self.fsync(descriptor)\n", "            pass\n", "persistence/test_atomic"),
+    ("fsync-system", "files", "        os.fsync(descriptor)\n", "        pass\n", "persistence/test_atomic"),
     ("pointers-first", "persistence/checkpoint_manager", PLACE + POINT,
      POINT.replace("target", "stem") + PLACE, STEPS),
     ("delete-first", "persistence/checkpoint_manager", PLACE + POINT + CLEAR, PLACE + CLEAR + POINT, STEPS),

@@ -1,20 +1,27 @@
-"""Read untrusted files, replace files atomically, and lock a run's folder.
+"""Read untrusted files, write files durably, and lock a run's folder.
 
 Reads are bounded, open only regular files, and accept only strict JSON. A write leaves either the old file or the
 complete new one, even after a power failure. Importing this module loads only the standard library.
 """
 
+from __future__ import annotations
+
 import errno
 import json
 import math
 import os
+import re
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lumiere.errors import LumiereError, RunBusyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_DEPTH = 32  # of nested lists and mappings; ours have 5
 MAX_INTEGER = 2**63 - 1
@@ -123,52 +130,95 @@ UNSUPPORTED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
 """Errors of fsync on a directory by file systems that do not support it (some network and FUSE file systems)."""
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that neither a reader nor a crash ever sees part of it.
+class Disk:
+    """File operations that are durable when they return. Tests pass a disk that fails, or that is watched.
 
-    Raises:
-        OSError: It cannot be written. The old file is untouched until the replacement.
+    All methods raise OSError.
     """
-    with replacing(path) as file:
-        file.write(data)
 
+    def make_folder(self, path: Path, exist_ok: bool = False) -> None:
+        path.mkdir(parents=True, exist_ok=exist_ok)
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a new file that replaces the one at `path` when the block ends without an error.
+    def check_room(self, folder: Path, num_bytes: float) -> None:
+        """Check that a file system has room before the first byte: a full disk affects other programs too."""
+        if shutil.disk_usage(folder).free < num_bytes:
+            raise OSError(errno.ENOSPC, f"it takes {num_bytes / 1e6:,.1f} MB, more than are free")
 
-    Raises:
-        OSError: As `write_atomically`.
-    """
-    import secrets
+    def write(self, path: str | Path, data: bytes) -> None:
+        """Write a file so that neither a reader nor a crash ever sees part of it. An existing file is replaced."""
+        with self.replacing(path) as file:
+            file.write(data)
 
-    path = Path(path)
-    # Next to the target, because a replacement is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
+    @contextmanager
+    def replacing(self, path: str | Path) -> Iterator[BinaryIO]:
+        """Open a new file that replaces the one at `path` when the block ends without an error."""
+        import secrets
+
+        path = Path(path)
+        # Next to the target, because a replacement is atomic only within one file system.
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with self.new_file(temporary) as file:
+                yield file
+            self.rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def new_file(self, path: Path) -> Iterator[BinaryIO]:
+        """Open a new file, whose contents are durable when the block ends."""
+        with open(path, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+            self.fsync(file.fileno())
 
+    def write_tensors(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a new safetensors file, without a copy of its tensors in memory."""
+        import safetensors.torch
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable if the file system supports it; Windows does so by itself."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+        try:
+            safetensors.torch.save_file(dict(tensors), path, dict(metadata))
+        except safetensors.SafetensorError as error:
+            code = re.search(r"os error ([0-9]+)", str(error))
+            raise OSError(
+                int(code[1]) if code else errno.EIO, os.strerror(int(code[1])) if code else str(error)
+            ) from error
+        # Safetensors makes it readable by its owner alone; the folder's mode shows what the user's umask allows.
+        path.chmod(path.parent.stat().st_mode & 0o666)
+        self.sync(path)
+
+    def sync(self, path: Path) -> None:
+        """Make a file's contents durable, or the names in a folder if the file system supports it."""
+        is_folder = path.is_dir()
+        if is_folder and os.name == "nt":  # Windows does so by itself
+            return
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            self.fsync(descriptor)
+        except OSError as error:
+            if not is_folder or error.errno not in UNSUPPORTED:
+                raise
+        finally:
+            os.close(descriptor)
+
+    def fsync(self, descriptor: int) -> None:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    finally:
-        os.close(descriptor)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Rename a file or a folder. An existing file is replaced."""
+        os.replace(old, new)
+        self.sync(new.parent)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, a folder with its contents, or a link, but not what that points to."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+DISK = Disk()
 
 
 def unwritable(path: str | Path, error: OSError) -> LumiereError:

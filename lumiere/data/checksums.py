@@ -12,7 +12,7 @@ from typing import cast
 
 import platformdirs
 
-from lumiere.files import open_file, parse_json, read_file, write_atomically
+from lumiere.files import DISK, open_file, parse_json, read_file
 
 CHECKSUMS = "checksums.json"
 MAX_RECORD_BYTES = 10_000
@@ -58,7 +58,7 @@ def file_sha256(path: str | Path, fresh: bool = False) -> str:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Replace a small JSON file atomically; other processes may read or write it at the same time."""
-    write_atomically(path, json.dumps(value).encode())
+    DISK.write(path, json.dumps(value).encode())
 
 
 def checksums_of(folder: Path, fresh: bool = False) -> dict[str, str]:

@@ -37,7 +37,7 @@ from lumiere.data.sources import SPLITS
 from lumiere.data.text import Part, parts
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import DataError, LumiereError, shortened
-from lumiere.files import open_file, parse_json, read_file, write_atomically
+from lumiere.files import DISK, open_file, parse_json, read_file
 
 CACHE_FORMAT = 2
 MAX_FACTS_BYTES = 10_000
@@ -240,7 +240,7 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback)
             settings.normalizer,
             emit=lambda num_bytes: emit(Progress("training the tokenizer", num_bytes=num_bytes)),
         )
-        write_atomically(path, tokenizer.to_json().encode())
+        DISK.write(path, tokenizer.to_json().encode())
     # Loaded even if it was just trained, so that a resumed pass gives the same ids.
     tokenizer = Tokenizer.load(path)
     facts = {}
@@ -256,7 +256,7 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback)
         if rows.num_empty:
             note = f"{split}: skipped {rows.num_empty:,} of {rows.num_rows:,} rows, which are empty"
             emit(Progress(note, is_note=True))
-    write_atomically(folder / "splits.json", json.dumps(facts, indent=2).encode())
+    DISK.write(folder / "splits.json", json.dumps(facts, indent=2).encode())
     # An interrupted write leaves its temporary file.
     for path in (*folder.glob("*.journal"), *folder.glob(".*.tmp")):
         path.unlink()

@@ -1,6 +1,5 @@
 """Write a model for another library, and only if the written files compute the model's logits."""
 
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lumiere.errors import FailedCheckError, LumiereError
 from lumiere.export.transformer_lens import check_by_equations, check_by_loading, folder_files, sample_tokens
-from lumiere.files import sync_folder, write_atomically
+from lumiere.files import DISK
 from lumiere.interpret.result import Receipt
 from lumiere.models.transformer import Transformer
 
@@ -72,7 +71,7 @@ def export_model(
     files = target.files(model, tokenizer_json, tokens_BT, origin)
     with new_folder(folder) as staging:
         for name, data in files.items():
-            write_atomically(staging / name, data)
+            DISK.write(staging / name, data)
         found = [check(staging, model) for check in target.checks]
         receipts = tuple(receipt for receipt in found if receipt is not None)
         for receipt in receipts:
@@ -118,11 +117,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         staging.mkdir()
         yield staging
-        sync_folder(staging)
+        DISK.sync(staging)
         if target.is_dir():
             target.rmdir()  # fails if a file has appeared in it
-        os.rename(staging, target)
-        sync_folder(target.parent)
+        DISK.rename(staging, target)
     except OSError as error:
         raise LumiereError(
             f"{str(path)!r} cannot be written: {error.strerror or error}", "free some space, or choose another folder"

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lumiere.errors import CheckpointError, LumiereError, nearest
-from lumiere.files import locked, sync_folder
-from lumiere.persistence.disk import DISK, Disk
+from lumiere.files import locked
 from lumiere.persistence.metrics import Point, as_number, last_records, point_of, points_at
 from lumiere.persistence.notes import Notes, check_tag, read_notes
 from lumiere.persistence.record import RunRecord
@@ -313,7 +312,7 @@ def check_removable(run: Run) -> None:
         raise run.busy(run.record)
 
 
-def remove_run(run: Run, disk: Disk = DISK) -> None:
+def remove_run(run: Run) -> None:
     """Delete a run; if it is a link, delete the link.
 
     The folder is first renamed to a name that is not a run's, so that a kill leaves no half run; `remove_leftovers`
@@ -329,9 +328,8 @@ def remove_run(run: Run, disk: Disk = DISK) -> None:
     try:
         with locked(run.path):  # so that no training starts meanwhile
             run.check_not_elsewhere()
-            os.rename(run.path, aside)
-        sync_folder(run.path.parent)
-        disk.remove(aside)
+            run.disk.rename(run.path, aside)
+        run.disk.remove(aside)
     except OSError as error:
         raise LumiereError(
             f"run {run.id} cannot be removed: {error.strerror or error}", f"check the permissions of {run.path.parent}/"
@@ -347,7 +345,7 @@ def remove_leftovers(store: RunStore) -> None:
     for name in names:
         if ASIDE_PATTERN.fullmatch(name):
             try:
-                DISK.remove(store.runs_dir / name)
+                store.disk.remove(store.runs_dir / name)
             except OSError:
                 continue
 
@@ -407,7 +405,7 @@ def prune(pruning: Pruning) -> None:
     with locked(run.path):  # so that no training starts meanwhile
         run.check_not_elsewhere()
         try:
-            remove(run.checkpoints_dir, pruning.names)
+            remove(run.checkpoints_dir, pruning.names, run.disk)
         except OSError as error:
             raise LumiereError(
                 f"checkpoints of run {run.id} cannot be deleted: {error.strerror}",

@@ -14,7 +14,6 @@ from lumiere.errors import CheckpointError, nearest
 from lumiere.persistence import step_folders
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, load_outline
 from lumiere.persistence.checkpoint_writer import together, write_checkpoint
-from lumiere.persistence.disk import DISK, Disk
 from lumiere.persistence.manifest import GROUPS, missing
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.persistence.step_folders import NAMES, SNAPSHOTS, snapshot_name, snapshot_step
@@ -38,12 +37,10 @@ class CheckpointManager:
 
     Args:
         runs_dir: The folder of the runs, as for `RunStore`.
-        disk: The file operations of a save.
     """
 
-    def __init__(self, runs_dir: Path | str | None = None, disk: Disk = DISK) -> None:
+    def __init__(self, runs_dir: Path | str | None = None) -> None:
         self._store = RunStore(runs_dir)
-        self._disk = disk
 
     def save(
         self,
@@ -71,7 +68,7 @@ class CheckpointManager:
             names, parent = [], folder / SNAPSHOTS
         elif not set(names) <= {"best", "latest"}:
             raise ValueError(f"{names} are not names for a checkpoint of step {checkpoint.step}: best, latest, {stem}")
-        group, disk = processes or SINGLE_PROCESS, self._disk
+        group, disk = processes or SINGLE_PROCESS, run.disk
         token = group.broadcast_text(secrets.token_hex(4) if group.rank == 0 else None)
         temporary = step_folders.temporary_path(parent, stem, token)
 
@@ -190,7 +187,7 @@ class CheckpointManager:
         run = self._open(run)
         names = tuple(self._full_name(run, name) for name in names)
         try:
-            step_folders.remove(run.checkpoints_dir, names, self._disk)
+            step_folders.remove(run.checkpoints_dir, names, run.disk)
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {', '.join(names)} of run {run.id} cannot be deleted: {error.strerror or error}",

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, is_dtensor, rows_of
 from lumiere.errors import CheckpointError
-from lumiere.files import open_file
+from lumiere.files import DISK, Disk, open_file
 from lumiere.persistence.checkpoint import TRAINED, Checkpoint
-from lumiere.persistence.disk import DISK, Disk
 from lumiere.persistence.manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -198,7 +197,7 @@ def _finish(
     written: list[tuple[FileEntry, dict[str, tuple[int, int]]]],
     disk: Disk,
 ) -> None:
-    """Write the manifest, and make the names in the folder durable."""
+    """Write the manifest; the folder is durable then, with all its names."""
     shards = {name: [Shard(i, *rows[name]) for i, (_, rows) in enumerate(written) if name in rows] for name in tensors}
     entries = {
         name: TensorEntry(
@@ -212,4 +211,3 @@ def _finish(
     if len(data) > MAX_BYTES:
         raise OSError(errno.EFBIG, f"{MANIFEST_NAME} would have {len(data):,} bytes, too many to be read again")
     disk.write(folder / MANIFEST_NAME, data)
-    disk.sync(folder)

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from lumiere.errors import LumiereError
-from lumiere.files import open_file, parse_json, replacing, unwritable, writing
+from lumiere.files import DISK, Disk, open_file, parse_json, unwritable, writing
 
 MAX_LINE_BYTES = 100_000
 BLOCK_BYTES = 1 << 20  # written at once
@@ -82,7 +82,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [record for _, record in _read_lines(Path(path))]
 
 
-def truncate_metrics(path: str | Path, last_step: int) -> None:
+def truncate_metrics(path: str | Path, last_step: int, disk: Disk = DISK) -> None:
     """Remove the lines after `last_step`, and an incomplete last line, so that a resumed run can append.
 
     Raises:
@@ -93,7 +93,7 @@ def truncate_metrics(path: str | Path, last_step: int) -> None:
         return
     # In blocks: the file of a long run has gigabytes.
     block = bytearray()
-    with writing(path), replacing(path) as file:
+    with writing(path), disk.replacing(path) as file:
         for line, record in _read_lines(path):
             if record["step"] <= last_step:
                 block += line + b"\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lumiere.errors import LumiereError, nearest, printable
-from lumiere.files import parse_json, read_file, write_atomically
+from lumiere.files import parse_json, read_file
 from lumiere.persistence.metrics import as_number, to_json
 from lumiere.persistence.runs import Run
 
@@ -122,7 +122,7 @@ def _write(run: Run, notes: Notes) -> Notes:
     path = run.path / NOTES_NAME
     values = {"tags": list(notes.tags), "note": notes.text}
     try:
-        write_atomically(path, (to_json(values, indent=2) + "\n").encode())
+        run.disk.write(path, (to_json(values, indent=2) + "\n").encode())
     except OSError as error:
         raise LumiereError(f"{str(path)!r} cannot be written: {error.strerror}", "check the folder") from None
     return notes
@@ -178,7 +178,7 @@ def save_evaluation(run: Run, name: str, values: Mapping[str, Any]) -> Path:
         raise LumiereError(f"{str(folder)!r} is a link", "remove it: evaluations are stored in the run's own folder")
     try:
         folder.mkdir(exist_ok=True)
-        write_atomically(path, (to_json(values) + "\n").encode())
+        run.disk.write(path, (to_json(values) + "\n").encode())
     except OSError as error:
         raise LumiereError(
             f"{str(path)!r} cannot be written: {error.strerror or error}", "make room or check the folder"

@@ -10,13 +10,13 @@ import os
 import re
 import shlex
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumiere.errors import LumiereError, RunBusyError, RunNotFoundError, nearest
-from lumiere.files import parse_json, read_file, write_atomically, writing
+from lumiere.files import DISK, Disk, parse_json, read_file, writing
 from lumiere.persistence.metrics import to_json
 from lumiere.persistence.record import RunRecord
 
@@ -55,9 +55,14 @@ Each folder `run_<id>_<date>_<time>` is one training run:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a folder named by its id and the local time of its start."""
+    """One training run: a folder named by its id and the local time of its start.
+
+    Attributes:
+        disk: The operations that change its files.
+    """
 
     path: Path
+    disk: Disk = field(default=DISK, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -150,7 +155,7 @@ class Run:
                 if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EFBIG):
                     raise
                 record = fields
-            write_atomically(self.record_path, (to_json(record, indent=2) + "\n").encode())
+            self.disk.write(self.record_path, (to_json(record, indent=2) + "\n").encode())
 
     def load_config(self) -> RunConfig:
         """Return the complete config that the run was started with."""
@@ -203,9 +208,11 @@ class RunStore:
 
     Args:
         runs_dir: The folder. Default: `LUMIERE_RUNS_DIR`, or `runs` in the current folder.
+        disk: The operations that change files.
     """
 
-    def __init__(self, runs_dir: Path | str | None = None) -> None:
+    def __init__(self, runs_dir: Path | str | None = None, disk: Disk = DISK) -> None:
+        self.disk = disk
         self.runs_dir = Path(runs_dir or os.environ.get("LUMIERE_RUNS_DIR") or "runs")
 
     def create(self, now: datetime | None = None) -> Run:
@@ -224,17 +231,17 @@ class RunStore:
             self._make_folder()
             while True:
                 run_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
-                run = Run(self.runs_dir / f"run_{run_id}_{timestamp}")
+                run = Run(self.runs_dir / f"run_{run_id}_{timestamp}", self.disk)
                 if run_id in {other.id for other in self.all()}:
                     continue
                 try:
-                    os.mkdir(run.path)
+                    self.disk.make_folder(run.path)
                 except FileExistsError:  # another process was faster
                     continue
                 try:
-                    os.mkdir(run.checkpoints_dir)
+                    self.disk.make_folder(run.checkpoints_dir)
                 except OSError:
-                    os.rmdir(run.path)
+                    run.path.rmdir()
                     raise
                 return run
         except OSError as error:
@@ -256,7 +263,7 @@ class RunStore:
                     (run.created_at, written_at, run.name, run)
                     for entry in entries
                     if _is_run_name(entry.name) and (written_at := _written_at(entry)) is not None
-                    for run in [Run(self.runs_dir / entry.name)]
+                    for run in [Run(self.runs_dir / entry.name, self.disk)]
                 ]
         except FileNotFoundError:
             return []
@@ -298,14 +305,14 @@ class RunStore:
         return f"did you mean {guess}?" if guess else "lumiere runs ls lists them"
 
     def _make_folder(self) -> None:
-        self.runs_dir.mkdir(parents=True, exist_ok=True)
+        self.disk.make_folder(self.runs_dir, exist_ok=True)
         # Only into an empty folder: our .gitignore must not hide a user's other files.
         if any(self.runs_dir.iterdir()):
             return
         files = {self.runs_dir / ".gitignore": b"*\n", self.runs_dir / "README.md": FOLDER_README.encode()}
         try:
             for path, text in files.items():
-                write_atomically(path, text)
+                self.disk.write(path, text)
         except OSError:
             for path in files:  # one alone would look like the user's folder
                 path.unlink(missing_ok=True)

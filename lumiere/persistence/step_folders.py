@@ -16,9 +16,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from lumiere.errors import CheckpointError, shortened
-from lumiere.files import parse_json, read_file
+from lumiere.files import DISK, Disk, parse_json, read_file
 from lumiere.persistence import format_1
-from lumiere.persistence.disk import DISK, Disk
 from lumiere.persistence.format_1 import NAMES
 from lumiere.persistence.manifest import MANIFEST_NAME, read_format
 
@@ -186,9 +185,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _write_pointers(folder: Path, pointers: Mapping[str, str], disk: Disk) -> None:
-    temporary = temporary_path(folder, "pointers")
-    disk.write(temporary, (json.dumps(pointers) + "\n").encode())
-    disk.rename(temporary, folder / POINTERS_NAME)
+    disk.write(folder / POINTERS_NAME, (json.dumps(pointers) + "\n").encode())
 
 
 def _remove(path: Path, disk: Disk) -> None:

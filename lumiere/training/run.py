@@ -28,10 +28,9 @@ from lumiere.config.loader import dump_config
 from lumiere.config.schema import RunConfig
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, TorchrunGroup, noticing_losses
 from lumiere.errors import CheckpointError, LumiereError
-from lumiere.files import locked, write_atomically, writing
+from lumiere.files import locked, writing
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.disk import DISK
 from lumiere.persistence.liveness import beating, this_process
 from lumiere.persistence.loading import check_compatible
 from lumiere.persistence.manifest import DAMAGE_HINT
@@ -83,7 +82,7 @@ def start(
             record_start(setup, run, processes)
         except BaseException as error:
             with contextlib.suppress(OSError):
-                DISK.remove(run.path)
+                run.disk.remove(run.path)
             if isinstance(error, LumiereError):
                 hint = "make room, or choose another folder with --runs-dir; no run was made"
                 raise LumiereError(error.message, hint) from error
@@ -128,13 +127,13 @@ def resume(
         with writing(run.path):
             remove_leftovers(run)
         # Without a checkpoint, every line goes.
-        truncate_metrics(run.metrics_path, step if checkpoint else -1)
+        truncate_metrics(run.metrics_path, step if checkpoint else -1, run.disk)
         changed = changes(before, setup.config)
         entry = {"at": now(), "step": step, "changed": list(map(str, changed)), "warnings": warnings}
         run.update(resumes=[*run.record.resumes, entry])
         if changed:
             with writing(run.config_path):
-                write_atomically(run.config_path, dump_config(setup.config).encode())
+                run.disk.write(run.config_path, dump_config(setup.config).encode())
         record_start(setup, run, processes)
         return run_training(setup, run, callbacks, checkpoint, name or "", processes)
 
@@ -251,9 +250,9 @@ def check_agreement(facts: Mapping[str, str], processes: ProcessGroup) -> None:
 def write_files(setup: TrainingSetup, run: Run, command: Sequence[str]) -> None:
     """Write the tokenizer, the config and the record of a new run."""
     with writing(run.path):
-        write_atomically(run.tokenizer_path, setup.corpus.tokenizer.to_json().encode())
+        run.disk.write(run.tokenizer_path, setup.corpus.tokenizer.to_json().encode())
         # The config last: a run that has one can be resumed, wherever its process was killed.
-        write_atomically(run.config_path, dump_config(setup.config).encode())
+        run.disk.write(run.config_path, dump_config(setup.config).encode())
     run.update(
         name=run.name,
         created_at=now(),
@@ -382,7 +381,7 @@ def stop_reason(run: Run) -> str | None:
 
 def remove_leftovers(run: Run) -> None:
     """Remove the unfinished files of a process that was killed while it wrote into the run."""
-    clear(run.checkpoints_dir)
+    clear(run.checkpoints_dir, run.disk)
     for leftover in run.path.rglob(".*.tmp"):
         if not leftover.is_dir():
             leftover.unlink(missing_ok=True)

@@ -1,13 +1,15 @@
-"""Disks that are watched, or that fail, for tests of saving."""
+"""Disks that are watched, that fail, or that want everything durable."""
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
-from lumiere.persistence.disk import Disk
+from lumiere.files import Disk
 
 
 class WatchedDisk(Disk):
@@ -16,16 +18,21 @@ class WatchedDisk(Disk):
     def __init__(self, look: Callable[[str], None]) -> None:
         self.look = look
 
-    def make_folder(self, path: Path) -> None:
+    def make_folder(self, path: Path, exist_ok: bool = False) -> None:
         self.look("make_folder")
-        super().make_folder(path)
+        super().make_folder(path, exist_ok)
 
-    def write(self, path: Path, data: bytes) -> None:
-        self.look("write")
-        super().write(path, data[: len(data) // 2])
-        self.look("half")
-        path.unlink()
-        super().write(path, data)
+    @contextmanager
+    def new_file(self, path: Path) -> Iterator[BinaryIO]:
+        self.look("new_file")
+        with super().new_file(path) as file:
+            yield file
+            file.flush()
+            data = path.read_bytes()
+            file.truncate(len(data) // 2)
+            self.look("half")
+            file.seek(len(data) // 2)
+            file.write(data[len(data) // 2 :])
 
     def write_tensors(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         self.look("write_tensors")
@@ -33,9 +40,9 @@ class WatchedDisk(Disk):
         self.look("half")
         super().write_tensors(path, tensors, metadata)
 
-    def sync(self, path: Path) -> None:
-        self.look("sync")
-        super().sync(path)
+    def fsync(self, descriptor: int) -> None:
+        self.look("fsync")
+        super().fsync(descriptor)
 
     def rename(self, old: Path, new: Path) -> None:
         self.look("rename")
@@ -60,3 +67,23 @@ class FailingDisk(WatchedDisk):
         self.count += 1
         if self.count == self.number:
             raise OSError(self.code, os.strerror(self.code))
+
+
+class StrictDisk(Disk):
+    """Checks that contents are durable before a rename, and the new name after it. `renamed` are the new names."""
+
+    def __init__(self) -> None:
+        self.synced: list[int] = []
+        self.renamed: list[str] = []
+
+    def fsync(self, descriptor: int) -> None:
+        super().fsync(descriptor)
+        self.synced.append(os.fstat(descriptor).st_ino)
+
+    def rename(self, old: Path, new: Path) -> None:
+        contents = {path.relative_to(old.parent): path.stat().st_ino for path in (old, *old.rglob("*"))}
+        assert [str(path) for path, inode in contents.items() if inode not in self.synced] == []
+        before = len(self.synced)
+        super().rename(old, new)
+        assert self.synced[before:] == [new.parent.stat().st_ino]
+        self.renamed.append(new.name)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lumiere.errors import CheckpointError
+from lumiere.files import Disk
 from lumiere.persistence import checkpoint as checkpoint_module
 from lumiere.persistence import tensor_files
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, load_outline, read_metadata
 from lumiere.persistence.checkpoint_writer import write_checkpoint
-from lumiere.persistence.disk import Disk
 from lumiere.persistence.manifest import DTYPES
 from tests.persistence.shards import METADATA, assert_same, flip, whole_tensors
 

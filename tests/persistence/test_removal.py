@@ -70,7 +70,7 @@ def test_a_kill_while_deleting_leaves_no_half_run(store: RunStore) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        remove_run(run, WatchedDisk(kill))
+        remove_run(Run(run.path, WatchedDisk(kill)))
     assert store.all() == [kept]
     (leftover,) = store.runs_dir.glob(".removed.*")
     remove_leftovers(store)

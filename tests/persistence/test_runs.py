@@ -28,6 +28,7 @@ from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
+from tests.persistence.disks import FailingDisk
 from tests.persistence.shards import flip
 
 CARD_TIME = datetime(2025, 8, 19, 0, 18, 8)
@@ -359,16 +360,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(model_r
         model_run.load_tokenizer()
 
 
-def test_a_failed_update_keeps_the_record(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
+def test_a_failed_update_keeps_the_record(store: RunStore) -> None:
     run = store.create()
     run.update(status="running")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(LumiereError, match=r"run\.json' cannot be written: No space left"):
-            run.update(status="finished")
+    with pytest.raises(LumiereError, match=r"run\.json' cannot be written: No space left"):
+        Run(run.path, FailingDisk(1)).update(status="finished")
     assert run.record.to_json() == {"status": "running"}
 
 

@@ -18,11 +18,11 @@ from torch.multiprocessing.spawn import spawn
 
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, rows_of
 from lumiere.errors import CheckpointError
+from lumiere.files import Disk
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, load_outline, read_metadata
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.checkpoint_writer import together, write_checkpoint
-from lumiere.persistence.disk import Disk
-from lumiere.persistence.runs import RunStore
+from lumiere.persistence.runs import Run, RunStore
 from tests.persistence.shards import METADATA, assert_same, flip, make_folder, whole_tensors
 
 
@@ -141,7 +141,7 @@ def save_by_three(processes: ProcessGroup, tmp_path: Path) -> None:
     for operation, failing_rank in [("write_tensors", 1), ("check_room", 0), ("write", 0), ("sync", 2), ("rename", 0)]:
         disk = BrokenDisk(operation) if processes.rank == failing_rank else Disk()
         with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
-            CheckpointManager(tmp_path / "runs", disk).save(run, "latest", checkpoint, processes)
+            CheckpointManager().save(Run(run.path, disk), "latest", checkpoint, processes)
         processes.barrier()
         assert not list(run.checkpoints_dir.iterdir()), operation
         processes.barrier()

@@ -1,7 +1,6 @@
 """What every test of training shares; short runs are in `short.py`."""
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 from lumiere import device as device_module
 from lumiere.config.schema import RunConfig
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
+from lumiere.files import Disk
 from lumiere.persistence.runs import Run
 from lumiere.training import run as run_module
 from lumiere.training.events import Callback
@@ -27,7 +27,7 @@ environment_once = functools.cache(environment)
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """What survives a power cut is a matter of tests/persistence, and one look at the machine is enough for all."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(Disk, "fsync", lambda disk, descriptor: None)
     monkeypatch.setattr(run_module, "environment", environment_once)
     monkeypatch.setattr(device_module, "peak_flops", lambda device, dtype: short.PEAK_FLOPS)
 

@@ -9,7 +9,7 @@ from typer import Option
 from lumiere.cli.console import open_model, show_note
 from lumiere.cli.options import Device, RunReference, RunsDir
 from lumiere.errors import LumiereError
-from lumiere.files import write_atomically
+from lumiere.files import DISK
 from lumiere.persistence.loading import open_corpus
 from lumiere.persistence.runs import Run, RunStore
 
@@ -41,7 +41,7 @@ def show_card(
         sys.stdout.write(card)
         return
     try:
-        write_atomically(path, card.encode())
+        DISK.write(path, card.encode())
     except OSError as error:
         raise LumiereError(f"{path} cannot be written: {error.strerror}", "name another file with -o") from None
     show_note(f"wrote {path}")

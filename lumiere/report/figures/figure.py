@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumiere.errors import LumiereError
-from lumiere.files import write_atomically
+from lumiere.files import DISK
 from lumiere.programs import install_command
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def write_output(path: Path, data: bytes) -> None:
         LumiereError: it cannot be written.
     """
     try:
-        write_atomically(path, data)
+        DISK.write(path, data)
     except OSError as error:
         reason = error.strerror or error
         raise LumiereError(f"{str(path)!r} cannot be written: {reason}", "choose another path") from error
