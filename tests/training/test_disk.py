@@ -122,14 +122,16 @@ def attempts(act: Callable[[Disk], object], code: int = errno.ENOSPC) -> Iterato
     """
     for number in itertools.count(1):
         disk = FailingDisk(number, code)
+        error = None
         try:
             act(disk)
-        except LumiereError as error:
-            assert error.hint
-            yield number
-        else:
-            assert disk.count < number, "no failure is ignored"
+        except LumiereError as caught:
+            error = caught
+        if disk.count < number:
             return
+        assert error, "no failure is ignored"
+        assert error.hint
+        yield number
 
 
 def check_nothing_is_left(store: RunStore) -> None:
