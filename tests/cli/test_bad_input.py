@@ -56,7 +56,7 @@ SETTINGS = [
     ("dataset={name: text, data_files: empty.txt}", "holds no text", ""),
     ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'", ""),
     ("dataset={name: parquet, data_files: no-text-column.parquet}", "no column 'text', it has body", ""),
-    ("dataset={name: parquet, data_files: numbers.parquet}", "'text' of dataset 'parquet' holds int64", ""),
+    ("dataset={name: parquet, data_files: numbers.parquet}", "'text' holds int64", ""),
     ("dataset={name: ./corpus}", "has several subsets", ""),
     ("dataset={name: corpus, subset: ome}", "'corpus' has no subset 'ome', it has one, two", "dataset.subset=one"),
     ("training.loggers=tensorbord", "got 'tensorbord'", "did you mean tensorboard?"),
