@@ -221,21 +221,16 @@ class Disk:
 DISK = Disk()
 
 
-def unwritable(path: str | Path, error: OSError) -> LumiereError:
-    """Return the error to raise when a file of a run cannot be written."""
-    return LumiereError(
-        f"{str(path)!r} cannot be written: {error.strerror or error}",
-        "make room or check the folder; lumiere train --resume RUN resumes from the last save",
-    )
+RESUME_HINT = "make room or check the folder; lumiere train --resume RUN resumes from the last save"
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Raise `unwritable(path)` for every OSError of the block."""
+def writing(path: str | Path, hint: str = RESUME_HINT) -> Iterator[None]:
+    """Context that turns every OSError into a LumiereError: the file of a run at `path` cannot be written."""
     try:
         yield
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise LumiereError(f"{str(path)!r} cannot be written: {error.strerror or error}", hint) from error
 
 
 LOCK_NAME = ".lock"

@@ -6,11 +6,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lumiere.errors import CheckpointError, LumiereError, nearest
+from lumiere.errors import CheckpointError, LumiereError, check_choice, nearest
 from lumiere.files import locked
 from lumiere.persistence.metrics import Point, as_number, last_records, point_of, points_at
 from lumiere.persistence.notes import Notes, check_tag, read_notes
@@ -38,22 +39,17 @@ def read_entry(run: Run) -> Entry:
     return Entry(run, status, record, read_notes(run))
 
 
-def _ascending(key: str) -> Callable[[Entry], float]:
-    return lambda entry: math.inf if (value := getattr(entry.record, key)) is None else value
-
-
-def _descending(key: str) -> Callable[[Entry], float]:
-    return lambda entry: math.inf if (value := getattr(entry.record, key)) is None else -value
-
-
-# Unknown values are infinite, and come last in either order. `age` is the order of the store.
 SORTS: dict[str, Callable[[Entry], Any]] = {
-    "age": lambda entry: 0,
-    "loss": _ascending("best_loss"),
-    "steps": _descending("step"),
-    "parameters": _descending("num_parameters"),
+    "age": lambda entry: 0,  # the order of the store
+    "loss": lambda entry: _unknown_last(entry.record.best_loss, 1),
+    "steps": lambda entry: _unknown_last(entry.record.step, -1),
+    "parameters": lambda entry: _unknown_last(entry.record.num_parameters, -1),
     "name": lambda entry: entry.run.name,
 }
+
+
+def _unknown_last(value: float | None, sign: int) -> float:
+    return math.inf if value is None else sign * value
 
 
 def list_runs(
@@ -76,10 +72,10 @@ def list_runs(
         LumiereError: The status or order does not exist, a tag is invalid, or the limit is less than 1.
     """
     for status in statuses:
-        _check_word("status", status, STATUSES)
+        check_choice("status", status, STATUSES)
     for tag in tags:
         check_tag(tag)
-    _check_word("order", sort, SORTS)
+    check_choice("order", sort, SORTS)
     if limit is not None and limit < 1:
         raise LumiereError(f"the limit must be at least 1, not {limit}", "leave --limit out to list all runs")
     entries = map(read_entry, store.all())
@@ -87,13 +83,6 @@ def list_runs(
         entry for entry in entries if (not statuses or entry.status in statuses) and set(tags) <= set(entry.notes.tags)
     ]
     return sorted(wanted, key=SORTS[sort])[:limit]
-
-
-def _check_word(kind: str, word: str, words: Collection[str]) -> None:
-    if word not in words:
-        guess = nearest(word, words)
-        hint = f"did you mean {guess}?" if guess else f"one of {', '.join(words)}"
-        raise LumiereError(f"there is no {kind} {word!a}", hint)
 
 
 @dataclass(frozen=True)
@@ -273,14 +262,10 @@ def _file_stats(folder: Path, without: Collection[Path]) -> Iterator[os.stat_res
         return
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if Path(parent, name) not in without]
-        for name in names:
-            path = Path(parent, name)
-            if path in without:
-                continue
-            try:
-                yield path.lstat()
-            except OSError:  # training removes files meanwhile
-                continue
+        for path in (Path(parent, name) for name in names):
+            with suppress(OSError):  # training removes files meanwhile
+                if path not in without:
+                    yield path.lstat()
 
 
 ASIDE_PATTERN = re.compile(rf"\.removed\.{NAME_PATTERN.pattern}\.[0-9a-f]{{8}}")
@@ -338,16 +323,10 @@ def remove_run(run: Run) -> None:
 
 def remove_leftovers(store: RunStore) -> None:
     """Delete what a killed `remove_run` left; what cannot be deleted stays for the next time."""
-    try:
-        names = os.listdir(store.runs_dir)
-    except OSError:
-        return
-    for name in names:
-        if ASIDE_PATTERN.fullmatch(name):
-            try:
-                store.disk.remove(store.runs_dir / name)
-            except OSError:
-                continue
+    for path in store.runs_dir.glob(".removed.*"):
+        if ASIDE_PATTERN.fullmatch(path.name):
+            with suppress(OSError):
+                store.disk.remove(path)
 
 
 def parse_keep(keep: str) -> tuple[str, ...]:
@@ -398,21 +377,10 @@ def prune(pruning: Pruning) -> None:
     Raises:
         LumiereError: The run is running by now, or a checkpoint cannot be deleted.
     """
-    from lumiere.persistence.step_folders import remove
+    from lumiere.persistence.checkpoint_manager import CheckpointManager
 
     run = pruning.run
     check_removable(run)
     with locked(run.path):  # so that no training starts meanwhile
         run.check_not_elsewhere()
-        try:
-            remove(run.checkpoints_dir, pruning.names, run.disk)
-        except OSError as error:
-            raise LumiereError(
-                f"checkpoints of run {run.id} cannot be deleted: {error.strerror}",
-                f"check the permissions of {run.checkpoints_dir}/",
-            ) from error
-
-
-def distinct(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs in order, each once."""
-    return list(dict.fromkeys(runs))
+        CheckpointManager().remove(run, *pruning.names)

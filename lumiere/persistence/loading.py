@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lumiere.errors import CheckpointError, DataError, LumiereError
+from lumiere.errors import CheckpointError, LumiereError
 from lumiere.files import parse_json, read_file
 from lumiere.persistence.runs import Run, RunStore
 
@@ -90,7 +90,7 @@ def open_model(
     name, loaded, model = _load(run, checkpoint, config)
     if name != checkpoint:
         notify(f"run {run.id} has no checkpoint {checkpoint} yet, {name} is taken")
-    tokenizer = load_tokenizer(run, config)
+    tokenizer = run.load_tokenizer(config)
     check_tokenizer(run, tokenizer, loaded, name)
     return OpenedModel(run, name, loaded.step, config, tokenizer, model.to(target), show_progress)
 
@@ -117,28 +117,8 @@ def load_model(run: Run, checkpoint: str = "best") -> Transformer:
     config = run.load_config()
     name, loaded, model = _load(run, checkpoint, config)
     if run.tokenizer_path.exists():
-        check_tokenizer(run, load_tokenizer(run, config), loaded, name)
+        check_tokenizer(run, run.load_tokenizer(config), loaded, name)
     return model
-
-
-def load_tokenizer(run: Run, config: RunConfig | None = None) -> Tokenizer:
-    """Return the tokenizer that the run was trained with.
-
-    Args:
-        config: The run's config, if it has been read.
-
-    Raises:
-        DataError: It cannot be read, or has more tokens than the model has rows.
-    """
-    from lumiere.data.tokenizer import Tokenizer
-
-    tokenizer, rows = Tokenizer.load(run.tokenizer_path), (config or run.load_config()).tokenizer.vocab_size
-    if len(tokenizer) > rows:
-        raise DataError(
-            f"{str(run.tokenizer_path)!r} has {len(tokenizer):,} tokens, the model in config.yaml {rows:,}",
-            "restore the tokenizer that the run was trained with",
-        )
-    return tokenizer
 
 
 def load_weights(config: RunConfig, checkpoint: Checkpoint, name: str) -> Transformer:

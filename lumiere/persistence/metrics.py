@@ -14,11 +14,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from lumiere.errors import LumiereError
-from lumiere.files import DISK, Disk, open_file, parse_json, unwritable, writing
+from lumiere.files import DISK, Disk, open_file, parse_json, writing
 
 MAX_LINE_BYTES = 100_000
 BLOCK_BYTES = 1 << 20  # written at once
@@ -34,11 +33,9 @@ class MetricsWriter:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        try:
+        with writing(path):
             # Unbuffered: after a failed write, the rest of a buffer would be written later.
             self._file = open(path, "ab", buffering=0, opener=_open_no_link)  # noqa: SIM115 (close() closes it)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line. NaN and infinity, which JSON does not have, become null.
@@ -50,13 +47,10 @@ class MetricsWriter:
         if "step" not in record:
             raise ValueError(f"a metrics record needs a step, it has {', '.join(record) or 'nothing'}")
         line = (to_json(record) + "\n").encode()
-        try:
-            written = self._file.write(line)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
-        # A full disk takes a part of the line; only the next write would fail.
-        if written != len(line):
-            raise unwritable(self._path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        with writing(self._path):
+            # A full disk takes a part of the line; only the next write would fail.
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         with writing(self._path):  # a file server may report a full disk only now
@@ -65,9 +59,7 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

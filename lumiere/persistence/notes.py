@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lumiere.errors import LumiereError, nearest, printable
-from lumiere.files import parse_json, read_file
+from lumiere.files import parse_json, read_file, writing
 from lumiere.persistence.metrics import as_number, to_json
 from lumiere.persistence.runs import Run
 
 NOTES_NAME = "notes.json"
 MAX_NOTES_BYTES = 1_000_000
+HINT = "make room or check the folder"
 TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,40}")
 
 
@@ -121,10 +122,8 @@ def _read_to_change(run: Run) -> Notes:
 def _write(run: Run, notes: Notes) -> Notes:
     path = run.path / NOTES_NAME
     values = {"tags": list(notes.tags), "note": notes.text}
-    try:
+    with writing(path, HINT):
         run.disk.write(path, (to_json(values, indent=2) + "\n").encode())
-    except OSError as error:
-        raise LumiereError(f"{str(path)!r} cannot be written: {error.strerror}", "check the folder") from None
     return notes
 
 
@@ -176,13 +175,9 @@ def save_evaluation(run: Run, name: str, values: Mapping[str, Any]) -> Path:
     path = folder / f"{name}{SUFFIX}"
     if folder.is_symlink():
         raise LumiereError(f"{str(folder)!r} is a link", "remove it: evaluations are stored in the run's own folder")
-    try:
+    with writing(path, HINT):
         folder.mkdir(exist_ok=True)
         run.disk.write(path, (to_json(values) + "\n").encode())
-    except OSError as error:
-        raise LumiereError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}", "make room or check the folder"
-        ) from error
     return path
 
 
@@ -206,17 +201,10 @@ def _read_evaluation(path: Path) -> KeptEvaluation:
         return KeptEvaluation(name, problem=printable(str(error)))
     if not isinstance(values, dict):
         return KeptEvaluation(name, problem="it is not an evaluation")
-
-    def text(key: str) -> str | None:
-        value = values.get(key)
-        return value if isinstance(value, str) else None
-
+    texts = {key: values.get(key) for key in ("checkpoint", "corpus", "corpus_sha256", "protocol")}
     return KeptEvaluation(
         name,
-        text("checkpoint"),
-        as_number(values.get("step")),
-        text("corpus"),
-        text("corpus_sha256"),
-        text("protocol"),
-        {key: as_number(values.get(key)) for key in FIGURES},
+        **{key: value for key, value in texts.items() if isinstance(value, str)},
+        step=as_number(values.get("step")),
+        figures={key: as_number(values.get(key)) for key in FIGURES},
     )

@@ -10,12 +10,13 @@ import os
 import re
 import shlex
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumiere.errors import LumiereError, RunBusyError, RunNotFoundError, nearest
+from lumiere.errors import DataError, LumiereError, RunBusyError, RunNotFoundError, nearest
 from lumiere.files import DISK, Disk, parse_json, read_file, writing
 from lumiere.persistence.metrics import to_json
 from lumiere.persistence.record import RunRecord
@@ -163,15 +164,24 @@ class Run:
 
         return load_config_file(self.config_path)
 
-    def load_tokenizer(self) -> Tokenizer:
+    def load_tokenizer(self, config: RunConfig | None = None) -> Tokenizer:
         """Return the tokenizer that the run was trained with.
+
+        Args:
+            config: The run's config, if it has been read.
 
         Raises:
             DataError: It cannot be read, or has more tokens than the model has rows.
         """
-        from lumiere.persistence.loading import load_tokenizer
+        from lumiere.data.tokenizer import Tokenizer
 
-        return load_tokenizer(self)
+        tokenizer, rows = Tokenizer.load(self.tokenizer_path), (config or self.load_config()).tokenizer.vocab_size
+        if len(tokenizer) > rows:
+            raise DataError(
+                f"{str(self.tokenizer_path)!r} has {len(tokenizer):,} tokens, the model in config.yaml {rows:,}",
+                "restore the tokenizer that the run was trained with",
+            )
+        return tokenizer
 
     def load_model(self, checkpoint: str = "best") -> Transformer:
         """Return the model with the weights of `checkpoint`, on the CPU, in evaluation mode.
@@ -296,6 +306,14 @@ class RunStore:
                 "give more letters of the id, or the full name",
             )
         raise RunNotFoundError(f"no run {reference!r} in {self.runs_dir}/", self._hint(reference, runs))
+
+    def open_all(self, references: Iterable[str]) -> list[Run]:
+        """Return the runs with these references in order, each run once.
+
+        Raises:
+            RunNotFoundError: As `open`.
+        """
+        return list(dict.fromkeys(map(self.open, references)))
 
     def _hint(self, reference: str, runs: list[Run]) -> str:
         if not runs:

@@ -1,6 +1,5 @@
 """Checkpoints by name, as users and the model card call them."""
 
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -10,18 +9,13 @@ from torch import nn
 from lumiere.errors import CheckpointError, RunNotFoundError
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.runs import Run, RunStore
+from lumiere.persistence.runs import Run
 from tests.persistence.shards import flip
 
 
 @pytest.fixture
 def manager(tmp_path: Path) -> CheckpointManager:
     return CheckpointManager(tmp_path / "runs")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return RunStore(tmp_path / "runs").create(datetime(2025, 8, 19, 0, 18, 8))
 
 
 def checkpoint(step: int) -> Checkpoint:

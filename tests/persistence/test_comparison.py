@@ -1,7 +1,6 @@
 """Comparing: what differs, and losses at equal tokens, against values worked out by hand."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +10,6 @@ from lumiere.errors import ConfigError, LumiereError
 from lumiere.persistence.catalog import changed_values, compare, config_values, flatten
 from lumiere.persistence.metrics import MetricsWriter
 from lumiere.persistence.runs import Run, RunStore
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> RunStore:
-    return RunStore(tmp_path / "runs")
 
 
 def make(store: RunStore, config: dict[str, Any], lines: list[tuple[str, int, float]], **record: Any) -> Run:

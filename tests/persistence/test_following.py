@@ -8,11 +8,6 @@ import pytest
 from lumiere.persistence.metrics import MetricsFollower, MetricsWriter, truncate_metrics
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "metrics.jsonl"
-
-
 def append(path: Path, *steps: int, tail: str = "") -> None:
     with MetricsWriter(path) as writer:
         for step in steps:

@@ -23,11 +23,6 @@ from lumiere.persistence.metrics import (
 )
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "metrics.jsonl"
-
-
 def training(step: int, loss: Any = None) -> dict[str, Any]:
     return {
         "step": step,

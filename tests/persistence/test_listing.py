@@ -2,7 +2,6 @@
 
 import json
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +12,6 @@ from lumiere.persistence.notes import add_tags
 from lumiere.persistence.runs import Run, RunStore
 
 START = datetime(2025, 8, 19)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> RunStore:
-    return RunStore(tmp_path / "runs")
 
 
 def make(store: RunStore, *records: dict[str, Any]) -> list[Run]:
@@ -42,16 +36,11 @@ RECORDS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("sort", "expected"),
-    [("age", [3, 2, 1, 0]), ("loss", [2, 3, 0, 1]), ("steps", [1, 2, 0, 3]), ("parameters", [2, 0, 3, 1])],
-)
-def test_sorting_puts_the_unknown_last_and_equals_newest_first(store: RunStore, sort: str, expected: list[int]) -> None:
-    assert order(store, make(store, *RECORDS), sort=sort) == expected
-
-
-def test_sorting_by_name(store: RunStore) -> None:
-    make(store, *RECORDS)
+def test_sorting_puts_the_unknown_last_and_equals_newest_first(store: RunStore) -> None:
+    runs = make(store, *RECORDS)
+    orders = {"age": [3, 2, 1, 0], "loss": [2, 3, 0, 1], "steps": [1, 2, 0, 3], "parameters": [2, 0, 3, 1]}
+    for sort, expected in orders.items():
+        assert order(store, runs, sort=sort) == expected
     names = [entry.run.name for entry in list_runs(store, sort="name")]
     assert names == sorted(names)
 
@@ -82,7 +71,7 @@ def test_records_of_any_type_are_sorted_last(store: RunStore, sort: str, value: 
     ("options", "message", "hint"),
     [
         ({"statuses": ["finishd"]}, "there is no status 'finishd'", "did you mean finished?"),
-        ({"sort": "zzz"}, "there is no order 'zzz'", "one of age, loss, steps, parameters, name"),
+        ({"sort": "zzz"}, "there is no order 'zzz'", "choose one of age, loss, steps, parameters, name"),
         ({"limit": 0}, "the limit must be at least 1, not 0", "leave --limit out to list all runs"),
         ({"tags": ["a b"]}, "'a b' is not a tag", "a tag is 1 to 40 letters, digits, dots, hyphens and underscores"),
     ],

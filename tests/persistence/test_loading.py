@@ -8,12 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumiere.config.loader import validate
+from lumiere.config.loader import dump_config, validate
 from lumiere.config.schema import RunConfig
-from lumiere.errors import CheckpointError
-from lumiere.models.transformer import build_model, empty_model
+from lumiere.data.tokenizer import Tokenizer
+from lumiere.errors import CheckpointError, DataError
+from lumiere.models.transformer import Transformer, build_model, empty_model
 from lumiere.persistence.checkpoint import Checkpoint
+from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.loading import check_compatible, load_weights
+from lumiere.persistence.runs import Run
+from tests.checkpoints import folder_of
+from tests.persistence.shards import flip
 
 MODEL = {
     "embedding_size": 8,
@@ -34,12 +39,6 @@ def config_of(**model: Any) -> RunConfig:
 @pytest.fixture
 def saved() -> Checkpoint:
     return Checkpoint(build_model(config_of()).state_dict(), metadata={"config": config_of().model_dump()})
-
-
-def test_the_weights_come_back_and_the_model_is_ready(saved: Checkpoint) -> None:
-    model = load_weights(config_of(), saved, "it")
-    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.model.items())
-    assert not model.training
 
 
 @pytest.mark.parametrize(
@@ -83,6 +82,56 @@ def test_a_weight_of_another_type_or_shape_is_refused(saved: Checkpoint, change:
     for name, weight in saved.model.items():
         with pytest.raises(CheckpointError, match="does not fit"):
             load_weights(config_of(), replace(saved, model=saved.model | {name: change(weight)}), "it")
+
+
+@pytest.fixture
+def model_run(run: Run) -> Run:
+    run.config_path.write_text(dump_config(config_of()))
+    return run
+
+
+def save_model(run: Run, name: str, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    state = build_model(config_of()).state_dict()
+    rng = {"cpu": torch.zeros(9, dtype=torch.uint8)}
+    CheckpointManager().save(run, name, Checkpoint(state, rng=rng, metadata={"step": seed}))
+    return state
+
+
+def test_a_run_loads_the_weights_of_any_of_its_checkpoints(model_run: Run) -> None:
+    def check(model: Transformer, state: dict[str, Tensor]) -> None:
+        assert not any(module.training for module in model.modules())
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+    latest = save_model(model_run, "latest", seed=1)
+    check(model_run.load_model(), latest)  # there is no `best` yet
+    best, snapshot = save_model(model_run, "best", seed=2), save_model(model_run, "step-00000003", seed=3)
+    # Damage in the rest of a checkpoint does not matter.
+    flip("rng.safetensors")(folder_of(model_run, "best"))
+    for name, state in {"best": best, "latest": latest, "3": snapshot}.items():
+        check(model_run.load_model(name), state)
+
+
+def test_a_model_that_cannot_be_loaded_is_a_clear_error(model_run: Run) -> None:
+    with pytest.raises(CheckpointError, match=f"run {model_run.id} has no checkpoint 'best'"):
+        model_run.load_model()
+    save_model(model_run, "best", seed=1)
+    model_run.config_path.write_text(dump_config(config_of(num_layers=2)))
+    with pytest.raises(CheckpointError, match=r"checkpoint 'best' of run .* does not fit the model in its config"):
+        model_run.load_model()
+
+
+def test_a_run_gives_its_config_and_its_tokenizer_back_if_the_model_has_its_rows(model_run: Run) -> None:
+    assert model_run.load_config() == config_of()
+    texts = ["one story", "one more story"]
+    for size in (259, 262):
+        tokenizer = Tokenizer.train(texts, vocab_size=size, min_frequency=1)
+        model_run.tokenizer_path.write_text(tokenizer.to_json())
+        if size == 259:
+            assert model_run.load_tokenizer().to_json() == tokenizer.to_json()
+        else:
+            with pytest.raises(DataError, match=r"has 262 tokens, the model in config\.yaml 259"):
+                model_run.load_tokenizer()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -22,11 +22,6 @@ from lumiere.persistence.metrics import (
 )
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "metrics.jsonl"
-
-
 def write(path: Path, *steps: int) -> None:
     with MetricsWriter(path) as writer:
         for step in steps:

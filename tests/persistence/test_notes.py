@@ -1,19 +1,13 @@
 """Tags and notes stand beside a run's record, survive damage, and are never half written."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lumiere.errors import LumiereError
 from lumiere.persistence.notes import Notes, add_tags, read_notes, remove_tags, write_note
-from lumiere.persistence.runs import Run, RunStore
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return RunStore(tmp_path / "runs").create()
+from lumiere.persistence.runs import Run
 
 
 def test_tags_keep_their_order_and_come_once(run: Run) -> None:

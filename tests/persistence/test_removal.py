@@ -21,16 +21,11 @@ from lumiere.persistence.catalog import (
     remove_run,
 )
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.persistence.step_folders import find
+from tests.checkpoints import folder_of
 from tests.persistence.disks import WatchedDisk
 from tests.persistence.shards import make_folder
 
 CHECKPOINTS = {"best": 100, "latest": 200, "previous": 300, "step-00000000": 1, "step-00000512": 2}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> RunStore:
-    return RunStore(tmp_path / "runs")
 
 
 def make(store: RunStore, status: str = "finished") -> Run:
@@ -43,12 +38,6 @@ def make(store: RunStore, status: str = "finished") -> Run:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(bytes(size))
     return run
-
-
-def folder_of(run: Run, name: str) -> Path:
-    folder = find(run.checkpoints_dir, name)
-    assert folder is not None
-    return folder
 
 
 def names(run: Run) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,12 @@ from lumiere.errors import CheckpointError
 from lumiere.files import DISK, Disk
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
-from lumiere.persistence.runs import Run, RunStore
+from lumiere.persistence.runs import Run
 from lumiere.persistence.step_folders import clear, read_pointers
 from tests.persistence.disks import FailingDisk, StrictDisk, WatchedDisk
 from tests.persistence.shards import flip
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return RunStore(tmp_path / "runs").create(datetime(2025, 8, 19, 0, 18, 8))
 
 
 def checkpoint(step: int, value: float | None = None) -> Checkpoint:

@@ -22,10 +22,9 @@ def compare_runs(runs: RunReferences, runs_dir: RunsDir = None, as_json: Json = 
 
     Example: [bold]lumiere runs compare 3ka5 9xwz[/]
     """
-    from lumiere.persistence.catalog import compare, distinct
+    from lumiere.persistence.catalog import compare
 
-    store = RunStore(runs_dir)
-    comparison = compare(distinct([store.open(reference) for reference in runs]))
+    comparison = compare(RunStore(runs_dir).open_all(runs))
     if as_json:
         print_json(as_values(comparison))
         return

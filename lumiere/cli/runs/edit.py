@@ -15,7 +15,6 @@ from lumiere.persistence.catalog import (
     Pruning,
     check_removable,
     disk_bytes,
-    distinct,
     parse_keep,
     plan_pruning,
     prune,
@@ -76,7 +75,7 @@ def remove_runs(
     Example: [bold]lumiere runs rm 3ka5 --dry-run[/]
     """
     store = RunStore(runs_dir)
-    chosen = distinct([store.open(reference) for reference in runs])
+    chosen = store.open_all(runs)
     for run in chosen:
         check_removable(run)
     sizes = {run: disk_bytes(run.path) for run in chosen}
@@ -119,7 +118,7 @@ def prune_runs(
     """
     store = RunStore(runs_dir)
     names = parse_keep(keep)
-    chosen = distinct([store.open(reference) for reference in runs]) if runs else store.all()
+    chosen = store.open_all(runs) if runs else store.all()
     plans = [plan_pruning(run, names) for run in chosen]
     lines = [line for plan in plans if (line := describe_pruning(plan))]
     plans = [plan for plan in plans if plan.names]

@@ -14,7 +14,7 @@ from lumiere.cli.console import duration, is_colored, print_json, show_note
 from lumiere.cli.options import Json, RunReferences, RunsDir, refuse_both
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, check_choice, printable
-from lumiere.persistence.catalog import distinct, read_entry
+from lumiere.persistence.catalog import read_entry
 from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import RunStore
 
@@ -42,8 +42,7 @@ def plot_runs(
     if output is not None:
         check_picture(Path(output))
         refuse_both({"--json": as_json, "--output": output})
-    store = RunStore(runs_dir)
-    entries = [read_entry(run) for run in distinct([store.open(reference) for reference in runs])]
+    entries = [read_entry(run) for run in RunStore(runs_dir).open_all(runs)]
     histories = [read_history(entry.run.metrics_path) for entry in entries]
     if as_json:
         kinds = ({"training": columns(each.training), "validation": columns(each.validation)} for each in histories)
