@@ -7,10 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint
 from lumiere.persistence.checkpoint_writer import write_checkpoint
 from lumiere.persistence.runs import Run
 from lumiere.persistence.step_folders import find
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def copy_fixture(name: str, runs_dir: Path) -> Run:
+    """Copy a run that an earlier version wrote, `run_v1` for example, into a runs directory."""
+    run_name = json.loads((FIXTURES / name / "run.json").read_bytes())["name"]
+    return Run(Path(shutil.copytree(FIXTURES / name, runs_dir / run_name)))
+
+
+def checkpoint(step: int, value: float | None = None) -> Checkpoint:
+    """Return a small state of a step, with weights of that value, or of the step's number."""
+    values = torch.full((3,), step if value is None else value, dtype=torch.float64)
+    return Checkpoint({"weight": values}, {"weight.step": values}, {"cpu": values.byte()}, {"step": step})
 
 
 def folder_of(run: Run, name: str) -> Path:

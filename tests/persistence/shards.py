@@ -1,4 +1,4 @@
-"""Folders of shards made by hand, by the documented format alone: what the reader is measured with."""
+"""Checkpoints made by hand, by the documented formats alone: what the readers are measured with."""
 
 import hashlib
 import json
@@ -104,3 +104,40 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         assert (actual[name].dtype, actual[name].shape) == (tensor.dtype, tensor.shape)
         assert raw_bytes(actual[name]) == raw_bytes(tensor)
+
+
+# Files of format 1
+
+GROUPS = ("model", "optimizer", "rng")
+NO_TENSORS = hashlib.sha256(b"").hexdigest()
+
+
+def write_old(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Write a file of format 1 with `METADATA`."""
+    groups = {group: {} for group in GROUPS}
+    for name, tensor in tensors.items():
+        group, _, short = name.partition(".")
+        groups[group][short] = tensor
+    texts = old_texts(metadata=json.dumps(METADATA)) | {
+        f"sha256.{group}": digest_of(found) for group, found in groups.items()
+    }
+    safetensors.torch.save_file(tensors, path, texts)
+    return path
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """Hash names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + raw_bytes(tensor))
+    return found.hexdigest()
+
+
+def old_texts(**changes: Any) -> dict[str, Any]:
+    """Return the texts in the header of a file of format 1 without tensors."""
+    metadata = changes.pop("metadata", "{}")
+    seal = hashlib.sha256(metadata.encode()).hexdigest() if isinstance(metadata, str) else ""
+    hashes = {f"sha256.{group}": NO_TENSORS for group in GROUPS}
+    return {
+        "format": "pt", "lumiere_format": "1", "metadata": metadata, "sha256.metadata": seal, **hashes, **changes
+    }  # fmt: skip

@@ -20,8 +20,7 @@ from lumiere.persistence import tensor_files
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint, load_outline, read_metadata
 from lumiere.persistence.checkpoint_writer import write_checkpoint
 from lumiere.persistence.manifest import DTYPES
-from tests.persistence.shards import METADATA, assert_same, flip, raw_bytes, whole_tensors
-from tests.persistence.test_format_1 import write_old
+from tests.persistence.shards import METADATA, assert_same, flip, raw_bytes, whole_tensors, write_old
 
 
 def save(folder: Path, tensors: dict[str, Tensor] | None = None) -> Path:

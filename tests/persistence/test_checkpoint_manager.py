@@ -10,17 +10,13 @@ from lumiere.errors import CheckpointError, RunNotFoundError
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
+from tests.checkpoints import checkpoint
 from tests.persistence.shards import flip
 
 
 @pytest.fixture
 def manager(tmp_path: Path) -> CheckpointManager:
     return CheckpointManager(tmp_path / "runs")
-
-
-def checkpoint(step: int) -> Checkpoint:
-    values = torch.full((3,), step, dtype=torch.float64)
-    return Checkpoint({"weight": values}, {"weight.step": values}, {"cpu": values.byte()}, {"step": step})
 
 
 def test_the_model_cards_example_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,13 +64,6 @@ def test_a_snapshot_is_found_by_its_step(manager: CheckpointManager, run: Run) -
     for name in ("51", "600", "-1", "٥١٢", "9" * 5000):
         with pytest.raises(CheckpointError, match="has no checkpoint"):
             manager.load(run, name)
-
-
-def test_only_the_groups_asked_for_are_loaded(manager: CheckpointManager, run: Run) -> None:
-    manager.save(run, "best", checkpoint(3))
-    loaded = manager.load(run, "best", groups=("model",))
-    assert loaded.model["weight"].tolist() == [3, 3, 3]
-    assert loaded.optimizer == loaded.rng == {}
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_others(manager: CheckpointManager, run: Run) -> None:

@@ -10,48 +10,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import load_checkpoint, read_metadata
-from tests.persistence.shards import METADATA, raw_bytes
-
-GROUPS = ("model", "optimizer", "rng")
-EMPTY = hashlib.sha256(b"").hexdigest()
+from tests.persistence.shards import old_texts as ours
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "best.safetensors"
-
-
-def write_old(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Write a file of format 1 with `METADATA`."""
-    groups = {group: {} for group in GROUPS}
-    for name, tensor in tensors.items():
-        group, _, short = name.partition(".")
-        groups[group][short] = tensor
-    texts = ours(metadata=json.dumps(METADATA)) | {f"sha256.{group}": digest(found) for group, found in groups.items()}
-    safetensors.torch.save_file(tensors, path, texts)
-    return path
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Hash names, types, shapes and bytes."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + raw_bytes(tensor))
-    return found.hexdigest()
-
-
-def ours(**changes: Any) -> dict[str, Any]:
-    """Return the texts of a file without tensors."""
-    metadata = changes.pop("metadata", "{}")
-    seal = hashlib.sha256(metadata.encode()).hexdigest() if isinstance(metadata, str) else ""
-    hashes = {f"sha256.{group}": EMPTY for group in GROUPS}
-    return {
-        "format": "pt", "lumiere_format": "1", "metadata": metadata, "sha256.metadata": seal, **hashes, **changes
-    }  # fmt: skip
 
 
 def write_file(path: Path, header: Any, data: bytes = b"") -> None:

@@ -21,18 +21,16 @@ from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.events import Event, StepEvent, WarningEvent
 from lumiere.training.run import resume
 from lumiere.training.setup import set_up_resume
+from tests.checkpoints import FIXTURES, copy_fixture
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 GOLDEN = json.loads((FIXTURES / "run_v1.golden.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A copy of the run, and of the corpus that its config names."""
-    name = json.loads((FIXTURES / "run_v1" / "run.json").read_bytes())["name"]
-    shutil.copytree(FIXTURES / "run_v1", tmp_path / "runs" / name)
     shutil.copy(FIXTURES / "run_v1.corpus.txt", tmp_path / "corpus.txt")
-    return RunStore(tmp_path / "runs").open("latest")
+    return copy_fixture("run_v1", tmp_path / "runs")
 
 
 @pytest.mark.parametrize("checkpoint", ["best", "latest"])
@@ -103,11 +101,9 @@ KINDS = {
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Copy the run of a kind, and its corpus, into an empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    name = json.loads((FIXTURES / request.param / "run.json").read_bytes())["name"]
-    shutil.copytree(FIXTURES / request.param, tmp_path / "runs" / name)
+    copy_fixture(request.param, tmp_path / "runs")
     shutil.copy(FIXTURES / "run_v1.corpus.txt", tmp_path / "corpus.txt")
     return request.param
 

@@ -6,24 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from lumiere.distributed import SINGLE_PROCESS
 from lumiere.errors import CheckpointError
 from lumiere.files import DISK, Disk
-from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.runs import Run
 from lumiere.persistence.step_folders import clear, read_pointers
+from tests.checkpoints import checkpoint, copy_fixture
 from tests.persistence.disks import FailingDisk, StrictDisk, WatchedDisk
 from tests.persistence.shards import flip
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-
-
-def checkpoint(step: int, value: float | None = None) -> Checkpoint:
-    values = torch.full((3,), step if value is None else value, dtype=torch.float64)
-    return Checkpoint({"weight": values}, {"weight.step": values}, {"cpu": values.byte()}, {"step": step})
 
 
 def save(run: Run, names: str | list[str], step: int, disk: Disk = DISK, shards: bool = False) -> None:
@@ -66,8 +58,7 @@ def states_of_a_save(run: Run, names: str | list[str], step: int, shards: bool, 
     return states
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["files", "shards"])
-@pytest.mark.parametrize("damaged", [None, "latest", "previous"])
+@pytest.mark.parametrize(("shards", "damaged"), [(False, None), (True, None), (False, "latest"), (False, "previous")])
 def test_a_kill_at_any_instant_of_a_save_loses_no_checkpoint(
     run: Run, tmp_path: Path, shards: bool, damaged: str | None
 ) -> None:
@@ -262,8 +253,7 @@ def test_a_checkpoint_that_is_superseded_while_it_is_read_is_read_again(
 
 @pytest.fixture(params=["run_v1", "run_v1_ema_muon", "run_v1_fsdp"])
 def old_run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
-    name = json.loads((FIXTURES / request.param / "run.json").read_bytes())["name"]
-    return Run(Path(shutil.copytree(FIXTURES / request.param, tmp_path / "old" / name)))
+    return copy_fixture(request.param, tmp_path / "old")
 
 
 def loaded_steps(run: Run) -> dict[str, int]:
@@ -271,10 +261,9 @@ def loaded_steps(run: Run) -> dict[str, int]:
     return {name: manager.load(run, name).step for name in manager.names(run)}
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["files", "shards"])
-def test_saves_take_over_a_run_of_format_1_without_a_loss(old_run: Run, tmp_path: Path, shards: bool) -> None:
+def test_saves_take_over_a_run_of_format_1_without_a_loss(old_run: Run, tmp_path: Path) -> None:
     before = loaded_steps(old_run)
-    states = states_of_a_save(old_run, "latest", 99, shards, tmp_path / "states")
+    states = states_of_a_save(old_run, "latest", 99, False, tmp_path / "states")
     after = before | {"latest": 99, "previous": before["latest"]}
     assert loaded_steps(old_run) == after
     for killed in states:
@@ -292,9 +281,7 @@ def test_saves_take_over_a_run_of_format_1_without_a_loss(old_run: Run, tmp_path
 
 @pytest.mark.parametrize("form", [".safetensors", ""])
 def test_a_checkpoint_that_an_old_kill_moved_aside_is_found(tmp_path: Path, form: str) -> None:
-    source = FIXTURES / ("run_v1" if form else "run_v1_fsdp")
-    name = json.loads((source / "run.json").read_bytes())["name"]
-    run = Run(Path(shutil.copytree(source, tmp_path / "old" / name)))
+    run = copy_fixture("run_v1" if form else "run_v1_fsdp", tmp_path / "old")
     step = loaded_steps(run)["latest"]
     os.rename(run.checkpoints_dir / f"latest{form}", run.checkpoints_dir / f".latest.old{form}")
     assert loaded_steps(run)["latest"] == step
