@@ -23,18 +23,13 @@ from lumiere.persistence.metrics import (
 )
 
 
-def training(step: int, loss: Any = None) -> dict[str, Any]:
-    return {
-        "step": step,
-        "epoch": 0.1,
-        "tokens": 100 * step,
-        "time": step / 2,
-        "loss": step / 8 if loss is None else loss,
-    }
+def training(step: int, loss: Any = None, key: str = "loss") -> dict[str, Any]:
+    position = {"step": step, "epoch": 0.1, "tokens": 100 * step, "time": step / 2}
+    return position | {key: step / 8 if loss is None else loss}
 
 
 def evaluation(step: int, loss: float) -> dict[str, Any]:
-    return {"step": step, "epoch": 0.1, "tokens": 100 * step, "time": step / 2, "val_loss": loss}
+    return training(step, loss, "val_loss")
 
 
 def write(path: Path, *records: Any, tail: bytes = b"") -> None:
