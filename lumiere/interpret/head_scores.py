@@ -251,8 +251,8 @@ class HeadScores(Result):
         in_context_score: () late minus early: negative where a longer context helps.
         in_context_error: () its standard error, clustered by document.
         in_context_windows, in_context_documents: how many windows, of how many documents.
-        text_scores: (L, H, M) the scores at natural repeats of validation windows (`text_repeats`); these fields
-            are None without such windows.
+        text_scores: (L, H, M) the scores at natural repeats of validation windows (`text_repeats`); without such
+            windows, this and the next three fields are None.
         text_uniform: (M,) the scores of uniform attention there.
         text_repeats, text_documents: how many repeats, in how many documents.
         text_gap: () mean loss of a repeated token at its first occurrence minus that at its repetition, in nats.
@@ -287,8 +287,8 @@ class HeadScores(Result):
     text_uniform: np.ndarray | None = None
     text_repeats: int | None = None
     text_documents: int | None = None
-    text_gap: np.ndarray | None = None
-    text_gap_error: np.ndarray | None = None
+    text_gap: np.ndarray = field(default_factory=lambda: np.array(np.nan))
+    text_gap_error: np.ndarray = field(default_factory=lambda: np.array(np.nan))
 
     def places(self) -> Iterator[tuple[int, int, str]]:
         """Yield the row, the column and the name of each head, such as `L0H1`."""

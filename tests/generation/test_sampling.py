@@ -66,44 +66,6 @@ def test_the_distribution_is_that_of_transformers(settings_table: list[dict[str,
                 torch.testing.assert_close(ours, theirs(ties_V, settings).sort().values)
 
 
-def test_by_hand() -> None:
-    def rounded(**settings: Any) -> list[float]:
-        return [
-            round(p, 4)
-            for p in probabilities(torch.tensor([0.5, 0.125, 0.3, 0.075]).log(), Sampling(**settings)).tolist()
-        ]
-
-    assert rounded() == [0.5, 0.125, 0.3, 0.075]
-    assert rounded(top_k=2) == [0.625, 0.0, 0.375, 0.0]
-    # Top-p works on what temperature and top-k leave: 0.625 is less than 0.63, so both stay.
-    assert rounded(top_k=2, top_p=0.62) == [1.0, 0.0, 0.0, 0.0]
-    assert rounded(top_k=2, top_p=0.63) == [0.625, 0.0, 0.375, 0.0]
-    assert rounded(temperature=0.5, top_p=0.69) == [1.0, 0.0, 0.0, 0.0]
-    assert rounded(min_p=0.5) == [0.625, 0.0, 0.375, 0.0]
-
-
-@given(
-    st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=30),
-    st.floats(1e-3, 50),
-    st.none() | st.integers(1, 40),
-    st.none() | st.floats(0, 1, exclude_min=True),
-)
-def test_invariants(values: list[float], temperature: float, top_k: int | None, top_p: float | None) -> None:
-    logits_V = torch.tensor(values)
-    before = logits_V.clone()
-    kept_V = probabilities(logits_V, Sampling(temperature, top_k, top_p))
-    assert torch.equal(logits_V, before)
-    assert math.isclose(kept_V.sum().item(), 1, abs_tol=1e-5)
-    all_V = probabilities(logits_V, Sampling(temperature))
-    some = kept_V > 0
-    # The most probable stay. Of those tied in float32, some may stay and others go.
-    assert logits_V[some].max() > logits_V.max() - 1e-4
-    assert not (~some).any() or logits_V[some].min() > logits_V[~some].max() - 1e-4
-    if top_k is None:
-        assert all_V[some].sum() >= (top_p or 1) - 1e-4
-    torch.testing.assert_close(kept_V[some], all_V[some] / all_V[some].sum(), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("temperature", [0, 1e-3, 1e-30, 1e-45, 5e-324])
 def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     logits_V = torch.tensor([-80.0, 40.0, 90.0, -torch.inf])
@@ -229,11 +191,3 @@ def test_repetition_is_that_of_transformers(penalty: float | None, size: int | N
         repetition.append(tokens)
         for row, token in zip(rows, tokens, strict=True):
             row.append(token)
-
-
-def test_repetition_by_hand() -> None:
-    repetition = Repetition([[1, 2, 1]], Sampling(repetition_penalty=2, no_repeat_ngram_size=2), 4, CPU)
-    # 1 and 2 occurred: a positive logit is halved, a negative one doubled; 2 followed 1, and may not again.
-    assert repetition.applied(torch.tensor([[3.0, 3.0, -1.0, -1.0]])).tolist() == [[3.0, 1.5, -torch.inf, -1.0]]
-    repetition.append([3])
-    assert repetition.applied(torch.tensor([[3.0, 3.0, -1.0, -1.0]])).tolist() == [[3.0, 1.5, -2.0, -2.0]]

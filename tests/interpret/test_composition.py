@@ -2,23 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from lumiere.interpret.head_scores import composition_scores, pair_list
 from lumiere.models.transformer import Transformer
 from tests.interpret.circuits import INDUCTION, PREVIOUS
-from tests.interpret.models import untrained_model
-
-
-def folded(model: Transformer, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
-    """W_OV and W_QK of a head as whole matrices, for row vectors: slices of the weights, one at a time."""
-    attention, gain = model.blocks[layer].attention, torch.diag(model.blocks[layer].attention_norm.weight)
-    keys = slice(head * model.d_key, (head + 1) * model.d_key)
-    values = slice(head * model.d_value, (head + 1) * model.d_value)
-    value, output = attention.value.weight[values], attention.output.weight[:, values]
-    query, key = attention.query.weight[keys], attention.key.weight[keys]
-    ov, qk = gain @ value.T @ output.T, gain @ query.T @ key @ gain
-    return ov.detach().double().numpy(), qk.detach().double().numpy()
+from tests.interpret.models import circuits, untrained_model
 
 
 def test_scores_are_those_of_whole_matrices(model: Transformer) -> None:
@@ -28,7 +16,7 @@ def test_scores_are_those_of_whole_matrices(model: Transformer) -> None:
     assert (row["score"], row["chance"]) == (result.scores[0, 1], model.embedding_size**-0.5)
     for (layer, head, later_layer, later_head), scores in zip(result.pairs, result.scores, strict=True):
         assert layer < later_layer
-        ov, (later_ov, later_qk) = folded(model, layer, head)[0], folded(model, later_layer, later_head)
+        ov, (later_ov, later_qk) = circuits(model, layer, head)[0], circuits(model, later_layer, later_head)
         expected = [
             np.linalg.norm(ov @ later) / np.linalg.norm(ov) / np.linalg.norm(later)
             for later in (later_qk, later_qk.T, later_ov)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.components.hooks import hooked
 from lumiere.data.tokenizer import PAD
 from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret import head_scores
@@ -26,7 +25,7 @@ from lumiere.interpret.head_scores import (
 )
 from lumiere.models.transformer import Transformer
 from tests.interpret.circuits import CURRENT, DUPLICATE, FIRST, INDUCTION, PREVIOUS, UNIFORM, induction_circuit
-from tests.interpret.models import exact, random_model, untrained_model
+from tests.interpret.models import exact, random_model
 
 LENGTH = 15
 SHORT = torch.tensor([[0, 5, 6]])
@@ -60,34 +59,6 @@ def test_scores_are_1_where_a_head_does_just_that(circuit: Transformer, repeats:
         assert score(result, PLACES[name], other) == pytest.approx(0, abs=1e-6)
     np.testing.assert_allclose(result.scores[UNIFORM], result.uniform, atol=1e-6)
     assert result.roles[UNIFORM[0]][UNIFORM[1]] == ()
-
-
-def test_uniform_baselines(circuit: Transformer, repeats: torch.Tensor) -> None:
-    """By hand: one source among t + 1, over all tokens or over the second copy."""
-    result = score_heads(circuit, repeats)
-    everywhere = sum(1 / (t + 1) for t in range(1, 2 * LENGTH + 1)) / (2 * LENGTH)
-    second_copy = sum(1 / (t + 1) for t in range(LENGTH + 1, 2 * LENGTH + 1)) / LENGTH
-    np.testing.assert_allclose(result.uniform, [everywhere] * 3 + [second_copy] * 2)
-    assert result.num_destinations.tolist() == [4 * 2 * LENGTH] * 3 + [4 * LENGTH] * 2
-
-
-def test_without_the_previous_token_head_nothing_is_left_of_induction(
-    circuit: Transformer, repeats: torch.Tensor
-) -> None:
-    def silence(z_BTHV: torch.Tensor) -> torch.Tensor:
-        changed = z_BTHV.clone()
-        changed[:, :, PREVIOUS[1]] = 0
-        return changed
-
-    whole = score_heads(circuit, repeats)
-    with hooked(circuit, {"blocks.0.attn.hook_z": silence}):
-        broken = score_heads(circuit, repeats)
-    uniform = float(broken.uniform[SCORES.index("induction")])
-    assert score(broken, INDUCTION, "induction") == pytest.approx(uniform, abs=1e-6)
-    assert broken.roles[INDUCTION[0]][INDUCTION[1]] == ()
-    # A uniform head still finds the target among all tokens so far: a little is left.
-    assert float(broken.repeat_gap) < float(whole.repeat_gap) / 5
-    assert float(whole.losses[LENGTH + 1 :].max()) < 0.01 < 5 < float(broken.losses[LENGTH + 1 :].min())
 
 
 def test_copying_of_the_circuit(circuit: Transformer, repeats: torch.Tensor) -> None:
@@ -235,16 +206,6 @@ def test_copying_is_that_of_the_whole_matrix(model: Transformer, averaged: list[
         assert result.copying[layer, head] == pytest.approx(dense_copying(model, layer, head, ids), abs=1e-6)
     assert np.ptp(result.copying) > 1e-4
     assert result.num_averaged == len(ids)
-
-
-def test_an_untrained_model_has_no_roles_and_no_gap() -> None:
-    torch.manual_seed(0)
-    model = untrained_model(vocab_size=400, num_layers=2, context_size=64)
-    result = score_heads(model, repeated_tokens(390, 25, 32, seed=0, start=0, first=3))
-    assert abs(float(result.repeat_gap)) < 0.02
-    np.testing.assert_allclose(result.scores, np.broadcast_to(result.uniform, result.scores.shape), atol=0.02)
-    assert not any(roles for layer in result.roles for roles in layer)
-    assert result.losses.mean() == pytest.approx(np.log(400), abs=0.1)
 
 
 def test_in_context_score_by_hand() -> None:

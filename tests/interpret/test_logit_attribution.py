@@ -111,17 +111,6 @@ def test_log_probability_by_its_gradient(model: Transformer) -> None:
     assert result.holds
 
 
-def test_attributions_of_all_tokens_sum_to_zero(model: Transformer) -> None:
-    """Of centered logits by themselves, and of log-probabilities weighted by the prediction."""
-    every = range(model.vocab_size)
-    plain, of_log = (
-        logit_attribution(model, TOKENS, [9] * len(every), every, log_probability=is_log) for is_log in (False, True)
-    )
-    for name in PARTS:
-        np.testing.assert_allclose(getattr(plain, name).sum(0), 0, atol=1e-9)
-        np.testing.assert_allclose(np.tensordot(of_log.probabilities, getattr(of_log, name), 1), 0, atol=1e-9)
-
-
 def test_without_a_target_it_is_the_most_probable(model: Transformer) -> None:
     result = logit_attribution(model, TOKENS, [2, 5])
     with torch.no_grad():

@@ -62,14 +62,6 @@ def test_the_last_stage_is_the_model_bit_for_bit(model: Transformer, sublayers: 
     np.testing.assert_allclose(-np.log(result.target_probabilities[-1, :-1]), losses.numpy(), atol=1e-9)
 
 
-def test_rank_of_the_final_top_token_ends_at_0(model: Transformer) -> None:
-    final = logit_lens(model, TOKENS).top_tokens[-1, -1, 0]
-    result = logit_lens(model, TOKENS, positions=[len(TOKENS) - 1], target=int(final))
-    assert result.targets.tolist() == [final]
-    assert result.target_ranks[-1].tolist() == [0]
-    assert result.target_probabilities[-1, 0] == result.top_probabilities[-1, 0, 0]
-
-
 def test_tied_tokens_share_their_places() -> None:
     """Two pairs of tokens with equal rows, and a model whose tokens are all tied."""
     model = random_model()
