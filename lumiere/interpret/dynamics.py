@@ -277,12 +277,12 @@ def validation_loss(snapshot: SnapshotMetrics) -> Measured:
     return Measured({"": float(mean)}, float(np.log(snapshot.model.vocab_size)), float(error))
 
 
-def loss_metric(name: str, meaning: str, value: str, error: str, *, needs_corpus: bool) -> Metric:
-    """Return the metric of a difference of losses, from fields of `HeadScores`."""
+def loss_metric(name: str, meaning: str, fields: tuple[str, str], *, needs_corpus: bool) -> Metric:
+    """Return the metric of a difference of losses and its standard error, two fields of `HeadScores`."""
 
     def measure(snapshot: SnapshotMetrics) -> Measured:
-        found, spread = (getattr(snapshot.heads, field_name) for field_name in (value, error))
-        return Measured({"": float(found)}, 0.0, float(spread))
+        value, error = (float(getattr(snapshot.heads, name)) for name in fields)
+        return Measured({"": value}, 0.0, error)
 
     return Metric(name, meaning, "nats", 0.1, measure, needs_corpus, needs_tokens=True)
 
@@ -334,24 +334,17 @@ SOURCES = {
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            "validation-loss",
-            "mean loss on validation windows",
-            "nats",
-            0.1,
-            validation_loss,
-            needs_corpus=True,
-        ),
+        Metric("validation-loss", "mean loss on validation windows", "nats", 0.1, validation_loss, needs_corpus=True),
         loss_metric(
             "in-context-score",
             "loss late in a validation window minus loss early in it",
-            *("in_context_score", "in_context_error"),
+            ("in_context_score", "in_context_error"),
             needs_corpus=True,
         ),
         loss_metric(
             "repeat-gap",
             "loss of random tokens minus their loss when repeated",
-            *("repeat_gap", "repeat_gap_error"),
+            ("repeat_gap", "repeat_gap_error"),
             needs_corpus=False,
         ),
         *(
@@ -361,7 +354,7 @@ METRICS: Mapping[str, Metric] = {
         loss_metric(
             "text-repeat-gap",
             "loss of names at their first occurrence in a validation window minus their loss when repeated",
-            *("text_gap", "text_gap_error"),
+            ("text_gap", "text_gap_error"),
             needs_corpus=True,
         ),
         score_metric(

@@ -187,17 +187,6 @@ def test_left_padding_changes_nothing_where_positions_are_relative() -> None:
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_follows_the_seed() -> None:
-    model, tokens_BT = make_model(dropout=0.5).train(), random_tokens(2, 9)
-
-    def seeded(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return model.logits(tokens_BT)
-
-    assert torch.equal(seeded(1), seeded(1))
-    assert not torch.allclose(seeded(1), seeded(2))
-
-
 def test_dropout_acts_on_the_embedding_sum_and_on_each_parts_output() -> None:
     model = make_model(dropout=0.5).train()
     output, cache = run_with_cache(model, random_tokens(2, 9))
@@ -208,11 +197,6 @@ def test_dropout_acts_on_the_embedding_sum_and_on_each_parts_output() -> None:
     parts = {f"blocks.{layer}.{name}" for layer in range(2) for name in ("hook_attn_out", "hook_mlp_out")}
     masked = {f"blocks.{layer}.attn.hook_pattern" for layer in range(2)}  # the future, not dropout
     assert dropped == parts | masked | {"blocks.0.hook_resid_pre"}
-
-
-def test_without_dropout_training_is_evaluation() -> None:
-    model, tokens_BT = make_model(dropout=0.0), random_tokens(2, 9)
-    assert torch.equal(model.eval()(tokens_BT).logits, model.train()(tokens_BT).logits)
 
 
 # --- learning and errors ----------------------------------------------------------------------------------------------
