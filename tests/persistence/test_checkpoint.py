@@ -1,5 +1,6 @@
 """The folder of a checkpoint comes back bit for bit, or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import safetensors.torch
@@ -161,6 +163,16 @@ def test_any_damaged_byte_and_any_cut_is_noticed(saved: Path) -> None:
         path.write_bytes(data)
     assert_same(load_checkpoint(saved).tensors(), whole_tensors())
     assert unnoticed == []
+
+
+@pytest.mark.parametrize("reader", [checkpoint_module, tensor_files])
+def test_a_file_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, reader: ModuleType) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(reader, "open_file", fail)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' cannot be read: Input/output error"):
+        load_checkpoint(folder)
 
 
 def test_what_json_cannot_hold_is_refused_before_anything_is_made(tmp_path: Path) -> None:
