@@ -15,7 +15,7 @@ import pytest
 from lumiere.data import encoding, text
 from lumiere.data.corpus import row_reader
 from lumiere.data.dataset import sample as sample_parts
-from lumiere.data.encoding import EMPTY, Journal, SplitFacts, encode_split
+from lumiere.data.encoding import EMPTY, SplitFacts, encode_split, read_journal
 from lumiere.data.stories import stories
 from lumiere.data.text import Part
 from lumiere.data.tokenizer import Tokenizer
@@ -127,7 +127,7 @@ def journal_of(**facts: Any) -> str:
 )
 def test_a_damaged_journal_counts_as_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.journal").write_text(text)
-    assert Journal(tmp_path / "a.journal").read() == (EMPTY, False)
+    assert read_journal(tmp_path / "a.journal") == EMPTY
 
 
 def test_a_sample_is_whole_parts() -> None:
