@@ -17,10 +17,10 @@ from lumiere.data import corpus as corpus_module
 from lumiere.data import text as text_module
 from lumiere.data.corpus import (
     Corpus,
-    Matcher,
     Reader,
     joined,
     load_corpus,
+    matcher,
     row_reader,
     split_validation,
     split_validation_of_stream,
@@ -108,16 +108,16 @@ def test_grouping_loses_no_text(rows: list[str]) -> None:
 @pytest.mark.parametrize("pattern", ["^=[^=]*=$", r"\d", r"(?<!x)(.)\1", "\u2028|é", "^$"])
 def test_the_same_rows_match_as_in_this_process(pattern: str) -> None:
     rows = ["", "= A =", "aa", "xaa", "١", "[", "\u2028", "café", "a\ud800a", "\n", '"', "=" * 100_000]
-    with Matcher(pattern) as matches:
+    with matcher(pattern) as find:
         for batch in (rows, [], rows[::-1]):
-            assert list(matches(batch)) == [re.search(pattern, row) is not None for row in batch]
+            assert find(batch) == [re.search(pattern, row) is not None for row in batch]
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "(a*)*$", "(.*a){30}$"])
 def test_a_pattern_that_never_ends_is_an_error(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.setattr(corpus_module, "SECONDS", 0.2)
-    with Matcher(pattern) as matches, pytest.raises(DataError, match="document_start"):
-        matches(["a", ENDLESS])
+    with matcher(pattern) as find, pytest.raises(DataError, match="document_start"):
+        find(["a", ENDLESS])
 
 
 @pytest.mark.parametrize("name", ["text", "csv"])
