@@ -36,7 +36,7 @@ from lumiere.data.sources import SPLITS
 from lumiere.data.text import Part, parts
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import DataError, LumiereError, shortened
-from lumiere.files import open_file, read_file, write_atomically
+from lumiere.files import read_file, write_atomically
 
 CACHE_FORMAT = 2
 MAX_FACTS_BYTES = 10_000
@@ -151,10 +151,7 @@ def tokenize_corpus(
     is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, emit)
     if corpus.missing is not None:
         emit(Progress(f"{corpus.missing.message}; using the encoded corpus in the cache", is_note=True))
-    tokenized = read_folder(folder, from_cache=is_cached, verify=verify)
-    if len(tokenized.tokenizer) > config.tokenizer.vocab_size:
-        raise damaged(folder, f"its tokenizer has {len(tokenized.tokenizer):,} tokens")
-    return tokenized
+    return read_folder(folder, from_cache=is_cached, verify=verify)
 
 
 # Building
@@ -316,8 +313,8 @@ def read_split(folder: Path, split: str, tokenizer: Tokenizer, facts: SplitFacts
     Raises:
         OSError, ValueError: The files do not belong together, or are damaged.
     """
-    ids = mapped(folder / f"{split}.ids", id_type(len(tokenizer)))
-    offsets = mapped(folder / f"{split}.offsets", OFFSET_TYPE)
+    ids = np.asarray(np.memmap(folder / f"{split}.ids", id_type(len(tokenizer)), "r"))
+    offsets = np.asarray(np.memmap(folder / f"{split}.offsets", OFFSET_TYPE, "r"))
     if (len(offsets), len(ids)) != (facts.num_documents + 1, facts.num_tokens):
         raise ValueError(f"its {split} split is truncated")
     if (offsets[0], offsets[-1]) != (0, facts.num_tokens):
@@ -326,16 +323,6 @@ def read_split(folder: Path, split: str, tokenizer: Tokenizer, facts: SplitFacts
         num_normalized = bytes_of_documents(ids, np.array([0, len(ids)]), tokenizer).item()
         facts = replace(facts, num_normalized_bytes=num_normalized)
     return TokenizedSplit(ids, offsets, facts, len(tokenizer), folder / split)
-
-
-def mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    """Map the numbers in a file into memory.
-
-    Raises:
-        OSError, ValueError: It is no regular file, or does not hold a whole number of them.
-    """
-    open_file(path).close()  # NumPy would wait forever on a pipe
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 def damaged(folder: Path, reason: str) -> DataError:
