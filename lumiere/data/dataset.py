@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -188,22 +188,17 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback
         raise LumiereError(problem, "set LUMIERE_CACHE_DIR") from None
 
 
-@contextmanager
-def locked(path: Path, emit: Callback) -> Iterator[None]:
-    """Hold an exclusive lock on building a corpus; the system releases it however the process ends."""
+def locked(path: Path, emit: Callback) -> AbstractContextManager[object]:
+    """Take an exclusive lock on building a corpus; the system releases it however the process ends."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         emit(Progress("waiting for another process that is encoding the same corpus"))
-        lock.acquire(poll_interval=0.1)
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire(poll_interval=0.1)
 
 
 def remove_stale(folder: Path) -> None:
