@@ -6,8 +6,9 @@ file of any size can be memory-mapped as well as many small ones, and is easier 
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -128,13 +129,17 @@ def write_split(
         ChangedError: The documents up to there, or the files, are not those of `before`.
     """
     state, flushed = before, before.facts
-    with open(folder / f"{split}.ids", "ab") as ids_file, open(folder / f"{split}.offsets", "ab") as offsets_file:
+    with (
+        open(folder / f"{split}.ids", "ab") as ids_file,
+        open(folder / f"{split}.offsets", "ab") as offsets_file,
+        closing(encoded_batches(parts, tokenizer, before)) as batches,
+    ):
         num_offsets = before.facts.num_documents + 1 if before.num_parts else 0
         truncate(ids_file, before.facts.num_tokens * np.dtype(id_type(len(tokenizer))).itemsize)
         truncate(offsets_file, num_offsets * np.dtype(OFFSET_TYPE).itemsize)
         if not num_offsets:
             offsets_file.write(np.zeros(1, OFFSET_TYPE).tobytes())
-        for ids, ends, after in encoded_batches(parts, tokenizer, before):
+        for ids, ends, after in batches:
             ids_file.write(ids.tobytes())
             offsets_file.write(ends.tobytes())
             state = after
@@ -150,7 +155,7 @@ def write_split(
 
 def encoded_batches(
     parts: Iterator[Part], tokenizer: Tokenizer, before: State = EMPTY
-) -> Iterator[tuple[np.ndarray, np.ndarray, State]]:
+) -> Generator[tuple[np.ndarray, np.ndarray, State], None, None]:
     """Encode the parts of documents after those of `before`, batch by batch.
 
     Yields:
