@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 
 from lumiere.config.schema import RunConfig
 from lumiere.errors import NonFiniteError
@@ -21,15 +22,18 @@ from tests.torchrun import (
     MUON_TOLERANCE,
     NO_DROPOUT,
     TOLERANCE,
+    assert_close,
+    assert_same_state,
     assert_same_training,
     command,
     forked,
     metrics,
+    tensors,
     torchrun,
     trained,
     written,
 )
-from tests.training.short import hashes, resume, short, train
+from tests.training.short import bits, damage, files_of, hashes, names, resume, short, train
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -43,27 +47,42 @@ def test_two_processes_train_what_one_does(parallel: str) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_train_what_one_does() -> None:
-    """With everything that has a state; the last batch of an epoch has fewer windows than there are processes."""
-    accumulation = {"gradient_accumulation_steps": 3, "gradient_clip_norm": 0.5}
-    config = short(NO_DROPOUT, optimizer="muon", ema_decay=0.9, random_window_offset=True, **accumulation)
-    assert_same_training(trained(4, config), train(config).run, MUON_TOLERANCE)
+@pytest.mark.parametrize(("num_processes", "parallel"), [(4, "ddp"), (3, "fsdp")])
+def test_any_number_of_processes_trains_what_one_does(num_processes: int, parallel: str) -> None:
+    """With everything that has a state.
+
+    The last batch of an epoch has fewer windows than there are processes. Neither the width nor the number of Muon's
+    matrices divides by three.
+    """
+    parts = {"gradient_accumulation_steps": 12 // num_processes, "activation_checkpointing": parallel == "fsdp"}
+    changes = {"optimizer": "muon", "ema_decay": 0.9, "gradient_clip_norm": 0.5, "random_window_offset": True}
+    config = short(NO_DROPOUT, parallel=parallel, **changes, **parts)
+    assert_same_training(trained(num_processes, config), train(config).run, MUON_TOLERANCE)
 
 
 @pytest.mark.slow
-def test_resuming_is_exact_with_the_same_number_of_processes_and_warns_with_another() -> None:
-    whole, half = trained(2, short(CONSTANT)), trained(2, short(CONSTANT, max_steps=4))
-    by_one = Run(Path("by-one") / half.name)
-    shutil.copytree(half.path, by_one.path)
+@pytest.mark.parametrize(("parallel", "other"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_resuming_is_exact_with_as_many_processes_either_way_and_warns_with_another_number(
+    parallel: str, other: str
+) -> None:
+    """With dropout and an average of the weights."""
+    changes: dict[str, Any] = {"optimizer": "muon", "ema_decay": 0.9, "parallel": parallel}
+    whole = trained(2, short(CONSTANT, **changes), "whole")
+    half = trained(2, short(CONSTANT, **changes, max_steps=4), "half")
+    by_two, by_one = (Run(shutil.copytree(half.path, Path(folder, half.name))) for folder in ("by-two", "by-one"))
+    longer = "training.max_steps=8"
 
-    torchrun(2, "--resume", half.id, "--runs-dir", "by-2-ddp", "--set", "training.max_steps=8")
+    torchrun(2, "--resume", half.id, "--runs-dir", "half", "--set", longer)
     assert half.record.step == 8
     assert hashes(half) == hashes(whole)
 
-    resumed = resume(by_one, overrides=["training.max_steps=8"])
+    torchrun(2, "--resume", half.id, "--runs-dir", "by-two", "--set", longer, "--set", f"training.parallel={other}")
+    assert_same_state(by_two, whole, MUON_TOLERANCE)
+
+    resumed = resume(by_one, overrides=[longer])
     assert (resumed.state.step, by_one.record.world_size) == (8, 1)
     [warning] = resumed.warnings
-    assert warning.startswith("trained so far with 2 processes (ddp), now with 1 process:")
+    assert f"2 processes ({parallel})" in warning
     assert "dropout masks" in warning
     assert hashes(by_one) != hashes(whole)
 
@@ -74,6 +93,49 @@ def test_each_process_has_its_own_dropout_masks() -> None:
     config = short(max_steps=1)
     alone = train(config).run
     assert metrics(trained(2, config))[0]["loss"] != pytest.approx(metrics(alone)[0]["loss"], rel=TOLERANCE)
+
+
+# FSDP
+
+
+@pytest.mark.slow
+def test_bfloat16_has_the_same_masters_as_with_all_weights_in_each_process() -> None:
+    """With bfloat16, one process' larger batch rounds elsewhere than two smaller ones: so beside two."""
+    changes: dict[str, Any] = {"precision": "bfloat16", "optimizer": "muon", "gradient_clip_norm": None}
+    sharded, whole = (trained(2, short(parallel=parallel, **changes)) for parallel in ("fsdp", "ddp"))
+    assert {tensor.dtype for tensor in tensors(sharded).values()} == {torch.float32}
+    # To the bit: two numbers have one sum, whoever adds them, and nothing is clipped.
+    assert bits(tensors(sharded)) == bits(tensors(whole))
+
+
+@pytest.mark.slow
+def test_blocks_may_be_compiled() -> None:
+    config = short(NO_DROPOUT, parallel="fsdp", compile=True)
+    assert_same_training(trained(2, config), train(config).run, MUON_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_too_large_for_one_process_is_a_folder_to_go_on_from() -> None:
+    """With as many processes to the bit, also where the newest one is damaged; with another number and one as ever."""
+    settings: dict[str, Any] = {"parallel": "fsdp", "optimizer": "muon", "ema_decay": 0.9}
+    expected = tensors(trained(2, short(NO_DROPOUT | CONSTANT, **settings)))
+    settings |= {"gather_limit_gb": 0.0, "max_steps": 4, "checkpoint_interval": 2}
+    run = trained(2, short(NO_DROPOUT | CONSTANT, **settings), "folders")
+    assert {file.name.split("-")[1] for file in files_of(run)} == {"00001", "00002"}
+    assert names(run)[-1] == "step-00000004"
+    folders = ("damaged", "by-four", "by-one")
+    damaged, by_four, by_one = (Run(shutil.copytree(run.path, Path(folder, run.name))) for folder in folders)
+    damage(damaged)
+
+    for resumed, num_processes in ((run, 2), (damaged, 2), (by_four, 4)):
+        folder = str(resumed.path.parent)
+        torchrun(num_processes, "--resume", run.id, "--runs-dir", folder, "--set", "training.max_steps=8")
+        assert_close(tensors(resumed), expected, 0.0 if num_processes == 2 else MUON_TOLERANCE)
+    assert damaged.record.resumes[0]["step"] == 2
+
+    resume(by_one, overrides=["training.max_steps=8", "training.parallel=ddp"])
+    assert_close(tensors(by_one), expected, MUON_TOLERANCE)
+    assert "model.safetensors" in {file.name for file in files_of(by_one)}
 
 
 # Lost processes: about a hundred steps in epochs of 55, caught after the first evaluation
