@@ -119,7 +119,7 @@ def test_a_checkpoint_that_is_too_large_for_one_process_is_a_folder_to_go_on_fro
     """With as many processes to the bit, also where the newest one is damaged; with another number and one as ever."""
     settings: dict[str, Any] = {"parallel": "fsdp", "optimizer": "muon", "ema_decay": 0.9}
     expected = tensors(trained(2, short(NO_DROPOUT | CONSTANT, **settings)))
-    settings |= {"gather_limit_gb": 0.0, "max_steps": 4, "checkpoint_interval": 2}
+    settings |= {"gather_limit_gb": 0.0, "max_steps": 4, "checkpoint_interval": 2, "snapshots": True}
     run = trained(2, short(NO_DROPOUT | CONSTANT, **settings), "folders")
     assert {file.name.split("-")[1] for file in files_of(run)} == {"00001", "00002"}
     assert names(run)[-1] == "step-00000004"
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_is_too_large_for_one_process_is_a_folder_to_go_on_fro
 
 # Lost processes: about a hundred steps in epochs of 55, caught after the first evaluation
 
-LONG = CONSTANT | {"dataset.num_documents": 10, "training.max_steps": 150, "training.snapshots": False}
+LONG = CONSTANT | {"dataset.num_documents": 10, "training.max_steps": 150}
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in /proc")
 
 

@@ -354,7 +354,7 @@ def test_an_update_that_breaks_the_state_is_never_saved(
 
     monkeypatch.setattr(Optimizers, "step", break_second)
     name = "final_norm.weight" + (".exp_avg_sq" if target == "optimizer" else "")
-    quiet = SAVING | {"snapshots": False, "checkpoint_interval": None}
+    quiet = SAVING | {"checkpoint_interval": None}
     refused(short(**quiet | changes), *callbacks, message=f"^step 2: no longer finite, and not saved: {name} ")
     run = only_run()
     assert run.record.status == "failed"

@@ -272,7 +272,7 @@ def test_the_average_is_applied_in_place_and_removed_also_after_an_error() -> No
 
 
 def test_the_average_is_what_is_evaluated_and_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = short(AVERAGED, eval_interval=2)
+    config = short(AVERAGED, eval_interval=2, snapshots=True)
     states: list[TrainingState] = []
     passed: list[dict[str, Tensor]] = []
     train_step = trainer.train_step

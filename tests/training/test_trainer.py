@@ -64,7 +64,7 @@ def test_losses_are_those_of_the_golden_file(golden) -> None:
 @pytest.mark.slow
 def test_it_learns_more_than_token_frequencies() -> None:
     changes = {"dataset.num_documents": 100, "model.dropout": 0.0}
-    config = short(changes, batch_size=32, max_steps=600, snapshots=False)
+    config = short(changes, batch_size=32, max_steps=600)
     corpus = tokenize_corpus(config)
     counts = Counter(corpus.splits["train"].ids.tolist())
     total = counts.total() + config.tokenizer.vocab_size
