@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore
 
 from lumiere import distributed
 from lumiere.cli.train import check_readable_by_all
-from lumiere.config.schema import RunConfig, TrainingConfig
+from lumiere.config.schema import RunConfig
 from lumiere.data.batches import batch_at, batches_in_order
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup, TorchrunGroup, noticing_losses, share_cores
@@ -23,7 +23,7 @@ from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import RunStore
 from lumiere.training.parallel import local_device, seed_dropout
-from lumiere.training.run import check_agreement, dismiss, follow, resume_warnings
+from lumiere.training.run import check_agreement, dismiss, follow, resume_warnings, start
 from lumiere.training.setup import check_shares, set_up, set_up_rank
 from lumiere.training.state import NUMERICS
 from tests.training.short import CPU, short
@@ -83,15 +83,16 @@ def test_masks_depend_on_seed_step_and_rank_only() -> None:
 
 @pytest.mark.parametrize(("size", "parts", "num_processes"), [(32, 1, 3), (12, 2, 4), (8, 1, 16)])
 def test_suggestions_for_an_uneven_batch_work(size: int, parts: int, num_processes: int) -> None:
-    settings = TrainingConfig(batch_size=size, gradient_accumulation_steps=parts)
+    settings = short(batch_size=size, gradient_accumulation_steps=parts)
     with pytest.raises(ConfigError, match=f"batch_size {size} cannot be shared evenly by {num_processes}") as raised:
-        check_shares(settings, CPU, ProcessGroup(0, num_processes))
+        start(set_up(settings), RunStore(), processes=ProcessGroup(0, num_processes))
+    assert not RunStore().all()
     numbers, sizes = (part.partition(": ")[2].split(", ") for part in str(raised.value.hint).split("; "))
     for number in map(int, numbers):
-        check_shares(settings, CPU, ProcessGroup(0, number))
+        check_shares(settings.training, CPU, ProcessGroup(0, number))
     for fitting in map(int, sizes):
-        changed = TrainingConfig(batch_size=fitting, gradient_accumulation_steps=parts)
-        check_shares(changed, CPU, ProcessGroup(0, num_processes))
+        changed = short(batch_size=fitting, gradient_accumulation_steps=parts)
+        check_shares(changed.training, CPU, ProcessGroup(0, num_processes))
 
 
 def test_a_gpu_for_each_process_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
