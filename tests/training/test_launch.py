@@ -31,7 +31,7 @@ from tests.training.short import PEAK_FLOPS, at_step, hashes, names, only_run, r
 
 def test_a_full_disk_creates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room is needed for `best`, `latest`, `previous`, one checkpoint being written, and the snapshots."""
-    setup = set_up(short({"model.embedding_size": 1024}, max_steps=5))
+    setup = set_up(short({"model.embedding_size": 1024}, max_steps=5, snapshots=True))
     # Float32 weights and AdamW's two averages of each; the weights at steps 0, 1, 2 and 4.
     needed = 4 * (4 * 3 + 4) * setup.num_parameters
     monkeypatch.setattr(run_module, "free_room", lambda runs_dir: (runs_dir, needed))

@@ -218,6 +218,7 @@ def test_length_and_evaluations(
     assert set(names(trained.run)) >= {"best", "latest"}
     assert schedule.num_steps(config.training, EPOCH_STEPS) == evaluated[-1]
     assert schedule.num_evaluations(config.training, EPOCH_STEPS) == len(evaluated)
+    assert schedule.earliest_stop(config.training, EPOCH_STEPS) is None
 
 
 @pytest.mark.parametrize(("patience", "earliest"), [(2, 15), (3, None)])
