@@ -13,7 +13,6 @@ from lumiere import __version__
 from lumiere.config.loader import load_config
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run, RunStore
-from tests.checkpoints import remove_pointers
 from tests.cli.commands import invoke, read_json, stdout_of
 
 
@@ -122,10 +121,3 @@ def test_inspect_takes_the_same_window_every_time(run: Run, tiny_corpus: Tokeniz
         for row, weights in enumerate(pattern):
             assert sum(weights) == pytest.approx(1, abs=1e-6)
             assert not any(weights[row + 1 :])
-
-
-def test_latest_is_taken_and_named_where_there_is_no_best(run: Run) -> None:
-    remove_pointers(run, "best")
-    result = invoke("eval", "latest", "--json")
-    assert json.loads(result.stdout)["checkpoint"] == "latest"
-    assert f"run {run.id} has no checkpoint best yet, latest is taken" in result.stderr
