@@ -9,7 +9,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from lumiere.files import locked
 from lumiere.persistence.runs import Run
 from lumiere.training import loggers
 from tests.cli.commands import refuse
@@ -40,6 +39,7 @@ def files() -> None:
 
 SETTINGS = [
     ("model.num_head=4", "unknown key model.num_head", "did you mean"),
+    ("tokenizer.vocab_size=3", "tokenizer.vocab_size", ""),
     ("dataset.name=./no-such-folder", "'./no-such-folder'", ""),
     ("dataset.name=nobody/nothing", "'nobody/nothing' is not on this machine", ""),
     ("dataset={name: text, data_files: none.txt}", "'none.txt'", ""),
@@ -127,6 +127,7 @@ REFUSED = """
     eval latest --device tpu | there is no device 'tpu'
     eval latest --text empty.txt | the text is empty
     eval latest --text latin.txt | latin.txt, line 2
+    tokenize tiny --set tokenizer.vocab_size=3 | tokenizer.vocab_size
     inspect tokens --file latin.txt | latin.txt, line 2
     generate --prompts latin.txt | latin.txt, line 2
     generate --prompt \udc80 | surrogate
@@ -214,13 +215,6 @@ def test_empty_texts_and_names(run: Run) -> None:
         assert "the prompt is empty" in refuse("inspect", "attention", "--prompt", prompt)[0]
     assert "the model sees 16" in refuse("inspect", "attention", "--prompt", "word " * 40)[0]
     assert "'.' is a directory" in refuse("runs", "card", "latest", "-o", "")[0]
-
-
-def test_a_running_run_is_not_removed(run: Run) -> None:
-    run.update(status="running")
-    with locked(run.path):
-        assert f"run {run.id} is running" in refuse("runs", "rm", run.id, "--yes")[0]
-    assert run.record_path.exists()
 
 
 def test_a_run_without_losses_is_not_drawn(run: Run) -> None:
