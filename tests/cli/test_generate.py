@@ -57,7 +57,10 @@ def test_many_prompts_become_json_lines() -> None:
     assert alone == f"{records[0]['prompt']}{records[0]['text']}\n"
 
 
-def test_json() -> None:
+def test_json_and_several_texts() -> None:
+    first, second = read_json("generate", "--prompt", "The", "--num-beams", "3", "--num-return-sequences", "2")
+    assert first["score"] >= second["score"]
+    assert "seed" not in first
     options = ("--prompt", "The", "-n", "5", "--seed", "3")
     (record,) = json.loads(call(*options, "--json", "--logprobs", "2"))
     assert call(*options) == f"The{record['text']}\n"
@@ -87,12 +90,6 @@ def test_logprobs_are_a_line_a_token() -> None:
     assert len(lines) <= 10
     for line in lines:
         assert re.fullmatch(r"\S+ +-?\d+\.\d{3} +\d+\.\d%(  \S+ \d+\.\d%){2}", line), line
-
-
-def test_beams() -> None:
-    first, second = read_json("generate", *THE[:4], "--num-beams", "3", "--num-return-sequences", "2")
-    assert first["score"] >= second["score"]
-    assert "seed" not in first
 
 
 def test_the_check_says_what_it_compared(monkeypatch: pytest.MonkeyPatch) -> None:
