@@ -93,7 +93,7 @@ def test_a_runs_directory_that_is_none_gives_silence() -> None:
     assert offered("lumiere eval x -c b") == []
 
 
-@pytest.mark.parametrize("line", ["lumiere eval h", "lumiere train t", "lumiere eval h -c b", "lumiere runs s"])
+@pytest.mark.parametrize("line", ["lumiere train t", "lumiere eval h -c b"])
 def test_tab_loads_nothing_heavy(runs: Path, line: str) -> None:
     asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_LUMIERE_COMPLETE": "complete_bash"}
     assert loaded([], HEAVY, **asked) == set()

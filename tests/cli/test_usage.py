@@ -97,14 +97,6 @@ def test_hints_name_commands_and_options_that_exist() -> None:
         assert set(re.findall(r"\b(?:model|tokenizer|dataset|training)\.\w+", hint)) <= set(setting_paths()), hint
 
 
-@pytest.mark.parametrize("library", ["transformers", "huggingface", "gguf"])
-def test_an_export_that_does_not_exist_gets_no_neighbor(library: str) -> None:
-    error, hint = refuse("export", "latest", "folder", "--to", library)
-    assert library in error
-    assert "did you mean" not in hint
-    assert "transformer-lens" in hint
-
-
 @pytest.mark.parametrize(
     ("a", "b", "distance"),
     [
@@ -128,6 +120,7 @@ def test_edits(a: str, b: str, distance: int) -> None:
         ("PROMPT", "prompt"),
         ("hed", "head"),
         ("transformers", None),
+        ("huggingface", None),
         ("patch", None),
         ("num_kv_heads", None),
         ("min_learning_rate", None),
