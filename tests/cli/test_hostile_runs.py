@@ -162,13 +162,6 @@ def test_show_says_so_where_the_config_cannot_be_read(run: Run, content: bytes |
     assert run.name in shown
 
 
-def test_show_steers_no_terminal_by_a_config(run: Run) -> None:
-    run.config_path.write_text("model: {d_ff: '\\e[2J [red]\\x9b31m'}\n".replace("'", '"'), encoding="utf-8")
-    shown = stdout_of("runs", "show", "latest")
-    assert '"\\u001b[2J [red]\\u009b31m"' in shown
-    assert shown.replace("\n", "").isprintable()
-
-
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_a_model_writes_steers_no_terminal_and_stays_whole_in_a_file(
     terminal: bool, monkeypatch: pytest.MonkeyPatch

@@ -77,7 +77,6 @@ def test_ls_filters_and_sorts(run: Run, other: Run) -> None:
 DAMAGE: list[Callable[[Run], object]] = [
     lambda run: run.record_path.write_text('{"status": ["\\u001b[31m"], "best_loss": 1' + "0" * 400 + "}"),
     lambda run: run.record_path.write_text('{"status": "\\ud800", "dataset": "\\u001b[2J", "command": 5}'),
-    lambda run: run.record_path.write_text('{"step": {}, "versions": "x", "error": ["\\u001b"], "total_steps": "12"}'),
     lambda run: run.record_path.write_text('{"machine": {"gpus": 3, "threads": []}, "command": [1, null, "\\u001b"]}'),
     lambda run: run.config_path.write_text('model: {"\\e[31m": "\\e[2J"}'),
     lambda run: run.config_path.unlink(),
