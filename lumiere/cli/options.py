@@ -43,8 +43,8 @@ def quietly(complete: Complete) -> Complete:
 
 
 def given(options: Mapping[str, object]) -> list[str]:
-    """Return the names of the options that the user set; a number is set, also if it is 0."""
-    return [name for name, value in options.items() if not (value is None or value is False or value == [])]
+    """Return the names of the options that the user set, also to 0."""
+    return [name for name, value in options.items() if value is not None and value is not False and value != []]
 
 
 def refuse_both(options: Mapping[str, object]) -> None:
