@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lumiere.cli.generate import Settings
+from lumiere.cli.generate import SESSION_COMMANDS, Settings
 from lumiere.errors import LumiereError
 from lumiere.generation.decoding import Limits
 from lumiere.generation.sampling import Sampling
@@ -127,7 +127,7 @@ def test_settings_are_read_like_options() -> None:
 
 
 def test_a_session_keeps_its_texts_and_settings() -> None:
-    script = "/set temperature 0\n/set max_new_tokens 4\nThe\n\n/history\n/settings\n/sett 1\n/quit\nnever\n"
+    script = "/set temperature 0\n/set max_new_tokens 4\nThe\n\n/history\n/settings\n/help\n/quit\nnever\n"
     printed = call("--interactive", text=script)
     first = call("--prompt", "The", "-n", "4", "--greedy").removesuffix("\n")
     assert first in printed
@@ -136,10 +136,12 @@ def test_a_session_keeps_its_texts_and_settings() -> None:
     assert history.startswith(first)
     assert len(history) > len(first)
     assert "temperature           0.0" in printed
+    assert all(command in printed for command in SESSION_COMMANDS)
     assert "never" not in printed
-    assert "did you mean /set?" in notes("--interactive", text="/sett 1\n")
-    assert "there is no setting" in notes("--interactive", text="/set a 1\n")
-    assert "the prompt is empty" not in notes("--interactive", text="\n")
+    said = notes("--interactive", text="/sett 1\n/set a 1\n/set top_k\n\n")
+    for text in ("did you mean /set?", "there is no setting", "/set needs a name and a value"):
+        assert text in said
+    assert "the prompt is empty" not in said
 
 
 @pytest.mark.skipif(not hasattr(os, "forkpty"), reason="a terminal of its own needs a POSIX system")
