@@ -21,7 +21,7 @@ from lumiere.data.batches import Batch, documents_of
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError, check_choice
 from lumiere.evaluation.scoring import clustered_means
-from lumiere.interpret.result import Receipt, Result, relative_error, rounding, selected
+from lumiere.interpret.result import Receipt, Result, relative_error, rounding, selected, whole_rows
 from lumiere.models.transformer import Transformer
 
 
@@ -363,9 +363,3 @@ def ablate(
         first_target=1 + min(int((batch.targets != IGNORED).any(0).nonzero()[0, 0]) for batch in batches),
         receipts=receipts,
     )
-
-
-def whole_rows(batch: Batch) -> np.ndarray:
-    """Return the inputs and the last target, (B, T + 1); `<|pad|>` for a target that is ignored."""
-    last_B1 = batch.targets[:, -1:]
-    return torch.cat([batch.tokens, last_B1.where(last_B1 != IGNORED, PAD)], dim=1).cpu().numpy()

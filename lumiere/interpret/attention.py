@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lumiere.components.hooks import run_with_cache
+from lumiere.errors import check_choice
 from lumiere.interpret.result import Receipt, Result, one_sequence, rounding, selected, table
 from lumiere.models.transformer import Transformer
 
@@ -122,22 +123,24 @@ def attention_patterns(
         kind: one of `WEIGHTED`.
 
     Raises:
-        ValueError: unknown kind, or the tokens do not fit the model.
+        LumiereError: there is no such kind.
     """
-    common = described(model, tokens, layers, heads, kind, WEIGHTED)
-    chosen = np.ix_(common["layers"], common["heads"])
+    check_choice("kind", kind, WEIGHTED)
+    layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
+    asked = {"tokens": tuple(tokens), "kind": kind, "layers": layers, "heads": heads}
+    chosen = np.ix_(layers, heads)
     patterns, cache = run_attention(model, tokens, () if kind == "pattern" else ("hook_v", "hook_z", "hook_attn_out"))
     if kind == "pattern":
         patterns = patterns[chosen]
         receipts = (rows_sum_to_one(model, patterns), looks_back(patterns))
-        return AttentionPatterns(**common, patterns=patterns, **statistics(patterns), receipts=receipts)
+        return AttentionPatterns(**asked, patterns=patterns, **statistics(patterns), receipts=receipts)
     sizes, error = value_sizes(model, cache, patterns, projected=kind == "norm-weighted")
     norms = (patterns * sizes[:, :, None, :])[chosen]
     totals = norms.sum(-1, keepdims=True)
     shares = np.divide(norms, totals, out=np.zeros_like(norms), where=totals > 0)
     whole = "the attention output" if kind == "norm-weighted" else "each head's output"
     receipts = (Receipt(f"parts add up to {whole}", error, rounding(model)), looks_back(shares))
-    return WeightedPatterns(**common, patterns=shares, norms=norms, **statistics(shares), receipts=receipts)
+    return WeightedPatterns(**asked, patterns=shares, norms=norms, **statistics(shares), receipts=receipts)
 
 
 def combined_attention(
@@ -159,11 +162,12 @@ def combined_attention(
         kind: one of `COMBINED`.
 
     Raises:
-        ValueError: unknown kind, or the tokens do not fit the model.
+        LumiereError: there is no such kind.
     """
-    common = described(model, tokens, layers, heads, kind, COMBINED)
-    chosen = list(common["layers"])
-    patterns = run_attention(model, tokens, ())[0][:, list(common["heads"])]
+    check_choice("kind", kind, COMBINED)
+    layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
+    chosen = list(layers)
+    patterns = run_attention(model, tokens, ())[0][:, list(heads)]
     mean = patterns.mean(axis=1)
     if kind == "max":
         weights = patterns.max(axis=1)[chosen]
@@ -172,26 +176,8 @@ def combined_attention(
     else:
         weights = (mean if kind == "mean" else rollout(mean))[chosen]
         check = rows_sum_to_one(model, weights)
-    return CombinedAttention(**common, weights=weights, receipts=(check, looks_back(weights)))
-
-
-def described(
-    model: Transformer,
-    tokens: Sequence[int],
-    layers: Sequence[int] | None,
-    heads: Sequence[int] | None,
-    kind: str,
-    kinds: Sequence[str],
-) -> dict[str, Any]:
-    """Return the fields of `Attention`.
-
-    Raises:
-        ValueError: unknown kind.
-    """
-    if kind not in kinds:
-        raise ValueError(f"kind must be one of {', '.join(kinds)}, not {kind!r}")
-    places = {"layers": selected(layers, model.num_layers), "heads": selected(heads, model.num_heads)}
-    return {"tokens": tuple(tokens), "kind": kind, **places}
+    asked = {"tokens": tuple(tokens), "kind": kind, "layers": layers, "heads": heads}
+    return CombinedAttention(**asked, weights=weights, receipts=(check, looks_back(weights)))
 
 
 def run_attention(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from lumiere.interpret.head_scores import (
     composition_scores,
     score_heads,
 )
-from lumiere.interpret.logit_lens import LogitLens, logit_lens
+from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.result import Receipt, Result, largest_difference, table
 from lumiere.interpret.summary import matrix_facts
 from lumiere.models.transformer import Transformer
@@ -203,7 +203,7 @@ AnyResult = TypeVar("AnyResult", bound=Result)
 
 @dataclass
 class SnapshotMetrics:
-    """One snapshot and its analyses, each computed once when it is first needed, and their receipts."""
+    """One snapshot and the analyses of several metrics, each computed once when it is first needed; their receipts."""
 
     model: Transformer
     texts: Texts
@@ -219,10 +219,6 @@ class SnapshotMetrics:
         return self.checked(score_heads(self.model, self.texts.tokens, self.texts.windows, self.texts.averaged))
 
     @cached_property
-    def loss(self) -> tuple[float, float]:
-        return mean_loss(self.model, self.texts.batches)
-
-    @cached_property
     def composition(self) -> Composition:
         return self.checked(composition_scores(self.model))
 
@@ -230,17 +226,16 @@ class SnapshotMetrics:
     def matrices(self) -> Mapping[str, Any]:
         return matrix_facts(self.model)
 
-    @cached_property
-    def lenses(self) -> list[LogitLens]:
-        return [self.checked(logit_lens(self.model, row)) for row in self.texts.lens_rows]
 
+class Measured(NamedTuple):
+    """What a metric is at one snapshot."""
 
-Values = Mapping[str, float]
-"""By place: a head, a pair of heads, a matrix; under the empty name a number of the whole model."""
-
-
-def unknown(snapshot: SnapshotMetrics) -> float:
-    return math.nan
+    values: Mapping[str, float]
+    """By place: a head, a pair of heads, a matrix; under the empty name a number of the whole model."""
+    baseline: float = math.nan
+    """The value by chance; NaN if it is unknown."""
+    error: float = math.nan
+    """The standard error of a number of the whole model; NaN if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -253,8 +248,6 @@ class Metric:
         unit: of the values: share, nats, stages; or what they are a multiple or a number of.
         noticeable: the least change that can be a phase change.
         measure: takes it from a snapshot.
-        baseline: the value by chance; NaN if it is unknown.
-        error: the standard error of a number of the whole model; NaN if it is unknown.
         needs_corpus: whether it is a number of the validation split.
         needs_tokens: whether it is a result of `score_heads`, which reads the tokens of `Texts`.
         zero_is_missing: whether a value of 0 is that of a matrix of zeros, which has no level to rise from.
@@ -264,78 +257,71 @@ class Metric:
     meaning: str
     unit: str
     noticeable: float
-    measure: Callable[[SnapshotMetrics], Values]
-    baseline: Callable[[SnapshotMetrics], float] = unknown
-    error: Callable[[SnapshotMetrics], float] = unknown
+    measure: Callable[[SnapshotMetrics], Measured]
     needs_corpus: bool = False
     needs_tokens: bool = False
     zero_is_missing: bool = False
 
 
-def loss_metric(name: str, meaning: str, value: str, error: str, *, needs_corpus: bool) -> Metric:
-    """Return the metric of a difference of losses, from fields of `HeadScores`."""
-
-    def read(field_name: str) -> Callable[[SnapshotMetrics], float]:
-        return lambda snapshot: or_nan(getattr(snapshot.heads, field_name))
-
-    def measure(snapshot: SnapshotMetrics) -> Values:
-        return {"": read(value)(snapshot)}
-
-    return Metric(name, meaning, "nats", 0.1, measure, lambda snapshot: 0.0, read(error), needs_corpus, True)
-
-
-def or_nan(value: np.ndarray | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def score_metric(name: str, meaning: str, number: int, prefix: str = "") -> Metric:
-    """Return the metric of a score of `HeadScores`; at natural repeats with the prefix `text_`."""
-
-    def measure(snapshot: SnapshotMetrics) -> Values:
-        scores = getattr(snapshot.heads, f"{prefix}scores")
-        return {} if scores is None else by_head(scores[..., number])
-
-    def baseline(snapshot: SnapshotMetrics) -> float:
-        uniform = getattr(snapshot.heads, f"{prefix}uniform")
-        return math.nan if uniform is None else float(uniform[number])
-
-    return Metric(name, meaning, "share", 0.1, measure, baseline, needs_corpus=bool(prefix), needs_tokens=True)
-
-
-def by_head(values_LH: np.ndarray) -> Values:
-    return {f"L{layer}H{head}": float(values_LH[layer, head]) for layer, head in np.ndindex(*values_LH.shape)}
-
-
-def composition_metric(number: int, kind: str) -> Metric:
-    def measure(snapshot: SnapshotMetrics) -> Values:
-        result = snapshot.composition
-        labels = (f"L{a}H{b}>L{c}H{d}" for a, b, c, d in result.pairs.tolist())
-        return dict(zip(labels, (result.scores[:, number] / result.chance).tolist(), strict=True))
-
-    meaning = f"{kind.upper()}-composition of a head with a later one, as a multiple of chance"
-    return Metric(f"{kind}-composition", meaning, "x chance", 0.5, measure, lambda snapshot: 1.0)
-
-
-def matrix_metric(name: str, meaning: str, unit: str, noticeable: float) -> Metric:
-    def measure(snapshot: SnapshotMetrics) -> Values:
-        labels = [label.removesuffix(".weight").removeprefix("blocks.") for label in snapshot.matrices["matrices"]]
-        return dict(zip(labels, snapshot.matrices[f"{name.replace('-', '_')}s"].tolist(), strict=True))
-
-    return Metric(name, meaning, unit, noticeable, measure, zero_is_missing=True)
-
-
-def mean_loss(model: Transformer, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Return the mean over all targets, summed in float64, and its standard error, clustered by document."""
-    weight, sums = model.token_embedding.weight, []
+def validation_loss(snapshot: SnapshotMetrics) -> Measured:
+    """Return the mean loss over all targets, summed in float64, and its standard error, clustered by document."""
+    weight, batches, sums = snapshot.model.token_embedding.weight, snapshot.texts.batches, []
     for batch in batches:
         with torch.inference_mode():
-            residual = model.final_residual(batch.tokens.to(weight.device)).flatten(0, 1)
+            residual = snapshot.model.final_residual(batch.tokens.to(weight.device)).flatten(0, 1)
             targets = batch.targets.flatten().to(weight.device)
             losses = linear_cross_entropy_losses(residual, weight, targets).cpu().double().view(batch.targets.shape)
         sums.append(losses.where(batch.targets != IGNORED, 0.0).sum(1).numpy())
     counts = np.concatenate([(batch.targets != IGNORED).sum(1).numpy() for batch in batches])
     (mean,), (error,) = clustered_means(np.concatenate(sums)[None], counts, documents_of(batches))
-    return float(mean), float(error)
+    return Measured({"": float(mean)}, float(np.log(snapshot.model.vocab_size)), float(error))
+
+
+def loss_metric(name: str, meaning: str, fields: tuple[str, str], *, needs_corpus: bool) -> Metric:
+    """Return the metric of a difference of losses and its standard error, two fields of `HeadScores`."""
+
+    def measure(snapshot: SnapshotMetrics) -> Measured:
+        value, error = (float(getattr(snapshot.heads, name)) for name in fields)
+        return Measured({"": value}, 0.0, error)
+
+    return Metric(name, meaning, "nats", 0.1, measure, needs_corpus, needs_tokens=True)
+
+
+def score_metric(name: str, meaning: str, number: int, prefix: str = "") -> Metric:
+    """Return the metric of a score of `HeadScores`; at natural repeats with the prefix `text_`."""
+
+    def measure(snapshot: SnapshotMetrics) -> Measured:
+        scores, uniform = (getattr(snapshot.heads, f"{prefix}{part}") for part in ("scores", "uniform"))
+        return Measured({}) if scores is None else Measured(by_head(scores[..., number]), float(uniform[number]))
+
+    return Metric(name, meaning, "share", 0.1, measure, needs_corpus=bool(prefix), needs_tokens=True)
+
+
+def by_head(values_LH: np.ndarray) -> Mapping[str, float]:
+    return {f"L{layer}H{head}": float(values_LH[layer, head]) for layer, head in np.ndindex(*values_LH.shape)}
+
+
+def composition_metric(number: int, kind: str) -> Metric:
+    def measure(snapshot: SnapshotMetrics) -> Measured:
+        result = snapshot.composition
+        labels = (f"L{a}H{b}>L{c}H{d}" for a, b, c, d in result.pairs.tolist())
+        return Measured(dict(zip(labels, (result.scores[:, number] / result.chance).tolist(), strict=True)), 1.0)
+
+    meaning = f"{kind.upper()}-composition of a head with a later one, as a multiple of chance"
+    return Metric(f"{kind}-composition", meaning, "x chance", 0.5, measure)
+
+
+def lens_depth(snapshot: SnapshotMetrics) -> Measured:
+    lenses = [snapshot.checked(logit_lens(snapshot.model, row)) for row in snapshot.texts.lens_rows]
+    return Measured({"": float(np.concatenate([lens.decision_stages for lens in lenses]).mean())})
+
+
+def matrix_metric(name: str, meaning: str, unit: str, noticeable: float) -> Metric:
+    def measure(snapshot: SnapshotMetrics) -> Measured:
+        labels = [label.removesuffix(".weight").removeprefix("blocks.") for label in snapshot.matrices["matrices"]]
+        return Measured(dict(zip(labels, snapshot.matrices[f"{name.replace('-', '_')}s"].tolist(), strict=True)))
+
+    return Metric(name, meaning, unit, noticeable, measure, zero_is_missing=True)
 
 
 SOURCES = {
@@ -348,26 +334,17 @@ SOURCES = {
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            "validation-loss",
-            "mean loss on validation windows",
-            "nats",
-            0.1,
-            lambda snapshot: {"": snapshot.loss[0]},
-            lambda snapshot: float(np.log(snapshot.model.vocab_size)),
-            lambda snapshot: snapshot.loss[1],
-            needs_corpus=True,
-        ),
+        Metric("validation-loss", "mean loss on validation windows", "nats", 0.1, validation_loss, needs_corpus=True),
         loss_metric(
             "in-context-score",
             "loss late in a validation window minus loss early in it",
-            *("in_context_score", "in_context_error"),
+            ("in_context_score", "in_context_error"),
             needs_corpus=True,
         ),
         loss_metric(
             "repeat-gap",
             "loss of random tokens minus their loss when repeated",
-            *("repeat_gap", "repeat_gap_error"),
+            ("repeat_gap", "repeat_gap_error"),
             needs_corpus=False,
         ),
         *(
@@ -377,7 +354,7 @@ METRICS: Mapping[str, Metric] = {
         loss_metric(
             "text-repeat-gap",
             "loss of names at their first occurrence in a validation window minus their loss when repeated",
-            *("text_gap", "text_gap_error"),
+            ("text_gap", "text_gap_error"),
             needs_corpus=True,
         ),
         score_metric(
@@ -391,8 +368,7 @@ METRICS: Mapping[str, Metric] = {
             "how much more probable a head makes the tokens that it attends to, from its weights",
             "from -1 to 1",
             0.2,
-            lambda snapshot: by_head(snapshot.heads.copying),
-            lambda snapshot: 0.0,
+            lambda snapshot: Measured(by_head(snapshot.heads.copying), 0.0),
             needs_tokens=True,
         ),
         *(composition_metric(number, kind) for number, kind in enumerate(COMPOSITION_KINDS)),
@@ -401,7 +377,7 @@ METRICS: Mapping[str, Metric] = {
             "mean stage from which on the logit lens has the model's final token on top",
             "stages",
             0.25,
-            lambda snapshot: {"": float(np.concatenate([lens.decision_stages for lens in snapshot.lenses]).mean())},
+            lens_depth,
             needs_corpus=True,
         ),
         matrix_metric("norm", "Frobenius norm of a matrix", "", 1.0),
@@ -493,30 +469,27 @@ def follow(
         emit: called with the number of snapshots done.
     """
     chosen = [METRICS[name] for name in metrics]
-    columns, errors, worst = [], [], {}
+    found, worst = [], {}
     for number, step in enumerate(steps):
         snapshot = SnapshotMetrics(load(step), texts)
-        columns.append(measure(snapshot, chosen))
-        errors.append({metric.name: metric.error(snapshot) for metric in chosen})
-        for receipt in [*snapshot.receipts, *(untrained(snapshot, chosen) if step == 0 else ())]:
+        found.append({metric.name: metric.measure(snapshot) for metric in chosen})
+        for receipt in [*snapshot.receipts, *(untrained(snapshot, found[0]) if step == 0 else ())]:
             worst[receipt.check] = worse(receipt, worst.get(receipt.check))
         emit(number + 1)
     last = SnapshotMetrics(load(steps[-1]), texts)
-    again_M = np.array(list(measure(last, chosen).values()))
-    baselines = {metric.name: metric.baseline(last) for metric in chosen}
-    series = [(METRICS[name], place) for name, place in columns[0]]
+    again = {metric.name: metric.measure(last) for metric in chosen}
+    series = [(metric, place) for metric in chosen for place in found[0][metric.name].values]
     steps_N, shape = np.array(steps), (len(series), len(steps))
-    values_MN = np.array([[column[metric.name, place] for column in columns] for metric, place in series]).reshape(
-        shape
-    )
-    errors_MN = np.array([[error[metric.name] for error in errors] for metric, _ in series]).reshape(shape)
-    curves = [
-        np.where(values_N == 0, np.nan, values_N) if metric.zero_is_missing else values_N
-        for values_N, (metric, _) in zip(values_MN, series, strict=True)
-    ]
+    values_MN, errors_MN = np.empty(shape), np.empty(shape)
+    for row, (metric, place) in enumerate(series):
+        values_MN[row] = [measured[metric.name].values[place] for measured in found]
+        errors_MN[row] = [measured[metric.name].error for measured in found]
+    again_M = np.array([again[metric.name].values[place] for metric, place in series])
+    is_missing_M1 = np.array([metric.zero_is_missing for metric, _ in series], dtype=bool)[:, None]
+    curves_MN = np.where(is_missing_M1 & (values_MN == 0), np.nan, values_MN)
     phases = [
         find_phase_change(steps_N, curve_N, metric.noticeable, errors_N)
-        for curve_N, errors_N, (metric, _) in zip(curves, errors_MN, series, strict=True)
+        for curve_N, errors_N, (metric, _) in zip(curves_MN, errors_MN, series, strict=True)
     ]
     return Dynamics(
         steps=steps_N,
@@ -525,11 +498,11 @@ def follow(
         units=tuple(metric.unit for metric, _ in series),
         values=values_MN,
         errors=errors_MN,
-        baselines=np.array([baselines[metric.name] for metric, _ in series]),
+        baselines=np.array([again[metric.name].baseline for metric, _ in series]),
         phase_starts=np.array([-1 if phase is None else steps[phase.first] for phase in phases], dtype=int),
         phase_ends=np.array([-1 if phase is None else steps[phase.last] for phase in phases], dtype=int),
         phase_sizes=np.array([np.nan if phase is None else phase.change for phase in phases]),
-        num_tried=sum(int(np.isfinite(curve_N).sum()) >= LEAST_VALUES for curve_N in curves),
+        num_tried=int((np.isfinite(curves_MN).sum(1) >= LEAST_VALUES).sum()),
         curve_steps=np.array([step for step, _ in curve], dtype=int),
         curve_losses=np.array([loss for _, loss in curve], dtype=float),
         receipts=(
@@ -539,29 +512,19 @@ def follow(
     )
 
 
-def measure(snapshot: SnapshotMetrics, metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
-    """Return the values by metric and place."""
-    return {(metric.name, place): value for metric in metrics for place, value in metric.measure(snapshot).items()}
-
-
 def worse(receipt: Receipt, other: Receipt | None) -> Receipt:
     """Return the receipt with the larger error; NaN counts as larger than any number."""
     return receipt if other is None or not receipt.error <= other.error else other
 
 
-def untrained(snapshot: SnapshotMetrics, metrics: Sequence[Metric]) -> Iterator[Receipt]:
-    """Yield what must hold before the first update, for the chosen metrics."""
-    errors = [
-        abs(value - metric.baseline(snapshot))
-        for metric in metrics
-        if metric.name in SCORES
-        for value in metric.measure(snapshot).values()
-        if np.isfinite(value)
-    ]
+def untrained(snapshot: SnapshotMetrics, found: Mapping[str, Measured]) -> Iterator[Receipt]:
+    """Yield what must hold before the first update, for the metrics that were measured."""
+    scores = [found[name] for name in SCORES if name in found]
+    errors = [abs(x - score.baseline) for score in scores for x in score.values.values() if np.isfinite(x)]
     if errors:
         yield Receipt("at step 0 heads look at all tokens alike", max(errors), NEAR_UNIFORM)
-    gap = float(snapshot.heads.repeat_gap) if METRICS["repeat-gap"] in metrics else np.nan
-    if np.isfinite(gap):
+    gap = found["repeat-gap"].values[""] if "repeat-gap" in found else math.nan
+    if math.isfinite(gap):
         yield Receipt("at step 0 there is no repeat gap", abs(gap), NEAR_NOTHING)
         # Of different tokens: an untrained model with a tied output predicts that each token repeats at once, and so is
         # better than chance at text in which that happens.

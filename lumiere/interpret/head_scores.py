@@ -98,26 +98,25 @@ def composition_scores(model: Transformer) -> Composition:
     (V, V) and (K, K) matrices, in float64.
     """
     reads, writes, queries, keys = head_matrices(model)
-    tall = {"q": queries, "k": keys, "v": reads}
-    wide = {"q": keys.swapaxes(-1, -2), "k": queries.swapaxes(-1, -2), "v": writes}
+    later = {"q": (queries, keys.swapaxes(-1, -2)), "k": (keys, queries.swapaxes(-1, -2)), "v": (reads, writes)}
     own_reads, own_writes = gram(reads.swapaxes(-1, -2)), gram(writes)
     ov_norms = np.sqrt(np.einsum("lhvw,lhvw->lh", own_reads, own_writes))
     pairs, columns, errors = pair_list(model.num_layers, model.num_heads), [], [0.0]
     first, second = tuple(pairs[:, :2].T), tuple(pairs[:, 2:].T)
     for kind in COMPOSITION_KINDS:
-        later_norms = np.sqrt(np.einsum("lhkj,lhkj->lh", gram(tall[kind].swapaxes(-1, -2)), gram(wide[kind])))
-        joined = writes[first] @ tall[kind][second]
-        squares = np.einsum(
-            "pvw,pvk,pkj,pwj->p", own_reads[first], joined, gram(wide[kind])[second], joined, optimize=True
-        )
+        tall, wide = later[kind]
+        later_norms = np.sqrt(np.einsum("lhkj,lhkj->lh", gram(tall.swapaxes(-1, -2)), gram(wide)))
+        joined = writes[first] @ tall[second]
+        factors = own_reads[first], joined, gram(wide)[second], joined
+        squares = np.einsum("pvw,pvk,pkj,pwj->p", *factors, optimize=True)
         sizes = ov_norms[first] * later_norms[second]
         with np.errstate(invalid="ignore", divide="ignore"):
             scores = np.where(sizes > 0, np.sqrt(np.maximum(squares, 0)) / sizes, np.nan)
         columns.append(scores)
         if np.isfinite(scores).any():
             best = int(np.nanargmax(scores))
-            earlier, later = (tuple(place) for place in (pairs[best, :2], pairs[best, 2:]))
-            dense_ov, dense = reads[earlier] @ writes[earlier], tall[kind][later] @ wide[kind][later]
+            earlier, place = tuple(pairs[best, :2]), tuple(pairs[best, 2:])
+            dense_ov, dense = reads[earlier] @ writes[earlier], tall[place] @ wide[place]
             expected = np.linalg.norm(dense_ov @ dense) / (np.linalg.norm(dense_ov) * np.linalg.norm(dense))
             errors.append(float(abs(scores[best] - expected)))
     scores_PC = np.stack(columns, axis=1)
@@ -251,8 +250,8 @@ class HeadScores(Result):
         in_context_score: () late minus early: negative where a longer context helps.
         in_context_error: () its standard error, clustered by document.
         in_context_windows, in_context_documents: how many windows, of how many documents.
-        text_scores: (L, H, M) the scores at natural repeats of validation windows (`text_repeats`); these fields
-            are None without such windows.
+        text_scores: (L, H, M) the scores at natural repeats of validation windows (`text_repeats`); without such
+            windows, this and the next three fields are None.
         text_uniform: (M,) the scores of uniform attention there.
         text_repeats, text_documents: how many repeats, in how many documents.
         text_gap: () mean loss of a repeated token at its first occurrence minus that at its repetition, in nats.
@@ -287,8 +286,8 @@ class HeadScores(Result):
     text_uniform: np.ndarray | None = None
     text_repeats: int | None = None
     text_documents: int | None = None
-    text_gap: np.ndarray | None = None
-    text_gap_error: np.ndarray | None = None
+    text_gap: np.ndarray = field(default_factory=lambda: np.array(np.nan))
+    text_gap_error: np.ndarray = field(default_factory=lambda: np.array(np.nan))
 
     def places(self) -> Iterator[tuple[int, int, str]]:
         """Yield the row, the column and the name of each head, such as `L0H1`."""
@@ -335,19 +334,20 @@ def score_heads(
         threshold: the score above which a head has a role, if it is clearly above the uniform baseline too.
     """
     layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
-    is_many = len(tokens_NT) > 1
+
+    def observations(values_NT: np.ndarray) -> np.ndarray:
+        """A sequence is one observation, a single text as many as it has tokens."""
+        return values_NT.sum(1) if len(tokens_NT) > 1 else values_NT[0]
+
     shares, expected, counts, losses, row_error = [], [], [], [], 0.0
     num_overlaps = np.zeros(len(SCORES), dtype=int)
     for part, patterns, loss_BT in passes(model, tokens_NT, tokens_NT[:, 1:], layers, heads):
         sources, overlaps = source_masks(tokens_NT[part])
         num_overlaps = num_overlaps + overlaps.sum((0, 2)).numpy()
-        shares_NTLHM = attended(patterns, sources, "ntlhm").numpy()
-        # A sequence is one observation, a single text as many as it has tokens.
-        shares.append(shares_NTLHM.sum(1) if is_many else shares_NTLHM[0])
         num_sources_NTM = sources.sum(-1).transpose(1, 2).numpy()
-        expected_NTM = num_sources_NTM / np.arange(1, tokens_NT.shape[1] + 1)[:, None]
-        expected.append(expected_NTM.sum(1) if is_many else expected_NTM[0])
-        counts.append((num_sources_NTM > 0).sum(1) if is_many else num_sources_NTM[0] > 0)
+        shares.append(observations(attended(patterns, sources, "ntlhm").numpy()))
+        expected.append(observations(num_sources_NTM / np.arange(1, tokens_NT.shape[1] + 1)[:, None]))
+        counts.append(observations(num_sources_NTM > 0))
         losses.append(loss_BT.numpy())
         row_error = float(np.maximum(row_error, (patterns.sum(-1) - 1).abs().max().item()))
     shares_CLHM, expected_CM, counts_CM = map(np.concatenate, (shares, expected, counts))

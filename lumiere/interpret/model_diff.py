@@ -31,7 +31,7 @@ from lumiere.evaluation.scoring import (
     strided_windows,
 )
 from lumiere.interpret.head_scores import head_matrices
-from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, outside_unit, rounding
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, outside_unit, rounding, whole_rows
 from lumiere.models.transformer import Transformer, TransformerOutput
 
 
@@ -255,6 +255,33 @@ class PredictionDiff(ShortRepr):
     kl_ba_by_position: np.ndarray
 
 
+def compare_predictions(
+    batch: Batch, first_BTVocab: Tensor, second_BTVocab: Tensor, first_sequence: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Compare two models on the targets of a batch, from their logits; yield columns of `PredictionDiff` in chunks.
+
+    Args:
+        first_sequence: the number of the batch's first sequence.
+    """
+    places_P2 = (batch.targets != IGNORED).nonzero()
+    for part_P2 in places_P2.split(max(1, LOGITS_AT_ONCE // first_BTVocab.shape[-1])):
+        rows_P, columns_P = part_P2.unbind(1)
+        targets_P = batch.targets[rows_P, columns_P].cpu()
+        log_p, log_q = (x[rows_P, columns_P].cpu().double().log_softmax(-1) for x in (first_BTVocab, second_BTVocab))
+        ratio = log_p - log_q
+        columns = {
+            "sequences": rows_P.cpu() + first_sequence,
+            "positions": columns_P.cpu() + 1,
+            "targets": targets_P,
+            "losses_a": -log_p.gather(1, targets_P[:, None])[:, 0],
+            "losses_b": -log_q.gather(1, targets_P[:, None])[:, 0],
+            "kl_ab": (log_p.exp() * ratio).sum(-1),
+            "kl_ba": (log_q.exp() * -ratio).sum(-1),
+            "same_choice": same_choices(log_p, log_q),
+        }
+        yield {name: values.numpy() for name, values in columns.items()}
+
+
 def join_predictions(parts: Sequence[Mapping[str, np.ndarray]]) -> PredictionDiff:
     """Concatenate the columns of `compare_predictions` over all batches."""
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -262,36 +289,6 @@ def join_predictions(parts: Sequence[Mapping[str, np.ndarray]]) -> PredictionDif
     counts = np.bincount(places)
     means = {f"{name}_by_position": np.bincount(places, columns[name]) / counts for name in ("kl_ab", "kl_ba")}
     return PredictionDiff(**columns, position_numbers=numbers, **means)
-
-
-def compare_predictions(
-    batch: Batch, first_BTVocab: Tensor, second_BTVocab: Tensor, first_sequence: int
-) -> dict[str, np.ndarray]:
-    """Compare two models on the targets of a batch, from their logits; return columns of `PredictionDiff`, (P,).
-
-    Args:
-        first_sequence: the number of the batch's first sequence.
-    """
-    is_real_BT = batch.targets != IGNORED
-    rows, columns = (index.cpu().numpy() for index in is_real_BT.nonzero(as_tuple=True))
-    targets_P = batch.targets[is_real_BT].cpu()
-    size = max(1, LOGITS_AT_ONCE // first_BTVocab.shape[-1])
-    found: list[dict[str, Tensor]] = []
-    chunks = (logits[is_real_BT].split(size) for logits in (first_BTVocab, second_BTVocab))
-    for first, second, targets in zip(*chunks, targets_P.split(size), strict=True):
-        log_p, log_q = (logits.cpu().double().log_softmax(-1) for logits in (first, second))
-        ratio = log_p - log_q
-        found.append(
-            {
-                "losses_a": -log_p.gather(1, targets[:, None])[:, 0],
-                "losses_b": -log_q.gather(1, targets[:, None])[:, 0],
-                "kl_ab": (log_p.exp() * ratio).sum(-1),
-                "kl_ba": (log_q.exp() * -ratio).sum(-1),
-                "same_choice": same_choices(log_p, log_q),
-            }
-        )
-    values = {name: torch.cat([part[name] for part in found]).numpy() for name in found[0]}
-    return {"sequences": rows + first_sequence, "positions": columns + 1, "targets": targets_P.numpy(), **values}
 
 
 def same_choices(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -444,18 +441,18 @@ def diff_models(
     length = min(first.context_size, second.context_size)
     batches = [shortened(batch, length).to(first.token_embedding.weight.device) for batch in batches]
     across_layers = across_layers or first.num_layers != second.num_layers
-    cka, patterns, parts, num_sequences = LinearCka(), PatternSums(across_layers), [], 0
+    cka, matcher, parts, num_sequences = LinearCka(), HeadMatcher(first, second, across_layers), [], 0
     with torch.inference_mode():
         for batch in batches:
             outputs = first(batch.tokens), second(batch.tokens)
-            parts.append(compare_predictions(batch, outputs[0].logits, outputs[1].logits, num_sequences))
+            parts.extend(compare_predictions(batch, outputs[0].logits, outputs[1].logits, num_sequences))
             num_sequences += len(batch.tokens)
             is_real_BT = batch.tokens != PAD
             cka.add(*([stream[is_real_BT] for stream in output.residuals] for output in outputs))
-            patterns.add(*outputs, is_real_BT)
+            matcher.add(*outputs, is_real_BT)
     predictions = join_predictions(parts)
     similarities, weights = cka.similarities(), weight_changes(first, second)
-    heads = match_heads(first, second, patterns)
+    heads = matcher.match()
     sides = (first, predictions.losses_a), (second, predictions.losses_b)
     evaluation = max(evaluation_error(model, batches[0], losses) for model, losses in sides)
     below_zero = max(0.0, -float(predictions.kl_ab.min()), -float(predictions.kl_ba.min()))
@@ -468,7 +465,7 @@ def diff_models(
         outside = outside_unit(heads.pattern_divergences)
         receipts.append(Receipt("divergences lie between 0 and 1", outside, rounding(first)))
     return ModelDiff(
-        tokens=tuple(rows_of(batches)),
+        tokens=tuple(tuple(row[row != PAD].tolist()) for batch in batches for row in whole_rows(batch)),
         not_compared=() if heads else ("heads: there is only one position, and a single token to look at",),
         losses=np.array([predictions.losses_a.mean(), predictions.losses_b.mean()]),
         loss_unit=SAME_TOKENS,
@@ -514,12 +511,14 @@ def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[To
     )
 
 
-class PatternSums:
-    """Divergences of the pairs of heads that may be matched, summed over rows."""
+class HeadMatcher:
+    """Divergences of the pairs of heads that may be matched, summed over rows, and the heads that they match."""
 
-    def __init__(self, across_layers: bool) -> None:
-        self.across_layers = across_layers
-        self.sums: dict[tuple[int, int], np.ndarray] = {}
+    def __init__(self, first: Transformer, second: Transformer, across_layers: bool) -> None:
+        self.models, self.across_layers = (first, second), across_layers
+        layers = product(range(first.num_layers), range(second.num_layers))
+        self.layers = [(a, b) for a, b in layers if across_layers or a == b]
+        self.sums = np.zeros((first.num_layers, first.num_heads, second.num_layers, second.num_heads))
         self.num_rows = self.num_sequences = 0
 
     def add(self, first: TransformerOutput, second: TransformerOutput, is_real_BT: torch.Tensor) -> None:
@@ -529,56 +528,45 @@ class PatternSums:
         counts_BT[:, 0] = False
         if not counts_BT.any():
             return
-        for a, patterns_a in enumerate(first.patterns):
-            for b, patterns_b in enumerate(second.patterns):
-                if self.across_layers or a == b:
-                    found = pattern_divergences(patterns_a[:count], patterns_b[:count], counts_BT)
-                    self.sums[a, b] = self.sums.get((a, b), 0.0) + found
+        for a, b in self.layers:
+            self.sums[a, :, b] += pattern_divergences(first.patterns[a][:count], second.patterns[b][:count], counts_BT)
         self.num_sequences += count
         self.num_rows += int(counts_BT.sum())
 
-
-def match_heads(first: Transformer, second: Transformer, patterns: PatternSums) -> HeadMatches | None:
-    """Match the heads; None if no row was compared."""
-    if not patterns.num_rows:
-        return None
-    heads, partners = first.num_heads, second.num_heads
-    found = np.full((first.num_layers * heads, second.num_layers * partners), np.nan)
-    for (a, b), total in patterns.sums.items():
-        found[a * heads : (a + 1) * heads, b * partners : (b + 1) * partners] = total / patterns.num_rows
-    if patterns.across_layers:
-        matches = cheapest_assignment(found)
-    else:
-        corners = [np.array([layer * heads, layer * partners]) for layer in range(first.num_layers)]
-        blocks = [found[a : a + heads, b : b + partners] for a, b in corners]
-        matches = np.concatenate([cheapest_assignment(x) + corner for x, corner in zip(blocks, corners, strict=True)])
-    names = [
-        tuple(f"L{layer}H{head}" for layer, head in np.ndindex(model.num_layers, model.num_heads))
-        for model in (first, second)
-    ]
-    return HeadMatches(
-        heads_a=names[0],
-        heads_b=names[1],
-        pattern_divergences=found,
-        matches=matches,
-        match_divergences=found[tuple(matches.T)],
-        **circuit_changes(first, second, matches),
-        num_pattern_sequences=patterns.num_sequences,
-    )
+    def match(self) -> HeadMatches | None:
+        """Match the heads; None if no row was compared."""
+        if not self.num_rows:
+            return None
+        means = np.full_like(self.sums, np.nan)
+        for a, b in self.layers:
+            means[a, :, b] = self.sums[a, :, b] / self.num_rows
+        num_heads, num_partners = (model.num_heads for model in self.models)
+        found = means.reshape(len(means) * num_heads, -1)
+        if self.across_layers:
+            matches = cheapest_assignment(found)
+        else:
+            corners = [(layer * num_heads, layer * num_partners) for layer in range(len(means))]
+            parts = [cheapest_assignment(means[layer, :, layer]) + corner for layer, corner in enumerate(corners)]
+            matches = np.concatenate(parts)
+        names = [
+            tuple(f"L{layer}H{head}" for layer, head in np.ndindex(model.num_layers, model.num_heads))
+            for model in self.models
+        ]
+        return HeadMatches(
+            heads_a=names[0],
+            heads_b=names[1],
+            pattern_divergences=found,
+            matches=matches,
+            match_divergences=found[tuple(matches.T)],
+            **circuit_changes(*self.models, matches),
+            num_pattern_sequences=self.num_sequences,
+        )
 
 
 def shortened(batch: Batch, length: int) -> Batch:
     """Return the first `length` positions of a batch."""
     tokens, targets = batch.tokens[:, :length].contiguous(), batch.targets[:, :length]
     return replace(batch, tokens=tokens, targets=targets, num_targets=int((targets != IGNORED).sum()))
-
-
-def rows_of(batches: Sequence[Batch]) -> Iterator[tuple[int, ...]]:
-    """Yield the ids of each sequence, with its last target, without padding."""
-    for batch in batches:
-        for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
-            ids = [*tokens, targets[-1] if targets[-1] != IGNORED else PAD]
-            yield tuple(token for token in ids if token != PAD)
 
 
 def weight_receipt(weights: WeightChanges) -> Receipt:

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
+from lumiere.data.batches import Batch
+from lumiere.data.tokenizer import PAD
 
 FLOAT32_TOLERANCE = 1e-5
 FLOAT64_TOLERANCE = 1e-10
@@ -134,3 +137,9 @@ def float64(tensor: Tensor) -> np.ndarray:
 def selected(indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
     """Return the chosen indices; all `count` of them for None."""
     return tuple(range(count) if indices is None else indices)
+
+
+def whole_rows(batch: Batch) -> np.ndarray:
+    """Return the inputs and the last target, (B, T + 1); `<|pad|>` for a target that is ignored."""
+    last_B1 = batch.targets[:, -1:]
+    return torch.cat([batch.tokens, last_B1.where(last_B1 != IGNORED, PAD)], dim=1).cpu().numpy()

@@ -5,7 +5,7 @@ context_size, L layer, H head, F d_ff.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -255,77 +255,68 @@ def summarize(
         cosines = (directions_CE[1:] * directions_CE[:-1]).sum(1)
         position_cosine = float(cosines.mean()) if len(cosines) else 1.0
     activity, tied_error = measure_activity(model, batches) if batches else ({}, None)
-    gain_names = tuple(name.removesuffix(".weight") for name in gains)
-    checks = [*weight_checks(model, facts, gain_names, gains_NE, token_norms), *token_checks(token_counts)]
-    return ModelSummary(
+    result = ModelSummary(
         parameters=parameters,
         **facts,
-        gain_names=gain_names,
+        gain_names=tuple(name.removesuffix(".weight") for name in gains),
         gains=gains_NE,
         token_norms=token_norms,
         token_mean_share=float(np.square(table_VE.mean(0)).sum() / np.square(token_norms).mean()),
         position_norms=position_norms,
         position_cosine=position_cosine,
         **activity,
-        checks=(*checks, *activity_checks(activity)),
-        receipts=tuple(receipts(model, parameters, facts, tied_error)),
+        checks=(),
+        receipts=(),
     )
+    checks = tuple(
+        Check(what, threshold, len(places), tuple(places[:PLACES_KEPT]))
+        for what, threshold, places in find_problems(model, result, token_counts)
+    )
+    return replace(result, checks=checks, receipts=tuple(receipts(model, result, tied_error)))
 
 
-def receipts(
-    model: Transformer, parameters: Mapping[str, int], facts: Mapping[str, Any], tied_error: float | None
-) -> Iterator[Receipt]:
-    yield Receipt("the parts hold all parameters", abs(sum(parameters.values()) - model.num_parameters), 0.0)
-    by_rank = facts["spectral_norms"] * np.sqrt(facts["stable_ranks"])
-    error = np.abs(by_rank - facts["norms"]) / np.maximum(facts["norms"], np.finfo(float).tiny)
+def receipts(model: Transformer, result: ModelSummary, tied_error: float | None) -> Iterator[Receipt]:
+    yield Receipt("the parts hold all parameters", abs(sum(result.parameters.values()) - model.num_parameters), 0.0)
+    by_rank = result.spectral_norms * np.sqrt(result.stable_ranks)
+    error = np.abs(by_rank - result.norms) / np.maximum(result.norms, np.finfo(float).tiny)
     yield Receipt(
         "spectral norm x root of the stable rank is the Frobenius norm", float(error.max()), FLOAT64_TOLERANCE
     )
-    largest = np.maximum(facts["stable_ranks"], facts["effective_ranks"]) / facts["shapes"].min(axis=1)
+    largest = np.maximum(result.stable_ranks, result.effective_ranks) / result.shapes.min(axis=1)
     yield Receipt("no rank exceeds the shape", float(np.maximum(largest.max() - 1, 0.0)), FLOAT64_TOLERANCE)
     if tied_error is not None:
         yield Receipt("the output head is the token embedding (tied)", tied_error, rounding(model))
 
 
-def weight_checks(
-    model: Transformer,
-    facts: Mapping[str, Any],
-    gain_names: Sequence[str],
-    gains_NE: np.ndarray,
-    token_norms: np.ndarray,
-) -> Iterator[Check]:
+def find_problems(
+    model: Transformer, result: ModelSummary, token_counts: np.ndarray | None
+) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Yield what may be wrong, its threshold, and all places where it was found."""
     broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-    yield check("weights that are no finite numbers", "any", broken)
-    collapsed = np.flatnonzero(facts["effective_ranks"] < LOW_RANK * facts["shapes"].min(axis=1))
+    yield "weights that are no finite numbers", "any", broken
+    collapsed = np.flatnonzero(result.effective_ranks < LOW_RANK * result.shapes.min(axis=1))
     low = f"effective rank below {LOW_RANK:.0%} of the smaller side"
-    yield check("matrices of low rank", low, [facts["matrices"][number] for number in collapsed])
-    small = [f"{gain_names[row]}.{column}" for row, column in np.argwhere(np.abs(gains_NE) < SMALL_GAIN)]
-    yield check("gains that shut a direction out", f"absolute value below {SMALL_GAIN:g}", small)
-    yield check("tokens without a vector", "norm 0", [f"{token}" for token in np.flatnonzero(token_norms == 0)])
+    yield "matrices of low rank", low, [result.matrices[number] for number in collapsed]
+    small = [f"{result.gain_names[row]}.{column}" for row, column in np.argwhere(np.abs(result.gains) < SMALL_GAIN)]
+    yield "gains that shut a direction out", f"absolute value below {SMALL_GAIN:g}", small
+    yield "tokens without a vector", "norm 0", [f"{token}" for token in np.flatnonzero(result.token_norms == 0)]
     tables: dict[str, Tensor] = {"tokens with the vector of an earlier token": model.token_embedding.weight}
     if model.position_embedding is not None:
         tables["positions with the vector of an earlier one"] = model.position_embedding.weight
     for what, weight in tables.items():
-        pairs = same_rows(weight, SAME)
-        yield check(what, f"cosine {SAME:g} or more", [f"{row}, {earlier}" for row, earlier in pairs])
-
-
-def token_checks(token_counts: np.ndarray | None) -> Iterator[Check]:
+        yield what, f"cosine {SAME:g} or more", [f"{row}, {earlier}" for row, earlier in same_rows(weight, SAME)]
     if token_counts is not None:
         never = [f"{token}" for token in np.flatnonzero(token_counts == 0)]
-        yield check("tokens that were never met in training", "not once in the training split", never)
-
-
-def activity_checks(activity: Mapping[str, Any]) -> Iterator[Check]:
-    if activity:
-        silent, parts = f"writes below {SILENT:.1%} of the stream", ("attention", "feed-forward")
-        named = [f"L{layer} {parts[part]}" for layer, part in np.argwhere(activity["writes"] < SILENT)]
-        yield check("parts of layers that do nothing", silent, named)
-        heads = [f"L{layer}H{head}" for layer, head in np.argwhere(activity["head_writes"] < SILENT)]
-        yield check("heads that do nothing", silent, heads)
-        dead = [f"L{layer}N{neuron}" for layer, neuron in np.argwhere(activity["largest_activations"] <= DEAD)]
-        yield check("dead neurons", f"never above {DEAD:g} in {activity['num_tokens']:,} tokens", dead)
-
-
-def check(what: str, threshold: str, places: Sequence[str]) -> Check:
-    return Check(what, threshold, len(places), tuple(places[:PLACES_KEPT]))
+        yield "tokens that were never met in training", "not once in the training split", never
+    if result.writes is None or result.head_writes is None or result.largest_activations is None:
+        return
+    silent, parts = f"writes below {SILENT:.1%} of the stream", ("attention", "feed-forward")
+    named = [f"L{layer} {parts[part]}" for layer, part in np.argwhere(result.writes < SILENT)]
+    yield "parts of layers that do nothing", silent, named
+    yield (
+        "heads that do nothing",
+        silent,
+        [f"L{layer}H{head}" for layer, head in np.argwhere(result.head_writes < SILENT)],
+    )
+    dead = [f"L{layer}N{neuron}" for layer, neuron in np.argwhere(result.largest_activations <= DEAD)]
+    yield "dead neurons", f"never above {DEAD:g} in {result.num_tokens:,} tokens", dead

@@ -78,35 +78,6 @@ def test_a_seed_gives_the_same_text(model: Transformer, tokenizer: Tokenizer) ->
     assert text(None) != text(None)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_k=20, top_p=0.9), Sampling(1.2, min_p=0.01)])
-def test_rows_together_generate_what_each_generates_alone(
-    model: Transformer, tokenizer: Tokenizer, sampling: Sampling
-) -> None:
-    """Prompts of different lengths, ends at different times, past the window."""
-    decoder = CachedDecoder(model.double(), suppressed_ids(model.vocab_size, len(tokenizer)))
-    rows = [prompt_tokens(tokenizer, prompt) for prompt in ("The", "Once upon a time there was", None, "x " * 30)]
-
-    def generated(numbers: Sequence[int]) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {number: [] for number in numbers}
-        randoms = [row_random(5, number) for number in numbers]
-        for piece in generate_pieces(decoder, tokenizer, [rows[i] for i in numbers], sampling, randoms, Limits(50)):
-            found[numbers[piece.row]].append(piece.token.id if piece.token else -1)
-        return found
-
-    together = generated([0, 1, 2, 3])
-    assert together == generated([2, 0]) | generated([3]) | generated([1])
-    assert len({tuple(tokens) for tokens in together.values()}) == 4
-
-
-def test_pieces_are_the_text_of_the_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
-    """Hot enough for bytes that are no characters."""
-    rows, sampling = [prompt_tokens(tokenizer, "The")], Sampling(temperature=5.0)
-    pieces = list(generate_pieces(endless(model, tokenizer), tokenizer, rows, sampling, [row_random(7)], Limits(200)))
-    assert len(ids(pieces)) == 200
-    assert "\ufffd" in tokenizer.decode(ids(pieces))
-    assert "".join(texts(pieces)) == tokenizer.decode(ids(pieces))
-
-
 def test_why_texts_end(tokenizer: Tokenizer) -> None:
     script = tokenizer.encode("xyz")
 

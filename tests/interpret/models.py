@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 
 from lumiere.components.kernels import IGNORED
@@ -72,6 +73,15 @@ def rebased(model: Transformer) -> Transformer:
         attention.value.weight.data[:v] = values @ attention.value.weight.data[:v]
         attention.output.weight.data[:, :v] = attention.output.weight.data[:, :v] @ values.inverse()
     return other
+
+
+def circuits(model: Transformer, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+    """W_V W_O and W_Q W_K^T of a head as whole matrices for row vectors, its norm's gain in what reads."""
+    attention, gain = model.blocks[layer].attention, torch.diag(model.blocks[layer].attention_norm.weight)
+    keys, values = (slice(head * width, (head + 1) * width) for width in (model.d_key, model.d_value))
+    ov = gain @ attention.value.weight[values].T @ attention.output.weight[:, values].T
+    qk = gain @ attention.query.weight[keys].T @ attention.key.weight[keys] @ gain
+    return ov.detach().double().numpy(), qk.detach().double().numpy()
 
 
 def batch_of(lengths: Sequence[int], seed: int = 0, width: int = 10) -> Batch:

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from lumiere.components.hooks import run_with_cache
+from lumiere.errors import LumiereError
 from lumiere.interpret.attention import (
     COMBINED,
     WEIGHTED,
     WeightedPatterns,
     attention_patterns,
     combined_attention,
-    rollout,
     statistics,
 )
 from lumiere.models.transformer import Transformer
-from tests.interpret.circuits import CURRENT, FIRST, PREVIOUS, UNIFORM, repeated_tokens
+from tests.interpret.circuits import FIRST, PREVIOUS, repeated_tokens
 from tests.interpret.models import TOKENS, random_model
 
 
@@ -100,26 +100,6 @@ def test_combined_one_by_one(model: Transformer) -> None:
     assert (found["rollout"].weights[:, 0, 0] == 1).all()
 
 
-def test_rollout_of_previous_token_heads() -> None:
-    """Half stays, half comes from one token back: binomial shares."""
-    previous = np.diag(np.ones(4), -1)
-    previous[0, 0] = 1
-    assert rollout(np.stack([previous] * 2))[-1][4].tolist() == [0, 0, 0.25, 0.5, 0.25]
-
-
-def test_statistics_of_heads_that_are_known(circuit: Transformer) -> None:
-    length = 31
-    result = attention_patterns(circuit, repeated_tokens(15))
-    distances = {PREVIOUS: 1, CURRENT: 0, FIRST: sum(range(1, length)) / (length - 1)}
-    for place, distance in distances.items():
-        assert result.normalized_entropy[place] == pytest.approx(0, abs=1e-6)
-        assert result.mean_distance[place] == pytest.approx(distance, abs=1e-5)
-    assert (result.previous[PREVIOUS], result.current[CURRENT], result.first[FIRST]) == pytest.approx((1, 1, 1))
-    np.testing.assert_allclose(result.distance[UNIFORM], np.arange(length) / 2, rtol=1e-5)
-    np.testing.assert_allclose(result.entropy[UNIFORM], np.log(np.arange(1, length + 1)), rtol=1e-5)
-    assert result.normalized_entropy[UNIFORM] == pytest.approx(1)
-
-
 def test_statistics_by_hand() -> None:
     pattern = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.25, 0, 0.75]])
     found = statistics(pattern)
@@ -146,11 +126,7 @@ def test_one_token_looks_at_itself_and_has_no_means() -> None:
         assert combined_attention(model, [5], kind=kind).weights.tolist() == [[[1.0]]] * 3
 
 
-def test_wrong_calls() -> None:
-    model = random_model()
-    with pytest.raises(ValueError, match="1 to 16 tokens, not 17"):
-        attention_patterns(model, [5] * 17)
-    with pytest.raises(ValueError, match="not 'mean'"):
-        attention_patterns(model, TOKENS, kind="mean")
-    with pytest.raises(ValueError, match="not 'pattern'"):
-        combined_attention(model, TOKENS, kind="pattern")
+def test_refused_kinds() -> None:
+    for analysis, kind in ((attention_patterns, "mean"), (combined_attention, "pattern")):
+        with pytest.raises(LumiereError, match=f"'{kind}'"):
+            analysis(random_model(), TOKENS, kind=kind)

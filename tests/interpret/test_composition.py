@@ -2,23 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 
 from lumiere.interpret.head_scores import composition_scores, pair_list
 from lumiere.models.transformer import Transformer
-from tests.interpret.circuits import INDUCTION, PREVIOUS
-from tests.interpret.models import untrained_model
-
-
-def folded(model: Transformer, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
-    """W_OV and W_QK of a head as whole matrices, for row vectors: slices of the weights, one at a time."""
-    attention, gain = model.blocks[layer].attention, torch.diag(model.blocks[layer].attention_norm.weight)
-    keys = slice(head * model.d_key, (head + 1) * model.d_key)
-    values = slice(head * model.d_value, (head + 1) * model.d_value)
-    value, output = attention.value.weight[values], attention.output.weight[:, values]
-    query, key = attention.query.weight[keys], attention.key.weight[keys]
-    ov, qk = gain @ value.T @ output.T, gain @ query.T @ key @ gain
-    return ov.detach().double().numpy(), qk.detach().double().numpy()
+from tests.interpret.models import circuits, untrained_model
 
 
 def test_scores_are_those_of_whole_matrices(model: Transformer) -> None:
@@ -28,7 +15,7 @@ def test_scores_are_those_of_whole_matrices(model: Transformer) -> None:
     assert (row["score"], row["chance"]) == (result.scores[0, 1], model.embedding_size**-0.5)
     for (layer, head, later_layer, later_head), scores in zip(result.pairs, result.scores, strict=True):
         assert layer < later_layer
-        ov, (later_ov, later_qk) = folded(model, layer, head)[0], folded(model, later_layer, later_head)
+        ov, (later_ov, later_qk) = circuits(model, layer, head)[0], circuits(model, later_layer, later_head)
         expected = [
             np.linalg.norm(ov @ later) / np.linalg.norm(ov) / np.linalg.norm(later)
             for later in (later_qk, later_qk.T, later_ov)
@@ -47,17 +34,6 @@ def test_a_head_that_writes_nothing_has_no_score() -> None:
     result = composition_scores(untrained_model(num_layers=2, num_heads=2, zero_output_init=True))
     assert np.isnan(result.scores).all()
     assert result.holds
-
-
-def test_the_circuit_composes_by_its_keys(circuit: Transformer) -> None:
-    """The induction head looks for its token where the previous-token head has written: K, and neither Q nor V."""
-    result = composition_scores(circuit)
-    row = result.pairs.tolist().index([*PREVIOUS, *INDUCTION])
-    vocab_size = 24
-    # W_OV is a permutation of the vocabulary's axes into others, W_QK of those into the token's: norms are known.
-    assert result.scores[row] == pytest.approx([0, vocab_size**-0.5, 0], abs=1e-6)
-    others = np.delete(result.scores, row, axis=0)
-    assert not np.nanmax(others, initial=0) > 1e-6
 
 
 def test_random_weights_score_chance() -> None:

@@ -1,8 +1,10 @@
 """Differences of two models: exactly nothing between a model and itself, permuted heads, and what is computed twice."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import permutations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,6 @@ from lumiere.data.tokenizer import PAD, Tokenizer
 from lumiere.interpret import model_diff
 from lumiere.interpret.model_diff import (
     LinearCka,
-    ModelDiff,
     cheapest_assignment,
     diff_models,
     diff_texts,
@@ -28,36 +29,31 @@ from lumiere.interpret.model_diff import (
 )
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
-from tests.interpret.models import BATCHES, batch_of, exact, nudged, permuted, random_model
+from tests.interpret.models import BATCHES, batch_of, circuits, exact, nudged, permuted, random_model
 
 
-def parts(found: ModelDiff) -> tuple[Any, Any]:
-    assert found.predictions is not None
-    assert found.heads is not None
-    return found.predictions, found.heads
+def compare(first: Transformer, second: Transformer, batches: Sequence[Batch] = BATCHES, **options: Any) -> Any:
+    """All fields of the result, with those of its parts."""
+    found = diff_models(first, second, batches, **options)
+    return SimpleNamespace(**found.as_dict(), holds=found.holds)
 
 
 @pytest.mark.parametrize("is_exact", [False, True])
 @pytest.mark.parametrize("across", [False, True])
 def test_a_model_against_itself_gives_exactly_nothing(model: Transformer, is_exact: bool, across: bool) -> None:
     model = exact(model) if is_exact else model
-    found = diff_models(model, deepcopy(model), BATCHES, across_layers=across)
-    predictions, heads = parts(found)
-    for values in (predictions.kl_ab, predictions.kl_ba, predictions.kl_ab_by_position, heads.match_divergences):
-        assert (values == 0).all()
-    assert np.array_equal(predictions.losses_a, predictions.losses_b)
+    found = compare(model, deepcopy(model), across_layers=across)
+    circuits = ("match_divergences", "ov_changes", "qk_changes")
+    weights = ("relative_changes", "change_norms", "spectral_changes")
+    for name in ("kl_ab", "kl_ba", "kl_ab_by_position", *circuits, *weights):
+        assert (getattr(found, name) == 0).all(), name
+    assert np.array_equal(found.losses_a, found.losses_b)
     assert found.losses[0] == found.losses[1]
-    assert predictions.same_choice.all()
-    assert found.cka is not None
+    assert found.same_choice.all()
     assert (np.diagonal(found.cka) == 1).all()
-    assert np.array_equal(heads.matches[:, 0], heads.matches[:, 1])
-    for values in (heads.ov_changes, heads.qk_changes):
-        assert (values == 0).all()
-    for values in (found.weights.relative_changes, found.weights.change_norms, found.weights.spectral_changes):
-        assert (values == 0).all()
-    assert len(found.weights.tensors) == len(model.state_dict())
+    assert np.array_equal(found.matches[:, 0], found.matches[:, 1])
+    assert len(found.tensors) == len(model.state_dict())
     paired = found.loss_difference
-    assert paired is not None
     assert (paired.difference, paired.standard_error, paired.low, paired.high) == (0, 0, 0, 0)
     assert found.holds
 
@@ -66,58 +62,45 @@ def test_tied_first_choices_are_shared(model: Transformer) -> None:
     """By each pair of choices: two of A's tokens are tied for the first place, and all of a uniform model's."""
     uniform, tied = deepcopy(model), deepcopy(model)
     uniform.token_embedding.weight.data.zero_()
-    predictions, _ = parts(diff_models(uniform, deepcopy(uniform), BATCHES))
-    np.testing.assert_allclose(predictions.same_choice, 1 / model.vocab_size)
+    np.testing.assert_allclose(compare(uniform, deepcopy(uniform)).same_choice, 1 / model.vocab_size)
     rows_VE = tied.token_embedding.weight.data
     rows_VE[5] = rows_VE[6] = 100 * rows_VE[6]
     batch = BATCHES[0]
     with torch.no_grad():
         logits = [each(batch.tokens).logits[batch.targets != IGNORED] for each in (model, tied)]
-    predictions, _ = parts(diff_models(model, tied, [batch]))
     tops = [[set(torch.where(row == row.max())[0].tolist()) for row in rows] for rows in logits]
-    expected = [len(a & b) / (len(a) * len(b)) for a, b in zip(*tops, strict=True)]
     assert max(len(top) for top in tops[1]) == 2
-    np.testing.assert_allclose(predictions.same_choice, expected)
+    expected = [len(a & b) / (len(a) * len(b)) for a, b in zip(*tops, strict=True)]
+    np.testing.assert_allclose(compare(model, tied, [batch]).same_choice, expected)
 
 
 def test_the_interval_is_over_documents() -> None:
     """Seven sequences that are the windows of three documents: the t interval of the documents' differences."""
     first, second, documents = random_model(), random_model(2), np.array([4, 4, 1, 8, 1, 4, 8])
     batches = [replace(batch, documents=part) for batch, part in zip(BATCHES, np.split(documents, [4]), strict=True)]
-    found = diff_models(first, second, batches)
-    predictions, paired = found.predictions, found.loss_difference
-    assert predictions is not None
-    assert paired is not None
-    difference = predictions.losses_b - predictions.losses_a
+    found = compare(first, second, batches)
+    paired = found.loss_difference
     assert paired.num_documents == 3
-    assert paired.difference == pytest.approx(difference.mean())
+    assert paired.difference == pytest.approx((found.losses_b - found.losses_a).mean())
     reach = 4.303 * paired.standard_error * np.sqrt(3 / 2)
     assert (paired.low, paired.high) == pytest.approx((paired.difference - reach, paired.difference + reach))
-    apart = diff_models(first, second, BATCHES).loss_difference
-    assert apart is not None
-    assert apart.num_documents == 7
+    assert compare(first, second).loss_difference.num_documents == 7
 
 
 def test_permuted_heads_are_matched_back(exact_model: Transformer) -> None:
-    model = exact_model
-    generator = torch.Generator().manual_seed(3)
-    orders = [torch.randperm(model.num_heads, generator=generator).tolist() for _ in model.blocks]
-    orders[0] = [*range(1, model.num_heads), 0]
-    found = diff_models(exact_model, permuted(exact_model, orders), BATCHES)
-    predictions, heads = parts(found)
-    assert np.abs(predictions.kl_ab).max() < 1e-10
-    assert np.abs(predictions.losses_a - predictions.losses_b).max() < 1e-10
-    assert found.cka is not None
-    assert np.diagonal(found.cka) == pytest.approx(1, abs=1e-10)
-    partner = dict(heads.matches.tolist())
+    num_heads, generator = exact_model.num_heads, torch.Generator().manual_seed(3)
+    orders = [torch.randperm(num_heads, generator=generator).tolist() for _ in exact_model.blocks]
+    orders[0] = [*range(1, num_heads), 0]
+    found = compare(exact_model, permuted(exact_model, orders))
+    for values in (found.kl_ab, found.losses_a - found.losses_b, np.diagonal(found.cka) - 1):
+        assert np.abs(values).max() < 1e-10
+    partner = dict(found.matches.tolist())
     for layer, order in enumerate(orders):
         for new, old in enumerate(order):
-            first = layer * model.num_heads
-            assert partner[first + old] == first + new
-    assert heads.match_divergences.max() < 1e-10
-    assert max(heads.ov_changes.max(), heads.qk_changes.max()) < 1e-10
-    assert not np.array_equal(heads.matches[:, 0], heads.matches[:, 1])
-    changed = {name for name, change in zip(found.weights.tensors, found.weights.change_norms, strict=True) if change}
+            assert partner[layer * num_heads + old] == layer * num_heads + new
+    assert max(values.max() for values in (found.match_divergences, found.ov_changes, found.qk_changes)) < 1e-10
+    assert not np.array_equal(found.matches[:, 0], found.matches[:, 1])
+    changed = {name for name, change in zip(found.tensors, found.change_norms, strict=True) if change}
     assert changed
     assert all(".attention." in name for name in changed)
 
@@ -130,8 +113,7 @@ def test_heads_are_found_in_other_layers() -> None:
         block.feedforward.down.weight.data.zero_()
     other = deepcopy(model)
     other.blocks = torch.nn.ModuleList(reversed(list(model.blocks)))  # pyright: ignore[reportAttributeAccessIssue]
-    _, within = parts(diff_models(model, other, BATCHES))
-    _, across = parts(diff_models(model, other, BATCHES, across_layers=True))
+    within, across = (compare(model, other, across_layers=across) for across in (False, True))
     assert across.matches.tolist() == [[0, 4], [1, 5], [2, 2], [3, 3], [4, 0], [5, 1]]
     assert (across.match_divergences == 0).all()
     assert within.match_divergences[[0, 1, 4, 5]].min() > 0
@@ -142,22 +124,23 @@ def test_heads_are_found_in_other_layers() -> None:
 def test_predictions_by_an_independent_computation(exact_model: Transformer) -> None:
     """One sequence at a time, without padding, by torch's own losses and divergences."""
     model, other = exact_model, nudged(exact_model)
-    found, _ = parts(diff_models(model, other, BATCHES))
-    place = 0
+    found, place = compare(model, other), 0
     rows = [(batch, row) for batch in BATCHES for row in range(len(batch.tokens))]
     for sequence, (batch, row) in enumerate(rows):
         count = int((batch.targets[row] != IGNORED).sum())
+        targets = batch.targets[row, :count]
         with torch.no_grad():
-            logs = [m(batch.tokens[row : row + 1, :count]).logits[0].log_softmax(-1) for m in (model, other)]
+            a, b = (m(batch.tokens[row : row + 1, :count]).logits[0].log_softmax(-1) for m in (model, other))
         own = slice(place, place + count)
         assert (found.sequences[own] == sequence).all()
         assert found.positions[own].tolist() == list(range(1, count + 1))
-        assert found.targets[own].tolist() == batch.targets[row, :count].tolist()
-        for name, (q, p) in (("kl_ab", (logs[1], logs[0])), ("kl_ba", logs)):
-            expected = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-            assert getattr(found, name)[own] == pytest.approx(expected.numpy(), abs=1e-10)
-        for name, log in zip(("losses_a", "losses_b"), logs, strict=True):
-            expected = F.nll_loss(log, batch.targets[row, :count], reduction="none")
+        assert found.targets[own].tolist() == targets.tolist()
+        for name, expected in {
+            "kl_ab": F.kl_div(b, a, reduction="none", log_target=True).sum(-1),
+            "kl_ba": F.kl_div(a, b, reduction="none", log_target=True).sum(-1),
+            "losses_a": F.nll_loss(a, targets, reduction="none"),
+            "losses_b": F.nll_loss(b, targets, reduction="none"),
+        }.items():
             assert getattr(found, name)[own] == pytest.approx(expected.numpy(), abs=1e-10)
         place += count
     assert place == len(found.targets)
@@ -167,53 +150,38 @@ def test_predictions_by_an_independent_computation(exact_model: Transformer) -> 
 
 
 def test_patterns_and_weights_by_an_independent_computation() -> None:
-    model, other = exact(random_model()), exact(random_model(seed=2))
-    found = diff_models(model, other, BATCHES[:1])
-    _, heads = parts(found)
-    batch = BATCHES[0]
+    model, other, batch = exact(random_model()), exact(random_model(seed=2)), BATCHES[0]
+    found = compare(model, other, [batch])
     p, q = (m(batch.tokens).attention_weights[:, 1].detach().numpy() for m in (model, other))
     rows = [(b, t) for b, t in np.ndindex(*batch.tokens.shape) if t and batch.tokens[b, t] != PAD]
     total = 0.0
     for b, t in rows:
         x, y = p[b, 1, t, : t + 1], q[b, 0, t, : t + 1]
         total += (x * np.log2(2 * x / (x + y)) + y * np.log2(2 * y / (x + y))).sum() / 2
-    assert heads.pattern_divergences[3, 2] == pytest.approx(total / len(rows))
-    for (a, b), ov, qk in zip(heads.matches, heads.ov_changes, heads.qk_changes, strict=True):
-        for old, new, change in zip(circuits(model, a), circuits(other, b), (ov, qk), strict=True):
-            assert change == pytest.approx(torch.linalg.norm(new - old).item() / torch.linalg.norm(old).item())
-    states = model.state_dict(), other.state_dict()
-    for number, name in enumerate(found.weights.tensors):
-        old, new = (state[name] for state in states)
-        assert found.weights.relative_changes[number] == pytest.approx(((new - old).norm() / old.norm()).item())
+    assert found.pattern_divergences[3, 2] == pytest.approx(total / len(rows))
+    for (a, b), *changes in zip(found.matches, found.ov_changes, found.qk_changes, strict=True):
+        for old, new, change in zip(
+            circuits(model, *divmod(a, 2)), circuits(other, *divmod(b, 2)), changes, strict=True
+        ):
+            assert change == pytest.approx(np.linalg.norm(new - old) / np.linalg.norm(old))
+    for number, name in enumerate(found.tensors):
+        old, new = (each.state_dict()[name] for each in (model, other))
+        assert found.relative_changes[number] == pytest.approx(((new - old).norm() / old.norm()).item())
         largest = torch.linalg.svdvals((new - old).reshape(len(old), -1))[0].item()
-        assert found.weights.spectral_changes[number] == pytest.approx(largest)
-
-
-def circuits(model: Transformer, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """W_V W_O and W_Q W_K^T of a head, as maps of row vectors, its norm's gain in what reads."""
-    layer, head = divmod(int(place), model.num_heads)
-    block = model.blocks[layer]
-    gain = torch.diag(block.attention_norm.weight.detach())
-    keys, values = (slice(head * d, (head + 1) * d) for d in (model.d_key, model.d_value))
-    attention = block.attention
-    query, key = attention.query.weight.detach()[keys], attention.key.weight.detach()[keys]
-    value, output = attention.value.weight.detach()[values], attention.output.weight.detach()[:, values]
-    return gain @ value.T @ output.T, gain @ query.T @ key @ gain
+        assert found.spectral_changes[number] == pytest.approx(largest)
 
 
 def test_sizes_may_differ() -> None:
     """Fewer layers, more heads, another width, a shorter context."""
     model = exact(random_model())
     other = exact(random_model(seed=2, num_layers=1, num_heads=4, embedding_size=8, context_size=6))
-    found = diff_models(model, other, BATCHES)
-    _, heads = parts(found)
-    assert found.cka is not None
+    found = compare(model, other)
     assert found.cka.shape == (4, 2)
     assert found.across_layers
-    assert len(heads.matches) == 4
-    assert np.isnan(heads.ov_changes).all()
-    assert found.weights.tensors == ()
-    assert "token_embedding.weight" in found.weights.other_tensors
+    assert len(found.matches) == 4
+    assert np.isnan(found.ov_changes).all()
+    assert found.tensors == ()
+    assert "token_embedding.weight" in found.other_tensors
     assert max(map(len, found.tokens)) == 7
     assert found.holds
 
@@ -259,10 +227,9 @@ def test_one_position_has_no_heads_to_match() -> None:
 def test_only_the_start_of_many_sequences_has_its_patterns_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = random_model(), random_model(seed=2)
     monkeypatch.setattr(model_diff, "PATTERN_SEQUENCES", 5)
-    _, some = parts(diff_models(model, other, BATCHES))
-    first = BATCHES[1]
-    one = Batch(first.tokens[:1], first.targets[:1], 3)
-    _, expected = parts(diff_models(model, other, [BATCHES[0], one]))
+    some = compare(model, other)
+    one = Batch(BATCHES[1].tokens[:1], BATCHES[1].targets[:1], 3)
+    expected = compare(model, other, [BATCHES[0], one])
     assert some.num_pattern_sequences == 5
     assert some.match_divergences == pytest.approx(expected.match_divergences, abs=1e-6)
 
@@ -331,13 +298,6 @@ def test_no_assignment_is_cheaper(num_rows: int, num_columns: int, seed: int, ki
     assert pairs[:, 0].tolist() == sorted(pairs[:, 0])
     assert costs[tuple(pairs.T)].sum() == pytest.approx(least_cost(costs))
     assert np.array_equal(costs, before)
-
-
-def test_a_permutation_is_found_among_many() -> None:
-    order = np.random.default_rng(0).permutation(60)
-    costs = np.ones((60, 60))
-    costs[np.arange(60), order] = 0
-    assert cheapest_assignment(costs)[:, 1].tolist() == order.tolist()
 
 
 def test_costs_that_are_no_numbers_are_refused() -> None:

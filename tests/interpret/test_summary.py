@@ -7,20 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lumiere.components.hooks import run_with_cache
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
-from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import PAD
 from lumiere.interpret import summary as weights
 from lumiere.interpret.summary import (
-    PLACES_KEPT,
-    Check,
     ModelSummary,
-    check,
     count_parts,
     matrix_facts,
     measure_activity,
@@ -55,11 +49,6 @@ def test_a_fresh_model_is_well(positions: str) -> None:
     assert len(result.receipts) == 4
     assert (result.position_norms is None) == (positions == "rotary")
     assert len(result.checks) == (10 if positions == "learned" else 9)
-
-
-def test_a_trained_model(trained: Transformer, tiny_corpus: TokenizedCorpus) -> None:
-    counts = np.bincount(tiny_corpus.splits["train"].ids, minlength=320)
-    assert len(found(summary(trained, counts))["tokens that were never met in training"]) == (counts == 0).sum() > 0
 
 
 def same_direction(weight: torch.Tensor) -> None:
@@ -122,13 +111,13 @@ def test_weights_that_are_not_finite_are_named_and_fail() -> None:
     assert not result.holds
 
 
-def test_tokens_that_were_never_met() -> None:
+def test_tokens_that_were_never_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PLACES_KEPT", 2)
     counts = np.ones(320)
-    counts[[5, 300]] = 0
-    assert found(summary(random_model(), counts)) == {"tokens that were never met in training": ("5", "300")}
-    many = check("tokens", "any", [str(number) for number in range(PLACES_KEPT + 5)])
-    assert (many.count, len(many.places)) == (PLACES_KEPT + 5, PLACES_KEPT)
-    assert check("tokens", "any", []) == Check("tokens", "any", 0, ())
+    counts[[5, 300, 301]] = 0
+    (warning,) = summary(random_model(), counts).warnings
+    assert (warning.what, warning.count) == ("tokens that were never met in training", 3)
+    assert warning.places == ("5", "300")
 
 
 def test_without_a_text_the_weights_have_to_do() -> None:
@@ -179,16 +168,8 @@ def test_ranks_by_hand(matrix: np.ndarray, stable: float, effective: float) -> N
     assert [norm, rms, spectral, *ranks] == pytest.approx([*sizes, stable, effective], nan_ok=True)
 
 
-@given(st.integers(0, 1000), st.floats(1e-3, 1e3))
-def test_ranks_know_neither_scale_nor_rotation(seed: int, scale: float) -> None:
-    generator = np.random.default_rng(seed)
-    matrix = generator.normal(size=(6, 4))
-    rotation, _ = np.linalg.qr(generator.normal(size=(6, 6)))
-    assert spectrum_facts(scale * rotation @ matrix)[3:] == pytest.approx(spectrum_facts(matrix)[3:])
-
-
 def test_every_matrix_has_its_row() -> None:
-    model = untrained_model(num_layers=1)
+    model = random_model()
     facts = matrix_facts(model)
     assert dict(zip(facts["matrices"], map(tuple, facts["shapes"]), strict=True)) == {
         name: tuple(value.shape) for name, value in model.state_dict().items() if value.ndim == 2
