@@ -13,7 +13,6 @@ from typer import Option
 from lumiere.cli.console import print_json, show_note
 from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir, open_model, refuse_both
 from lumiere.errors import DataError, LumiereError, check_choice, printable
-from lumiere.persistence.catalog import distinct
 from lumiere.persistence.loading import OpenedModel, open_corpus
 from lumiere.persistence.runs import RunStore
 
@@ -82,7 +81,7 @@ def evaluate(
 
     keep_freed_memory()
     evaluated: list[Evaluated] = []
-    for run in distinct([RunStore(runs_dir).open(reference) for reference in runs]):
+    for run in RunStore(runs_dir).open_all(runs):
         opened = open_model(run.name, checkpoint, device, runs_dir)
         scored = read(opened)
         if evaluated and scored.split.facts.sha256 != evaluated[0].about["corpus_sha256"]:
