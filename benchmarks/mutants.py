@@ -134,8 +134,8 @@ MUTATIONS = [Mutation(*row) for row in (
      '(activations[f"{name}attn.hook_v"][positions] * direction_PHV)', "interpret/test_logit_attribution"),
     # The command line
     ("control-characters", "errors", "c if c.isprintable() or c in keep else ascii(c)[1:-1]", "c", "test_files"),
-    ("exit-code", "cli/console", "raise typer.Exit(2) from None", "raise typer.Exit(1) from None",
-     "cli/test_bad_input"),
+    ("exit-code", "cli/usage", "isinstance(error, FailedCheckError) else 2",
+     "isinstance(error, FailedCheckError) else 1", "cli/test_bad_input"),
 )]
 # fmt: on
 

@@ -8,7 +8,7 @@ import typer
 from typer import Exit, Option
 
 from lumiere import __version__
-from lumiere.cli.console import guarded, print_error
+from lumiere.cli.console import print_error
 from lumiere.cli.evaluate import evaluate
 from lumiere.cli.export import export
 from lumiere.cli.generate import generate
@@ -30,11 +30,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-app.command()(guarded(tokenize))
-app.command()(guarded(train))
-app.command("eval")(guarded(evaluate))
-app.command()(guarded(generate))
-app.command()(guarded(export))
+app.command()(tokenize)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(export)
 app.add_typer(inspect_app, name="inspect")
 app.add_typer(runs_app, name="runs")
 

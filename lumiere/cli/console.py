@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +20,7 @@ from lumiere.programs import program
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lumiere.persistence.loading import OpenedModel
-
 CHECK_FAILED = 3
-INTERRUPTED = 130
 COMMAND = re.compile(r"\blumiere(?= (?:tokenize|train|eval|generate|export|inspect|runs)\b)")
 
 # Rich is imported where it is used, so that `runs ls` and `--version` start fast.
@@ -63,22 +60,6 @@ def escape(text: str) -> str:
     return rich_escape(printable(text, keep="\n\t"))
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command` with exit code 2 for a `LumiereError` and 130 for Ctrl-C; bugs keep their traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except LumiereError as error:
-            print_error(error)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-
-    return run
-
-
 def print_error(error: LumiereError) -> None:
     stderr().print(f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
@@ -93,6 +74,11 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 def show_note(text: str) -> None:
     """Print a dim line to stderr."""
     stderr().print(f"[dim]{escape(as_typed(text))}[/]")
+
+
+def show_warning(message: str) -> None:
+    """Print a warning to stderr."""
+    stderr().print(f"[bold yellow]warning:[/] {escape(message)}")
 
 
 def as_typed(text: str) -> str:
@@ -154,11 +140,9 @@ def number(value: Any, form: str) -> str:
 
 
 def short_count(value: Any) -> str:
-    """Format a count as `1.19 M` or `850 K`; `-` if unknown."""
+    """Format a count as `1.19 M` or `850 k`; `-` if unknown."""
     known = as_number(value)
-    if known is None:
-        return "-"
-    return f"{known / 1e6:.2f} M" if known >= 1e6 else f"{known / 1e3:.0f} K"
+    return "-" if known is None else scaled(known).rstrip()
 
 
 def age(created_at: datetime) -> str:
@@ -201,11 +185,3 @@ def scaled(number: float) -> str:
 def short_time(seconds: float) -> str:
     """Format seconds as `55.7 ms` or `4.4 s`."""
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> "OpenedModel":
-    """Open a checkpoint of a run, with notes and progress on stderr; see `lumiere.persistence.loading.open_model`."""
-    from lumiere.cli.progress import CorpusProgress
-    from lumiere.persistence import loading
-
-    return loading.open_model(reference, checkpoint, device, runs_dir, show_note, CorpusProgress)

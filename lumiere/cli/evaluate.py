@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from lumiere.cli.console import open_model, print_json, show_note
-from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir, given, refuse_both
+from lumiere.cli.console import print_json, show_note
+from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir, open_model, refuse_both
 from lumiere.errors import DataError, LumiereError, nearest, printable
 from lumiere.persistence.loading import OpenedModel, open_corpus
 
@@ -180,7 +180,7 @@ def text_reader(
     Raises:
         LumiereError: The options contradict each other, or the text cannot be read.
     """
-    refuse_both(*given({"--text": text, "--dataset": dataset}))
+    refuse_both({"--text": text, "--dataset": dataset})
     if subset is not None and dataset is None:
         raise LumiereError("--subset needs --dataset", "name the dataset")
     if text is not None:

@@ -4,12 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Exit, Option
+from typer import Argument, Option
 
-from lumiere.cli.console import CHECK_FAILED, escape, open_model, print_error, print_json, show_note, stdout
+from lumiere.cli.console import escape, print_json, show_note, stdout
 from lumiere.cli.inspect.command import model_provenance, show_receipts
-from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir
-from lumiere.errors import FailedCheckError, check_choice
+from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir, open_model
+from lumiere.errors import check_choice
 
 
 def export(
@@ -38,11 +38,7 @@ def export(
     provenance = {key: recorded[key] for key in ("run", "checkpoint", "step", "weights_sha256")}
     provenance["lumiere_version"] = __version__
     ids = range(len(SPECIAL_TOKENS), len(tokenizer))
-    try:
-        exported = export_model(TARGETS[to], folder, opened.model, tokenizer.to_json().encode(), ids, provenance)
-    except FailedCheckError as error:
-        print_error(error)
-        raise Exit(CHECK_FAILED) from None
+    exported = export_model(TARGETS[to], folder, opened.model, tokenizer.to_json().encode(), ids, provenance)
     if as_json:
         receipts = [asdict(receipt) | {"holds": receipt.holds} for receipt in exported.receipts]
         result = {"files": list(exported.files), "token_ids": list(exported.tokens), "receipts": receipts}

@@ -2,18 +2,18 @@
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
-from lumiere.cli.console import CHECK_FAILED, open_model, print_error, print_json, show_note, stdout
-from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, given, refuse_both
-from lumiere.errors import LumiereError, nearest, printable
+from lumiere.cli.console import CHECK_FAILED, print_error, print_json, show_note, stdout
+from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, given, open_model, refuse_both
+from lumiere.errors import LumiereError, check_choice, nearest, printable
 from lumiere.files import parse_json, read_file
 
 if TYPE_CHECKING:
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from lumiere.generation.text import Generation, TextGenerator
 
 MAX_BYTES = 100_000_000
+DEFAULT_TEMPERATURE = 0.8
 JOINERS = "\u200c\u200d"  # zero-width characters that words and emoji need
 SHADES = ((0.5, "green"), (0.2, "cyan"), (0.05, "yellow"), (0.01, "magenta"), (0.0, "bold red"))
 """Lowest probability of each color."""
+WHOLE_NUMBERS = ("top_k", "no_repeat_ngram_size", "max_new_tokens", "seed")
 
 SESSION_HELP = """\
 some text        continue it; Ctrl-C stops the text
@@ -103,50 +105,46 @@ def generate(
 
     Example: [bold]lumiere generate --prompt "Once upon a time" --temperature 0.7 --top-k 40[/]
     """
-    is_many = {"--num-return-sequences": num_return_sequences > 1}
-    sampling = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--typical-p": typical_p}
-    refuse_both(*given({"--prompt": prompt, "--prompts": prompts, "--interactive": interactive}))
+    several = {"--num-return-sequences": num_return_sequences > 1}
+    controls = {"--top-k": top_k, "--top-p": top_p, "--min-p": min_p, "--typical-p": typical_p}
+    refuse_both({"--prompt": prompt, "--prompts": prompts, "--interactive": interactive})
     if num_beams is not None:
-        unused = {"--temperature": temperature, **sampling, "--seed": seed, "--greedy": greedy, "--stop": stop}
+        unused = {"--temperature": temperature, **controls, "--seed": seed, "--greedy": greedy, "--stop": stop}
         refuse_useless("beam search", unused | {"--logprobs": logprobs, "--color": color})
     elif greedy or temperature == 0:
-        refuse_useless("greedy decoding", {"--temperature": temperature if greedy else None} | sampling)
+        refuse_useless("greedy decoding", {"--temperature": temperature if greedy else None} | controls)
     if interactive:
         whole = {"--num-beams": num_beams, "--logprobs": logprobs, "--check": check, "--json": as_json}
-        refuse_both("--interactive", *given(whole | is_many))
+        refuse_both({"--interactive": True} | whole | several)
     if color:
-        refuse_both("--color", *given({"--json": as_json, "--prompts": prompts, "--logprobs": logprobs} | is_many))
+        refuse_both({"--color": True, "--json": as_json, "--prompts": prompts, "--logprobs": logprobs} | several)
 
+    from lumiere.generation.decoding import Limits
+    from lumiere.generation.sampling import Sampling
     from lumiere.generation.text import TextGenerator
 
-    settings = Settings(
-        temperature=0.0 if greedy else 0.8 if temperature is None else temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        typical_p=typical_p,
-        repetition_penalty=repetition_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        max_new_tokens=max_new_tokens,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
+    if greedy:
+        temperature = 0.0
+    elif temperature is None:
+        temperature = DEFAULT_TEMPERATURE
+    sampling = Sampling(temperature, top_k, top_p, min_p, typical_p, repetition_penalty, no_repeat_ngram_size)
+    settings = Settings(sampling, Limits(max_new_tokens, tuple(stop or ()), 0 if color else logprobs), seed)
     texts = read_prompts(prompts) if prompts is not None else [read_prompt(prompt)]
     opened = open_model(run, checkpoint, device, runs_dir)
     generator = TextGenerator(opened.model, opened.tokenizer, compile_step, show_note)
     if interactive:
         Session(generator, settings, color).run()
         return
-    output = Output(generator, settings, logprobs, color)
+    output = Output(generator, settings, color, with_tokens=logprobs is not None)
     if num_beams is None and not (as_json or prompts or num_return_sequences > 1):
         shown = [output.stream(texts[0])]
     else:
         if num_beams is not None:
-            search = (settings.sampling, max_new_tokens, num_return_sequences)
-            generations = chain.from_iterable(generator.search(text, num_beams, *search) for text in texts)
+            search = (num_beams, sampling, max_new_tokens, num_return_sequences)
+            generations = chain.from_iterable(generator.search(text, *search) for text in texts)
         else:
-            limits = settings.limits(logprobs)
-            generations = generator.write_many(texts, settings.sampling, limits, seed, num_return_sequences, batch_size)
+            batches = (seed, num_return_sequences, batch_size)
+            generations = generator.write_many(texts, sampling, settings.limits, *batches)
         shown = output.show(generations, as_lines=prompts is not None, as_json=as_json)
     if check:
         checks = [generator.check(generation) for generation in shown]
@@ -209,33 +207,19 @@ def read_prompts(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The controls that a session can change, named and valued as on the command line."""
+    """What a session can change, under the names of the options."""
 
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    typical_p: float | None
-    repetition_penalty: float | None
-    no_repeat_ngram_size: int | None
-    max_new_tokens: int
-    stop: tuple[str, ...]
+    sampling: "Sampling"
+    limits: "Limits"
     seed: int | None
 
-    def __post_init__(self) -> None:
-        """Raise `LumiereError` if a value is out of range."""
-        _ = self.sampling, self.limits()
-
     @property
-    def sampling(self) -> "Sampling":
-        from lumiere.generation.sampling import Sampling
+    def values(self) -> dict[str, Any]:
+        limits = {"max_new_tokens": self.limits.max_new_tokens, "stop": self.limits.stop}
+        return vars(self.sampling) | limits | {"seed": self.seed}
 
-        return Sampling(**{control.name: getattr(self, control.name) for control in fields(Sampling)})
-
-    def limits(self, num_logprobs: int | None = None) -> "Limits":
-        from lumiere.generation.decoding import Limits
-
-        return Limits(self.max_new_tokens, self.stop, num_logprobs)
+    def stream(self, generator: "TextGenerator", prompt: str | None) -> "Iterator[Piece]":
+        return generator.stream(prompt, self.sampling, self.limits, self.seed)
 
     def changed(self, name: str, text: str) -> "Settings":
         """Return the settings with one value read from `text`; `none` turns a control off.
@@ -244,21 +228,24 @@ class Settings:
             LumiereError: No such setting, or an invalid value.
         """
         name = name.replace("-", "_")
-        kinds: dict[str, Any] = {control.name: control.type for control in fields(self)}
-        if name not in kinds:
-            guess = nearest(name, kinds)
-            hint = f"did you mean {guess}?" if guess else f"choose from {', '.join(kinds)}"
-            raise LumiereError(f"there is no setting '{name}'", hint)
-        value: Any = None
-        if name == "stop":  # with escapes such as \n
-            value = () if text == "none" else (text.encode("latin-1", "backslashreplace").decode("unicode_escape"),)
-        elif text != "none" or kinds[name] in (int, float):
-            try:
-                value = (float if kinds[name] in (float, float | None) else int)(text)
-            except ValueError:
-                hint = "for example /set temperature 0.7"
-                raise LumiereError(f"{name} must be a number, not '{text}'", hint) from None
-        return replace(self, **{name: value})
+        check_choice("setting", name, self.values)
+        value = {name: parse_setting(name, text)}
+        if name == "seed":
+            return replace(self, **value)
+        if name in vars(self.limits):
+            return replace(self, limits=replace(self.limits, **value))
+        return replace(self, sampling=replace(self.sampling, **value))
+
+
+def parse_setting(name: str, text: str) -> Any:
+    if name == "stop":  # with escapes such as \n
+        return () if text == "none" else (text.encode("latin-1", "backslashreplace").decode("unicode_escape"),)
+    if text == "none" and name not in ("temperature", "max_new_tokens"):
+        return None
+    try:
+        return int(text) if name in WHOLE_NUMBERS else float(text)
+    except ValueError:
+        raise LumiereError(f"{name} must be a number, not '{text}'", "for example /set temperature 0.7") from None
 
 
 @dataclass(frozen=True)
@@ -266,30 +253,29 @@ class Output:
     """Print generations as text, as colored text, as a table of tokens, or as JSON.
 
     Attributes:
-        num_logprobs: Alternatives to show for each token; None prints text.
         color: Whether to color tokens by their probability.
+        with_tokens: Whether to show tokens and their probabilities.
     """
 
     generator: "TextGenerator"
     settings: Settings
-    num_logprobs: int | None
     color: bool
+    with_tokens: bool
 
     def stream(self, prompt: str | None) -> "Generation":
         """Generate one text and print it token by token."""
         from lumiere.generation.text import generation_of
 
-        limits = self.settings.limits(0 if self.color else self.num_logprobs)
         pieces: list[Piece] = []
-        for piece in self.generator.stream(prompt, self.settings.sampling, limits, self.settings.seed):
-            if self.num_logprobs is None:
+        for piece in self.settings.stream(self.generator, prompt):
+            if self.with_tokens:
+                self._write_tokens(filter(None, [piece.token]))
+            else:
                 write("" if pieces else prompt or "")
                 write_piece(piece, self.color)
-            elif piece.token is not None:
-                self._write_token(piece.token)
             pieces.append(piece)
             sys.stdout.flush()
-        write("\n" if self.num_logprobs is None else "")
+        write("" if self.with_tokens else "\n")
         return generation_of(prompt, pieces, self.settings.seed)
 
     def show(self, generations: "Iterable[Generation]", as_lines: bool, as_json: bool) -> "list[Generation]":
@@ -302,22 +288,22 @@ class Output:
                 sys.stdout.flush()
             elif not as_json:
                 write("\n---\n\n" if len(shown) > 1 else "")
-                if self.num_logprobs is None:
+                if self.with_tokens:
+                    self._write_tokens(generation.tokens)
+                else:
                     write((generation.prompt or "") + generation.text + "\n")
-                for token in generation.tokens if self.num_logprobs is not None else ():
-                    self._write_token(token)
         if as_json and not as_lines:
             print_json([self._record(generation) for generation in shown])
         return shown
 
-    def _write_token(self, token: "Token") -> None:
-        """Print a token, its log-probability and probability, and the alternatives."""
-        own = float("nan") if token.logprob is None else token.logprob
-        parts = [f"{self.generator.tokenizer.label(token.id):16} {own:8.3f} {math.exp(own):6.1%}"]
-        parts += [
-            f"{self.generator.tokenizer.label(other)} {math.exp(logprob):.1%}" for other, logprob in token.alternatives
-        ]
-        write("  ".join(parts) + "\n")
+    def _write_tokens(self, tokens: "Iterable[Token]") -> None:
+        """Print each token, its log-probability and probability, and the alternatives."""
+        label = self.generator.tokenizer.label
+        for token in tokens:
+            logprob = float("nan") if token.logprob is None else token.logprob
+            parts = [f"{label(token.id):16} {logprob:8.3f} {math.exp(logprob):6.1%}"]
+            parts += [f"{label(other)} {math.exp(logprob):.1%}" for other, logprob in token.alternatives]
+            write("  ".join(parts) + "\n")
 
     def _record(self, generation: "Generation") -> dict[str, Any]:
         """Return a generation as JSON values."""
@@ -333,7 +319,7 @@ class Output:
         }
         optional = {"seed": generation.seed, "score": generation.score}
         record |= {name: value for name, value in optional.items() if value is not None}
-        if self.num_logprobs is not None:
+        if self.with_tokens:
             record["tokens"] = [
                 choice(token.id, token.logprob) | {"alternatives": [choice(*other) for other in token.alternatives]}
                 for token in generation.tokens
@@ -397,7 +383,7 @@ class Session:
             case ["/set", *_]:
                 raise LumiereError("/set needs a name and a value", "for example /set temperature 0.7")
             case ["/settings", *_]:
-                for name, value in vars(self.settings).items():
+                for name, value in self.settings.values.items():
                     write(f"{name:21} {value}\n")
             case ["/history", *_]:
                 for number, text in enumerate(self.texts, start=1):
@@ -415,8 +401,7 @@ class Session:
 
         continues = prompt is None and bool(self.texts)
         text = self.texts[-1] if continues else plain(prompt or "")
-        limits = self.settings.limits(0 if self.color else None)
-        pieces = self.generator.stream(text or None, self.settings.sampling, limits, self.settings.seed)
+        pieces = self.settings.stream(self.generator, text or None)
         if continues:
             self.texts.pop()
         try:

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, with their checks and shell completion.
+"""Options and arguments that several commands share, their checks and shell completion, and the model they name.
 
 A shell runs a completion in a new process at each TAB, so completions load neither torch nor pydantic and print
 nothing. They offer only file names without special characters: Typer's zsh script passes them to `eval`, and its bash
@@ -9,14 +9,18 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
+from lumiere.cli.console import show_note
 from lumiere.config.presets import SUFFIXES, shipped_configs
 from lumiere.errors import LumiereError
 from lumiere.persistence.runs import RunStore
+
+if TYPE_CHECKING:
+    from lumiere.persistence.loading import OpenedModel
 
 HARMLESS = re.compile(r"[\w./%+,-]+")
 
@@ -38,14 +42,22 @@ def quietly(complete: Complete) -> Complete:
 
 
 def given(options: Mapping[str, object]) -> list[str]:
-    """Return the names of the options that the user set."""
-    return [name for name, value in options.items() if value not in (None, False, [], ())]
+    """Return the names of the options that the user set; a number is set, also if it is 0."""
+    return [name for name, value in options.items() if not (value is None or value is False or value == [])]
 
 
-def refuse_both(*options: str) -> None:
-    """Raise `LumiereError` if there are two options: the first excludes the others."""
-    if len(options) > 1:
-        raise LumiereError(f"{options[0]} and {options[1]} exclude each other", "use one of them")
+def refuse_both(options: Mapping[str, object]) -> None:
+    """Raise `LumiereError` if the user set two of the options."""
+    if len(names := given(options)) > 1:
+        raise LumiereError(f"{names[0]} and {names[1]} exclude each other", "use one of them")
+
+
+def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> "OpenedModel":
+    """Open a checkpoint of a run, with notes and progress on stderr; see `lumiere.persistence.loading.open_model`."""
+    from lumiere.cli.progress import CorpusProgress
+    from lumiere.persistence import loading
+
+    return loading.open_model(reference, checkpoint, device, runs_dir, show_note, CorpusProgress)
 
 
 @quietly

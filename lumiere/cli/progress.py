@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lumiere.cli.console import duration, escape, show_note, stderr
+from lumiere.cli.console import duration, show_note, show_warning, stderr
 from lumiere.data.dataset import Progress as DataProgress
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
 
@@ -125,8 +125,3 @@ class SnapshotProgress(Display):
 
     def __call__(self, done: int) -> None:
         self._bar.update(self._task, completed=done)
-
-
-def show_warning(message: str) -> None:
-    """Print a warning to stderr."""
-    stderr().print(f"[bold yellow]warning:[/] {escape(message)}")

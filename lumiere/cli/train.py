@@ -17,18 +17,19 @@ from lumiere.cli.console import (
     scaled,
     short_time,
     show_note,
+    show_warning,
     size,
     stderr,
     stdout,
 )
-from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir, complete_run, given, refuse_both
+from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir, complete_run, refuse_both
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, printable
 
 if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig
     from lumiere.distributed import ProcessGroup
-    from lumiere.persistence.runs import Run, RunStore
+    from lumiere.persistence.runs import RunStore
     from lumiere.training.estimate import Plan
     from lumiere.training.setup import TrainingSetup
     from lumiere.training.trainer import TrainingResult
@@ -87,9 +88,9 @@ def train(
         """Return the config of the command line; None if a run is resumed, which has its own."""
         if plan and resume is not None:
             raise LumiereError("--plan and --resume exclude each other", f"lumiere runs show {resume} shows its config")
-        refuse_both(*given({"--plan": plan, "--print-config": print_config}))
+        refuse_both({"--plan": plan, "--print-config": print_config})
         if resume is not None:
-            if config or print_config:
+            if config is not None or print_config:
                 hint = f"use: lumiere train --resume {resume}"
                 raise LumiereError("a resumed run keeps its own config", hint)
             return None
@@ -185,6 +186,9 @@ def start_or_resume(
 
 def report(result: "TrainingResult", setup: "TrainingSetup", as_json: bool) -> None:
     """Print how training ended, a sample of the best checkpoint, and commands to try next."""
+    from lumiere.generation.decoding import generate
+    from lumiere.generation.sampling import Sampling
+
     run, state = result.run, result.state
     if result.signal_number is not None:
         command = escape(as_typed(run.command("train", "--resume", run.id)))
@@ -198,7 +202,9 @@ def report(result: "TrainingResult", setup: "TrainingSetup", as_json: bool) -> N
         stdout().print(f"  best validation loss {state.best_loss:.4f} at step {state.best_step:,}")
     speed = state.tokens / state.seconds if state.seconds else 0.0
     stdout().print(f"  {state.step:,} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s\n\nSample:\n")
-    stdout().print(escape(sample(run, setup)), style="italic", soft_wrap=False)
+    sampling = Sampling(temperature=SAMPLE_TEMPERATURE)
+    sample = generate(run.load_model("best"), setup.corpus.tokenizer, None, SAMPLE_TOKENS, sampling, seed=0)
+    stdout().print(escape("".join(sample).strip()), style="italic", soft_wrap=False)
     stdout().print("\nNext steps:")
     for command in (
         run.command("generate", "--run", run.id),
@@ -208,23 +214,9 @@ def report(result: "TrainingResult", setup: "TrainingSetup", as_json: bool) -> N
         stdout().print(f"  {escape(as_typed(command))}", style="bold")
 
 
-def sample(run: "Run", setup: "TrainingSetup") -> str:
-    """Generate a text with the best checkpoint."""
-    from lumiere.generation.decoding import generate
-    from lumiere.generation.sampling import Sampling
-    from lumiere.persistence.checkpoint_manager import CheckpointManager
-    from lumiere.persistence.loading import load_weights
-
-    manager = CheckpointManager(run.path.parent)
-    name = manager.resolve(run, "best")
-    model = load_weights(setup.config, manager.load(run, name, groups=("model",)), name)
-    sampling = Sampling(temperature=SAMPLE_TEMPERATURE)
-    return "".join(generate(model, setup.corpus.tokenizer, None, SAMPLE_TOKENS, sampling, seed=0)).strip()
-
-
 def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool, processes: "ProcessGroup") -> None:
     """Estimate what training `config` takes from a dry run, without writing to `runs_dir`."""
-    from lumiere.cli.progress import CorpusProgress, show_warning
+    from lumiere.cli.progress import CorpusProgress
     from lumiere.distributed import share_cores
     from lumiere.training.setup import set_up
 

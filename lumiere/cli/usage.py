@@ -1,4 +1,4 @@
-"""Errors of the command line: an error and a hint that names what exists, exit code 2."""
+"""Errors and exit codes of all commands; a wrong command line gets a hint that names what exists."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lumiere.cli.console import print_error
-from lumiere.errors import LumiereError, nearest
+from lumiere.cli.console import CHECK_FAILED, print_error
+from lumiere.errors import FailedCheckError, LumiereError, nearest
 
 PROGRAM = "lumiere"
+INTERRUPTED = 130
 NO_PATCHING = "activation patching is not available; lumiere inspect ablate measures the loss without each component"
 NO_FEATURES = "not available; lumiere inspect cache -o FILE.npz saves activations for your own analysis"
 NO_PRETRAINED = "training starts from random weights; --resume RUN continues a run"
@@ -64,7 +65,10 @@ OPTIONS_ELSEWHERE: Mapping[str, str] = {
 
 
 class Commands(TyperGroup):
-    """A group of commands that reports usage errors like all others."""
+    """A group of commands that reports all errors alike; bugs keep their traceback.
+
+    The exit code is 2 for a usage error and a `LumiereError`, 3 for a failed check and 130 for Ctrl-C.
+    """
 
     def main(
         self,
@@ -82,10 +86,16 @@ class Commands(TyperGroup):
             if error.format_message():  # empty if the help was printed instead
                 print_error(usage_error(error))
             sys.exit(error.exit_code)
+        sys.exit(code or 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
         except LumiereError as error:
             print_error(error)
-            sys.exit(2)
-        sys.exit(code or 0)
+            raise typer.Exit(CHECK_FAILED if isinstance(error, FailedCheckError) else 2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]

@@ -156,7 +156,7 @@ class DatasetConfig(Section):
     text_column: Annotated[str, Field(min_length=1)] = "text"
     """Column that holds the text; `doc.text` is the field `text` nested in `doc`."""
     streaming: Boolean = False
-    """Read rows on demand instead of downloading and converting the whole dataset first."""
+    """Read rows on demand instead of downloading the whole dataset first."""
     document_start: str | None = None
     """Regular expression of the rows that start a document, for datasets whose rows are lines."""
     num_documents: PositiveInteger | None = None

@@ -31,7 +31,7 @@ from lumiere.data.sources import (
     resolve_data_files,
 )
 from lumiere.data.stories import STORIES_VERSION, stories
-from lumiere.data.tables import csv_rows, json_rows
+from lumiere.data.tables import arrow_rows, csv_rows, json_rows
 from lumiere.data.text import Part, blocks, lines, parts
 from lumiere.errors import DataError, shortened
 
@@ -119,7 +119,7 @@ class CountedRows:
 
 @dataclass(frozen=True)
 class FileRows:
-    """One column of CSV or JSON files, read again at each iteration."""
+    """One column of files, read again at each iteration and never held in memory."""
 
     source: Source
     split: str
@@ -127,9 +127,13 @@ class FileRows:
 
     def __iter__(self) -> Iterator[str]:
         paths = self.source.files[self.split]
-        if self.source.builder == "csv":
-            return csv_rows(paths, self.column, self.source.separator)
-        return json_rows(paths, self.column)
+        match self.source.builder:
+            case "csv":
+                return csv_rows(paths, self.column, self.source.separator)
+            case "json":
+                return json_rows(paths, self.column)
+            case kind:
+                return arrow_rows(paths, self.column, kind)
 
 
 @dataclass(frozen=True)
@@ -226,10 +230,6 @@ def load_rows(config: DatasetConfig) -> tuple[dict[str, Iterable[str]], str]:
     source = find_source(config)
     if source.builder == "text":
         return {split: TextFiles(paths) for split, paths in source.files.items()}, source.identity()
-    if source.builder not in ("csv", "json"):
-        from lumiere.data.hub import dataset_rows
-
-        return dataset_rows(config, source)
     rows: dict[str, Iterable[str]] = {split: FileRows(source, split, config.text_column) for split in source.files}
     for split in rows:
         next(iter(rows[split]), None)  # report a missing column before anything is built

@@ -8,15 +8,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.checksums import file_sha256
 from lumiere.errors import DataError, nearest, shortened
 from lumiere.files import read_file
-
-if TYPE_CHECKING:
-    import datasets
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
@@ -53,16 +50,16 @@ class Source:
     """Where rows come from.
 
     Attributes:
-        builder: One of `BUILDERS`, or `cache` for a copy that `datasets` prepared before.
+        builder: One of `BUILDERS`.
         files: Files of each split: absolute local paths, or addresses on the Hub.
         separator: Separator of CSV files, if known.
-        hub: Builder of `datasets` that reads the files. None: they are local.
+        version: Identifies files on the Hub that are read without downloading them first. None: they are local.
     """
 
     builder: str
     files: Mapping[str, list[str]]
     separator: str | None = None
-    hub: "datasets.DatasetBuilder | None" = None
+    version: str | None = None
 
     def identity(self) -> str:
         """Return what all rows depend on.
@@ -73,10 +70,8 @@ class Source:
         Raises:
             DataError: A file cannot be read.
         """
-        if self.hub is not None:
-            files: Any = self.hub.config.data_files or {}
-            versions = [(str(split), list(paths), paths.origin_metadata) for split, paths in files.items()]
-            return f"stream {self.hub.hash} {self.hub.config_id} {versions}"
+        if self.version is not None:
+            return self.version
         contents = {split: [checked_sha256(path) for path in paths] for split, paths in self.files.items()}
         return hashlib.sha256(json.dumps([self.builder, self.separator, contents], sort_keys=True).encode()).hexdigest()
 

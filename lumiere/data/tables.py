@@ -1,4 +1,4 @@
-"""One column of CSV and JSON files, read with the standard library: no value is guessed, dropped or converted."""
+"""One column of CSV, JSON, Parquet and Arrow files: no value is guessed, dropped or converted."""
 
 import csv
 import json
@@ -8,13 +8,18 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
 from lumiere.errors import DataError, nearest, shortened
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SEPARATORS = (",", ";", "\t", "|")
 MAX_FIELD_CHARACTERS = 2**31 - 1
 CHUNK_CHARACTERS = 1_000_000
+ARROW_ROWS = 1000
+TEXT = "text"
 SPACE = re.compile(r"\s*")
 KINDS = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
 
@@ -86,11 +91,7 @@ def json_rows(paths: Iterable[str], column: str) -> Iterator[str]:
                 has_column = has_column or found
                 first = first or (path, row)
                 if value is not None and not isinstance(value, str):
-                    texts = text_columns(row)
-                    raise DataError(
-                        f"{path!r}, {place}: the column '{column}' holds {KINDS[type(value)]}, not text",
-                        f"columns with text: {', '.join(texts)}" if texts else "choose another file or column",
-                    )
+                    raise not_text(f"{path!r}, {place}", column, KINDS[type(value)], text_columns(row))
                 yield value or ""
     if first is not None and not has_column:
         raise no_column(first[0], column, list(first[1]), text_columns(first[1]))
@@ -177,6 +178,101 @@ def text_columns(row: Mapping[str, Any], prefix: str = "") -> list[str]:
         elif isinstance(value, dict):
             columns += text_columns(value, f"{prefix}{name}.")
     return columns
+
+
+def arrow_rows(paths: Iterable[str], column: str, kind: str) -> Iterator[str]:
+    """Yield the text of `column` in each row of `parquet` or `arrow` files, batch by batch; null is an empty row.
+
+    `doc.text` is the field `text` of the column `doc`, unless there is a column of that exact name.
+
+    Raises:
+        DataError: A file cannot be read, or has no such column of text.
+    """
+    import fsspec
+
+    for path in paths:
+        try:
+            with fsspec.open(path, "rb") as file:
+                schema, batches = arrow_batches(cast("BinaryIO", file), kind)
+                outer, inner = arrow_column(path, column, schema)
+                for batch in batches:
+                    for row in batch.column(outer).to_pylist():
+                        for key in inner:
+                            row = None if row is None else row[key]
+                        yield row or ""
+        except DataError:
+            raise
+        except Exception as error:  # each file system has its own
+            reason = shortened(" ".join(str(error).split()) or type(error).__name__)
+            raise DataError(
+                f"{path!r} cannot be read as {kind}: {reason}",
+                "restore the file, or try again if it was the network: what was encoded so far is kept",
+            ) from None
+
+
+def arrow_batches(file: BinaryIO, kind: str) -> tuple["pyarrow.Schema", Iterator["pyarrow.RecordBatch"]]:
+    """Return the schema of a file, and its rows batch by batch."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    if kind == "parquet":
+        table = parquet.ParquetFile(file)
+        return table.schema_arrow, table.iter_batches(batch_size=ARROW_ROWS)
+    try:
+        stream = ipc.open_stream(file)
+        schema, batches = stream.schema, iter(stream)
+    except pyarrow.ArrowInvalid:
+        reader = ipc.open_file(file)
+        schema, batches = reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+
+    def checked() -> Iterator["pyarrow.RecordBatch"]:
+        for batch in batches:
+            batch.validate(full=True)  # a damaged file could point outside of its memory
+            yield batch
+
+    return schema, checked()
+
+
+def arrow_column(path: str, column: str, schema: "pyarrow.Schema") -> tuple[str, list[str]]:
+    """Return the column and the fields within it that `column` names.
+
+    Raises:
+        DataError: There is none of text.
+    """
+    kinds = arrow_kinds(schema)
+    texts = [name for name, kind in kinds.items() if kind == TEXT]
+    kind = kinds.get(column)
+    if kind is None:
+        raise no_column(path, column, list(kinds), texts)
+    if kind not in (TEXT, "null"):
+        raise not_text(repr(path), column, kind, texts)
+    if column in schema.names:
+        return column, []
+    outer, *inner = column.split(".")
+    return outer, inner
+
+
+def arrow_kinds(fields: "Iterable[pyarrow.Field]", prefix: str = "") -> dict[str, str]:
+    """Return what each column holds, nested columns by dotted name."""
+    from pyarrow import types
+
+    kinds = {}
+    for field in fields:
+        name, kind = prefix + field.name, field.type
+        if types.is_struct(kind):
+            kinds |= {name: "objects"} | arrow_kinds(kind, f"{name}.")
+        else:
+            is_text = types.is_string(kind) or types.is_large_string(kind)
+            kinds[name] = TEXT if is_text else str(kind)
+    return kinds
+
+
+def not_text(place: str, column: str, kind: str, texts: Sequence[str]) -> DataError:
+    """Return the error for a column that does not hold text, and name those that do."""
+    return DataError(
+        f"{place}: the column '{column}' holds {kind}, not text",
+        f"columns with text: {', '.join(texts)}" if texts else "choose another file or column",
+    )
 
 
 def no_column(name: str, column: str, columns: Sequence[str], texts: Sequence[str] | None = None) -> DataError:

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field, TypeAdapter
 
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import CheckpointError
@@ -15,35 +16,21 @@ from lumiere.persistence.checkpoint import TRAINED, Checkpoint
 from lumiere.training.optim import Optimizers, WeightAverage
 from lumiere.training.parallel import load_weights
 
-COUNTERS = (
-    "step",
-    "tokens",
-    "seconds",
-    "best_loss",
-    "best_step",
-    "stopping_loss",
-    "epochs_without_improvement",
-    "stop_reason",
-    "skipped_steps",
-    "skipped_in_a_row",
-)
-NEWER_COUNTERS = {"skipped_steps": 0, "skipped_in_a_row": 0}
-"""Values of counters that checkpoints of the first version lack."""
-FRACTIONAL = {"seconds", "best_loss", "stopping_loss"}
-OPTIONAL = {"best_loss", "best_step", "stopping_loss", "stop_reason"}
-STOP_REASONS = ("max_steps", "max_epochs", "patience")
+Count = Annotated[int, Field(strict=True, ge=0)]
+Amount = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+StopReason = Literal["max_steps", "max_epochs", "patience"]
+STOP_REASONS = get_args(StopReason)
 
 NUMERICS = 2
 """Version of the arithmetic of a training step, recorded in each checkpoint (1 if absent). Raise it with every change
 that alters the bits of a step."""
 
 
-@dataclass
-class TrainingState:
-    """The model, its optimizers, the average of its weights, torch's random generators, and the counters.
+@dataclass(kw_only=True)
+class Counters:
+    """The numbers of a training state, which checkpoints keep in their metadata.
 
     Attributes:
-        average: Of the weights. None: no averaging.
         step: Steps so far, including skipped ones.
         tokens: Targets trained on so far.
         seconds: Training time so far.
@@ -55,19 +42,34 @@ class TrainingState:
         skipped_in_a_row: Number of the last steps that were skipped.
     """
 
+    step: Count = 0
+    tokens: Count = 0
+    seconds: Amount = 0.0
+    best_loss: Amount | None = None
+    best_step: Count | None = None
+    stopping_loss: Amount | None = None
+    epochs_without_improvement: Count = 0
+    stop_reason: StopReason | None = None
+    skipped_steps: Count = 0
+    skipped_in_a_row: Count = 0
+
+
+COUNTERS = tuple(field.name for field in fields(Counters))
+NEWER_COUNTERS = {"skipped_steps": 0, "skipped_in_a_row": 0}
+"""Values of counters that checkpoints of the first version lack."""
+
+
+@dataclass(kw_only=True)
+class TrainingState(Counters):
+    """The model, its optimizers, the average of its weights, torch's random generators, and the counters.
+
+    Attributes:
+        average: Of the weights. None: no averaging.
+    """
+
     model: Transformer
     optimizers: Optimizers
     average: WeightAverage | None = None
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_loss: float | None = None
-    best_step: int | None = None
-    stopping_loss: float | None = None
-    epochs_without_improvement: int = 0
-    stop_reason: str | None = None
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
 
     @classmethod
     def create(cls, config: RunConfig, device: torch.device, precision: torch.dtype = torch.float32) -> "TrainingState":
@@ -80,7 +82,7 @@ class TrainingState:
     ) -> "TrainingState":
         """Return a new state of a model that is on its device, and sharded if it is to be."""
         average = None if settings.ema_decay is None else WeightAverage(model, settings.ema_decay)
-        return cls(model, Optimizers(model, settings, precision), average)
+        return cls(model=model, optimizers=Optimizers(model, settings, precision), average=average)
 
     def update(self, factor: float) -> None:
         """Update the weights and their average by the gradients.
@@ -152,7 +154,7 @@ class TrainingState:
                 self.average.load(checkpoint.model)
                 load_weights(self.model, trained)
             metadata = NEWER_COUNTERS | checkpoint.metadata
-            counters = {name: metadata[name] for name in COUNTERS}
+            counters = TypeAdapter(Counters).validate_python({name: metadata[name] for name in COUNTERS})
             device = next(self.model.parameters()).device
             # A run that was trained on a CPU so far continues from its seed.
             if device.type == "cuda" and "cuda" in checkpoint.rng:
@@ -160,9 +162,7 @@ class TrainingState:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             # Torch's message is a page of parameter names.
             raise misfit() from error
-        if not all(is_counter(name, value) for name, value in counters.items()):
-            raise misfit()
-        for name, value in counters.items():
+        for name, value in vars(counters).items():
             setattr(self, name, value)
 
 
@@ -170,16 +170,6 @@ def new_model(config: RunConfig) -> Transformer:
     """Return the model at step 0, built on the CPU so that its weights depend on the seed alone."""
     torch.manual_seed(config.training.seed)
     return build_model(config)
-
-
-def is_counter(name: str, value: object) -> bool:
-    """Return whether `value` is valid for the counter `name`."""
-    if value is None:
-        return name in OPTIONAL
-    if name == "stop_reason":
-        return value in STOP_REASONS
-    kinds = int | float if name in FRACTIONAL else int
-    return isinstance(value, kinds) and not isinstance(value, bool) and value >= 0
 
 
 def misfit() -> CheckpointError:

@@ -46,7 +46,7 @@ from lumiere.training.parallel import (
 )
 from lumiere.training.schedule import is_snapshot, learning_rate_factor, unfinished_warmup
 from lumiere.training.setup import TrainingSetup
-from lumiere.training.state import NUMERICS, TrainingState, new_model
+from lumiere.training.state import NUMERICS, StopReason, TrainingState, new_model
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Trainer:
         self.emit(EvaluationEvent(**self.position(), evaluation=evaluation, is_best=is_best))
         return is_best
 
-    def reason_to_stop(self) -> str | None:
+    def reason_to_stop(self) -> StopReason | None:
         """Return why training is over in the current state; None if it is not."""
         if self.state.step >= self.total_steps:
             return "max_steps" if self.settings.max_steps else "max_epochs"

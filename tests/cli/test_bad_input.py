@@ -56,7 +56,7 @@ SETTINGS = [
     ("dataset={name: text, data_files: empty.txt}", "holds no text", ""),
     ("dataset={name: text, data_files: {test: book.txt}}", "has no split 'train'", ""),
     ("dataset={name: parquet, data_files: no-text-column.parquet}", "no column 'text', it has body", ""),
-    ("dataset={name: parquet, data_files: numbers.parquet}", "'text' of dataset 'parquet' holds int64", ""),
+    ("dataset={name: parquet, data_files: numbers.parquet}", "'text' holds int64", ""),
     ("dataset={name: ./corpus}", "has several subsets", ""),
     ("dataset={name: corpus, subset: ome}", "'corpus' has no subset 'ome', it has one, two", "dataset.subset=one"),
     ("training.loggers=tensorbord", "got 'tensorbord'", "did you mean tensorboard?"),
@@ -193,8 +193,8 @@ REFUSED = """
     runs prune --keep bset --yes | there is no checkpoint 'bset' to keep
     runs prune --keep , --yes | there is no checkpoint '' to keep
     runs card latest -o card.md | card.md exists
-    runs card latest -o runs | 'runs' is a folder
-    runs card latest -o no/a.md | no folder no
+    runs card latest -o runs | 'runs' is a directory
+    runs card latest -o no/a.md | 'no' does not exist
 """
 
 
@@ -217,7 +217,7 @@ def test_empty_texts_and_names(run: Run) -> None:
         assert "the prompt is empty" in refuse("generate", "--prompt", prompt)[0]
         assert "the prompt is empty" in refuse("inspect", "attention", "--prompt", prompt)[0]
     assert "the model sees 16" in refuse("inspect", "attention", "--prompt", "word " * 40)[0]
-    assert "'' is no" in refuse("runs", "card", "latest", "-o", "")[0]
+    assert "'.' is a directory" in refuse("runs", "card", "latest", "-o", "")[0]
 
 
 def test_a_running_run_is_not_removed(run: Run) -> None:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import yaml
 
@@ -53,10 +52,12 @@ def test_what_is_writable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("home", ["a-file", "/proc/nobody"])
 def test_a_corpus_of_files_without_a_home(tiny_config: RunConfig, home: str) -> None:
     Path("a-file").touch()
-    table = pyarrow.table({"text": [f"The cat sat on the mat {i}." for i in range(60)]})
-    pyarrow.parquet.write_table(table, "d.parquet")  # which `datasets` reads, and so needs its cache
+    Path("corpus").mkdir()
+    # A folder that `datasets` resolves, and so needs its cache.
+    Path("corpus/README.md").write_text("---\nconfigs: [{config_name: default, data_files: a.csv}]\n---\n")
+    Path("corpus/a.csv").write_text("text\n" + "".join(f"The cat sat on the mat {i}.\n" for i in range(60)))
     values = tiny_config.model_dump()
-    values["dataset"] |= {"name": "parquet", "data_files": "d.parquet", "num_documents": None}
+    values["dataset"] |= {"name": "corpus", "num_documents": None}
     Path("c.yaml").write_text(yaml.safe_dump(values))
 
     def tokenize(**variables: str) -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,10 @@ from lumiere.config.schema import TrainingConfig
 from lumiere.distributed import ProcessGroup
 from lumiere.errors import ConfigError, RunBusyError
 from lumiere.files import locked
+from lumiere.persistence.runs import Run
 from lumiere.training.schedule import learning_rate_factor
-from lumiere.training.setup import CHANGEABLE, check_schedule, set_up_resume
+from lumiere.training.setup import check_schedule, set_up_resume
+from tests.training.conftest import TrainedOnce
 from tests.training.short import at_step, hashes, only_run, resume, short, stop_at, train
 
 CONSTANT: dict[str, Any] = {"schedule": "constant", "max_steps": None, "max_epochs": 2, "warmup_steps": 1}
@@ -48,13 +50,11 @@ def test_an_extended_run_has_the_weights_of_the_longer_run(
     assert (resume(run).end, run.record.status) == (end, "finished")
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_schedule_that_has_decayed_keeps_its_length(schedule: str) -> None:
-    run = train(short(**CONSTANT | {"schedule": schedule})).run
+def test_a_schedule_that_has_decayed_keeps_its_length() -> None:
+    run = train(short(**CONSTANT | {"schedule": "cosine"})).run
     before, config = hashes(run), run.config_path.read_text()
-    with pytest.raises(ConfigError, match=f"the {schedule} schedule of 10 steps .* 15 at step 10") as caught:
+    with pytest.raises(ConfigError, match=r"10 steps .* 15 at step 10"):
         resume(run, overrides=["training.max_epochs=3"])
-    assert "training.schedule=constant" in (caught.value.hint or "")
     assert (hashes(run), run.config_path.read_text()) == (before, config)
     assert (run.record.status, run.record.resumes) == ("finished", ())
 
@@ -89,64 +89,54 @@ def test_a_length_is_refused_if_a_past_rate_would_differ(
         assert is_same
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("model.dropout", 0.3),
-        ("tokenizer.min_frequency", 3),
-        ("dataset.num_documents", 2),
-        ("training.batch_size", 6),
-        ("training.learning_rate", 1e-3),
-        ("training.seed", 5),
-        ("training.ema_decay", 0.9),
-        ("training.schedule", "linear"),
-    ],
-)
-def test_what_a_step_computes_cannot_change(path: str, value: Any) -> None:
-    run = train(short(), stop_at(3)).run
-    refused = f"was trained with {path} .* which a resume cannot change"
-    with pytest.raises(ConfigError, match=refused) as caught:
-        set_up_resume(run, overrides=[f"{path}={value}"])
-    assert ", ".join(CHANGEABLE) in (caught.value.hint or "")
+CHANGES: dict[str, Any] = {
+    "model.dropout": 0.3,
+    "tokenizer.min_frequency": 3,
+    "dataset.num_documents": 2,
+    "training.batch_size": 6,
+    "training.learning_rate": 1e-3,
+    "training.seed": 5,
+    "training.ema_decay": 0.9,
+    "training.schedule": "linear",
+}
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_what_a_step_computes_cannot_change(interrupted: Run, path: str) -> None:
+    with pytest.raises(ConfigError, match=path):
+        set_up_resume(interrupted, overrides=[f"{path}={CHANGES[path]}"])
     # The same in an editor.
-    run.config_path.write_text(dump_config(changed_config(run.load_config().model_dump(), [(path, value)])))
-    with pytest.raises(ConfigError, match=refused):
-        set_up_resume(run)
+    changed = changed_config(interrupted.load_config().model_dump(), [(path, CHANGES[path])])
+    interrupted.config_path.write_text(dump_config(changed))
+    with pytest.raises(ConfigError, match=path):
+        set_up_resume(interrupted)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
     ("override", "change"),
     [
         ("training.precision=bfloat16", "precision: float32 -> bfloat16"),
         ("training.gradient_accumulation_steps=2", "training.gradient_accumulation_steps: 1 -> 2"),
         ("training.compile=true", "training.compile: False -> True"),
+        ("training.activation_checkpointing=true", None),
     ],
 )
 def test_how_a_step_is_computed_may_change_and_the_bits_with_it(
-    monkeypatch: pytest.MonkeyPatch, optimizer: str, override: str, change: str
+    monkeypatch: pytest.MonkeyPatch, trained_once: TrainedOnce, override: str, change: str | None
 ) -> None:
+    """Not with activation checkpointing, which computes the same twice."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
-    config = short({"model.dropout": 0.0}, optimizer=optimizer)
-    whole = train(config, runs_dir="whole")
-    run = train(config, stop_at(3)).run
-    resumed = resume(run, overrides=[override])
-    assert (resumed.state.step, run.record.status) == (6, "finished")
+    config = short({"model.dropout": 0.0}, optimizer="muon")
+    whole, run = trained_once(config), trained_once(config, stop=3)
+    assert resume(run, overrides=[override]).end == (6, "max_steps")
     (entry,) = run.record.resumes
-    (warning,) = entry["warnings"]
-    assert warning.startswith(change)
+    assert [warning.partition(": the data")[0] for warning in entry["warnings"]] == ([change] if change else [])
     assert run.load_config() != config
-    assert compiled or not torch.equal(resumed.weights, whole.weights), "it took effect"
-    torch.testing.assert_close(resumed.weights, whole.weights, rtol=0, atol=0.02)
-
-
-def test_activation_checkpointing_may_change_and_no_bit_with_it() -> None:
-    whole, run = train(short(), runs_dir="whole").run, train(short(), stop_at(3)).run
-    resume(run, overrides=["training.activation_checkpointing=true"])
-    assert run.record.resumes[0]["warnings"] == []
-    assert run.load_config().training.activation_checkpointing
-    assert hashes(run) == hashes(whole)
+    assert (hashes(run) == hashes(whole)) == (change is None or bool(compiled)), "it took effect"
+    weights = zip(run.load_model("latest").parameters(), whole.load_model("latest").parameters(), strict=True)
+    for found, expected in weights:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
 
 
 def test_two_trainings_never_write_to_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +158,8 @@ def test_two_trainings_never_write_to_one_run(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def test_a_run_that_another_machine_trains_is_left_alone() -> None:
-    run = train(short(), stop_at(3)).run
+def test_a_run_that_another_machine_trains_is_left_alone(interrupted: Run) -> None:
+    run = interrupted
     run.update(status="running", host="node7", pid=4242, boot_id="another", job={"id": "7", "agent": None})
     before = run.metrics_path.read_bytes(), run.record_path.read_bytes()
     with pytest.raises(RunBusyError, match="node7"):

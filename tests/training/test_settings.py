@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
@@ -15,7 +14,7 @@ from lumiere import device as device_module
 from lumiere.config.loader import dump_config
 from lumiere.config.messages import setting_paths
 from lumiere.config.schema import RunConfig
-from lumiere.data import hub
+from lumiere.data import corpus
 from lumiere.distributed import SINGLE_PROCESS, TorchrunGroup
 from lumiere.errors import DataError, NonFiniteError
 from lumiere.models import transformer
@@ -25,7 +24,6 @@ from tests.training.short import CPU, hashes, of_kind, short, train
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
-PARQUET = FILES | {"dataset.name": "parquet", "dataset.data_files": "a.parquet"}
 FOLDER = FILES | {"dataset.name": "folder", "dataset.data_files": None, "dataset.subset": "one"}
 THREE_EPOCHS = {"training.max_steps": None, "training.max_epochs": 3}
 
@@ -59,7 +57,7 @@ EFFECTS = {
     "dataset.data_files": Effect("b.json", "corpus", FILES),
     "dataset.data_sha256": Effect("0" * 64, "refused", FILES),
     "dataset.text_column": Effect("title", "corpus", FILES),
-    "dataset.streaming": Effect(True, "opened", PARQUET),
+    "dataset.streaming": Effect(True, "split_validation_of_stream", FILES),
     "dataset.document_start": Effect("^row 2$", "num_windows", FILES),
     "dataset.num_documents": Effect(2, "corpus"),
     "dataset.validation_fraction": Effect(0.5, "corpus", {"dataset.num_documents": 10}),
@@ -114,7 +112,6 @@ def write_files() -> None:
         texts = [text for number in range(4) for text in ("", f"row {number}", "", f"In {name} stands a long row.")]
         rows = [{"text": text, "title": text.upper()} for text in texts]
         Path(f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-    datasets.Dataset.from_list(rows).to_parquet("a.parquet")
     subsets = "[{config_name: one, data_files: c.json}, {config_name: other, data_files: d.json}]"
     Path("folder/README.md").write_text(f"---\nconfigs: {subsets}\n---\n", encoding="utf-8")
 
@@ -155,7 +152,7 @@ def observe_afresh(monkeypatch: pytest.MonkeyPatch) -> Observe:
 
             watch(trainer, "summed_loss", lambda loss, model, tokens, targets: (len(tokens), product_type()))
             watch(trainer, "parallelize", lambda result, model, objective, parallel, *rest: parallel)
-            watch(hub, "opened", lambda rows, *rest: type(rows).__name__)
+            watch(corpus, "split_validation_of_stream", lambda *given: True)
             watch(TorchrunGroup, "connect", lambda result, group, limit: limit, lambda group, limit: None)
             watch(device_module, "resolve_device", lambda result, name: name, lambda name: CPU)
             watch(torch, "compile", lambda *given: True, lambda function, **options: function)

@@ -1,7 +1,7 @@
 """The state of a training: what counts as better, and that all of it survives a file."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import Checkpoint, load_checkpoint
 from lumiere.persistence.checkpoint_writer import write_checkpoint
 from lumiere.training.state import COUNTERS, TrainingState
+from tests.training.short import CPU, bits
 
-CPU = torch.device("cpu")
 COUNTS: dict[str, Any] = {
     "step": 7,
     "tokens": 1234,
@@ -41,11 +41,6 @@ def take_step(state: TrainingState) -> None:
     state.optimizers.step(1.0)
 
 
-def test_every_field_is_saved() -> None:
-    names = {field.name for field in fields(TrainingState)} - {"model", "optimizers", "average"}
-    assert names == set(COUNTERS) == set(COUNTS)
-
-
 def test_the_seed_decides_the_weights(tiny_config: RunConfig, state: TrainingState) -> None:
     def weights(seed: int) -> torch.Tensor:
         training = tiny_config.training.model_copy(update={"seed": seed})
@@ -62,7 +57,7 @@ def test_all_of_it_survives_a_file(tiny_config: RunConfig, state: TrainingState,
         setattr(state, name, value)
     write_checkpoint(tmp_path / "any", state.to_checkpoint({"run": "a"}))
     take_step(state)
-    expected = {name: weight.clone() for name, weight in state.model.state_dict().items()}
+    expected = bits(state.model.state_dict())
     numbers = torch.rand(3)
 
     other = TrainingState.create(tiny_config, CPU)
@@ -72,7 +67,7 @@ def test_all_of_it_survives_a_file(tiny_config: RunConfig, state: TrainingState,
     other.restore(checkpoint)
     assert {name: getattr(other, name) for name in COUNTERS} == COUNTS
     take_step(other)
-    assert all(torch.equal(other.model.state_dict()[name], weight) for name, weight in expected.items())
+    assert bits(other.model.state_dict()) == expected
     assert torch.equal(torch.rand(3), numbers), "the random numbers go on where they were"
 
 
@@ -84,8 +79,8 @@ def test_what_the_first_version_did_not_count_starts_at_nothing(state: TrainingS
     assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (7, 0, 0)
 
 
-def refuse(state: TrainingState, checkpoint: Checkpoint, message: str = "does not fit the run") -> None:
-    with pytest.raises(CheckpointError, match=message) as caught:
+def refuse(state: TrainingState, checkpoint: Checkpoint) -> None:
+    with pytest.raises(CheckpointError) as caught:
         state.restore(checkpoint)
     assert caught.value.message.isprintable()
     assert caught.value.hint
@@ -93,36 +88,31 @@ def refuse(state: TrainingState, checkpoint: Checkpoint, message: str = "does no
 
 def test_a_snapshot_or_another_model_cannot_be_restored(tiny_config: RunConfig, state: TrainingState) -> None:
     whole = state.to_checkpoint({})
-    refuse(state, Checkpoint(whole.model, metadata=whole.metadata), "weights only")
+    refuse(state, Checkpoint(whole.model, metadata=whole.metadata))
     refuse(state, replace(whole, metadata={name: whole.metadata[name] for name in COUNTERS if name != "step"}))
     deeper = tiny_config.model_copy(update={"model": tiny_config.model.model_copy(update={"num_layers": 3})})
     refuse(TrainingState.create(deeper, CPU), whole)
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("step", ["7", -1, True, 7.5, None]),
-        ("tokens", [[]]),
-        ("seconds", ["5"]),
-        ("best_loss", [{}]),
-        ("best_step", [1.5]),
-        ("stop_reason", ["done", ["max_steps"]]),
-        ("skipped_steps", [None]),
-    ],
-)
-def test_a_counter_of_another_type_or_sign_is_refused(state: TrainingState, name: str, values: list[Any]) -> None:
+BROKEN: dict[str, list[Any]] = {
+    "step": ["7", -1, True, 7.5, None],
+    "tokens": [[]],
+    "seconds": ["5", math.nan, True],
+    "best_loss": [{}],
+    "best_step": [1.5],
+    "stop_reason": ["done", ["max_steps"]],
+    "skipped_steps": [None],
+}
+
+
+def test_broken_counters_and_generators_are_refused(state: TrainingState) -> None:
     whole = state.to_checkpoint({})
+    for name, values in BROKEN.items():
+        for value in values:
+            refuse(state, replace(whole, metadata=whole.metadata | {name: value}))
+    for rng in ({"other": torch.zeros(1)}, {"cpu": torch.zeros(3, dtype=torch.uint8)}, {"cpu": torch.zeros(5056)}):
+        refuse(state, replace(whole, rng=rng))
     state.restore(whole)
-    for value in values:
-        refuse(state, replace(whole, metadata=whole.metadata | {name: value}))
-
-
-@pytest.mark.parametrize(
-    "rng", [{"other": torch.zeros(1)}, {"cpu": torch.zeros(3, dtype=torch.uint8)}, {"cpu": torch.zeros(5056)}]
-)
-def test_a_broken_state_of_the_generator_is_refused(state: TrainingState, rng: dict[str, torch.Tensor]) -> None:
-    refuse(state, replace(state.to_checkpoint({}), rng=rng))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

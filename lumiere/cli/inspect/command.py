@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from typer import Argument, Exit, Option
 
-from lumiere.cli.console import CHECK_FAILED, escape, guarded, open_model, print_json, show_note, stderr, stdout
+from lumiere.cli.console import CHECK_FAILED, escape, print_json, show_note, stderr, stdout
 from lumiere.cli.inspect.inputs import InspectTarget
-from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, complete_run
+from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, complete_run, open_model
 from lumiere.errors import LumiereError
 from lumiere.persistence.loading import OpenedModel
 
@@ -117,7 +117,6 @@ def analysis(
             for name, (annotation, default) in shared.items()
         ]
 
-        @guarded
         def command(**values: Any) -> None:
             run_analysis(describe, {name: values.pop(name) for name in shared}, values)
 

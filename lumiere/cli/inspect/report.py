@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Exit, Option
 
-from lumiere.cli.console import CHECK_FAILED, guarded, open_model, show_note, stderr, stdout
+from lumiere.cli.console import CHECK_FAILED, show_note, stderr, stdout
 from lumiere.cli.inspect.command import Seed, model_provenance
 from lumiere.cli.inspect.inputs import (
     DEFAULT_TOKENS,
@@ -19,7 +19,7 @@ from lumiere.cli.inspect.inputs import (
     validation_windows,
 )
 from lumiere.cli.inspect.summary import summary_inputs
-from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
+from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir, open_model
 from lumiere.errors import LumiereError
 from lumiere.persistence.loading import OpenedModel
 from lumiere.report.figures.figure import check_output, write_output
@@ -37,7 +37,6 @@ Prompts = Annotated[list[str] | None, Option("--prompt", "-p", metavar="TEXT", h
 Page = Annotated[Path, Option("--output", "-o", metavar="FILE", help="Page to write or replace: .html.")]
 
 
-@guarded
 def report(
     prompt: Prompts = None,
     output: Page = Path("report.html"),

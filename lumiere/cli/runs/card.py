@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from lumiere.cli.console import open_model, show_note
-from lumiere.cli.options import Device, RunReference, RunsDir
+from lumiere.cli.console import show_note
+from lumiere.cli.options import Device, RunReference, RunsDir, open_model
 from lumiere.errors import LumiereError
-from lumiere.files import write_atomically
 from lumiere.persistence.loading import open_corpus
 from lumiere.persistence.runs import Run, RunStore
+from lumiere.report.figures.figure import check_output, write_output
 
 if TYPE_CHECKING:
     from lumiere.evaluation.loss import Evaluation
@@ -31,7 +31,11 @@ def show_card(
     Example: [bold]lumiere runs card latest -o README.md[/]
     """
     opened = RunStore(runs_dir).open(run)
-    path = None if output is None else check_target(output, force)
+    path = None if output is None else Path(output)
+    if path is not None:
+        check_output(path)
+        if path.exists() and not force:
+            raise LumiereError(f"{path} exists", "replace it with --force, or name another file")
     from lumiere.report.model_card import card_checkpoint, gather, kept_evaluation, model_card
 
     checkpoint, step = card_checkpoint(opened)
@@ -40,10 +44,7 @@ def show_card(
     if path is None:
         sys.stdout.write(card)
         return
-    try:
-        write_atomically(path, card.encode())
-    except OSError as error:
-        raise LumiereError(f"{path} cannot be written: {error.strerror}", "name another file with -o") from None
+    write_output(path, card.encode())
     show_note(f"wrote {path}")
 
 
@@ -57,15 +58,3 @@ def evaluate_now(run: Run, checkpoint: str, device: str, runs_dir: str | None) -
     windows = corpus.windows("validation", opened.config)
     facts = corpus.splits["validation"].facts
     return evaluate(opened.model, windows, facts, opened.config.training.batch_size)
-
-
-def check_target(output: str, force: bool) -> Path:
-    """Return the file to write; raise `LumiereError` if it exists or cannot be written."""
-    path = Path(output)
-    if not output or path.is_dir():
-        raise LumiereError(f"'{output}' is {'a folder' if output else 'not a file name'}", "name a file: -o README.md")
-    if path.exists() and not force:
-        raise LumiereError(f"{path} exists", "replace it with --force, or name another file")
-    if not path.parent.is_dir():
-        raise LumiereError(f"there is no folder {path.parent}", "create it first, or name another file")
-    return path

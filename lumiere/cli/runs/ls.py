@@ -1,6 +1,7 @@
 """`lumiere runs ls`."""
 
 import sys
+from dataclasses import fields
 from typing import Annotated, Any
 
 from typer import Option
@@ -20,19 +21,15 @@ from lumiere.cli.console import (
 from lumiere.cli.options import Json, RunsDir
 from lumiere.persistence.catalog import Entry, list_runs
 from lumiere.persistence.metrics import sample_losses
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import RunStore
 
 CURVE_WIDTH = 8
 HEADINGS = ["id", "status", "parameters", "steps", "best loss", "curve", "age", "corpus", ""]
 LEFT = {0, 1, 5, 7, 8}
 
-# Keys of a training record. JSON output has each of them, null where a run lacks it.
-RECORD_KEYS = (
-    *("name", "created_at", "command", "device", "precision", "num_parameters", "total_steps", "dataset"),
-    *("corpus_sha256", "step", "epoch", "tokens", "training_seconds", "best_loss", "best_step", "skipped_steps"),
-    *("splits", "best_evaluation", "resumes", "stop_reason", "error", "pid", "host", "boot_id", "peak_flops"),
-    *("world_size", "job", "versions", "commit", "machine"),
-)
+# JSON output has each of these keys, null where a run lacks it.
+RECORD_KEYS = ("name", *(field.name for field in fields(RunRecord) if field.name != "values"))
 
 
 def list_all(

@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from lumiere.cli.console import duration, is_colored, print_json, show_note
-from lumiere.cli.options import Json, RunReferences, RunsDir, given, refuse_both
+from lumiere.cli.options import Json, RunReferences, RunsDir, refuse_both
 from lumiere.cli.streams import is_unicode
 from lumiere.errors import LumiereError, check_choice, printable
 from lumiere.persistence.catalog import distinct, read_entry
@@ -41,7 +41,7 @@ def plot_runs(
     check_choice("axis", axis, AXES)
     if output is not None:
         check_picture(Path(output))
-        refuse_both(*given({"--json": as_json, "--output": output}))
+        refuse_both({"--json": as_json, "--output": output})
     store = RunStore(runs_dir)
     entries = [read_entry(run) for run in distinct([store.open(reference) for reference in runs])]
     histories = [read_history(entry.run.metrics_path) for entry in entries]

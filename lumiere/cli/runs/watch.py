@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lumiere.cli.console import STATUS_STYLES, duration, number, print_json, stdout
@@ -32,8 +33,13 @@ def watch_run(run: RunReference, runs_dir: RunsDir = None, as_json: Json = False
     watched = Watched(RunStore(runs_dir).open(run))
     if as_json or not sys.stdout.isatty():
         watch_as_lines(watched, as_json)
-    else:
-        watch_live(watched)
+        return
+    from rich.live import Live
+
+    # Not redirected: Rich's replacement of stdout is not a terminal.
+    with Live(console=stdout(), auto_refresh=False, redirect_stdout=False) as live:
+        for _ in watched.looks():
+            live.update(view(watched), refresh=True)
 
 
 class Watched:
@@ -53,6 +59,14 @@ class Watched:
         self.evaluation: dict[str, Any] = {}
         self._curves: dict[str, Downsampler[Point]] = {key: Downsampler(MAX_POINTS) for key in ("loss", "val_loss")}
 
+    def looks(self) -> Iterator[list[dict[str, Any]]]:
+        """Look now and then until the run is over."""
+        yield self.look()
+        while not self.is_over:
+            sys.stdout.flush()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            yield self.look()
+
     def look(self) -> list[dict[str, Any]]:
         """Return the metrics since the last look; the first look returns the last training and evaluation."""
         # Read the status first: metrics written before it changed are then found by the same look.
@@ -66,11 +80,10 @@ class Watched:
             if self._follower.restarts != self._restarts:
                 self._restarts = self._follower.restarts
                 self._clear()
-            key = "val_loss" if "val_loss" in record else "loss"
-            if key == "val_loss":
-                self.evaluation = record
+            if "val_loss" in record:
+                key, self.evaluation = "val_loss", record
             else:
-                self.training = record
+                key, self.training = "loss", record
             if point := point_of(record, key):
                 self._curves[key].add(point)
             lines.append(record)
@@ -108,16 +121,12 @@ class Watched:
 
 
 def watch_as_lines(watched: Watched, as_json: bool) -> None:
-    while True:
-        for record in watched.look():
+    for records in watched.looks():
+        for record in records:
             if as_json:
                 print_json(record, indent=None)
             else:
                 sys.stdout.write(describe(record, watched) + "\n")
-        if watched.is_over:
-            break
-        sys.stdout.flush()
-        time.sleep(SECONDS_BETWEEN_LOOKS)
     if as_json:
         print_json({"run": watched.run.name, "status": watched.status}, indent=None)
     else:
@@ -132,19 +141,6 @@ def describe(record: dict[str, Any], watched: Watched) -> str:
         return f"{step}  validation loss {number(record['val_loss'], '.4f')}  perplexity {perplexity}"
     speed = number(record.get("tokens_per_second"), ",.0f")
     return f"{step}  loss {number(record.get('loss'), '.3f')}  {speed} tok/s{watched.time_left}"
-
-
-def watch_live(watched: Watched) -> None:
-    from rich.live import Live
-
-    # Not redirected: Rich's replacement of stdout is not a terminal.
-    with Live(console=stdout(), auto_refresh=False, redirect_stdout=False) as live:
-        while True:
-            watched.look()
-            live.update(view(watched), refresh=True)
-            if watched.is_over:
-                return
-            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def view(watched: Watched) -> "RenderableType":
