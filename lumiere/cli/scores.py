@@ -95,7 +95,8 @@ def tokens_scored(overlap: int, once: bool) -> str:
 
 def draw(evaluated: list[Evaluated], path: Path) -> None:
     """Draw losses and calibration, under a line that says what was scored and how."""
-    from lumiere.report.figures.curves import save_evaluation_plots
+    from lumiere.report.figures.curves import draw_evaluations
+    from lumiere.report.figures.figure import save_picture
 
     about = evaluated[0].about
     text = f"{about['corpus']} ({about['corpus_sha256'][:8]})"
@@ -103,7 +104,7 @@ def draw(evaluated: list[Evaluated], path: Path) -> None:
         strided = "strided, " if about["protocol"] != "windows" else ""
         text += f", {strided}windows of {about['context_size']} tokens, each {about['stride']} after the one before"
     plots = [(f"{one.run.id}, {one.about['checkpoint']}", one.found) for one in evaluated]
-    save_evaluation_plots(path, plots, text)
+    save_picture(path, draw_evaluations(plots, text))
 
 
 def have_one_windowing(evaluated: Sequence[Evaluated]) -> bool:

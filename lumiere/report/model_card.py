@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, TypeGuard
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from lumiere import __version__
 from lumiere.config.schema import DatasetConfig, RunConfig
@@ -21,6 +21,7 @@ from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
+from lumiere.report.rendering import new_environment
 from lumiere.training.costs import count_parameters, weight_bytes
 
 MAX_CHARACTERS = 200
@@ -231,15 +232,8 @@ class Markdown(str):
 
 @cache
 def environment() -> Environment:
-    found = Environment(
-        loader=PackageLoader("lumiere.report"),
-        autoescape=False,  # HTML escapes would show in code spans, and do not protect against bars and backticks
-        undefined=StrictUndefined,
-        finalize=only_markdown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    # HTML escapes would show in code spans, and do not protect against bars and backticks.
+    found = new_environment(autoescape=False, finalize=only_markdown)
     found.filters |= {"code": code, "cell": cell, "plain": plain, "number": number, "known": known, "setting": setting}
     return found
 

@@ -15,17 +15,23 @@ def render_html(template: str, **values: Any) -> str:
     return environment().get_template(template).render(values)
 
 
-@cache
-def environment() -> Environment:
-    """The environment of all HTML pages."""
-    found = Environment(
+def new_environment(*, autoescape: bool, **options: Any) -> Environment:
+    """Templates of the folder `templates/`, in which an unknown name is an error."""
+    return Environment(
         loader=PackageLoader("lumiere.report"),
-        autoescape=True,
+        autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        **options,
     )
+
+
+@cache
+def environment() -> Environment:
+    """The environment of all HTML pages."""
+    found = new_environment(autoescape=True)
     found.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     found.filters |= {"grouped": grouped, "share": share, "signed": signed, "plural": plural}
     found.globals["asset"] = asset

@@ -6,13 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lumiere.data.dataset import TokenizedCorpus
 from lumiere.interpret.attention import attention_patterns
-from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
-from lumiere.report.rendering import asset
 
 pytestmark = pytest.mark.slow
 
@@ -28,11 +25,6 @@ def percent(share: float) -> str:
     if thousandths == 0:
         return "<0.1%"
     return f"{thousandths / 10:.1f}%" if thousandths < 100 else f"{int(thousandths / 10 + 0.5)}%"
-
-
-def signed(value: float) -> str:
-    text = f"{abs(value):.2f}"
-    return text if float(text) == 0 else ("−" if value < 0 else "+") + text
 
 
 def texts(page: Any, selector: str) -> list[str]:
@@ -76,26 +68,6 @@ def test_a_word_by_mouse_and_by_keyboard(opened: Any, tokens: list[int], trained
         for rank in range(3):
             shown = label(lens.top_tokens[stage, 4, rank]) + percent(lens.top_probabilities[stage, 4, rank])
             assert guesses[4 * line + 1 + rank] == shown
-
-
-def test_a_word_adds_up(opened: Any, tokens: list[int], model: Transformer, tiny_corpus: TokenizedCorpus) -> None:
-    page = opened()
-    occurring = np.unique(tiny_corpus.splits["train"].ids).tolist()
-    page.locator("#tokens button").nth(2).click()
-    lens = logit_lens(model, tokens, top_k=3)
-    for rank in range(3):
-        page.locator("#waterfall .choices button").nth(rank).click()
-        word = int(lens.top_tokens[-1, 2, rank])
-        result = logit_attribution(model, tokens, [2], word, averaged=occurring)
-        parts = [float(added[0]) for _, added in result.parts("head")]
-        shown = texts(page, "#waterfall-bars .value")
-        assert shown == [signed(round(value, 2)) for value in [*parts, float(result.logits[0])]]
-        assert texts(page, "#pushes .choices button[aria-pressed=true]") == texts(
-            page, "#waterfall .choices button[aria-pressed=true]"
-        )
-        strongest = sorted(parts, key=abs, reverse=True)[:9]
-        assert sorted(texts(page, "#pushes .value")) == sorted(signed(round(value, 2)) for value in strongest)
-    assert page.locator("#sources .token").count() == 3
 
 
 def test_a_head_opens_and_is_read_out(opened: Any, tokens: list[int], model: Transformer) -> None:
@@ -193,11 +165,6 @@ def test_printed(opened: Any) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav").is_hidden()
     assert page.pdf()[:4] == b"%PDF"
-
-
-def test_the_pure_functions(opened: Any) -> None:
-    unit_tests = (Path(__file__).parents[1] / "report" / "page" / "core_test.js").read_text(encoding="utf-8")
-    assert opened().evaluate(f"(() => {{{asset('core.js')}{unit_tests} return run(); }})()") == []
 
 
 REACHES = """() => [...document.querySelectorAll("table")].flatMap((table) => [...table.rows].flatMap((row) =>

@@ -61,6 +61,10 @@ def test_the_numbers_are_those_of_a_plain_forward_pass(
         centered = logits_TV[position, best] - logits_TV[position, occurring].mean()
         assert total == pytest.approx(float(centered), abs=0.0051)
         assert sum(parts) == pytest.approx(total, abs=0.0051 * (len(parts) + 1))
+        strongest = sorted(parts, key=abs, reverse=True)[:9]
+        pushes = map(number, page.locator("#pushes .value").all_inner_texts())
+        assert sorted(map(abs, pushes)) == sorted(map(abs, strongest))
+        assert page.locator("#sources .token").count() == position + 1
     row_S = cache[names[0]][0, 0, -1]
     for source, title in enumerate(button.get_attribute("title") for button in page.locator("#tokens button").all()):
         assert is_shown(percents(title)[0], float(row_S[source]))

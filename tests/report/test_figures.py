@@ -25,7 +25,7 @@ from lumiere.interpret.summary import summarize
 from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.report.figures import bars, heat_maps
-from lumiere.report.figures.figure import SUFFIXES, Picture
+from lumiere.report.figures.figure import SUFFIXES, Picture, check_picture
 from lumiere.report.results import save_result
 from tests.interpret.models import BATCHES, nudged, random_model
 
@@ -269,8 +269,12 @@ def save(model: Transformer, name: str, picture: Picture | None = None, **about:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_equal_results_give_equal_bytes(model: Transformer, suffix: str) -> None:
-    assert save(model, f"first{suffix}") == save(model, f"second{suffix}")
+def test_equal_results_give_equal_bytes_in_the_format_of_the_suffix(model: Transformer, suffix: str) -> None:
+    Path(f"first{suffix.upper()}").write_text("old")
+    data = save(model, f"first{suffix.upper()}")
+    assert data == save(model, f"second{suffix}")
+    assert data.startswith({".png": b"\x89PNG\r\n", ".svg": b"<?xml", ".html": b"<!doctype html>"}[suffix])
+    assert len(list(Path().iterdir())) == 2, "no temporary file is left"
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".html"])
@@ -279,6 +283,7 @@ def test_text_is_text_and_includes_facts_and_caption(model: Transformer, suffix:
     assert not re.search(r"<(script|link|img|iframe|b|i)\b|@import|url\((?!#)|href=\"(?!data:|#)", text)
     for expected in ("&lt;b&gt;&amp;amp;", "$x_1$", "שלום", "人", "&lt;i&gt;file&lt;/i&gt;", "1,200", "Wallace"):
         assert expected in text
+    assert not re.search(r'(?:href|src)="(?!#|data:)', text[text.index("<svg") :])
 
 
 def test_a_page_takes_its_text_color_from_the_reader(model: Transformer) -> None:
@@ -293,12 +298,20 @@ def test_a_png_spells_what_its_font_does_not_have(model: Transformer, picture: P
     assert row_labels(panels(picture)[0])[-2:] == ["שלום", "\\u4eba"]
 
 
+@pytest.mark.parametrize("name", ["loss.gif", "loss", "folder.png", "none/loss.png"])
+def test_a_picture_that_cannot_be_written_is_refused_at_once(name: str) -> None:
+    Path("folder.png").mkdir()
+    with pytest.raises(LumiereError, match=repr(name.partition("/")[0])):
+        check_picture(Path(name))
+
+
 def test_without_matplotlib_numbers_are_written_and_pictures_are_not(
     model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(LumiereError, match=r"need matplotlib.*pip install matplotlib"):
-        save(model, "out.svg")
+    for refused in (lambda: save(model, "out.svg"), lambda: check_picture(Path("out.svg"))):
+        with pytest.raises(LumiereError, match=r"need matplotlib.*pip install matplotlib"):
+            refused()
     assert not list(Path().iterdir())
     save(model, "out.csv")
 

@@ -124,20 +124,10 @@ def test_a_local_corpus_claims_no_language_and_hides_its_folder() -> None:
     assert (data.language, data.datasets) == (None, None)
     assert "`book.txt`" in text
     assert not re.search("English|/home", text)
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("Salesforce/wikitext", "Salesforce/wikitext"),
-        ("/home/me/data/wikitext/", "wikitext"),
-        ("../wikitext", "wikitext"),
-        ("C:\\Users\\me\\wikitext", "wikitext"),
-        ("..", ".."),
-    ],
-)
-def test_a_path_keeps_only_its_last_part(name: str, shown: str) -> None:
-    assert corpus_name(changed(FACTS.config, dataset={"name": name}).dataset) == shown
+    for path in ("/home/me/data/wikitext/", "../wikitext", "C:\\Users\\me\\wikitext"):
+        assert corpus_name(changed(FACTS.config, dataset={"name": path}).dataset) == "wikitext"
+    for name in ("Salesforce/wikitext", ".."):
+        assert corpus_name(changed(FACTS.config, dataset={"name": name}).dataset) == name
 
 
 @pytest.mark.parametrize(
@@ -156,12 +146,6 @@ def test_a_path_keeps_only_its_last_part(name: str, shown: str) -> None:
 def test_a_statement_depends_on_the_config(title: str, words: str, changes: Any) -> None:
     assert words not in section(card(), title)
     assert words in section(card(**changes), title)
-
-
-def test_parameters_are_those_of_the_model() -> None:
-    table = section(card(), "Parameters")
-    counts = [int(number.replace(",", "")) for number in re.findall(r"\| ([\d,]+) \|", table)]
-    assert counts[-1] == sum(counts[:-1]) == 1_188_992
 
 
 def test_limitations_state_the_record() -> None:

@@ -199,7 +199,6 @@ def test_rounded() -> None:
 
 
 def test_the_pure_functions_of_the_page_in_node() -> None:
-    """tests/browser runs them in a browser."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("Node is not installed")

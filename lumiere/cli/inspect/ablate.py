@@ -16,7 +16,7 @@ from lumiere.cli.inspect.command import (
     show_wrapped,
     signed_bar,
 )
-from lumiere.cli.inspect.inputs import InspectTarget, choose_batches, counted_documents, parse_indices
+from lumiere.cli.inspect.inputs import InspectTarget, counted_documents, parse_indices
 from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def ablate(
     if batch_size is None:
         is_many = len(layers) * len(chosen(model.context_size)) > MANY
         batch_size = SMALL_BATCH_SIZE if is_many else BATCH_SIZE
-    sequences, source = choose_batches(target, batches, batch_size)
+    sequences, source = target.batches(batches, batch_size)
     indices = chosen(sequences[0].tokens.shape[1])
     return Analysis(
         compute=lambda model: ablate_units(model, sequences, unit, mode, layers, indices, target.seed),

@@ -7,9 +7,9 @@ from typer import Option
 
 from lumiere.cli.console import escape, sparkline, stdout
 from lumiere.cli.inspect.command import Analysis, NumBatches, TopK, analysis, show_wrapped
-from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, check_single, choose_batches, counted_documents
+from lumiere.cli.inspect.inputs import InspectTarget, counted_documents
 from lumiere.errors import LumiereError
-from lumiere.persistence.loading import OpenedModel, open_corpus
+from lumiere.persistence.loading import OpenedModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ def diff(
     assert other is not None  # the decorator has opened both
     sides = opened, other
     if len({(side.tokenizer.fingerprint, side.model.vocab_size) for side in sides}) == 1:
-        sequences, source = choose_batches(target, batches, batch_size)
+        sequences, source = target.batches(batches, batch_size)
 
         def compute(model: "Transformer") -> "ModelDiff":
             return diff_models(model, as_placed(other.model, model), sequences, across_layers=across_layers)
@@ -90,18 +90,16 @@ def choose_documents(target: InspectTarget, num_windows: int) -> tuple[list["Par
     from lumiere.data.dataset import source_parts
     from lumiere.data.text import blocks, parts, plain
 
-    given, text, opened = target.given, target.text, target.opened
-    check_single(given)
-    if given in (["random"], ["val"]):
-        raise LumiereError(
-            f"the tokenizers differ, and --{given[0]} gives tokens of A", "give a text: --prompt or --file"
-        )
-    if given:
-        documents = list(parts([plain(text["prompt"])] if given == ["prompt"] else blocks(str(text["file"]))))
+    given, opened = target.given, target.opened
+    if given in ("random", "val"):
+        raise LumiereError(f"the tokenizers differ, and --{given} gives tokens of A", "give a text: --prompt or --file")
+    if given is not None:
+        text = str(target.text[given])
+        documents = list(parts([plain(text)] if given == "prompt" else blocks(text)))
         if not documents:
             raise LumiereError("the text is empty", "give a text, or omit it to use the validation split")
-        return documents, "prompt" if given == ["prompt"] else str(text["file"])
-    corpus = open_corpus(opened, f"{RESTORE}, or give a text: --prompt or --file")
+        return documents, "prompt" if given == "prompt" else text
+    corpus = target.corpus(", or give a text: --prompt or --file")
     offsets = corpus.splits["validation"].offsets
     count = len(offsets) - 1
     order = permute(np.arange(count), count, key=str(target.seed))

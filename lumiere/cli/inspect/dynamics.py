@@ -8,14 +8,7 @@ from typer import Option
 
 from lumiere.cli.console import escape, show_note, sparkline, stdout
 from lumiere.cli.inspect.command import Analysis, analysis, show_wrapped
-from lumiere.cli.inspect.inputs import (
-    InspectTarget,
-    averaged_tokens,
-    drawn_batches,
-    full_windows,
-    scored_sequences,
-    spread_windows,
-)
+from lumiere.cli.inspect.inputs import InspectTarget
 from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
@@ -60,8 +53,8 @@ def dynamics(target: InspectTarget, metric: Metrics = None, every: Every = 1, to
     steps = sorted({*snapshots[::every], snapshots[-1]})
     texts, names, source = choose_texts(target, names, is_asked=metric is not None)
     if "copying" in names:
-        averaged, averaged_over = averaged_tokens(target.opened)
-        texts, source = replace(texts, averaged=averaged), f"{source}; copying over {averaged_over}"
+        texts = replace(texts, averaged=target.occurring_tokens)
+        source += f"; copying over {target.averaged_over}"
     curve = [(point.step, point.loss) for point in read_history(run.metrics_path).training]
 
     def compute(model: "Transformer") -> "Dynamics":
@@ -98,7 +91,7 @@ def choose_texts(target: InspectTarget, names: list[str], *, is_asked: bool) -> 
     from lumiere.interpret.dynamics import METRICS, Texts
 
     if target.given or any(METRICS[name].needs_tokens for name in names):
-        tokens, source = scored_sequences(target)
+        tokens, source = target.scored_sequences()
         sources = [source or f"head scores on the {target.chosen[1]}"]
     else:
         tokens, sources = torch.tensor([[SOT]]), []
@@ -106,10 +99,10 @@ def choose_texts(target: InspectTarget, names: list[str], *, is_asked: bool) -> 
     if not with_corpus:
         return Texts(tokens), names, "".join(sources)
     try:
-        windows = spread_windows(target.opened, MAX_TOKENS)
-        batches, source = drawn_batches(target, NUM_BATCHES, BATCH_SIZE)
+        windows = target.spread_windows(MAX_TOKENS)
+        batches, source = target.drawn_batches(NUM_BATCHES, BATCH_SIZE)
         # Only the lens needs full windows, and a split may have none.
-        lens_rows = full_windows(target.opened, LENS_WINDOWS)[:, :-1].tolist() if "lens-depth" in names else []
+        lens_rows = target.full_windows(LENS_WINDOWS)[:, :-1].tolist() if "lens-depth" in names else []
     except LumiereError as error:
         if is_asked:
             raise

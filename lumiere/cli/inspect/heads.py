@@ -6,13 +6,7 @@ from typer import Option
 
 from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, show_wrapped
-from lumiere.cli.inspect.inputs import (
-    InspectTarget,
-    averaged_tokens,
-    counted_documents,
-    scored_sequences,
-    spread_windows_if_any,
-)
+from lumiere.cli.inspect.inputs import InspectTarget, counted_documents
 
 if TYPE_CHECKING:
     from lumiere.interpret.head_scores import HeadScores
@@ -36,11 +30,10 @@ def heads(
     from lumiere.interpret.head_scores import score_heads
     from lumiere.report.figures.bars import draw_heads
 
-    opened = target.opened
     layers, chosen = target.layers(layer), target.heads(head)
-    tokens_NT, source = scored_sequences(target)
-    windows = spread_windows_if_any(opened)
-    averaged, averaged_over = averaged_tokens(opened)
+    tokens_NT, source = target.scored_sequences()
+    windows = target.spread_windows_if_any()
+    averaged, averaged_over = target.occurring_tokens, target.averaged_over
     return Analysis(
         compute=lambda model: score_heads(model, tokens_NT, windows, averaged, layers, chosen, threshold),
         show=lambda result: show_scores(result, averaged_over),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lumiere.data.batches import Batch, Windows
+    from lumiere.data.dataset import TokenizedCorpus
     from lumiere.data.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 32
@@ -26,7 +27,6 @@ MAX_COUNTED_TOKENS = 10_000_000
 MAX_LISTED_TOKENS = 8
 PART = 1_000_000
 """Tokens that are counted at once."""
-RESTORE = "restore it as it was"
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,30 @@ class InspectTarget:
     other: OpenedModel | None = None
 
     @cached_property
-    def given(self) -> list[str]:
-        """The names of the text options in use."""
-        return [name for name, value in self.text.items() if value is not None]
+    def given(self) -> str | None:
+        """The name of the text option in use; several are refused."""
+        given = [name for name, value in self.text.items() if value is not None]
+        if len(given) > 1:
+            raise LumiereError(f"{' and '.join(f'--{name}' for name in given)} are two texts", "choose one")
+        return given[0] if given else None
 
     @cached_property
     def chosen(self) -> tuple[tuple[int, ...], str]:
-        """The ids of the text, and its source."""
-        return choose_text(self)
+        """The ids of the text, and their source; without a text option, the start of a validation window."""
+        value = self.text[self.given or "val"]
+        split = f"the validation split of {self.opened.config.dataset.name}"
+        match self.given:
+            case "prompt":
+                return self.prompt_tokens(value), "prompt"
+            case "file":
+                return self.file_tokens(value)
+            case "random":
+                rows, origin = self.repeated_sequences(value, 1)
+                return rows[0], f"{value} random tokens {origin}, twice (seed {self.seed})"
+            case "val":
+                return self.validation_window(value), f"window {value} of {split}"
+            case _:
+                return self.validation_window(0)[:DEFAULT_TOKENS], f"start of {split}"
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -71,7 +87,8 @@ class InspectTarget:
         return [self.opened.tokenizer.label(token) for token in self.tokens]
 
     def label(self, token: int) -> str:
-        return token_label(self.opened.tokenizer, token)
+        """Return a token as it is printed; #id if the tokenizer does not use it, which a model may still predict."""
+        return self.opened.tokenizer.label(token) or f"#{token}"
 
     def layers(self, text: str | None) -> list[int]:
         return parse_indices(text, self.opened.config.model.num_layers, "layer")
@@ -82,10 +99,196 @@ class InspectTarget:
     def positions(self, text: str | None) -> list[int]:
         return parse_indices(text, len(self.tokens), "position")
 
+    def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
+        """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context."""
+        from lumiere.data.text import plain
 
-def token_label(tokenizer: "Tokenizer", token: int) -> str:
-    """Return the token as it is printed; #id if the tokenizer does not use the id, which a model may still predict."""
-    return tokenizer.label(token) or f"#{token}"
+        if not prompt.strip():
+            raise LumiereError("the prompt is empty", "give a text, or omit --prompt to use the validation split")
+        tokens = tuple(self.opened.tokenizer.encode(plain(prompt), start=True))
+        context_size = self.opened.config.model.context_size
+        if len(tokens) > context_size:
+            raise LumiereError(
+                f"the prompt has {len(tokens)} tokens with its start token, the model sees {context_size}",
+                "shorten it; lumiere tokenize CONFIG --text shows how a text is split",
+            )
+        return tokens
+
+    def file_tokens(self, file: Path) -> tuple[tuple[int, ...], str]:
+        """Return the start token and as many of the file's ids as fit the context, and a source that says so."""
+        from lumiere.data.text import read_text
+
+        text = read_text(file)
+        if not text.strip():
+            raise LumiereError(f"{str(file)!r} contains no text", "give a file that contains text")
+        tokens = tuple(self.opened.tokenizer.encode(text, start=True))
+        shown = tokens[: self.opened.config.model.context_size]
+        cut = "" if len(shown) == len(tokens) else f", its first {len(shown)} of {len(tokens)} tokens"
+        return shown, f"{file}{cut}"
+
+    def repeated_sequences(
+        self, length: int | None, count: int, at_most: int | None = None
+    ) -> tuple[list[tuple[int, ...]], str]:
+        """Return `count` sequences of the start token and `length` different random tokens, twice, and their origin.
+
+        Args:
+            length: None: as many as fit the model, up to `at_most`.
+            at_most: None: `COPY_LENGTH`.
+        """
+        import torch
+
+        from lumiere.data.tokenizer import SOT, SPECIAL_TOKENS
+        from lumiere.interpret.head_scores import COPY_LENGTH, longest_copy, repeated_tokens
+
+        model, found = self.opened.model, self.occurring_tokens
+        drawable: Sequence[int] = range(len(SPECIAL_TOKENS), len(self.opened.tokenizer))
+        if found is not None:
+            drawable = [token for token in found if token in drawable]
+        longest = longest_copy(model, len(drawable))
+        if longest < 1:
+            raise LumiereError(
+                f"context_size {model.context_size} is too small for repeated random tokens",
+                "repeated random tokens need model.context_size=3 or more",
+            )
+        length = min(at_most or COPY_LENGTH, longest) if length is None else length
+        if length > longest:
+            raise LumiereError(f"{length} random tokens twice do not fit the model", f"the maximum is {longest}")
+        places = repeated_tokens(len(drawable), length, count, self.seed, start=len(drawable), first=0)
+        rows = torch.tensor([*drawable, SOT])[places].tolist()
+        return list(map(tuple, rows)), "of the vocabulary" if found is None else "of the training split"
+
+    def scored_sequences(self) -> "tuple[Tensor, str | None]":
+        """Return the sequences that heads are scored on, (N, T), and their source; None if it is the one text.
+
+        Without a text, or with --random, these are random tokens that come twice.
+        """
+        import torch
+
+        from lumiere.interpret.head_scores import SEQUENCES
+
+        if self.given not in (None, "random"):
+            return torch.tensor([self.tokens]), None
+        rows, origin = self.repeated_sequences(self.text["random"], SEQUENCES)
+        number = f"{SEQUENCES} sequences of {len(rows[0]) // 2} random tokens"
+        return torch.tensor(rows), f"{number} {origin}, twice (seed {self.seed})"
+
+    @cached_property
+    def occurring_tokens(self) -> list[int] | None:
+        """The ids that occur in the training split; None without the corpus.
+
+        All that a model has learned about the others, such as most single bytes, is that they never occur.
+        """
+        try:
+            ids = self.corpus().splits["train"].ids
+        except LumiereError:
+            return None
+        return count_tokens(ids[:MAX_COUNTED_TOKENS], self.opened.model.vocab_size).nonzero()[0].tolist()
+
+    @property
+    def averaged_over(self) -> str:
+        """Which tokens centered logits and copying average over: those that occur, or all."""
+        if self.occurring_tokens is None:
+            return f"all {self.opened.model.vocab_size:,} tokens, since the training split is not there"
+        return f"the {len(self.occurring_tokens):,} tokens that occur in the training split"
+
+    def corpus(self, instead: str = "") -> "TokenizedCorpus":
+        """Return the corpus that the run was trained on.
+
+        Args:
+            instead: what else the user can do if it is missing or has changed, for the hint.
+        """
+        return open_corpus(self.opened, f"restore it as it was{instead}")
+
+    def validation_windows(self, instead: str = "") -> "Windows":
+        return self.corpus(instead).windows("validation", self.opened.config)
+
+    def validation_window(self, number: int) -> tuple[int, ...]:
+        """Return the inputs of a window of the validation split."""
+        import numpy as np
+
+        windows = self.validation_windows(", or give a text with --prompt or --file")
+        if number >= len(windows):
+            raise LumiereError(
+                f"there is no window {number} in the validation split", f"its windows are 0 to {len(windows) - 1}"
+            )
+        tokens, lengths = windows.cut(np.array([number]))
+        return tuple(tokens[0, : min(int(lengths[0]), self.opened.config.model.context_size)].tolist())
+
+    def spread_windows(self, max_tokens: int = MAX_SCORED_TOKENS) -> "tuple[Tensor, np.ndarray]":
+        """Return windows spread evenly over the validation split, (N, context_size + 1), and their documents, (N,).
+
+        At most `max_tokens` tokens; `<|pad|>` after the end of a document.
+        """
+        import torch
+
+        windows = self.validation_windows()
+        chosen = spread(len(windows), min(max(1, max_tokens // windows.context_size), len(windows)))
+        return torch.from_numpy(windows.cut(chosen)[0]), windows.documents(chosen)
+
+    def spread_windows_if_any(self) -> "tuple[Tensor, np.ndarray] | None":
+        """Return `spread_windows` for the head scores on text; None, with a note, without the corpus."""
+        try:
+            return self.spread_windows()
+        except LumiereError as error:
+            show_note(f"no in-context-learning score and no scores on text: {error.message}")
+            return None
+
+    def full_windows(self, count: int) -> "Tensor":
+        """Return at most `count` windows without padding, (N, context_size + 1), spread over the validation split."""
+        import numpy as np
+        import torch
+
+        windows = self.validation_windows()
+        # Most documents end in a window that is not full, and a split may be too large to read all of it.
+        tokens, lengths = windows.cut(np.unique(spread(len(windows), min(4 * count, len(windows)))))
+        full = tokens[lengths == tokens.shape[1]]
+        if not len(full):
+            raise LumiereError(
+                "no document of the validation split seems to fill a window", "train with a smaller model.context_size"
+            )
+        return torch.from_numpy(full[spread(len(full), min(count, len(full)))])
+
+    def batches(self, num_batches: int, batch_size: int) -> tuple[list["Batch"], str | None]:
+        """Return batches of inputs and targets and their source; None if it is the one text.
+
+        Without a text option, validation windows are drawn by the seed, without replacement. With `--random S`, there
+        are as many sequences of S random tokens, twice; the targets are tokens 2 to S of the second copy.
+        """
+        if self.given is None:
+            return self.drawn_batches(num_batches, batch_size, ", or give a text with --prompt, --file or --random")
+        if self.given != "random":
+            return [batch_of([self.tokens])], None
+        from lumiere.interpret.head_scores import first_copied
+
+        length, count = self.text["random"], num_batches * batch_size
+        if length < 2:
+            raise LumiereError(
+                f"--random {length} leaves nothing to predict in the second copy", "give --random 2 or more"
+            )
+        sequences, origin = self.repeated_sequences(length, count)
+        batches = [
+            batch_of(sequences[first : first + batch_size], first_copied(length))
+            for first in range(0, count, batch_size)
+        ]
+        return batches, (
+            f"{count:,} x {length} random tokens {origin}, twice (seed {self.seed}), in {counted_batches(num_batches)};"
+            f" loss of tokens 2 to {length} of the second copy"
+        )
+
+    def drawn_batches(self, num_batches: int, batch_size: int, instead: str = "") -> tuple[list["Batch"], str]:
+        """Return windows of the validation split, drawn by the seed, and their source."""
+        import numpy as np
+
+        from lumiere.data.batches import make_batch, permute
+
+        windows, name = self.validation_windows(instead), self.opened.config.dataset.name
+        count = min(num_batches * batch_size, len(windows))
+        drawn = permute(np.arange(count), len(windows), key=str(self.seed))
+        batches = [make_batch(windows, part) for part in np.array_split(drawn, min(num_batches, count))]
+        return batches, (
+            f"{count:,} of {len(windows):,} windows of the validation split of {name} "
+            f"(seed {self.seed}), in {counted_batches(len(batches))}"
+        )
 
 
 def parse_token(text: str, tokenizer: "Tokenizer") -> int:
@@ -141,132 +344,6 @@ def parse_indices(text: str | None, count: int, name: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def check_single(options: Sequence[str]) -> None:
-    """Refuse several text options."""
-    if len(options) > 1:
-        raise LumiereError(f"{' and '.join(f'--{name}' for name in options)} are two texts", "choose one")
-
-
-def choose_text(target: InspectTarget) -> tuple[tuple[int, ...], str]:
-    """Return the ids of the text and their source; without a text option, the start of a validation window."""
-    opened, text = target.opened, target.text
-    check_single(target.given)
-    if text["prompt"] is not None:
-        return prompt_tokens(opened, text["prompt"]), "prompt"
-    if text["file"] is not None:
-        return file_tokens(opened, text["file"])
-    if text["random"] is not None:
-        rows, origin = repeated_sequences(opened, text["random"], 1, target.seed)
-        return rows[0], f"{text['random']} random tokens {origin}, twice (seed {target.seed})"
-    tokens = validation_window(opened, text["val"] or 0)
-    split = f"the validation split of {opened.config.dataset.name}"
-    if text["val"] is None:
-        return tokens[:DEFAULT_TOKENS], f"start of {split}"
-    return tokens, f"window {text['val']} of {split}"
-
-
-def prompt_tokens(opened: OpenedModel, prompt: str) -> tuple[int, ...]:
-    """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context."""
-    from lumiere.data.text import plain
-
-    if not prompt.strip():
-        raise LumiereError("the prompt is empty", "give a text, or omit --prompt to use the validation split")
-    tokens = tuple(opened.tokenizer.encode(plain(prompt), start=True))
-    context_size = opened.config.model.context_size
-    if len(tokens) > context_size:
-        raise LumiereError(
-            f"the prompt has {len(tokens)} tokens with its start token, the model sees {context_size}",
-            "shorten it; lumiere tokenize CONFIG --text shows how a text is split",
-        )
-    return tokens
-
-
-def file_tokens(opened: OpenedModel, file: Path) -> tuple[tuple[int, ...], str]:
-    """Return the start token and as many of the file's ids as fit the context, and a source that says so."""
-    from lumiere.data.text import read_text
-
-    text = read_text(file)
-    if not text.strip():
-        raise LumiereError(f"{str(file)!r} contains no text", "give a file that contains text")
-    tokens = tuple(opened.tokenizer.encode(text, start=True))
-    shown = tokens[: opened.config.model.context_size]
-    return shown, str(file) if len(shown) == len(tokens) else f"{file}, its first {len(shown)} of {len(tokens)} tokens"
-
-
-def repeated_sequences(
-    opened: OpenedModel, length: int | None, count: int, seed: int, at_most: int | None = None
-) -> tuple[list[tuple[int, ...]], str]:
-    """Return `count` sequences of the start token and `length` different random tokens, twice, and the tokens' origin.
-
-    Args:
-        length: None: as many as fit the model, up to `at_most`.
-        at_most: None: `COPY_LENGTH`.
-    """
-    import torch
-
-    from lumiere.data.tokenizer import SOT
-    from lumiere.interpret.head_scores import COPY_LENGTH, longest_copy, repeated_tokens
-
-    drawable, origin = drawable_tokens(opened)
-    longest = longest_copy(opened.model, len(drawable))
-    if longest < 1:
-        raise LumiereError(
-            f"context_size {opened.model.context_size} is too small for repeated random tokens",
-            "repeated random tokens need model.context_size=3 or more",
-        )
-    length = min(at_most or COPY_LENGTH, longest) if length is None else length
-    if length > longest:
-        raise LumiereError(f"{length} random tokens twice do not fit the model", f"the maximum is {longest}")
-    places = repeated_tokens(len(drawable), length, count, seed, start=len(drawable), first=0)
-    return [tuple(row) for row in torch.tensor([*drawable, SOT])[places].tolist()], origin
-
-
-def scored_sequences(target: InspectTarget) -> "tuple[Tensor, str | None]":
-    """Return the sequences that heads are scored on, (N, T), and their source; None if it is the target's one text.
-
-    Without a text, or with --random, these are random tokens that come twice.
-    """
-    import torch
-
-    from lumiere.interpret.head_scores import SEQUENCES
-
-    if set(target.given) - {"random"}:
-        return torch.tensor([target.tokens]), None
-    rows, origin = repeated_sequences(target.opened, target.text["random"], SEQUENCES, target.seed)
-    number = f"{SEQUENCES} sequences of {len(rows[0]) // 2} random tokens"
-    return torch.tensor(rows), f"{number} {origin}, twice (seed {target.seed})"
-
-
-def drawable_tokens(opened: OpenedModel) -> tuple[list[int], str]:
-    """Return the ids that random tokens are drawn from, without special tokens, and their origin."""
-    from lumiere.data.tokenizer import SPECIAL_TOKENS
-
-    found, ordinary = occurring_tokens(opened), range(len(SPECIAL_TOKENS), len(opened.tokenizer))
-    if found is None:
-        return list(ordinary), "of the vocabulary"
-    return [token for token in found if token in ordinary], "of the training split"
-
-
-def averaged_tokens(opened: OpenedModel) -> tuple[list[int] | None, str]:
-    """Return the ids over which centered logits and copying average, None for all, and a description of them."""
-    found = occurring_tokens(opened)
-    if found is None:
-        return None, f"all {opened.model.vocab_size:,} tokens, since the training split is not there"
-    return found, f"the {len(found):,} tokens that occur in the training split"
-
-
-def occurring_tokens(opened: OpenedModel) -> list[int] | None:
-    """Return the ids that occur in the training split; None without the corpus.
-
-    All that a model has learned about the others, such as most single bytes, is that they never occur.
-    """
-    try:
-        ids = open_corpus(opened, RESTORE).splits["train"].ids
-    except LumiereError:
-        return None
-    return count_tokens(ids[:MAX_COUNTED_TOKENS], opened.model.vocab_size).nonzero()[0].tolist()
-
-
 def count_tokens(ids: "np.ndarray", vocab_size: int) -> "np.ndarray":
     """Count each id in `ids`, (vocab_size,), in parts, since `ids` may be larger than memory."""
     import numpy as np
@@ -275,111 +352,11 @@ def count_tokens(ids: "np.ndarray", vocab_size: int) -> "np.ndarray":
     return sum((np.bincount(part, minlength=vocab_size) for part in parts), np.zeros(vocab_size, dtype=np.int64))
 
 
-def validation_windows(opened: OpenedModel, hint: str = RESTORE) -> "Windows":
-    return open_corpus(opened, hint).windows("validation", opened.config)
-
-
-def validation_window(opened: OpenedModel, number: int) -> tuple[int, ...]:
-    """Return the inputs of a window of the validation split."""
-    import numpy as np
-
-    windows = validation_windows(opened, f"{RESTORE}, or give a text with --prompt or --file")
-    if number >= len(windows):
-        raise LumiereError(
-            f"there is no window {number} in the validation split", f"its windows are 0 to {len(windows) - 1}"
-        )
-    tokens, lengths = windows.cut(np.array([number]))
-    return tuple(tokens[0, : min(int(lengths[0]), opened.config.model.context_size)].tolist())
-
-
 def spread(count: int, chosen: int) -> "np.ndarray":
     """Return `chosen` of the numbers below `count`, spread evenly from the first to the last."""
     import numpy as np
 
     return np.linspace(0, count - 1, chosen).round().astype(np.int64)
-
-
-def spread_windows(opened: OpenedModel, max_tokens: int = MAX_SCORED_TOKENS) -> "tuple[Tensor, np.ndarray]":
-    """Return windows spread evenly over the validation split, (N, context_size + 1), and their documents, (N,).
-
-    At most `max_tokens` tokens; `<|pad|>` after the end of a document.
-    """
-    import torch
-
-    windows = validation_windows(opened)
-    chosen = spread(len(windows), min(max(1, max_tokens // windows.context_size), len(windows)))
-    return torch.from_numpy(windows.cut(chosen)[0]), windows.documents(chosen)
-
-
-def spread_windows_if_any(opened: OpenedModel) -> "tuple[Tensor, np.ndarray] | None":
-    """Return `spread_windows` for the head scores on text; None, with a note, without the corpus."""
-    try:
-        return spread_windows(opened)
-    except LumiereError as error:
-        show_note(f"no in-context-learning score and no scores on text: {error.message}")
-        return None
-
-
-def full_windows(opened: OpenedModel, count: int) -> "Tensor":
-    """Return at most `count` windows without padding, (N, context_size + 1), spread over the validation split."""
-    import numpy as np
-    import torch
-
-    windows = validation_windows(opened)
-    # Most documents end in a window that is not full, and a split may be too large to read all of it.
-    tokens, lengths = windows.cut(np.unique(spread(len(windows), min(4 * count, len(windows)))))
-    full = tokens[lengths == tokens.shape[1]]
-    if not len(full):
-        raise LumiereError(
-            "no document of the validation split seems to fill a window", "train with a smaller model.context_size"
-        )
-    return torch.from_numpy(full[spread(len(full), min(count, len(full)))])
-
-
-def choose_batches(target: InspectTarget, num_batches: int, batch_size: int) -> tuple[list["Batch"], str | None]:
-    """Return batches of inputs and targets and their source; None if it is the target's one text.
-
-    Without a text option, validation windows are drawn by the seed, without replacement. With `--random S`, there are
-    as many sequences of S random tokens, twice; the targets are tokens 2 to S of the second copy.
-    """
-    if not target.given:
-        return drawn_batches(
-            target, num_batches, batch_size, f"{RESTORE}, or give a text with --prompt, --file or --random"
-        )
-    if target.given != ["random"]:
-        return [batch_of([target.tokens])], None
-    from lumiere.interpret.head_scores import first_copied
-
-    length = target.text["random"]
-    if length < 2:
-        raise LumiereError(f"--random {length} leaves nothing to predict in the second copy", "give --random 2 or more")
-    count = num_batches * batch_size
-    sequences, origin = repeated_sequences(target.opened, length, count, target.seed)
-    batches = [
-        batch_of(sequences[first : first + batch_size], first_copied(length)) for first in range(0, count, batch_size)
-    ]
-    return batches, (
-        f"{count:,} x {length} random tokens {origin}, twice (seed {target.seed}), in {counted_batches(num_batches)}; "
-        f"loss of tokens 2 to {length} of the second copy"
-    )
-
-
-def drawn_batches(
-    target: InspectTarget, num_batches: int, batch_size: int, hint: str = RESTORE
-) -> tuple[list["Batch"], str]:
-    """Return windows of the validation split, drawn by the seed, and their source."""
-    import numpy as np
-
-    from lumiere.data.batches import make_batch, permute
-
-    windows, name = validation_windows(target.opened, hint), target.opened.config.dataset.name
-    count = min(num_batches * batch_size, len(windows))
-    drawn = permute(np.arange(count), len(windows), key=str(target.seed))
-    batches = [make_batch(windows, part) for part in np.array_split(drawn, min(num_batches, count))]
-    return batches, (
-        f"{count:,} of {len(windows):,} windows of the validation split of {name} "
-        f"(seed {target.seed}), in {counted_batches(len(batches))}"
-    )
 
 
 def counted_batches(count: int) -> str:

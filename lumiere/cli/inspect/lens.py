@@ -62,7 +62,7 @@ def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], targe
 
     from lumiere.cli.terminal_plots import show_legend
     from lumiere.report.figures.figure import LABEL_WIDTH, fitted
-    from lumiere.report.figures.heat_maps import stage_name
+    from lumiere.report.figures.heat_maps import lens_cells, stage_name
 
     names = [stage_name(stage) for stage in result.stages]
     columns, width = choose_columns(names, stdout().width - LABEL_WIDTH - 1)
@@ -78,10 +78,14 @@ def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], targe
         show_note(f"the terminal has room for {len(columns)} of {len(result.stages)} stages")
     headings = "".join(names[stage].ljust(width) for stage in columns)
     stdout().print(Text(" " * (LABEL_WIDTH + 1) + headings.rstrip(), style="dim"))
+    texts = lens_cells(result, stat, label)
     for row, position in enumerate(result.positions):
         line = Text(fitted(label(result.tokens[position])).rjust(LABEL_WIDTH) + " ", no_wrap=True)
         for stage in columns:
-            cell = cell_text(result, stat, stage, row, width, label)
+            if stat == "top":
+                cell = top_cell(result, stage, row, width, label)
+            else:
+                cell = Text(texts[row][stage]) if texts[row][stage] else Text("-", style="dim")
             cell.pad_right(max(0, width - len(cell.plain)))
             line.append_text(cell)
         line.rstrip()
@@ -101,37 +105,23 @@ def choose_columns(names: Sequence[str], width: int) -> tuple[list[int], int]:
     return columns, min(room // count, MAX_CELL)
 
 
-def cell_text(result: "LogitLens", stat: str, stage: int, row: int, width: int, label: Callable[[int], str]) -> "Text":
-    """Return one statistic of one token at one stage."""
+def top_cell(result: "LogitLens", stage: int, row: int, width: int, label: Callable[[int], str]) -> "Text":
+    """Return the most probable token and its probability: a colored square, a shade, or in a pipe the number."""
     from rich.text import Text
 
     from lumiere.cli.terminal_plots import color_of, shade_of
-    from lumiere.report.figures.figure import rank_label
 
-    if stat == "top":
-        token, probability = int(result.top_tokens[stage, row, 0]), float(result.top_probabilities[stage, row, 0])
-        shade, style = shade_of(probability)
-        # A colored square, a shade, or in a pipe the number.
-        mark, mark_style, word_style = {
-            "many": ("█", color_of(probability), ""),
-            "few": (shade, style, style),
-            "none": (f"{probability:.0%} ", "", ""),
-        }[color_support()]
-        word, room = label(token), width - 1 - len(mark)
-        word = word if len(word) <= room else word[: room - 1] + "…"
-        is_next = token == result.targets[row]
-        return (
-            Text()
-            .append(mark, style=mark_style)
-            .append(word, style=f"{word_style} underline" if is_next else word_style)
-        )
-    if stat in ("probability", "rank") and result.targets[row] < 0:
-        return Text("-", style="dim")
-    if stat == "probability":
-        return Text(f"{result.target_probabilities[stage, row]:.1%}")
-    if stat == "rank":
-        return Text(rank_label(result.target_places[stage, row]))
-    return Text(f"{(result.entropies if stat == 'entropy' else result.divergences)[stage, row]:.2f}")
+    token, probability = int(result.top_tokens[stage, row, 0]), float(result.top_probabilities[stage, row, 0])
+    shade, style = shade_of(probability)
+    mark, mark_style, word_style = {
+        "many": ("█", color_of(probability), ""),
+        "few": (shade, style, style),
+        "none": (f"{probability:.0%} ", "", ""),
+    }[color_support()]
+    word, room = label(token), width - 1 - len(mark)
+    word = word if len(word) <= room else word[: room - 1] + "…"
+    underline = " underline" if token == result.targets[row] else ""
+    return Text().append(mark, style=mark_style).append(word, style=word_style + underline)
 
 
 def show_means(result: "LogitLens", names: Sequence[str], target: str | None) -> None:

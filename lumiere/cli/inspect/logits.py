@@ -6,7 +6,7 @@ from typer import Option
 
 from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, show_wrapped, signed_bar
-from lumiere.cli.inspect.inputs import InspectTarget, averaged_tokens, parse_token
+from lumiere.cli.inspect.inputs import InspectTarget, parse_token
 from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
@@ -57,20 +57,20 @@ def logits(
     wanted, other = (None if name is None else parse_token(name, opened.tokenizer) for name in (token, vs))
     if wanted is not None and wanted == other:
         raise LumiereError(f"--target and --vs are the same token, {wanted}", "choose two different tokens")
-    averaged, averaged_over = (None, "") if given else averaged_tokens(opened)
+    averaged, averaged_over = (None, None) if given else (target.occurring_tokens, target.averaged_over)
     return Analysis(
         compute=lambda model: logit_attribution(
             model, tokens, positions, wanted, other, not raw, by, averaged, log_prob
         ),
         show=lambda result: show_attribution(result, target, top_k, averaged_over),
         draw=lambda result: draw_logits(result, target.label),
-        provenance={"averaged_over": averaged_over or None},
+        provenance={"averaged_over": averaged_over},
     )
 
 
-def show_attribution(result: "LogitAttribution", target: InspectTarget, top_k: int, averaged_over: str) -> None:
-    """Print for each position what is explained, the largest parts, the rest, and the sum."""
-    from lumiere.report.figures.bars import named_parts
+def show_attribution(result: "LogitAttribution", target: InspectTarget, top_k: int, averaged_over: str | None) -> None:
+    """Print for each position what is explained, the largest parts with a bar each, the rest, and the sum."""
+    from lumiere.report.figures.bars import largest_parts, named_parts
 
     label = target.label
     for column, position in enumerate(result.positions):
@@ -87,19 +87,12 @@ def show_attribution(result: "LogitAttribution", target: InspectTarget, top_k: i
             f"{result.probabilities[column]:.1%}\n",
             markup=False,
         )
-        show_parts(named_parts(result, column, label), top_k)
-        stdout().print()
-
-
-def show_parts(parts: list[tuple[str, float]], top_k: int) -> None:
-    """Print the `top_k` largest parts in the order of the computation, with a bar each, the rest, and the sum."""
-    largest = sorted(range(len(parts)), key=lambda number: -abs(parts[number][1]))[:top_k]
-    scale = max((abs(added) for _, added in parts), default=0.0) or 1.0
-    for number in sorted(largest):
-        name, added = parts[number]
-        bar = signed_bar(added, scale, BAR_WIDTH)
-        stdout().print(f"{escape(name.ljust(NAME_WIDTH))} {added:+9.3f}  {bar}".rstrip())
-    rest = [added for number, (_, added) in enumerate(parts) if number not in set(largest)]
-    if rest:
-        stdout().print(f"[dim]{f'{len(rest):,} others':{NAME_WIDTH}} {sum(rest):+9.3f}[/]")
-    stdout().print(f"[bold]{'sum':{NAME_WIDTH}} {sum(added for _, added in parts):+9.3f}[/]")
+        parts = named_parts(result, column, label)
+        largest, others = largest_parts(parts, top_k)
+        scale = max(abs(added) for _, added in largest) or 1.0
+        for name, added in largest:
+            bar = signed_bar(added, scale, BAR_WIDTH)
+            stdout().print(f"{escape(name.ljust(NAME_WIDTH))} {added:+9.3f}  {bar}".rstrip())
+        for name, added in others:
+            stdout().print(f"[dim]{name:{NAME_WIDTH}} {added:+9.3f}[/]")
+        stdout().print(f"[bold]{'sum':{NAME_WIDTH}} {sum(added for _, added in parts):+9.3f}[/]\n")

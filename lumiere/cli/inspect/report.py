@@ -7,21 +7,10 @@ from typer import Exit, Option
 
 from lumiere.cli.console import CHECK_FAILED, show_note, stderr, stdout
 from lumiere.cli.inspect.command import Seed, model_provenance
-from lumiere.cli.inspect.inputs import (
-    DEFAULT_TOKENS,
-    InspectTarget,
-    averaged_tokens,
-    prompt_tokens,
-    repeated_sequences,
-    scored_sequences,
-    spread_windows_if_any,
-    validation_window,
-    validation_windows,
-)
+from lumiere.cli.inspect.inputs import DEFAULT_TOKENS, InspectTarget
 from lumiere.cli.inspect.summary import summary_inputs
 from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir, open_model
 from lumiere.errors import LumiereError
-from lumiere.persistence.loading import OpenedModel
 from lumiere.report.figures.figure import check_output, write_output
 
 if TYPE_CHECKING:
@@ -61,20 +50,19 @@ def report(
     keep_freed_memory()
     opened = open_model(run, checkpoint, device, runs_dir)
     target = InspectTarget(opened, {"random": None}, seed)
-    texts = [Text(prompt_tokens(opened, text), "prompt") for text in prompt or ()] or chosen_texts(opened, seed)
+    texts = [Text(target.prompt_tokens(text), "prompt") for text in prompt or ()] or chosen_texts(target)
     batches, token_counts, source = summary_inputs(target, NUM_WINDOWS)
-    averaged, averaged_over = averaged_tokens(opened)
     inspection = inspect_model(
         opened.model,
         texts,
-        scored_sequences(target)[0],
+        target.scored_sequences()[0],
         batches,
-        spread_windows_if_any(opened) if batches else None,
+        target.spread_windows_if_any() if batches else None,
         token_counts,
         len(opened.tokenizer),
-        averaged,
+        target.occurring_tokens,
     )
-    provenance = model_provenance(opened) | {"source": source, "averaged_over": averaged_over, "seed": seed}
+    provenance = model_provenance(opened) | {"source": source, "averaged_over": target.averaged_over, "seed": seed}
     history = read_history(opened.run.metrics_path, max_points=200)
     page = build_page(inspection, opened.config, history, opened.tokenizer.label, provenance).encode()
     write_output(output, page)
@@ -84,18 +72,18 @@ def report(
         raise Exit(CHECK_FAILED)
 
 
-def chosen_texts(opened: OpenedModel, seed: int) -> "list[Text]":
+def chosen_texts(target: InspectTarget) -> "list[Text]":
     """Return starts of validation windows, spread over the split, and repeated random tokens."""
     from lumiere.report.report_page import Text
 
     texts = []
     try:
-        count = len(validation_windows(opened))
+        count = len(target.validation_windows())
         for number in [count * part // SHOWN_WINDOWS for part in range(SHOWN_WINDOWS)]:
-            tokens = validation_window(opened, number)[:DEFAULT_TOKENS]
+            tokens = target.validation_window(number)[:DEFAULT_TOKENS]
             if len(tokens) > 1:
                 texts.append(Text(tokens, f"window {number} of the validation split"))
     except LumiereError as error:
         show_note(f"{error.message}: only random tokens are shown; --prompt gives a text")
-    rows, origin = repeated_sequences(opened, None, 1, seed, at_most=REPEATED_TOKENS)
+    rows, origin = target.repeated_sequences(None, 1, at_most=REPEATED_TOKENS)
     return [*texts, Text(rows[0], f"{len(rows[0]) // 2} random tokens {origin}, twice")]

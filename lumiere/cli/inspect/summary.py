@@ -1,21 +1,19 @@
 """`lumiere inspect summary`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, analysis, show_wrapped
-from lumiere.cli.inspect.inputs import RESTORE, InspectTarget, count_tokens, drawn_batches, token_label
+from lumiere.cli.inspect.inputs import InspectTarget, count_tokens
 from lumiere.errors import LumiereError
-from lumiere.persistence.loading import open_corpus
 
 if TYPE_CHECKING:
     import numpy as np
 
     from lumiere.data.batches import Batch
-    from lumiere.data.tokenizer import Tokenizer
     from lumiere.interpret.summary import Check, ModelSummary
 
 BATCH_SIZE = 32
@@ -40,7 +38,7 @@ def summary(target: InspectTarget, windows: NumWindows = 256) -> "Analysis[Model
     batches, token_counts, source = summary_inputs(target, windows)
     return Analysis(
         compute=lambda model: summarize(model, batches, token_counts),
-        show=lambda result: show_summary(result, target.opened.tokenizer),
+        show=lambda result: show_summary(result, target.label),
         draw=draw_summary,
         source=source,
     )
@@ -52,20 +50,18 @@ def summary_inputs(target: InspectTarget, num_windows: int) -> "tuple[list[Batch
     Without the corpus there are neither, and a note says so.
     """
     try:
-        token_counts = count_tokens(
-            open_corpus(target.opened, RESTORE).splits["train"].ids, target.opened.model.vocab_size
-        )
+        token_counts = count_tokens(target.corpus().splits["train"].ids, target.opened.model.vocab_size)
     except LumiereError as error:
         show_note(f"{error.message}: only the weights are summarized")
         return [], None, "weights alone"
     if num_windows == 0:
         return [], token_counts, "weights, and the training split's tokens"
     batch_size = min(BATCH_SIZE, num_windows)
-    batches, source = drawn_batches(target, -(-num_windows // batch_size), batch_size)
+    batches, source = target.drawn_batches(-(-num_windows // batch_size), batch_size)
     return batches, token_counts, source
 
 
-def show_summary(result: "ModelSummary", tokenizer: "Tokenizer") -> None:
+def show_summary(result: "ModelSummary", label: Callable[[int], str]) -> None:
     show_parameters(result)
     show_table(result, "effective rank", result.effective_ranks, ".1f")
     show_table(result, "root mean square", result.rms, ".3f")
@@ -76,7 +72,7 @@ def show_summary(result: "ModelSummary", tokenizer: "Tokenizer") -> None:
     stdout().print()
     if result.writes is not None and result.head_writes is not None:
         show_activity(result, result.writes, result.head_writes)
-    show_checks(result.checks, tokenizer)
+    show_checks(result.checks, label)
     stdout().print()
 
 
@@ -146,20 +142,20 @@ def show_activity(result: "ModelSummary", writes: "np.ndarray", head_writes: "np
     stdout().print()
 
 
-def show_checks(checks: "Sequence[Check]", tokenizer: "Tokenizer") -> None:
+def show_checks(checks: "Sequence[Check]", label: Callable[[int], str]) -> None:
     """Print one line per check, and where it found something."""
     for check in checks:
         verdict, style = ("warning", "yellow") if check.count else ("ok", "green")
         found = f"{check.count:,}" if check.count else "no"
         show_wrapped(f"[{style}]{verdict:8}[/]{found} {escape(check.what)} ({escape(check.threshold)})")
         if check.count:
-            places = "; ".join(place_name(place, check, tokenizer) for place in check.places[:MAX_PLACES])
+            places = "; ".join(place_name(place, check, label) for place in check.places[:MAX_PLACES])
             more = f"; and {check.count - MAX_PLACES:,} more" if check.count > MAX_PLACES else ""
             show_wrapped(f"[dim]{'':8}{escape(places)}{more}[/]")
 
 
-def place_name(place: str, check: "Check", tokenizer: "Tokenizer") -> str:
+def place_name(place: str, check: "Check", label: Callable[[int], str]) -> str:
     """Return the place; tokens as they are printed."""
     if not check.what.startswith("tokens"):
         return place
-    return " as ".join(f"{token_label(tokenizer, int(token))} ({token.strip()})" for token in place.split(","))
+    return " as ".join(f"{label(int(token))} ({token.strip()})" for token in place.split(","))

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING
 
 from lumiere.cli.console import escape, show_note, stdout
 from lumiere.cli.inspect.command import Analysis, analysis
-from lumiere.cli.inspect.inputs import RESTORE, InspectTarget
+from lumiere.cli.inspect.inputs import InspectTarget
 from lumiere.errors import LumiereError
-from lumiere.persistence.loading import OpenedModel, open_corpus
 
 if TYPE_CHECKING:
     from lumiere.evaluation.ngrams import BigramModel
@@ -28,7 +27,7 @@ def tokens(target: InspectTarget) -> "Analysis[TokenLosses]":
     ids = target.tokens
     if len(ids) < 2:
         raise LumiereError("the text has one token and nothing to predict", "give a longer text")
-    bigram = fit_bigram(target.opened)
+    bigram = fit_bigram(target)
     unigram = bigram.unigram if bigram else None
     return Analysis(
         compute=lambda model: token_losses(model, ids, unigram, bigram),
@@ -38,16 +37,16 @@ def tokens(target: InspectTarget) -> "Analysis[TokenLosses]":
     )
 
 
-def fit_bigram(opened: OpenedModel) -> "BigramModel | None":
+def fit_bigram(target: InspectTarget) -> "BigramModel | None":
     """Fit the bigram model, which contains the unigram model, to the run's corpus; None, with a note, without it."""
     from lumiere.evaluation.ngrams import BigramModel
 
     try:
-        split = open_corpus(opened, RESTORE).splits["train"]
+        split = target.corpus().splits["train"]
     except LumiereError as error:
         show_note(f"no baselines: {error.message}")
         return None
-    return BigramModel.fit(split.ids, split.offsets, opened.config.tokenizer.vocab_size)
+    return BigramModel.fit(split.ids, split.offsets, target.opened.config.tokenizer.vocab_size)
 
 
 def show_losses(result: "TokenLosses", target: InspectTarget) -> None:

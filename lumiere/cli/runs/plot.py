@@ -35,8 +35,8 @@ def plot_runs(
 
     Example: [bold]lumiere runs plot 3ka5 9xwz --x tokens -o losses.html[/]
     """
-    from lumiere.report.figures.curves import AXES, save_loss_curves
-    from lumiere.report.figures.figure import check_picture
+    from lumiere.report.figures.curves import AXES, draw_loss_curves
+    from lumiere.report.figures.figure import check_picture, save_picture
 
     check_choice("axis", axis, AXES)
     if output is not None:
@@ -55,8 +55,7 @@ def plot_runs(
     # With its corpus, without which a loss cannot be compared.
     labels = [printable(f"{entry.run.id} on {entry.record.dataset or '?'}") for entry in entries]
     if output is not None:
-        curves = list(zip(labels, histories, strict=True))
-        save_loss_curves(Path(output), curves, axis)
+        save_picture(Path(output), draw_loss_curves(list(zip(labels, histories, strict=True)), axis))
         show_note(f"wrote {printable(output)}")
         return
     lines = ["loss, nats per token", *draw(histories, axis), "", *legend(labels)]

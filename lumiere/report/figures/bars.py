@@ -172,7 +172,10 @@ def draw_logits(result: LogitAttribution, label: Label) -> Picture:
 
 
 def draw_waterfalls(result: LogitAttribution, label: Label) -> Figure:
-    all_parts = [largest_parts(named_parts(result, column, label)) for column in range(len(result.positions))]
+    by_position = (
+        largest_parts(named_parts(result, column, label), MAX_PARTS) for column in range(len(result.positions))
+    )
+    all_parts = [[*largest, *others] for largest, others in by_position]
     figure = new_figure(max(6.5, 5.0 * len(all_parts)), max(map(len, all_parts)) * ROW + 2.0)
     for column, axes in enumerate(figure.subplots(1, len(all_parts), squeeze=False)[0]):
         draw_waterfall(axes, all_parts[column])
@@ -228,12 +231,16 @@ def reference(result: LogitAttribution, label: Label) -> str:
     return f" minus the mean of {result.num_averaged:,}" if result.reference == "mean" else ""
 
 
-def largest_parts(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The `MAX_PARTS` largest in their order, and the sum of the others."""
-    kept = set(sorted(range(len(parts)), key=lambda number: -abs(parts[number][1]))[:MAX_PARTS])
+Part = tuple[str, float]
+"""A summand of a logit: its name and its value."""
+
+
+def largest_parts(parts: Sequence[Part], count: int) -> tuple[list[Part], list[Part]]:
+    """The `count` largest in their order, and the sum of the others as one part, if there are any."""
+    kept = set(sorted(range(len(parts)), key=lambda number: -abs(parts[number][1]))[:count])
     rest = [added for number, (_, added) in enumerate(parts) if number not in kept]
     shown = [part for number, part in enumerate(parts) if number in kept]
-    return [*shown, (f"{len(rest):,} others", sum(rest))] if rest else shown
+    return shown, [(f"{len(rest):,} others", sum(rest))] if rest else []
 
 
 def named_parts(result: LogitAttribution, column: int, label: Label) -> list[tuple[str, float]]:

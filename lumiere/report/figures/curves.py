@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumiere.errors import check_choice
 from lumiere.persistence.metrics import History
 from lumiere.report.figures.figure import (
     COLORS,
@@ -14,16 +12,13 @@ from lumiere.report.figures.figure import (
     LINE_STYLES,
     Picture,
     add_legend,
-    check_picture,
     new_figure,
-    save_picture,
     style_axes,
     style_text,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from lumiere.evaluation.detailed import Calibration, DetailedEvaluation
 
@@ -38,25 +33,13 @@ EVALUATION_CAPTION = (
 )
 
 
-LossCurves = tuple[str, History]
-"""The losses of a run, with a label that names the run and its corpus."""
-EvaluationPlot = tuple[str, "DetailedEvaluation"]
-"""An evaluation, with a label that names the run and its checkpoint."""
+def draw_loss_curves(curves: Sequence[tuple[str, History]], axis: str = "step") -> Picture:
+    """Draw a thin training curve and a bold validation curve with dots for each run.
 
-
-def save_loss_curves(path: Path, curves: Sequence[LossCurves], axis: str = "step") -> None:
-    """Draw training and validation losses over `axis` and write the picture in the format of the suffix.
-
-    Raises:
-        LumiereError: invalid path or axis, matplotlib is not installed, or the file cannot be written.
+    Args:
+        curves: losses of runs, each with a label that names the run and its corpus.
+        axis: one of `AXES`.
     """
-    check_choice("axis", axis, AXES)
-    check_picture(path)
-    save_picture(path, Picture(draw_loss_curves(curves, axis), "Loss curves", LOSS_CAPTION))
-
-
-def draw_loss_curves(curves: Sequence[LossCurves], axis: str) -> Figure:
-    """Draw a thin training curve and a bold validation curve with dots for each run."""
     figure = new_figure(9, 5.5)
     axes = figure.add_subplot()
     thin: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.75}
@@ -70,7 +53,7 @@ def draw_loss_curves(curves: Sequence[LossCurves], axis: str) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     style_axes(axes)
     add_legend(axes, loc="upper right")
-    return figure
+    return Picture(figure, "Loss curves", LOSS_CAPTION)
 
 
 def line_look(index: int) -> dict[str, str]:
@@ -78,21 +61,13 @@ def line_look(index: int) -> dict[str, str]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]}
 
 
-def save_evaluation_plots(path: Path, plots: Sequence[EvaluationPlot], text: str) -> None:
-    """Draw evaluations, each in its own color, and write the picture in the format of the suffix.
+def draw_evaluations(plots: Sequence[tuple[str, DetailedEvaluation]], text: str) -> Picture:
+    """Draw loss by position and reliability, and loss by frequency if the training split was available.
 
     Args:
+        plots: evaluations, each with a label that names the run and its checkpoint.
         text: what was scored, as a title.
-
-    Raises:
-        LumiereError: invalid path, matplotlib is not installed, or the file cannot be written.
     """
-    check_picture(path)
-    save_picture(path, Picture(draw_evaluations(plots, text), "Evaluation", EVALUATION_CAPTION))
-
-
-def draw_evaluations(plots: Sequence[EvaluationPlot], text: str) -> Figure:
-    """Draw loss by position and reliability, and loss by frequency if the training split was available."""
     frequencies = [found.by_frequency.names for _, found in plots if found.by_frequency is not None]
     figure = new_figure(15 if frequencies else 10, 5)
     positions, *middle, reliability = figure.subplots(1, 3 if frequencies else 2)
@@ -123,7 +98,7 @@ def draw_evaluations(plots: Sequence[EvaluationPlot], text: str) -> Figure:
     for axes in (positions, reliability):
         add_legend(axes, loc="best")
     style_text(figure.suptitle(text))
-    return figure
+    return Picture(figure, "Evaluation", EVALUATION_CAPTION)
 
 
 def draw_reliability(axes: Axes, table: Calibration, color: str, linestyle: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run
-from tests.cli.commands import invoke, read_json, refuse
+from tests.cli.commands import read_json, refuse
 from tests.cli.inspect.commands import printed, shown, words
 
 SMALL = ("--batches", "2", "--batch-size", "3")
@@ -33,8 +33,6 @@ def test_json_names_both_models(run: Run) -> None:
     assert (result["other"]["run"], result["other"]["checkpoint"]) == (run.name, "previous")
     assert result["weights_sha256"] != result["other"]["weights_sha256"]
     assert len(result["tokens"]) == 6
-    assert len(result["kl_ab"]) == len(result["targets"]) == len(result["positions"])
-    assert max(result["kl_ab"]) > 0
     assert result["losses"][1] - result["losses"][0] == pytest.approx(result["loss_difference"]["difference"])
 
 
@@ -78,12 +76,6 @@ def test_the_differences_come_first(run: Run) -> None:
     assert f"{tensor} ({max(numbers['relative_changes']):.1%})" in " ".join(lines)
 
 
-def test_the_picture_names_both(run: Run) -> None:
-    invoke("inspect", "diff", *checkpoint_pair(run), *SMALL, "-o", "out.html")
-    text = Path("out.html").read_text(encoding="utf-8")
-    assert f"{run.name}, checkpoint best (step 12) and {run.name}, checkpoint previous" in text
-
-
 def test_a_prompt_and_heads_across_layers(run: Run, tiny_corpus: TokenizedCorpus) -> None:
     result = shown("diff", *checkpoint_pair(run), "--prompt", "Once upon a time", "--across-layers")
     assert result["tokens"] == [[0, *tiny_corpus.tokenizer.encode("Once upon a time")]]
@@ -113,10 +105,9 @@ def test_other_tokenizers_are_compared_by_bytes(
     assert "not compared: predictions, representations and heads: the tokenizers" in text
     assert "bits a byte" in text
     Path("text.txt").write_text("Once upon a time")
-    from_file = shown("diff", run.id, other_tokenizer_run.id, "--file", "text.txt", "--verify")
-    assert (
-        from_file["losses"] == shown("diff", run.id, other_tokenizer_run.id, "--prompt", "Once upon a time")["losses"]
-    )
+    options = (("--file", "text.txt", "--verify"), ("--prompt", "Once upon a time"))
+    from_file, from_prompt = (shown("diff", run.id, other_tokenizer_run.id, *option) for option in options)
+    assert from_file["losses"] == from_prompt["losses"]
 
 
 @pytest.mark.parametrize(
@@ -125,14 +116,11 @@ def test_other_tokenizers_are_compared_by_bytes(
         ("RUN@ RUN", "@'"),
         ("@best RUN", "write RUN or RUN@CHECKPOINT"),
         ("RUN@bets RUN", "did you mean best?"),
-        ("RUN zzzz", "zzzz"),
         ("RUN RUN --prompt a --val 1", "--prompt and --val"),
-        ("RUN OTHER --prompt a --file x.txt", "--prompt and --file"),
         ("RUN OTHER --val 1", "--val"),
         ("RUN OTHER --random 3", "give a text: --prompt or --file"),
         ("RUN OTHER --across-layers", "--across-layers"),
         ("RUN OTHER --prompt _", "empty"),
-        ("RUN RUN -o out.txt", "'out.txt'"),
     ],
 )
 def test_bad_input_is_refused(run: Run, other_tokenizer_run: Run, command: str, message: str) -> None:

