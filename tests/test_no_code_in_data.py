@@ -187,17 +187,16 @@ def test_only_builders_of_plain_data_are_used(tmp_path: Path, monkeypatch: pytes
             settings.append({"name": str(folder)})
     allowed = name in ("text", "json", "csv", "parquet", "arrow")
     for setting in settings:
-        for streaming in (False, True):
-            config = DatasetConfig.model_validate({**setting, "streaming": streaming})
-            if allowed:
-                with contextlib.suppress(DataError, AttributeError):  # the files are empty
-                    load_rows(config)
-            elif os.path.isdir(config.name) and ending_is_ours(config.name):
-                assert find_source(config).builder == "text"  # .md, which `datasets` takes for tasks of agents
-            else:
-                with pytest.raises(DataError):
-                    load_rows(config)
-    assert allowed or not ran
+        config = DatasetConfig.model_validate(setting)
+        if allowed:
+            with contextlib.suppress(DataError):  # the files are empty
+                load_rows(config)
+        elif os.path.isdir(config.name) and ending_is_ours(config.name):
+            assert find_source(config).builder == "text"  # .md, which `datasets` takes for tasks of agents
+        else:
+            with pytest.raises(DataError):
+                load_rows(config)
+    assert not ran
 
 
 def ending_is_ours(folder: str) -> bool:

@@ -1,6 +1,5 @@
 """Documents by split: built-in corpora, plain text files, tables, or anything that `datasets` reads."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -9,11 +8,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, groupby, islice, tee
 from operator import itemgetter
-from typing import Any
+from typing import Any, TextIO, cast
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.chains import CHAINS_VERSION, chains
@@ -325,10 +325,10 @@ def grouped_parts(rows: Iterable[str], document_start: str) -> Iterator[Part]:
 def numbered_rows(rows: Iterable[str], document_start: str) -> Iterator[tuple[int, str]]:
     """Yield each row that is not blank with the number of its document."""
     number, near = 0, neighbors(rows)
-    with Matcher(document_start) as matches:
+    with matcher(document_start) as find:
         while batch := list(islice(near, ROWS_AT_ONCE)):
             alone = [not before.strip() and bool(row.strip()) and not after.strip() for before, row, after in batch]
-            found = matches([row.strip() for (_, row, _), is_alone in zip(batch, alone, strict=True) if is_alone])
+            found = iter(find([row.strip() for (_, row, _), is_alone in zip(batch, alone, strict=True) if is_alone]))
             for (_, row, _), is_alone in zip(batch, alone, strict=True):
                 number += is_alone and next(found)
                 if row.strip():
@@ -341,48 +341,36 @@ def neighbors(rows: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     return zip(before, islice(row, 1, None), islice(after, 2, None), strict=False)
 
 
-class Matcher(contextlib.ExitStack):
-    """Finds the rows that match a pattern, in a child process that is killed if it takes too long.
+@contextmanager
+def matcher(pattern: str) -> Iterator[Callable[[Sequence[str]], list[bool]]]:
+    """Search rows for a pattern in a child process that is killed if it takes too long.
 
     A pattern such as `(a+)+$` takes time exponential in the length of a row, and nothing in this process could
-    interrupt it. The child starts with the first rows and ends with the `with` block.
+    interrupt it.
+
+    Yields:
+        A function that returns for each row whether the pattern is found in it, or raises a `DataError` if it takes too
+        long.
     """
+    command, pipe = [sys.executable, "-I", "-S", "-c", MATCHER], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    # On exit, closes the pipe and waits.
+    with suppress(BrokenPipeError), process as child:
+        requests, answers = cast("TextIO", child.stdin), cast("TextIO", child.stdout)
 
-    def __init__(self, pattern: str) -> None:
-        super().__init__()
-        self._pattern = pattern
-        self._process: subprocess.Popen[str] | None = None
-
-    def __call__(self, rows: Sequence[str]) -> Iterator[bool]:
-        """Return for each row whether the pattern is found in it.
-
-        Raises:
-            DataError: It takes too long.
-        """
-        if not rows:
-            return iter(())
-        if self._process is None:
-            self.enter_context(contextlib.suppress(BrokenPipeError))
-            command = [sys.executable, "-I", "-S", "-c", MATCHER]
-            pipe = subprocess.PIPE
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-            self._process = self.enter_context(process)  # on exit, closes the pipe and waits
-            self._send([self._pattern, SECONDS])
-        self._send(rows)
-        assert self._process.stdout is not None
-        if not (line := self._process.stdout.readline()):
+        def find(rows: Sequence[str]) -> list[bool]:
+            with suppress(BrokenPipeError):  # reading the answer then reports the timeout
+                requests.write(json.dumps(rows) + "\n")
+                requests.flush()
+            if line := answers.readline():
+                return json.loads(line)
             raise DataError(
-                f"dataset.document_start '{shortened(self._pattern, 60)}' takes more than {SECONDS} seconds on a line",
+                f"dataset.document_start '{shortened(pattern, 60)}' takes more than {SECONDS} seconds on a line",
                 "rewrite it without nested repetition such as (a+)+",
             )
-        return iter(json.loads(line))
 
-    def _send(self, value: object) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # reading its answer then reports the timeout
-            self._process.stdin.write(json.dumps(value) + "\n")
-            self._process.stdin.flush()
+        requests.write(json.dumps([pattern, SECONDS]) + "\n")
+        yield find
 
 
 def joined(parts: Iterable[Part]) -> Iterator[str]:

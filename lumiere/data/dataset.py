@@ -10,13 +10,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from lumiere.components.short_repr import ShortRepr
 from lumiere.config.schema import DatasetConfig, RunConfig
@@ -24,20 +24,19 @@ from lumiere.data.batches import Windows
 from lumiere.data.checksums import cache_dir, changed_files, write_checksums
 from lumiere.data.corpus import Corpus, load_corpus, numbered_parts
 from lumiere.data.encoding import (
-    EMPTY,
+    FACTS,
     OFFSET_TYPE,
     SplitFacts,
-    encode_parts,
     encode_split,
+    encoded_batches,
     id_type,
     measure,
-    measured_batches,
 )
 from lumiere.data.sources import SPLITS
 from lumiere.data.text import Part, parts
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import DataError, LumiereError, shortened
-from lumiere.files import open_file, parse_json, read_file, write_atomically
+from lumiere.files import read_file, write_atomically
 
 CACHE_FORMAT = 2
 MAX_FACTS_BYTES = 10_000
@@ -152,10 +151,7 @@ def tokenize_corpus(
     is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, emit)
     if corpus.missing is not None:
         emit(Progress(f"{corpus.missing.message}; using the encoded corpus in the cache", is_note=True))
-    tokenized = read_folder(folder, from_cache=is_cached, verify=verify)
-    if len(tokenized.tokenizer) > config.tokenizer.vocab_size:
-        raise damaged(folder, f"its tokenizer has {len(tokenized.tokenizer):,} tokens")
-    return tokenized
+    return read_folder(folder, from_cache=is_cached, verify=verify)
 
 
 # Building
@@ -192,22 +188,17 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback
         raise LumiereError(problem, "set LUMIERE_CACHE_DIR") from None
 
 
-@contextmanager
-def locked(path: Path, emit: Callback) -> Iterator[None]:
-    """Hold an exclusive lock on building a corpus; the system releases it however the process ends."""
+def locked(path: Path, emit: Callback) -> AbstractContextManager[object]:
+    """Take an exclusive lock on building a corpus; the system releases it however the process ends."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         emit(Progress("waiting for another process that is encoding the same corpus"))
-        lock.acquire(poll_interval=0.1)
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire(poll_interval=0.1)
 
 
 def remove_stale(folder: Path) -> None:
@@ -282,53 +273,51 @@ def read_folder(folder: Path, from_cache: bool, verify: bool = False) -> Tokeniz
     """
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        facts = parse_json(read_file(folder / "splits.json", MAX_FACTS_BYTES))
-        if not isinstance(facts, dict):
-            raise ValueError("splits.json is no mapping of splits")
+        facts = read_facts(folder / "splits.json")
         # By our names of the splits: those in the file could lead out of the folder.
         splits = {split: read_split(folder, split, tokenizer, facts[split]) for split in SPLITS if split in facts}
         changed = changed_files(folder, verify)
-    except (OSError, ValueError, TypeError, DataError) as error:
+    except (OSError, ValueError, DataError) as error:
         raise damaged(folder, error.message if isinstance(error, DataError) else shortened(str(error))) from None
     if changed:
         raise damaged(folder, f"{', '.join(changed)} changed after being written")
     if facts.keys() != splits.keys() or not {"train", "validation"} <= splits.keys():
         raise damaged(folder, f"it has the splits {shortened(', '.join(facts))}")
-    identity = json.dumps([{split: fields["sha256"] for split, fields in facts.items()}, tokenizer.fingerprint])
+    identity = json.dumps([{split: own.sha256 for split, own in facts.items()}, tokenizer.fingerprint])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return TokenizedCorpus(tokenizer, splits, fingerprint, from_cache)
 
 
-def read_split(folder: Path, split: str, tokenizer: Tokenizer, fields: Mapping[str, Any]) -> TokenizedSplit:
+def read_facts(path: Path) -> dict[str, SplitFacts]:
+    """Read the facts of each split.
+
+    Raises:
+        OSError, ValueError: The file is missing or damaged.
+    """
+    try:
+        return FACTS.validate_json(read_file(path, MAX_FACTS_BYTES))
+    except ValidationError:
+        raise ValueError(f"{path.name} does not hold the facts of splits") from None
+
+
+def read_split(folder: Path, split: str, tokenizer: Tokenizer, facts: SplitFacts) -> TokenizedSplit:
     """Map the files of one split into memory, and check that they belong together.
 
     Does not read the ids and offsets, of which there may be billions; `Windows` checks those that it touches.
 
     Raises:
-        OSError, ValueError, TypeError: The files do not belong together, or are damaged.
+        OSError, ValueError: The files do not belong together, or are damaged.
     """
-    ids = mapped(folder / f"{split}.ids", id_type(len(tokenizer)))
-    offsets = mapped(folder / f"{split}.offsets", OFFSET_TYPE)
-    if "num_normalized_bytes" not in fields:  # caches of older versions
-        fields = {**fields, "num_normalized_bytes": bytes_of_documents(ids, np.array([0, len(ids)]), tokenizer).item()}
-    facts = SplitFacts(**fields)
-    if not facts.is_valid:
-        raise ValueError(f"the facts about its {split} split are invalid")
+    ids = np.asarray(np.memmap(folder / f"{split}.ids", id_type(len(tokenizer)), "r"))
+    offsets = np.asarray(np.memmap(folder / f"{split}.offsets", OFFSET_TYPE, "r"))
     if (len(offsets), len(ids)) != (facts.num_documents + 1, facts.num_tokens):
         raise ValueError(f"its {split} split is truncated")
     if (offsets[0], offsets[-1]) != (0, facts.num_tokens):
         raise ValueError(f"its {split} split has offsets of another text")
+    if not facts.num_normalized_bytes:
+        num_normalized = bytes_of_documents(ids, np.array([0, len(ids)]), tokenizer).item()
+        facts = replace(facts, num_normalized_bytes=num_normalized)
     return TokenizedSplit(ids, offsets, facts, len(tokenizer), folder / split)
-
-
-def mapped(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    """Map the numbers in a file into memory.
-
-    Raises:
-        OSError, ValueError: It is no regular file, or does not hold a whole number of them.
-    """
-    open_file(path).close()  # NumPy would wait forever on a pipe
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 def damaged(folder: Path, reason: str) -> DataError:
@@ -355,19 +344,12 @@ def tokenize_parts(documents: Iterable[Part], tokenizer: Tokenizer) -> Tokenized
     Raises:
         DataError: They hold no text.
     """
-    ids, ends = [], [np.zeros(1, OFFSET_TYPE)]
-    state, num_tokens = EMPTY, 0
-    for batch in measured_batches(iter(documents), EMPTY):
-        batch_ids, batch_ends = encode_parts(batch.parts, state.is_within, tokenizer)
-        ids.append(batch_ids)
-        ends.append(num_tokens + batch_ends[[part.is_last for part in batch.parts]])
-        state, num_tokens = batch.state, num_tokens + len(batch_ids)
-    if not ids:
+    batches = list(encoded_batches(iter(documents), tokenizer))
+    if not batches:
         raise DataError("the corpus holds no text", "choose another split or dataset")
-    joined = np.concatenate(ids)
-    num_normalized = bytes_of_documents(joined, np.array([0, num_tokens]), tokenizer).item()
-    facts = replace(state.facts, num_tokens=num_tokens, num_normalized_bytes=num_normalized)
-    return TokenizedSplit(joined, np.concatenate(ends), facts, len(tokenizer))
+    ids, ends, states = zip(*batches, strict=True)
+    offsets = np.concatenate([np.zeros(1, OFFSET_TYPE), *ends])
+    return TokenizedSplit(np.concatenate(ids), offsets, states[-1].facts, len(tokenizer))
 
 
 def source_parts(config: DatasetConfig, corpus: TokenizedCorpus, split: str) -> tuple[Iterable[Part], bool]:

@@ -6,19 +6,21 @@ file of any size can be memory-mapped as well as many small ones, and is easier 
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter
 
 from lumiere.data.checksums import write_json
 from lumiere.data.text import Part
 from lumiere.data.tokenizer import EOT, SOT, Tokenizer, not_a_character
-from lumiere.files import parse_json, read_file
+from lumiere.files import read_file
 
 BATCH_BYTES = 4_000_000
 """Text encoded in one call: enough to keep all cores busy, while its ids still fit in memory beside it."""
@@ -38,25 +40,22 @@ class SplitFacts:
         num_words: White-space separated words, line ends counted as words.
         sha256: Hash of its documents.
         num_normalized_bytes: UTF-8 bytes after the tokenizer's normalizer, which are the bytes that its tokens spell.
+            Caches of versions that did not count them have 0.
     """
 
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
-    num_words: int
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    num_documents: NonNegativeInt
+    num_tokens: PositiveInt
+    num_bytes: PositiveInt
+    num_words: PositiveInt
     sha256: str
-    num_normalized_bytes: int
+    num_normalized_bytes: NonNegativeInt = 0
 
     @property
     def num_targets(self) -> int:
         """Tokens to predict, each counted once: all but the first of each document."""
         return self.num_tokens - self.num_documents
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether the values have the right types and signs; they may come from a damaged file."""
-        counts = (self.num_documents, self.num_tokens, self.num_bytes, self.num_words, self.num_normalized_bytes)
-        return all(isinstance(count, int) and count > 0 for count in counts) and isinstance(self.sha256, str)
 
 
 @dataclass(frozen=True)
@@ -66,29 +65,19 @@ class State:
     Attributes:
         num_parts: Number of encoded parts of documents.
         is_within: Whether the last of them does not end its document.
+        done: Whether the split is complete.
     """
 
+    __pydantic_config__ = ConfigDict(strict=True)
+
     facts: SplitFacts
-    num_parts: int
+    num_parts: NonNegativeInt
     is_within: bool
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether the values have the right types and signs; within the first document, `num_documents` is 0."""
-        facts = replace(self.facts, num_documents=self.facts.num_documents + 1)
-        counts = (self.num_parts, self.facts.num_documents)
-        return facts.is_valid and all(isinstance(count, int) and count >= 0 for count in counts)
+    done: bool = False
 
 
-EMPTY = State(SplitFacts(0, 0, 0, 0, hashlib.sha256().hexdigest(), 0), 0, False)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Parts to encode together, and the state after them, except for what depends on their tokens."""
-
-    parts: Sequence[Part]
-    state: State
+EMPTY = State(SplitFacts(0, 0, 0, 0, hashlib.sha256().hexdigest()), 0, False)
+FACTS, JOURNAL = TypeAdapter(dict[str, SplitFacts]), TypeAdapter(State)
 
 
 class ChangedError(Exception):
@@ -115,9 +104,9 @@ def encode_split(
         read: Starts reading the documents.
         emit: Called with the facts so far, after each batch.
     """
-    journal = Journal(folder / f"{split}.journal")
-    state, done = journal.read()
-    if done:
+    journal = folder / f"{split}.journal"
+    state = read_journal(journal)
+    if state.done:
         return state.facts
     try:
         return write_split(folder, split, read(), tokenizer, state, journal, emit)
@@ -130,47 +119,69 @@ def write_split(
     split: str,
     parts: Iterator[Part],
     tokenizer: Tokenizer,
-    state: State,
-    journal: "Journal",
+    before: State,
+    journal: Path,
     emit: Callable[[SplitFacts], None],
 ) -> SplitFacts:
-    """Resume writing after `state`.
+    """Resume writing after `before`.
 
     Raises:
-        ChangedError: The documents up to there, or the files, are not those of `state`.
+        ChangedError: The documents up to there, or the files, are not those of `before`.
     """
-    dtype = id_type(len(tokenizer))
-    sizes = np.array(tokenizer.token_sizes)
-    batches = measured_batches(parts, state)
-    facts = flushed = state.facts
+    state, flushed = before, before.facts
     with (
         open(folder / f"{split}.ids", "ab") as ids_file,
         open(folder / f"{split}.offsets", "ab") as offsets_file,
-        # A thread reads the next batch while the tokenizer, which releases the GIL, encodes this one.
-        ThreadPoolExecutor(max_workers=1) as pool,
+        closing(encoded_batches(parts, tokenizer, before)) as batches,
     ):
-        truncate(ids_file, facts.num_tokens * np.dtype(dtype).itemsize)
-        truncate(offsets_file, (facts.num_documents + 1) * np.dtype(OFFSET_TYPE).itemsize if state.num_parts else 0)
-        if not state.num_parts:
+        num_offsets = before.facts.num_documents + 1 if before.num_parts else 0
+        truncate(ids_file, before.facts.num_tokens * np.dtype(id_type(len(tokenizer))).itemsize)
+        truncate(offsets_file, num_offsets * np.dtype(OFFSET_TYPE).itemsize)
+        if not num_offsets:
             offsets_file.write(np.zeros(1, OFFSET_TYPE).tobytes())
+        for ids, ends, after in batches:
+            ids_file.write(ids.tobytes())
+            offsets_file.write(ends.tobytes())
+            state = after
+            if state.facts.num_bytes - flushed.num_bytes >= JOURNAL_BYTES:
+                flush(ids_file, offsets_file)
+                write_journal(journal, state)
+                flushed = state.facts
+            emit(state.facts)
+        flush(ids_file, offsets_file)
+    write_journal(journal, replace(state, done=True))
+    return state.facts
+
+
+def encoded_batches(
+    parts: Iterator[Part], tokenizer: Tokenizer, before: State = EMPTY
+) -> Generator[tuple[np.ndarray, np.ndarray, State], None, None]:
+    """Encode the parts of documents after those of `before`, batch by batch.
+
+    Yields:
+        ids: (num_tokens,), all parts of the batch concatenated.
+        ends: (num_documents,) int64, where each document that ends in the batch ends among the ids of the split.
+        state: The state after the batch.
+
+    Raises:
+        ChangedError: The text of the parts before differs from what `before` describes.
+        LumiereError: A text contains half of a surrogate pair.
+    """
+    sizes = np.array(tokenizer.token_sizes)
+    state, batches = before, measured_batches(parts, before)
+    # A thread reads the next batch while the tokenizer, which releases the GIL, encodes this one.
+    with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = pool.submit(next, batches, None)
         while (batch := upcoming.result()) is not None:
             upcoming = pool.submit(next, batches, None)
-            ids, ends = encode_parts(batch.parts, state.is_within, tokenizer)
-            ends += facts.num_tokens
-            ids_file.write(ids.tobytes())
-            offsets_file.write(ends[[part.is_last for part in batch.parts]].tobytes())
-            num_normalized = facts.num_normalized_bytes + int(sizes[ids].sum())
-            facts = replace(batch.state.facts, num_tokens=int(ends[-1]), num_normalized_bytes=num_normalized)
-            state = replace(batch.state, facts=facts)
-            if facts.num_bytes - flushed.num_bytes >= JOURNAL_BYTES:
-                flush(ids_file, offsets_file)
-                journal.write(state)
-                flushed = facts
-            emit(facts)
-        flush(ids_file, offsets_file)
-    journal.write(state, done=True)
-    return facts
+            batch_parts, measured = batch
+            ids, ends = encode_parts(batch_parts, state.is_within, tokenizer)
+            num_tokens = state.facts.num_tokens + len(ids)
+            num_normalized = state.facts.num_normalized_bytes + int(sizes[ids].sum())
+            ends = state.facts.num_tokens + ends[[part.is_last for part in batch_parts]]
+            facts = replace(measured.facts, num_tokens=num_tokens, num_normalized_bytes=num_normalized)
+            state = replace(measured, facts=facts)
+            yield ids, ends, state
 
 
 def encode_parts(parts: Sequence[Part], is_within: bool, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -195,12 +206,11 @@ def encode_parts(parts: Sequence[Part], is_within: bool, tokenizer: Tokenizer) -
     return joined, np.cumsum(list(map(len, encoded)), dtype=OFFSET_TYPE)
 
 
-def measured_batches(parts: Iterator[Part], before: State) -> Iterator[Batch]:
-    """Yield the parts after those of `before` in batches.
+def measured_batches(parts: Iterator[Part], state: State) -> Iterator[tuple[list[Part], State]]:
+    """Yield the parts after those of `state` in batches, each with the state after it, except for its tokens.
 
     Raises:
-        ChangedError: The text of the parts before differs from what `before` describes.
-        LumiereError: A text contains half of a surrogate pair.
+        ChangedError, LumiereError: As `encoded_batches`.
     """
     digest = hashlib.sha256()
 
@@ -210,33 +220,29 @@ def measured_batches(parts: Iterator[Part], before: State) -> Iterator[Batch]:
         except UnicodeError:
             raise not_a_character() from None
 
-    for part in islice(parts, before.num_parts):
+    for part in islice(parts, state.num_parts):
         update(part)
-    if digest.hexdigest() != before.facts.sha256:
+    if digest.hexdigest() != state.facts.sha256:
         raise ChangedError
-    state, batch = before, []
-    num_bytes = num_words = 0
+    facts, num_parts, batch = state.facts, state.num_parts, []
+    num_documents, num_bytes, num_words = facts.num_documents, facts.num_bytes, facts.num_words
 
-    def complete() -> Batch:
-        facts = replace(
-            state.facts,
-            num_documents=state.facts.num_documents + sum(part.is_last for part in batch),
-            num_bytes=state.facts.num_bytes + num_bytes,
-            num_words=state.facts.num_words + num_words,
-            sha256=digest.hexdigest(),
-        )
-        return Batch(batch, State(facts, state.num_parts + len(batch), not batch[-1].is_last))
+    def measured() -> tuple[list[Part], State]:
+        facts = SplitFacts(num_documents, 0, num_bytes, num_words, digest.hexdigest())
+        return batch, State(facts, num_parts, not batch[-1].is_last)
 
+    end = num_bytes + BATCH_BYTES
     for part in parts:
         update(part)
-        part_bytes, part_words = measure(part.text)
         batch.append(part)
+        part_bytes, part_words = measure(part.text)
+        num_parts, num_documents = num_parts + 1, num_documents + part.is_last
         num_bytes, num_words = num_bytes + part_bytes, num_words + part_words
-        if len(batch) == BATCH_PARTS or num_bytes >= BATCH_BYTES:
-            yield (done := complete())
-            state, batch, num_bytes, num_words = done.state, [], 0, 0
+        if len(batch) == BATCH_PARTS or num_bytes >= end:
+            yield measured()
+            batch, end = [], num_bytes + BATCH_BYTES
     if batch:
-        yield complete()
+        yield measured()
 
 
 def measure(text: str) -> tuple[int, int]:
@@ -262,20 +268,14 @@ def flush(*files: IO[Any]) -> None:
         os.fsync(file.fileno())
 
 
-class Journal:
-    """How much of a split is encoded. Written only after the files it describes are on disk."""
+def read_journal(path: Path) -> State:
+    """Return how much of a split is encoded; `EMPTY` if there is nothing to resume."""
+    try:
+        return JOURNAL.validate_json(read_file(path, MAX_JOURNAL_BYTES))
+    except (OSError, ValueError):
+        return EMPTY
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
 
-    def read(self) -> tuple[State, bool]:
-        """Return the state, and whether the split is complete; `EMPTY` if there is nothing to resume."""
-        try:
-            entry: Mapping[str, Any] = parse_json(read_file(self._path, MAX_JOURNAL_BYTES))
-            state = State(SplitFacts(**entry["facts"]), entry["num_parts"], entry["is_within"] is True)
-            return (state, entry["done"] is True) if state.is_valid else (EMPTY, False)
-        except (OSError, ValueError, TypeError, KeyError):
-            return EMPTY, False
-
-    def write(self, state: State, done: bool = False) -> None:
-        write_json(self._path, asdict(state) | {"done": done})
+def write_journal(path: Path, state: State) -> None:
+    """Record how much of a split is encoded, after the files it describes are on disk."""
+    write_json(path, asdict(state))

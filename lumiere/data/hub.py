@@ -73,9 +73,8 @@ def hub_source(config: DatasetConfig) -> Source:
             return described_folder(config, folder) if has_subsets(folder) else plain_folder(config, folder)
         if source.builder == PREPARED:
             splits: Any = builder.as_dataset()
-            return Source(
-                "arrow", {split: [file["filename"] for file in rows.cache_files] for split, rows in splits.items()}
-            )
+            prepared = {str(split): [file["filename"] for file in rows.cache_files] for split, rows in splits.items()}
+            return Source("arrow", prepared)
         if config.streaming and source.builder != "text":
             files: Any = builder.config.data_files or {}
             versions = [(str(split), list(paths), paths.origin_metadata) for split, paths in files.items()]

@@ -8,7 +8,6 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from lumiere.config.schema import DatasetConfig
 from lumiere.data.checksums import file_sha256
@@ -197,7 +196,7 @@ def folder_files(folder: str, endings: Collection[str] | None = None) -> dict[st
     root = local(folder)
     paths = files_in(root, endings)
     if not paths:
-        raise no_files(folder, endings)
+        raise no_match(folder, endings)
     relative = [Path(os.path.relpath(path, root)) for path in paths]
     for names in ([path.parent.as_posix() for path in relative], [path.name for path in relative]):
         found = [split_within(name) for name in names]
@@ -234,7 +233,12 @@ def local(path: str) -> str:
 
 def expand(given: str | list[str], endings: Collection[str] | None) -> list[str]:
     """Return the files that the entries name, each once."""
-    paths = [path for entry in entries_of(given) for path in matches(entry, endings) or missing(entry, endings)]
+    paths: list[str] = []
+    for entry in entries_of(given):
+        found = matches(entry, endings)
+        if not found:
+            raise no_match(entry, endings)
+        paths += found
     if not paths:
         raise DataError("dataset.data_files names no file", "--set dataset.data_files=book.txt")
     return list(dict.fromkeys(paths))
@@ -271,16 +275,12 @@ def ending(path: str) -> str:
     return os.path.splitext(root)[1] if last in (".gz", ".bz2", ".xz", ".zst") else last
 
 
-def missing(entry: str, endings: Collection[str] | None) -> NoReturn:
-    """Raise the error for an entry that names no file."""
+def no_match(entry: str, endings: Collection[str] | None) -> DataError:
+    """Return the error for an entry that names no file."""
     if os.path.isdir(local(entry)):
-        raise no_files(entry, endings)
+        kinds = f" ending in {', '.join(endings)}" if endings else ""
+        return DataError(f"the folder '{shortened(entry)}' has no files{kinds}", "check the path, or name the files")
     problem = "no file matches" if glob.has_magic(entry) else "there is no file"
-    raise DataError(
+    return DataError(
         f"dataset.data_files: {problem} '{shortened(entry)}'", f"relative paths start at {os.getcwd()}; check the path"
     )
-
-
-def no_files(folder: str, endings: Collection[str] | None) -> DataError:
-    kinds = f" ending in {', '.join(endings)}" if endings else ""
-    return DataError(f"the folder '{shortened(folder)}' has no files{kinds}", "check the path, or name the files")

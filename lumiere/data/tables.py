@@ -5,7 +5,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
@@ -193,9 +193,9 @@ def arrow_rows(paths: Iterable[str], column: str, kind: str) -> Iterator[str]:
     for path in paths:
         try:
             with fsspec.open(path, "rb") as file:
-                schema, batches = arrow_batches(cast("BinaryIO", file), kind)
+                schema, read = open_arrow(cast("BinaryIO", file), kind)
                 outer, inner = arrow_column(path, column, schema)
-                for batch in batches:
+                for batch in read(outer):
                     for row in batch.column(outer).to_pylist():
                         for key in inner:
                             row = None if row is None else row[key]
@@ -210,14 +210,14 @@ def arrow_rows(paths: Iterable[str], column: str, kind: str) -> Iterator[str]:
             ) from None
 
 
-def arrow_batches(file: BinaryIO, kind: str) -> tuple["pyarrow.Schema", Iterator["pyarrow.RecordBatch"]]:
-    """Return the schema of a file, and its rows batch by batch."""
+def open_arrow(file: BinaryIO, kind: str) -> tuple["pyarrow.Schema", Callable[[str], Iterator["pyarrow.RecordBatch"]]]:
+    """Return the schema of a file, and a function that reads a column, at most `ARROW_ROWS` rows at a time."""
     import pyarrow
     from pyarrow import ipc, parquet
 
     if kind == "parquet":
         table = parquet.ParquetFile(file)
-        return table.schema_arrow, table.iter_batches(batch_size=ARROW_ROWS)
+        return table.schema_arrow, lambda column: table.iter_batches(ARROW_ROWS, columns=[column])
     try:
         stream = ipc.open_stream(file)
         schema, batches = stream.schema, iter(stream)
@@ -225,12 +225,13 @@ def arrow_batches(file: BinaryIO, kind: str) -> tuple["pyarrow.Schema", Iterator
         reader = ipc.open_file(file)
         schema, batches = reader.schema, map(reader.get_batch, range(reader.num_record_batches))
 
-    def checked() -> Iterator["pyarrow.RecordBatch"]:
-        for batch in batches:
+    def read(column: str) -> Iterator["pyarrow.RecordBatch"]:
+        for whole in batches:
+            batch = whole.select([column])
             batch.validate(full=True)  # a damaged file could point outside of its memory
-            yield batch
+            yield from (batch.slice(first, ARROW_ROWS) for first in range(0, batch.num_rows, ARROW_ROWS))
 
-    return schema, checked()
+    return schema, read
 
 
 def arrow_column(path: str, column: str, schema: "pyarrow.Schema") -> tuple[str, list[str]]:

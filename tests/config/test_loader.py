@@ -30,40 +30,25 @@ from lumiere.errors import ConfigError
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 CARD = {
-    "model.embedding_size": 128,
-    "model.context_size": 64,
-    "model.num_layers": 4,
-    "model.num_heads": 4,
-    "model.d_key": 32,
-    "model.d_value": 32,
-    "model.d_ff": 256,
-    "model.dropout": 0.1,
-    "model.positions": "learned",
-    "tokenizer.vocab_size": 4096,
-    "dataset.name": "Salesforce/wikitext",
-    "dataset.subset": "wikitext-2-raw-v1",
-    "dataset.sliding_window_size": 8,
-    "training.batch_size": 32,
-    "training.learning_rate": 3e-4,
-    "training.weight_decay": 0.01,
-    "training.gradient_clip_norm": 1.0,
-    "training.warmup_steps": 500,
-    "training.max_epochs": 250,
-    "training.patience": 5,
-    "training.stopping_threshold": 1e-4,
-    "training.optimizer": "adamw",
-    "training.schedule": "cosine",
-    "training.precision": "auto",
-    "training.compile": False,
-}
+    "model": {
+        "embedding_size": 128, "context_size": 64, "num_layers": 4, "num_heads": 4, "d_key": 32, "d_value": 32,
+        "d_ff": 256, "dropout": 0.1, "positions": "learned",
+    },
+    "tokenizer": {"vocab_size": 4096},
+    "dataset": {"name": "Salesforce/wikitext", "subset": "wikitext-2-raw-v1", "sliding_window_size": 8},
+    "training": {
+        "batch_size": 32, "learning_rate": 3e-4, "weight_decay": 0.01, "gradient_clip_norm": 1.0, "warmup_steps": 500,
+        "max_epochs": 250, "patience": 5, "stopping_threshold": 1e-4, "optimizer": "adamw", "schedule": "cosine",
+        "precision": "auto", "compile": False,
+    },
+}  # fmt: skip
 
 
 def test_small_is_the_original_model_card() -> None:
-    settings, written = flat_settings(load_config("small")), read_config(CONFIGS / "small.yaml")
-    assert {path: settings[path] for path in CARD} == CARD
-    for path in CARD:
-        section, leaf = path.split(".")
-        assert leaf in written[section], "every setting of the card is written in the file"
+    settings, written = load_config("small").model_dump(), read_config(CONFIGS / "small.yaml")
+    for section, values in CARD.items():
+        assert settings[section] == settings[section] | values
+        assert values.keys() <= written[section].keys(), "every setting of the card is written in the file"
 
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
@@ -145,28 +130,25 @@ def test_a_file_and_set_parse_texts_alike(tmp_path: Path, column: int, key: str)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "key", "value"),
+    ("key", "texts", "value"),
     [
-        (["training.loggers=wandb"], "training.loggers", ["wandb"]),
-        (["training.loggers=tensorboard, wandb"], "training.loggers", ["tensorboard", "wandb"]),
-        (["training.loggers=[tensorboard]"], "training.loggers", ["tensorboard"]),
-        (["training.loggers=[]"], "training.loggers", []),
-        (["training.loggers=null"], "training.loggers", []),
-        *(([f"training.patience={text}"], "training.patience", None) for text in ("null", "~", "none", "Null")),
-        (["dataset.data_files=[a.txt, b.txt]"], "dataset.data_files", ["a.txt", "b.txt"]),
-        (
-            ["dataset.data_files.train=a", "dataset.data_files.test=b"],
-            "dataset.data_files",
-            {"train": "a", "test": "b"},
-        ),
-        *(
-            ([f"dataset.data_files={name}"], "dataset.data_files", name)
-            for name in ("[1].txt", "[draft] a.txt", "{a}.csv")
-        ),
+        ("training.loggers", ["wandb", "[wandb]"], ["wandb"]),
+        ("training.loggers", ["tensorboard, wandb", "[tensorboard, wandb]"], ["tensorboard", "wandb"]),
+        ("training.loggers", ["[]", "null"], []),
+        ("training.patience", ["null", "~", "none", "Null"], None),
+        ("dataset.data_files", ["[a.txt, b.txt]"], ["a.txt", "b.txt"]),
+        ("dataset.data_files", ["{train: a, test: b}"], {"train": "a", "test": "b"}),
+        *(("dataset.data_files", [name], name) for name in ("[1].txt", "[draft] a.txt", "{a}.csv")),
     ],
 )
-def test_nulls_lists_mappings_and_names_with_brackets(overrides: list[str], key: str, value: Any) -> None:
-    assert flat_settings(load_config("tiny", overrides))[key] == value
+def test_nulls_lists_mappings_and_names_with_brackets(key: str, texts: list[str], value: Any) -> None:
+    for text in texts:
+        assert flat_settings(load_config("tiny", [f"{key}={text}"]))[key] == value
+
+
+def test_overrides_below_a_setting_make_a_mapping() -> None:
+    config = load_config("tiny", ["dataset.data_files.train=a", "dataset.data_files.test=b"])
+    assert config.dataset.data_files == {"train": "a", "test": "b"}
 
 
 REFUSED = [
@@ -193,7 +175,7 @@ REFUSED = [
     ("training.device=cuda:" + "9" * 5000, "training.device", ""),
     ("." * 50_000 + "=1", "unknown key ", "model, tokenizer, dataset, training"),
     ("model.\udc80=1", "a key of model", ""),
-    ("dataset.data_files=" + "[" * 5000, "--set 'dataset.data_files=", ""),
+    ("dataset.data_files=" + "[" * 2000, "--set 'dataset.data_files=", ""),
     ("dataset.data_files={? [a] : b}", "--set 'dataset.data_files=", ""),
     ("dataset.data_files=[&a x, *a]", "--set 'dataset.data_files=", ""),
     ("dataset.data_files=[a", "--set 'dataset.data_files=[a'", ""),
@@ -246,27 +228,20 @@ def test_every_synonym_names_a_setting_that_exists() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        *(
-            ("a.yaml", content, "a.yaml'")
-            for content in (b"", b"# nothing\n", b"- model\n- tokenizer\n", b"model: [\n")
-        ),
-        *(("a.toml", content, "a.toml'") for content in (b"a = 1\na = 2\n", b"model = \n", b"a = " + b"[" * 10_000)),
+        *(("a.yaml", content, "a.yaml'") for content in (b"", b"# nothing\n", b"- model\n- a\n", b"model: [\n")),
+        *(("a.toml", content, "a.toml'") for content in (b"a = 1\na = 2\n", b"model = \n", b"a = " + b"[" * 2000)),
         ("a.toml", b"a = " + b"9" * 10_000 + b"\n", "a.toml'"),
         ("a.yaml", b"\xff\xfe\x00", "(byte 0)"),
         ("a.yaml", b"model: {d_ff: 1, d_ff: 2}\n", "'d_ff'"),
-        ("a.yaml", b"[" * 10_000, "a.yaml'"),
+        ("a.yaml", b"[" * 2000, "a.yaml'"),
         ("a.yaml", b"#" * 200_001, "200,000 bytes"),
         ("a.yaml", b"a: &a [x]\nb: &b [*a, *a]\n", "*a is an alias"),
         ("a.yaml", b"dataset: {data_files: &a [*a]}\n", "is an alias"),
         *(
             ("a.yaml", content, "cannot be read")
             for content in (
-                b"? [a]\n: b\n",
-                b"model: {d_ff: !!int ''}\n",
-                b"model: {d_ff: !!bool x}\n",
-                b"model: {d_ff: !!timestamp x}\n",
-                b"model: !!map [a]\n",
-                b"model: {d_ff: !!int '012'}\n",
+                b"? [a]\n: b\n", b"model: {d_ff: !!int ''}\n", b"model: {d_ff: !!bool x}\n",
+                b"model: {d_ff: !!timestamp x}\n", b"model: !!map [a]\n", b"model: {d_ff: !!int '012'}\n",
                 b"dataset: {name: !!binary gAA=}\n",
             )
         ),
@@ -281,11 +256,11 @@ def test_every_synonym_names_a_setting_that_exists() -> None:
         ("a.yaml", b'dataset: {name: "\\ud800"}\n', "dataset.name must be valid text"),
         ("a.yaml", b"model: 2020-01-01\n", "model must be a section of keys, got '2020-01-01'"),
         ("a.yaml", b"a" * 1000 + b": 1\n", "unknown key aaaaaaaa"),
-        ("a.yaml", b"".join(b"k%d: 1\n" % i for i in range(14_000)), "k0 (also wrong: k1, k2, k3, k4, k5 and 13994"),
+        ("a.yaml", b"".join(b"k%d: 1\n" % i for i in range(1000)), "k0 (also wrong: k1, k2, k3, k4, k5 and 994"),
         ("a.toml", b"[" + b"a." * 900 + b"a]\nb = 1\n", "unknown key a"),
         ("a.txt", b"model: {}\n", "a.txt'"),
     ],
-)
+)  # fmt: skip
 def test_refused_files(name: str, content: bytes, message: str) -> None:
     Path(name).write_bytes(content)
     assert_refused(lambda: load_config(name), message)

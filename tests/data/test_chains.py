@@ -6,9 +6,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from lumiere.config.loader import validate
 from lumiere.data.chains import CHAINS_VERSION, FEWEST, LENGTH, LETTERS, MOST, chain, chains
-from lumiere.data.corpus import load_corpus
 
 GOLDEN = {1: "40e0fe383c669baa81d25c048d42e7f72b62fb06a5096c75265cc252c2d5e860"}
 """The text of each version: when it changes, raise CHAINS_VERSION, and put the new hash here."""
@@ -54,13 +52,3 @@ def test_the_letters_before_tell_what_follows_and_the_corpus_does_not(train: lis
             followers[before][after] += 1
     assert 0.78 < right / total < 0.86  # 0.8, and a jump in 3 to 12 that lands there too, less what is counted wrong
     assert right_of_all / total < 0.1
-
-
-def test_as_a_corpus() -> None:
-    config = validate({"dataset": {"name": "chains", "num_documents": 40, "validation_fraction": 0.1, "seed": 2}})
-    corpus = load_corpus(config.dataset)
-    assert corpus.counts == {"train": 40, "validation": 4, "test": 4}
-    for split, count in corpus.counts.items():
-        assert list(corpus.documents(split)) == list(chains(split, count, seed=2))
-    stories = config.dataset.model_copy(update={"name": "stories"})
-    assert load_corpus(stories).fingerprint != corpus.fingerprint

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from lumiere.config.schema import DatasetConfig
 from lumiere.data import corpus as corpus_module
 from lumiere.data import text as text_module
+from lumiere.data.chains import chains
 from lumiere.data.corpus import (
     Corpus,
-    Matcher,
     Reader,
     joined,
     load_corpus,
+    matcher,
     row_reader,
     split_validation,
     split_validation_of_stream,
@@ -56,6 +57,12 @@ def split(
     hold: Callable[[Reader, float, int], dict[str, Reader]], rows: Iterable[str], *how: Any
 ) -> dict[str, list[str]]:
     return {name: list(joined(part())) for name, part in hold(row_reader(rows, None), *how).items()}
+
+
+def write(name: str, data: bytes) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(data)
+    return name
 
 
 # Where documents begin
@@ -108,24 +115,22 @@ def test_grouping_loses_no_text(rows: list[str]) -> None:
 @pytest.mark.parametrize("pattern", ["^=[^=]*=$", r"\d", r"(?<!x)(.)\1", "\u2028|é", "^$"])
 def test_the_same_rows_match_as_in_this_process(pattern: str) -> None:
     rows = ["", "= A =", "aa", "xaa", "١", "[", "\u2028", "café", "a\ud800a", "\n", '"', "=" * 100_000]
-    with Matcher(pattern) as matches:
+    with matcher(pattern) as find:
         for batch in (rows, [], rows[::-1]):
-            assert list(matches(batch)) == [re.search(pattern, row) is not None for row in batch]
+            assert find(batch) == [re.search(pattern, row) is not None for row in batch]
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "(a*)*$", "(.*a){30}$"])
 def test_a_pattern_that_never_ends_is_an_error(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.setattr(corpus_module, "SECONDS", 0.2)
-    with Matcher(pattern) as matches, pytest.raises(DataError, match="document_start"):
-        matches(["a", ENDLESS])
+    with matcher(pattern) as find, pytest.raises(DataError, match="document_start"):
+        find(["a", ENDLESS])
 
 
-@pytest.mark.parametrize("name", ["text", "csv"])
-def test_a_corpus_with_such_a_pattern_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_corpus_with_such_a_pattern_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "SECONDS", 0.2)
-    (tmp_path / "book").write_text(f"text\n\n{ENDLESS}\n\n")
-    files = str(tmp_path / "book")
-    corpus = load_corpus(DatasetConfig(name=name, data_files=files, document_start="(a+)+$"))
+    book = write("book", f"text\n\n{ENDLESS}\n\n".encode())
+    corpus = load_corpus(DatasetConfig(name="text", data_files=book, document_start="(a+)+$"))
     with pytest.raises(DataError, match="document_start"):
         list(corpus.documents("train"))
 
@@ -188,17 +193,13 @@ def test_a_single_document_is_cut_before_a_word(text: str, fraction: float, size
     assert bool(splits["validation"]) == bool(text.strip())
 
 
-def test_few_or_short_documents(load: Any) -> None:
+def test_no_side_of_a_single_document_is_blank(load: Any) -> None:
     # Three fifths of 18 characters end in 'three'.
     splits = contents(load({"train": ["one two three four\n"]}, validation_fraction=0.4))
     assert splits == {"train": ["one two three"], "validation": [" four\n"]}
-    for fraction in (0.05, 0.5, 0.99):
-        splits = contents(load({"train": ["one", "two"]}, validation_fraction=fraction))
-        assert sorted(splits["train"] + splits["validation"]) == ["one", "two"]
-        assert len(splits["train"]) == 1
-    # No side becomes a blank document.
-    assert contents(load({"train": ["a"]})) == {"train": [], "validation": ["a"]}
-    assert contents(load({"train": [" abc"]}, validation_fraction=0.99)) == {"train": [], "validation": [" abc"]}
+    for text in ("a", " abc"):
+        splits = contents(load({"train": [text]}, validation_fraction=0.99))
+        assert splits == {"train": [], "validation": [text]}
     assert contents(load({"train": []})) == {"train": [], "validation": []}
 
 
@@ -264,44 +265,39 @@ def test_fingerprint_changes_with_everything_that_changes_documents(load: Any) -
     assert load(rows, sliding_window_size=0).fingerprint == load(rows).fingerprint
 
 
-# The built-in corpus
+# Built-in corpora
 
 
-def test_stories_of_all_splits() -> None:
-    corpus = load_corpus(DatasetConfig(num_documents=40, validation_fraction=0.1, seed=3))
-    assert contents(corpus) == {
-        "train": list(stories("train", 40, 3)),
-        "validation": list(stories("validation", 4, 3)),
-        "test": list(stories("test", 4, 3)),
-    }
-    assert len(set(corpus.documents("validation")) | set(corpus.documents("train"))) == 44
-    one = load_corpus(DatasetConfig(num_documents=1))
+@pytest.mark.parametrize(("name", "generate"), [("stories", stories), ("chains", chains)])
+def test_built_in_corpora(name: str, generate: Callable[[str, int, int], Iterable[str]]) -> None:
+    corpus = load_corpus(DatasetConfig(name=name, num_documents=40, validation_fraction=0.1, seed=3))
+    counts = {"train": 40, "validation": 4, "test": 4}
+    assert corpus.counts == counts
+    assert contents(corpus) == {split: list(generate(split, count, 3)) for split, count in counts.items()}
+    one = load_corpus(DatasetConfig(name=name, num_documents=1))
     assert {split: len(texts) for split, texts in contents(one).items()} == {"train": 1, "validation": 1, "test": 1}
-    settings: list[dict[str, Any]] = [{}, {"seed": 1}, {"num_documents": 5}, {"validation_fraction": 0.5}]
-    assert len({load_corpus(DatasetConfig(**setting)).fingerprint for setting in settings}) == 4
+
+
+def test_fingerprints_of_built_in_corpora() -> None:
+    settings: list[dict[str, Any]] = [
+        {}, {"name": "chains"}, {"seed": 1}, {"num_documents": 5}, {"validation_fraction": 0.5}
+    ]  # fmt: skip
+    assert len({load_corpus(DatasetConfig(**setting)).fingerprint for setting in settings}) == len(settings)
 
 
 # Real text
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 600), ("validation", 60), ("test", 60)])
-def test_wikitext_articles(
-    wikitext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, count: int
-) -> None:
+def test_wikitext_articles(wikitext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    config = DatasetConfig(name=str(wikitext), subset="wikitext-2-v1", document_start=FIRST_LEVEL)
-    articles = list(load_corpus(config).documents(split))
-    assert len(articles) == count
-    assert all(article.startswith(" = ") and article.endswith("\n") for article in articles)
+    corpus = load_corpus(DatasetConfig(name=str(wikitext), subset="wikitext-2-v1", document_start=FIRST_LEVEL))
+    for split in ("validation", "test"):
+        articles = list(corpus.documents(split))
+        assert len(articles) == 60
+        assert all(article.startswith(" = ") and article.endswith("\n") for article in articles)
 
 
 # Plain text files
-
-
-def write(name: str, data: bytes) -> str:
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_bytes(data)
-    return name
 
 
 def test_a_file_is_a_document_however_it_is_named() -> None:

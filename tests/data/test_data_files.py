@@ -44,8 +44,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("books", {"train": ["books/1.txt", "books/2.txt", "books/more/3.md"]}),
         (["books/", "a.txt"], {"train": ["books/1.txt", "books/2.txt", "books/more/3.md", "a.txt"]}),
         ({"train": "books"}, {"train": ["books/1.txt", "books/2.txt", "books/more/3.md"]}),
+        *(({"train": "a.txt", name: "b.txt"}, {"train": ["a.txt"], "validation": ["b.txt"]})
+          for name in ("valid", "validation", "dev", "eval", "validate", "Valid", " VAL ")),
     ],
-)
+)  # fmt: skip
 def test_files_by_split(files: Path, given: Any, expected: dict[str, list[str]]) -> None:
     absolute = {split: [str(files / name) for name in names] for split, names in expected.items()}
     assert resolve_data_files(given) == absolute
@@ -77,11 +79,6 @@ def test_endings_choose_among_the_files_of_a_folder(files: Path) -> None:
     assert resolve_data_files(["books", "a.txt"], (".md",)) == {
         "train": [str(files / "books/more/3.md"), str(files / "a.txt")]
     }
-
-
-@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev", "eval", "validate", "Valid", " VAL "])
-def test_common_names_of_the_validation_split(files: Path, name: str) -> None:
-    assert resolve_data_files({"train": "a.txt", name: "b.txt"})["validation"] == [str(files / "b.txt")]
 
 
 @pytest.mark.parametrize(

@@ -104,13 +104,12 @@ def test_half_a_surrogate_pair_is_rejected(tokenizer: Tokenizer, text: str) -> N
         tokenizer.encode(text)
 
 
-def test_documents_are_enclosed_in_special_tokens(tokenizer: Tokenizer) -> None:
+def test_special_tokens_start_a_text_and_decode_to_nothing(tokenizer: Tokenizer) -> None:
     assert (SOT, EOT, PAD) == (0, 1, 2)
     assert PADDING_ID == PAD
     low = tokenizer.encode("low")
     assert tokenizer.encode("low", start=True) == [SOT, *low]
     assert tokenizer.encode("", start=True) == [SOT]
-    assert tokenizer.encode_documents(["low", ""]) == [[0, *low, 1], [0, 1]]
     assert tokenizer.decode([0, *low, 1, 2]) == "low"
 
 
@@ -192,7 +191,6 @@ def test_every_token_has_its_bytes(tokenizer: Tokenizer) -> None:
 def test_byte_characters_are_those_of_the_library() -> None:
     characters = byte_characters()
     assert sorted(characters) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    assert characters[ord("a")] == "a"
     assert (characters[ord(" ")], characters[ord("\n")]) == ("Ġ", "Ċ")
 
 
@@ -208,14 +206,11 @@ def test_labels_make_every_byte_visible(tokenizer: Tokenizer) -> None:
     labels |= {"é": "\\xc3 \\xa9", "😀": "\\xf0 \\x9f \\x98 \\x80"}
     for text, expected in labels.items():
         assert [tokenizer.label(token) for token in tokenizer.encode(text)] == expected.split()
-
-
-def test_labels_can_be_printed(tokenizer: Tokenizer) -> None:
-    labels = [tokenizer.label(token) for token in range(len(tokenizer))]
-    assert tuple(labels[:3]) == SPECIAL_TOKENS
-    assert all(label and label.isprintable() and " " not in label for label in labels)
     whole = Tokenizer.train(["\u200b\u200b"], vocab_size=300, min_frequency=1)
     assert [whole.label(token) for token in whole.encode("\u200b\u200b")] == ["\\u200b\\u200b"]
+    every = [tokenizer.label(token) for token in range(len(tokenizer))]
+    assert tuple(every[:3]) == SPECIAL_TOKENS
+    assert all(label and label.isprintable() and " " not in label for label in every)
 
 
 @pytest.fixture
@@ -246,94 +241,65 @@ def test_a_loaded_tokenizer_is_the_same_also_in_other_libraries(
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
+    "content",
     [
-        *((content, "cannot be read") for content in ("", '{"a": ', "[" * 10_000, '{"a": NaN}', '{"a": 1, "a": 1}')),
-        (b"\xff\xfe", "cannot be read"),
-        *((content, "is not a Lumiere") for content in ("{}", "[]", "7", '{"model": 1}')),
-        ('{"model": {"vocab": [], "merges": []}}', "is not a Lumiere"),
-        (tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, [])).to_str(), "is not a Lumiere"),
+        *("", '{"a": ', "[" * 10_000, '{"a": NaN}', '{"a": 1, "a": 1}', b"\xff\xfe", "{}", "[]", "7", '{"model": 1}'),
+        '{"model": {"vocab": [], "merges": []}}',
+        tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, [])).to_str(),
     ],
 )
-def test_files_that_are_no_tokenizer_of_ours(
-    load: Callable[[str | bytes], Tokenizer], content: str | bytes, problem: str
-) -> None:
-    with pytest.raises(DataError, match=problem):
+def test_files_that_are_no_tokenizer_of_ours(load: Callable[[str | bytes], Tokenizer], content: str | bytes) -> None:
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
         load(content)
 
 
-def test_missing_and_special_files_are_errors(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path, reason in [
-        (tmp_path / "no", "No such"),
-        (tmp_path / "pipe", "Not a regular"),
-        (tmp_path, "Is a directory"),
-    ]:
-        with pytest.raises(DataError, match=f"cannot be read as a tokenizer: {reason}"):
-            Tokenizer.load(path)
+@pytest.mark.parametrize("make", [lambda path: None, os.mkfifo, Path.mkdir])
+def test_missing_and_special_files_are_errors(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(DataError, match=str(tmp_path / "a")):
+        Tokenizer.load(tmp_path / "a")
 
 
-def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """Sets what stands at a dotted path."""
+MISSING = object()
+CHANGES: dict[str, list[Any]] = {
+    # The library would accept each of these and silently split text differently.
+    "truncation": [{"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}],
+    "padding": [{"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 2, "pad_type_id": 0}],
+    "normalizer": [{"type": "NFD"}, {"type": "Lowercase"}, "NFC", MISSING],
+    "pre_tokenizer": [{"type": "Split", "pattern": {"Regex": "(a*)*b"}, "behavior": "Isolated"}],
+    "pre_tokenizer.use_regex": [False],
+    "pre_tokenizer.add_prefix_space": [True],
+    "decoder": [{"type": "Fuse"}],
+    "post_processor": [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}],
+    "model.dropout": [0.5],
+    "model.unk_token": ["a"],
+    "model.end_of_word_suffix": ["</w>"],
+    "model.byte_fallback": [True],
+    "model.type": ["WordLevel"],
+    "added_tokens": [[], 7],
+    # The library would reject these, crash, or load tokens that are not made of bytes.
+    "model.vocab.<|sot|>": [1],
+    "model.vocab.a": [5000, -1, "a", 0.5, MISSING],
+    "model.vocab.東": [300],
+    "model.merges": [[["a"]], [["a", "zzz"]], [["zzz", "a"]], "ab", [[1, 2]], MISSING],
+}
 
-    def change(saved: dict[str, Any]) -> None:
-        *sections, leaf = path.split(".")
-        for section in sections:
-            saved = saved[section]
-        saved[leaf] = value
 
-    return change
-
-
-def exchange_ids(saved: dict[str, Any]) -> None:
-    vocab = saved["model"]["vocab"]
-    vocab["<|sot|>"], vocab["<|eot|>"] = 1, 0
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        # The library would accept each of these and silently split text differently.
-        changed("truncation", {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}),
-        changed("padding", {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 2, "pad_type_id": 0}),
-        changed("normalizer", {"type": "NFD"}),
-        changed("normalizer", {"type": "Lowercase"}),
-        changed("normalizer", "NFC"),
-        lambda saved: saved.pop("normalizer"),
-        changed("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a*)*b"}, "behavior": "Isolated"}),
-        changed("pre_tokenizer.use_regex", False),
-        changed("pre_tokenizer.add_prefix_space", True),
-        changed("decoder", {"type": "Fuse"}),
-        changed("post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
-        changed("model.dropout", 0.5),
-        changed("model.unk_token", "a"),
-        changed("model.end_of_word_suffix", "</w>"),
-        changed("model.byte_fallback", True),
-        changed("model.type", "WordLevel"),
-        changed("added_tokens", []),
-        changed("added_tokens", 7),
-        # The library would reject these, crash, or load tokens that are not made of bytes.
-        exchange_ids,
-        changed("model.vocab.a", 5000),
-        changed("model.vocab.a", -1),
-        changed("model.vocab.a", "a"),
-        changed("model.vocab.a", 0.5),
-        changed("model.vocab.東", 300),
-        lambda saved: saved["model"]["vocab"].pop("a"),
-        changed("model.merges", [["a"]]),
-        changed("model.merges", [["a", "zzz"]]),
-        changed("model.merges", [["zzz", "a"]]),
-        changed("model.merges", "ab"),
-        changed("model.merges", [[1, 2]]),
-        lambda saved: saved["model"].pop("merges"),
-    ],
-)
+@pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in CHANGES.items() for value in values])
 def test_a_tokenizer_with_another_setting_is_rejected(
-    tokenizer: Tokenizer, load: Callable[[str], Tokenizer], change: Callable[[dict[str, Any]], None]
+    tokenizer: Tokenizer, load: Callable[[str], Tokenizer], path: str, value: Any
 ) -> None:
     saved = json.loads(tokenizer.to_json())
-    change(saved)
-    with pytest.raises(DataError, match="is not a Lumiere tokenizer") as caught:
+    *sections, leaf = path.split(".")
+    section = saved
+    for name in sections:
+        section = section[name]
+    section[leaf] = value
+    if value is MISSING:
+        del section[leaf]
+    if leaf == "<|sot|>":  # exchanged with the next one
+        section["<|eot|>"] = 0
+    with pytest.raises(DataError, match=r"tokenizer\.json") as caught:
         load(json.dumps(saved))
     assert caught.value.message.isprintable()
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import chain
 from operator import attrgetter
@@ -34,6 +34,7 @@ from lumiere.evaluation.scoring import (
 )
 from lumiere.models.transformer import Transformer
 from tests import reference
+from tests.models.build import stock_llama
 
 CONTEXT, OVERLAP, VOCAB = 6, 2, 40
 LENGTHS = [15, 4, 8, 2, 21]
@@ -71,6 +72,12 @@ def run(model: Transformer, windows: tuple[Windows, Protocol] | None = None, bat
 
 def run_light(model: Transformer, batch_size: int = 4) -> Evaluation:
     return evaluate(model, training_windows(SPLIT, CONTEXT, OVERLAP)[0], SPLIT.facts, batch_size)
+
+
+def training_windows_by_hand() -> Iterator[np.ndarray]:
+    for document in np.split(SPLIT.ids, SPLIT.offsets[1:-1]):
+        for start in range(0, max(1, len(document) - OVERLAP), CONTEXT + 1 - OVERLAP):
+            yield document[start : start + CONTEXT + 1]
 
 
 both = pytest.mark.parametrize(
@@ -131,25 +138,26 @@ def test_every_metric_against_numpy(stride: int | None) -> None:
     found = run(model, windows)
     nats = expected["loss"] * (sum(LENGTHS) - len(LENGTHS))
 
-    def close(value: object) -> object:
-        return pytest.approx(value, rel=2e-5)
-
-    assert found.evaluation.num_tokens == expected["num_tokens"]
-    assert found.evaluation.loss == close(expected["loss"])
-    assert found.evaluation.perplexity == close(math.exp(expected["loss"]))
-    assert found.evaluation.bits_per_byte == close(nats / math.log(2) / 120)
-    assert found.byte_perplexity == close(math.exp(nats / 120))
-    assert found.evaluation.word_perplexity == close(math.exp(nats / 23))
-    assert found.accuracy == close(expected["accuracy"])
-    assert found.accuracy_at_5 == close(expected["accuracy_at_5"])
-    assert 0 < found.accuracy < found.accuracy_at_5 < 1
-    assert found.calibration.ece == close(expected["ece"])
-    assert found.by_document.losses == close([expected["document"][i] for i in range(5)])
-    by_position = expected["position"]
-    assert found.by_position.losses == close([by_position[i] for i in range(1, CONTEXT + 1)])
     by_frequency = asdict(found)["by_frequency"]
+    metrics = asdict(found) | asdict(found.evaluation)
+    close = {
+        "loss": expected["loss"],
+        "perplexity": math.exp(expected["loss"]),
+        "bits_per_byte": nats / math.log(2) / 120,
+        "byte_perplexity": math.exp(nats / 120),
+        "word_perplexity": math.exp(nats / 23),
+        "accuracy": expected["accuracy"],
+        "accuracy_at_5": expected["accuracy_at_5"],
+    }
+    assert {name: metrics[name] for name in close} == pytest.approx(close, rel=2e-5)
+    assert found.evaluation.num_tokens == expected["num_tokens"]
+    assert 0 < found.accuracy < found.accuracy_at_5 < 1
+    assert found.calibration.ece == pytest.approx(expected["ece"], rel=2e-5)
+    by_document, by_position = expected["document"], expected["position"]
+    assert found.by_document.losses == pytest.approx([by_document[i] for i in range(5)], rel=2e-5)
+    assert found.by_position.losses == pytest.approx([by_position[i] for i in range(1, CONTEXT + 1)], rel=2e-5)
     assert by_frequency["names"][:2] == ["0", "1 to 9"]
-    assert dict(enumerate(by_frequency["losses"])) == close(expected["digits"])
+    assert dict(enumerate(by_frequency["losses"])) == pytest.approx(expected["digits"], rel=2e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 32])
@@ -189,11 +197,11 @@ def test_groups_of_windows_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None
     for found in (whole, window_by_window):
         assert found.normalized_share == 6 / 123
     assert window_by_window.evaluation.loss == pytest.approx(whole.evaluation.loss, rel=1e-6)
-    assert window_by_window.by_frequency is not None
-    assert whole.by_frequency is not None
-    assert window_by_window.by_frequency.counts == whole.by_frequency.counts
-    assert window_by_window.by_position.losses == pytest.approx(whole.by_position.losses, rel=1e-5)
-    assert window_by_window.by_document.losses == pytest.approx(whole.by_document.losses, rel=1e-5)
+    for group in ("by_frequency", "by_position", "by_document"):
+        expected = vars(getattr(whole, group))
+        assert vars(getattr(window_by_window, group)) == {
+            name: pytest.approx(values, rel=1e-5) if name != "names" else values for name, values in expected.items()
+        }
 
 
 def test_only_the_averages_over_batches_depend_on_the_batch_size() -> None:
@@ -252,49 +260,21 @@ def test_baselines_are_scored_on_the_same_tokens_in_the_same_windows() -> None:
     baselines = list(found.baselines or ())
     assert [scored.name for scored in baselines] == list(fitted)
     for scored in baselines:
-        losses = []
-        for document in np.split(SPLIT.ids, SPLIT.offsets[1:-1]):
-            for start in range(0, max(1, len(document) - OVERLAP), CONTEXT + 1 - OVERLAP):
-                losses += fitted[scored.name].losses(document[None, start : start + CONTEXT + 1])[0].tolist()
+        losses = [fitted[scored.name].losses(window[None])[0] for window in training_windows_by_hand()]
+        losses = np.concatenate(losses)
         assert len(losses) == found.evaluation.num_tokens
         assert scored.loss == pytest.approx(np.mean(losses), rel=1e-12)
         assert scored.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-12)
 
 
 def test_a_rotary_model_scores_as_a_stock_llama() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     model = make_model(positions="rotary")
-    sizes = {"vocab_size": VOCAB, "hidden_size": 12, "intermediate_size": 9, "max_position_embeddings": CONTEXT}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 6, "rope_theta": 10_000.0}
-    config: dict[str, Any] = {**sizes, **heads, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
-    llama = LlamaForCausalLM(LlamaConfig(**config)).eval()
-    names = {
-        "token_embedding": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "attention_norm": "input_layernorm",
-        "feedforward_norm": "post_attention_layernorm",
-        **{f"attention.{ours}": f"self_attn.{ours[0]}_proj" for ours in ("query", "key", "value", "output")},
-        **{f"feedforward.{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
-    }
-
-    def llama_name(name: str) -> str:
-        block, _, part = name.removesuffix(".weight").rpartition(".") if name.count(".") < 3 else ("", "", "")
-        if name.startswith("blocks."):
-            _, layer, part = name.removesuffix(".weight").split(".", 2)
-            return f"model.layers.{layer}.{names[part]}.weight"
-        return f"{names[block or part]}.weight"
-
-    problems = llama.load_state_dict({llama_name(n): v for n, v in model.state_dict().items()}, strict=False)
-    assert problems.missing_keys == ["lm_head.weight"]
-    assert not problems.unexpected_keys
-    nats, count = 0.0, 0
-    with torch.no_grad():
-        for document in np.split(SPLIT.ids, SPLIT.offsets[1:-1]):
-            for start in range(0, max(1, len(document) - OVERLAP), CONTEXT + 1 - OVERLAP):
-                ids = torch.tensor(document[None, start : start + CONTEXT + 1].astype(np.int64))
-                nats += llama(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-                count += ids.shape[1] - 1
+    llama, nats, count = stock_llama(model), 0.0, 0
+    for window in training_windows_by_hand():
+        ids = torch.tensor(window[None].astype(np.int64))
+        with torch.no_grad():
+            nats += llama(ids, labels=ids).loss.item() * (len(window) - 1)
+        count += len(window) - 1
     found = run(model).evaluation
     assert found.num_tokens == count
     assert found.loss == pytest.approx(nats / count, rel=1e-5)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -161,23 +161,6 @@ def test_a_row_sees_only_what_precedes_in_it(fit: Any) -> None:
     whole = model.losses(rows)
     assert model.losses(rows[:, :4]) == pytest.approx(whole[:, :3], rel=1e-12)
     assert model.losses(rows[:, :1]).shape == (5, 0)
-
-
-def test_longer_contexts_help_where_the_past_decides() -> None:
-    """In 5 1 2 3 6 1 2 4 ..., what follows 1 2 depends on the token before: only counting further tells."""
-    document = [0, *[5, 1, 2, 3, 6, 1, 2, 4] * 20]
-    ids, offsets = flat([document])
-    rows = np.array([document])
-    losses = [
-        model.losses(rows).mean()
-        for model in (
-            UniformModel(8),
-            UnigramModel.fit(ids, offsets, 8),
-            BigramModel.fit(ids, offsets, 8),
-            KneserNey.fit(ids, offsets, 8, order=4),
-        )
-    ]
-    assert all(better < worse for worse, better in pairwise(losses))
 
 
 def test_an_order_below_two_is_refused() -> None:
