@@ -102,25 +102,23 @@ def tiny_corpus(tiny_config: RunConfig, corpus_cache: Path) -> Iterator[Tokenize
         yield tokenize_corpus(tiny_config)
 
 
-@pytest.fixture(scope="session")
-def trained_run(
-    tiny_config: RunConfig, tiny_corpus: TokenizedCorpus, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path
-) -> Run:
-    """A finished run in its own runs directory. Read-only: copy it before changing it."""
+def train_session_run(config: RunConfig, folder: Path, corpus_cache: Path) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
-        store = RunStore(tmp_path_factory.mktemp("trained") / "runs")
-        return start(set_up(tiny_config), store, command=["lumiere", "train"]).run
+        return start(set_up(config), RunStore(folder / "runs"), command=["lumiere", "train"]).run
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_config: RunConfig, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Run:
+    """A finished run in its own runs directory. Read-only: copy it before changing it."""
+    return train_session_run(tiny_config, tmp_path_factory.mktemp("trained"), corpus_cache)
 
 
 @pytest.fixture(scope="session")
 def other_tokenizer_run(tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Run:
     """A finished run on the same stories with a smaller vocabulary. Read-only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LUMIERE_CACHE_DIR", str(corpus_cache))
-        store = RunStore(tmp_path_factory.mktemp("other_tokenizer") / "runs")
-        config = validate({**TINY, "tokenizer": {"vocab_size": 290}})
-        return start(set_up(config), store, command=["lumiere", "train"]).run
+    config = validate(TINY | {"tokenizer": {"vocab_size": 290}})
+    return train_session_run(config, tmp_path_factory.mktemp("other_tokenizer"), corpus_cache)
 
 
 @pytest.fixture(scope="session")

@@ -71,8 +71,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 COMMANDS = (
     "eval {run}",
-    "generate --run {run} -n 6 --seed 1 --temperature 0.7",
-    "generate --run {run} -n 6 --seed 1 --top-p 0.9 --logprobs 2",
+    "generate --run {run} -n 6 --seed 1 --temperature 0.7 --top-p 0.9 --logprobs 2",
     "generate --run {run} -n 6 --seed 1 --typical-p 0.9 --num-return-sequences 2",
     "generate --run {run} -n 6 --num-beams 2",
     "inspect summary --run {run} --windows 8",
@@ -80,7 +79,6 @@ COMMANDS = (
     "inspect heads --run {run}",
     "inspect lens --run {run} --prompt cat",
     "inspect logits --run {run} --prompt cat",
-    "inspect ablate --run {run} --layer 0",
     "inspect ablate --run {run} --layer 0 --mode mean",
     "inspect tokens --run {run} --prompt cat",
     pytest.param("inspect dynamics --run {run}", marks=pytest.mark.slow),

@@ -94,11 +94,14 @@ def metrics(run: Run) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
-def assert_same_state(run: Run, alone: Run, tolerance: float = TOLERANCE) -> None:
-    found, expected = tensors(run), tensors(alone)
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=lambda text, name=name: name + text)
+
+
+def assert_same_state(run: Run, alone: Run, tolerance: float = TOLERANCE) -> None:
+    assert_close(tensors(run), tensors(alone), tolerance)
 
 
 def assert_same_training(run: Run, alone: Run, tolerance: float = TOLERANCE) -> None:

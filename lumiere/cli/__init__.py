@@ -90,20 +90,16 @@ def main() -> None:
     move_caches()
     open_streams()
     code = run_app()
-    if "RANK" in os.environ and is_distributed():
-        # Threads of torch outlive distributed training and sometimes abort the process during the interpreter's cleanup
-        # ("terminate called without an active exception"), which torchrun would report as a failed run.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if "RANK" in os.environ:
+        from lumiere.distributed import ProcessGroup
+
+        if ProcessGroup.from_environment().size > 1:
+            # Threads of torch outlive distributed training and sometimes abort the process during the interpreter's
+            # cleanup ("terminate called without an active exception"), which torchrun would report as a failed run.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)
-
-
-def is_distributed() -> bool:
-    """Return whether torchrun started this process beside others."""
-    from lumiere.distributed import ProcessGroup
-
-    return ProcessGroup.from_environment().size > 1
 
 
 def run_app() -> int:

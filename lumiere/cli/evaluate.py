@@ -12,8 +12,10 @@ from typer import Option
 
 from lumiere.cli.console import print_json, show_note
 from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir, open_model, refuse_both
-from lumiere.errors import DataError, LumiereError, nearest, printable
+from lumiere.errors import DataError, LumiereError, check_choice, printable
+from lumiere.persistence.catalog import distinct
 from lumiere.persistence.loading import OpenedModel, open_corpus
+from lumiere.persistence.runs import RunStore
 
 if TYPE_CHECKING:
     from lumiere.cli.scores import Evaluated
@@ -80,10 +82,8 @@ def evaluate(
 
     keep_freed_memory()
     evaluated: list[Evaluated] = []
-    for reference in dict.fromkeys(runs):
-        opened = open_model(reference, checkpoint, device, runs_dir)
-        if any(opened.run == other.run for other in evaluated):
-            continue
+    for run in distinct([RunStore(runs_dir).open(reference) for reference in runs]):
+        opened = open_model(run.name, checkpoint, device, runs_dir)
         scored = read(opened)
         if evaluated and scored.split.facts.sha256 != evaluated[0].about["corpus_sha256"]:
             raise LumiereError(
@@ -181,11 +181,10 @@ def text_reader(
         LumiereError: The options contradict each other, or the text cannot be read.
     """
     refuse_both({"--text": text, "--dataset": dataset})
+    refuse_both({"--text": text, "--split": split})
     if subset is not None and dataset is None:
         raise LumiereError("--subset needs --dataset", "name the dataset")
     if text is not None:
-        if split is not None:
-            raise LumiereError("--split does not apply to --text", "leave it out")
         return partial(tokenized, "stdin" if text == "-" else text, document_reader(text))
     if dataset is None:
         return partial(own_split, split or "validation")
@@ -210,7 +209,7 @@ def own_split(split: str, opened: OpenedModel) -> ScoredText:
     from lumiere.data.dataset import document_sizes, source_parts
 
     corpus = open_corpus(opened, "restore it, or score a text with --text FILE")
-    check_split(split, corpus.splits)
+    check_choice("split", split, corpus.splits)
     dataset = opened.config.dataset
     documents, are_decoded = source_parts(dataset, corpus, split)
     sizes = document_sizes(documents, corpus.splits[split], opened.tokenizer, are_decoded)
@@ -231,19 +230,12 @@ def dataset_split(name: str, subset: str | None, split: str, opened: OpenedModel
         values |= {"document_start": own.document_start, "text_column": own.text_column}
     dataset = validate({"dataset": values, "model": {"context_size": opened.config.model.context_size}}).dataset
     corpus = load_corpus(dataset)
-    check_split(split, corpus.splits)
+    check_choice("split", split, corpus.splits)
     return tokenized(corpus_name(dataset, split), partial(corpus.parts, split), opened)
 
 
 def corpus_name(dataset: "DatasetConfig", split: str) -> str:
     return " ".join(filter(None, [dataset.name, dataset.subset, split]))
-
-
-def check_split(split: str, splits: Iterable[str]) -> None:
-    if split not in splits:
-        guess = nearest(split, splits)
-        hint = f"it has {', '.join(splits)}" + (f"; did you mean {guess}?" if guess else "")
-        raise DataError(f"the corpus has no split '{split}'", hint)
 
 
 def document_reader(path: str) -> Callable[[], Iterator["Part"]]:

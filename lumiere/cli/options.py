@@ -6,6 +6,7 @@ script splits and expands them.
 """
 
 import functools
+import glob
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -42,8 +43,8 @@ def quietly(complete: Complete) -> Complete:
 
 
 def given(options: Mapping[str, object]) -> list[str]:
-    """Return the names of the options that the user set; a number is set, also if it is 0."""
-    return [name for name, value in options.items() if not (value is None or value is False or value == [])]
+    """Return the names of the options that the user set, also to 0."""
+    return [name for name, value in options.items() if value is not None and value is not False and value != []]
 
 
 def refuse_both(options: Mapping[str, object]) -> None:
@@ -81,21 +82,10 @@ def complete_checkpoint(ctx: typer.Context, incomplete: str) -> list[str]:
 
 @quietly
 def complete_config(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the presets, and the config files up to one folder below the typed one."""
-    return [*shipped_configs(), *config_files(os.path.dirname(incomplete), depth=2)]
-
-
-def config_files(folder: str, depth: int) -> list[str]:
-    """Return the config files in `folder` and `depth - 1` levels below it, as typed, without hidden ones."""
-    try:
-        entries = sorted((e for e in os.scandir(folder or ".") if not e.name.startswith(".")), key=lambda e: e.name)
-    except OSError:
-        return []
-    files = [os.path.join(folder, e.name) for e in entries if e.name.endswith(SUFFIXES) and e.is_file()]
-    if depth > 1:
-        for entry in entries:
-            files += config_files(os.path.join(folder, entry.name), depth - 1) if entry.is_dir() else []
-    return files
+    """Return the presets, and the config files up to one folder below the typed one, without hidden ones."""
+    folder = glob.escape(os.path.dirname(incomplete))
+    paths = (path for pattern in ("*", "*/*") for path in sorted(glob.glob(os.path.join(folder, pattern))))
+    return [*shipped_configs(), *(path for path in paths if path.endswith(SUFFIXES) and os.path.isfile(path))]
 
 
 CONFIG = Argument(

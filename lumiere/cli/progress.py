@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from typing import Self
 
 from rich.progress import (
     BarColumn,
@@ -23,26 +22,18 @@ REFRESHES_PER_SECOND = 2
 """Rich's default of 10 takes time from training."""
 
 
-class Display:
-    """Context manager that shows a progress bar if stderr is a terminal."""
+class Display(Progress):
+    """A progress bar if stderr is a terminal."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
-        console = stderr()
-        self._bar = Progress(
+        super().__init__(
             *columns,
-            console=console,
+            console=stderr(),
             transient=True,
-            disable=not console.is_terminal,
+            disable=not stderr().is_terminal,
             refresh_per_second=REFRESHES_PER_SECOND,
         )
         self._last_line = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
 
     def _print_line(self, line: Callable[[], str]) -> None:
         """Print a line in place of the bar, now and then, if stderr is not a terminal."""
@@ -62,14 +53,14 @@ class TrainingProgress(Display):
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
         )
-        self._task = self._bar.add_task("training", total=None, figures="")
+        self._task = self.add_task("training", total=None, figures="")
         self._total_steps = 0
 
     def __call__(self, event: Event) -> None:
         match event:
             case StartEvent(step=step, total_steps=total):
                 self._total_steps = total
-                self._bar.update(self._task, total=total, completed=step)
+                self.update(self._task, total=total, completed=step)
                 stderr().print(f"[bold]{event.run_name}[/]")
                 stderr().print(
                     f"{event.num_parameters:,} parameters, {event.num_windows:,} training windows, {total:,} steps "
@@ -81,7 +72,7 @@ class TrainingProgress(Display):
             case StepEvent(step=step):
                 speed = f"{event.tokens_per_second:,.0f} tok/s  {event.mfu:.0%} mfu"
                 figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {speed}"
-                self._bar.update(self._task, completed=step, figures=figures)
+                self.update(self._task, completed=step, figures=figures)
                 left = event.seconds / step * (self._total_steps - step)
                 self._print_line(lambda: f"step {step:,}/{self._total_steps:,}  {figures}  {duration(left)} left")
             case EvaluationEvent(evaluation=found):
@@ -102,18 +93,18 @@ class CorpusProgress(Display):
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[figures]}"))
         super().__init__(*columns)
-        self._tasks: dict[str, TaskID] = {}
+        self._stages: dict[str, TaskID] = {}
 
     def __call__(self, progress: DataProgress) -> None:
         if progress.is_note:
             show_note(progress.stage)
             return
-        if progress.stage not in self._tasks:
-            self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.total, figures="")
+        if progress.stage not in self._stages:
+            self._stages[progress.stage] = self.add_task(progress.stage, total=progress.total, figures="")
         documents = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""
         figures = documents or (f"{progress.num_bytes / 1e6:,.0f} MB" if progress.num_bytes else "")
         self._print_line(lambda: f"{progress.stage}  {figures}")
-        self._bar.update(self._tasks[progress.stage], completed=progress.done, total=progress.total, figures=figures)
+        self.update(self._stages[progress.stage], completed=progress.done, total=progress.total, figures=figures)
 
 
 class SnapshotProgress(Display):
@@ -121,7 +112,7 @@ class SnapshotProgress(Display):
 
     def __init__(self, total: int) -> None:
         super().__init__(TextColumn("snapshots"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-        self._task = self._bar.add_task("snapshots", total=total)
+        self._task = self.add_task("snapshots", total=total)
 
     def __call__(self, done: int) -> None:
-        self._bar.update(self._task, completed=done)
+        self.update(self._task, completed=done)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from lumiere.cli.console import escape, print_json, show_note, stdout
+from lumiere.cli.console import escape, print_json, show_note, stdout, table
 from lumiere.cli.options import Config, Json, Overrides
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 TOKEN_STYLES = ("black on bright_cyan", "black on bright_yellow")
 COLUMNS = {"documents": ",", "tokens": ",", "bytes_per_token": ".2f", "windows": ",", "padding_share": ".1%"}
-ROW = "{:11}  {:>9}  {:>12}  {:>15}  {:>9}  {:>7}"
 
 
 def tokenize(
@@ -46,10 +45,11 @@ def tokenize(
         return
     title = " ".join(filter(None, [facts["dataset"], facts["subset"]]))
     stdout().print(f"[bold]{escape(title)}[/]")
-    stdout().print(ROW.format("split", *(key.replace("_", " ").removesuffix(" share") for key in COLUMNS)))
-    for name, split in facts["splits"].items():
-        cells = (format(split[key], form) for key, form in COLUMNS.items())
-        stdout().print(ROW.format(name, *cells))
+    rows = [["split", *(key.replace("_", " ").removesuffix(" share") for key in COLUMNS)]]
+    rows += [
+        [name, *(format(split[key], form) for key, form in COLUMNS.items())] for name, split in facts["splits"].items()
+    ]
+    stdout().print(table(rows), end="")
     used, rows = facts["num_tokens_used"], facts["vocab_size"]
     stdout().print(f"vocabulary   {used:,} tokens" + (f", fewer than the {rows:,} asked for" if used < rows else ""))
     stdout().print(f"fingerprint  {facts['fingerprint'][:16]}" + (" (from the cache)" if corpus.from_cache else ""))

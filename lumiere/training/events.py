@@ -1,6 +1,6 @@
 """Events of a training run. The metrics file, the progress bar and the loggers are callbacks of one stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,3 +90,13 @@ class WarningEvent:
 
 Event = StartEvent | StepEvent | EvaluationEvent | CheckpointEvent | WarningEvent
 Callback = Callable[[Event], None]
+
+
+def to_all(callbacks: Sequence[Callback]) -> Callback:
+    """Return a callback that passes each event to all of these, in order."""
+
+    def emit(event: Event) -> None:
+        for callback in callbacks:
+            callback(event)
+
+    return emit

@@ -15,7 +15,7 @@ from lumiere.errors import LumiereError
 from lumiere.persistence.metrics import MetricsWriter
 from lumiere.persistence.runs import Run
 from lumiere.programs import install_command
-from lumiere.training.events import Callback, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
+from lumiere.training.events import Callback, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent, to_all
 
 STEP_METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
 EVALUATION_METRICS = ("loss", "perplexity", "bits_per_byte")
@@ -237,17 +237,14 @@ def check_packages(names: Iterable[str]) -> None:
 
 
 @contextmanager
-def opened_loggers(config: RunConfig, run: Run, callbacks: Sequence[Callback]) -> Iterator[list[Callback]]:
-    """Yield `callbacks` and the loggers of the config, which are closed at the end."""
-
-    def emit(event: Event) -> None:
-        for callback in callbacks:
-            callback(event)
-
-    loggers = [FailSafeLogger(name, config, run, emit) for name in LOGGERS if name in config.training.loggers]
+def opened_loggers(config: RunConfig, run: Run, callbacks: Sequence[Callback]) -> Iterator[Callback]:
+    """Yield a callback for `callbacks` and then the loggers of the config, which are closed at the end."""
+    loggers = [
+        FailSafeLogger(name, config, run, to_all(callbacks)) for name in LOGGERS if name in config.training.loggers
+    ]
     failed = True
     try:
-        yield [*callbacks, *loggers]
+        yield to_all([*callbacks, *loggers])
         failed = False
     finally:
         for logger in loggers:

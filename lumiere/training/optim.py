@@ -163,20 +163,13 @@ class Optimizers:
             found, optimizer = by_name[name], self._optimizer_of[name]
             # The optimizer itself would fail on missing or misshaped state in the middle of its first step.
             expected = {quantity: () if quantity == "step" else parameter.shape for quantity in STATE[type(optimizer)]}
-            if found and {quantity: value.shape for quantity, value in found.items()} != expected:
+            is_known = {quantity: value.shape for quantity, value in found.items()} == expected
+            if found and not (is_known and {value.dtype for value in found.values()} == {parameter.dtype}):
                 raise ValueError(f"no state of the optimizer for {name}")
-            optimizer.state[parameter] = {quantity: restored(value, parameter) for quantity, value in found.items()}
-
-
-def restored(value: Tensor, parameter: Tensor) -> Tensor:
-    """Copy a state tensor to the parameter's device, sharded like the parameter.
-
-    Raises:
-        ValueError: Its type is not that of the parameter.
-    """
-    if value.dtype != parameter.dtype:
-        raise ValueError(f"a state of type {value.dtype} for a parameter of type {parameter.dtype}")
-    return distribute_like(value, parameter) if value.ndim else value.to(parameter.device, copy=True)
+            optimizer.state[parameter] = {
+                quantity: distribute_like(value, parameter) if value.ndim else value.to(parameter.device, copy=True)
+                for quantity, value in found.items()
+            }
 
 
 class WeightAverage:

@@ -79,20 +79,16 @@ class DdpObjective:
     def __init__(self, model: Transformer, objective: Objective, device: torch.device, processes: ProcessGroup) -> None:
         from torch.nn.parallel import DistributedDataParallel
 
-        self._module = DistributedDataParallel(
+        self.module = DistributedDataParallel(
             BatchLoss(model, objective), process_group=gradient_group(device, processes)
         )
         self._size = processes.size
 
     def __call__(self, model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = self._module(tokens, targets)
+        loss = self.module(tokens, targets)
         # DDP averages over the processes, but the objective is a sum.
         loss.register_hook(lambda gradient: gradient * self._size)
         return loss
-
-    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Context of the forward pass of one part of a batch. The last part's backward pass sums the gradients."""
-        return nullcontext() if is_last else self._module.no_sync()
 
 
 class FsdpObjective:
@@ -113,19 +109,10 @@ class FsdpObjective:
             # A sum instead of FSDP's mean. Gloo cannot multiply while it reduces, which another factor would need.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
-        self._module = cast("FSDPModule", module)
+        self.module = cast("FSDPModule", module)
 
     def __call__(self, model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
-        return cast("nn.Module", self._module)(tokens, targets)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Context in which other methods of the model than the objective can be called."""
-        self._module.unshard()
-        try:
-            yield
-        finally:
-            self._module.reshard()
+        return cast("nn.Module", self.module)(tokens, targets)
 
 
 def parallelize(
@@ -159,13 +146,21 @@ def gradient_group(device: torch.device, processes: ProcessGroup) -> TorchProces
 
 
 def accumulating(objective: Objective, is_last: bool) -> AbstractContextManager[None]:
-    """Context of the forward pass of one part of a batch, for any objective."""
-    return objective.accumulating(is_last) if isinstance(objective, DdpObjective) else nullcontext()
+    """Context of the forward pass of one part of a batch. With DDP, only the last part's backward pass sums."""
+    return objective.module.no_sync() if isinstance(objective, DdpObjective) and not is_last else nullcontext()
 
 
-def evaluating(objective: Objective) -> AbstractContextManager[None]:
-    """Context in which the model can be called outside the objective, for any objective."""
-    return objective.evaluating() if isinstance(objective, FsdpObjective) else nullcontext()
+@contextmanager
+def evaluating(objective: Objective) -> Iterator[None]:
+    """Context in which other methods of the model than the objective can be called."""
+    module = objective.module if isinstance(objective, FsdpObjective) else None
+    if module is not None:
+        module.unshard()
+    try:
+        yield
+    finally:
+        if module is not None:
+            module.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

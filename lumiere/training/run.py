@@ -40,7 +40,7 @@ from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.persistence.step_folders import clear
 from lumiere.training.costs import disk
-from lumiere.training.events import Callback, WarningEvent
+from lumiere.training.events import Callback, WarningEvent, to_all
 from lumiere.training.loggers import metrics_log, opened_loggers
 from lumiere.training.setup import (
     INEXACT,
@@ -123,8 +123,7 @@ def resume(
             message = f"{problem}; resuming from {name} (step {step:,})"
             shown.insert(0, message)
         for message in shown:
-            for callback in callbacks:
-                callback(WarningEvent(step, message))
+            to_all(callbacks)(WarningEvent(step, message))
         with writing(run.path):
             remove_leftovers(run)
         # Without a checkpoint, every line goes.
@@ -167,7 +166,7 @@ def follow(
             run, choice["resumes_from"], outlined=config.training.parallel == "fsdp", verify=False
         )
     setup = set_up_rank(config, choice)
-    return connected_trainer(setup, run, (), checkpoint, processes).train()
+    return connected_trainer(setup, run, to_all(()), checkpoint, processes).train()
 
 
 def dismiss(processes: ProcessGroup) -> None:
@@ -193,12 +192,12 @@ def run_training(
         with (
             beating(run.path),
             MetricsWriter(run.metrics_path) as writer,
-            opened_loggers(setup.config, run, [metrics_log(writer), *callbacks]) as all_callbacks,
+            opened_loggers(setup.config, run, [metrics_log(writer), *callbacks]) as emit,
             noticing_losses(processes),
         ):
             if isinstance(processes, TorchrunGroup):
                 processes.send_choice(json.dumps({"run": run.name, "resumes_from": resumes_from} | setup.resolved))
-            trainer = connected_trainer(setup, run, all_callbacks, checkpoint, processes)
+            trainer = connected_trainer(setup, run, emit, checkpoint, processes)
             result = trainer.train()
     except BaseException as error:
         # Also for KeyboardInterrupt: a second Ctrl-C exits at once with what was saved before.
@@ -216,7 +215,7 @@ def run_training(
 def connected_trainer(
     setup: TrainingSetup,
     run: Run,
-    callbacks: Sequence[Callback],
+    emit: Callback,
     checkpoint: Checkpoint | None,
     processes: ProcessGroup,
 ) -> Trainer:
@@ -226,7 +225,7 @@ def connected_trainer(
         metadata = json.dumps(checkpoint.metadata if checkpoint else None, sort_keys=True)
         facts = setup.fingerprint() | {"checkpoint": hashlib.sha256(metadata.encode()).hexdigest()}
         check_agreement(facts, processes)
-    return Trainer(setup, run, callbacks=callbacks, checkpoint=checkpoint, processes=processes)
+    return Trainer(setup, run, emit, checkpoint, processes)
 
 
 def check_agreement(facts: Mapping[str, str], processes: ProcessGroup) -> None:

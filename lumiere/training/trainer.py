@@ -26,7 +26,6 @@ from lumiere.training.events import (
     Callback,
     CheckpointEvent,
     EvaluationEvent,
-    Event,
     StartEvent,
     StepEvent,
     WarningEvent,
@@ -72,7 +71,7 @@ class Trainer:
 
     Args:
         run: Receives the checkpoints.
-        callbacks: Called with each event, in order.
+        emit: Called with each event.
         checkpoint: The state to resume from. None: start from step 0. On a CPU the result is bit-identical to an
             uninterrupted run on the same machine with the same number of threads and processes.
         processes: The processes that train together.
@@ -82,8 +81,7 @@ class Trainer:
         self,
         setup: TrainingSetup,
         run: Run,
-        *,
-        callbacks: Sequence[Callback] = (),
+        emit: Callback,
         checkpoint: Checkpoint | None = None,
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
@@ -91,7 +89,7 @@ class Trainer:
         self.setup = setup
         self.settings = config.training
         self.run = run
-        self.callbacks = callbacks
+        self.emit = emit
         self.processes = processes
         self.device = local_device(setup.device, processes)
         self.windows = setup.corpus.windows("train", config)
@@ -114,7 +112,7 @@ class Trainer:
         objective: Objective = compiled(self.warn) if self.settings.compile else summed_loss
         self.objective = parallelize(model, objective, self.settings.parallel, self.device, processes)
         self.state = TrainingState.around(model, self.settings, setup.precision)
-        self.guard = NonFiniteGuard(setup, run, self.state, self.emit)
+        self.guard = NonFiniteGuard(setup, run, self.state, emit)
         if checkpoint is not None:
             self.state.restore(local_rows(checkpoint, model, processes))
             # Again, because the settings may allow more steps, or fewer, than those it was saved with.
@@ -247,11 +245,6 @@ class Trainer:
         }
 
     # Events
-
-    def emit(self, event: Event) -> None:
-        """Pass an event to all callbacks."""
-        for callback in self.callbacks:
-            callback(event)
 
     def warn(self, message: str) -> None:
         """Emit a warning about the current step."""

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from lumiere.files import locked
 from lumiere.persistence.runs import Run
 from lumiere.training import loggers
-from tests.checkpoints import folder_of
-from tests.cli.commands import invoke, refuse
+from tests.cli.commands import refuse
 
 
 @pytest.fixture
@@ -24,13 +21,13 @@ def files() -> None:
         "empty.txt": b"\n  \n",
         "book.txt": b"A short book.\n",
         "latin.txt": b"one\r\ncaf\xe9",
-        "empty.yaml": b"",
-        "list.yaml": b"- a\n",
-        "latin.yaml": b"model: \xe9",
         "card.md": b"mine",
+        "blank.txt": b"\n \n",
+        "bad.jsonl": b'{"prompt": "a"}\n{"prompt":\n',
+        "keys.jsonl": b'{"text": "a"}\n',
+        "empty.jsonl": b'{"prompt": ""}\n',
     }.items():
         Path(name).write_bytes(content)
-    Path("folder.yaml").mkdir()
     Dataset.from_dict({"body": ["some text"]}).to_parquet("no-text-column.parquet")
     Dataset.from_dict({"text": [1, 2]}).to_parquet("numbers.parquet")
     Dataset.from_dict({"text": ["some text"]}).to_parquet(Path("corpus") / "one" / "train.parquet")
@@ -41,14 +38,8 @@ def files() -> None:
 
 
 SETTINGS = [
-    ("model.num_head=4", "unknown key model.num_head", ""),
-    ("model.n_embd=4", "unknown key model.n_embd", ""),
-    ("model.num_heads=four", "model.num_heads", ""),
-    ("model.num_heads=0", "model.num_heads must be at least 1", ""),
-    ("model.dropout=1.5", "model.dropout must be less than 1", ""),
-    ("training.learning_rate=nan", "training.learning_rate", ""),
-    ("model.num_layers=yes", "model.num_layers", ""),
-    ("dataset.sliding_window_size=64", "dataset.sliding_window_size must be smaller than model.context_size", ""),
+    ("model.num_head=4", "unknown key model.num_head", "did you mean"),
+    ("tokenizer.vocab_size=3", "tokenizer.vocab_size", ""),
     ("dataset.name=./no-such-folder", "'./no-such-folder'", ""),
     ("dataset.name=nobody/nothing", "'nobody/nothing' is not on this machine", ""),
     ("dataset={name: text, data_files: none.txt}", "'none.txt'", ""),
@@ -61,19 +52,11 @@ SETTINGS = [
     ("dataset={name: corpus, subset: ome}", "'corpus' has no subset 'ome', it has one, two", "dataset.subset=one"),
     ("training.loggers=tensorbord", "got 'tensorbord'", "did you mean tensorboard?"),
     ("training.loggers=[wandb, wadb]", "got 'wadb'", "did you mean wandb?"),
-    ("training.optimizer=adam", "got 'adam'", "did you mean adamw?"),
-    ("training.loggers={}", "training.loggers must be a list, got a dict", ""),
-    ("training.device=gpu", "training.device must be auto, cpu", ""),
     (f"training.device=cuda:{torch.cuda.device_count()}", f"'cuda:{torch.cuda.device_count()}'", "cpu"),
-    ("no-equals-sign", "is not key=value", ""),
 ]
 TRAINING = [
     *((("tiny", "--set", setting), error, hint) for setting, error, hint in SETTINGS),
     (("none.yaml",), "no config 'none.yaml'", ""),
-    (("empty.yaml",), "is empty", ""),
-    (("list.yaml",), "holds a list", ""),
-    (("latin.yaml",), "is not UTF-8", ""),
-    (("folder.yaml",), "is a folder", ""),
     ((), "no config given", ""),
     (("tiny", "--resume", "latest"), "keeps its own config", ""),
     (("--resume", "latest", "--print-config"), "keeps its own config", ""),
@@ -108,25 +91,16 @@ def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: py
 
 REFERENCES = ["nothere1", "../../etc", "/etc/passwd", "", "a b", "\x1b[31mred", "latest"]
 COMMANDS = """
-    eval | generate --run | inspect attention --run | train --resume | runs show | runs card | runs compare | runs plot
-    | runs watch | runs rm --yes | runs prune --yes | runs note --
+    eval | generate --run | inspect attention --run | train --resume | export --to transformer-lens
+    | runs show | runs card | runs compare | runs plot | runs watch | runs rm --yes | runs prune --yes | runs note --
 """
 
 
 @pytest.mark.parametrize("command", COMMANDS.split("|"))
 def test_no_such_run(command: str) -> None:
     for reference in REFERENCES:
-        after = ["text"] if "note" in command else []
+        after = ["text"] if "note" in command or "export" in command else []
         assert "no run" in refuse(*command.split(), reference, *after)[0]
-
-
-def test_ambiguous_run(run: Run) -> None:
-    twin = run.name.replace(run.id, run.id[:7] + ("x" if run.id[7] != "x" else "y"))
-    shutil.copytree(run.path, Path("runs") / twin)
-    error, hint = refuse("eval", run.id[:7])
-    assert "2 runs" in error
-    assert run.id in error + hint
-    invoke("runs", "show", run.id)
 
 
 @pytest.mark.parametrize("name", ["bset", "../best", "step-00000003", "999", ""])
@@ -136,15 +110,7 @@ def test_no_such_checkpoint(run: Run, name: str) -> None:
     assert "it has best, latest" in hint
 
 
-@pytest.mark.parametrize("keep", [lambda whole: b"", lambda whole: whole[:7], lambda whole: whole[: len(whole) // 2],
-                                  lambda whole: whole[:-1], lambda whole: b"this is no checkpoint"])  # fmt: skip
-def test_damaged_checkpoint(run: Run, keep: Callable[[bytes], bytes]) -> None:
-    path = folder_of(run, "best") / "model.safetensors"
-    path.write_bytes(keep(path.read_bytes()))
-    for command in (["eval", "latest"], ["generate"], ["inspect", "attention"]):
-        assert "is damaged" in refuse(*command)[0]
-
-
+# A command, what its error names, and in some rows what its hint names.
 REFUSED = """
     eval latest --split tset | no split 'tset'
     eval latest --text none.txt | none.txt cannot be read
@@ -161,14 +127,46 @@ REFUSED = """
     eval latest -o none/eval.png | 'none'
     eval latest --device tpu | there is no device 'tpu'
     eval latest --text empty.txt | the text is empty
-    eval latest --text latin.txt | latin.txt, line 2
-    inspect tokens --file latin.txt | latin.txt, line 2
-    generate --prompts latin.txt | latin.txt, line 2
+    eval latest --text latin.txt | latin.txt, line 2 | iconv
+    tokenize tiny --set tokenizer.vocab_size=3 | tokenizer.vocab_size
+    inspect tokens --file latin.txt | latin.txt, line 2 | iconv
+    generate --prompts latin.txt | latin.txt, line 2 | iconv
     generate --prompt \udc80 | surrogate
     generate --temperature -1 | the temperature must be 0 or more
     generate --temperature nan | the temperature must be 0 or more
     generate --top-k 0 | top-k must be at least 1
     generate --top-p 1.5 | top-p must be more than 0 and at most 1
+    generate --prompt a --prompts f | --prompt and --prompts
+    generate --interactive --prompt a | --prompt and --interactive
+    generate --interactive --json | --interactive and --json
+    generate --interactive --logprobs 0 | --interactive and --logprobs
+    generate --color --json | --color and --json
+    generate --color --logprobs 0 | --color and --logprobs
+    generate --greedy --temperature 1 | --temperature has no effect
+    generate --temperature 0 --top-k 5 | --top-k has no effect
+    generate --num-beams 2 --top-p 0.5 | --top-p has no effect
+    generate --num-beams 2 --temperature 0 | --temperature has no effect
+    generate --num-beams 2 --seed 0 | --seed has no effect
+    generate --num-beams 2 --greedy | --greedy has no effect
+    generate --num-beams 2 --stop a | --stop has no effect
+    generate --num-beams 2 --num-return-sequences 3 | 2 beams cannot give 3 texts
+    generate --greedy --num-return-sequences 3 | temperature 0 gives the same text 3 times
+    generate --min-p 2 | min-p must be from 0 to 1
+    generate --typical-p 0 | typical-p must be more than 0
+    generate --repetition-penalty 0 | the repetition penalty must be more than 0
+    generate --no-repeat-ngram-size 0 | n-grams that may not repeat must be at least 1
+    generate --stop=| a stop string is empty
+    generate --prompts none.txt | none.txt cannot be read
+    generate --prompts blank.txt | blank.txt holds no prompt
+    generate --prompts bad.jsonl | bad.jsonl, line 2
+    generate --prompts keys.jsonl | keys.jsonl, line 1
+    generate --prompts empty.jsonl | empty.jsonl, line 1: the prompt is empty
+    export latest corpus --to transformer-lens | the folder 'corpus' is not empty
+    export latest corpus/README.md --to transformer-lens | 'corpus/README.md' exists and is not a folder
+    export latest none/out --to transformer-lens | the folder 'none' does not exist
+    export latest . --to transformer-lens | '.' is the current folder
+    export latest out --to transformer-lens --checkpoint bset | 'bset'
+    export latest out --to transformers-lens | 'transformers-lens'
     inspect attention --layer 2 | there is no layer 2
     inspect attention --layer -3 | there is no layer -3
     inspect attention --head 7 | there is no head 7
@@ -195,20 +193,48 @@ REFUSED = """
     runs card latest -o card.md | card.md exists
     runs card latest -o runs | 'runs' is a directory
     runs card latest -o no/a.md | 'no' does not exist
+    evaluate latest | evaluate | lumiere eval
+    sample | sample | lumiere generate
+    tokenise | tokenise | tokenize
+    ls | ls | lumiere runs ls
+    attention | attention | lumiere inspect attention
+    frobnicate | frobnicate | inspect, runs
+    inspect patch | patch | lumiere inspect ablate
+    inspect attn | attn | lumiere inspect attention
+    inspect atention | atention | attention
+    inspect logit-lens | logit-lens | lumiere inspect lens
+    inspect sae | sae | lumiere inspect cache
+    inspect frobnicate | frobnicate | summary, attention
+    runs list | list | lumiere runs ls
+    runs delete x | delete | lumiere runs rm
+    train tiny --init-from gpt2 | --init-from | --resume RUN
+    train tiny --lr 1 | --lr | --set training.learning_rate=VALUE
+    train tiny --batch-size 1 | --batch-size | --set training.batch_size=VALUE
+    train --config tiny | --config | lumiere train FILE
+    generate --promt x | --promt | --prompt
+    generate --max_new_tokens 3 | --max_new_tokens | --max-new-tokens
+    generate --max-length 3 | --max-length | --max-new-tokens
+    generate -n x | --max-new-tokens | lumiere generate
+    generate -n | -n | --help
+    generate --frobnicate | --frobnicate | lumiere generate --help
+    inspect --frobnicate | --frobnicate | lumiere inspect --help
+    inspect lens --promt x | --promt | --prompt
+    eval | RUN | lumiere eval
+    train tiny small | small | lumiere train
 """
 
 
 @pytest.mark.usefixtures("files", "run")
-def test_refused_options() -> None:
+def test_refused_command_lines() -> None:
     def state() -> list[tuple[Path, int]]:
         return sorted((path, path.stat().st_mtime_ns) for path in Path().rglob("*"))
 
     before = state()
     for line in filter(str.strip, REFUSED.splitlines()):
-        command, _, message = line.strip().partition(" | ")
+        command, in_error, *in_hint = (part.strip(" ") for part in line.split("|"))
         error, hint = refuse(*command.split(" "))
-        assert message in error
-        assert "latin" not in error or "iconv" in hint
+        assert in_error in error
+        assert all(text in hint for text in in_hint)
         assert state() == before
 
 
@@ -218,13 +244,6 @@ def test_empty_texts_and_names(run: Run) -> None:
         assert "the prompt is empty" in refuse("inspect", "attention", "--prompt", prompt)[0]
     assert "the model sees 16" in refuse("inspect", "attention", "--prompt", "word " * 40)[0]
     assert "'.' is a directory" in refuse("runs", "card", "latest", "-o", "")[0]
-
-
-def test_a_running_run_is_not_removed(run: Run) -> None:
-    run.update(status="running")
-    with locked(run.path):
-        assert f"run {run.id} is running" in refuse("runs", "rm", run.id, "--yes")[0]
-    assert run.record_path.exists()
 
 
 def test_a_run_without_losses_is_not_drawn(run: Run) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lumiere import __version__
+from lumiere.config import loader
 from lumiere.config.loader import load_config
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.persistence.runs import Run, RunStore
-from tests.checkpoints import remove_pointers
 from tests.cli.commands import invoke, read_json, stdout_of
 
 
@@ -37,7 +37,9 @@ def test_print_config_is_the_resolved_config_in_which_flags_win(tiny_yaml: str) 
 
 
 def test_train_records_a_run_and_says_how_it_ended(tiny_yaml: str) -> None:
-    printed = stdout_of("train", tiny_yaml, "--max-steps", "3", "--seed", "5")
+    result = invoke("train", tiny_yaml, "--max-steps", "3", "--seed", "5")
+    printed = result.stdout
+    assert "training.warmup_steps=4" in result.stderr, "the warm-up never ends"
     run = RunStore().open("latest")
     record, config = run.record, run.load_config()
     assert (record.status, record.step) == ("finished", 3)
@@ -64,23 +66,11 @@ def test_what_to_try_next_works_as_printed(is_active: bool, tiny_yaml: str, monk
     assert [arguments[1] for arguments in commands] == ["generate", "inspect", "eval"]
 
 
-def test_a_config_is_validated_once(tiny_yaml: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lumiere.config import loader
-
+def test_train_as_json_and_resume_of_a_finished_run(tiny_yaml: str, monkeypatch: pytest.MonkeyPatch) -> None:
     validate, count = loader.validate, []
     monkeypatch.setattr(loader, "validate", lambda values: count.append(1) or validate(values))
-    invoke("train", tiny_yaml, "--max-steps", "2", "--json")  # in words, the best model is loaded with its own config
-    assert len(count) == 1
-
-
-def test_train_warns_of_a_warm_up_that_never_ends(tiny_yaml: str) -> None:
-    for steps, is_said in (("3", True), ("4", False)):
-        result = invoke("train", tiny_yaml, "--max-steps", steps, "--json")
-        assert ("training.warmup_steps=4" in result.stderr) == is_said
-
-
-def test_train_as_json_and_resume_of_a_finished_run(tiny_yaml: str) -> None:
     record = read_json("train", tiny_yaml, "--max-steps", "2")
+    assert len(count) == 1, "a config is validated once"
     assert (record["step"], record["status"]) == (2, "finished")
     result = invoke("train", "--resume", record["run"], "--json")
     assert "is finished (reached max_steps)" in result.stderr
@@ -112,20 +102,3 @@ def test_tokenize_text_makes_special_characters_visible(tiny_yaml: str, tiny_cor
     labels, ids = stdout_of("tokenize", tiny_yaml, "--text", text).splitlines()
     assert labels.replace("|", "") == "".join(shown["tokens"]).replace("|", "")
     assert ids == " ".join(map(str, shown["ids"]))
-
-
-def test_inspect_takes_the_same_window_every_time(run: Run, tiny_corpus: TokenizedCorpus) -> None:
-    shown = read_json("inspect", "attention", "--layer", "0")
-    assert shown["token_ids"] == tiny_corpus.splits["validation"].ids[:16].tolist()
-    assert len(shown["patterns"][0]) == 2
-    for pattern in shown["patterns"][0]:
-        for row, weights in enumerate(pattern):
-            assert sum(weights) == pytest.approx(1, abs=1e-6)
-            assert not any(weights[row + 1 :])
-
-
-def test_latest_is_taken_and_named_where_there_is_no_best(run: Run) -> None:
-    remove_pointers(run, "best")
-    result = invoke("eval", "latest", "--json")
-    assert json.loads(result.stdout)["checkpoint"] == "latest"
-    assert f"run {run.id} has no checkpoint best yet, latest is taken" in result.stderr

@@ -10,7 +10,6 @@ import yaml
 
 from lumiere.cli import SPIN_COUNT, move_caches, sleep_while_waiting
 from lumiere.config.schema import RunConfig
-from lumiere.files import is_writable
 
 OTHERS = ("HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
 
@@ -39,13 +38,6 @@ def test_caches_move_where_their_own_place_cannot_be_written(
     found = {name: os.environ[name] for name in OTHERS if name in os.environ and name != "XDG_CACHE_HOME"}
     assert found == {name: str(tmp_path / value) for name, value in moved.items()}
     assert os.listdir("a-folder") == []
-
-
-def test_what_is_writable(tmp_path: Path) -> None:
-    assert is_writable(str(tmp_path / "not" / "yet"))
-    assert not (tmp_path / "not").exists()
-    Path("a-file").touch()
-    assert not is_writable("a-file/folder")
 
 
 @pytest.mark.slow
@@ -82,9 +74,3 @@ def test_the_users_choice_wins(chosen: dict[str, str], expected: str | None, mon
     monkeypatch.setattr(os, "environ", dict(chosen))
     sleep_while_waiting()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
-
-
-def test_it_comes_before_torch_is_loaded() -> None:
-    code = "import sys, lumiere.cli; lumiere.cli.sleep_while_waiting(); print('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert shown == "False\n"

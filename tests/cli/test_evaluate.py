@@ -27,8 +27,7 @@ OTHER = "run_zzzzzzzz_20990101_000000"
 @pytest.fixture
 def early(run: Run) -> Run:
     """The same with the weights of the beginning."""
-    early = Run(Path("runs") / OTHER)
-    shutil.copytree(run.path, early.path)
+    early = Run(Path(shutil.copytree(run.path, Path("runs") / OTHER)))
     shutil.rmtree(folder_of(early, "best"))
     shutil.copytree(folder_of(early, "step-00000000"), folder_of(early, "best"))
     return early
@@ -135,20 +134,14 @@ def test_runs_are_compared_document_by_document(run: Run, early: Run) -> None:
         assert paired["difference"] == pytest.approx(untrained[figure] - trained[figure])
         assert 0 < paired["low"] <= paired["difference"] <= paired["high"], "it has learned something"
         assert (paired["num_documents"], paired["num_lower"]) == (trained["documents"], 0)
-    printed = stdout_of("eval", run.id, early.id)
+    printed = stdout_of("eval", run.id, early.id, "-o", "eval.svg")
+    drawn = Path("eval.svg").read_text(encoding="utf-8")
+    for text in (f"{run.id}, best", f"{early.id}, best", "stories validation (", "windows of 16 tokens, each 13 after"):
+        assert text in drawn
     paired = difference["bits_per_byte"]
     assert f"{early.id} - {run.id}" in printed
     assert f"{paired['difference']:+.4f}  {paired['low']:+.4f} to {paired['high']:+.4f}  0 of 2 documents" in printed
     assert max(map(len, printed.splitlines())) <= 80
-
-
-def test_it_draws(run: Run, early: Run) -> None:
-    result = invoke("eval", run.id, early.id, "-o", "eval.svg", "--json")
-    assert len(json.loads(result.stdout)["runs"]) == 2
-    assert "wrote eval.svg" in result.stderr
-    drawn = Path("eval.svg").read_text(encoding="utf-8")
-    for text in (f"{run.id}, best", f"{early.id}, best", "stories validation (", "windows of 16 tokens, each 13 after"):
-        assert text in drawn
 
 
 def test_runs_with_other_windows_are_compared_by_bytes(run: Run, early: Run) -> None:
@@ -184,14 +177,12 @@ def test_other_tokenizers_compare_by_bits_per_byte(run: Run, other_tokenizer_run
         assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
     first, second = compared["runs"]
     assert first["num_tokens"] < second["num_tokens"], "the smaller vocabulary needs more tokens"
-    (difference,) = read_json("eval", run.id, other_tokenizer_run.id)["differences"]
+    compared = read_json("eval", run.id, other_tokenizer_run.id)
+    (first, second), (difference,) = compared["runs"], compared["differences"]
     assert "loss" not in difference, "over other tokens"
-    both = read_json("eval", run.id, other_tokenizer_run.id)["runs"]
-    assert difference["bits_per_byte"]["difference"] == pytest.approx(
-        both[1]["bits_per_byte"] - both[0]["bits_per_byte"]
-    )
-    printed = stdout_of("eval", run.id, other_tokenizer_run.id)
-    assert "the tokenizers differ" in printed
+    expected = second["bits_per_byte"] - first["bits_per_byte"]
+    assert difference["bits_per_byte"]["difference"] == pytest.approx(expected)
+    assert "the tokenizers differ" in stdout_of("eval", run.id, other_tokenizer_run.id)
 
 
 def test_runs_with_other_texts_are_not_compared(run: Run, early: Run) -> None:

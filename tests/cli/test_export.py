@@ -13,7 +13,7 @@ from lumiere.export import exporting, transformer_lens
 from lumiere.interpret.result import Receipt
 from lumiere.persistence.runs import Run
 from lumiere.persistence.tensor_files import hash_tensors
-from tests.cli.commands import invoke, refuse
+from tests.cli.commands import invoke
 
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
 
@@ -50,28 +50,6 @@ def test_json(run: Run) -> None:
     assert [receipt["holds"] for receipt in shown["receipts"]] == [True]
 
     assert Tokenizer.load(Path("out/tokenizer.json")).fingerprint == run.load_tokenizer().fingerprint
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("latest full", "the folder 'full' is not empty"),
-        ("latest full/mine.txt", "'full/mine.txt' exists and is not a folder"),
-        ("latest none/out", "the folder 'none' does not exist"),
-        ("latest .", "'.' is the current folder"),
-        ("zzzzzzzz out", "no run 'zzzzzzzz'"),
-        ("latest out --checkpoint bset", "'bset'"),
-        ("latest out --to transformers-lens", "'transformers-lens'"),
-    ],
-)
-def test_bad_input_is_refused(run: Run, arguments: str, message: str) -> None:
-    Path("full").mkdir()
-    Path("full/mine.txt").write_text("mine")
-    error, hint = refuse("export", "--to", "transformer-lens", *arguments.split())
-    assert message in error
-    assert "s-lens" not in arguments or hint == "hint: did you mean transformer-lens?"
-    assert sorted(os.listdir()) == ["full", "runs"]
-    assert os.listdir("full") == ["mine.txt"]
 
 
 def test_other_logits_exit_with_3_and_write_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lumiere.cli.generate import Settings
+from lumiere.cli.generate import SESSION_COMMANDS, Settings
 from lumiere.errors import LumiereError
 from lumiere.generation.decoding import Limits
 from lumiere.generation.sampling import Sampling
@@ -57,7 +57,10 @@ def test_many_prompts_become_json_lines() -> None:
     assert alone == f"{records[0]['prompt']}{records[0]['text']}\n"
 
 
-def test_json() -> None:
+def test_json_and_several_texts() -> None:
+    first, second = read_json("generate", "--prompt", "The", "--num-beams", "3", "--num-return-sequences", "2")
+    assert first["score"] >= second["score"]
+    assert "seed" not in first
     options = ("--prompt", "The", "-n", "5", "--seed", "3")
     (record,) = json.loads(call(*options, "--json", "--logprobs", "2"))
     assert call(*options) == f"The{record['text']}\n"
@@ -89,12 +92,6 @@ def test_logprobs_are_a_line_a_token() -> None:
         assert re.fullmatch(r"\S+ +-?\d+\.\d{3} +\d+\.\d%(  \S+ \d+\.\d%){2}", line), line
 
 
-def test_beams() -> None:
-    first, second = read_json("generate", *THE[:4], "--num-beams", "3", "--num-return-sequences", "2")
-    assert first["score"] >= second["score"]
-    assert "seed" not in first
-
-
 def test_the_check_says_what_it_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     from lumiere.generation.kv_cache import CacheCheck
     from lumiere.generation.text import TextGenerator
@@ -103,45 +100,6 @@ def test_the_check_says_what_it_compared(monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.search(r"passed: \d+ cached steps", notes(*options))
     monkeypatch.setattr(TextGenerator, "check", lambda self, generation: CacheCheck(9, 0.5, 1e-4))
     assert "FAILED: 9 cached steps" in notes(*options, code=3)
-
-
-REFUSED = """
-    --prompt a --prompts f | --prompt and --prompts
-    --interactive --prompt a | --prompt and --interactive
-    --interactive --json | --interactive and --json
-    --interactive --logprobs 0 | --interactive and --logprobs
-    --color --json | --color and --json
-    --color --logprobs 0 | --color and --logprobs
-    --greedy --temperature 1 | --temperature has no effect
-    --temperature 0 --top-k 5 | --top-k has no effect
-    --num-beams 2 --top-p 0.5 | --top-p has no effect
-    --num-beams 2 --temperature 0 | --temperature has no effect
-    --num-beams 2 --seed 0 | --seed has no effect
-    --num-beams 2 --greedy | --greedy has no effect
-    --num-beams 2 --stop a | --stop has no effect
-    --num-beams 2 --num-return-sequences 3 | 2 beams cannot give 3 texts
-    --greedy --num-return-sequences 3 | temperature 0 gives the same text 3 times
-    --min-p 2 | min-p must be from 0 to 1
-    --typical-p 0 | typical-p must be more than 0
-    --repetition-penalty 0 | the repetition penalty must be more than 0
-    --no-repeat-ngram-size 0 | n-grams that may not repeat must be at least 1
-    --prompts none.txt | none.txt cannot be read
-    --prompts blank.txt | blank.txt holds no prompt
-    --prompts bad.jsonl | bad.jsonl, line 2
-    --prompts keys.jsonl | keys.jsonl, line 1
-    --prompts empty.jsonl | empty.jsonl, line 1: the prompt is empty
-"""
-
-
-def test_refused() -> None:
-    Path("blank.txt").write_text("\n \n")
-    Path("bad.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
-    Path("keys.jsonl").write_text('{"text": "a"}\n')
-    Path("empty.jsonl").write_text('{"prompt": ""}\n')
-    for line in filter(str.strip, REFUSED.splitlines()):
-        arguments, _, message = line.partition(" | ")
-        assert message in refuse("generate", *arguments.split())[0]
-    assert "a stop string is empty" in refuse("generate", "--stop", "")[0]
 
 
 def test_settings_are_read_like_options() -> None:
@@ -169,7 +127,7 @@ def test_settings_are_read_like_options() -> None:
 
 
 def test_a_session_keeps_its_texts_and_settings() -> None:
-    script = "/set temperature 0\n/set max_new_tokens 4\nThe\n\n/history\n/settings\n/sett 1\n/quit\nnever\n"
+    script = "/set temperature 0\n/set max_new_tokens 4\nThe\n\n/history\n/settings\n/help\n/quit\nnever\n"
     printed = call("--interactive", text=script)
     first = call("--prompt", "The", "-n", "4", "--greedy").removesuffix("\n")
     assert first in printed
@@ -178,10 +136,12 @@ def test_a_session_keeps_its_texts_and_settings() -> None:
     assert history.startswith(first)
     assert len(history) > len(first)
     assert "temperature           0.0" in printed
+    assert all(command in printed for command in SESSION_COMMANDS)
     assert "never" not in printed
-    assert "did you mean /set?" in notes("--interactive", text="/sett 1\n")
-    assert "there is no setting" in notes("--interactive", text="/set a 1\n")
-    assert "the prompt is empty" not in notes("--interactive", text="\n")
+    said = notes("--interactive", text="/sett 1\n/set a 1\n/set top_k\n\n")
+    for text in ("did you mean /set?", "there is no setting", "/set needs a name and a value"):
+        assert text in said
+    assert "the prompt is empty" not in said
 
 
 @pytest.mark.skipif(not hasattr(os, "forkpty"), reason="a terminal of its own needs a POSIX system")

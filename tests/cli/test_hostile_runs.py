@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lumiere.cli.generate import write
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import CheckpointError
-from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.runs import Run
-from tests.checkpoints import folder_of, remove_pointers, rewrite
+from tests.checkpoints import folder_of, rewrite
 from tests.cli.commands import invoke, refuse, stdout_of
 
 EXPORT = ["export", "latest", "--to", "transformer-lens", "out"]
@@ -60,12 +58,6 @@ def test_a_file_that_is_none(run: Run, name: str, put: Callable[[Path], None]) -
         refuse(*command)
 
 
-def test_without_a_best_checkpoint_the_latest_is_used(run: Run) -> None:
-    remove_pointers(run, "best")
-    for command in USES:
-        assert "has no checkpoint best yet, latest is taken" in invoke(*command).stderr
-
-
 @pytest.mark.parametrize("put", [put_pipe, put_folder])
 def test_a_resume_with_metrics_that_are_no_file(run: Run, put: Callable[[Path], None]) -> None:
     recorded(run, stop_reason=None, step=8)
@@ -74,8 +66,8 @@ def test_a_resume_with_metrics_that_are_no_file(run: Run, put: Callable[[Path], 
 
 
 STEPS = (None, "9", -1, True, [])
-CONFIGS = (None, 7, [], {"model": []}, {"model": {"d_ff": STEERING}})
-REASONS = (STEERING, 7, ["max_steps"], {})
+CONFIGS = ([], {"model": {"d_ff": STEERING}})  # tests/persistence/test_loading.py has more
+REASONS = (STEERING, ["max_steps"])
 METADATA = [
     *(("step", value, (*USES, RESUME), "step") for value in STEPS),
     *(("config", value, (*USES, RESUME), "does not fit the model in its config.yaml") for value in CONFIGS),
@@ -102,30 +94,11 @@ def test_a_config_that_describes_another_model_of_the_same_shapes(run: Run) -> N
     assert "was trained with model.num_heads 2, which a resume cannot change to 4" in refuse(*RESUME)[0]
 
 
-@pytest.mark.parametrize("change", ["d_ff: 1000000", "d_ff: 10000000000000", "d_ff: .nan", "d_ff: &a [*a]"])
+@pytest.mark.parametrize("change", ["d_ff: 10000000000000", "d_ff: .nan", "d_ff: &a [*a]"])
 def test_a_config_of_a_gigantic_model(run: Run, change: str) -> None:
     run.config_path.write_text(run.config_path.read_text().replace("d_ff: 32", change))
     for command in USES:
         refuse(*command)
-
-
-def test_weights_that_are_no_numbers(run: Run) -> None:
-
-    def damage(checkpoint: Checkpoint) -> Checkpoint:
-        checkpoint.model["final_norm.weight"][0] = torch.nan
-        return checkpoint
-
-    rewrite(run, damage)
-    for command in USES:
-        assert "holds weights that are not finite numbers: final_norm.weight" in refuse(*command)[0]
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(run: Run) -> None:
-    saved = json.loads(run.tokenizer_path.read_bytes())
-    saved["model"]["vocab"]["a" * 99] = len(saved["model"]["vocab"])
-    run.tokenizer_path.write_text(json.dumps(saved))
-    for command in USES:
-        assert "321 tokens, the model in config.yaml 320" in refuse(*command)[0]
 
 
 @pytest.mark.parametrize(("key", "value"), [("device", "\x1b[31m"), ("precision", "float8")])
@@ -189,13 +162,6 @@ def test_show_says_so_where_the_config_cannot_be_read(run: Run, content: bytes |
     assert run.name in shown
 
 
-def test_show_steers_no_terminal_by_a_config(run: Run) -> None:
-    run.config_path.write_text("model: {d_ff: '\\e[2J [red]\\x9b31m'}\n".replace("'", '"'), encoding="utf-8")
-    shown = stdout_of("runs", "show", "latest")
-    assert '"\\u001b[2J [red]\\u009b31m"' in shown
-    assert shown.replace("\n", "").isprintable()
-
-
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_a_model_writes_steers_no_terminal_and_stays_whole_in_a_file(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
@@ -218,32 +184,21 @@ def swap_tokens(path: Path, *ids: int) -> None:
     path.write_text(json.dumps(saved))
 
 
-def test_a_tokenizer_with_permuted_ids(run: Run) -> None:
+def test_a_tokenizer_with_permuted_ids(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same tokenizer in another layout, as another tool writes it, or as another version of the library would.
+    run.tokenizer_path.write_text(json.dumps(json.loads(run.tokenizer_path.read_text()), indent=7))
+    run.load_model()
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "fingerprint", "of the other version")
+        run.load_model()
     swap_tokens(run.tokenizer_path, 300, 310)
     for command in (*USES, ["inspect", "summary"]):
         assert "tokenizer" in refuse(*command)[0]
-
-
-def test_a_tokenizer_with_permuted_ids_from_python(run: Run) -> None:
-    # The same tokenizer in another layout, as another tool or another version writes it.
-    run.tokenizer_path.write_text(json.dumps(json.loads(run.tokenizer_path.read_text()), indent=7))
-    run.load_model()
-    swap_tokens(run.tokenizer_path, 300, 310)
     with pytest.raises(CheckpointError):
         run.load_model()
-    # Without its tokenizer, a model is still one for those who have ids.
-    run.tokenizer_path.unlink()
+    # A checkpoint that does not name its tokenizer fits any, and who has ids needs no tokenizer.
+    swapped = run.tokenizer_path.rename("swapped.json")
     run.load_model()
-
-
-def test_another_version_of_the_library_may_write_the_same_tokenizer_otherwise(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Tokenizer, "fingerprint", "of the other version")
-    run.load_model()
-
-
-def test_a_checkpoint_that_does_not_name_its_tokenizer_fits_any(run: Run) -> None:
     recorded(run, tokenizer_sha256=None)
-    swap_tokens(run.tokenizer_path, 300, 310)
+    swapped.rename(run.tokenizer_path)
     run.load_model()

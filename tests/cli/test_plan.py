@@ -26,7 +26,7 @@ def planned(trained_run: Run, *options: str) -> str:
     return result.stdout
 
 
-def test_as_json(trained_run: Run) -> None:
+def test_as_json(trained_run: Run, tiny_corpus: TokenizedCorpus, tiny_config: RunConfig) -> None:
     shown = json.loads(planned(trained_run, "--json", "--set", "training.snapshots=false"))
     size = trained_run.record.num_parameters or 0
     assert shown["num_parameters"] == size == sum(shown["parameters"].values())
@@ -35,6 +35,10 @@ def test_as_json(trained_run: Run) -> None:
     assert (shown["total_steps"], shown["num_evaluations"]) == (12, 3)
     times = shown["startup_seconds"] + 12 * shown["seconds_per_step"] + 3 * shown["seconds_per_evaluation"]
     assert shown["total_seconds"] == pytest.approx(times)
+    windows = tiny_corpus.windows("train", tiny_config)
+    lengths = windows.lengths(np.arange(len(windows)))
+    padding = 1 - (lengths - 1).sum() / (len(windows) * tiny_config.model.context_size)
+    assert shown["padding_share"] == pytest.approx(padding)
     assert shown["mfu"] == pytest.approx(shown["tokens_per_second"] * shown["flops_per_token"] / shown["peak_flops"])
 
 
@@ -49,8 +53,10 @@ def test_in_words(trained_run: Run) -> None:
     parts = [line.split()[0] for line in lines if line.startswith(" ")]
     assert parts[:5] == ["token", "positions", "attention", "feed-forward", "norms"]
     (early,) = (line for line in lines if "patience (2)" in line)
-    steps_per_epoch = json.loads(planned(trained_run, "--json"))["epoch_steps"]
-    assert early.split()[2] == str(3 * steps_per_epoch)
+    shown = json.loads(planned(trained_run, "--json"))
+    assert early.split()[2] == str(3 * shown["epoch_steps"])
+    (padding,) = (line for line in lines if line.startswith("  padding"))
+    assert padding.split()[1] == f"{shown['padding_share']:.1%}"
 
 
 def test_a_warm_up_that_training_never_ends_is_said(trained_run: Run) -> None:
@@ -61,12 +67,3 @@ def test_a_warm_up_that_training_never_ends_is_said(trained_run: Run) -> None:
         assert json.loads(result.stdout)["warmup_steps"] == int(warmup)
         assert ("training.warmup_steps" in result.stderr) == is_said
         assert ("91%" in result.stderr) == is_said
-
-
-def test_padding_is_said(trained_run: Run, tiny_corpus: TokenizedCorpus, tiny_config: RunConfig) -> None:
-    windows = tiny_corpus.windows("train", tiny_config)
-    lengths = windows.lengths(np.arange(len(windows)))
-    share = 1 - (lengths - 1).sum() / (len(windows) * tiny_config.model.context_size)
-    assert json.loads(planned(trained_run, "--json"))["padding_share"] == pytest.approx(share)
-    (line,) = (line for line in planned(trained_run).splitlines() if line.startswith("  padding"))
-    assert line.split()[1] == f"{share:.1%}"

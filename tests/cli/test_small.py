@@ -52,7 +52,7 @@ def call(runs_dir: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> Cal
     """Run a command on the run of a name of `SIZES`: it works, or says what is too small."""
 
     def run(name: str, command: str) -> Result:
-        monkeypatch.setenv("LUMIERE_RUNS_DIR", runs_dir(name) if name in SIZES else name)
+        monkeypatch.setenv("LUMIERE_RUNS_DIR", runs_dir(name))
         Path("text.txt").write_text("ab")
         result = CliRunner().invoke(app, command.split())
         assert isinstance(result.exception, SystemExit | None), f"{command}: {result.exception!r}"
@@ -108,12 +108,3 @@ COMMANDS = [
 def test_every_command_works_or_says_what_is_too_small(name: str, call: Call) -> None:
     for command in COMMANDS:
         assert "nan" not in call(name, command).stdout, command
-
-
-@pytest.mark.parametrize("command", ["tokenize", "train"])
-def test_a_vocabulary_of_three(command: str, call: Call) -> None:
-    Path("small.yaml").write_text("dataset: {num_documents: 2}\n")
-    result = call("runs", f"{command} small.yaml --set tokenizer.vocab_size=3")
-    assert result.exit_code == 2
-    assert "tokenizer.vocab_size" in result.stderr
-    assert not Path("runs").exists()

@@ -50,12 +50,11 @@ def printed_to(encoding: str, command: str) -> str:
 
 
 COMMANDS = """
-    --help | train --help | inspect lens --help | inspect
-    | eval RUN --text text.txt | eval RUN --text text.txt --json
-    | generate -n 20 | generate -n 20 --json | generate -n 5 --logprobs 2 | generate -n 5 --prompts text.txt
+    train --help | inspect | eval RUN --text text.txt | eval RUN --text text.txt --json
+    | generate -n 20 | generate -n 5 --logprobs 2 | generate -n 5 --prompts text.txt
     | inspect attention --file text.txt | inspect ablate --file text.txt | inspect lens --file text.txt --json
     | inspect tokens --file text.txt | inspect dynamics | inspect summary
-    | runs ls | runs ls --json | runs show RUN | runs plot RUN | runs watch RUN --json
+    | runs ls | runs show RUN | runs plot RUN | runs watch RUN --json
 """
 
 

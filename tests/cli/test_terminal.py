@@ -231,7 +231,7 @@ def test_the_progress_bar_fits_into_80_columns(
     display = TrainingProgress()
     display(StartEvent("run_a", 0, total_steps, 178, 1_188_992, 5_696, "cpu", "float32", 1.45e11))
     display(StepEvent(step, step / 178, 2000 * step, 0.1 * step, loss, 3e-4, 1.0, speed, 0.4149))
-    Console(file=bar, width=80).print(display._bar)
+    Console(file=bar, width=80).print(display)
     (line,) = bar.getvalue().splitlines()
     assert f"{step}/{total_steps} {figures} " in line
     assert line.rstrip().endswith(":--"), "the remaining time is there in full"

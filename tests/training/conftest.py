@@ -4,26 +4,21 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import pytest
 
 from lumiere import device as device_module
 from lumiere.config.loader import dump_config
 from lumiere.config.schema import RunConfig
-from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training import run as run_module
 from lumiere.training.events import Callback
 from lumiere.training.run import environment
 from lumiere.training.trainer import TrainingResult
 from tests.training import short
-
-Configure = Callable[[Mapping[str, Any]], RunConfig]
-Launch = Callable[..., TrainingResult]
-TensorHashes = Callable[[Run, str], dict[str, str]]
 
 
 class TrainedOnce(Protocol):
@@ -68,18 +63,13 @@ def interrupted(trained_once: TrainedOnce) -> Run:
 
 
 @pytest.fixture(scope="session")
-def configure() -> Configure:
+def configure() -> Callable[..., RunConfig]:
     return short.short
 
 
 @pytest.fixture
-def launch() -> Launch:
-    def trained(
-        config: RunConfig, callbacks: Sequence[Callback] = (), processes: ProcessGroup = SINGLE_PROCESS
-    ) -> TrainingResult:
-        return short.train(config, *callbacks, processes=processes).result
-
-    return trained
+def launch() -> Callable[..., TrainingResult]:
+    return lambda config, callbacks=(): short.train(config, *callbacks).result
 
 
 @pytest.fixture(scope="session")
@@ -88,5 +78,5 @@ def stop_at() -> Callable[[int], Callback]:
 
 
 @pytest.fixture(scope="session")
-def tensor_hashes() -> TensorHashes:
+def tensor_hashes() -> Callable[..., dict[str, str]]:
     return short.hashes

@@ -40,6 +40,7 @@ SHORT = {
     "training.max_steps": 6,
     "training.eval_interval": None,
     "training.log_interval": 1,
+    "training.snapshots": False,
 }
 Kind = TypeVar("Kind", bound=Event)
 

@@ -183,7 +183,7 @@ def test_a_run_whose_config_cannot_be_changed_stays_whole(configure, launch) -> 
 def test_a_training_in_which_any_write_fails_goes_on_to_the_same_bits(
     configure, launch, tensor_hashes, tmp_path: Path
 ) -> None:
-    config = configure({"training.max_steps": 3, "training.checkpoint_interval": 2})
+    config = configure({"training.max_steps": 3, "training.checkpoint_interval": 2, "training.snapshots": True})
     whole = tensor_hashes(launch(config).run, "latest")
     folders = iter(tmp_path / str(number) for number in range(1000))
     stores: list[RunStore] = []

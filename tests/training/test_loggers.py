@@ -93,19 +93,18 @@ def test_a_failing_logger_is_dropped_with_a_warning(
 def test_loggers_come_last_and_are_closed_with_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     run, start = RunStore().create(), StartEvent("run_a", 0, 10, 5, 1000, 50, "cpu", "float32", 1e11)
     closed: list[bool] = []
+    order: list[str] = []
 
     class Log(Faulty):
         def close(self, failed: bool) -> None:
             closed.append(failed)
 
-    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda *given: Log("", []))
-    with opened_loggers(short(), run, [print]) as callbacks:
-        assert callbacks == [print]
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda *given: Log("", order))
     config = short(loggers=["tensorboard"])
 
     def train_until(error: BaseException | None) -> None:
-        with opened_loggers(config, run, [lambda event: None]) as callbacks:
-            callbacks[1](start)
+        with opened_loggers(config, run, [lambda event: order.append("callback")]) as emit:
+            emit(start)
             if error:
                 raise error
 
@@ -113,3 +112,4 @@ def test_loggers_come_last_and_are_closed_with_the_outcome(monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         train_until(KeyboardInterrupt())
     assert closed == [False, True]
+    assert order == ["callback", "open"] * 2

@@ -57,7 +57,7 @@ def test_sum_over_targets_without_padding(model: Transformer, tokens: torch.Tens
     assert summed_loss(model, tokens, targets).item() == pytest.approx(sum(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("level", [-200.0, -110.0, -105.0, -100.0, -95.0, -90.0, 90.0, 100.0, 200.0])
+@pytest.mark.parametrize("level", [-200.0, -105.0, -95.0, 90.0, 200.0])
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 0.02)])
 def test_loss_and_gradients_of_logits_far_from_zero(
     tiny_config: RunConfig,

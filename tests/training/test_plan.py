@@ -112,25 +112,19 @@ def test_processes_share_the_windows_and_with_fsdp_the_weights(
 
 
 def test_it_really_measures_and_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
-    before = set(tmp_path.rglob("*"))
-    plan = make_plan(set_up(short(optimizer="muon")), no_warning)
-    assert set(tmp_path.rglob("*")) == before
-    assert plan.measured_steps >= 3
-    assert 0 < plan.seconds_per_step * plan.total_steps < plan.total_seconds
-    assert plan.memory.activations > 0
+    """Also if compiling fails: then it warns."""
 
-
-def test_if_compiling_fails_it_warns_and_measures_without(
-    steps_take: StepsTake, monkeypatch: pytest.MonkeyPatch
-) -> None:
     def fails(*arguments: Any) -> None:
         raise RuntimeError("no C++ compiler found")
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
-    steps_take(itertools.repeat(2.0))
-    warnings: list[str] = []
-    assert make_plan(set_up(short(compile=True)), warnings.append).measured_steps == 3
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
+    before, warnings = set(tmp_path.rglob("*")), []
+    plan = make_plan(set_up(short(optimizer="muon", compile=True)), warnings.append)
+    assert set(tmp_path.rglob("*")) == before
+    assert plan.measured_steps >= 3
+    assert 0 < plan.seconds_per_step * plan.total_steps < plan.total_seconds
+    assert plan.memory.activations > 0
     (warning,) = warnings
     assert warning.endswith("no C++ compiler found")
 

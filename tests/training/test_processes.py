@@ -10,7 +10,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from lumiere import distributed
-from lumiere.distributed import HEARTBEAT_TIMEOUT, ProcessGroup, TorchrunGroup, joined, noticing_losses
+from lumiere.distributed import HEARTBEAT_TIMEOUT, SINGLE_PROCESS, ProcessGroup, TorchrunGroup, joined, noticing_losses
 from lumiere.errors import LostProcessError, RankTimeoutError
 from lumiere.persistence.runs import RunStore
 from lumiere.training.run import job, restarted_run
@@ -139,6 +139,8 @@ def test_a_restart_finds_the_run_of_its_own_launch_and_purpose(launched: Callabl
     assert restarted_run(runs, launched(HashStore(), start=1)) is None
 
 
-def test_without_torchrun_there_is_no_job() -> None:
+def test_without_torchrun_there_is_no_job_and_nobody_to_join() -> None:
+    with joined() as processes:
+        assert processes == SINGLE_PROCESS
     assert job(ProcessGroup()) is None
     assert restarted_run(RunStore(), ProcessGroup()) is None

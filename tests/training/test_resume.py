@@ -23,7 +23,7 @@ from tests.training.conftest import TrainedOnce
 from tests.training.short import damage, hashes, names, only_run, resume, short, stop_at, train
 
 NUM_STEPS = 8
-LONGER = short(max_steps=NUM_STEPS, eval_interval=3, checkpoint_interval=4, ema_decay=0.5)
+LONGER = short(max_steps=NUM_STEPS, eval_interval=3, checkpoint_interval=4, ema_decay=0.5, snapshots=True)
 AUTO = short(device="auto", precision="auto")
 
 

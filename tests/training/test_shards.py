@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from lumiere.config.schema import RunConfig
 from lumiere.data.batches import batch_at, batches_in_order
-from lumiere.data.dataset import TokenizedCorpus
+from lumiere.data.dataset import tokenize_corpus
 from lumiere.distributed import SINGLE_PROCESS, ProcessGroup
 from lumiere.errors import CheckpointError
 from lumiere.evaluation.loss import evaluate
+from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.manifest import GROUPS
 from lumiere.persistence.runs import RunStore
@@ -36,8 +36,8 @@ from lumiere.training.parallel import (
 from lumiere.training.state import TrainingState, new_model
 from lumiere.training.trainer import train_step
 from tests.checkpoints import folder_of
-
-CPU = torch.device("cpu")
+from tests.torchrun import assert_close
+from tests.training.short import CPU, files_of, short, windows_of
 
 
 @given(length=st.integers(0, 40), size=st.integers(1, 9))
@@ -66,8 +66,8 @@ def group() -> Iterator[None]:
 
 
 @pytest.fixture
-def config(configure) -> RunConfig:
-    return configure({"training.optimizer": "muon", "training.ema_decay": 0.5, "training.parallel": "fsdp"})
+def config() -> RunConfig:
+    return short(optimizer="muon", ema_decay=0.5, parallel="fsdp")
 
 
 def sharded(config: RunConfig) -> tuple[TrainingState, Objective]:
@@ -78,38 +78,38 @@ def sharded(config: RunConfig) -> tuple[TrainingState, Objective]:
     return TrainingState.around(model, config.training), objective
 
 
-def trained(state: TrainingState, objective: Objective, config: RunConfig, corpus: TokenizedCorpus, steps: int) -> None:
+def take_steps(state: TrainingState, objective: Objective, config: RunConfig, steps: int) -> None:
+    windows = windows_of(config)
     state.model.train()
     for step in range(state.step, state.step + steps):
         torch.manual_seed(step)
-        batch = batch_at(step, corpus.windows("train", config), config.training.batch_size, config.training.seed)
+        batch = batch_at(step, windows, config.training.batch_size, config.training.seed)
         train_step(state, batch, 1.0, config.training, torch.float32, objective)
         state.step += 1
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7, msg=lambda text, name=name: name + text)
+def whole(state: TrainingState) -> Checkpoint:
+    """A sharded state as it is saved by one process."""
+    return gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS)
 
 
 @pytest.mark.usefixtures("group")
-def test_a_sharded_state_trains_saves_and_goes_on_as_a_whole_one(config: RunConfig, tiny_corpus) -> None:
+def test_a_sharded_state_trains_saves_and_goes_on_as_a_whole_one(config: RunConfig) -> None:
     alone, (state, objective) = TrainingState.create(config, CPU), sharded(config)
     assert all(map(is_dtensor, state.model.parameters()))
-    trained(alone, summed_loss, config, tiny_corpus, 3)
-    trained(state, objective, config, tiny_corpus, 3)
-    saved = gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS)
+    take_steps(alone, summed_loss, config, 3)
+    take_steps(state, objective, config, 3)
+    saved = whole(state)
     expected = alone.to_checkpoint({})
     assert not any(map(is_dtensor, saved.model.values()))
-    assert_equal(saved.model, expected.model)
-    assert_equal(saved.optimizer, expected.optimizer)
+    assert_close(saved.model, expected.model, 1e-7)
+    assert_close(saved.optimizer, expected.optimizer, 1e-7)
 
     other, its_objective = sharded(config)
     other.restore(expected)
-    trained(other, its_objective, config, tiny_corpus, 2)
-    trained(alone, summed_loss, config, tiny_corpus, 2)
-    assert_equal(gather_checkpoint(other.to_checkpoint({}), SINGLE_PROCESS).model, alone.to_checkpoint({}).model)
+    take_steps(other, its_objective, config, 2)
+    take_steps(alone, summed_loss, config, 2)
+    assert_close(whole(other).model, alone.to_checkpoint({}).model, 1e-7)
 
 
 @pytest.mark.usefixtures("group")
@@ -132,30 +132,28 @@ def test_a_process_that_does_not_write_keeps_nothing_that_is_whole(config: RunCo
 
 
 @pytest.mark.usefixtures("group")
-def test_the_average_is_evaluated_and_training_goes_on_with_the_weights(config: RunConfig, tiny_corpus) -> None:
+def test_the_average_is_evaluated_and_training_goes_on_with_the_weights(config: RunConfig) -> None:
     """An evaluation in between changes no step, and is that of the average in a model of its own."""
-    windows, facts = tiny_corpus.windows("validation", config), tiny_corpus.splits["validation"].facts
+    corpus = tokenize_corpus(config)
+    windows, facts = corpus.windows("validation", config), corpus.splits["validation"].facts
     (state, objective), (undisturbed, its_objective) = sharded(config), sharded(config)
-    trained(state, objective, config, tiny_corpus, 2)
+    take_steps(state, objective, config, 2)
     with state.averaged_model() as model, evaluating(objective):
         evaluation = evaluate(model, windows, facts, batch_size=8)
     average = new_model(config)
-    average.load_state_dict(gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS).model)
+    average.load_state_dict(whole(state).model)
     assert evaluation.loss == evaluate(average, windows, facts, batch_size=8).loss
     assert len(list(batches_in_order(windows, 8))) > 1
 
-    trained(state, objective, config, tiny_corpus, 1)
-    trained(undisturbed, its_objective, config, tiny_corpus, 3)
-    assert_equal(
-        gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS).optimizer,
-        gather_checkpoint(undisturbed.to_checkpoint({}), SINGLE_PROCESS).optimizer,
-    )
+    take_steps(state, objective, config, 1)
+    take_steps(undisturbed, its_objective, config, 3)
+    assert_close(whole(state).optimizer, whole(undisturbed).optimizer, 1e-7)
 
 
 @pytest.mark.usefixtures("group")
-def test_a_folder_is_outlined_first_and_then_each_process_reads_its_rows(config: RunConfig, tiny_corpus) -> None:
+def test_a_folder_is_outlined_first_and_then_each_process_reads_its_rows(config: RunConfig) -> None:
     state, objective = sharded(config)
-    trained(state, objective, config, tiny_corpus, 2)
+    take_steps(state, objective, config, 2)
     run, manager = RunStore().create(), CheckpointManager()
     saved = state.to_checkpoint({"run": "run_a"})
     manager.save(run, "latest", saved, SINGLE_PROCESS)
@@ -173,12 +171,9 @@ def test_a_folder_is_outlined_first_and_then_each_process_reads_its_rows(config:
     # All but the counts of AdamW's steps.
     assert shared_out == {name for name, tensor in (saved.model | saved.optimizer).items() if tensor.ndim}
     other.restore(rows)
-    trained(other, its_objective, config, tiny_corpus, 1)
-    trained(state, objective, config, tiny_corpus, 1)
-    assert_equal(
-        gather_checkpoint(other.to_checkpoint({}), SINGLE_PROCESS).model,
-        gather_checkpoint(state.to_checkpoint({}), SINGLE_PROCESS).model,
-    )
+    take_steps(other, its_objective, config, 1)
+    take_steps(state, objective, config, 1)
+    assert_close(whole(other).model, whole(state).model, 1e-7)
 
 
 @pytest.mark.usefixtures("group")
@@ -205,7 +200,7 @@ def test_a_folder_that_is_damaged_is_not_outlined(config: RunConfig) -> None:
         state = TrainingState.create(config, CPU)
         state.seconds = seconds
         manager.save(run, "latest", state.to_checkpoint({}), SINGLE_PROCESS)
-    for file in folder_of(run, "latest").glob("*.safetensors"):
+    for file in files_of(run):
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointError, match="damaged"):
         manager.load(run, "latest", outlined=True)

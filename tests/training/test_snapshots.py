@@ -48,7 +48,7 @@ def test_laws_up_to_200_000_steps() -> None:
 
 
 def test_a_run_keeps_the_weights_of_these_steps(trained_once: TrainedOnce) -> None:
-    config = short(max_steps=4)
+    config = short(max_steps=4, snapshots=True)
     run = trained_once(config)
     steps = [0, 1, 2, 4]
     assert snapshot_steps(run) == steps
@@ -64,5 +64,5 @@ def test_a_run_keeps_the_weights_of_these_steps(trained_once: TrainedOnce) -> No
 def test_a_run_drops_every_other_one_when_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "LAST_POWER", 2)
     monkeypatch.setattr(schedule, "MAX_LATER", 3)
-    assert snapshot_steps(train(short(max_steps=6)).run) == [0, 1, 2, 4, 6]
-    assert snapshot_steps(train(short(max_steps=9)).run) == [0, 1, 2, 4, 8]
+    assert snapshot_steps(train(short(max_steps=6, snapshots=True)).run) == [0, 1, 2, 4, 6]
+    assert snapshot_steps(train(short(max_steps=9, snapshots=True)).run) == [0, 1, 2, 4, 8]

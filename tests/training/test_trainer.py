@@ -21,11 +21,11 @@ from lumiere.training.events import CheckpointEvent, Event, StartEvent
 from lumiere.training.loss import summed_loss
 from lumiere.training.state import TrainingState
 from lumiere.training.trainer import train_step
+from tests.training.conftest import TrainedOnce
 from tests.training.short import (
     BATCH_SIZE,
     CPU,
     EPOCH_STEPS,
-    flat_weights,
     hashes,
     names,
     only_run,
@@ -64,7 +64,7 @@ def test_losses_are_those_of_the_golden_file(golden) -> None:
 @pytest.mark.slow
 def test_it_learns_more_than_token_frequencies() -> None:
     changes = {"dataset.num_documents": 100, "model.dropout": 0.0}
-    config = short(changes, batch_size=32, max_steps=600, snapshots=False)
+    config = short(changes, batch_size=32, max_steps=600)
     corpus = tokenize_corpus(config)
     counts = Counter(corpus.splits["train"].ids.tolist())
     total = counts.total() + config.tokenizer.vocab_size
@@ -82,10 +82,10 @@ def padded_batch() -> Batch:
     return make_batch(windows, np.concatenate([by_length[:3], by_length[-5:]]))
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 3, 4])
 def test_each_target_weighs_the_same_in_any_part(padded_batch: Batch, parts: int) -> None:
     """Loss and gradients are those of torch's own mean over the targets of the whole batch."""
-    config = short({"model.dropout": 0.0}, gradient_clip_norm=None, batch_size=8, gradient_accumulation_steps=parts)
+    config = short({"model.dropout": 0.0}, gradient_clip_norm=None, gradient_accumulation_steps=parts)
     sizes = {count_targets(part) for part in padded_batch.split(parts)}
     assert len(sizes) > 1 or parts == 1
     expected = TrainingState.create(config, CPU).model
@@ -115,20 +115,6 @@ def test_no_part_of_a_batch_waits_for_the_device() -> None:
             train_step(state, Batch(tokens, tokens, 24), 1.0, config.training, torch.float32, reads_nothing)
         reads.append(sum(event.count for event in profile.key_averages() if event.key == "aten::item"))
     assert reads[0] == reads[1]
-
-
-def test_training_in_parts_gives_the_same_weights() -> None:
-    """Two epochs of unevenly padded windows, each with a smaller last batch."""
-    changes = {"model.dropout": 0.0, "model.context_size": 64, "dataset.num_documents": 10}
-    config = short(changes, max_epochs=2, max_steps=None)
-    windows, whole = windows_of(config), train(config)
-    assert whole.state.step * BATCH_SIZE > 2 * len(windows), "a batch is smaller"
-    batches = [batch_at(step, windows, BATCH_SIZE, 0) for step in range(whole.state.step)]
-    uneven = [batch for batch in batches if len({count_targets(part) for part in batch.split(4)}) > 1]
-    assert len(uneven) > len(batches) / 2
-    assert (whole.weights - flat_weights(TrainingState.create(config, CPU))).abs().max() > 0.1
-    in_parts = train(short(changes, max_epochs=2, max_steps=None, gradient_accumulation_steps=4))
-    torch.testing.assert_close(in_parts.weights, whole.weights, rtol=0, atol=1e-5)
 
 
 def test_gradients_are_clipped_after_their_norm_is_taken(padded_batch: Batch) -> None:
@@ -201,9 +187,8 @@ def test_time_and_speed_are_those_of_the_steps_alone(monkeypatch: pytest.MonkeyP
     assert trained.state.seconds == 3.5
 
 
-@pytest.mark.parametrize("length", [{"max_steps": 10}, {"max_steps": None, "max_epochs": 2}])
-def test_the_schedule_spans_the_whole_training(length: dict[str, Any]) -> None:
-    trained = train(short(schedule="linear", warmup_steps=0, **length))
+def test_the_schedule_spans_the_whole_training() -> None:
+    trained = train(short(schedule="linear", warmup_steps=0, max_steps=None, max_epochs=2))
     expected = [1e-2 * (1 - step / 11) for step in range(1, 11)]
     assert [event.learning_rate for event in trained.steps] == pytest.approx(expected)
 
@@ -216,11 +201,7 @@ def test_the_schedule_spans_the_whole_training(length: dict[str, Any]) -> None:
     [
         (3, 1, None, [3]),
         (7, 1, 3, [3, 5, 6, 7]),
-        (12, 9, 4, [4, 5, 8, 10, 12]),
         (10, 9, 5, [5, 10]),
-        (10, 9, 10, [5, 10]),
-        (None, 1, None, [5]),
-        (None, 2, 1, [*range(1, 11)]),
         (None, 2, 3, [3, 5, 6, 9, 10]),
     ],
 )
@@ -237,10 +218,11 @@ def test_length_and_evaluations(
     assert set(names(trained.run)) >= {"best", "latest"}
     assert schedule.num_steps(config.training, EPOCH_STEPS) == evaluated[-1]
     assert schedule.num_evaluations(config.training, EPOCH_STEPS) == len(evaluated)
+    assert schedule.earliest_stop(config.training, EPOCH_STEPS) is None
 
 
-@pytest.mark.parametrize(("patience", "earliest"), [(1, 10), (2, 15), (3, None), (None, None)])
-def test_without_improvement_patience_ends_it_at_the_earliest(patience: int | None, earliest: int | None) -> None:
+@pytest.mark.parametrize(("patience", "earliest"), [(2, 15), (3, None)])
+def test_without_improvement_patience_ends_it_at_the_earliest(patience: int, earliest: int | None) -> None:
     config = short(max_steps=None, max_epochs=4, patience=patience, stopping_threshold=100.0)
     trained = train(config)
     assert trained.end == ((earliest, "patience") if earliest else (20, "max_epochs"))
@@ -307,7 +289,9 @@ def test_events_in_order_and_checkpoints_that_exist_when_they_are_announced() ->
     ]
 
 
-def test_if_compiling_fails_it_warns_once_and_trains_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_compiling_fails_it_warns_once_and_trains_without(
+    monkeypatch: pytest.MonkeyPatch, trained_once: TrainedOnce
+) -> None:
     def fails(*arguments: Any) -> None:
         raise RuntimeError("no C++ compiler found")
 
@@ -315,7 +299,7 @@ def test_if_compiling_fails_it_warns_once_and_trains_without(monkeypatch: pytest
     trained = train(short(compile=True))
     (warning,) = trained.warnings
     assert warning.endswith("no C++ compiler found")
-    assert hashes(trained.run) == hashes(train(short()).run)
+    assert hashes(trained.run) == hashes(trained_once(short()))
 
 
 @pytest.mark.slow

@@ -66,6 +66,8 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
     )
     if record.error:
         stdout().print(f"  {escape(text_cell(record.error, MAX_TEXT))}", style="red")
+    training = details["last_training"]
+    tokens_per_second, mfu = number(training.get("tokens_per_second"), ",.0f"), number(training.get("mfu"), ".0%")
     best = f"validation loss {number(record.best_loss, '.4f')} at step {number(record.best_step, ',')}"
     for name, value in {
         "tags": " ".join(entry.notes.tags),
@@ -76,7 +78,7 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
         "progress": progress(details),
         "best": best,
         "last": last(details),
-        "speed": speed(details["last_training"]),
+        "speed": f"{tokens_per_second} tokens/s, {mfu} MFU" if training else "",
         "computed": f"in {record.precision or '?'} on {record.device or '?'}",
         "machine": machine(record.machine),
         "versions": ", ".join(f"{package} {version}" for package, version in record.versions.items()),
@@ -140,11 +142,6 @@ def last(details: dict[str, Any]) -> str:
             f"{number(evaluation.get('val_bits_per_byte'), '.4f')} at step {number(evaluation['step'], ',')}"
         )
     return "; ".join(parts)
-
-
-def speed(training: dict[str, Any]) -> str:
-    per_second, mfu = number(training.get("tokens_per_second"), ",.0f"), number(training.get("mfu"), ".0%")
-    return f"{per_second} tokens/s, {mfu} MFU" if training else ""
 
 
 def machine(recorded: Mapping[str, Any]) -> str:

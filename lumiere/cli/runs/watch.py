@@ -51,7 +51,6 @@ class Watched:
         self.record = RunRecord()
         self._follower = MetricsFollower(run.metrics_path)
         self._restarts = 0
-        self._looks = self._unknown_looks = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -60,21 +59,22 @@ class Watched:
         self._curves: dict[str, Downsampler[Point]] = {key: Downsampler(MAX_POINTS) for key in ("loss", "val_loss")}
 
     def looks(self) -> Iterator[list[dict[str, Any]]]:
-        """Look now and then until the run is over."""
-        yield self.look()
-        while not self.is_over:
+        """Yield the last training and evaluation, then the new metrics now and then, until the run is over."""
+        self.look()
+        yield sorted(filter(None, (self.training, self.evaluation)), key=lambda line: line["step"])
+        unknown_looks = int(self.status == "unknown")
+        while self.status == "running" or (self.status == "unknown" and unknown_looks < MOST_UNKNOWN_LOOKS):
             sys.stdout.flush()
             time.sleep(SECONDS_BETWEEN_LOOKS)
             yield self.look()
+            unknown_looks += self.status == "unknown"
 
     def look(self) -> list[dict[str, Any]]:
-        """Return the metrics since the last look; the first look returns the last training and evaluation."""
+        """Return the metrics since the last look."""
         # Read the status first: metrics written before it changed are then found by the same look.
         self.status, self.record = self.run.status, self.run.record
         if not self.run.path.is_dir():
             raise LumiereError(f"run {self.run.id} is gone", "lumiere runs ls lists the runs")
-        self._looks += 1
-        self._unknown_looks += self.status == "unknown"
         lines = []
         for record in self._follower.poll():
             if self._follower.restarts != self._restarts:
@@ -87,14 +87,7 @@ class Watched:
             if point := point_of(record, key):
                 self._curves[key].add(point)
             lines.append(record)
-        if self._looks > 1:
-            return lines
-        return sorted(filter(None, (self.training, self.evaluation)), key=lambda line: line["step"])
-
-    @property
-    def is_over(self) -> bool:
-        is_new = self.status == "unknown" and self._unknown_looks < MOST_UNKNOWN_LOOKS
-        return self.status != "running" and not is_new
+        return lines
 
     @property
     def history(self) -> History:
