@@ -124,6 +124,7 @@ def attention_patterns(
 
     Raises:
         LumiereError: there is no such kind.
+        ValueError: the tokens do not fit the model.
     """
     check_choice("kind", kind, WEIGHTED)
     layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
@@ -163,6 +164,7 @@ def combined_attention(
 
     Raises:
         LumiereError: there is no such kind.
+        ValueError: the tokens do not fit the model.
     """
     check_choice("kind", kind, COMBINED)
     layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
@@ -176,8 +178,10 @@ def combined_attention(
     else:
         weights = (mean if kind == "mean" else rollout(mean))[chosen]
         check = rows_sum_to_one(model, weights)
-    asked = {"tokens": tuple(tokens), "kind": kind, "layers": layers, "heads": heads}
-    return CombinedAttention(**asked, weights=weights, receipts=(check, looks_back(weights)))
+    receipts = (check, looks_back(weights))
+    return CombinedAttention(
+        tokens=tuple(tokens), kind=kind, layers=layers, heads=heads, weights=weights, receipts=receipts
+    )
 
 
 def run_attention(

@@ -473,7 +473,7 @@ def follow(
     for number, step in enumerate(steps):
         snapshot = SnapshotMetrics(load(step), texts)
         found.append({metric.name: metric.measure(snapshot) for metric in chosen})
-        for receipt in [*snapshot.receipts, *(untrained(snapshot, found[0]) if step == 0 else ())]:
+        for receipt in [*snapshot.receipts, *(untrained(snapshot, found[-1]) if step == 0 else ())]:
             worst[receipt.check] = worse(receipt, worst.get(receipt.check))
         emit(number + 1)
     last = SnapshotMetrics(load(steps[-1]), texts)

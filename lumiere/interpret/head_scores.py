@@ -336,7 +336,7 @@ def score_heads(
     layers, heads = selected(layers, model.num_layers), selected(heads, model.num_heads)
 
     def observations(values_NT: np.ndarray) -> np.ndarray:
-        """A sequence is one observation, a single text as many as it has tokens."""
+        """Return a value for each observation: each of several sequences, or each token of a single one."""
         return values_NT.sum(1) if len(tokens_NT) > 1 else values_NT[0]
 
     shares, expected, counts, losses, row_error = [], [], [], [], 0.0

@@ -258,7 +258,7 @@ class PredictionDiff(ShortRepr):
 def compare_predictions(
     batch: Batch, first_BTVocab: Tensor, second_BTVocab: Tensor, first_sequence: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Compare two models on the targets of a batch, from their logits; yield columns of `PredictionDiff` in chunks.
+    """Compare two models on the targets of a batch; yield columns of `PredictionDiff`, (P,), in chunks of logits.
 
     Args:
         first_sequence: the number of the batch's first sequence.

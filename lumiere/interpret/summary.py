@@ -313,10 +313,7 @@ def find_problems(
     silent, parts = f"writes below {SILENT:.1%} of the stream", ("attention", "feed-forward")
     named = [f"L{layer} {parts[part]}" for layer, part in np.argwhere(result.writes < SILENT)]
     yield "parts of layers that do nothing", silent, named
-    yield (
-        "heads that do nothing",
-        silent,
-        [f"L{layer}H{head}" for layer, head in np.argwhere(result.head_writes < SILENT)],
-    )
+    heads = [f"L{layer}H{head}" for layer, head in np.argwhere(result.head_writes < SILENT)]
+    yield "heads that do nothing", silent, heads
     dead = [f"L{layer}N{neuron}" for layer, neuron in np.argwhere(result.largest_activations <= DEAD)]
     yield "dead neurons", f"never above {DEAD:g} in {result.num_tokens:,} tokens", dead

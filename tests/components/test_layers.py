@@ -7,16 +7,7 @@ import torch
 
 from lumiere.components.hooks import hooked
 from lumiere.components.kernels import attention_mask, attention_pattern
-from lumiere.components.layers import (
-    Attention,
-    Block,
-    Dropout,
-    ForwardRecord,
-    RMSNorm,
-    SwiGLU,
-    rotate,
-    rotation_at,
-)
+from lumiere.components.layers import Attention, Block, Dropout, ForwardRecord, RMSNorm, SwiGLU, rotate, rotation_at
 
 
 def set_weight(layer: torch.nn.Module, values: list) -> None:

@@ -1,30 +1,21 @@
 """Small models in which every weight has an effect."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from lumiere.export import transformer_lens
 from lumiere.models.transformer import Transformer
+from tests.models import build
+from tests.models.build import Positions
 
-MakeModel = Callable[..., Transformer]
 
-
-@pytest.fixture
-def make_model() -> MakeModel:
+def make_model(positions: Positions = "learned", **changes: Any) -> Transformer:
     """Two layers, three heads of width 6, context 12, vocabulary 31; large random weights and gains."""
-
-    def make(**settings: object) -> Transformer:
-        sizes = {"vocab_size": 31, "embedding_size": 8, "context_size": 12, "num_layers": 2, "num_heads": 3}
-        torch.manual_seed(1)
-        model = Transformer(**{**sizes, "d_key": 6, "d_value": 6, "d_ff": 10, "padding_id": 2, **settings}).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.5)
-        return model
-
-    return make
+    sizes = {"vocab_size": 31, "embedding_size": 8, "context_size": 12, "d_key": 6, "d_value": 6, "d_ff": 10}
+    torch.manual_seed(1)
+    return build.make_model(positions, 0.5, **{**sizes, "padding_id": 2, **changes})
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from lumiere.export.exporting import TARGETS, export_model
 from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
-from tests.export.conftest import MakeModel
+from tests.export.conftest import make_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,9 +43,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=TOLERANCES)
-def pair(
-    request: pytest.FixtureRequest, kind: str, make_model: MakeModel, trained_run: Run, without_transformer_lens: None
-) -> Pair:
+def pair(request: pytest.FixtureRequest, kind: str, trained_run: Run, without_transformer_lens: None) -> Pair:
     """A model, and TransformerLens's model from its exported folder."""
     if kind == "trained":
         model = trained_run.load_model("best")

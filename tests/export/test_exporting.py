@@ -16,7 +16,8 @@ from lumiere.export import transformer_lens
 from lumiere.export.exporting import TARGETS, Exported, Target, check_folder, export_model, new_folder
 from lumiere.export.transformer_lens import sample_tokens
 from lumiere.models.transformer import Transformer
-from tests.export.conftest import MakeModel
+from tests.export.conftest import make_model
+from tests.models.build import Positions
 
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
 TARGET = TARGETS["transformer-lens"]
@@ -29,7 +30,7 @@ def export(model: Transformer, target: Target = TARGET) -> Exported:
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_the_folder_is_complete_and_checked(positions: str, make_model: MakeModel) -> None:
+def test_the_folder_is_complete_and_checked(positions: Positions) -> None:
     model = make_model(positions=positions)
     exported = export(model)
     assert sorted(os.listdir("out")) == sorted(exported.files) == FILES
@@ -61,7 +62,7 @@ def test_the_folder_is_complete_and_checked(positions: str, make_model: MakeMode
         ("config.json", "n_heads"),
     ],
 )
-def test_a_folder_that_computes_other_logits_is_not_written(file: str, name: str, make_model: MakeModel) -> None:
+def test_a_folder_that_computes_other_logits_is_not_written(file: str, name: str) -> None:
     """The last value of a weight is wrong by 1e-5; another epsilon; other heads of the same total width."""
 
     def corrupt(*arguments: Any) -> dict[str, bytes]:
@@ -78,7 +79,7 @@ def test_a_folder_that_computes_other_logits_is_not_written(file: str, name: str
     assert os.listdir() == []
 
 
-def test_nan_logits_are_not_written(make_model: MakeModel) -> None:
+def test_nan_logits_are_not_written() -> None:
     model = make_model()
     with torch.no_grad():
         model.final_norm.weight[0] = torch.nan
@@ -104,7 +105,6 @@ def test_an_installed_library_decides(
     output: str,
     error: str,
     expected: float | str | None,
-    make_model: MakeModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[list[str]] = []

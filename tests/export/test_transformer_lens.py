@@ -1,5 +1,7 @@
 """The exported form compared with numpy, without TransformerLens."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 from lumiere.errors import LumiereError
 from lumiere.export.transformer_lens import bridge_config, bridge_logits, bridge_weights, neighboring_pairs
 from tests import reference
-from tests.export.conftest import MakeModel
+from tests.export.conftest import make_model
+from tests.models.build import Positions
 
 TOKENS_BT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 30, 5, 8], [27, 18, 28, 18, 28, 4, 5, 9, 4, 5, 23, 5]])
 SIZES = {"n_layers": 2, "d_model": 8, "n_ctx": 12, "d_vocab": 31, "n_heads": 3, "d_head": 6, "d_mlp": 10}
@@ -18,8 +21,8 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_the_exported_form_computes_what_numpy_computes(positions: str, make_model: MakeModel) -> None:
+@pytest.mark.parametrize("positions", get_args(Positions))
+def test_the_exported_form_computes_what_numpy_computes(positions: Positions) -> None:
     """Every exported weight has an effect; otherwise the check of an export would miss an error in it."""
     model = make_model(positions=positions).double()
     config, weights = bridge_config(model), bridge_weights(model)
@@ -37,7 +40,7 @@ def test_the_exported_form_computes_what_numpy_computes(positions: str, make_mod
         assert torch.allclose(found, changed, atol=1e-9) != has_effect, name
 
 
-def test_keys_and_values_need_one_width(make_model: MakeModel) -> None:
+def test_keys_and_values_need_one_width() -> None:
     with pytest.raises(LumiereError, match="d_key 6 and d_value 5; TransformerLens has one width"):
         bridge_config(make_model(d_value=5))
 
@@ -48,7 +51,7 @@ def test_rotary_pairs_become_neighbors() -> None:
     assert order.tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
-def test_names_are_those_of_its_state_dict(make_model: MakeModel) -> None:
+def test_names_are_those_of_its_state_dict() -> None:
     ends = {"embed.weight", "pos_embed.weight", "ln_final.weight", "unembed.weight", "unembed.bias"}
     parts = {f"attn.{part}.{kind}" for part in "qkvo" for kind in ("weight", "bias")}
     parts |= {"ln1.weight", "ln2.weight", "mlp.gate.weight", "mlp.in.weight", "mlp.out.weight"}

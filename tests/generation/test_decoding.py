@@ -98,7 +98,9 @@ def test_why_texts_end(tokenizer: Tokenizer) -> None:
     assert texts(play([*grin[:2], *script[:1], EOT], tokenizer)) == ["\ufffdx"]
 
 
-def test_a_row_that_ends_leaves_the_others_alone(tokenizer: Tokenizer) -> None:
+# An n-gram of 8 tokens never comes twice here, but its record drops rows with the others.
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0, no_repeat_ngram_size=8)])
+def test_a_row_that_ends_leaves_the_others_alone(tokenizer: Tokenizer, sampling: Sampling) -> None:
     def end_the_first(logits_BV: torch.Tensor, shown: list[list[int]]) -> None:
         for row, tokens in enumerate(shown):
             if tokens[1] == 5 and len(tokens) == 4:
@@ -106,7 +108,6 @@ def test_a_row_that_ends_leaves_the_others_alone(tokenizer: Tokenizer) -> None:
 
     decoder = Script([10] * 9, len(tokenizer), end_the_first)
     rows = [[SOT, 5], [SOT, 6]]
-    sampling = Sampling(temperature=0, no_repeat_ngram_size=8)  # bans nothing, but drops rows with the others
     pieces = list(generate_pieces(decoder, tokenizer, rows, sampling, [Random()] * 2, Limits(6)))
     assert [(piece.row, piece.finish_reason) for piece in pieces if piece.finish_reason] == [(0, "eos"), (1, "length")]
     assert [len(ids([piece for piece in pieces if piece.row == row])) for row in (0, 1)] == [2, 6]

@@ -87,9 +87,9 @@ def test_checks_hold_and_float32_agrees_with_float64(name: str, model: Transform
 
 
 @per_analysis
-def test_files_hold_the_result(name: str, model: Transformer) -> None:
+def test_files_hold_the_result(name: str, trained: Transformer) -> None:
     """JSON has finite numbers or null, every row the same columns, and NPZ the arrays themselves."""
-    result = computed(name, model)
+    result = computed(name, trained)
 
     def refused(constant: str) -> None:
         raise AssertionError(constant)

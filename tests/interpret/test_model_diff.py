@@ -20,13 +20,7 @@ from lumiere.data.corpus import row_reader
 from lumiere.data.dataset import document_sizes, tokenize_parts
 from lumiere.data.tokenizer import PAD, Tokenizer
 from lumiere.interpret import model_diff
-from lumiere.interpret.model_diff import (
-    LinearCka,
-    cheapest_assignment,
-    diff_models,
-    diff_texts,
-    pattern_divergences,
-)
+from lumiere.interpret.model_diff import LinearCka, cheapest_assignment, diff_models, diff_texts, pattern_divergences
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 from tests.interpret.models import BATCHES, batch_of, circuits, exact, nudged, permuted, random_model

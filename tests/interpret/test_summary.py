@@ -56,51 +56,36 @@ def same_direction(weight: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "break_it", "warnings"),
+    ("name", "break_it", "what", "place"),
     [
-        (
-            "blocks.0.feedforward.down",
-            lambda weight: weight.mul_(1e-6),
-            {"parts of layers that do nothing": ("L0 feed-forward",)},
-        ),
-        ("blocks.0.attention.value", lambda weight: weight[7:].zero_(), {"heads that do nothing": ("L0H1",)}),
-        ("blocks.1.feedforward.up", lambda weight: weight[4].zero_(), {"dead neurons": ("L1N4",)}),
-        (
-            "blocks.1.attention_norm",
-            lambda weight: weight[3].fill_(-0.001),
-            {"gains that shut a direction out": ("blocks.1.attention_norm.3",)},
-        ),
-        ("blocks.0.attention.key", same_direction, {"matrices of low rank": ("blocks.0.attention.key.weight",)}),
-        ("token_embedding", lambda weight: weight[17].zero_(), {"tokens without a vector": ("17",)}),
-        (
-            "token_embedding",
-            lambda weight: weight[99].copy_(weight[41] * 2),
-            {"tokens with the vector of an earlier token": ("99, 41",)},
-        ),
-        (
-            "position_embedding",
-            lambda weight: weight[9].copy_(weight[8]),
-            {"positions with the vector of an earlier one": ("9, 8",)},
-        ),
-        (
-            "blocks.1.attention.output",
-            lambda weight: weight.zero_(),
-            {
-                "matrices of low rank": ("blocks.1.attention.output.weight",),
-                "parts of layers that do nothing": ("L1 attention",),
-                "heads that do nothing": ("L1H0", "L1H1"),
-            },
-        ),
+        ("blocks.0.feedforward.down", lambda w: w.mul_(1e-6), "parts of layers that do nothing", "L0 feed-forward"),
+        ("blocks.0.attention.value", lambda w: w[7:].zero_(), "heads that do nothing", "L0H1"),
+        ("blocks.1.feedforward.up", lambda w: w[4].zero_(), "dead neurons", "L1N4"),
+        ("final_norm", lambda w: w[3].fill_(-1e-3), "gains that shut a direction out", "final_norm.3"),
+        ("blocks.0.attention.key", same_direction, "matrices of low rank", "blocks.0.attention.key.weight"),
+        ("token_embedding", lambda w: w[17].zero_(), "tokens without a vector", "17"),
+        ("token_embedding", lambda w: w[99].copy_(2 * w[41]), "tokens with the vector of an earlier token", "99, 41"),
+        ("position_embedding", lambda w: w[9].copy_(w[8]), "positions with the vector of an earlier one", "9, 8"),
     ],
 )
 def test_what_is_broken_is_found_and_nothing_else(
-    name: str, break_it: Callable[[torch.Tensor], None], warnings: dict[str, tuple[str, ...]]
+    name: str, break_it: Callable[[torch.Tensor], None], what: str, place: str
 ) -> None:
     model = random_model()
     break_it(model.get_parameter(f"{name}.weight").data)
     result = summary(model)
-    assert found(result) == warnings
+    assert found(result) == {what: (place,)}
     assert result.holds
+
+
+def test_an_attention_that_writes_nothing_is_found_with_its_heads() -> None:
+    model = random_model()
+    model.blocks[1].attention.output.weight.data.zero_()
+    assert found(summary(model)) == {
+        "matrices of low rank": ("blocks.1.attention.output.weight",),
+        "parts of layers that do nothing": ("L1 attention",),
+        "heads that do nothing": ("L1H0", "L1H1"),
+    }
 
 
 def test_weights_that_are_not_finite_are_named_and_fail() -> None:
