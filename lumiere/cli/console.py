@@ -31,7 +31,7 @@ def stdout() -> "Console":
     """Return the console for results."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(emoji=False, highlight=False, soft_wrap=True)
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def stderr() -> "Console":
     """Return the console for progress, notes and errors."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
 
 
 def color_support() -> Literal["many", "few", "none"]:

@@ -42,6 +42,11 @@ def drawn(curves: list[Curve], height: int, color: str | None = None) -> list[st
     return chart(curves, 10 + len(AXIS), height, "{:g}".format, paint)
 
 
+def test_text_between_colons_is_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    console.stdout().print("a :fox:")
+    assert capsys.readouterr().out == "a :fox:\n"
+
+
 def test_letters_join_the_points_of_a_line() -> None:
     falling, flat = Curve([(0, 4.0), (9, 1.0)], "a", 0), Curve([(0, 1.0), (9, 1.0)], "B", 1, is_marked=True)
     lines = [
