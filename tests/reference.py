@@ -1,63 +1,132 @@
 """The transformer in numpy, one sequence, one head and one position at a time, written from the equations."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
+from lumiere.config.schema import ModelConfig
+
 Array = NDArray[np.floating]
+CARD = ModelConfig()
 
 
-def rms_norm(x: Array, gain: Array) -> Array:
-    return x / np.sqrt(np.mean(x**2) + 1e-6) * gain
+def norm(x: Array, gain: Array | float, bias: Array | float = 0.0, kind: str = "rms", epsilon: float = 1e-6) -> Array:
+    if kind == "none":
+        return x
+    if kind.startswith("layer"):
+        x = x - np.mean(x)
+    return x / np.sqrt(np.mean(x**2) + epsilon) * gain + bias
 
 
-def rotate(vector: Array, position: int) -> Array:
-    """RoPE as a product of complex numbers: pair i is (vector[i], vector[i + half])."""
-    half = len(vector) // 2
-    frequencies = 10_000.0 ** (-2 * np.arange(half) / len(vector))
-    turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * position * frequencies)
-    return np.concatenate([turned.real, turned.imag])
+def rotate(vector: Array, position: int, size: int, base: float) -> Array:
+    """RoPE as a product of complex numbers: pair i of the first `size` numbers is (vector[i], vector[i + size / 2])."""
+    half = size // 2
+    frequencies = base ** (-2 * np.arange(half) / size)
+    turned = (vector[:half] + 1j * vector[half:size]) * np.exp(1j * position * frequencies)
+    return np.concatenate([turned.real, turned.imag, vector[size:]])
 
 
-def attention(x: Array, w: dict[str, Array], num_heads: int, rotary: bool, real: list[bool]) -> tuple[Array, Array]:
+def sinusoid(position: int, size: int) -> Array:
+    angles = [position / 10_000 ** (2 * (i // 2) / size) for i in range(size)]
+    return np.array([math.cos(angle) if i % 2 else math.sin(angle) for i, angle in enumerate(angles)])
+
+
+def gelu(x: Array) -> Array:
+    return x * (1 + np.array([math.erf(number / math.sqrt(2)) for number in x], dtype=x.dtype)) / 2
+
+
+ACTIVATIONS = {
+    "swiglu": lambda x: x / (1 + np.exp(-x)),
+    "geglu": gelu,
+    "gelu": gelu,
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+class Part:
+    """The weights whose names begin with a prefix; what is missing is 0, or 1 if it is a gain."""
+
+    def __init__(self, weights: dict[str, Array], prefix: str, settings: ModelConfig) -> None:
+        self.weights, self.prefix, self.settings = weights, prefix, settings
+
+    def linear(self, name: str, x: Array) -> Array:
+        return self.weights[f"{self.prefix}{name}.weight"] @ x + self.weights.get(f"{self.prefix}{name}.bias", 0.0)
+
+    def norm(self, name: str, x: Array, kind: str | None = None) -> Array:
+        gain, bias = (
+            self.weights.get(f"{self.prefix}{name}.{part}", default)
+            for part, default in (("weight", 1.0), ("bias", 0.0))
+        )
+        return norm(x, gain, bias, kind or self.settings.norm, self.settings.norm_epsilon)
+
+
+def attention(x: Array, part: Part, window: int | None, real: list[bool]) -> tuple[Array, Array]:
     """What attention adds to each position, (T, E), and the patterns, (H, T, T)."""
-    length = len(x)
+    settings, length = part.settings, len(x)
+    num_heads, num_groups = settings.num_heads, settings.num_key_value_heads or settings.num_heads
+    scale = settings.attention_scale or 1 / math.sqrt(settings.d_key)
+
+    def read(name: str, heads: int, head: int, position: int) -> Array:
+        vector = np.split(part.linear(f"attention.{name}", x[position]), heads)[head]
+        if name == "value":
+            return vector
+        if settings.query_key_norm:
+            vector = part.norm(f"attention.{name}_norm", vector, "rms")
+        if settings.positions != "rotary":
+            return vector
+        return rotate(vector, position, round(settings.d_key * settings.rotary_fraction), settings.rotary_base)
+
     pattern = np.zeros((num_heads, length, length), dtype=x.dtype)
     outputs = []
     for t in range(length):
         heads = []
         for h in range(num_heads):
-            query, key, value = (np.split(w[name], num_heads)[h] for name in ("query", "key", "value"))
-            visible = [s for s in range(t + 1) if real[s] or s == t]
-            q, keys = query @ x[t], [key @ x[s] for s in visible]
-            if rotary:
-                q, keys = rotate(q, t), [rotate(k, s) for k, s in zip(keys, visible, strict=True)]
-            weights = np.exp([q @ k / np.sqrt(len(q)) for k in keys])
+            group = h * num_groups // num_heads
+            visible = [s for s in range(t + 1) if s == t or (real[s] and (window is None or t - s < window))]
+            query = read("query", num_heads, h, t)
+            weights = np.exp([scale * query @ read("key", num_groups, group, s) for s in visible])
             pattern[h, t, visible] = weights / weights.sum()
-            heads.append(sum(pattern[h, t, s] * (value @ x[s]) for s in visible))
-        outputs.append(w["output"] @ np.concatenate(heads))
+            heads.append(sum(pattern[h, t, s] * read("value", num_groups, group, s) for s in visible))
+        outputs.append(part.linear("attention.output", np.concatenate(heads)))
     return np.stack(outputs), pattern
 
 
-def swiglu(x: Array, w: dict[str, Array]) -> Array:
-    gate = w["gate"] @ x
-    return w["down"] @ (gate / (1 + np.exp(-gate)) * (w["up"] @ x))
+def feedforward(x: Array, part: Part) -> Array:
+    kind = part.settings.feedforward
+    if kind == "none":
+        return np.zeros_like(x)
+    up, activation = part.linear("feedforward.up", x), ACTIVATIONS[kind]
+    if kind in ("swiglu", "geglu"):
+        return part.linear("feedforward.down", activation(part.linear("feedforward.gate", x)) * up)
+    return part.linear("feedforward.down", activation(up))
 
 
 def transformer(
-    weights: dict[str, Array], tokens: list[int], num_heads: int, rotary: bool = False, real: list[bool] | None = None
+    weights: dict[str, Array], tokens: list[int], settings: ModelConfig = CARD, real: list[bool] | None = None
 ) -> tuple[Array, Array, Array]:
     """Logits (T, Vocab), attention weights (L, H, T, T) and residual stream (L+1, T, E) of one sequence."""
     stream = [weights["token_embedding.weight"][tokens]]
-    if not rotary:
+    if settings.positions == "learned":
         stream[0] = stream[0] + weights["position_embedding.weight"][: len(tokens)]
+    if settings.positions == "sinusoidal":
+        stream[0] = stream[0] + np.stack([sinusoid(t, settings.embedding_size) for t in range(len(tokens))]).astype(
+            stream[0].dtype
+        )
     patterns = []
-    while f"blocks.{len(patterns)}.attention_norm.weight" in weights:
-        prefix = f"blocks.{len(patterns)}."
-        w = {name.split(".")[-2]: value for name, value in weights.items() if name.startswith(prefix)}
-        normalized = np.stack([rms_norm(row, w["attention_norm"]) for row in stream[-1]])
-        added, pattern = attention(normalized, w, num_heads, rotary, real or [True] * len(tokens))
-        middle = stream[-1] + added
+    for layer in range(settings.num_layers):
+        part = Part(weights, f"blocks.{layer}.", settings)
+        window = settings.attention_windows[layer] if settings.attention_windows else None
+        normalized = np.stack([part.norm("attention_norm", row) for row in stream[-1]])
+        added, pattern = attention(normalized, part, window, real or [True] * len(tokens))
         patterns.append(pattern)
-        stream.append(np.stack([row + swiglu(rms_norm(row, w["feedforward_norm"]), w) for row in middle]))
-    final = np.stack([rms_norm(row, weights["final_norm.weight"]) for row in stream[-1]])
-    return final @ weights["token_embedding.weight"].T, np.stack(patterns), np.stack(stream)
+        middle = stream[-1] + added
+        read = stream[-1] if settings.parallel_blocks else middle
+        stream.append(middle + np.stack([feedforward(part.norm("feedforward_norm", row), part) for row in read]))
+    final = np.stack([Part(weights, "", settings).norm("final_norm", row) for row in stream[-1]])
+    return (
+        final @ weights.get("output_head.weight", weights["token_embedding.weight"]).T,
+        np.stack(patterns),
+        np.stack(stream),
+    )

@@ -248,11 +248,14 @@ def plan_rows(config: "RunConfig", plan: "Plan", free: int) -> Iterator[tuple[st
     is_shared, held = plan.num_processes > 1, memory.weights + memory.gradients + memory.optimizer + memory.activations
 
     yield "parameters", f"{parameters.total:,}"
-    yield "  token embedding", f"{parameters.token_embedding:,}", "also the output head"
+    remark = "" if parameters.output_head else "also the output head"
+    yield "  token embedding", f"{parameters.token_embedding:,}", remark
     yield "  positions", f"{parameters.positions:,}", config.model.positions
     yield "  attention", f"{parameters.attention:,}"
     yield "  feed-forward", f"{parameters.feedforward:,}"
     yield "  norms", f"{parameters.norms:,}"
+    if parameters.output_head:
+        yield "  output head", f"{parameters.output_head:,}"
     yield "FLOPs per token", f"{scaled(plan.flops_per_token)}FLOP", "matrix products, forward and backward"
     if is_shared:
         weights = "its shard of the" if settings.parallel == "fsdp" else "all"

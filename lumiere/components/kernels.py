@@ -22,28 +22,28 @@ from torch.autograd.function import once_differentiable
 
 from lumiere.device import prefers_hand_written
 
-EPSILON = 1e-6
 
-
-def rms_norm(x_BTE: Tensor, gain_E: Tensor) -> Tensor:
-    """Return `x / sqrt(mean(x^2) + EPSILON) * gain` over the last axis; same shape as `x_BTE`."""
+def rms_norm(x_BTE: Tensor, gain_E: Tensor, epsilon: float) -> Tensor:
+    """Return `x / sqrt(mean(x^2) + epsilon) * gain` over the last axis; same shape as `x_BTE`."""
     if prefers_hand_written(x_BTE):
-        return _RMSNorm.apply(x_BTE, gain_E) if torch.is_grad_enabled() else normalized(x_BTE)[0] * gain_E
-    return F.rms_norm(x_BTE, gain_E.shape, gain_E, EPSILON)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x_BTE, gain_E, epsilon)
+        return normalized(x_BTE, epsilon)[0] * gain_E
+    return F.rms_norm(x_BTE, gain_E.shape, gain_E, epsilon)
 
 
-def normalized(x_BTE: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `x / s(x)` and `1 / s(x)`, (B, T, 1), with `s(x) = sqrt(mean(x^2) + EPSILON)`."""
-    size, epsilon = _scalars(x_BTE.shape[-1], torch.promote_types(x_BTE.dtype, torch.float32))
+def normalized(x_BTE: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return `x / s(x)` and `1 / s(x)`, (B, T, 1), with `s(x) = sqrt(mean(x^2) + epsilon)`."""
+    size, added = _scalars(x_BTE.shape[-1], epsilon, torch.promote_types(x_BTE.dtype, torch.float32))
     mean_square_BT1 = torch.linalg.vector_norm(x_BTE, dim=-1, keepdim=True).square_().div_(size)
-    inverse_scale_BT1 = mean_square_BT1.add_(epsilon).rsqrt_()
+    inverse_scale_BT1 = mean_square_BT1.add_(added).rsqrt_()
     return x_BTE * inverse_scale_BT1, inverse_scale_BT1
 
 
 @cache
-def _scalars(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `size` and `EPSILON` as tensors: torch would convert Python numbers again in every call."""
-    return torch.tensor(size, dtype=dtype), torch.tensor(EPSILON, dtype=dtype)
+def _scalars(size: int, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return both numbers as tensors: torch would convert Python numbers again in every call."""
+    return torch.tensor(size, dtype=dtype), torch.tensor(epsilon, dtype=dtype)
 
 
 class _RMSNorm(Function):
@@ -53,21 +53,21 @@ class _RMSNorm(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BTE: Tensor, gain_E: Tensor) -> Tensor:
-        normalized_BTE, inverse_scale_BT1 = normalized(x_BTE)
+    def forward(ctx: Any, x_BTE: Tensor, gain_E: Tensor, epsilon: float) -> Tensor:
+        normalized_BTE, inverse_scale_BT1 = normalized(x_BTE, epsilon)
         ctx.save_for_backward(normalized_BTE, inverse_scale_BT1, gain_E)
         return normalized_BTE * gain_E
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BTE: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient_BTE: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         normalized_BTE, inverse_scale_BT1, gain_E = ctx.saved_tensors
         product_BTE = gradient_BTE * normalized_BTE
         gain_gradient_E = product_BTE.flatten(0, -2).sum(0)
         mean_BT1 = (product_BTE @ gain_E).unsqueeze(-1).div_(gain_E.shape[0])
         # In place, and never `addcmul`, which takes as long as four of these passes.
         correction_BTE = torch.mul(normalized_BTE, mean_BT1, out=product_BTE)
-        return (gradient_BTE * gain_E).sub_(correction_BTE).mul_(inverse_scale_BT1), gain_gradient_E
+        return (gradient_BTE * gain_E).sub_(correction_BTE).mul_(inverse_scale_BT1), gain_gradient_E, None
 
 
 # Torch's fused attention never stores the T x S scores. On a CPU it is faster at every length in float32 (forward and
@@ -76,27 +76,36 @@ class _RMSNorm(Function):
 BFLOAT16_FUSED_MIN_POSITIONS = 512
 
 
-def attention_mask(positions_BT: Tensor, num_keys: int, dtype: torch.dtype, real_BS: Tensor | None = None) -> Tensor:
+def attention_mask(
+    positions_BT: Tensor,
+    num_keys: int,
+    dtype: torch.dtype,
+    real_BS: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Return what is added to attention scores, (B, 1, T, S): 0 where a query may see a key, -inf elsewhere.
 
-    A query sees the real tokens at its own position and before. It always sees itself, so that no row is empty: a
-    softmax over nothing is NaN, which would spread.
+    A query sees the real tokens at its own position and before, the last `window` of them. It always sees itself, so
+    that no row is empty: a softmax over nothing is NaN, which would spread.
 
     Args:
         positions_BT: Position of each query; B may be 1.
         real_BS: True where the key is a real token, False where it is padding.
+        window: Positions that a query sees, its own included. None: all.
     """
     columns_S = torch.arange(num_keys, device=positions_BT.device)
     hidden_BTS = columns_S > positions_BT[..., None]
+    if window is not None:
+        hidden_BTS = hidden_BTS | (columns_S <= positions_BT[..., None] - window)
     if real_BS is not None:
         hidden_BTS = hidden_BTS | (~real_BS[:, None] & (columns_S != positions_BT[..., None]))
     mask_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=columns_S.device)
     return mask_BTS.masked_fill_(hidden_BTS, -math.inf)[:, None]
 
 
-def masked_scores(q_BHTK: Tensor, k_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
-    """Return `q k^T / sqrt(d_key) + mask`, (B, H, T, S), in one pass over them. Without a mask: causal."""
-    num_heads, num_queries, d_key = q_BHTK.shape[1:]
+def masked_scores(q_BHTK: Tensor, k_BHSK: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
+    """Return `scale q k^T + mask`, (B, H, T, S), in one pass over them. Without a mask: causal."""
+    num_heads, num_queries = q_BHTK.shape[1:3]
     num_keys = k_BHSK.shape[2]
     q_NTK, k_NSK = q_BHTK.flatten(0, 1), k_BHSK.flatten(0, 1)  # N is B * H
     if mask_B1TS is None and num_queries == 1:
@@ -105,34 +114,35 @@ def masked_scores(q_BHTK: Tensor, k_BHSK: Tensor, mask_B1TS: Tensor | None = Non
         if mask_B1TS is None:
             mask_B1TS = attention_mask(torch.arange(num_keys, device=q_BHTK.device)[None], num_keys, q_BHTK.dtype)
         mask_NTS = mask_B1TS[0] if len(mask_B1TS) == 1 else mask_B1TS.expand(-1, num_heads, -1, -1).flatten(0, 1)
-    scores_NTS = torch.baddbmm(mask_NTS.to(q_NTK.dtype), q_NTK, k_NSK.mT, alpha=d_key**-0.5)
+    scores_NTS = torch.baddbmm(mask_NTS.to(q_NTK.dtype), q_NTK, k_NSK.mT, alpha=scale)
     return scores_NTS.view(-1, num_heads, num_queries, num_keys)
 
 
-def attention_pattern(q_BHTK: Tensor, k_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+def attention_pattern(q_BHTK: Tensor, k_BHSK: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
     """Return the attention weights, (B, H, T, S), in float32 or wider: each row sums to 1."""
     dtype = torch.promote_types(q_BHTK.dtype, torch.float32)
-    return masked_scores(q_BHTK, k_BHSK, mask_B1TS).softmax(dim=-1, dtype=dtype)
+    return masked_scores(q_BHTK, k_BHSK, scale, mask_B1TS).softmax(dim=-1, dtype=dtype)
 
 
-def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
     """Return the weighted values of each head, (B, H, T, V), by the fastest way for the device, type and length.
 
     Args:
+        scale: Factor of the scores.
         mask_B1TS: From `attention_mask`. None: causal for queries and keys of the same positions; one query sees all.
     """
     if q_BHTK.shape[2] == 1 and (mask_B1TS is not None or k_BHSK.shape[2] > 1):
         # On a CPU, torch's fused attention takes twice the time for a single query.
-        return masked_scores(q_BHTK, k_BHSK, mask_B1TS).softmax(dim=-1) @ v_BHSV
+        return masked_scores(q_BHTK, k_BHSK, scale, mask_B1TS).softmax(dim=-1) @ v_BHSV
     if mask_B1TS is not None:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, attn_mask=mask_B1TS.to(q_BHTK.dtype))
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, attn_mask=mask_B1TS.to(q_BHTK.dtype), scale=scale)
     if is_fused(q_BHTK, v_BHSV):
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True)
-    num_positions, d_key = q_BHTK.shape[2:]
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True, scale=scale)
+    num_positions = q_BHTK.shape[2]
     hidden_TS = q_BHTK.new_full((num_positions, num_positions), -math.inf).triu(diagonal=1)
     if prefers_hand_written(q_BHTK):
-        return _CausalAttention.apply(q_BHTK, k_BHSK, v_BHSV, hidden_TS)
-    return ((q_BHTK * d_key**-0.5) @ k_BHSK.mT + hidden_TS).softmax(dim=-1) @ v_BHSV
+        return _CausalAttention.apply(q_BHTK, k_BHSK, v_BHSV, hidden_TS, scale)
+    return ((q_BHTK * scale) @ k_BHSK.mT + hidden_TS).softmax(dim=-1) @ v_BHSV
 
 
 def is_fused(q_BHTK: Tensor, v_BHSV: Tensor) -> bool:
@@ -151,28 +161,28 @@ class _CausalAttention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, hidden_TS: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, hidden_TS: Tensor, scale: float) -> Tensor:
         # N is B * H, as the batched product wants it.
         q_NTK, k_NSK, v_NSV = (x.flatten(0, 1) for x in (q_BHTK, k_BHSK, v_BHSV))
         with torch.autocast(q_BHTK.device.type, enabled=False):
-            scores_NTS = torch.baddbmm(hidden_TS, q_NTK, k_NSK.mT, alpha=q_BHTK.shape[-1] ** -0.5)
+            scores_NTS = torch.baddbmm(hidden_TS, q_NTK, k_NSK.mT, alpha=scale)
             pattern_NTS = scores_NTS.softmax(dim=-1)
             z_NTV = pattern_NTS @ v_NSV
         ctx.save_for_backward(q_NTK, k_NSK, v_NSV, pattern_NTS)
-        ctx.num_heads = q_BHTK.shape[1]
+        ctx.num_heads, ctx.scale = q_BHTK.shape[1], scale
         return z_NTV.unflatten(0, (-1, ctx.num_heads))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BHTV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient_BHTV: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q_NTK, k_NSK, v_NSV, pattern_NTS = ctx.saved_tensors
         gradient_NTV = gradient_BHTV.flatten(0, 1)
         # The softmax's gradient, P * (dP - sum(P * dP)), as one pass; scaled as the scores were.
         scores_NTS = torch.ops.aten._softmax_backward_data(gradient_NTV @ v_NSV.mT, pattern_NTS, -1, pattern_NTS.dtype)
-        scores_NTS.mul_(q_NTK.shape[-1] ** -0.5)
+        scores_NTS.mul_(ctx.scale)
         to_heads = (scores_NTS @ k_NSK, scores_NTS.mT @ q_NTK, pattern_NTS.mT @ gradient_NTV)
         q_BHTK, k_BHSK, v_BHSV = (x.unflatten(0, (-1, ctx.num_heads)) for x in to_heads)
-        return q_BHTK, k_BHSK, v_BHSV, None
+        return q_BHTK, k_BHSK, v_BHSV, None, None
 
 
 def gated_silu(branches_BTF: Tensor) -> Tensor:

@@ -47,7 +47,27 @@ SYNONYMS: dict[str, tuple[str, str]] = {
             "attn_pdrop": "GPT-2", "resid_pdrop": "GPT-2", "embd_pdrop": "GPT-2",
             "attention_dropout": "Hugging Face", "hidden_dropout_prob": "Hugging Face",
         },
-        "model.positions": {"position_embedding_type": "Hugging Face"},
+        "model.positions": {"position_embedding_type": "Hugging Face", "positional_embedding_type": "TransformerLens"},
+        "model.num_key_value_heads": {
+            "n_kv_head": "nanochat", "n_kv_heads": "torchtitan", "num_kv_heads": "vLLM", "n_query_groups": "litgpt",
+            "n_key_value_heads": "TransformerLens",
+        },
+        "model.feedforward": {
+            "activation": "PyTorch", "activation_function": "GPT-2", "hidden_act": "Hugging Face",
+            "act_fn": "TransformerLens", "mlp_class_name": "litgpt",
+        },
+        "model.norm": {"norm_type": "OLMo", "normalization_type": "TransformerLens", "norm_class_name": "litgpt"},
+        "model.norm_epsilon": {
+            "rms_norm_eps": "Llama", "layer_norm_eps": "Hugging Face", "layer_norm_epsilon": "GPT-2",
+            "norm_eps": "torchtitan",
+        },
+        "model.bias": {"attention_bias": "Llama", "mlp_bias": "Llama", "qkv_bias": "Hugging Face"},
+        "model.tie_embeddings": {"tie_word_embeddings": "Hugging Face", "tie_weights": "Hugging Face"},
+        "model.rotary_base": {"rope_theta": "Hugging Face", "rope_base": "litgpt", "rotary_emb_base": "GPT-NeoX"},
+        "model.rotary_fraction": {"partial_rotary_factor": "Hugging Face", "rotary_pct": "GPT-NeoX"},
+        "model.attention_windows": {"sliding_window": "Hugging Face", "window_size": "GPT-Neo"},
+        "model.parallel_blocks": {"use_parallel_residual": "GPT-NeoX", "parallel_attn_mlp": "TransformerLens"},
+        "model.query_key_norm": {"qk_norm": "torchtitan", "use_qk_norm": "TransformerLens", "norm_qk": "litgpt"},
         "tokenizer.vocab_size": {"d_vocab": "TransformerLens"},
         "dataset.name": {"dataset_name": "Hugging Face"},
         "dataset.subset": {"dataset_config_name": "Hugging Face"},
@@ -78,28 +98,18 @@ SYNONYMS: dict[str, tuple[str, str]] = {
 UNAVAILABLE: dict[str, str] = {
     name: instead
     for names, instead in {
-        "n_kv_head n_kv_heads num_kv_heads num_key_value_heads n_query_groups n_key_value_heads": (
-            "every head has its own keys and values; model.num_heads sets the number of heads"
-        ),
         "init_from from_pretrained pretrained model_name_or_path": (
             "training starts from random weights; lumiere train --resume RUN continues a run"
         ),
-        "model.name model_name model_type": "there is one architecture; lumiere train small is a size",
+        "model.name model_name model_type": (
+            "the settings in `model` choose the architecture; lumiere train small is a size"
+        ),
         "tokenizer.name tokenizer.path tokenizer.type tokenizer_name": (
             "the tokenizer is trained on the corpus; tokenizer.vocab_size sets its size"
-        ),
-        "bias qkv_bias attention_bias mlp_bias": "no layer has a bias",
-        "activation activation_function hidden_act act_fn": (
-            "the feed-forward layer is always SwiGLU; model.d_ff sets its width"
-        ),
-        "norm norm_type normalization normalization_type": (
-            "the norm is always RMSNorm, before each attention and feed-forward layer"
         ),
         "min_lr min_learning_rate lr_decay_iters min_lr_ratio": (
             "training.schedule sets the shape of the decay to zero, training.decay_fraction its length"
         ),
-        "tie_word_embeddings tie_weights": "the output head always shares the token embedding",
-        "rope_theta rotary_base": "model.positions=rotary always has the base 10,000",
         "out_dir output_dir": "--runs-dir or LUMIERE_RUNS_DIR sets where runs are stored",
         "eval_iters": "evaluation always scores the whole validation split; training.eval_interval sets how often",
     }.items()

@@ -76,6 +76,14 @@ def read_names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
+def read_list(value: Any) -> Any:
+    """Read a list; `a, b` is one too, and `none` in it is null."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list):
+        return items
+    return [None if isinstance(item, str) and item.strip() in ("none", "null") else item for item in items]
+
+
 Integer = Annotated[int, BeforeValidator(read_integer)]
 Number = Annotated[float, BeforeValidator(read_number)]
 Boolean = Annotated[bool, BeforeValidator(read_boolean)]
@@ -87,6 +95,11 @@ Count = Annotated[Integer, Field(ge=1, le=1000)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 NonNegativeNumber = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+
+
+def inconsistent(path: str, problem: str) -> PydanticCustomError:
+    """Return the error of a setting that contradicts another."""
+    return PydanticCustomError("inconsistent", "must be {problem}", {"path": path, "problem": problem})
 
 
 class Section(BaseModel):
@@ -120,13 +133,68 @@ class ModelConfig(Section):
     d_value: Width = 32
     """Width of each head's values."""
     d_ff: Width = 256
-    """Hidden width of the feed-forward layer (SwiGLU)."""
+    """Hidden width of the feed-forward layer."""
     dropout: Fraction = 0.1
     """Dropout rate during training, after the embeddings and after each attention and feed-forward layer."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """Position encoding: `learned` embeddings, or `rotary` as in a stock Llama."""
+    norm: Literal["rms", "layer", "layer_plain", "none"] = "rms"
+    """Norm before each layer and the output: `rms`, `layer` (gain and bias), `layer_plain` (no parameters), `none`."""
+    norm_epsilon: Annotated[PositiveNumber, Field(le=1)] = 1e-6
+    """Added to the mean square or variance before the root."""
+    feedforward: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "none"] = "swiglu"
+    """Feed-forward layer: gated (`swiglu`, `geglu`), plain (`gelu`, `gelu_tanh`, `relu`), or `none`: attention only."""
+    positions: Literal["learned", "rotary", "sinusoidal", "none"] = "learned"
+    """Position encoding: `learned` embeddings, `rotary` as in Llama, `sinusoidal`, or `none`."""
+    rotary_base: Annotated[Number, Field(gt=1)] = 10_000.0
+    """Base of the wavelengths of rotary positions."""
+    rotary_fraction: Annotated[PositiveNumber, Field(le=1)] = 1.0
+    """Fraction of each head, from its first number on, that rotary positions rotate."""
+    attention_windows: Annotated[list[PositiveInteger | None], BeforeValidator(read_list)] | None = None
+    """Tokens that each layer attends to, its own included, as a list with one number per layer; null: all of them."""
+    attention_scale: PositiveNumber | None = None
+    """Factor of the attention scores. Null: 1 / sqrt(d_key)."""
+    num_key_value_heads: Count | None = None
+    """Heads of keys and values; each serves an equal number of query heads. Null: one per query head."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Biases: of queries, keys and values (`qkv`), or also of the attention output and feed-forward layer (`all`)."""
+    tie_embeddings: Boolean = True
+    """Use the token embedding as the output head."""
+    parallel_blocks: Boolean = False
+    """Let attention and feed-forward read the same residual stream, each through its own norm, as in GPT-NeoX."""
+    query_key_norm: Boolean = False
+    """Apply an RMSNorm to each query and key before any rotation, with one gain for all heads, as in Qwen3."""
     zero_output_init: Boolean = False
     """Initialize the output projections of attention and feed-forward to zero: every block starts as the identity."""
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_key_value_heads or self.num_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """How many numbers of each query and key rotary positions rotate; 0 with other positions."""
+        return round(self.d_key * self.rotary_fraction) if self.positions == "rotary" else 0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layer multiplies two branches."""
+        return self.feedforward in ("swiglu", "geglu")
+
+    @model_validator(mode="after")
+    def check_shape(self) -> "ModelConfig":
+        """Check the settings against each other; the error names the key to change."""
+        windows = self.attention_windows
+        if self.positions == "rotary" and self.rotary_fraction == 1 and self.d_key % 2:
+            raise inconsistent("model.d_key", "even with rotary positions, which rotate pairs of numbers")
+        if self.positions == "rotary" and (self.rotary_size % 2 or not self.rotary_size):
+            problem = f"such that it rotates an even number of the {self.d_key} numbers of a head (model.d_key)"
+            raise inconsistent("model.rotary_fraction", problem)
+        if self.num_heads % self.key_value_heads:
+            raise inconsistent("model.num_key_value_heads", f"a divisor of model.num_heads ({self.num_heads})")
+        if windows is not None and len(windows) != self.num_layers:
+            problem = f"a list of {self.num_layers} numbers (model.num_layers), not {len(windows)}"
+            raise inconsistent("model.attention_windows", problem)
+        return self
 
 
 class TokenizerConfig(Section):
@@ -264,18 +332,12 @@ class RunConfig(Section):
     def check_consistency(self) -> "RunConfig":
         """Check settings of several sections against each other; the error names the key to change."""
         model, dataset, training = self.model, self.dataset, self.training
-        path = problem = None
         if dataset.sliding_window_size >= model.context_size:
-            path, problem = "dataset.sliding_window_size", f"smaller than model.context_size ({model.context_size})"
-        elif model.positions == "rotary" and model.d_key % 2:
-            path, problem = "model.d_key", "even with rotary positions, which rotate pairs of numbers"
-        elif training.batch_size % training.gradient_accumulation_steps:
-            path, problem = (
-                "training.gradient_accumulation_steps",
-                f"a divisor of training.batch_size ({training.batch_size})",
-            )
-        if path:
-            raise PydanticCustomError("inconsistent", "must be {problem}", {"path": path, "problem": problem})
+            problem = f"smaller than model.context_size ({model.context_size})"
+            raise inconsistent("dataset.sliding_window_size", problem)
+        if training.batch_size % training.gradient_accumulation_steps:
+            problem = f"a divisor of training.batch_size ({training.batch_size})"
+            raise inconsistent("training.gradient_accumulation_steps", problem)
         return self
 
 

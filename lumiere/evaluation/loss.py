@@ -64,7 +64,7 @@ def evaluate(
         for batch in batches_in_order(windows, batch_size, processes.rank, processes.size):
             residual = model.final_residual(batch.tokens.to(device)).flatten(0, 1)
             targets = batch.targets.to(device).flatten()
-            losses = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets)
+            losses = linear_cross_entropy_losses(residual, model.unembedding, targets)
             # In float64, so that sums do not depend on the batches; on the CPU, as not every device has it.
             sums.append(losses.cpu().double().sum())
             counts.append(batch.num_targets)

@@ -134,7 +134,7 @@ def score(
             rows, columns = np.nonzero(is_scored)
             residual_SE = model.final_residual(batch.tokens.to(device))[torch.from_numpy(is_scored).to(device)]
             tokens_S = batch.targets[rows, columns]
-            found = score_logits(residual_SE, model.token_embedding.weight, tokens_S.to(device))
+            found = score_logits(residual_SE, model.unembedding, tokens_S.to(device))
             windows_NT, _ = windows.cut(indices)
             own = {
                 **{name: values.cpu().double().numpy() for name, values in found._asdict().items()},

@@ -17,8 +17,6 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from lumiere.components.kernels import EPSILON
-from lumiere.components.layers import ROTARY_BASE
 from lumiere.errors import FailedCheckError, LumiereError, shortened
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, relative_error
 from lumiere.models.transformer import Transformer
@@ -36,20 +34,40 @@ OURS_TO_THEIRS = {
     "feedforward.down": "mlp.out",
 }
 """Parts of a block that have weights."""
+HELD = {
+    "norm": ("rms",),
+    "feedforward": ("swiglu",),
+    "positions": ("learned", "rotary"),
+    "rotary_fraction": (1.0,),
+    "attention_windows": (None,),
+    "attention_scale": (None,),
+    "num_key_value_heads": (None,),
+    "bias": ("none",),
+    "parallel_blocks": (False,),
+    "query_key_norm": (False,),
+}
+"""The model settings that an export to TransformerLens can hold, where it cannot hold all values."""
 
 
 def bridge_config(model: Transformer) -> dict[str, Any]:
     """Return the arguments of `TransformerBridgeConfig`.
 
     Raises:
-        LumiereError: the model's keys and values differ in width.
+        LumiereError: the model's keys and values differ in width, or a setting has a value that the export lacks.
     """
+    settings = model.settings
+    for name, values in HELD.items():
+        if (value := getattr(settings, name)) not in values:
+            raise LumiereError(
+                f"the model has {name} {value!r}, which an export to transformer-lens does not hold",
+                f"it holds model.{name} {' or '.join(map(str, values))}",
+            )
     if model.d_key != model.d_value:
         raise LumiereError(
             f"the heads have d_key {model.d_key} and d_value {model.d_value}; TransformerLens has one width for both",
             "train with model.d_key equal to model.d_value",
         )
-    rotary = {"rotary_dim": model.d_key, "rotary_base": round(ROTARY_BASE)} if model.positions == "rotary" else {}
+    rotary = {"rotary_dim": model.d_key, "rotary_base": settings.rotary_base} if settings.rotary_size else {}
     return {
         "model_name": "lumiere",
         "n_layers": model.num_layers,
@@ -62,24 +80,24 @@ def bridge_config(model: Transformer) -> dict[str, Any]:
         "act_fn": "silu",
         "gated_mlp": True,
         "normalization_type": "RMS",
-        "eps": EPSILON,
+        "eps": settings.norm_epsilon,
         "positional_embedding_type": "rotary" if rotary else "standard",
         **rotary,
     }
 
 
 def bridge_weights(model: Transformer) -> dict[str, Tensor]:
-    """Return the weights by the names of `TransformerBridge.state_dict()`; the tied output head is a copy."""
+    """Return the weights by the names of `TransformerBridge.state_dict()`; a tied output head is a copy."""
     weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     embedding = weights["token_embedding.weight"]
-    theirs = {"embed.weight": embedding, "unembed.weight": embedding.clone()}
+    theirs = {"embed.weight": embedding, "unembed.weight": model.unembedding.detach().cpu().clone()}
     theirs["unembed.bias"] = torch.zeros(model.vocab_size, dtype=embedding.dtype)
-    if model.positions == "learned":
+    if model.position_embedding is not None:
         theirs["pos_embed.weight"] = weights["position_embedding.weight"]
     for layer in range(model.num_layers):
         for ours, name in OURS_TO_THEIRS.items():
             weight = weights[f"blocks.{layer}.{ours}.weight"]
-            if name in ("attn.q", "attn.k") and model.positions == "rotary":
+            if name in ("attn.q", "attn.k") and model.settings.rotary_size:
                 weight = neighboring_pairs(weight, model.num_heads)
             theirs[f"blocks.{layer}.{name}.weight"] = weight
             if name.startswith("attn."):  # theirs have biases, ours none

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lumiere.components.layers import KVCache
-from lumiere.generation.one_stream import OneStream
+from lumiere.components.layers import Attention, KVCache
+from lumiere.generation.one_stream import OneStream, has_fast_step
 from lumiere.models.transformer import Transformer
 
 # Multiplications of a step below which a second thread costs more than it saves.
@@ -93,7 +93,7 @@ class FullForward:
 class CachedDecoder:
     """A `Decoder` that keeps the keys and values of each row's window: a token costs one position of work.
 
-    One stream on a CPU takes the steps of `OneStream`.
+    One stream on a CPU takes the steps of `OneStream`, if it has them for the model.
 
     Args:
         model: In evaluation mode; its weights are copied.
@@ -105,7 +105,7 @@ class CachedDecoder:
         self._model = model = copy_to_generate(model)
         self._compiled_step = compiled_step
         self._weight = model.token_embedding.weight.detach()
-        self._unembedding = self._weight.T.contiguous()
+        self._unembedding = model.unembedding.detach().T.contiguous()
         self._bias = suppression(model.vocab_size, suppressed, self._weight)
         self._num_weights = sum(parameter.numel() for parameter in model.parameters())
         self._one_stream: OneStream | None = None
@@ -161,7 +161,7 @@ class CachedDecoder:
             self._one_stream.reorder(self._model.context_size)
 
     def _allocate(self, num_rows: int) -> None:
-        if num_rows == 1 and self._weight.device.type == "cpu" and self._compiled_step is None:
+        if num_rows == 1 and self._compiled_step is None and has_fast_step(self._model):
             self._one_stream, self._cache = self._fused, self._fused.cache
         elif self._one_stream is not None or num_rows != self._num_cached:
             self._one_stream = None
@@ -169,7 +169,8 @@ class CachedDecoder:
         self._num_cached = num_rows
 
     def _new_cache(self, num_rows: int, num_positions: int) -> KVCache:
-        shapes = [(num_rows, self._model.num_heads, num_positions, x) for x in (self._model.d_key, self._model.d_value)]
+        num_heads, widths = self._model.settings.key_value_heads, (self._model.d_key, self._model.d_value)
+        shapes = [(num_rows, num_heads, num_positions, width) for width in widths]
         keys, values = ([self._weight.new_zeros(shape) for _ in self._model.blocks] for shape in shapes)
         return KVCache(keys, values, 0, num_positions)
 
@@ -206,9 +207,10 @@ def copy_to_generate(model: Transformer) -> Transformer:
     model = deepcopy(model)
     for block in model.blocks:
         for part in (block.attention, block.feedforward):
-            part.joined = part.joined_weight().T.contiguous().T
-        for linear in (block.attention.output, block.feedforward.down):
-            linear.weight.data = linear.weight.T.contiguous().T
+            if part is not None:
+                part.joined = part.joined_weight().T.contiguous().T
+                linear = part.output if isinstance(part, Attention) else part.down
+                linear.weight.data = linear.weight.T.contiguous().T
     for module in model.modules():
         # As plain attributes: torch's own lookup takes a quarter of a step's dispatch.
         vars(module).update({**module._modules, **module._parameters})

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumiere.components.kernels import EPSILON
 from lumiere.components.layers import Block, KVCache, rotation_at
 from lumiere.models.transformer import Transformer
 
@@ -33,6 +32,20 @@ class FusedLayer(NamedTuple):
     """(F, E)."""
 
 
+FAST = {
+    "norm": "rms", "feedforward": "swiglu", "rotary_fraction": 1.0, "attention_windows": None, "attention_scale": None,
+    "num_key_value_heads": None, "bias": "none", "parallel_blocks": False, "query_key_norm": False,
+}  # fmt: skip
+"""The settings of the models that `OneStream` computes."""
+
+
+def has_fast_step(model: Transformer) -> bool:
+    """Return whether `OneStream` computes this model: one of the original shape, with any tables of positions."""
+    settings = model.settings.model_dump()
+    is_plain = all(settings[name] == value for name, value in FAST.items())
+    return is_plain and settings["positions"] in ("learned", "rotary") and model.unembedding.device.type == "cpu"
+
+
 class OneStream:
     """Steps of one row at a time, with fused copies of a model's weights and a cache of their own.
 
@@ -40,12 +53,13 @@ class OneStream:
     values are views of those rows: nothing is copied.
 
     Args:
-        model: In evaluation mode, on the CPU; later changes of its weights have no effect.
+        model: One that `has_fast_step`, in evaluation mode; later changes of its weights have no effect.
         bias_Vocab: Added to the logits.
     """
 
     def __init__(self, model: Transformer, bias_Vocab: Tensor) -> None:
         weight = model.token_embedding.weight.detach()
+        self._epsilon = model.settings.norm_epsilon
         self._heads, self._d_key, self._d_value = model.num_heads, model.d_key, model.d_value
         self._embedding = weight.clone()
         self._positions, self._rotation, self._order = None, None, None
@@ -53,13 +67,13 @@ class OneStream:
             self._positions = model.position_embedding.weight.detach().clone()
         else:
             half = model.d_key // 2
-            tables = rotation_at(torch.arange(model.context_size), model.d_key, weight.dtype)
+            tables = rotation_at(torch.arange(model.context_size), model.settings, weight.dtype)
             self._rotation = torch.complex(*(table[..., :half].contiguous() for table in tables))
             # Numbers that turn together, i and i + d_key/2, become neighbors: the two parts of a complex number.
             self._order = torch.stack(torch.arange(model.d_key).chunk(2), dim=-1).flatten()
         with torch.no_grad():
             self._layers = [self._fuse(block) for block in model.blocks]
-            self._unembedding = (weight * model.final_norm.weight).T.contiguous()
+            self._unembedding = model.readout(weight.dtype)[0].T.contiguous()
         self._bias = bias_Vocab
         width = self._layers[0].joined.shape[1]
         self._rows = [weight.new_zeros(1, model.context_size, width) for _ in self._layers]
@@ -68,16 +82,18 @@ class OneStream:
         self.cache = KVCache([k for _, k, _ in heads], [v for _, _, v in heads], 0, 0)
 
     def _fuse(self, block: Block) -> FusedLayer:
-        attention, feedforward = block.attention, block.feedforward
+        attention, feedforward, norm = block.attention, block.feedforward, block.feedforward_norm
+        assert feedforward is not None
+        assert norm is not None
         query, key = attention.query.weight, attention.key.weight
         if self._order is not None:
             query, key = (
                 x.unflatten(0, (self._heads, self._d_key))[:, self._order].flatten(0, 1) for x in (query, key)
             )
-        joined = torch.cat([query, key, attention.value.weight]) * block.attention_norm.weight
+        joined, _ = block.attention_norm.folded(torch.cat([query, key, attention.value.weight]))
         # An even width, so that the pairs of every row can be viewed as complex numbers.
         joined = torch.cat([joined, joined.new_zeros(len(joined) % 2, joined.shape[1])])
-        gate_up = torch.cat([feedforward.gate.weight, feedforward.up.weight]) * block.feedforward_norm.weight
+        gate_up, _ = norm.folded(feedforward.joined_weight())
         matrices = (joined, attention.output.weight, gate_up, feedforward.down.weight)
         return FusedLayer(*(matrix.detach().T.contiguous() for matrix in matrices))
 
@@ -109,21 +125,21 @@ class OneStream:
         else:
             resid_1E = resid_1E.clone()
         resid_E = resid_1E[0]
-        size = resid_E.shape[0]
+        size, epsilon = resid_E.shape[0], self._epsilon
         views = self._views.get(position)
         if views is None:
             views = self._views[position] = [self._view(layer, position) for layer in range(len(self._layers))]
         for row, q, k, v, pairs, turn, branches, gate, up, joined, output, gate_up, down in views:
-            scale = 1 / math.sqrt(torch.dot(resid_E, resid_E).item() / size + EPSILON)
+            scale = 1 / math.sqrt(torch.dot(resid_E, resid_E).item() / size + epsilon)
             torch.addmm(row, resid_1E, joined, beta=0, alpha=scale, out=row)
             if self._rotation is not None:
                 pairs.mul_(turn)
             z_1H1V = F.scaled_dot_product_attention(q, k, v)
             resid_1E.addmm_(z_1H1V.reshape(1, -1), output)
-            scale = 1 / math.sqrt(torch.dot(resid_E, resid_E).item() / size + EPSILON)
+            scale = 1 / math.sqrt(torch.dot(resid_E, resid_E).item() / size + epsilon)
             torch.addmm(branches, resid_1E, gate_up, beta=0, alpha=scale, out=branches)
             resid_1E.addmm_(F.silu(gate, inplace=True).mul_(up), down)
-        scale = 1 / math.sqrt(torch.dot(resid_E, resid_E).item() / size + EPSILON)
+        scale = 1 / math.sqrt(torch.dot(resid_E, resid_E).item() / size + epsilon)
         return torch.addmm(self._bias, resid_1E, self._unembedding, alpha=scale)
 
     def _view(self, layer: int, position: int) -> tuple[Tensor, ...]:

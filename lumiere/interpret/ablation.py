@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lumiere.components.hooks import hooked, run_with_cache
 from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
-from lumiere.components.layers import Block
+from lumiere.components.layers import Block, feedforward_of
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError, check_choice
@@ -32,7 +32,8 @@ class Unit:
     Attributes:
         label: how unit `index` of a layer is called.
         hook: the activation that is replaced, without `blocks.<layer>.`: (B, T, E), or with an axis of units.
-        stage: where in a block the change enters the residual stream: `hook_resid_pre`, `_mid` or `_post`.
+        stage: where in a block the change enters the residual stream: `hook_resid_pre`, `_mid` or `_post`. Where the
+            feed-forward part does not read what attention writes, there is no `_mid`, and it is `_post`.
         axis: the axis of the units in the activation; None: the layer has one unit.
         output: the matrix that writes the units to the stream; None: the activation itself is written.
         subtracted: another activation, less which `hook` is what the unit adds; None: `hook` is.
@@ -46,13 +47,24 @@ class Unit:
     subtracted: str | None = None
 
     def count(self, model: Transformer, num_positions: int) -> int:
-        """Return the number of units in a layer."""
+        """Return the number of units in a layer.
+
+        Raises:
+            LumiereError: the model has no feed-forward parts, and the units are in them.
+        """
+        if self.hook in ("hook_mlp_out", "mlp.hook_post"):
+            feedforward_of(model.blocks[0])
         sizes = {"attn.hook_z": model.num_heads, "mlp.hook_post": model.d_ff, "hook_resid_pre": num_positions}
         return sizes.get(self.hook, 1)
 
+    def stage_in(self, model: Transformer) -> str:
+        """Return the stage at which a change enters the stream of this model."""
+        return "post" if self.stage == "mid" and model.blocks[0].hook_resid_mid is None else self.stage
+
     def activations(self, model: Transformer, batch: Batch, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         """Return, by layer, what is replaced, and the residual stream at `stage`, (B, T, E)."""
-        leaves = [leaf for leaf in (self.hook, self.subtracted, f"hook_resid_{self.stage}") if leaf is not None]
+        stream = f"hook_resid_{self.stage_in(model)}"
+        leaves = [leaf for leaf in (self.hook, self.subtracted, stream) if leaf is not None]
         names = {f"blocks.{layer}.{leaf}" for layer in layers for leaf in leaves}
         _, cache = run_with_cache(model, batch.tokens, names)
         found = {}
@@ -81,7 +93,7 @@ UNITS: Mapping[str, Unit] = {
     "head": Unit("L{layer}H{index}", "attn.hook_z", "mid", 2, lambda block: block.attention.output),
     "feedforward": Unit("L{layer} feed-forward", "hook_mlp_out", "post"),
     "layer": Unit("L{layer}", "hook_resid_post", "post", subtracted="hook_resid_pre"),
-    "neuron": Unit("L{layer}N{index}", "mlp.hook_post", "post", 2, lambda block: block.feedforward.down),
+    "neuron": Unit("L{layer}N{index}", "mlp.hook_post", "post", 2, lambda block: feedforward_of(block).down),
     "position": Unit("L{layer}P{index}", "hook_resid_pre", "pre", 1),
 }
 
@@ -101,8 +113,7 @@ def stream_after(model: Transformer, layer: int, stage: str, resid_BTE: Tensor) 
     if stage == "pre":
         return model.continue_from(resid_BTE, layer)
     if stage == "mid":
-        block = model.blocks[layer]
-        resid_BTE = resid_BTE + block.feedforward(block.feedforward_norm(resid_BTE))
+        resid_BTE = model.blocks[layer].add_feedforward(resid_BTE, resid_BTE)
     return model.continue_from(resid_BTE, layer + 1)
 
 
@@ -147,7 +158,7 @@ class Trial:
         is_real_RT = (targets_BT != IGNORED).repeat(num_copies, 1)
         targets_P = targets_BT.repeat(num_copies, 1)[is_real_RT]
         # Tokens that are not predicted, such as a first copy, need no logits, which are most of the work.
-        losses_P = linear_cross_entropy_losses(residual_RTE[is_real_RT], self.model.token_embedding.weight, targets_P)
+        losses_P = linear_cross_entropy_losses(residual_RTE[is_real_RT], self.model.unembedding, targets_P)
         sums_R = torch.zeros(len(is_real_RT), dtype=torch.float64)
         sums_R.index_add_(0, is_real_RT.nonzero()[:, 0].cpu(), losses_P.cpu().double())
         return sums_R.view(num_copies, -1)
@@ -164,7 +175,7 @@ class Trial:
             chosen = indices[first : first + at_once]
             written_NBTE = self.kind.written(self.model.blocks[layer], self.changes[layer], chosen)
             copies_RTE = (self.streams[layer] + written_NBTE).flatten(0, 1)
-            losses.append(self._losses(stream_after(self.model, layer, self.kind.stage, copies_RTE)))
+            losses.append(self._losses(stream_after(self.model, layer, self.kind.stage_in(self.model), copies_RTE)))
         return torch.cat(losses)
 
     def by_hook(self, layer: int, index: int) -> Tensor:
@@ -185,7 +196,8 @@ class Trial:
     def receipts(self, indices: Sequence[int], ablated_UB: Tensor) -> tuple[Receipt, ...]:
         """Check that nothing but the ablation changes the loss, and recompute the strongest ablation by a hook."""
         clean, ablated_U = self._loss(self.losses_B), self._loss(ablated_UB)
-        streams = [stream_after(self.model, layer, self.kind.stage, x) for layer, x in self.streams.items()]
+        stage = self.kind.stage_in(self.model)
+        streams = [stream_after(self.model, layer, stage, x) for layer, x in self.streams.items()]
         again = [self._loss(self._losses(stream)[0]) for stream in streams]
         strongest = int((ablated_U - clean).abs().argmax())
         row, column = divmod(strongest, len(indices))
@@ -207,7 +219,7 @@ def mean_activations(
         for layer, (replaced, _) in kind.activations(model, batch, layers).items():
             sums[layer] = sums.get(layer, 0.0) + replaced[real_BT].cpu().double().sum(0)
     num_tokens = sum(int((batch.tokens != PAD).sum()) for batch in batches)
-    weight = model.token_embedding.weight
+    weight = model.unembedding
     # The type first: not every device has float64.
     return {layer: (total / num_tokens).to(weight.dtype).to(weight.device) for layer, total in sums.items()}
 

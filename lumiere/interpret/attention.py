@@ -208,11 +208,13 @@ def value_sizes(
     """
     sizes, error = [], 0.0
     for layer, block in enumerate(model.blocks):
-        v_SHV = cache[f"blocks.{layer}.attn.hook_v"][0]
+        v_SHV = block.attention.per_head(cache[f"blocks.{layer}.attn.hook_v"][0], dim=1)
         given, whole = v_SHV, cache[f"blocks.{layer}.attn.hook_z"][0]
         if projected:
             output_EHV = block.attention.output.weight.detach().unflatten(1, (model.num_heads, model.d_value))
             given, whole = torch.einsum("shv,ehv->she", v_SHV, output_EHV), cache[f"blocks.{layer}.hook_attn_out"][0]
+            if block.attention.output.bias is not None:  # which no head writes
+                whole = whole - block.attention.output.bias
         weights_HTS = torch.from_numpy(patterns[layer]).to(given.device)
         added = torch.einsum("hts,shx->thx", weights_HTS, given)
         added = added.sum(1) if projected else added

@@ -265,7 +265,7 @@ class Metric:
 
 def validation_loss(snapshot: SnapshotMetrics) -> Measured:
     """Return the mean loss over all targets, summed in float64, and its standard error, clustered by document."""
-    weight, batches, sums = snapshot.model.token_embedding.weight, snapshot.texts.batches, []
+    weight, batches, sums = snapshot.model.unembedding, snapshot.texts.batches, []
     for batch in batches:
         with torch.inference_mode():
             residual = snapshot.model.final_residual(batch.tokens.to(weight.device)).flatten(0, 1)

@@ -133,15 +133,28 @@ def composition_scores(model: Transformer) -> Composition:
 
 
 def head_matrices(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K), norm gains included, in float64."""
+    """Return W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K), norms folded in, in float64.
+
+    Heads that share keys and values have the same W_K and W_V. A norm of queries and keys divides each by a scale of
+    its own, a number that no matrix holds; its gains are folded in.
+    """
     found: dict[str, list[np.ndarray]] = {"value": [], "output": [], "query": [], "key": []}
     for block in model.blocks:
-        gain = float64(block.attention_norm.weight)
+        attention = block.attention
+        gains = {"query": attention.query_norm, "key": attention.key_norm}
         for part, matrices in found.items():
-            weight = float64(getattr(block.attention, part).weight)
-            rows = weight.T if part == "output" else weight * gain
-            heads = rows.reshape(model.num_heads, -1, model.embedding_size)
-            matrices.append(heads if part == "output" else heads.swapaxes(-1, -2))
+            weight = getattr(attention, part).weight.detach().cpu().double()
+            if part == "output":
+                matrices.append(float64(weight.T).reshape(model.num_heads, -1, model.embedding_size))
+                continue
+            norm = gains.get(part)
+            is_shared = part in ("key", "value")
+            num_heads = attention.num_key_value_heads if is_shared else model.num_heads
+            heads_HKE = block.attention_norm.folded(weight)[0].unflatten(0, (num_heads, -1))
+            heads_HKE = attention.per_head(heads_HKE, dim=0) if is_shared else heads_HKE
+            if norm is not None and norm.weight is not None:
+                heads_HKE = heads_HKE * norm.weight.to(heads_HKE)[:, None]
+            matrices.append(float64(heads_HKE.transpose(1, 2)))
     reads, writes, queries, keys = map(np.stack, found.values())
     return reads, writes, queries, keys
 
@@ -179,7 +192,7 @@ def in_context_learning(model: Transformer, windows_NT: torch.Tensor, documents_
     if model.context_size < 2 or not is_full_N.any():
         return {}
     bands = early, late = position_bands(model.context_size)
-    weight, found = model.token_embedding.weight, []
+    weight, found = model.unembedding, []
     positions = [position for first, last in bands for position in range(first, last + 1)]
     for part_NT in windows_NT[is_full_N].split(max(1, TOKENS_AT_ONCE // model.context_size)):
         part_NT = part_NT.to(weight.device)
@@ -455,10 +468,13 @@ def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndar
     to sum |lambda|, the largest of all heads.
     """
     embedding = float64(model.token_embedding.weight)[list(averaged)]
-    unembedding = embedding * float64(model.final_norm.weight)
+    unembedding = float64(model.final_norm.folded(model.unembedding.detach().cpu().double()[list(averaged)])[0])
     scores, errors = np.full((model.num_layers, model.num_heads), np.nan), [0.0]
     for layer, block in enumerate(model.blocks):
-        value = float64(block.attention.value.weight) * float64(block.attention_norm.weight)
+        value_HVE = block.attention_norm.folded(block.attention.value.weight.detach().cpu().double())[0].unflatten(
+            0, (-1, model.d_value)
+        )
+        value = float64(block.attention.per_head(value_HVE, dim=0).flatten(0, 1))
         output = float64(block.attention.output.weight)
         read = (embedding @ value.T).reshape(len(embedding), model.num_heads, -1)
         written = (unembedding @ output).reshape(len(embedding), model.num_heads, -1)

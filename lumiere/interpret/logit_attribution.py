@@ -16,6 +16,7 @@ from lumiere.interpret.result import Receipt, Result, one_sequence, rounding
 from lumiere.models.transformer import Transformer
 
 LEVELS = ("layer", "head", "neuron", "source")
+BIASES = ("attention_bias", "feedforward_bias", "final_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,15 @@ class LogitAttribution(Result):
             ln p(target) plus the entropy.
         scales: (P,) of the final norm, at which it is frozen.
         embed: (P,) the position's own token embedding.
-        pos_embed: (P,) its position embedding; None where positions are rotary.
+        pos_embed: (P,) its position embedding; None without one, as with rotary positions.
         attention: (P, L) the attention of each layer.
         heads: (P, L, H) each head of it.
         sources: (P, L, H, S) what each head takes from each source position.
         feedforward: (P, L) the feed-forward part of each layer.
-        neurons: (P, L, F) each neuron of it.
+        neurons: (P, L, F) each neuron of it; no neurons in a model without feed-forward parts.
+        attention_bias: (P, L) the bias of the attention's output, which no head writes; None without one.
+        feedforward_bias: (P, L) the bias that no neuron writes; None without one.
+        final_bias: (P,) the bias of the final norm; None without one.
     """
 
     tokens: tuple[int, ...]
@@ -63,6 +67,13 @@ class LogitAttribution(Result):
     sources: np.ndarray
     feedforward: np.ndarray
     neurons: np.ndarray
+    attention_bias: np.ndarray | None = None
+    feedforward_bias: np.ndarray | None = None
+    final_bias: np.ndarray | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        absent = {name for name in BIASES if getattr(self, name) is None}
+        return {name: value for name, value in super().as_dict().items() if name not in absent}
 
     def parts(self, level: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Yield each part of a level, in the order of the computation, and its contributions, (P,)."""
@@ -73,11 +84,20 @@ class LogitAttribution(Result):
             level, ("attention", self.attention)
         )
         feedforward = ("neuron", self.neurons) if level == "neuron" else ("feedforward", self.feedforward)
+        parts: list[tuple[str, np.ndarray | None]] = [attention, feedforward]
+        if level in ("head", "source"):
+            parts.insert(1, ("attention_bias", self.attention_bias))
+        if level == "neuron":
+            parts.append(("feedforward_bias", self.feedforward_bias))
         for layer in range(self.attention.shape[1]):
-            for part, values in (attention, feedforward):
+            for part, values in parts:
+                if values is None or not values.size:
+                    continue
                 for place in np.ndindex(*values.shape[2:]):
                     names = dict(zip((part, "source"), place, strict=False))
                     yield {"part": part, "layer": layer, **names}, values[:, layer, *place]
+        if self.final_bias is not None:
+            yield {"part": "final_bias"}, self.final_bias
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         for part, added_P in self.parts(self.by):
@@ -150,8 +170,8 @@ def logit_attribution(
             ids = torch.arange(model.vocab_size) if averaged is None else torch.tensor(list(averaged))
             reference, num_averaged, weights_PV[:, ids] = "mean", len(ids), 1 / len(ids)
             explained_P = own_P - logits_PV[:, ids].mean(-1)
-        direction_PE = frozen_directions(model, targets_P, weights_PV) / scales_P.unsqueeze(1)
-        added = attribute(model, activations, positions, direction_PE)
+        direction_PE, final_bias_P = frozen_directions(model, targets_P, weights_PV)
+        added = attribute(model, activations, positions, direction_PE / scales_P.unsqueeze(1))
     result = LogitAttribution(
         tokens=tuple(tokens),
         positions=tuple(positions),
@@ -166,6 +186,7 @@ def logit_attribution(
         scales=scales_P.numpy(),
         pos_embed=added.pop("pos_embed", None),
         **added,
+        final_bias=None if final_bias_P is None else final_bias_P.numpy(),
         receipts=(),
     )
     return replace(result, receipts=tuple(sum_receipt(result, level, rounding(model)) for level in LEVELS))
@@ -173,20 +194,24 @@ def logit_attribution(
 
 def hook_names(model: Transformer) -> list[str]:
     """Return the activations that the attribution reads."""
-    leaves = ("attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
-    names = ["hook_embed", *(["hook_pos_embed"] if model.position_embedding is not None else [])]
+    leaves = ["attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_attn_out"]
+    leaves += [] if model.settings.feedforward == "none" else ["mlp.hook_post", "hook_mlp_out"]
+    names = ["hook_embed", *([] if model.hook_pos_embed is None else ["hook_pos_embed"])]
     names += [f"blocks.{layer}.{leaf}" for layer in range(model.num_layers) for leaf in leaves]
     return [*names, "ln_final.hook_scale"]
 
 
-def frozen_directions(model: Transformer, targets_P: Tensor, weights_PV: Tensor) -> Tensor:
+def frozen_directions(model: Transformer, targets_P: Tensor, weights_PV: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the direction, (P, E), whose product with a part of the stream, over the scale, is its contribution.
 
     Args:
         weights_PV: of the logits that are subtracted, (P, Vocab), or (1, Vocab) where they are the same everywhere.
+
+    Returns:
+        The direction, and what the bias of the final norm adds, (P,); None without a bias.
     """
-    unembed_VE = model.token_embedding.weight.cpu().double()
-    return (unembed_VE[targets_P] - weights_PV @ unembed_VE) * model.final_norm.weight.cpu().double()
+    unembed_VE = model.unembedding.cpu().double()
+    return model.final_norm.folded(unembed_VE[targets_P] - weights_PV @ unembed_VE)
 
 
 def attribute(
@@ -199,20 +224,30 @@ def attribute(
 
     added: dict[str, list[Tensor]] = {"attention": [], "heads": [], "sources": [], "feedforward": [], "neurons": []}
     for layer, block in enumerate(model.blocks):
-        name = f"blocks.{layer}."
-        output_EHV = block.attention.output.weight.cpu().double().unflatten(1, (model.num_heads, model.d_value))
+        name, output = f"blocks.{layer}.", block.attention.output
+        output_EHV = output.weight.cpu().double().unflatten(1, (model.num_heads, model.d_value))
         direction_PHV = torch.einsum("pe,ehv->phv", direction_PE, output_EHV)
-        direction_PF = direction_PE @ block.feedforward.down.weight.cpu().double()
-        values_PHS = torch.einsum("phv,shv->phs", direction_PHV, activations[f"{name}attn.hook_v"])
+        v_SHV = block.attention.per_head(activations[f"{name}attn.hook_v"], dim=1)
+        values_PHS = torch.einsum("phv,shv->phs", direction_PHV, v_SHV)
         pattern_PHS = activations[f"{name}attn.hook_pattern"][:, positions].transpose(0, 1)
         added["attention"].append(along(f"{name}hook_attn_out"))
         added["heads"].append((activations[f"{name}attn.hook_z"][positions] * direction_PHV).sum(-1))
         added["sources"].append(pattern_PHS * values_PHS)
+        if output.bias is not None:
+            added.setdefault("attention_bias", []).append(direction_PE @ output.bias.cpu().double())
+        if block.feedforward is None:
+            added["feedforward"].append(direction_PE.new_zeros(len(positions)))
+            added["neurons"].append(direction_PE.new_zeros(len(positions), 0))
+            continue
+        down = block.feedforward.down
+        direction_PF = direction_PE @ down.weight.cpu().double()
         added["feedforward"].append(along(f"{name}hook_mlp_out"))
         added["neurons"].append(activations[f"{name}mlp.hook_post"][positions] * direction_PF)
+        if down.bias is not None:
+            added.setdefault("feedforward_bias", []).append(direction_PE @ down.bias.cpu().double())
     arrays = {name: torch.stack(values, dim=1).numpy() for name, values in added.items()}
     arrays["embed"] = along("hook_embed").numpy()
-    if model.position_embedding is not None:
+    if model.hook_pos_embed is not None:
         arrays["pos_embed"] = along("hook_pos_embed").numpy()
     return arrays
 

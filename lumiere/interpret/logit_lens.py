@@ -89,11 +89,11 @@ def logit_lens(
     target: int | None = None,
     top_k: int = 1,
 ) -> LogitLens:
-    """Predict the next token from the residual stream before, between and after the blocks: `softmax(RMSNorm(r) W_U)`.
+    """Predict the next token from the residual stream before, between and after the blocks: `softmax(norm(r) W_U)`.
 
     nostalgebraist 2020, "interpreting GPT: the logit lens". The final norm takes its scale from each stage's own
-    stream; the scale of the last stage would only change the temperature of the others. The output head is the token
-    embedding, so that the first stage often predicts the very token that it is given.
+    stream; the scale of the last stage would only change the temperature of the others. Where the output head is the
+    token embedding, the first stage often predicts the very token that it is given.
 
     The decision depth is the prediction depth of Belrose et al. 2023, "Eliciting Latent Predictions from Transformers
     with the Tuned Lens", here by the logit lens (Geva et al. 2022 call it the saturation of the top token). Others are
@@ -103,12 +103,12 @@ def logit_lens(
     Args:
         tokens: (T,) ids, at most `context_size` of them.
         positions: which of them to look at (None: all).
-        sublayers: look between the attention and the feed-forward part of each block too.
+        sublayers: look between the attention and the feed-forward part of each block too, where the latter follows.
         target: the token whose probability and rank are asked for (None: at each position the next of the text).
         top_k: how many of the most probable tokens to keep.
     """
     columns = list(selected(positions, len(tokens)))
-    stages = stage_names(model.num_layers, sublayers)
+    stages = stage_names(model, sublayers)
     following = [*tokens[1:], NO_TARGET]
     targets = torch.tensor([following[position] if target is None else target for position in columns])
     has_target = targets != NO_TARGET
@@ -123,7 +123,7 @@ def logit_lens(
         # One stage at a time, by the operations of the model on the same shape, so that the last stage is equal bit for
         # bit, and there are never more than a few matrices of T x Vocab.
         for stage in stages:
-            logits_BTV = model.token_embedding.unembed(model.final_norm(cache[stage]))
+            logits_BTV = model.unembed(model.final_norm(cache[stage]))
             difference = float((logits_BTV - output.logits).abs().max())
             stage_PV = log_probabilities(logits_BTV, columns)
             top = stage_PV.topk(top_k, dim=-1)
@@ -161,12 +161,13 @@ def logit_lens(
     )
 
 
-def stage_names(num_layers: int, sublayers: bool) -> list[str]:
+def stage_names(model: Transformer, sublayers: bool) -> list[str]:
     """Return the hook points of the residual stream, in the order of the computation."""
-    parts = ("mid", "post") if sublayers else ("post",)
+    has_mid = sublayers and model.blocks[0].hook_resid_mid is not None
+    parts = ("mid", "post") if has_mid else ("post",)
     return [
         "blocks.0.hook_resid_pre",
-        *(f"blocks.{layer}.hook_resid_{part}" for layer in range(num_layers) for part in parts),
+        *(f"blocks.{layer}.hook_resid_{part}" for layer in range(model.num_layers) for part in parts),
     ]
 
 

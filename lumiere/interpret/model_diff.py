@@ -318,7 +318,7 @@ def evaluation_error(model: Transformer, batch: Batch, losses_P: np.ndarray) -> 
     with torch.inference_mode():
         residual = model.final_residual(batch.tokens)[batch.targets != IGNORED]
         targets_P = batch.targets[batch.targets != IGNORED]
-        expected = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets_P).cpu().double().numpy()
+        expected = linear_cross_entropy_losses(residual, model.unembedding, targets_P).cpu().double().numpy()
     return float(np.abs(losses_P[: len(expected)] - expected).max() / max(1.0, expected.max()))
 
 
@@ -499,7 +499,7 @@ def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[To
 
         score(model, windows, protocol.once, {}, add)
         totals.append(document_totals(split, sizes, sums.counts, *sums.sums))
-    weights = weight_changes(first, second, left_out=("token_embedding.weight",))
+    weights = weight_changes(first, second, left_out=("token_embedding.weight", "output_head.weight"))
     return ModelDiff(
         tokens=(),
         not_compared=("predictions, representations and heads: the tokenizers differ, so no two tokens are the same",),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lumiere.components.hooks import run_with_cache
+from lumiere.components.layers import feedforward_of
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, rounding, table
@@ -86,10 +87,13 @@ def neuron_examples(
         num_neurons: how many of each layer (at most d_ff).
         num_examples, num_promoted: windows and tokens of each.
         before, after: context of an example, in tokens.
+
+    Raises:
+        LumiereError: the model has no feed-forward parts.
     """
     device = model.token_embedding.weight.device
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.num_layers)]
-    downs = (block.feedforward.down.weight.detach() for block in model.blocks)
+    downs = [feedforward_of(block).down.weight.detach() for block in model.blocks]
     norms_LF = torch.stack([torch.linalg.vector_norm(down, dim=0).cpu() for down in downs])  # Tensor.norm warns on mps
     tokens_WT = torch.cat([batch.tokens for batch in batches]).cpu()
     peaks, places = [], []
@@ -157,12 +161,9 @@ def promoted(
     model: Transformer, layer: int, neurons_N: torch.Tensor, activations_N: torch.Tensor, count: int
 ) -> torch.Tensor:
     """Return the tokens whose logits rise most by what each neuron writes, (N, count), up to the final norm's scale."""
-    down, gain, embedding = (
-        part.weight.detach().cpu()
-        for part in (model.blocks[layer].feedforward.down, model.final_norm, model.token_embedding)
-    )
-    written_NE = down.T[neurons_N] * activations_N.sign()[:, None]
-    return ((written_NE * gain) @ embedding.T).topk(count, dim=-1).indices
+    down, device = feedforward_of(model.blocks[layer]).down.weight.detach(), model.unembedding.device
+    written_NE = down.T[neurons_N.to(device)] * activations_N.sign()[:, None].to(device)
+    return (model.final_norm.linear(written_NE) @ model.unembedding.T).topk(count, dim=-1).indices.cpu()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,22 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumiere.components.hooks import run_with_cache
+from lumiere.components.hooks import hook_points, run_with_cache
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, relative_error, rounding, table
 from lumiere.models.transformer import Transformer
 
 PARTS: tuple[str, ...] = ("token_embedding", "positions", "attention", "feedforward", "norms")
+"""The parts that every model is said to have; an output head that is not tied is one more, `output_head`."""
 SIZES = ("norms", "rms", "spectral_norms", "stable_ranks", "effective_ranks")
 ROWS_AT_ONCE = 1024
+QUERY_KEY_NORMS = ("query_norm.weight", "key_norm.weight")
 
 
 def count_parts(model: Transformer) -> dict[str, int]:
-    """Count trainable numbers by part, as `PARTS` names them; the tied output head counts once."""
+    """Count trainable numbers by part, as `PARTS` names them; a tied output head counts once."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        counts[part_of(name)] += parameter.numel()
+        counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
     return counts
 
 
@@ -81,6 +83,7 @@ def same_rows(table_VE: Tensor, cosine: float) -> Iterator[tuple[int, int]]:
 
 
 LEAVES = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_post", "hook_mlp_out")
+"""Activations of a block; some models lack the last three."""
 
 
 def measure_activity(model: Transformer, batches: Iterable[Batch]) -> tuple[dict[str, Any], float]:
@@ -91,30 +94,33 @@ def measure_activity(model: Transformer, batches: Iterable[Batch]) -> tuple[dict
 
     Returns:
         The fields of `ModelSummary` on activity, and the error of the logits against the products of the normalized
-        stream with the token embedding, relative to the largest.
+        stream with the output head, relative to the largest.
     """
-    num_windows, num_tokens, tied_error = 0, 0, 0.0
+    num_windows, num_tokens, head_error = 0, 0, 0.0
     writes_L2 = np.zeros((model.num_layers, 2))
     heads_LH = np.zeros((model.num_layers, model.num_heads))
-    largest_LF = np.zeros((model.num_layers, model.d_ff))
-    names = [f"blocks.{layer}.{leaf}" for layer in range(model.num_layers) for leaf in LEAVES]
+    has_feedforward = model.settings.feedforward != "none"
+    largest_LF = np.zeros((model.num_layers, model.d_ff if has_feedforward else 0))
+    wanted = [f"blocks.{layer}.{leaf}" for layer in range(model.num_layers) for leaf in LEAVES]
+    points = hook_points(model)
+    names = [name for name in wanted if name in points]
     for batch in batches:
         tokens_BT = batch.tokens.to(model.token_embedding.weight.device)
         real_BT = tokens_BT != PAD
         with torch.inference_mode():
             output, cache = run_with_cache(model, tokens_BT, names)
-            expected = model.final_norm(output.hidden_states[:, -1]) @ model.token_embedding.weight.T
-            tied_error = float(np.maximum(tied_error, relative_error(output.logits, expected)))  # NaN, if there is one
+            expected = model.final_norm(output.hidden_states[:, -1]) @ model.unembedding.T
+            head_error = float(np.maximum(head_error, relative_error(output.logits, expected)))  # NaN, if there is one
             for layer in range(model.num_layers):
                 # Only real tokens: N of them in place of B and T.
-                pre_NE, z_NHV, attention_NE, mid_NE, post_NF, feedforward_NE = (
-                    cache[f"blocks.{layer}.{leaf}"][real_BT] for leaf in LEAVES
-                )
-                scale_N = lengths(pre_NE)
-                writes_L2[layer, 0] += total(lengths(attention_NE) / scale_N)
-                writes_L2[layer, 1] += total(lengths(feedforward_NE) / lengths(mid_NE))
-                heads_LH[layer] += total(head_lengths(model, layer, z_NHV) / scale_N[:, None])
-                largest_LF[layer] = np.maximum(largest_LF[layer], float64(post_NF.abs().amax(0)))
+                found = {leaf: cache[name][real_BT] for leaf in LEAVES if (name := f"blocks.{layer}.{leaf}") in cache}
+                scale_N = lengths(found["hook_resid_pre"])
+                writes_L2[layer, 0] += total(lengths(found["hook_attn_out"]) / scale_N)
+                heads_LH[layer] += total(head_lengths(model, layer, found["attn.hook_z"]) / scale_N[:, None])
+                if has_feedforward:
+                    read_NE = found.get("hook_resid_mid", found["hook_resid_pre"])
+                    writes_L2[layer, 1] += total(lengths(found["hook_mlp_out"]) / lengths(read_NE))
+                    largest_LF[layer] = np.maximum(largest_LF[layer], float64(found["mlp.hook_post"].abs().amax(0)))
         num_windows += len(tokens_BT)
         num_tokens += int(real_BT.sum())
     return {
@@ -123,7 +129,7 @@ def measure_activity(model: Transformer, batches: Iterable[Batch]) -> tuple[dict
         "writes": writes_L2 / num_tokens,
         "head_writes": heads_LH / num_tokens,
         "largest_activations": largest_LF,
-    }, tied_error
+    }, head_error
 
 
 def head_lengths(model: Transformer, layer: int, z_NHV: Tensor) -> Tensor:
@@ -179,7 +185,7 @@ class ModelSummary(Result):
     """What is in a model. Fields that need a text are None without one.
 
     Attributes:
-        parameters: by part; the token embedding is the output head too, and counts once.
+        parameters: by part; a token embedding that is the output head too counts once.
         matrices: (M,) the names of the matrices in the state dict. Their facts are computed in float64; NaN for a
             matrix that is not finite.
         shapes: (M, 2).
@@ -193,7 +199,7 @@ class ModelSummary(Result):
         gains: (N, E).
         token_norms: (V,) norms of the rows of the token embedding.
         token_mean_share: of the mean square of a row, how much is the mean row's.
-        position_norms: (C,) norms of the rows of the position embedding; None where positions are rotary.
+        position_norms: (C,) norms of the rows of the position embedding; None unless positions are learned.
         position_cosine: mean cosine of neighboring rows of it.
         num_windows, num_tokens: of the text that was read, without padding. The means are over these tokens.
         writes: (L, 2) the norm of what attention and feed-forward part write, over that of the stream before it.
@@ -243,8 +249,12 @@ def summarize(
         token_counts: (V,) counts of the tokens in the training split, if known.
     """
     parameters, facts = count_parts(model), matrix_facts(model)
-    gains = {name: value for name, value in model.state_dict().items() if value.ndim == 1}
-    gains_NE = np.stack([float64(gain) for gain in gains.values()])
+    gains = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.endswith("norm.weight") and len(value) == model.embedding_size and not name.endswith(QUERY_KEY_NORMS)
+    }
+    gains_NE = np.array([float64(gain) for gain in gains.values()]).reshape(-1, model.embedding_size)
     table_VE = float64(model.token_embedding.weight)
     token_norms = np.linalg.norm(table_VE, axis=1)
     position_norms = position_cosine = None
@@ -254,7 +264,7 @@ def summarize(
         directions_CE = position_CE / np.maximum(position_norms, np.finfo(float).tiny)[:, None]
         cosines = (directions_CE[1:] * directions_CE[:-1]).sum(1)
         position_cosine = float(cosines.mean()) if len(cosines) else 1.0
-    activity, tied_error = measure_activity(model, batches) if batches else ({}, None)
+    activity, head_error = measure_activity(model, batches) if batches else ({}, None)
     result = ModelSummary(
         parameters=parameters,
         **facts,
@@ -272,10 +282,10 @@ def summarize(
         Check(what, threshold, len(places), tuple(places[:PLACES_KEPT]))
         for what, threshold, places in find_problems(model, result, token_counts)
     )
-    return replace(result, checks=checks, receipts=tuple(receipts(model, result, tied_error)))
+    return replace(result, checks=checks, receipts=tuple(receipts(model, result, head_error)))
 
 
-def receipts(model: Transformer, result: ModelSummary, tied_error: float | None) -> Iterator[Receipt]:
+def receipts(model: Transformer, result: ModelSummary, head_error: float | None) -> Iterator[Receipt]:
     yield Receipt("the parts hold all parameters", abs(sum(result.parameters.values()) - model.num_parameters), 0.0)
     by_rank = result.spectral_norms * np.sqrt(result.stable_ranks)
     error = np.abs(by_rank - result.norms) / np.maximum(result.norms, np.finfo(float).tiny)
@@ -284,8 +294,9 @@ def receipts(model: Transformer, result: ModelSummary, tied_error: float | None)
     )
     largest = np.maximum(result.stable_ranks, result.effective_ranks) / result.shapes.min(axis=1)
     yield Receipt("no rank exceeds the shape", float(np.maximum(largest.max() - 1, 0.0)), FLOAT64_TOLERANCE)
-    if tied_error is not None:
-        yield Receipt("the output head is the token embedding (tied)", tied_error, rounding(model))
+    if head_error is not None:
+        head = "the token embedding (tied)" if model.output_head is None else "a matrix of its own"
+        yield Receipt(f"the output head is {head}", head_error, rounding(model))
 
 
 def find_problems(
@@ -311,7 +322,8 @@ def find_problems(
     if result.writes is None or result.head_writes is None or result.largest_activations is None:
         return
     silent, parts = f"writes below {SILENT:.1%} of the stream", ("attention", "feed-forward")
-    named = [f"L{layer} {parts[part]}" for layer, part in np.argwhere(result.writes < SILENT)]
+    written = result.writes if model.settings.feedforward != "none" else result.writes[:, :1]
+    named = [f"L{layer} {parts[part]}" for layer, part in np.argwhere(written < SILENT)]
     yield "parts of layers that do nothing", silent, named
     heads = [f"L{layer}H{head}" for layer, head in np.argwhere(result.head_writes < SILENT)]
     yield "heads that do nothing", silent, heads

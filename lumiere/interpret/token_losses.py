@@ -100,7 +100,7 @@ def token_losses(
         entropies = torch.special.entr(probabilities).sum(-1)
         target_logits = logits_TVocab.gather(1, targets_T[:, None])
         residual = model.final_residual(tokens_1T)[0, :-1]
-        evaluated = linear_cross_entropy_losses(residual, model.token_embedding.weight, targets_T)
+        evaluated = linear_cross_entropy_losses(residual, model.unembedding, targets_T)
     tolerance, most = rounding(model), math.log(model.vocab_size)
     sums = probabilities.cpu().sum(-1, dtype=torch.float64)
     values = losses.cpu().numpy()

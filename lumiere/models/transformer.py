@@ -1,4 +1,4 @@
-"""The model: a decoder-only transformer with pre-RMSNorm, SwiGLU and an output tied to the token embedding.
+"""The model: a decoder-only transformer. Its settings choose the parts; the defaults are those of the model card.
 
 There is one forward pass, `Transformer.final_residual`. Training, evaluation and generation call it; `model(tokens)`
 adds logits, attention weights and hidden states.
@@ -11,9 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,14 +28,13 @@ from lumiere.components.layers import (
     KVCache,
     LayerCache,
     LearnedPositions,
-    RMSNorm,
+    Norm,
     TokenEmbedding,
     rotation_at,
+    sinusoids_at,
 )
 from lumiere.components.short_repr import ShortRepr
-
-if TYPE_CHECKING:
-    from lumiere.config.schema import RunConfig
+from lumiere.config.schema import ModelConfig, RunConfig
 
 PADDING_ID = 2  # of <|pad|>, as in `lumiere.data.tokenizer`, which models may not import
 
@@ -46,7 +47,7 @@ class TransformerOutput(ShortRepr):
     """(B, T, Vocab)."""
     residuals: tuple[Tensor, ...]
     """(B, T, E) before each block and after the last."""
-    kept_patterns: Sequence[Tensor | tuple[Tensor, Tensor, Tensor | None]]
+    kept_patterns: Sequence[Tensor | tuple[Tensor, Tensor, float, Tensor | None]]
 
     @cached_property
     def patterns(self) -> tuple[Tensor, ...]:
@@ -69,20 +70,14 @@ class Transformer(nn.Module):
 
     Args:
         vocab_size: Rows of the token embedding, and logits.
-        embedding_size: Width of the residual stream.
-        context_size: Longest sequence, in tokens.
-        d_key: Width of a head's queries and keys.
-        d_value: Width of a head's values.
-        d_ff: Neurons of each block's feed-forward part.
-        dropout: Rate for the embedding sum and each part's output, during training.
         padding_id: Id of padding, which `model(tokens)` hides by itself. None: no id is padding.
-        positions: `learned` embeddings, or `rotary`, which makes the model a Llama (Touvron et al. 2023).
-        zero_output_init: Start the matrices that write to the residual stream at zero.
         activation_checkpointing: In training, keep only what each block reads, and compute the block again in the
             backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"), with the same dropout.
+        settings: Those of `lumiere.config.schema.ModelConfig`, such as `norm` and `feedforward`; the other arguments
+            are settings too.
 
     Raises:
-        ValueError: `positions` is unknown, or rotary with an odd `d_key`.
+        ValueError: A setting is unknown, has a wrong value, or contradicts another.
     """
 
     def __init__(
@@ -97,43 +92,50 @@ class Transformer(nn.Module):
         d_ff: int,
         dropout: float = 0.1,
         padding_id: int | None = None,
-        positions: Literal["learned", "rotary"] = "learned",
-        zero_output_init: bool = False,
         activation_checkpointing: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        if positions not in ("learned", "rotary"):
-            raise ValueError(f"positions must be 'learned' or 'rotary', not {positions!r}")
-        if positions == "rotary" and d_key % 2:
-            raise ValueError(f"rotary positions rotate pairs of numbers, so d_key must be even, not {d_key}")
+        sizes = {"embedding_size": embedding_size, "context_size": context_size, "num_layers": num_layers}
+        sizes |= {"num_heads": num_heads, "d_key": d_key, "d_value": d_value, "d_ff": d_ff}
+        try:
+            chosen = ModelConfig.model_validate({**sizes, "dropout": dropout, **settings})
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            path = problem.get("ctx", {}).get("path", f"model.{'.'.join(map(str, problem['loc']))}")
+            raise ValueError(f"{path}: {problem['msg']}") from None
+        self.settings = chosen
         self.vocab_size, self.embedding_size, self.context_size = vocab_size, embedding_size, context_size
         self.num_layers, self.num_heads = num_layers, num_heads
         self.d_key, self.d_value, self.d_ff = d_key, d_value, d_ff
-        self.padding_id, self.positions = padding_id, positions
-        self.activation_checkpointing = activation_checkpointing
+        self.padding_id, self.activation_checkpointing = padding_id, activation_checkpointing
         self.token_embedding = TokenEmbedding(vocab_size, embedding_size)
         self.hook_embed = HookPoint()
         self.position_embedding = None
-        if positions == "learned":
+        if chosen.positions == "learned":
             self.position_embedding = LearnedPositions(context_size, embedding_size)
-            self.hook_pos_embed = HookPoint()
+        self.hook_pos_embed = HookPoint() if chosen.positions in ("learned", "sinusoidal") else None
         self.dropout = Dropout(dropout)
-        blocks = nn.ModuleList(
-            Block(embedding_size, num_heads, d_key, d_value, d_ff, dropout) for _ in range(num_layers)
-        )
+        blocks = nn.ModuleList(Block(chosen) for _ in range(num_layers))
         self.blocks = cast("Sequence[Block]", blocks)  # to a type checker, a ModuleList holds any modules
-        self.final_norm = RMSNorm(embedding_size, has_hooks=True)
-        self._initialize(zero_output_init)
+        self.windows = chosen.attention_windows or [None] * num_layers
+        self.final_norm = Norm(embedding_size, chosen.norm, chosen.norm_epsilon, has_hooks=True)
+        self.output_head = None if chosen.tie_embeddings else nn.Linear(embedding_size, vocab_size, bias=False)
+        self._initialize(chosen.zero_output_init)
 
     def _initialize(self, zero_output_init: bool) -> None:
-        """Draw every matrix from N(0, 0.02^2), as GPT-2 does; gains stay 1.
+        """Draw every matrix from N(0, 0.02^2), as GPT-2 does; gains stay 1, biases are 0.
 
         The two matrices of a block that write to the residual stream are smaller by sqrt(2 * num_layers), so that the
         variance of the stream, a sum of that many independent parts, does not grow with depth. Or they are zero.
         """
         for name, parameter in self.named_parameters():
             # Drawing numbers for a meta tensor would load torch's compiler: a second before a model's first token.
-            if parameter.ndim == 1 or parameter.is_meta:
+            if parameter.is_meta:
+                continue
+            if parameter.ndim == 1:
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
                 continue
             writes_to_stream = name.endswith(("attention.output.weight", "feedforward.down.weight"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.num_layers) if writes_to_stream else 0.02)
@@ -142,8 +144,24 @@ class Transformer(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Number of trainable numbers; the tied output counts once."""
+        """Number of trainable numbers; a tied output counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def unembedding(self) -> Tensor:
+        """The output head, (Vocab, E): the logits are its product with the normalized final residual stream."""
+        return (self.token_embedding if self.output_head is None else self.output_head).weight
+
+    def unembed(self, normalized_BTE: Tensor) -> Tensor:
+        """Return the logits of a normalized residual stream, (B, T, Vocab)."""
+        return F.linear(normalized_BTE, self.unembedding)
+
+    def readout(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
+        """Return the matrix (Vocab, E) and the offset (Vocab,) that map `r / s(r)` to the logits.
+
+        r is the final residual stream and s the scale of the final norm, whose gain, centering and bias are folded in.
+        """
+        return self.final_norm.folded(self.unembedding.detach().to(dtype))
 
     def forward(
         self, tokens_BT: Tensor, padding_mask_BT: Tensor | None = None, cache: KVCache | None = None
@@ -163,11 +181,11 @@ class Transformer(nn.Module):
             padding_mask_BT = tokens_BT != self.padding_id
         record = ForwardRecord()
         final_BTE = self.final_residual(tokens_BT, padding_mask_BT, cache, record)
-        return TransformerOutput(self.token_embedding.unembed(final_BTE), tuple(record.residuals), record.patterns)
+        return TransformerOutput(self.unembed(final_BTE), tuple(record.residuals), record.patterns)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Return only the logits, (B, T, Vocab); padding must be on the right, as in `final_residual`."""
-        return self.token_embedding.unembed(self.final_residual(tokens_BT))
+        return self.unembed(self.final_residual(tokens_BT))
 
     def final_residual(
         self,
@@ -190,64 +208,87 @@ class Transformer(nn.Module):
         self._check_tokens(tokens_BT)
         num_positions = tokens_BT.shape[1]
         positions = torch.arange(num_positions, device=tokens_BT.device)
-        mask_B1TS, dtype = None, self.token_embedding.weight.dtype
+        layer_caches, num_keys, is_causal = None, num_positions, True
         if padding_mask_BT is not None:
             self._check_padding_mask(padding_mask_BT, tokens_BT, cache)
-            if not padding_mask_BT.all():
-                mask_B1TS = attention_mask(positions[None], num_positions, dtype, padding_mask_BT)
-        layer_caches = None
+            is_causal = bool(padding_mask_BT.all())
         if cache is not None:
-            lengths = cache.lengths
+            lengths, num_keys = cache.lengths, cache.num_keys
             positions = positions + (lengths if isinstance(lengths, int) else lengths[:, None])
             layer_caches = cache.layers(positions)
             # The causal mask is enough where nothing is cached, and the one new token of each row sees all keys.
-            sees_all = isinstance(lengths, int) and cache.num_keys == lengths + 1
-            if cache.num_keys > num_positions and not sees_all:
-                mask_B1TS = attention_mask(positions.view(-1, num_positions), cache.num_keys, dtype)
-                if len(mask_B1TS) > 1:  # once, and not in every layer
-                    mask_B1TS = mask_B1TS.expand(-1, self.num_heads, -1, -1).contiguous()
+            sees_all = isinstance(lengths, int) and num_keys == lengths + 1
+            is_causal = num_keys == num_positions or sees_all
+        masks = self._masks(positions, num_keys, is_causal, padding_mask_BT)
 
         resid_BTE = self.hook_embed(self.token_embedding(tokens_BT))
-        if self.position_embedding is not None:
-            position_TE = self.position_embedding(positions)
+        if self.hook_pos_embed is not None:
+            if self.position_embedding is not None:
+                position_TE = self.position_embedding(positions)
+            else:
+                position_TE = sinusoids_at(positions, self.embedding_size, self._table_dtype()).to(resid_BTE.dtype)
             if self.hook_pos_embed.is_set:
                 position_TE = self.hook_pos_embed(position_TE.expand(resid_BTE.shape))
             resid_BTE = resid_BTE + position_TE
-        return self._run_blocks(self.dropout(resid_BTE), 0, positions, mask_B1TS, layer_caches, record, fill_only)
+        return self._run_blocks(self.dropout(resid_BTE), 0, positions, masks, layer_caches, record, fill_only)
 
     def continue_from(self, resid_BTE: Tensor, layer: int) -> Tensor:
         """Return `final_residual`, given the stream that block `layer` reads, (B, T, E), with padding on the right.
 
         At `num_layers` only the norm is left.
         """
-        return self._run_blocks(resid_BTE, layer, torch.arange(resid_BTE.shape[1], device=resid_BTE.device))
+        positions = torch.arange(resid_BTE.shape[1], device=resid_BTE.device)
+        return self._run_blocks(resid_BTE, layer, positions, self._masks(positions, len(positions)))
+
+    def _table_dtype(self) -> torch.dtype:
+        """Return the type of tables of angles, which grow with the position: float32 or wider."""
+        return torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
+
+    def _masks(
+        self,
+        positions: Tensor,
+        num_keys: int,
+        is_causal: bool = True,
+        padding_mask_BT: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """Return the mask of each layer, (B, 1 or H, T, S); None if it is the causal mask, over all `num_keys`."""
+        masks: dict[int | None, Tensor | None] = {}
+        for window in set(self.windows):
+            masks[window] = None
+            if is_causal and (window is None or window >= num_keys):
+                continue
+            rows, dtype = positions.view(-1, positions.shape[-1]), self.token_embedding.weight.dtype
+            mask_B1TS = attention_mask(rows, num_keys, dtype, padding_mask_BT, window)
+            if len(rows) > 1:  # once, and not in every layer
+                mask_B1TS = mask_B1TS.expand(-1, self.num_heads, -1, -1).contiguous()
+            masks[window] = mask_B1TS
+        return [masks[window] for window in self.windows]
 
     def _run_blocks(
         self,
         resid_BTE: Tensor,
         first_layer: int,
         positions: Tensor,
-        mask_B1TS: Tensor | None = None,
+        masks: Sequence[Tensor | None],
         caches: list[LayerCache] | None = None,
         record: ForwardRecord | None = None,
         fill_only: bool = False,
     ) -> Tensor:
         rotation = None
-        if self.positions == "rotary":
+        if self.settings.rotary_size:
             # Computed in each call: a stored table would have to follow the model's dtype without losing precision.
-            dtype = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
-            rotation = rotation_at(positions, self.d_key, dtype)
+            rotation = rotation_at(positions, self.settings, self._table_dtype())
         # A block that is computed again, after a `with hooked` block has ended, would miss the hooks.
         recomputes = (
             self.activation_checkpointing and torch.is_grad_enabled() and record is None and not has_hooks(self)
         )
         for layer in range(first_layer, self.num_layers):
-            block, cache = self.blocks[layer], None if caches is None else caches[layer]
+            block, mask_B1TS, cache = self.blocks[layer], masks[layer], None if caches is None else caches[layer]
             if fill_only and layer == self.num_layers - 1:
                 block.attention(block.attention_norm(resid_BTE), rotation, mask_B1TS, cache)
                 return resid_BTE
             if recomputes:
-                resid_BTE = cast("Tensor", checkpoint(block, resid_BTE, rotation, use_reentrant=False))
+                resid_BTE = cast("Tensor", checkpoint(block, resid_BTE, rotation, mask_B1TS, use_reentrant=False))
             else:
                 resid_BTE = block(resid_BTE, rotation, mask_B1TS, cache, record)
         if record is not None:
@@ -272,13 +313,13 @@ class Transformer(nn.Module):
             raise ValueError(f"a sequence must have 1 to {self.context_size} tokens, not {tokens_BT.shape[1]}")
 
 
-def empty_model(config: "RunConfig") -> Transformer:
+def empty_model(config: RunConfig) -> Transformer:
     """Return the model that a config describes, without memory for its weights: to count or compare their shapes."""
     with torch.device("meta"):
         return build_model(config)
 
 
-def build_model(config: "RunConfig") -> Transformer:
+def build_model(config: RunConfig) -> Transformer:
     """Return the untrained model that a config describes, with weights drawn from torch's current seed."""
     return Transformer(
         vocab_size=config.tokenizer.vocab_size,

@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment
 
 from lumiere import __version__
-from lumiere.config.schema import DatasetConfig, RunConfig
+from lumiere.config.schema import DatasetConfig, ModelConfig, RunConfig
 from lumiere.evaluation.loss import Evaluation
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.record import RunRecord
@@ -117,20 +117,38 @@ def gather(run: Run, checkpoint: str, step: int, evaluation: Evaluation) -> Card
     )
 
 
+FEEDFORWARDS = {"swiglu": "SwiGLU", "geglu": "GeGLU", "gelu": "GELU", "gelu_tanh": "GELU", "relu": "ReLU"}
+NORMS = {"rms": "RMSNorm", "layer": "LayerNorm", "layer_plain": "LayerNorm without parameters"}
+SHAPE = {"embedding_size", "context_size", "num_layers", "num_heads", "d_key", "d_value", "d_ff", "dropout"}
+"""Settings that every card states."""
+NAMED = {"norm", "feedforward", "positions", "num_key_value_heads", "tie_embeddings", "zero_output_init"}
+"""Settings that have a line of their own."""
+
+
 def model_card(facts: CardFacts) -> str:
     """Render the card as a `README.md` for the Hub."""
     config, record = facts.config, facts.record
     parameters, versions = count_parameters(config), record.versions
     parts = {
-        "Token embedding and output head": parameters.token_embedding,
+        "Token embedding" if parameters.output_head else "Token embedding and output head": parameters.token_embedding,
         "Positions": parameters.positions,
         "Attention": parameters.attention,
         "Feed-forward": parameters.feedforward,
         "Norms": parameters.norms,
+        **({"Output head": parameters.output_head} if parameters.output_head else {}),
     }
     splits, epoch = record.splits, record.epoch
     version, fingerprint = versions.get("lumiere"), record.corpus_sha256
+    changed = {
+        name: value
+        for name, value in config.model.model_dump(exclude=SHAPE).items()
+        if value != getattr(ModelConfig(), name)
+    }
     values = {
+        "feedforwards": FEEDFORWARDS,
+        "norms": NORMS,
+        "changed_settings": list(changed.items()),
+        "other_settings": [(name, value) for name, value in changed.items() if name not in NAMED],
         **{field.name: getattr(facts, field.name) for field in fields(CardFacts)},
         "run_id": facts.run_name.split("_")[1],
         "parameters": parameters,
@@ -235,6 +253,7 @@ def environment() -> Environment:
     # HTML escapes would show in code spans, and do not protect against bars and backticks.
     found = new_environment(autoescape=False, finalize=only_markdown)
     found.filters |= {"code": code, "cell": cell, "plain": plain, "number": number, "known": known, "setting": setting}
+    found.filters |= {"python": lambda value: Markdown(repr(value).replace("'", '"'))}  # of a model setting
     return found
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lumiere.config.schema import RunConfig
+from lumiere.models.transformer import empty_model
 from lumiere.training.schedule import most_snapshots
 
 FLOAT32_BYTES = 4
@@ -10,24 +11,31 @@ NUM_CHECKPOINTS = 4
 """`best`, `latest`, `previous`, and the one being written."""
 
 
+PARTS = {
+    "norms": "norm",  # also the norms of queries and keys
+    "token_embedding": "token_embedding",
+    "positions": "position_embedding",
+    "attention": "attention",
+    "feedforward": "feedforward",
+    "output_head": "output_head",
+}
+"""What stands in the names of a part's parameters; the first that fits counts."""
+
+
 @dataclass(frozen=True)
 class Parameters:
-    """Number of parameters by part. The token embedding is also the output head and counts once."""
+    """Number of parameters by part. A tied output head is the token embedding, and counts once."""
 
     token_embedding: int
     positions: int
     attention: int
     feedforward: int
     norms: int
+    output_head: int
 
     @property
     def total(self) -> int:
-        return self.token_embedding + self.positions + self.attention + self.feedforward + self.norms
-
-    @property
-    def block_matrices(self) -> int:
-        """Parameters of the matrices in the blocks, which `optimizer: muon` updates by Muon."""
-        return self.attention + self.feedforward
+        return sum(getattr(self, part) for part in PARTS)
 
 
 @dataclass(frozen=True)
@@ -51,16 +59,16 @@ class Disk:
 
 def count_parameters(config: RunConfig) -> Parameters:
     """Return the number of parameters of the model that `build_model` builds."""
-    model = config.model
-    width, layers = model.embedding_size, model.num_layers
-    return Parameters(
-        token_embedding=config.tokenizer.vocab_size * width,
-        positions=model.context_size * width if model.positions == "learned" else 0,
-        # Queries, keys, values and the output, of all heads.
-        attention=layers * 2 * width * model.num_heads * (model.d_key + model.d_value),
-        feedforward=layers * 3 * width * model.d_ff,  # gate, up and down
-        norms=(2 * layers + 1) * width,
-    )
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in empty_model(config).named_parameters():
+        counts[next(part for part in PARTS if PARTS[part] in name)] += parameter.numel()
+    return Parameters(**counts)
+
+
+def count_block_matrices(config: RunConfig) -> int:
+    """Return the parameters of the matrices in the blocks, without biases: what `optimizer: muon` updates by Muon."""
+    named = empty_model(config).named_parameters()
+    return sum(parameter.numel() for name, parameter in named if name.startswith("blocks.") and parameter.ndim == 2)
 
 
 def flops_per_token(config: RunConfig) -> int:
@@ -72,8 +80,8 @@ def flops_per_token(config: RunConfig) -> int:
     `6 N + 12 L H Q T` of Chowdhery et al. 2022, "PaLM", appendix B; the `2 N` is Kaplan et al. 2020, "Scaling Laws for
     Neural Language Models", section 2.1. Norms, softmax and the optimizer are not counted.
     """
-    model, parameters = config.model, count_parameters(config)
-    weights = parameters.token_embedding + parameters.block_matrices
+    model = config.model
+    weights = config.tokenizer.vocab_size * model.embedding_size + count_block_matrices(config)
     attended = model.num_layers * model.num_heads * model.context_size * (model.d_key + model.d_value)
     return 3 * 2 * (weights + attended)
 
@@ -89,7 +97,7 @@ def optimizer_bytes(config: RunConfig) -> int:
     An EMA of the weights counts too.
     """
     parameters = count_parameters(config)
-    moved_by_muon = parameters.block_matrices if config.training.optimizer == "muon" else 0
+    moved_by_muon = count_block_matrices(config) if config.training.optimizer == "muon" else 0
     averages = 2 if config.training.ema_decay is None else 3
     return FLOAT32_BYTES * (averages * parameters.total - moved_by_muon)
 

@@ -26,7 +26,7 @@ def summed_loss(
         residual: computes the final residual stream; a compiled version of it, perhaps.
     """
     final_BTE = residual(model, tokens)
-    return linear_cross_entropy(final_BTE.flatten(0, 1), model.token_embedding.weight, targets.flatten())
+    return linear_cross_entropy(final_BTE.flatten(0, 1), model.unembedding, targets.flatten())
 
 
 class BatchLoss(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from lumiere.components.hooks import HookPoint, hook_points, hooked, run_with_cache
 from lumiere.errors import LumiereError
 from lumiere.models.transformer import Transformer
-from tests.models.build import Positions
+from tests.models.build import ROTARY, VARIANTS
 from tests.models.build import make_model as build
 
 STREAM_NAMES = ["hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"]
@@ -20,9 +20,9 @@ BLOCK_NAMES = STREAM_NAMES + ATTENTION_NAMES + FEEDFORWARD_NAMES
 TOKENS_BT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
 
-def make_model(positions: Positions = "learned", dropout: float = 0.0) -> Transformer:
+def make_model(**changes: Any) -> Transformer:
     """B = 2, T = 5, L = 2, H = 3, K = 4, V = 6, F = 10, E = 8."""
-    return build(positions, 0.5, vocab_size=11, embedding_size=8, d_value=6, d_ff=10, dropout=dropout)
+    return build(0.5, **({"vocab_size": 11, "embedding_size": 8, "d_value": 6, "d_ff": 10} | changes))
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +54,13 @@ def test_names_and_shapes_are_those_of_transformer_lens() -> None:
     _, cache = run_with_cache(make_model(), TOKENS_BT)
     assert {name: tuple(activation.shape) for name, activation in cache.items()} == expected
     assert set(hook_points(make_model())) == set(expected)
-    assert set(hook_points(make_model("rotary"))) == set(expected) - {"hook_pos_embed"}
+    assert set(hook_points(make_model(**ROTARY))) == set(expected) - {"hook_pos_embed"}
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("variant", [{}, ROTARY], ids=["learned", "rotary"])
 @torch.no_grad()
-def test_cached_activations_obey_the_equations(positions: Positions) -> None:
-    model = make_model(positions)
+def test_cached_activations_obey_the_equations(variant: dict[str, Any]) -> None:
+    model = make_model(**variant)
     output, cache = run_with_cache(model, TOKENS_BT)
     stream = cache["hook_embed"] + cache.get("hook_pos_embed", 0)
     for layer, block in enumerate(model.blocks):
@@ -68,6 +68,9 @@ def test_cached_activations_obey_the_equations(positions: Positions) -> None:
         assert torch.equal(at["hook_resid_pre"], stream)
         assert torch.equal(at["hook_resid_pre"] + at["hook_attn_out"], at["hook_resid_mid"])
         assert torch.equal(at["hook_resid_mid"] + at["hook_mlp_out"], at["hook_resid_post"])
+        assert block.feedforward is not None
+        assert block.feedforward_norm is not None
+        assert block.feedforward.gate is not None
         attention_input_BTE = block.attention_norm(at["hook_resid_pre"])
         feedforward_input_BTE = block.feedforward_norm(at["hook_resid_mid"])
         silu_BTF = at["mlp.hook_pre"] * at["mlp.hook_pre"].sigmoid()
@@ -87,23 +90,24 @@ def test_cached_activations_obey_the_equations(positions: Positions) -> None:
             torch.testing.assert_close(at[name], expected)
         ahead_TS = torch.ones(5, 5, dtype=torch.bool).triu(1)
         assert torch.equal(at["attn.hook_attn_scores"].isneginf(), ahead_TS.expand(2, 3, 5, 5))
-        if positions == "learned":
+        if not variant:
             product = at["attn.hook_q"][0, 4, 2].dot(at["attn.hook_k"][0, 1, 2])
             torch.testing.assert_close(at["attn.hook_attn_scores"][0, 2, 4, 1], product / 2)
         stream = at["hook_resid_post"]
     scale_BT1 = (stream.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(cache["ln_final.hook_scale"], scale_BT1)
     torch.testing.assert_close(cache["ln_final.hook_normalized"], stream / scale_BT1)
-    read_BTE = stream / scale_BT1 * model.final_norm.weight
+    read_BTE = model.final_norm.affine(stream / scale_BT1)
     torch.testing.assert_close(output.logits, read_BTE @ model.token_embedding.weight.T)
 
 
-def test_every_replacement_is_used_downstream() -> None:
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_replacement_is_used_downstream(variant: dict[str, Any]) -> None:
     def uneven(activation: Tensor) -> Tensor:
         """Each column by another factor: a common one would vanish in the next norm."""
         return activation * torch.linspace(0.5, 2, activation.shape[-1])
 
-    model = make_model()
+    model = make_model(**variant)
     before = model(TOKENS_BT)
     for name in hook_points(model):
         with hooked(model, {name: lambda activation: activation}):

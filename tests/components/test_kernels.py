@@ -1,5 +1,8 @@
 """The kernels against torch's own operations and finite differences."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +43,9 @@ def test_both_kernels_equal_torchs_attention(num_positions: int, d_value: int) -
     v_BHTV = torch.randn(2, 3, num_positions, d_value, dtype=torch.float64)
     mask_TS = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
     expected_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, attn_mask=mask_TS)
-    torch.testing.assert_close(attention(q_BHTK, k_BHTK, v_BHTV), expected_BHTV, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        attention(q_BHTK, k_BHTK, v_BHTV, q_BHTK.shape[-1] ** -0.5), expected_BHTV, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,34 +68,33 @@ def test_the_pattern_is_kept_only_where_that_is_faster(
 
     inputs = [torch.randn(1, 1, num_positions, width, dtype=dtype, requires_grad=True) for width in (4, 4, d_value)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        attention(*inputs)
+        attention(*inputs, scale=0.5)
     assert (max(sizes) >= num_positions**2) == is_kept
 
 
 @pytest.mark.parametrize("num_positions", [16, BFLOAT16_FUSED_MIN_POSITIONS])
 def test_attention_in_bfloat16_stays_near_float32(num_positions: int) -> None:
     q_BHTK, k_BHTK, v_BHTV = (torch.randn(2, 2, num_positions, 8) for _ in range(3))
-    expected_BHTV = attention(q_BHTK, k_BHTK, v_BHTV)
+    expected_BHTV = attention(q_BHTK, k_BHTK, v_BHTV, scale=0.3)
     with torch.autocast("cpu", torch.bfloat16):
-        z_BHTV = attention(q_BHTK.bfloat16(), k_BHTK.bfloat16(), v_BHTV.bfloat16())
+        z_BHTV = attention(q_BHTK.bfloat16(), k_BHTK.bfloat16(), v_BHTV.bfloat16(), scale=0.3)
     assert z_BHTV.dtype == torch.bfloat16
     # bfloat16 has 8 bits: a relative error of 2^-9 for each rounding.
     torch.testing.assert_close(z_BHTV.float(), expected_BHTV, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "shapes"),
+    ("function", "shapes"),
     [
-        ("attention", [(2, 2, 6, 3), (2, 2, 6, 3), (2, 2, 6, 5)]),  # values of another width than the keys
-        ("attention", [(2, 2, 6, 3)] * 3),  # torch's fused kernel
-        ("rms_norm", [(2, 3, 6), (6,)]),
-        ("gated_silu", [(2, 4, 10)]),
+        (partial(kernels.attention, scale=0.7), [(2, 2, 6, 3), (2, 2, 6, 3), (2, 2, 6, 5)]),  # d_value is not d_key
+        (partial(kernels.attention, scale=0.7), [(2, 2, 6, 3)] * 3),  # torch's fused kernel
+        (partial(kernels.rms_norm, epsilon=0.1), [(2, 3, 6), (6,)]),
+        (kernels.gated_silu, [(2, 4, 10)]),
     ],
 )
 def test_gradients_are_those_of_finite_differences_and_of_the_plain_way(
-    kernel: str, shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    function: Callable[..., torch.Tensor], shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    function = getattr(kernels, kernel)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert gradcheck(function, inputs)
     weights = torch.randn_like(function(*inputs))

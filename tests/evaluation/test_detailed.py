@@ -95,7 +95,7 @@ def numpy_evaluation(model: Transformer, stride: int, once: bool) -> dict[str, A
         document, start, done = ids.tolist(), 0, 0
         while True:
             window = document[start : start + CONTEXT + 1]
-            logits, _, _ = reference.transformer(weights, window[:-1], num_heads=2)
+            logits, _, _ = reference.transformer(weights, window[:-1], model.settings)
             windows.append([])
             for place, (row, target) in enumerate(zip(logits, window[1:], strict=True), start=1):
                 if once and start + place <= done:
@@ -184,7 +184,7 @@ def test_logits_that_are_all_far_from_zero(run_either: Callable[[Transformer], E
     with torch.no_grad():
         # By far the largest component of every residual, which the last norm makes sqrt(12).
         model.token_embedding.weight[:, 0] = 100.0
-        model.final_norm.weight[0] = level / 100.0 / math.sqrt(12)
+        model.get_parameter("final_norm.weight")[0] = level / 100.0 / math.sqrt(12)
     assert ((model.logits(torch.arange(CONTEXT)[None]) / level - 1).abs() < 0.1).all()
     expected = numpy_evaluation(model, CONTEXT + 1 - OVERLAP, False)["loss"]
     assert run_either(model).loss == pytest.approx(expected, abs=2e-5)

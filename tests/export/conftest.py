@@ -8,14 +8,13 @@ import torch
 from lumiere.export import transformer_lens
 from lumiere.models.transformer import Transformer
 from tests.models import build
-from tests.models.build import Positions
 
 
-def make_model(positions: Positions = "learned", **changes: Any) -> Transformer:
+def make_model(**changes: Any) -> Transformer:
     """Two layers, three heads of width 6, context 12, vocabulary 31; large random weights and gains."""
     sizes = {"vocab_size": 31, "embedding_size": 8, "context_size": 12, "d_key": 6, "d_value": 6, "d_ff": 10}
     torch.manual_seed(1)
-    return build.make_model(positions, 0.5, **{**sizes, "padding_id": 2, **changes})
+    return build.make_model(0.5, **{**sizes, "padding_id": 2, **changes})
 
 
 @pytest.fixture

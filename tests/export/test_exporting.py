@@ -17,7 +17,6 @@ from lumiere.export.exporting import TARGETS, Exported, Target, check_folder, ex
 from lumiere.export.transformer_lens import sample_tokens
 from lumiere.models.transformer import Transformer
 from tests.export.conftest import make_model
-from tests.models.build import Positions
 
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
 TARGET = TARGETS["transformer-lens"]
@@ -30,7 +29,7 @@ def export(model: Transformer, target: Target = TARGET) -> Exported:
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_the_folder_is_complete_and_checked(positions: Positions) -> None:
+def test_the_folder_is_complete_and_checked(positions: str) -> None:
     model = make_model(positions=positions)
     exported = export(model)
     assert sorted(os.listdir("out")) == sorted(exported.files) == FILES
@@ -82,7 +81,7 @@ def test_a_folder_that_computes_other_logits_is_not_written(file: str, name: str
 def test_nan_logits_are_not_written() -> None:
     model = make_model()
     with torch.no_grad():
-        model.final_norm.weight[0] = torch.nan
+        model.get_parameter("final_norm.weight")[0] = torch.nan
     with pytest.raises(FailedCheckError, match="error nan"):
         export(model)
     assert os.listdir() == []

@@ -1,6 +1,6 @@
 """The exported form compared with numpy, without TransformerLens."""
 
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from lumiere.errors import LumiereError
 from lumiere.export.transformer_lens import bridge_config, bridge_logits, bridge_weights, neighboring_pairs
 from tests import reference
 from tests.export.conftest import make_model
-from tests.models.build import Positions
+from tests.models.build import VARIANTS
 
 TOKENS_BT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 30, 5, 8], [27, 18, 28, 18, 28, 4, 5, 9, 4, 5, 23, 5]])
 SIZES = {"n_layers": 2, "d_model": 8, "n_ctx": 12, "d_vocab": 31, "n_heads": 3, "d_head": 6, "d_mlp": 10}
@@ -21,8 +21,8 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("positions", get_args(Positions))
-def test_the_exported_form_computes_what_numpy_computes(positions: Positions) -> None:
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_exported_form_computes_what_numpy_computes(positions: str) -> None:
     """Every exported weight has an effect; otherwise the check of an export would miss an error in it."""
     model = make_model(positions=positions).double()
     config, weights = bridge_config(model), bridge_weights(model)
@@ -30,7 +30,7 @@ def test_the_exported_form_computes_what_numpy_computes(positions: Positions) ->
     found = bridge_logits(config, weights, TOKENS_BT)
     ours = {name: weight.numpy() for name, weight in model.state_dict().items()}
     for tokens, logits in zip(TOKENS_BT.tolist(), found, strict=True):
-        expected, _, _ = reference.transformer(ours, tokens, num_heads=3, rotary=positions == "rotary")
+        expected, _, _ = reference.transformer(ours, tokens, model.settings)
         np.testing.assert_allclose(logits.numpy(), expected, atol=1e-12)
         assert np.abs(expected).max() > 1
     for name, weight in weights.items():
@@ -43,6 +43,13 @@ def test_the_exported_form_computes_what_numpy_computes(positions: Positions) ->
 def test_keys_and_values_need_one_width() -> None:
     with pytest.raises(LumiereError, match="d_key 6 and d_value 5; TransformerLens has one width"):
         bridge_config(make_model(d_value=5))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS.values())[2:])
+def test_what_the_format_cannot_hold_is_refused_by_name(variant: dict[str, Any]) -> None:
+    with pytest.raises(LumiereError) as caught:
+        bridge_config(make_model(**({"d_key": 8, "d_value": 8} | variant)))
+    assert any(f"has {name} {value!r}" in caught.value.message for name, value in variant.items())
 
 
 def test_rotary_pairs_become_neighbors() -> None:

@@ -1,7 +1,7 @@
 """Models and decoders to generate with."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any
 
 import pytest
 import torch
@@ -61,12 +61,11 @@ def model(trained_run: Run) -> Transformer:
     return trained_run.load_model()
 
 
-def random_model(
-    positions: Literal["learned", "rotary"], dtype: torch.dtype = torch.float32, d_value: int = 7, layers: int = 2
-) -> Transformer:
+def random_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
     """Large random weights, gains too, so that every part matters; queries and values of different widths."""
     torch.manual_seed(1)
-    model = Transformer(VOCAB_SIZE, 32, CONTEXT_SIZE, layers, 4, 8, d_value, 24, positions=positions)
+    sizes: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "d_key": 8, "d_value": 7, "d_ff": 24}
+    model = Transformer(VOCAB_SIZE, 32, CONTEXT_SIZE, **(sizes | changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         if parameter.ndim == 1:

@@ -10,7 +10,7 @@ from lumiere.generation.decoding import beam_search
 from lumiere.generation.kv_cache import CachedDecoder
 from lumiere.generation.sampling import Sampling
 from tests.generation.conftest import random_model
-from tests.models.build import stock_llama
+from tests.models.build import ROTARY, stock_llama
 
 
 @pytest.mark.parametrize("num_beams", [2, 4, 7])
@@ -18,7 +18,7 @@ from tests.models.build import stock_llama
 @pytest.mark.parametrize("end", [1.0, 3.0])
 def test_it_is_that_of_transformers(num_beams: int, settings: dict[str, Any], end: float) -> None:
     """With texts that end and texts that do not: `end` scales the end token's vector, and with it its logits."""
-    model = random_model("rotary", d_value=8, layers=1)
+    model = random_model(**ROTARY, d_value=8, num_layers=1)
     model.token_embedding.weight.data[EOT] *= end
     llama = stock_llama(model, bos_token_id=SOT, eos_token_id=EOT, pad_token_id=PAD)
     for prompt in ([SOT, 5, 6], [SOT, 9], [SOT, 30, 31, 32]):

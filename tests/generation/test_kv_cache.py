@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from lumiere.components.layers import KVCache
 from lumiere.generation.kv_cache import CachedDecoder, FullForward, compiled_step, few_threads, slide, step_rows
 from lumiere.models.transformer import Transformer
 from tests.generation.conftest import CONTEXT_SIZE, VOCAB_SIZE, random_model
+from tests.models.build import ROTARY, VARIANTS
 
-Positions = Literal["learned", "rotary"]
 ROWS = [[0, 3, 4], [5] * 9, list(range(3, 30)), [7]]
-BOTH = pytest.mark.parametrize("positions", ["learned", "rotary"])
+VARIANT = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+Variant = dict[str, Any]
 
 
 def tokens_at(step: int, num_rows: int) -> list[int]:
@@ -45,14 +46,22 @@ def assert_same_steps(
         assert_same(cached.step(tokens), slow.step(tokens), tolerance)
 
 
-@BOTH
-@pytest.mark.parametrize(("dtype", "tolerance", "d_value"), [(torch.float32, 1e-4, 8), (torch.float64, 1e-10, 7)])
+FAST = [{"positions": positions, "d_value": 8} for positions in ("learned", "rotary")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "tolerance"),
+    [
+        *[(variant, torch.float32, 1e-4) for variant in FAST],
+        *[(variant, torch.float64, 1e-10) for variant in VARIANTS.values()],
+    ],
+)
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[2:3], ROWS], ids=["short", "long", "many"])
 def test_each_step_is_that_of_a_full_forward_pass(
-    positions: Positions, dtype: torch.dtype, tolerance: float, d_value: int, rows: list[list[int]]
+    variant: Variant, dtype: torch.dtype, tolerance: float, rows: list[list[int]]
 ) -> None:
     """Past the window several times; a row is dropped and two are swapped on the way, then one is kept twice."""
-    model = random_model(positions, dtype, d_value)
+    model = random_model(dtype, **variant)
     suppressed = [0, 2, 39]
     cached, slow = CachedDecoder(model, suppressed), FullForward(model, suppressed)
     kept = {20: [3, 1, 2], 30: [1, 1]} if len(rows) > 1 else {4: [0, 0], 30: [1]}
@@ -65,7 +74,7 @@ def test_each_step_is_that_of_a_full_forward_pass(
 @pytest.mark.parametrize("rows", [[[8]], [[8], [9, 10]]])
 def test_a_new_text_sees_nothing_of_the_one_before(rows: list[list[int]]) -> None:
     """Whether the memory of the cache is used again or not."""
-    cached, slow = CachedDecoder(random_model("rotary")), FullForward(random_model("rotary"))
+    cached, slow = CachedDecoder(random_model(**ROTARY)), FullForward(random_model(**ROTARY))
     for begun in (ROWS[1:2], ROWS[1:3], rows, rows):
         assert_same_steps(cached, slow, begun, 5)
 
@@ -74,7 +83,7 @@ def test_the_window_slides_in_steps() -> None:
     windows = [[3, 4, 5, 6], [7, 8, 9], [6, 5, 4, 3]]
     assert slide(windows, 4) == [0, 2]
     assert windows == [[5, 6], [7, 8, 9], [4, 3]]
-    model = random_model("learned")
+    model = random_model()
     decoder = FullForward(model)
     text = [token for step in range(40) for token in tokens_at(step, 1)]
     decoder.start([text[:1]])
@@ -90,10 +99,10 @@ def test_a_window_of_one_token() -> None:
     assert_same_steps(CachedDecoder(model), FullForward(model), [[3, 4]], 3)
 
 
-@BOTH
-def test_a_compiled_step_works_at_a_fixed_number_of_rows(positions: Positions) -> None:
+@VARIANT
+def test_a_compiled_step_works_at_a_fixed_number_of_rows(variant: Variant) -> None:
     """A function in place of the compiled step sees the same shapes at each step, though rows are dropped."""
-    model = random_model(positions)
+    model = random_model(**variant)
     shapes = set()
 
     def counting(model: Transformer, cache: KVCache, tokens_B: torch.Tensor) -> torch.Tensor:
@@ -115,7 +124,7 @@ def test_if_nothing_compiles_it_warns_once_and_continues(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch, "compile", broken)
     warnings: list[str] = []
-    model = random_model("learned")
+    model = random_model()
     assert_same_steps(CachedDecoder(model, compiled_step=compiled_step(warnings.append)), FullForward(model), [[3]], 3)
     (warning,) = warnings
     assert warning.endswith(": no C++ compiler")
@@ -124,16 +133,16 @@ def test_if_nothing_compiles_it_warns_once_and_continues(monkeypatch: pytest.Mon
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
-@BOTH
-def test_a_compiled_step_gives_the_same_logits(positions: Positions) -> None:
-    model = random_model(positions)
+@VARIANT
+def test_a_compiled_step_gives_the_same_logits(variant: Variant) -> None:
+    model = random_model(**variant)
     cached = CachedDecoder(model, compiled_step=compiled_step(pytest.fail))
     assert_same_steps(cached, FullForward(model), ROWS[:2], 30)
 
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS])
 def test_later_changes_of_the_model_have_no_effect(rows: list[list[int]]) -> None:
-    model = random_model("learned")
+    model = random_model()
     decoder = CachedDecoder(model)
     first = decoder.start(rows).clone()
     step = decoder.step([3] * len(rows)).clone()

@@ -13,7 +13,6 @@ import math
 import torch
 from torch import Tensor
 
-from lumiere.components.kernels import EPSILON
 from lumiere.models.transformer import Transformer
 
 PREVIOUS, FIRST, DUPLICATE, UNIFORM = (0, 0), (0, 1), (0, 2), (0, 3)
@@ -55,8 +54,9 @@ def induction_circuit(vocab_size: int = 24, context_size: int = 33) -> Transform
         model.position_embedding.weight[:, position] = torch.eye(context_size)
         # The stream has two entries of 1 before layer 0 and three before layer 1: these gains undo the norms.
         for block, ones in zip(model.blocks, (2, 3), strict=True):
-            block.attention_norm.weight.fill_(math.sqrt(ones / embedding_size + EPSILON))
-        model.final_norm.weight.fill_(LOGIT / COPIED * math.sqrt((3 + COPIED**2) / embedding_size))
+            gain = math.sqrt(ones / embedding_size + model.settings.norm_epsilon)
+            block.attention_norm.get_parameter("weight").fill_(gain)
+        model.final_norm.get_parameter("weight").fill_(LOGIT / COPIED * math.sqrt((3 + COPIED**2) / embedding_size))
 
         on_token, on_position = torch.arange(vocab_size), vocab_size + torch.arange(context_size)
         match(model, PREVIOUS, position[1:], position[:-1], on_position[:-1])

@@ -77,7 +77,10 @@ def rebased(model: Transformer) -> Transformer:
 
 def circuits(model: Transformer, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
     """W_V W_O and W_Q W_K^T of a head as whole matrices for row vectors, its norm's gain in what reads."""
-    attention, gain = model.blocks[layer].attention, torch.diag(model.blocks[layer].attention_norm.weight)
+    attention, gain = (
+        model.blocks[layer].attention,
+        torch.diag(model.blocks[layer].attention_norm.get_parameter("weight")),
+    )
     keys, values = (slice(head * width, (head + 1) * width) for width in (model.d_key, model.d_value))
     ov = gain @ attention.value.weight[values].T @ attention.output.weight[:, values].T
     qk = gain @ attention.query.weight[keys].T @ attention.key.weight[keys] @ gain

@@ -28,7 +28,7 @@ def test_patterns_are_the_softmax_of_queries_and_keys(model: Transformer) -> Non
         output, cache = run_with_cache(model, torch.tensor([TOKENS]))
     np.testing.assert_allclose(patterns, output.attention_weights[0].numpy(), atol=1e-5)
     for layer, head in np.ndindex(model.num_layers, model.num_heads):
-        if model.positions == "learned":
+        if model.settings.positions == "learned":
             q_TK, k_SK = (cache[f"blocks.{layer}.attn.hook_{name}"][0, :, head].double().numpy() for name in "qk")
             weights = np.exp(q_TK @ k_SK.T / np.sqrt(model.d_key)) * np.tri(length)
             np.testing.assert_allclose(patterns[layer, head], weights / weights.sum(axis=1, keepdims=True), atol=1e-5)

@@ -177,10 +177,12 @@ def dense_copying(model: Transformer, layer: int, head: int, averaged: list[int]
     """From the whole circuit of these tokens."""
     block = model.blocks[layer]
     width = model.d_value
-    value = block.attention.value.weight[head * width : (head + 1) * width] * block.attention_norm.weight
+    value = block.attention.value.weight[head * width : (head + 1) * width] * block.attention_norm.get_parameter(
+        "weight"
+    )
     output = block.attention.output.weight[:, head * width : (head + 1) * width]
     embedding = model.token_embedding.weight[averaged].double()
-    circuit = embedding @ (output @ value).T.double() @ (embedding * model.final_norm.weight).T
+    circuit = embedding @ (output @ value).T.double() @ (embedding * model.final_norm.get_parameter("weight")).T
     eigenvalues = torch.linalg.eigvals(circuit.detach()).numpy()
     return float(eigenvalues.real.sum() / np.abs(eigenvalues).sum())
 

@@ -1,10 +1,13 @@
 """Direct logit attribution: every part alone against its own forward pass, and the sums."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from lumiere.components.hooks import run_with_cache
+from lumiere.components.layers import feedforward_of
 from lumiere.interpret import logit_attribution as logits_module
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.models.transformer import Transformer
@@ -16,7 +19,7 @@ PARTS = ("logits", "embed", "attention", "heads", "sources", "feedforward", "neu
 
 def explained(model: Transformer, stream_E: torch.Tensor, scale: torch.Tensor) -> float:
     """The centered logit of TARGET that a part of the stream gives under a frozen scale, by the model's own head."""
-    logits_V = model.token_embedding.unembed(stream_E / scale * model.final_norm.weight)
+    logits_V = model.unembed(model.final_norm.affine(stream_E / scale))
     return float(logits_V[TARGET] - logits_V.mean())
 
 
@@ -48,7 +51,7 @@ def test_every_part_is_what_it_writes_alone(model: Transformer) -> None:
             for neuron in range(model.d_ff):
                 alone_F = torch.zeros(model.d_ff)
                 alone_F[neuron] = cache[f"{name}mlp.hook_post"][0, 6, neuron]
-                written = explained(model, block.feedforward.down(alone_F), scale)
+                written = explained(model, feedforward_of(block).down(alone_F), scale)
                 assert result.neurons[0, layer, neuron] == pytest.approx(written, abs=1e-4)
     assert np.abs(result.heads).max() > 0.001  # they matter
 
@@ -69,7 +72,7 @@ def test_log_probability_by_its_gradient(model: Transformer) -> None:
     result = logit_attribution(model, TOKENS, [6], TARGET, log_probability=True)
     with torch.no_grad():
         _, cache = run_with_cache(model, torch.tensor([TOKENS]))
-    gain_E = model.final_norm.weight.detach().double()
+    gain_E = model.final_norm.get_parameter("weight").detach().double()
     normalized_E = cache["ln_final.hook_normalized"][0, 6].double().requires_grad_()
     log_p_V = (normalized_E * gain_E @ model.token_embedding.weight.detach().double().T).log_softmax(-1)
     (gradient_E,) = torch.autograd.grad(log_p_V[TARGET], normalized_E)
@@ -113,7 +116,10 @@ def test_the_gain_belongs_to_the_direction(monkeypatch: pytest.MonkeyPatch) -> N
     """The usual mistake with RMSNorm is caught by every receipt."""
     model = random_model()
     original = logits_module.frozen_directions
-    monkeypatch.setattr(
-        logits_module, "frozen_directions", lambda model, *rest: original(model, *rest) / model.final_norm.weight
-    )
+
+    def without_gain(model: Transformer, *rest: Any) -> Any:
+        direction_PE, bias_P = original(model, *rest)
+        return direction_PE / model.final_norm.get_parameter("weight"), bias_P
+
+    monkeypatch.setattr(logits_module, "frozen_directions", without_gain)
     assert not any(receipt.holds for receipt in logit_attribution(model, TOKENS, target=TARGET).receipts)

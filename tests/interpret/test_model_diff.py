@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumiere.components.kernels import IGNORED
+from lumiere.components.layers import feedforward_of
 from lumiere.data.batches import Batch
 from lumiere.data.corpus import row_reader
 from lumiere.data.dataset import document_sizes, tokenize_parts
@@ -104,7 +105,7 @@ def test_heads_are_found_in_other_layers() -> None:
     model = exact(random_model())
     for block in model.blocks:
         block.attention.output.weight.data.zero_()
-        block.feedforward.down.weight.data.zero_()
+        feedforward_of(block).down.weight.data.zero_()
     other = deepcopy(model)
     other.blocks = torch.nn.ModuleList(reversed(list(model.blocks)))  # pyright: ignore[reportAttributeAccessIssue]
     within, across = (compare(model, other, across_layers=across) for across in (False, True))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lumiere.components.hooks import run_with_cache
+from lumiere.components.layers import feedforward_of
 from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.interpret.neurons import NO_EXAMPLE, neuron_examples, token_map
@@ -43,7 +44,7 @@ def test_those_that_write_most_come_first(trained: Transformer) -> None:
     few, all_of_them = (neuron_examples(trained, BATCHES, count, 1) for count in (5, 32))
     assert (few.neurons == all_of_them.neurons[:, :5]).all()
     for layer, block in enumerate(trained.blocks):
-        norms = block.feedforward.down.weight.detach().norm(dim=0).numpy()[all_of_them.neurons[layer]]
+        norms = feedforward_of(block).down.weight.detach().norm(dim=0).numpy()[all_of_them.neurons[layer]]
         written = np.abs(all_of_them.activations[layer, :, 0]) * norms
         assert (np.diff(written) <= 1e-6).all()
 
@@ -53,8 +54,10 @@ def test_what_is_promoted_rises_most(trained: Transformer) -> None:
     result = neuron_examples(trained, BATCHES, num_neurons=4, num_promoted=3)
     for layer, block in enumerate(trained.blocks):
         for row, neuron in enumerate(result.neurons[layer]):
-            written = block.feedforward.down.weight.detach()[:, neuron] * float(result.activations[layer, row, 0])
-            rises = trained.token_embedding.weight.detach() @ (written * trained.final_norm.weight.detach())
+            written = feedforward_of(block).down.weight.detach()[:, neuron] * float(result.activations[layer, row, 0])
+            rises = trained.token_embedding.weight.detach() @ (
+                written * trained.final_norm.get_parameter("weight").detach()
+            )
             assert set(result.promoted[layer, row]) == set(rises.topk(3).indices.tolist())
 
 

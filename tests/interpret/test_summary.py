@@ -14,6 +14,7 @@ from lumiere.data.batches import Batch
 from lumiere.data.tokenizer import PAD
 from lumiere.interpret import summary as weights
 from lumiere.interpret.summary import (
+    PARTS,
     ModelSummary,
     count_parts,
     matrix_facts,
@@ -90,7 +91,7 @@ def test_an_attention_that_writes_nothing_is_found_with_its_heads() -> None:
 
 def test_weights_that_are_not_finite_are_named_and_fail() -> None:
     model = random_model()
-    model.blocks[1].feedforward.gate.weight.data[0, 0] = math.nan
+    model.get_parameter("blocks.1.feedforward.gate.weight").data[0, 0] = math.nan
     result = summary(model)
     assert found(result)["weights that are no finite numbers"] == ("blocks.1.feedforward.gate.weight",)
     assert not result.holds
@@ -132,7 +133,7 @@ def test_embeddings() -> None:
 def test_parts_are_what_the_config_says(positions: str) -> None:
     config = validate({"model": {"positions": positions, "d_value": 12, "d_ff": 24, "num_layers": 3}})
     model, expected = build_model(config), count_parameters(config)
-    assert count_parts(model) == vars(expected)
+    assert count_parts(model) == {part: getattr(expected, part) for part in PARTS}
     assert sum(count_parts(model).values()) == model.num_parameters == expected.total
 
 
@@ -160,7 +161,7 @@ def test_every_matrix_has_its_row() -> None:
         name: tuple(value.shape) for name, value in model.state_dict().items() if value.ndim == 2
     }
     number = facts["matrices"].index("blocks.0.feedforward.gate.weight")
-    gate = model.blocks[0].feedforward.gate.weight.detach().double()
+    gate = model.get_parameter("blocks.0.feedforward.gate.weight").detach().double()
     assert facts["norms"][number] == pytest.approx(float(gate.norm()))
 
 
@@ -208,5 +209,5 @@ def test_means_are_those_of_the_tokens_one_by_one(model: Transformer) -> None:
 
 def test_the_head_is_the_embedding_or_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
-    monkeypatch.setattr(model.token_embedding, "unembed", lambda resid: resid @ model.token_embedding.weight.T * 1.01)
+    monkeypatch.setattr(model, "unembed", lambda resid: resid @ model.unembedding.T * 1.01)
     assert summary(model).receipts[-1].error > 1e-3

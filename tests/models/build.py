@@ -1,13 +1,29 @@
 """Small models with random weights, and the same weights in `transformers`."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lumiere.models.transformer import Transformer
 
-Positions = Literal["learned", "rotary"]
+ROTARY: dict[str, Any] = {"positions": "rotary"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "card": {},
+    "rotary": ROTARY,
+    "layer norm, biases": {"norm": "layer", "bias": "all", "feedforward": "gelu_tanh", "tie_embeddings": False},
+    "plain norm, geglu": {"norm": "layer_plain", "feedforward": "geglu", "positions": "sinusoidal", "bias": "qkv"},
+    "gated biases": {"bias": "all", "norm_epsilon": 1e-2, "attention_scale": 1.0},
+    "attention only": {"norm": "none", "feedforward": "none", "positions": "none", "tie_embeddings": False},
+    "gpt neox": {
+        "norm": "layer", "bias": "all", "feedforward": "gelu", "parallel_blocks": True, "tie_embeddings": False,
+        "positions": "rotary", "rotary_fraction": 0.5, "rotary_base": 100.0,
+    },
+    "grouped queries": ROTARY | {"num_heads": 6, "num_key_value_heads": 2, "query_key_norm": True, "bias": "qkv"},
+    "one head of keys, relu": {"num_key_value_heads": 1, "feedforward": "relu", "attention_windows": [None, 3]},
+    "windows, rotary": ROTARY | {"attention_windows": [2, 4], "parallel_blocks": True},
+}  # fmt: skip
+"""Every value of every setting that changes the forward pass."""
 NAMES = {
     "token_embedding": "model.embed_tokens",
     "final_norm": "model.norm",
@@ -26,11 +42,11 @@ NAMES = {
 }
 
 
-def make_model(positions: Positions = "learned", std: float = 0.3, **changes: Any) -> Transformer:
+def make_model(std: float = 0.3, **changes: Any) -> Transformer:
     """Return a model in evaluation mode, with d_value unlike d_key and weights so large that every part matters."""
     sizes: dict[str, Any] = {"vocab_size": 13, "embedding_size": 12, "context_size": 9, "num_layers": 2, "num_heads": 3}
     sizes |= {"d_key": 4, "d_value": 5, "d_ff": 20, "dropout": 0.0}
-    model = Transformer(**(sizes | changes), positions=positions).eval()
+    model = Transformer(**(sizes | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=std)

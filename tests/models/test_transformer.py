@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +14,11 @@ from lumiere.components.layers import Dropout
 from lumiere.config.loader import validate
 from lumiere.models.transformer import PADDING_ID, Transformer, build_model
 from tests import reference
-from tests.models.build import Positions, make_model, stock_llama
+from tests.models.build import ROTARY, VARIANTS, make_model, stock_llama
 
-BOTH = pytest.mark.parametrize("positions", get_args(Positions))
+VARIANT = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+BOTH = pytest.mark.parametrize("variant", [{}, ROTARY], ids=["learned", "rotary"])
+Variant = dict[str, Any]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CARD: dict[str, Any] = {
     "vocab_size": 4096,
@@ -38,18 +40,16 @@ def random_tokens(*shape: int) -> Tensor:
 # --- against independent implementations ------------------------------------------------------------------------------
 
 
-@BOTH
+@VARIANT
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_numpy_reference(positions: Positions, dtype: torch.dtype, tolerance: float) -> None:
-    model = make_model(positions).to(dtype)
+def test_numpy_reference(variant: Variant, dtype: torch.dtype, tolerance: float) -> None:
+    model = make_model(**variant).to(dtype)
     tokens_BT = random_tokens(3, 9)
     real_BT = torch.tensor([[True] * 9, [False] * 3 + [True] * 6, [True] * 7 + [False] * 2])
     output = model(tokens_BT, real_BT)
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     for row in range(3):
-        expected = reference.transformer(
-            weights, tokens_BT[row].tolist(), 3, rotary=positions == "rotary", real=real_BT[row].tolist()
-        )
+        expected = reference.transformer(weights, tokens_BT[row].tolist(), model.settings, real_BT[row].tolist())
         found = (output.logits[row], output.attention_weights[row], output.hidden_states[row])
         for tensor, array in zip(found, expected, strict=True):
             torch.testing.assert_close(tensor.detach(), torch.from_numpy(array), rtol=0, atol=tolerance)
@@ -57,16 +57,17 @@ def test_numpy_reference(positions: Positions, dtype: torch.dtype, tolerance: fl
 
 @torch.no_grad()
 def test_a_rotary_model_is_a_stock_llama() -> None:
-    model, tokens_BT = make_model("rotary", d_value=4, context_size=32), random_tokens(2, 32)
+    model, tokens_BT = make_model(**ROTARY, d_value=4, context_size=32), random_tokens(2, 32)
     theirs = stock_llama(model, attn_implementation="eager")(tokens_BT, output_attentions=True)
     output = model(tokens_BT)
     torch.testing.assert_close(output.logits, theirs.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(output.attention_weights, torch.stack(theirs.attentions, dim=1), rtol=0, atol=1e-5)
 
 
-@BOTH
-def test_gradients_of_the_loss_are_finite_differences(positions: Positions) -> None:
-    model = make_model(positions, vocab_size=5, embedding_size=4, num_heads=2, d_key=2, d_value=3, d_ff=3).double()
+@VARIANT
+def test_gradients_of_the_loss_are_finite_differences(variant: Variant) -> None:
+    sizes = {"vocab_size": 5, "embedding_size": 4, "num_heads": 2, "d_key": 4, "d_value": 3, "d_ff": 3}
+    model = make_model(**(sizes | variant)).double()
     tokens_BT = torch.tensor([[1, 4, 2, 2], [0, 3, 1, 4]])
     names, values = zip(*((name, value.detach()) for name, value in model.named_parameters()), strict=True)
 
@@ -99,10 +100,10 @@ def test_build_model_follows_the_config() -> None:
     model = {**sizes, "d_ff": 7, "dropout": 0.25, "positions": "rotary"}
     built = build_model(validate({"model": model, "tokenizer": {"vocab_size": 300}}))
     assert {name: getattr(built, name) for name in sizes} == sizes
-    assert (built.vocab_size, built.d_ff, built.positions) == (300, 7, "rotary")
+    assert (built.vocab_size, built.d_ff, built.settings.positions) == (300, 7, "rotary")
     assert built.padding_id == PADDING_ID
     assert {module.rate for module in built.modules() if isinstance(module, Dropout)} == {0.25}
-    assert built.blocks[2].feedforward.down.weight.shape == (24, 7)
+    assert built.get_parameter("blocks.2.feedforward.down.weight").shape == (24, 7)
 
 
 def test_initial_weights_have_the_spread_they_should() -> None:
@@ -126,9 +127,9 @@ def test_initial_weights_have_the_spread_they_should() -> None:
 # --- invariants -------------------------------------------------------------------------------------------------------
 
 
-@BOTH
-def test_a_token_acts_only_on_itself_and_what_follows(positions: Positions) -> None:
-    model = make_model(positions)
+@VARIANT
+def test_a_token_acts_only_on_itself_and_what_follows(variant: Variant) -> None:
+    model = make_model(**variant)
     tokens_BT = random_tokens(1, 9)
     changed_BT = tokens_BT.clone()
     changed_BT[0, 4] = (changed_BT[0, 4] + 1) % 13
@@ -136,12 +137,14 @@ def test_a_token_acts_only_on_itself_and_what_follows(positions: Positions) -> N
     assert torch.equal(before.logits[:, :4], after.logits[:, :4])
     assert torch.equal(before.attention_weights[..., :4, :], after.attention_weights[..., :4, :])
     assert torch.equal(before.hidden_states[:, :, :4], after.hidden_states[:, :, :4])
-    assert (before.logits[:, 4:] != after.logits[:, 4:]).any(dim=-1).all()
+    reach = 9 if None in model.windows else 1 + sum(window - 1 for window in model.windows if window is not None)
+    is_changed_T = (before.logits != after.logits).any(dim=-1)[0]
+    assert is_changed_T.tolist() == [4 <= position < 4 + reach for position in range(9)]
 
 
 @BOTH
-def test_attention_rows_sum_to_one_and_never_look_ahead(positions: Positions) -> None:
-    model = make_model(positions, dropout=0.5, padding_id=2).train()
+def test_attention_rows_sum_to_one_and_never_look_ahead(variant: Variant) -> None:
+    model = make_model(**variant, dropout=0.5, padding_id=2).train()
     tokens_BT = random_tokens(2, 9)
     tokens_BT[0, :3] = 2
     weights_BLHTS = model(tokens_BT).attention_weights
@@ -152,23 +155,23 @@ def test_attention_rows_sum_to_one_and_never_look_ahead(positions: Positions) ->
     assert (weights_BLHTS[1].tril() > 0).equal(torch.ones(2, 3, 9, 9).tril() > 0)
 
 
-@BOTH
-def test_padding_on_the_right_needs_no_mask_and_any_block_can_be_the_first(positions: Positions) -> None:
-    model = make_model(positions, padding_id=2).double()
+@VARIANT
+def test_padding_on_the_right_needs_no_mask_and_any_block_can_be_the_first(variant: Variant) -> None:
+    model = make_model(**variant, padding_id=2).double()
     tokens_BT = random_tokens(2, 9)
     tokens_BT[1, 6:] = 2
     real_BT = tokens_BT != 2
     with torch.no_grad():
         output, whole_BTE = model(tokens_BT), model.final_residual(tokens_BT)
-        assert torch.equal(model.logits(tokens_BT), whole_BTE @ model.token_embedding.weight.T)
+        assert torch.equal(model.logits(tokens_BT), whole_BTE @ model.unembedding.T)
         torch.testing.assert_close(model.logits(tokens_BT)[real_BT], output.logits[real_BT], rtol=0, atol=1e-12)
         for layer, resid_BTE in enumerate(output.hidden_states.unbind(1)):
             torch.testing.assert_close(model.continue_from(resid_BTE, layer)[real_BT], whole_BTE[real_BT])
 
 
 @BOTH
-def test_a_mask_and_the_padding_id_say_the_same(positions: Positions) -> None:
-    model = make_model(positions, padding_id=2)
+def test_a_mask_and_the_padding_id_say_the_same(variant: Variant) -> None:
+    model = make_model(**variant, padding_id=2)
     tokens_BT = F.pad(random_tokens(1, 5), (4, 0), value=2)
     assert torch.equal(model(tokens_BT).logits, model(tokens_BT, tokens_BT != 2).logits)
     everything_real = torch.ones_like(tokens_BT, dtype=torch.bool)
@@ -176,7 +179,7 @@ def test_a_mask_and_the_padding_id_say_the_same(positions: Positions) -> None:
 
 
 def test_left_padding_changes_nothing_where_positions_are_relative() -> None:
-    model = make_model("rotary", padding_id=2).double()
+    model = make_model(**ROTARY, padding_id=2).double()
     tokens_BT = random_tokens(1, 5)
     logits_BTV = model(F.pad(tokens_BT, (4, 0), value=2)).logits
     torch.testing.assert_close(logits_BTV[:, 4:], model(tokens_BT).logits, rtol=0, atol=1e-12)
@@ -224,14 +227,21 @@ def test_other_arguments_that_do_not_fit() -> None:
         model(tokens_BT, torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"torch.bool, not torch.int64"):
         model(tokens_BT, torch.ones(2, 5, dtype=torch.int64))
-    with pytest.raises(ValueError, match="'sinusoidal'"):
-        make_model("sinusoidal")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="even, not 3"):
-        make_model("rotary", d_key=3)
+    for wrong, name in (
+        ({"positions": "absolute"}, "positions"),
+        ({"layers": 3}, "layers"),
+        (ROTARY | {"d_key": 3}, "d_key"),
+        (ROTARY | {"rotary_fraction": 0.25}, "rotary_fraction"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads"),
+        ({"attention_windows": [4]}, "attention_windows"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            make_model(**wrong)
 
 
-@BOTH
-def test_the_forward_pass_compiles_whole_and_takes_int32(positions: Positions) -> None:
-    model, tokens_BT = make_model(positions), random_tokens(2, 9)
+@VARIANT
+def test_the_forward_pass_compiles_whole_and_takes_int32(variant: Variant) -> None:
+    torch._dynamo.reset()  # or each variant would count as a recompilation of the same code
+    model, tokens_BT = make_model(**variant), random_tokens(2, 9)
     compiled = torch.compile(model.logits, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(tokens_BT.int()), model.logits(tokens_BT))

@@ -68,11 +68,11 @@ def test_loss_and_gradients_of_logits_far_from_zero(
     tolerance: float,
 ) -> None:
     model = build_model(tiny_config).eval()
-    size = model.final_norm.weight.numel()
+    size = model.embedding_size
     with torch.no_grad():
         # By far the largest component of every residual, which the last norm makes sqrt(size).
         model.token_embedding.weight[:, 0] = 100.0
-        model.final_norm.weight[0] = level / 100.0 / math.sqrt(size)
+        model.get_parameter("final_norm.weight")[0] = level / 100.0 / math.sqrt(size)
     assert ((model.logits(tokens) / level - 1).abs() < 0.1).all()
     wide = copy.deepcopy(model).double()
     expected = F.cross_entropy(wide.logits(tokens).flatten(0, 1), targets.flatten(), reduction="sum")

@@ -84,12 +84,12 @@ def one_infinite_gradient(model: Transformer, loss: torch.Tensor) -> torch.Tenso
         parameter.grad[2] = math.inf
         handle.remove()
 
-    handle = model.final_norm.weight.register_post_accumulate_grad_hook(spoil)
+    handle = model.get_parameter("final_norm.weight").register_post_accumulate_grad_hook(spoil)
     return loss
 
 
 def infinite_weight(model: Transformer, loss: torch.Tensor) -> torch.Tensor:
-    model.final_norm.weight.data[3] = math.inf
+    model.get_parameter("final_norm.weight").data[3] = math.inf
     return loss * math.inf
 
 

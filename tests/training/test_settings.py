@@ -25,6 +25,7 @@ from tests.training.short import CPU, hashes, of_kind, short, train
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
 FILES = {"dataset.name": "json", "dataset.data_files": "a.json", "dataset.num_documents": None}
 FOLDER = FILES | {"dataset.name": "folder", "dataset.data_files": None, "dataset.subset": "one"}
+ROTARY = {"model.positions": "rotary"}
 THREE_EPOCHS = {"training.max_steps": None, "training.max_epochs": 3}
 
 
@@ -46,7 +47,19 @@ EFFECTS = {
     "model.d_value": Effect(4, "num_parameters"),
     "model.d_ff": Effect(16, "num_parameters"),
     "model.dropout": Effect(0.3, "weights"),
+    "model.norm": Effect("layer", "num_parameters"),
+    "model.norm_epsilon": Effect(0.1, "weights"),
+    "model.feedforward": Effect("gelu", "num_parameters"),
     "model.positions": Effect("rotary", "num_parameters"),
+    "model.rotary_base": Effect(100.0, "weights", ROTARY),
+    "model.rotary_fraction": Effect(0.5, "weights", ROTARY),
+    "model.attention_windows": Effect([2], "weights"),
+    "model.attention_scale": Effect(1.0, "weights"),
+    "model.num_key_value_heads": Effect(1, "num_parameters"),
+    "model.bias": Effect("all", "num_parameters"),
+    "model.tie_embeddings": Effect(False, "num_parameters"),
+    "model.parallel_blocks": Effect(True, "weights"),
+    "model.query_key_norm": Effect(True, "num_parameters"),
     "model.zero_output_init": Effect(True, "weights"),
     "tokenizer.vocab_size": Effect(300, "num_parameters"),
     "tokenizer.min_frequency": Effect(40, "corpus"),

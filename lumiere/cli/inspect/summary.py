@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 PART_NAMES = {
-    "token_embedding": ("token embedding", "also the output head (tied)"),
-    "positions": ("positions", "learned"),
+    "token_embedding": ("token embedding", ""),
+    "positions": ("positions", ""),
     "attention": ("attention", ""),
     "feedforward": ("feed-forward", ""),
     "norms": ("norms", ""),
+    "output_head": ("output head", ""),
 }
 MAX_PLACES = 6
 
@@ -38,7 +39,7 @@ def summary(target: InspectTarget, windows: NumWindows = 256) -> "Analysis[Model
     batches, token_counts, source = summary_inputs(target, windows)
     return Analysis(
         compute=lambda model: summarize(model, batches, token_counts),
-        show=lambda result: show_summary(result, target.label),
+        show=lambda result: show_summary(result, target.label, target.opened.config.model.positions),
         draw=draw_summary,
         source=source,
     )
@@ -61,8 +62,8 @@ def summary_inputs(target: InspectTarget, num_windows: int) -> "tuple[list[Batch
     return batches, token_counts, source
 
 
-def show_summary(result: "ModelSummary", label: Callable[[int], str]) -> None:
-    show_parameters(result)
+def show_summary(result: "ModelSummary", label: Callable[[int], str], positions: str) -> None:
+    show_parameters(result, positions)
     show_table(result, "effective rank", result.effective_ranks, ".1f")
     show_table(result, "root mean square", result.rms, ".3f")
     show_embeddings(result)
@@ -76,14 +77,17 @@ def show_summary(result: "ModelSummary", label: Callable[[int], str]) -> None:
     stdout().print()
 
 
-def show_parameters(result: "ModelSummary") -> None:
+def show_parameters(result: "ModelSummary", positions: str) -> None:
     total = sum(result.parameters.values())
     stdout().print(f"[bold]{'parameters':18}{total:12,}[/]")
     for part, count in result.parameters.items():
         name, remark = PART_NAMES[part]
         numbers = f"{count:12,} {count / total:6.1%}"
-        if part == "positions" and not count:
-            numbers, remark = " " * 19, "rotary"
+        if part == "token_embedding" and "output_head" not in result.parameters:
+            remark = "also the output head (tied)"
+        if part == "positions":
+            remark = positions
+            numbers = numbers if count else " " * 19
         stdout().print(f"  {name:16}{numbers}" + (f"  [dim]{remark}[/]" if remark else ""))
     stdout().print()
 
