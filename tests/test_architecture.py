@@ -23,7 +23,7 @@ LAYERS = [
     {"persistence"},
     {"evaluation", "generation"},
     {"training", "interpret"},
-    {"report", "export"},
+    {"report", "export", "importing"},
     {"cli"},
     {"__main__"},
 ]

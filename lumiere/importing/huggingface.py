@@ -1,0 +1,144 @@
+"""Open a model in the form of Hugging Face: a folder with `config.json` and safetensors files.
+
+Reads nothing but JSON and safetensors: no pickle, no code of the model, no link out of the folder.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumiere.errors import LumiereError, printable, shortened
+from lumiere.files import parse_json, read_file
+from lumiere.importing.architectures import Architecture, read_architecture
+from lumiere.models.transformer import Transformer
+from lumiere.persistence.tensor_files import check_memory, open_safetensors
+
+MAX_CONFIG_BYTES = 10_000_000
+MAX_INDEX_BYTES = 100_000_000
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
+BASES = ("model.", "transformer.", "gpt_neox.")
+"""Prefixes of the names of all tensors but the output head's."""
+MAX_NAMES = 3
+
+
+def open_model(folder: str | Path) -> Transformer:
+    """Return the model in a folder, in float32, on the CPU, in evaluation mode.
+
+    Args:
+        folder: With `config.json` of a type in `architectures.READERS`, and `model.safetensors` or the files that
+            `model.safetensors.index.json` names.
+
+    Raises:
+        LumiereError: A file is missing or damaged, or the model is one that Lumiere cannot compute.
+    """
+    folder = Path(folder)
+    architecture = read_architecture(_read_object(folder / "config.json", MAX_CONFIG_BYTES))
+    return assembled(architecture, read_tensors(folder))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder by name, without the prefix of the model inside, in float32.
+
+    Raises:
+        LumiereError: A file is missing, damaged, a pickle, or larger than the memory.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        paths = [single]
+    elif index.exists():
+        places = _read_object(index, MAX_INDEX_BYTES).get("weight_map")
+        files = sorted({str(file) for file in places.values()}) if isinstance(places, dict) else []
+        if wrong := [file for file in files if not FILE_NAME.fullmatch(file)]:
+            shown = shortened(printable(wrong[0]))
+            raise LumiereError(f"{str(index)!r} names {shown!r}", "it may only name safetensors files in its folder")
+        paths = [folder / file for file in files]
+    else:
+        pickles = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind)]
+        hint = "it needs model.safetensors, or model.safetensors.index.json and the files that it names"
+        if pickles:
+            hint = f"{pickles[0]} is a pickle, which may run code: save it with save_pretrained of transformers 5"
+        raise LumiereError(f"{str(folder)!r} has no safetensors files", hint)
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        with open_safetensors(path) as file:
+            names = list(file.keys())
+            check_memory(path, [4 * _numel(file.get_slice(name).get_shape()) for name in names])
+            for name in names:
+                tensor = file.get_tensor(name)
+                if not tensor.is_floating_point():
+                    if name.endswith(("attn.bias", "attention.bias", "masked_bias")):
+                        continue  # a causal mask that old files hold
+                    raise LumiereError(
+                        f"{str(path)!r} holds {shortened(printable(name))} as {tensor.dtype}",
+                        "quantized weights cannot be read: save the model in float32, float16 or bfloat16",
+                    )
+                base = next((base for base in BASES if name.startswith(base)), "")
+                tensors[name.removeprefix(base)] = tensor.float()
+    return tensors
+
+
+def assembled(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Transformer:
+    """Return the model of an architecture with the tensors of its source; biases that the source lacks are zero.
+
+    Raises:
+        LumiereError: A tensor is missing, has another shape, or is left over.
+    """
+    settings: dict[str, Any] = architecture.settings.model_dump() | {"dropout": 0.0}
+    with torch.device("meta"):
+        model = Transformer(architecture.vocab_size, **settings)
+    found: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for name, expected in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        layer = ""
+        if module.startswith("blocks."):
+            _, layer, module = module.split(".", 2)
+        source = architecture.sources[module]
+        theirs = f"{source.name.format(layer=layer)}.{kind}"
+        used.add(theirs)
+        if theirs not in tensors:
+            if kind == "bias":
+                found[name] = torch.zeros(expected.shape)
+                continue
+            raise LumiereError(f"the files lack the tensor {theirs}", "config.json describes a model that has it")
+        tensor = source.arrange(tensors[theirs], architecture.settings)
+        if tensor.shape != expected.shape:
+            shapes = tuple(tensors[theirs].shape), tuple(expected.shape)
+            raise LumiereError(
+                f"the tensor {theirs} has the shape {shapes[0]}, which is not that of config.json",
+                f"{name} would have {shapes[1]}",
+            )
+        found[name] = tensor.contiguous()
+    unused = {name for name in tensors if name.endswith(architecture.unused)}
+    if architecture.settings.tie_embeddings:
+        unused.add(f"{architecture.sources['output_head'].name}.weight")
+    if left := sorted(tensors.keys() - used - unused):
+        names = ", ".join(shortened(printable(name)) for name in left[:MAX_NAMES])
+        rest = f" and {len(left) - MAX_NAMES} more" if len(left) > MAX_NAMES else ""
+        raise LumiereError(
+            f"the files hold tensors that config.json has no place for: {names}{rest}",
+            "leaving them out would change what the model computes",
+        )
+    model.load_state_dict(found, assign=True)
+    return model.eval()
+
+
+def _read_object(path: Path, limit: int) -> dict:
+    try:
+        values = parse_json(read_file(path, limit))
+    except FileNotFoundError:
+        hint = "give the folder of a model in the form of Hugging Face"
+        raise LumiereError(f"{str(path)!r} does not exist", hint) from None
+    except (OSError, ValueError) as error:
+        raise LumiereError(f"{str(path)!r} cannot be read: {error}", "restore the file") from None
+    if not isinstance(values, dict):
+        raise LumiereError(f"{str(path)!r} is not a mapping", "restore the file")
+    return values
+
+
+def _numel(shape: list[int]) -> int:
+    return torch.Size(shape).numel()
