@@ -236,7 +236,7 @@ def repeat_gains(heads: HeadScores) -> list[str]:
     found = []
     if not math.isnan(heads.repeat_gap):
         found.append(gain("Random tokens", float(heads.repeat_gap), float(heads.repeat_gap_error), len(heads.tokens)))
-    if heads.text_repeats and heads.text_gap is not None and heads.text_gap_error is not None:
+    if heads.text_repeats:
         documents = heads.text_documents or 0
         counts = f"{plural(heads.text_repeats, 'repeat')} in {plural(documents, 'document')}"
         what = f"Names in the validation split ({counts})"
