@@ -123,19 +123,20 @@ def inspect_model(
         model: in evaluation mode.
         texts: each of 2 to `context_size` tokens.
         repeated_NT: repeated random tokens, for the head scores.
-        batches: validation windows. Without any, ablation and neurons are left out.
+        batches: validation windows. Without any, ablation and neurons are left out; neurons also where the model has
+            none.
         windows: of the validation split, with their documents, for the in-context score and natural repeats.
         token_counts: count of each token in the training split, for the map. Default: the first tokens.
         num_used: number of ids that the tokenizer produces. Default: all.
         averaged: tokens over which centered logits and copying are averaged. Default: all.
     """
-    num_neurons = min(model.d_ff, MAX_NEURONS // model.num_layers)
+    num_neurons = min(model.d_ff, MAX_NEURONS // model.num_layers) if model.settings.feedforward != "none" else 0
     return Inspection(
         summary=summarize(model, batches, token_counts),
         texts=tuple(inspect_text(model, text, averaged) for text in texts),
         heads=score_heads(model, repeated_NT, windows, averaged),
         ablation=ablate(model, batches) if batches else None,
-        neurons=neuron_examples(model, batches, num_neurons) if batches else None,
+        neurons=neuron_examples(model, batches, num_neurons) if batches and num_neurons else None,
         embeddings=token_map(model, frequent_tokens(model, token_counts, num_used)),
     )
 

@@ -270,6 +270,9 @@ PART_NAMES = {
     "feedforward": "L{layer} feed-forward",
     "head": "L{layer}H{head}",
     "neuron": "L{layer}N{neuron}",
+    "attention_bias": "L{layer} attn bias",
+    "feedforward_bias": "L{layer} MLP bias",
+    "final_bias": "final norm bias",
 }
 
 
@@ -343,7 +346,7 @@ def draw_largest(axes: Axes, names: list[str], values: np.ndarray, title: str, x
 
 def draw_summary(result: ModelSummary) -> Picture:
     """Draw parameter counts, effective ranks and sizes of the matrices, and what each part writes, if measured."""
-    num_layers = len(result.gain_names) // 2
+    num_layers = len(by_layer(result, result.rms)[1])
     layers = [f"L{layer}" for layer in range(num_layers)]
     figure = new_figure(12.0, 2 * max(num_layers * LAYER_HEIGHT, 1.4) + 3.0)
     (parameter_axes, rank_axes), (write_axes, rms_axes) = figure.subplots(2, 2)
@@ -390,7 +393,8 @@ def by_layer(result: ModelSummary, values: np.ndarray) -> tuple[list[str], np.nd
     """The kinds of the blocks' matrices, such as `query`, and (L, kinds) values; NaN if a layer has none of a kind."""
     places = [name.split(".") for name in result.matrices]
     kinds = list(dict.fromkeys(place[-2] for place in places if place[0] == "blocks"))
-    table = np.full((len(result.gain_names) // 2, len(kinds)), np.nan)
+    num_layers = 1 + max(int(place[1]) for place in places if place[0] == "blocks")
+    table = np.full((num_layers, len(kinds)), np.nan)
     for place, value in zip(places, values, strict=True):
         if place[0] == "blocks":
             table[int(place[1]), kinds.index(place[-2])] = value

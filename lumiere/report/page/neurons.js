@@ -3,7 +3,7 @@
 function drawNeuron() {
   const box = find("neuron");
   if (!data.neurons) {
-    redraw(box, element("p", { class: "note" }, "No examples: the run's validation text is not available."));
+    redraw(box, element("p", { class: "note" }, "No examples: the model has no neurons, or the run's validation text is not available."));
     return;
   }
   const neurons = data.neurons.layers[state.layer];
