@@ -4,10 +4,12 @@ A key that changes what a model computes is read, or must have the value without
 reference for meaning and defaults is the code of `transformers` 5.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from lumiere.config.schema import ModelConfig
@@ -63,13 +65,20 @@ class Architecture:
 
     Attributes:
         sources: By the name of our module, such as `attention.query`; each has a weight and perhaps a bias.
-        unused: Beginnings or ends of names of tensors that a source stores and computes without.
+        unused: Ends of the names of tensors that a source stores and computes without.
+
+    Raises:
+        ValueError: There is no vocabulary.
     """
 
     vocab_size: int
     settings: ModelConfig
     sources: Mapping[str, Source]
     unused: tuple[str, ...] = field(default=("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias"))
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}")
 
 
 class Keys:
@@ -139,9 +148,30 @@ def read_architecture(values: Mapping[str, Any]) -> Architecture:
         raise LumiereError(
             f"config.json has model_type {shortened(printable(keys.model_type))}", f"Lumiere reads {', '.join(READERS)}"
         )
-    found = READERS[keys.model_type](keys)
+    with valid_sizes("config.json"):
+        found = READERS[keys.model_type](keys)
     keys.finish()
     return found
+
+
+@contextmanager
+def valid_sizes(name: str) -> Iterator[None]:
+    """Turn errors of values that describe no model, such as 0 heads or a list in place of a number, into ours.
+
+    Args:
+        name: The file that holds the values.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        setting = problem.get("ctx", {}).get("path", f"model.{'.'.join(map(str, problem['loc']))}")
+        raise LumiereError(
+            f"{name} describes a model that cannot be: {setting} {problem['msg']}", "fetch it again"
+        ) from None
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        reason = shortened(printable(str(error)))
+        raise LumiereError(f"{name} describes a model that cannot be: {reason}", "fetch it again") from None
 
 
 def _rotation(keys: Keys) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lumiere.config.schema import ModelConfig
 from lumiere.errors import LumiereError, printable, shortened
 from lumiere.files import open_file
-from lumiere.importing.architectures import Architecture, Source
+from lumiere.importing.architectures import Architecture, Source, valid_sizes
 from lumiere.importing.huggingface import assembled
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.tensor_files import check_memory
@@ -47,7 +47,8 @@ def open_model(path: str | Path) -> Transformer:
     path = Path(path)
     reader = _read(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture = read_architecture(fields, {tensor.name for tensor in reader.tensors})
+    with valid_sizes(repr(str(path))):
+        architecture = read_architecture(fields, {tensor.name for tensor in reader.tensors})
     check_memory(path, [4 * int(tensor.n_elements) for tensor in reader.tensors])
     return assembled(architecture, dict(_tensors(path, reader)))
 
