@@ -32,9 +32,10 @@ from lumiere.data.encoding import (
     id_type,
     measure,
 )
+from lumiere.data.foreign_tokenizer import load_tokenizer
 from lumiere.data.sources import SPLITS
 from lumiere.data.text import Part, parts
-from lumiere.data.tokenizer import Tokenizer
+from lumiere.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from lumiere.errors import DataError, LumiereError, shortened
 from lumiere.files import DISK, read_file
 
@@ -129,7 +130,11 @@ class Sizes:
 
 
 def tokenize_corpus(
-    config: RunConfig, emit: Callback | None = None, corpus: Corpus | None = None, verify: bool = False
+    config: RunConfig,
+    emit: Callback | None = None,
+    corpus: Corpus | None = None,
+    verify: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> TokenizedCorpus:
     """Return the encoded corpus of `config`, from the cache if it is there.
 
@@ -137,6 +142,7 @@ def tokenize_corpus(
         emit: Called with the progress.
         corpus: The result of `load_corpus(config.dataset)`, if already loaded.
         verify: Compare the cached ids with their checksums even if the files look unchanged.
+        tokenizer: An existing one, to use instead of training one.
 
     Raises:
         DataError: The corpus cannot be read or holds no text, or its cached ids have changed.
@@ -145,10 +151,11 @@ def tokenize_corpus(
     emit(Progress("reading the corpus"))
     corpus = corpus or load_corpus(config.dataset)
     # The default normalizer is left out, so that corpora of versions without this setting are found.
-    settings = config.tokenizer.model_dump(exclude={"normalizer"} if config.tokenizer.normalizer == "nfkc" else None)
+    left_out = {"path", "normalizer"} if config.tokenizer.normalizer == "nfkc" else {"path"}
+    settings = config.tokenizer.model_dump(exclude=left_out) if tokenizer is None else tokenizer.fingerprint
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, settings], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, emit)
+    is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, emit, tokenizer)
     if corpus.missing is not None:
         emit(Progress(f"{corpus.missing.message}; using the encoded corpus in the cache", is_note=True))
     return read_folder(folder, from_cache=is_cached, verify=verify)
@@ -157,7 +164,7 @@ def tokenize_corpus(
 # Building
 
 
-def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback) -> bool:
+def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None) -> bool:
     """Train the tokenizer and encode every split, resuming after an interruption.
 
     Returns:
@@ -176,7 +183,7 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback
             remove_stale(folder.parent)
             unfinished.mkdir(exist_ok=True)
             try:
-                fill_folder(unfinished, corpus, config, emit)
+                fill_folder(unfinished, corpus, config, emit, tokenizer)
             finally:
                 with contextlib.suppress(OSError):  # removed if empty: the corpus could not be read
                     unfinished.rmdir()
@@ -209,8 +216,8 @@ def remove_stale(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback) -> None:
-    """Write `tokenizer.json`, the ids and offsets of each split, and their facts in `splits.json`."""
+def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None) -> None:
+    """Write the files of the tokenizer, the ids and offsets of each split, and their facts in `splits.json`."""
     splits = [split for split in corpus.splits if next(corpus.parts(split), None) is not None]
     for split in ("train", "validation"):
         if split not in splits:
@@ -221,19 +228,20 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback)
             )
     if corpus.unused:
         emit(Progress(f"unused splits of {config.dataset.name}: {', '.join(corpus.unused)}", is_note=True))
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_NAME
     if not path.exists():
         settings = config.tokenizer
-        tokenizer = Tokenizer.train(
+        tokenizer = tokenizer or Tokenizer.train(
             sample(corpus.parts("train"), settings.sample_bytes),
             settings.vocab_size,
             settings.min_frequency,
             settings.normalizer,
             emit=lambda num_bytes: emit(Progress("training the tokenizer", num_bytes=num_bytes)),
         )
-        DISK.write(path, tokenizer.to_json().encode())
+        for name, text in reversed(tokenizer.files().items()):  # `tokenizer.json` last: the others belong to it
+            DISK.write(folder / name, text.encode())
     # Loaded even if it was just trained, so that a resumed pass gives the same ids.
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     facts = {}
     for split in splits:
 
@@ -272,7 +280,7 @@ def read_folder(folder: Path, from_cache: bool, verify: bool = False) -> Tokeniz
         DataError: Files are missing or damaged.
     """
     try:
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
         facts = read_facts(folder / "splits.json")
         # By our names of the splits: those in the file could lead out of the folder.
         splits = {split: read_split(folder, split, tokenizer, facts[split]) for split in SPLITS if split in facts}

@@ -323,7 +323,7 @@ def build_model(config: RunConfig) -> Transformer:
     """Return the untrained model that a config describes, with weights drawn from torch's current seed."""
     return Transformer(
         vocab_size=config.tokenizer.vocab_size,
-        padding_id=PADDING_ID,
+        padding_id=PADDING_ID if config.tokenizer.path is None else None,
         activation_checkpointing=config.training.activation_checkpointing,
         **config.model.model_dump(),
     )

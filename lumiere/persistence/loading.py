@@ -61,7 +61,7 @@ class OpenedModel:
         from lumiere.data.dataset import tokenize_corpus
 
         with self.show_progress() as progress:
-            return tokenize_corpus(self.config, progress)
+            return tokenize_corpus(self.config, progress, tokenizer=self.run.given_tokenizer(self.config))
 
 
 def open_model(

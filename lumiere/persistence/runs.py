@@ -173,15 +173,24 @@ class Run:
         Raises:
             DataError: It cannot be read, or has more tokens than the model has rows.
         """
-        from lumiere.data.tokenizer import Tokenizer
+        from lumiere.data.foreign_tokenizer import load_tokenizer
 
-        tokenizer, rows = Tokenizer.load(self.tokenizer_path), (config or self.load_config()).tokenizer.vocab_size
+        tokenizer, rows = load_tokenizer(self.tokenizer_path), (config or self.load_config()).tokenizer.vocab_size
         if len(tokenizer) > rows:
             raise DataError(
                 f"{str(self.tokenizer_path)!r} has {len(tokenizer):,} tokens, the model in config.yaml {rows:,}",
                 "restore the tokenizer that the run was trained with",
             )
         return tokenizer
+
+    def given_tokenizer(self, config: RunConfig) -> Tokenizer | None:
+        """Return the tokenizer if the run was given it; None if it was trained on the run's corpus."""
+        return None if config.tokenizer.path is None else self.load_tokenizer(config)
+
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write the tokenizer's files."""
+        for name, text in tokenizer.files().items():
+            self.disk.write(self.path / name, text.encode())
 
     def load_model(self, checkpoint: str = "best") -> Transformer:
         """Return the model with the weights of `checkpoint`, on the CPU, in evaluation mode.

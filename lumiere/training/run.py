@@ -249,7 +249,7 @@ def check_agreement(facts: Mapping[str, str], processes: ProcessGroup) -> None:
 def write_files(setup: TrainingSetup, run: Run, command: Sequence[str]) -> None:
     """Write the tokenizer, the config and the record of a new run."""
     with writing(run.path):
-        run.disk.write(run.tokenizer_path, setup.corpus.tokenizer.to_json().encode())
+        run.save_tokenizer(setup.corpus.tokenizer)
         # The config last: a run that has one can be resumed, wherever its process was killed.
         run.disk.write(run.config_path, dump_config(setup.config).encode())
     run.update(

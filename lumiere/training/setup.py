@@ -11,6 +11,8 @@ from lumiere.config.loader import changed_config, flat_settings, parse_override,
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.corpus import load_corpus, recorded
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
+from lumiere.data.foreign_tokenizer import existing_tokenizer, fitted
+from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import CheckpointError, ConfigError, LumiereError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.manifest import DAMAGE_HINT
@@ -97,15 +99,22 @@ class TrainingSetup:
         }
 
 
-def set_up(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> TrainingSetup:
+def set_up(
+    config: RunConfig, progress: Callable[[Progress], None] | None = None, tokenizer: Tokenizer | None = None
+) -> TrainingSetup:
     """Tokenize the corpus, resolve device and precision, and measure the device.
+
+    Args:
+        tokenizer: An existing one. Default: that of `tokenizer.path`, or one trained on the corpus.
 
     Raises:
         LumiereError: The device or the package of a logger is missing, or the corpus cannot be used.
     """
     check_packages(config.training.loggers)
     source = load_corpus(config.dataset)
-    config = config.model_copy(update={"dataset": recorded(config.dataset)})
+    tokenizer = tokenizer or existing_tokenizer(config.tokenizer)
+    settings = fitted(config.tokenizer, tokenizer)
+    config = config.model_copy(update={"dataset": recorded(config.dataset), "tokenizer": settings})
     # Torch takes seconds to import; a missing network is reported before that.
     from lumiere.device import keep_freed_memory, peak_flops, resolve_device, resolve_precision
     from lumiere.models.transformer import empty_model
@@ -113,7 +122,7 @@ def set_up(config: RunConfig, progress: Callable[[Progress], None] | None = None
     keep_freed_memory()
     device = resolve_device(config.training.device)
     precision = resolve_precision(config.training.precision, device)
-    corpus = tokenize_corpus(config, progress, source)
+    corpus = tokenize_corpus(config, progress, source, tokenizer=tokenizer)
     num_parameters = empty_model(config).num_parameters
     return TrainingSetup(config, corpus, device, precision, peak_flops(device, precision), num_parameters)
 
@@ -136,7 +145,7 @@ def set_up_resume(
     check_changes(changed, run.id)
     record = run.record
     given = {parse_override(override)[0] for override in overrides}
-    setup = set_up(with_recorded_device(config, record, given), progress)
+    setup = set_up(with_recorded_device(config, record, given), progress, run.given_tokenizer(config))
     # A run that was killed while it was created may lack a tokenizer, and was not trained yet.
     exists = run.tokenizer_path.exists() or CheckpointManager(run.path.parent).names(run)
     if exists and setup.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
