@@ -93,18 +93,19 @@ class ForeignTokenizer(Tokenizer):
         return cls.parse(read_text(path, MAX_BYTES), read_config(path.with_name(CONFIG_NAME)), str(path))
 
     @classmethod
-    def parse(cls, text: str, config: Mapping[str, Any], name: str) -> "ForeignTokenizer":
+    def parse(cls, text: str, config: Mapping[str, Any], name: str, end_ids: Any = None) -> "ForeignTokenizer":
         """Make a tokenizer of the contents of `tokenizer.json` and `tokenizer_config.json`.
 
         Args:
             name: The file, for errors.
+            end_ids: Ids that end a text besides `eos_token`, as `generation_config.json` has them.
 
         Raises:
             DataError: It is no tokenizer that Lumiere can use.
         """
         probe(text, name)
         try:
-            return cls(text, special_tokens(tokenizers.Tokenizer.from_str(text), config))
+            return cls(text, special_tokens(tokenizers.Tokenizer.from_str(text), config, end_ids))
         except Exception as error:  # the library raises bare Exception
             reason = shortened(printable(str(error) or type(error).__name__))
             raise DataError(f"{name!r} cannot be used as a tokenizer: {reason}", HINT) from None
@@ -208,11 +209,11 @@ def spelling(contents: Mapping[str, Any]) -> Callable[[str], bytes]:
     return sentencepiece
 
 
-def special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> SpecialTokens:
+def special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], end_ids: Any) -> SpecialTokens:
     """Return what surrounds a document, by a `tokenizer_config.json`.
 
-    The start token is `bos_token` where `add_bos_token` is true, and what the tokenizer itself puts first where there is
-    no such key. `end_tokens` is Lumiere's key for several; `eos_token` names one.
+    The start token is `bos_token` where `add_bos_token` is true, and what the tokenizer itself puts first where there
+    is no such key. `end_tokens` is Lumiere's key for several; `eos_token` names one.
 
     Raises:
         ValueError: It puts several tokens before a document.
@@ -233,7 +234,10 @@ def special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> 
         start = backend.id_to_token(first[0]) if first else None
     ends = config.get("end_tokens")
     if not isinstance(ends, list):
-        ends = [named("eos_token") or next(filter(backend.token_to_id, KNOWN_ENDS), None)]
+        others = end_ids if isinstance(end_ids, list) else [end_ids]
+        ends = [named("eos_token"), *(backend.id_to_token(end) for end in others if isinstance(end, int))]
+        if not any(ends):
+            ends = [token for token in KNOWN_ENDS if backend.token_to_id(token) is not None][:1]
     template = config.get("chat_template")
     return SpecialTokens(
         start, tuple(end for end in ends if isinstance(end, str)), template if isinstance(template, str) else None
