@@ -86,7 +86,7 @@ def make_report(target: InspectTarget, prompts: Sequence[str | Sequence[int]]) -
         batches,
         target.spread_windows_if_any() if batches else None,
         token_counts,
-        len(opened.tokenizer),
+        opened.tokenizer.text_ids,
         target.occurring_tokens,
     )
     about = {"source": source, "averaged_over": target.averaged_over, "seed": target.seed}

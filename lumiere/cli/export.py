@@ -28,7 +28,6 @@ def export(
     """
     from lumiere import __version__
     from lumiere.api.analysis import model_provenance
-    from lumiere.data.tokenizer import SPECIAL_TOKENS
     from lumiere.export.exporting import TARGETS, check_folder, export_model
 
     check_choice("export target", to, TARGETS)
@@ -38,8 +37,9 @@ def export(
     recorded = model_provenance(opened)
     provenance = {key: recorded[key] for key in ("run", "checkpoint", "step", "weights_sha256")}
     provenance["lumiere_version"] = __version__
-    ids = range(len(SPECIAL_TOKENS), len(tokenizer))
-    exported = export_model(TARGETS[to], folder, opened.model, tokenizer.to_json().encode(), ids, provenance)
+    exported = export_model(
+        TARGETS[to], folder, opened.model, tokenizer.to_json().encode(), tokenizer.text_ids, provenance
+    )
     if as_json:
         receipts = [asdict(receipt) | {"holds": receipt.holds} for receipt in exported.receipts]
         result = {"files": list(exported.files), "token_ids": list(exported.tokens), "receipts": receipts}
