@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from lumiere.cli.console import print_json, show_note
-from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir, open_model, refuse_both
+from lumiere.cli.options import (
+    CheckpointName,
+    Device,
+    Json,
+    MaxTokens,
+    RunReferences,
+    RunsDir,
+    open_model,
+    refuse_both,
+)
 from lumiere.errors import DataError, LumiereError, check_choice, printable
 from lumiere.persistence.loading import OpenedModel, open_corpus
 from lumiere.persistence.runs import RunStore
@@ -42,6 +51,7 @@ def evaluate(
             "\\[default: the windows of training, which score overlaps twice]",
         ),
     ] = None,
+    max_tokens: MaxTokens = None,
     batch_size: Annotated[
         int | None,
         Option(
@@ -82,7 +92,7 @@ def evaluate(
     keep_freed_memory()
     evaluated: list[Evaluated] = []
     for run in RunStore(runs_dir).open_all(runs):
-        opened = open_model(run.name, checkpoint, device, runs_dir)
+        opened = open_model(run.name, checkpoint, device, runs_dir, max_tokens)
         scored = read(opened)
         if evaluated and scored.split.facts.sha256 != evaluated[0].about["corpus_sha256"]:
             raise LumiereError(
@@ -133,7 +143,7 @@ def evaluate_one(
     from lumiere.evaluation.scoring import strided_windows, training_windows
 
     split, train, config = scored.split, scored.train, opened.config
-    context_size, facts = config.model.context_size, split.facts
+    context_size, facts = opened.context_size, split.facts
     overlap = config.dataset.sliding_window_size if stride is None else context_size + 1 - stride
     if stride is not None:
         windows, protocol = strided_windows(split, context_size, stride)

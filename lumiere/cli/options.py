@@ -53,12 +53,14 @@ def refuse_both(options: Mapping[str, object]) -> None:
         raise LumiereError(f"{names[0]} and {names[1]} exclude each other", "use one of them")
 
 
-def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> "OpenedModel":
+def open_model(
+    reference: str, checkpoint: str, device: str, runs_dir: str | None, max_tokens: int | None = None
+) -> "OpenedModel":
     """Open a checkpoint of a run, with notes and progress on stderr; see `lumiere.persistence.loading.open_model`."""
     from lumiere.cli.progress import CorpusProgress
     from lumiere.persistence import loading
 
-    return loading.open_model(reference, checkpoint, device, runs_dir, show_note, CorpusProgress)
+    return loading.open_model(reference, checkpoint, device, runs_dir, show_note, CorpusProgress, max_tokens)
 
 
 @quietly
@@ -107,6 +109,12 @@ RunReferences = Annotated[list[str], Argument(metavar="RUN...", help=RUNS_HELP, 
 RunOption = Annotated[str, Option("--run", "-r", metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
 CheckpointName = Annotated[
     str, Option("--checkpoint", "-c", metavar="NAME", help=CHECKPOINT_HELP, autocompletion=complete_checkpoint)
+]
+MaxTokens = Annotated[
+    int | None,
+    Option(
+        metavar="N", min=1, help="Read texts in windows of N tokens. \\[default: the context; 512 of an imported model]"
+    ),
 ]
 Device = Annotated[str, Option("--device", metavar="DEVICE", help="Compute on auto, cpu, cuda, cuda:1 or mps.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
