@@ -1,6 +1,6 @@
 """Try a stranger's tokenizer in a child process, which may hang, panic or take all memory without harm.
 
-    python -m lumiere.data.tokenizer_probe < tokenizer.json
+    python -m lumiere.data.tokenizer_probe BYTES < tokenizer.json
 
 The texts it tries cannot cover every pattern; they include long runs of each character that a pattern names, on which
 patterns such as `(a+)+$` backtrack for ever.
@@ -46,7 +46,7 @@ def probe(text: str, name: str) -> None:
     marker = cache_dir() / "tokenizers" / hashlib.sha256(text.encode()).hexdigest()
     if marker.exists():
         return
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-m", __name__, str(MAX_MEMORY)]
     settings = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=SECONDS, env=settings)
@@ -67,7 +67,8 @@ def main() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no limits, macOS does not keep this one
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+        limit = int(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         try_out(sys.stdin.buffer.read().decode())
     except BaseException as error:  # a panic of the library is no Exception

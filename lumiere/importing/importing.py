@@ -87,7 +87,7 @@ def save(
         {
             "model": model.settings.model_dump() | {"dropout": 0.0},
             "tokenizer": {"path": source, "vocab_size": model.vocab_size},
-            "dataset": {"name": NO_DATASET},
+            "dataset": {"name": NO_DATASET, "sliding_window_size": min(8, model.context_size - 1)},
         }
     )
     hashes = {path.name: sha256_of(path) for path in found.files}

@@ -141,6 +141,8 @@ def transformers_model(model_type: str, folder: str, dtype: torch.dtype) -> nn.M
     """
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     cls = getattr(transformers, CLASSES[model_type])
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "local_files_only": True}
     return cls.from_pretrained(folder, use_safetensors=True, **options).eval()
