@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from lumiere.cli.console import escape, print_json, show_note, stdout
-from lumiere.cli.inspect.command import model_provenance, show_receipts
+from lumiere.cli.inspect.command import show_receipts
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir, open_model
 from lumiere.errors import check_choice
 
@@ -27,7 +27,7 @@ def export(
     Example: [bold]lumiere export latest --to transformer-lens my-model[/]
     """
     from lumiere import __version__
-    from lumiere.data.tokenizer import SPECIAL_TOKENS
+    from lumiere.api.analysis import model_provenance
     from lumiere.export.exporting import TARGETS, check_folder, export_model
 
     check_choice("export target", to, TARGETS)
@@ -37,8 +37,9 @@ def export(
     recorded = model_provenance(opened)
     provenance = {key: recorded[key] for key in ("run", "checkpoint", "step", "weights_sha256")}
     provenance["lumiere_version"] = __version__
-    ids = range(len(SPECIAL_TOKENS), len(tokenizer))
-    exported = export_model(TARGETS[to], folder, opened.model, tokenizer.to_json().encode(), ids, provenance)
+    exported = export_model(
+        TARGETS[to], folder, opened.model, tokenizer.to_json().encode(), tokenizer.text_ids, provenance
+    )
     if as_json:
         receipts = [asdict(receipt) | {"holds": receipt.holds} for receipt in exported.receipts]
         result = {"files": list(exported.files), "token_ids": list(exported.tokens), "receipts": receipts}

@@ -117,6 +117,30 @@ class Section(BaseModel):
         return {key: None if key in nullable and value == "none" else value for key, value in values.items()}
 
 
+class RotaryScaling(Section):
+    """How rotary positions turn more slowly, for contexts longer than those that a model was first trained on."""
+
+    type: Literal["linear", "llama3"]
+    """`linear` divides all frequencies by `factor`; `llama3` those of long wavelengths only."""
+    factor: Annotated[Number, Field(ge=1)]
+    """By how much frequencies are divided."""
+    original_context_size: Width | None = None
+    """`llama3`: context of the first training; wavelengths are compared with it."""
+    low_frequency_factor: PositiveNumber = 1.0
+    """`llama3`: wavelengths above `original_context_size` divided by this are scaled whole."""
+    high_frequency_factor: PositiveNumber = 4.0
+    """`llama3`: wavelengths below `original_context_size` divided by this are not scaled."""
+
+    @model_validator(mode="after")
+    def check_bands(self) -> "RotaryScaling":
+        """Check that `llama3` has what it compares wavelengths with."""
+        if self.type == "llama3" and self.original_context_size is None:
+            raise inconsistent("model.rotary_scaling", "given an original_context_size with type llama3")
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise inconsistent("model.rotary_scaling", "given a high_frequency_factor above its low_frequency_factor")
+        return self
+
+
 class ModelConfig(Section):
     """Shape of the transformer."""
 
@@ -148,6 +172,8 @@ class ModelConfig(Section):
     """Base of the wavelengths of rotary positions."""
     rotary_fraction: Annotated[PositiveNumber, Field(le=1)] = 1.0
     """Fraction of each head, from its first number on, that rotary positions rotate."""
+    rotary_scaling: RotaryScaling | None = None
+    """Slower rotary positions for longer contexts: `{type: linear, factor: 4}` or `{type: llama3, ...}`, or null."""
     attention_windows: Annotated[list[PositiveInteger | None], BeforeValidator(read_list)] | None = None
     """Tokens that each layer attends to, its own included, as a list with one number per layer; null: all of them."""
     attention_scale: PositiveNumber | None = None
@@ -256,6 +282,8 @@ class TrainingConfig(Section):
     """Windows per step, over all accumulation steps and processes: results do not depend on the machine."""
     random_window_offset: Boolean = False
     """Shift the training windows by a random offset each epoch, so that tokens appear at many positions."""
+    loss_positions: Literal["all", "last"] = "all"
+    """Tokens that are predicted: `all`, or the `last` of each document's text, such as the answer of a sum."""
     gradient_accumulation_steps: PositiveInteger = 1
     """Micro-batches per step. More of them take less memory; the result stays the same."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -338,6 +366,9 @@ class RunConfig(Section):
         if training.batch_size % training.gradient_accumulation_steps:
             problem = f"a divisor of training.batch_size ({training.batch_size})"
             raise inconsistent("training.gradient_accumulation_steps", problem)
+        if training.random_window_offset and training.loss_positions == "last":
+            problem = "false with training.loss_positions last, whose windows end where the text ends"
+            raise inconsistent("training.random_window_offset", problem)
         return self
 
 

@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,12 @@ class Exported:
 
 
 def export_model(
-    target: Target, folder: Path, model: Transformer, tokenizer_json: bytes, ids: range, origin: Mapping[str, Any]
+    target: Target,
+    folder: Path,
+    model: Transformer,
+    tokenizer_json: bytes,
+    ids: Sequence[int],
+    origin: Mapping[str, Any],
 ) -> Exported:
     """Write `model` to a new folder.
 

@@ -6,7 +6,7 @@ Shapes: B batch, T position, E embedding_size, H head, K d_key, F d_ff, Vocab vo
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
@@ -169,10 +169,11 @@ MAX_TOKENS = 256
 """Longest sequence of expected logits, which are `vocab_size` numbers per token."""
 
 
-def sample_tokens(context_size: int, ids: range) -> Tensor:
+def sample_tokens(context_size: int, ids: Sequence[int]) -> Tensor:
     """Return random ids, (1, T), always the same; T covers all positions up to `MAX_TOKENS`."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(ids.start, ids.stop, (1, min(context_size, MAX_TOKENS)), generator=generator)
+    places = torch.randint(len(ids), (1, min(context_size, MAX_TOKENS)), generator=generator)
+    return torch.tensor(ids)[places]
 
 
 @torch.inference_mode()

@@ -1,12 +1,11 @@
 """What an analysis looks at: one or two models, and a text, validation windows or random tokens."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumiere.cli.console import show_note
 from lumiere.errors import LumiereError, nearest
 from lumiere.persistence.loading import OpenedModel, open_corpus
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from lumiere.data.batches import Batch, Windows
     from lumiere.data.dataset import TokenizedCorpus
     from lumiere.data.tokenizer import Tokenizer
+    from lumiere.interpret.head_scores import TextWindows
 
 DEFAULT_TOKENS = 32
 """Tokens of the validation split that are shown without a text option: what fits on a screen."""
@@ -28,6 +28,9 @@ MAX_LISTED_TOKENS = 8
 PART = 1_000_000
 """Tokens that are counted at once."""
 
+Indices = int | str | Sequence[int] | None
+"""Layers, heads, neurons or positions: numbers, or a list such as `0,2-3`; None for all. -1 is the last."""
+
 
 @dataclass(frozen=True)
 class InspectTarget:
@@ -35,15 +38,26 @@ class InspectTarget:
 
     Attributes:
         opened: the model with its run and its tokenizer.
-        text: the values of --prompt, --file, --val and --random, by these names; empty if the command has none.
+        text: `prompt` (a text, or token ids), `file`, `val` or `random`, by these names; None for those not given.
         seed: of everything that is drawn at random.
+        verify: whether the result is to be computed again in float64.
         other: the second model of a comparison.
+        notify: receives notes about what is left out.
+        notes: these notes.
     """
 
     opened: OpenedModel
     text: Mapping[str, Any]
-    seed: int
+    seed: int = 0
+    verify: bool = False
     other: OpenedModel | None = None
+    notify: Callable[[str], None] = lambda note: None
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Note what is left out, and why."""
+        self.notes.append(text)
+        self.notify(text)
 
     @cached_property
     def given(self) -> str | None:
@@ -60,9 +74,9 @@ class InspectTarget:
         split = f"the validation split of {self.opened.config.dataset.name}"
         match self.given:
             case "prompt":
-                return self.prompt_tokens(value), "prompt"
+                return self.prompt_tokens(value), "prompt" if isinstance(value, str) else "token ids"
             case "file":
-                return self.file_tokens(value)
+                return self.file_tokens(Path(value))
             case "random":
                 rows, origin = self.repeated_sequences(value, 1)
                 return rows[0], f"{value} random tokens {origin}, twice (seed {self.seed})"
@@ -90,19 +104,36 @@ class InspectTarget:
         """Return a token as it is printed; #id if the tokenizer does not use it, which a model may still predict."""
         return self.opened.tokenizer.label(token) or f"#{token}"
 
-    def layers(self, text: str | None) -> list[int]:
-        return parse_indices(text, self.opened.config.model.num_layers, "layer")
+    def layers(self, given: Indices) -> list[int]:
+        return parse_indices(given, self.opened.config.model.num_layers, "layer")
 
-    def heads(self, text: str | None) -> list[int]:
-        return parse_indices(text, self.opened.config.model.num_heads, "head")
+    def heads(self, given: Indices) -> list[int]:
+        return parse_indices(given, self.opened.config.model.num_heads, "head")
 
-    def positions(self, text: str | None) -> list[int]:
-        return parse_indices(text, len(self.tokens), "position")
+    def positions(self, given: Indices) -> list[int]:
+        return parse_indices(given, len(self.tokens), "position")
 
-    def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
-        """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context."""
+    def own_tokens(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """Return token ids as they are given; refuse those that the model has not, and more than the context holds."""
+        tokens, model = tuple(map(int, ids)), self.opened.config.model
+        rows = self.opened.model.vocab_size
+        if not tokens:
+            raise LumiereError("there are no token ids", "give a text, or the ids of one")
+        if wrong := [token for token in tokens if not 0 <= token < rows]:
+            raise LumiereError(f"there is no token {wrong[0]}", f"the ids are 0 to {rows - 1}")
+        if len(tokens) > model.context_size:
+            raise LumiereError(f"{len(tokens)} token ids are given, the model sees {model.context_size}", "give fewer")
+        return tokens
+
+    def prompt_tokens(self, prompt: str | Iterable[int]) -> tuple[int, ...]:
+        """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context.
+
+        A prompt of ids is taken as it is, without a start token.
+        """
         from lumiere.data.text import plain
 
+        if not isinstance(prompt, str):
+            return self.own_tokens(prompt)
         if not prompt.strip():
             raise LumiereError("the prompt is empty", "give a text, or omit --prompt to use the validation split")
         tokens = tuple(self.opened.tokenizer.encode(plain(prompt), start=True))
@@ -137,14 +168,12 @@ class InspectTarget:
         """
         import torch
 
-        from lumiere.data.tokenizer import SOT, SPECIAL_TOKENS
         from lumiere.interpret.head_scores import COPY_LENGTH, longest_copy, repeated_tokens
 
         model, found = self.opened.model, self.occurring_tokens
-        drawable: Sequence[int] = range(len(SPECIAL_TOKENS), len(self.opened.tokenizer))
-        if found is not None:
-            drawable = [token for token in found if token in drawable]
-        longest = longest_copy(model, len(drawable))
+        text_ids, start = self.opened.tokenizer.text_ids, self.opened.tokenizer.start_id
+        drawable = text_ids if found is None else sorted(set(found).intersection(text_ids))
+        longest = longest_copy(model, len(drawable), self.num_start)
         if longest < 1:
             raise LumiereError(
                 f"context_size {model.context_size} is too small for repeated random tokens",
@@ -153,9 +182,15 @@ class InspectTarget:
         length = min(at_most or COPY_LENGTH, longest) if length is None else length
         if length > longest:
             raise LumiereError(f"{length} random tokens twice do not fit the model", f"the maximum is {longest}")
-        places = repeated_tokens(len(drawable), length, count, self.seed, start=len(drawable), first=0)
-        rows = torch.tensor([*drawable, SOT])[places].tolist()
+        last = None if start is None else len(drawable)
+        places = repeated_tokens(len(drawable), length, count, self.seed, start=last, first=0)
+        rows = torch.tensor(drawable if start is None else [*drawable, start])[places].tolist()
         return list(map(tuple, rows)), "of the vocabulary" if found is None else "of the training split"
+
+    @property
+    def num_start(self) -> int:
+        """The number of start tokens before a text: 0 or 1."""
+        return int(self.opened.tokenizer.start_id is not None)
 
     def scored_sequences(self) -> "tuple[Tensor, str | None]":
         """Return the sequences that heads are scored on, (N, T), and their source; None if it is the one text.
@@ -214,23 +249,26 @@ class InspectTarget:
         tokens, lengths = windows.cut(np.array([number]))
         return tuple(tokens[0, : min(int(lengths[0]), self.opened.config.model.context_size)].tolist())
 
-    def spread_windows(self, max_tokens: int = MAX_SCORED_TOKENS) -> "tuple[Tensor, np.ndarray]":
-        """Return windows spread evenly over the validation split, (N, context_size + 1), and their documents, (N,).
-
-        At most `max_tokens` tokens; `<|pad|>` after the end of a document.
-        """
+    def spread_windows(self, max_tokens: int = MAX_SCORED_TOKENS) -> "TextWindows":
+        """Return windows spread evenly over the validation split, of at most `max_tokens` tokens."""
+        import numpy as np
         import torch
+
+        from lumiere.components.kernels import IGNORED
+        from lumiere.interpret.head_scores import TextWindows
 
         windows = self.validation_windows()
         chosen = spread(len(windows), min(max(1, max_tokens // windows.context_size), len(windows)))
-        return torch.from_numpy(windows.cut(chosen)[0]), windows.documents(chosen)
+        tokens, lengths = windows.cut(chosen)
+        tokens[np.arange(tokens.shape[1]) >= lengths[:, None]] = IGNORED
+        return TextWindows(torch.from_numpy(tokens), windows.documents(chosen), self.opened.tokenizer.special_ids)
 
-    def spread_windows_if_any(self) -> "tuple[Tensor, np.ndarray] | None":
+    def spread_windows_if_any(self) -> "TextWindows | None":
         """Return `spread_windows` for the head scores on text; None, with a note, without the corpus."""
         try:
             return self.spread_windows()
         except LumiereError as error:
-            show_note(f"no in-context-learning score and no scores on text: {error.message}")
+            self.note(f"no in-context-learning score and no scores on text: {error.message}")
             return None
 
     def full_windows(self, count: int) -> "Tensor":
@@ -267,7 +305,7 @@ class InspectTarget:
             )
         sequences, origin = self.repeated_sequences(length, count)
         batches = [
-            batch_of(sequences[first : first + batch_size], first_copied(length))
+            batch_of(sequences[first : first + batch_size], first_copied(length, self.num_start))
             for first in range(0, count, batch_size)
         ]
         return batches, (
@@ -291,8 +329,9 @@ class InspectTarget:
         )
 
 
-def parse_token(text: str, tokenizer: "Tokenizer") -> int:
-    """Return the id of a token, named by its id in digits, by a text that is one token, or by its printed form."""
+def parse_token(token: int | str, tokenizer: "Tokenizer") -> int:
+    """Return the id of a token, named by its id, by a text that is one token, or by its printed form."""
+    text = str(token)
     if text.isdecimal() and text.isascii():
         token = int(text)
         if token >= len(tokenizer):
@@ -315,16 +354,17 @@ def parse_token(text: str, tokenizer: "Tokenizer") -> int:
     )
 
 
-def parse_indices(text: str | None, count: int, name: str) -> list[int]:
-    """Return the numbers of a list such as `0,2-3`, in its order, each once; all `count` of them for None.
+def parse_indices(given: Indices, count: int, name: str) -> list[int]:
+    """Return the numbers of a list, in its order, each once; all `count` of them for None.
 
     Negative numbers count from the end: -1 is the last.
 
     Args:
         name: what is counted, for the error: layer, head or position.
     """
-    if text is None:
+    if given is None:
         return list(range(count))
+    text = given if isinstance(given, str) else ",".join(map(str, [given] if isinstance(given, int) else given))
     found: list[int] = []
     for part in map(str.strip, text.split(",")):
         head, dash, tail = part[1:].partition("-")
