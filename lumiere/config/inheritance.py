@@ -1,5 +1,6 @@
 """The config of a fine-tuned run: model and tokenizer are its parent's, everything else is its own."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from lumiere.config.loader import validate
 from lumiere.config.schema import RunConfig, Section
 from lumiere.errors import ConfigError, quoted
 
+QUOTE = "'"
 INHERITED = ("model", "tokenizer")
 """Sections that describe the weights and the ids they know."""
 NO_EFFECT_WHEN_TRAINED = {"dropout", "zero_output_init"}
@@ -53,7 +55,7 @@ def read(section: Section, key: str, value: Any) -> Any:
 def conflict(conflicts: list[tuple[str, Any, Any]], run_id: str) -> ConfigError:
     """Return the error of settings given as path, the parent's value, and another one."""
     differences = ", ".join(f"{path} is {plain(theirs)}, not {plain(ours)}" for path, theirs, ours in conflicts)
-    keep = " ".join(f"--set {path}={plain(theirs)}" for path, theirs, _ in conflicts)
+    keep = " ".join(f"--set {shlex.quote(f'{path}={plain(theirs)}')}" for path, theirs, _ in conflicts)
     return ConfigError(
         f"the model and tokenizer of run {run_id} cannot change: {differences}",
         f"leave such settings out of the config, or set the run's values: {keep}",
@@ -62,6 +64,10 @@ def conflict(conflicts: list[tuple[str, Any, Any]], run_id: str) -> ConfigError:
 
 def plain(value: Any) -> str:
     """Format a value as `--set` takes it."""
+    if isinstance(value, Section):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{quoted(key).strip(QUOTE)}: {plain(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return f"[{','.join(map(plain, value))}]"
-    return "null" if value is None else quoted(value).strip("'")
+    return "null" if value is None else quoted(value).strip(QUOTE)

@@ -1,11 +1,12 @@
 """The config of a fine-tuned run: what it has from its parent, and what it may not say otherwise."""
 
+import shlex
 from typing import Any
 
 import pytest
 
 from lumiere.config.inheritance import inherit
-from lumiere.config.loader import given_settings, load_config
+from lumiere.config.loader import given_settings, parse_override, replaced
 from lumiere.config.schema import RunConfig
 from lumiere.errors import ConfigError
 from tests.training.short import short
@@ -49,13 +50,18 @@ def test_equal_values_in_any_spelling_and_settings_without_effect_are_no_conflic
         (
             {"model": {"attention_windows": "3"}},
             "model.attention_windows is [null], not 3",
-            "--set model.attention_windows=[null]",
+            "--set 'model.attention_windows=[null]'",
         ),
         ({"model": {"attention_scale": "1"}}, "model.attention_scale is null, not 1", "model.attention_scale=null"),
         (
             {"model": {"d_key": "x", "norm": "layer"}, "tokenizer": {"vocab_size": 321}},
             "model.d_key is 8, not x, model.norm is rms, not layer, tokenizer.vocab_size is 320, not 321",
             "--set model.d_key=8 --set model.norm=rms --set tokenizer.vocab_size=320",
+        ),
+        (
+            {"model": {"rotary_scaling": {"type": "linear", "factor": "2"}}},
+            "model.rotary_scaling is null, not {type: linear, factor: 2}",
+            "--set model.rotary_scaling=null",
         ),
         # A default that is spelled out is set.
         ({"tokenizer": {"normalizer": "nfkc"}}, "tokenizer.normalizer is nfc, not nfkc", "normalizer=nfc"),
@@ -69,13 +75,20 @@ def test_other_values_are_refused_by_name(given: dict[str, Any], differences: st
     assert (caught.value.hint or "").endswith(values)
 
 
-def test_the_values_in_the_hint_are_those_to_set() -> None:
+SCALED = {"model.positions": "rotary", "model.rotary_scaling": {"type": "linear", "factor": 2.0}}
+
+
+@pytest.mark.parametrize("parent", [PARENT, short(SCALED)])
+def test_the_values_in_the_hint_are_those_to_set(parent: RunConfig) -> None:
     """What the error of one attempt says makes the next one work."""
+    given = given_settings("tiny", ["model.positions=none", "model.rotary_scaling=null"])
     with pytest.raises(ConfigError) as caught:
-        inherit(given_settings("tiny"), PARENT, "a")
-    overrides = [part for part in (caught.value.hint or "").split() if part.startswith(("model.", "tokenizer."))]
-    assert overrides
-    assert inherit(given_settings("tiny", overrides), PARENT, "a").training == load_config("tiny").training
+        inherit(given, parent, "a")
+    command = (caught.value.hint or "").partition("values: ")[2]
+    overrides = [part for part in shlex.split(command) if part != "--set"]
+    assert inherit(replaced(given, map(parse_override, overrides)), parent, "a").model == parent.model.model_copy(
+        update={"dropout": 0.0, "zero_output_init": True}
+    )
 
 
 @pytest.mark.parametrize("given", [{"model": {"num_head": 4}}, {"model": 3}, {"tokenizer": []}, {"data": {}}])
