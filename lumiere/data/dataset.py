@@ -154,7 +154,7 @@ def tokenize_corpus(
         emit: Called with the progress.
         corpus: The result of `load_corpus(config.dataset)`, if already loaded.
         verify: Compare the cached ids with their checksums even if the files look unchanged.
-        tokenizer: An existing one, to use instead of training one.
+        tokenizer: The tokenizer to encode with, that of another run. None: one that is trained on the corpus.
 
     Raises:
         DataError: The corpus cannot be read or holds no text, or its cached ids have changed.
@@ -164,7 +164,9 @@ def tokenize_corpus(
     corpus = corpus or load_corpus(config.dataset)
     # The default normalizer is left out, so that corpora of versions without this setting are found.
     left_out = {"path", "normalizer"} if config.tokenizer.normalizer == "nfkc" else {"path"}
-    settings = config.tokenizer.model_dump(exclude=left_out) if tokenizer is None else tokenizer.fingerprint
+    settings = config.tokenizer.model_dump(exclude=left_out)
+    if tokenizer is not None:
+        settings = {"tokenizer_sha256": tokenizer.fingerprint}
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, settings], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, emit, tokenizer)
@@ -176,8 +178,10 @@ def tokenize_corpus(
 # Building
 
 
-def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None) -> bool:
-    """Train the tokenizer and encode every split, resuming after an interruption.
+def build_folder(
+    folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None = None
+) -> bool:
+    """Train the tokenizer, unless there is one, and encode every split, resuming after an interruption.
 
     Returns:
         Whether this process built it, rather than another one in the meantime.
@@ -228,7 +232,9 @@ def remove_stale(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None) -> None:
+def fill_folder(
+    folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None = None
+) -> None:
     """Write the files of the tokenizer, the ids and offsets of each split, and their facts in `splits.json`."""
     splits = [split for split in corpus.splits if next(corpus.parts(split), None) is not None]
     for split in ("train", "validation"):

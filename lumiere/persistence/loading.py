@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 IMPORTED_CONTEXT = 512
 """Tokens that `eval` and `inspect` give an imported model unless told otherwise: many have room for thousands."""
-NO_EFFECT_WHEN_TRAINED = {"dropout", "zero_output_init"}
-"""Model settings that do not change what trained weights compute."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +172,7 @@ def check_compatible(config: RunConfig, checkpoint: Checkpoint, name: str) -> No
     Raises:
         CheckpointError: They do not belong together.
     """
+    from lumiere.config.inheritance import NO_EFFECT_WHEN_TRAINED
     from lumiere.models.transformer import empty_model
 
     expected = {key: (weight.shape, weight.dtype) for key, weight in empty_model(config).state_dict().items()}
