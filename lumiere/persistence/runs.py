@@ -44,6 +44,7 @@ Each folder `run_<id>_<date>_<time>` is one training run:
 |---|---|
 | `config.yaml` | the complete config; `lumiere train` repeats the run from it |
 | `tokenizer.json` | the tokenizer, in the format of Hugging Face `tokenizers` |
+| `tokenizer_config.json` | of a tokenizer from elsewhere: its start and end tokens, and its chat template |
 | `metrics.jsonl` | losses and speed, one JSON object per line |
 | `run.json` | status, device, versions, command |
 | `notes.json` | your tags and note |
