@@ -314,6 +314,8 @@ class TrainingConfig(Section):
     """Weight decay of the matrices that Muon updates. Null: `weight_decay`."""
     ema_decay: Fraction | None = None
     """Decay per step of the EMA of the weights, which is what gets evaluated and saved. Null: no EMA."""
+    freeze: Annotated[list[str], BeforeValidator(read_names)] = []
+    """Parts that are not trained: `embeddings`, `positions`, `blocks.0-3`, `blocks.2.attention`, `final_norm`, ..."""
     gradient_clip_norm: PositiveNumber | None = 1.0
     """Maximum gradient norm; larger gradients are scaled down. Null: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

@@ -95,6 +95,7 @@ EFFECTS = {
     "training.weight_decay": Effect(0.5, "weights"),
     "training.muon_weight_decay": Effect(0.5, "weights", {"training.optimizer": "muon"}),
     "training.ema_decay": Effect(0.5, "weights"),
+    "training.freeze": Effect(["embeddings"], "weights"),
     "training.gradient_clip_norm": Effect(0.01, "weights"),
     "training.on_nonfinite": Effect("skip", "skipped", {"training.learning_rate": 1e10}),
     "training.schedule": Effect("constant", "learning_rates"),
