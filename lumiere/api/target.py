@@ -128,7 +128,7 @@ class InspectTarget:
         """Check that the model sees a text whole, and that its activations fit into the memory."""
         model, size = self.opened.config.model, self.opened.context_size
         if len(tokens) > size:
-            wider = f" or --max-tokens {len(tokens)}" if len(tokens) <= model.context_size else ""
+            wider = f" or --context-size {len(tokens)}" if len(tokens) <= model.context_size else ""
             hint = f"shorten it{wider}; lumiere tokenize CONFIG --text shows how a text is split"
             raise LumiereError(f"the {what} has {len(tokens)} tokens, the model sees {size}", hint)
 

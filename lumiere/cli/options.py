@@ -113,7 +113,10 @@ CheckpointName = Annotated[
 MaxTokens = Annotated[
     int | None,
     Option(
-        metavar="N", min=1, help="Read texts in windows of N tokens. \\[default: the context; 512 of an imported model]"
+        "--context-size",
+        metavar="N",
+        min=1,
+        help="Give the model texts of at most N tokens. \\[default: its context; 512 if imported]",
     ),
 ]
 Device = Annotated[str, Option("--device", metavar="DEVICE", help="Compute on auto, cpu, cuda, cuda:1 or mps.")]

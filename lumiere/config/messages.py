@@ -107,8 +107,8 @@ UNAVAILABLE: dict[str, str] = {
         "model.name model_name model_type": (
             "the settings in `model` choose the architecture; lumiere train small is a size"
         ),
-        "tokenizer.name tokenizer.path tokenizer.type tokenizer_name": (
-            "the tokenizer is trained on the corpus; tokenizer.vocab_size sets its size"
+        "tokenizer.name tokenizer.type tokenizer_name": (
+            "tokenizer.path takes an existing tokenizer; otherwise one of tokenizer.vocab_size tokens is trained"
         ),
         "min_lr min_learning_rate lr_decay_iters min_lr_ratio": (
             "training.schedule sets the shape of the decay to zero, training.decay_fraction its length"

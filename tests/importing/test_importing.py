@@ -120,7 +120,8 @@ def test_evaluation_of_a_text(tmp_path: Path, imported: Run) -> None:
         losses = torch.nn.functional.cross_entropy(imported.load_model().logits(tokens[None, :-1])[0], tokens[1:])
     assert found["loss"] == pytest.approx(losses.item(), rel=1e-5)
     assert found["context_size"] == 512
-    assert read_json("eval", "latest", "--text", str(tmp_path / "text.txt"), "--max-tokens", "20")["context_size"] == 20
+    shorter = read_json("eval", "latest", "--text", str(tmp_path / "text.txt"), "--context-size", "20")
+    assert shorter["context_size"] == 20
 
 
 @pytest.mark.usefixtures("runs_dir")
