@@ -50,6 +50,8 @@ SETTINGS = [
     ("dataset={name: parquet, data_files: numbers.parquet}", "'text' holds int64", ""),
     ("dataset={name: ./corpus}", "has several subsets", ""),
     ("dataset={name: corpus, subset: ome}", "'corpus' has no subset 'ome', it has one, two", "dataset.subset=one"),
+    ("model.rotary_scaling={type: yarn, factor: 2}", "model.rotary_scaling.type", ""),
+    ("model.rotary_scaling={type: linear, factr: 2}", "model.rotary_scaling.factr", "factor"),
     ("training={loss_positions: last, random_window_offset: true}", "training.random_window_offset", ""),
     ("training.loggers=tensorbord", "got 'tensorbord'", "did you mean tensorboard?"),
     ("training.loggers=[wandb, wadb]", "got 'wadb'", "did you mean wandb?"),
