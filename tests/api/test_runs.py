@@ -96,7 +96,8 @@ def test_texts_and_files_are_scored_alike(run: lumiere.OpenedRun) -> None:
     as_text, as_file = run.evaluate(text="Once upon a time."), run.evaluate(file="a.txt")
     assert as_text.loss == as_file.loss
     assert as_text.about["corpus_sha256"] == as_file.about["corpus_sha256"]
-    for arguments in ({"split": "tset"}, {"text": " "}, {"text": "a", "file": "a.txt"}, {"text": "a", "split": "test"}):
+    wrong: list[dict[str, Any]] = [{"split": "tset"}, {"text": " "}, {"text": "a", "file": "a.txt"}]
+    for arguments in (*wrong, {"text": "a", "split": "test"}):
         with pytest.raises(lumiere.LumiereError):
             run.evaluate(**arguments)
 
@@ -105,7 +106,7 @@ def test_missing_baselines_are_noted(run: lumiere.OpenedRun, monkeypatch: pytest
     monkeypatch.setattr(Run, "record", RunRecord(corpus_sha256="another"))
     found = run.evaluate(text="Once upon a time.")
     assert found.baselines is None
-    assert "skipping baselines" in found.notes[0] and found.notes[0].split("'")[0] in found._repr_html_()
+    assert "skipping baselines" in found.notes[0]
 
 
 def test_training_from_python(tiny_config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
