@@ -96,8 +96,9 @@ def test_texts_and_files_are_scored_alike(run: lumiere.OpenedRun) -> None:
     as_text, as_file = run.evaluate(text="Once upon a time."), run.evaluate(file="a.txt")
     assert as_text.loss == as_file.loss
     assert as_text.about["corpus_sha256"] == as_file.about["corpus_sha256"]
-    wrong: list[dict[str, Any]] = [{"split": "tset"}, {"text": " "}, {"text": "a", "file": "a.txt"}]
-    for arguments in (*wrong, {"text": "a", "split": "test"}):
+    one: list[dict[str, Any]] = [{"split": "tset"}, {"text": " "}]
+    two: list[dict[str, Any]] = [{"text": "a", "file": "a.txt"}, {"text": "a", "split": "test"}]
+    for arguments in (*one, *two):
         with pytest.raises(lumiere.LumiereError):
             run.evaluate(**arguments)
 
