@@ -106,6 +106,9 @@ class Transformer(nn.Module):
             raise ValueError(f"{path}: {problem['msg']}") from None
         self.settings = chosen
         self.vocab_size, self.embedding_size, self.context_size = vocab_size, embedding_size, context_size
+        self.num_tokens = (
+            vocab_size  # fewer where rows of an imported embedding stand for no token: no rank counts them
+        )
         self.num_layers, self.num_heads = num_layers, num_heads
         self.d_key, self.d_value, self.d_ff = d_key, d_value, d_ff
         self.padding_id, self.activation_checkpointing = padding_id, activation_checkpointing

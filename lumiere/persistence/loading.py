@@ -111,6 +111,8 @@ def open_model(
         notify(f"run {run.id} has no checkpoint {checkpoint} yet, {name} is taken")
     tokenizer = run.load_tokenizer(config)
     check_tokenizer(run, tokenizer, loaded, name)
+    if run.record.status == "imported":
+        model.num_tokens = len(tokenizer)
     return OpenedModel(run, name, loaded.step, config, tokenizer, model.to(target), max_tokens, show_progress)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -122,6 +123,25 @@ def test_evaluation_of_a_text(tmp_path: Path, imported: Run) -> None:
     assert found["context_size"] == 512
     shorter = read_json("eval", "latest", "--text", str(tmp_path / "text.txt"), "--context-size", "20")
     assert shorter["context_size"] == 20
+
+
+def test_rows_without_a_token_have_no_rank(tmp_path: Path) -> None:
+    """Although the model finds one of them the most probable."""
+    folder = folder_of(tmp_path / "source")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][510] = 100 * weights["lm_head.weight"][40]
+    weights["lm_head.weight"][511] = -weights["lm_head.weight"][510]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    run = import_model(str(folder), RunStore(tmp_path / "runs"), verified=False)
+    found = read_json("inspect", "tokens", "--prompt", "Once upon a time", "--runs-dir", str(tmp_path / "runs"))
+    lens = read_json("inspect", "lens", "--prompt", "Once upon a time", "--runs-dir", str(tmp_path / "runs"))
+    tokens = torch.tensor([found["tokens"]])
+    with torch.no_grad():
+        logits = run.load_model().logits(tokens)[0, :-1]
+    is_above = logits > logits.gather(1, tokens[0, 1:, None])
+    assert found["ranks"] == is_above[:, :500].sum(1).tolist()
+    assert lens["target_ranks"][-1][:-1] == found["ranks"]
+    assert is_above[:, 500:].any(1).all()
 
 
 @pytest.mark.usefixtures("runs_dir")
