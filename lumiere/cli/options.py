@@ -81,8 +81,8 @@ def complete_config(ctx: typer.Context, incomplete: str) -> list[str]:
 CONFIG = Argument(
     help="A YAML or TOML file, or a preset: tiny, induction, small, small-fast.", autocompletion=complete_config
 )
-RUN_HELP = "Run name, id, unique start of an id, or latest."
-RUNS_HELP = "Run names, ids, unique starts of ids, or latest."
+RUN_HELP = "Run name, id, unique start of an id, tag, or latest."
+RUNS_HELP = "Run names, ids, unique starts of ids, tags, or latest."
 CHECKPOINT_HELP = "Use this checkpoint: best, latest, previous, or a step with a snapshot."
 SET_HELP = "Override a setting, for example model.num_layers=6. Repeatable."
 RUNS_DIR_HELP = "Use the runs in DIR. \\[default: $LUMIERE_RUNS_DIR or runs]"

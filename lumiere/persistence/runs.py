@@ -295,7 +295,7 @@ class RunStore:
         return [run for *_, run in sorted(found, key=lambda item: item[:3], reverse=True)]
 
     def open(self, reference: str) -> Run:
-        """Return the run with this full name, id or unique prefix of an id, or the `latest`.
+        """Return the run with this full name, id, unique prefix of an id or tag of a single run, or the `latest`.
 
         The reference is compared with existing names; it never becomes part of a path.
 
@@ -306,6 +306,10 @@ class RunStore:
         if reference == "latest" and runs:
             return runs[0]
         matching = [run for run in runs if reference and (run.id.startswith(reference) or run.name == reference)]
+        if not matching:
+            from lumiere.persistence.notes import read_notes
+
+            matching = [run for run in runs if reference in read_notes(run).tags]
         if len(matching) == 1:
             return matching[0]
         if matching:
