@@ -7,7 +7,6 @@ from typer import Argument, Option
 
 from lumiere.cli.console import print_json, show_note, stdout
 from lumiere.cli.options import Json, RunsDir
-from lumiere.persistence.runs import RunStore
 
 
 def import_model(
@@ -34,16 +33,10 @@ def import_model(
 
     Example: [bold]lumiere import HuggingFaceTB/SmolLM2-135M[/]
     """
-    from lumiere.persistence.notes import add_tags, check_tag
+    from lumiere.api.importing import import_model as make_run
 
-    if name is not None:
-        check_tag(name)
-    from lumiere.importing.importing import import_model as make_run
-
-    store = RunStore(runs_dir)
-    run = make_run(source, store, revision=revision, context_size=context_size, verified=verify, command=sys.argv)
-    if name is not None:
-        add_tags(run, [name])
+    options = {"revision": revision, "context_size": context_size, "verify": verify}
+    run = make_run(source, name=name, runs_dir=runs_dir, command=sys.argv, **options).run
     record = run.record
     if as_json:
         print_json({"run": run.name, "num_parameters": record.num_parameters, "source": record.source})

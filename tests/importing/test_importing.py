@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import transformers
 
+import lumiere
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
 from lumiere.importing import source as sources
@@ -175,6 +176,15 @@ def test_a_smaller_context(folder: Path, tmp_path: Path) -> None:
     assert not run.record.source["verified"]
     with pytest.raises(LumiereError):
         import_model(str(folder), RunStore(tmp_path), context_size=601, verified=False)
+
+
+def test_from_python(folder: Path, tmp_path: Path) -> None:
+    run = lumiere.import_model(folder, name="mine", runs_dir=tmp_path, verify=False)
+    assert lumiere.open("mine", runs_dir=tmp_path).name == run.name
+    assert run.inspect.attention("Once upon a time").result.holds
+    with pytest.raises(LumiereError):
+        lumiere.import_model(folder, name="no tag", runs_dir=tmp_path)
+    assert len(list(tmp_path.glob("run_*"))) == 1
 
 
 def test_learned_positions_are_cut(tmp_path: Path) -> None:
