@@ -23,7 +23,8 @@ LAYERS = [
     {"persistence"},
     {"evaluation", "generation"},
     {"training", "interpret"},
-    {"report", "export", "importing"},
+    {"importing"},
+    {"report", "export"},
     {"cli"},
     {"__main__"},
 ]

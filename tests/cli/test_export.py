@@ -54,7 +54,7 @@ def test_json(run: Run) -> None:
 
 def test_other_logits_exit_with_3_and_write_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     target = exporting.TARGETS["transformer-lens"]
-    wrong = exporting.Target(target.files, (lambda folder, model: Receipt("the same logits", 0.5, 1e-4),))
+    wrong = exporting.Target(target.write, lambda folder, original: [Receipt("the same logits", 0.5, 1e-4)])
     monkeypatch.setattr(exporting, "TARGETS", {"transformer-lens": wrong})
     result = export("latest", "out", code=3)
     assert result.stdout == ""
