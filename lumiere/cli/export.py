@@ -45,7 +45,7 @@ def export(
     exported = export_model(target, folder, original)
     if as_json:
         receipts = [asdict(receipt) | {"holds": receipt.holds} for receipt in exported.receipts]
-        result = {"files": list(exported.files), "token_ids": original.tokens_BT[0].tolist(), "receipts": receipts}
+        result = {"files": list(exported.files), "token_ids": original.sample[0].tolist(), "receipts": receipts}
         print_json(provenance | {"to": to, "folder": str(folder)} | result)
     else:
         for name in exported.files:

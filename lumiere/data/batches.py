@@ -12,9 +12,10 @@ import torch
 
 from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
-from lumiere.data.tokenizer import PAD
 from lumiere.errors import DataError, LumiereError
 
+PADDING = 2
+"""Id at padding: `<|pad|>` of Lumiere's tokenizers. Elsewhere it may be a token, so go by `is_real` and `IGNORED`."""
 ROUNDS = 8
 """Rounds of the Feistel network."""
 COUNT_TYPE = np.dtype(np.int64)
@@ -124,7 +125,7 @@ class Windows:
                 where it ends instead of being padded.
 
         Returns:
-            tokens: (N, context_size + 1) int64, padded at the end with `PAD`.
+            tokens: (N, context_size + 1) int64, padded at the end with `PADDING`.
             lengths: (N,), number of real tokens.
         """
         start, lengths = self._place(indices, shift)
@@ -134,7 +135,7 @@ class Windows:
         tokens = self.ids[np.where(real, start[:, None] + column, start[:, None])].astype(np.int64)
         if self.vocab_size is not None and tokens.max() >= self.vocab_size:
             raise self._damaged(f"the id {tokens.max()}, which its tokenizer does not have")
-        tokens[~real] = PAD
+        tokens[~real] = PADDING
         return tokens, lengths
 
     def lengths(self, indices: np.ndarray, shift: int = 0) -> np.ndarray:
@@ -161,12 +162,22 @@ class Batch(ShortRepr):
         targets: (B, T) int64, `IGNORED` where there is nothing to predict.
         num_targets: Number of targets, over all ranks that share the step.
         documents: (B,), document of the split that each window is from. None: each is a text of its own.
+        lengths: (B,), number of tokens before the padding. None: there is no padding.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     num_targets: int
     documents: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+
+    @property
+    def is_real(self) -> torch.Tensor:
+        """(B, T) bool, on the device of the tokens: False at padding."""
+        if self.lengths is None:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        lengths_B1 = torch.from_numpy(self.lengths)[:, None]
+        return (torch.arange(self.tokens.shape[1]) < lengths_B1).to(self.tokens.device)
 
     def to(self, device: torch.device) -> "Batch":
         return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device))
@@ -196,6 +207,7 @@ def make_batch(windows: Windows, indices: np.ndarray, shift: int = 0) -> Batch:
         torch.from_numpy(targets),
         int(lengths.sum()) - len(lengths),
         windows.documents(indices),
+        lengths,
     )
 
 

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter
 
 from lumiere.data.checksums import write_json
 from lumiere.data.text import Part
-from lumiere.data.tokenizer import EOT, SOT, Tokenizer, not_a_character
+from lumiere.data.tokenizer import Tokenizer, not_a_character
 from lumiere.files import read_file
 
 BATCH_BYTES = 4_000_000
@@ -196,10 +196,10 @@ def encode_parts(parts: Sequence[Part], is_within: bool, tokenizer: Tokenizer) -
     """
     encoded = tokenizer.encode_batch([part.text for part in parts])
     for part, ids in zip(parts, encoded, strict=True):
-        if not is_within:
-            ids.insert(0, SOT)
+        if not is_within and tokenizer.start_id is not None:
+            ids.insert(0, tokenizer.start_id)
         if part.is_last:
-            ids.append(EOT)
+            ids.extend(tokenizer.end_ids[:1])
         is_within = not part.is_last
     dtype = id_type(len(tokenizer))
     joined = np.concatenate([np.array(ids, dtype=dtype) for ids in encoded])

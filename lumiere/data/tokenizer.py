@@ -39,7 +39,16 @@ class Tokenizer:
 
     Special tokens are added around documents by id; text that spells one is ordinary text. All commands start a text
     with the start token, so pass `encode(text, start=True)` to a model.
+
+    Attributes:
+        start_id: The token before each document, if there is one.
+        end_ids: Tokens that end a document; the first is the one that training adds.
+        special_ids: Tokens that stand for no text.
     """
+
+    start_id: int | None = SOT
+    end_ids: tuple[int, ...] = (EOT,)
+    special_ids: frozenset[int] = frozenset({SOT, EOT, PAD})
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         # Not saved in the file, so set wherever a tokenizer comes from.
@@ -171,13 +180,14 @@ class Tokenizer:
         """Return the ids of `text`.
 
         Args:
-            start: Prepend the start token `<|sot|>`, as training, `generate`, `eval` and `inspect` do: models never saw
-                a document without it.
+            start: Prepend the start token, if there is one, as training, `generate`, `eval` and `inspect` do: models
+                never saw a document without it.
 
         Raises:
             LumiereError: `text` contains half of a surrogate pair.
         """
-        return [*([SOT] if start else []), *chain.from_iterable(self.encode_batch(list(pieces([text]))))]
+        before = [self.start_id] if start and self.start_id is not None else []
+        return [*before, *chain.from_iterable(self.encode_batch(list(pieces([text]))))]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed in parallel."""
@@ -186,10 +196,6 @@ class Tokenizer:
         except (UnicodeError, TypeError):
             raise not_a_character() from None
         return [encoding.ids for encoding in encodings]
-
-    def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each document between its start and end token."""
-        return [[SOT, *ids, EOT] for ids in self.encode_batch(documents)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens` without special tokens; invalid UTF-8 becomes U+FFFD."""
@@ -204,6 +210,11 @@ class Tokenizer:
         if 0 <= token < len(SPECIAL_TOKENS):
             return SPECIAL_TOKENS[token]
         return printable(self.token_bytes(token).decode("utf-8", errors="backslashreplace").translate(VISIBLE))
+
+    @cached_property
+    def text_ids(self) -> list[int]:
+        """The ids of tokens that stand for text, in order."""
+        return [token for token, spelled in enumerate(self._bytes) if spelled and token not in self.special_ids]
 
     @cached_property
     def token_sizes(self) -> list[int]:

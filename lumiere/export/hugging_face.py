@@ -41,7 +41,7 @@ def write(folder: Path, original: Original) -> None:
         keys, weights = own_keys(model), model.state_dict()
         DISK.write(folder / MODELING_FILE, resources.files("lumiere.export").joinpath(MODELING_FILE).read_bytes())
     ids = {"bos_token_id": SOT, "eos_token_id": EOT, "pad_token_id": PAD}
-    suppressed = {"suppress_tokens": suppressed_ids(model.vocab_size, len(tokenizer))}
+    suppressed = {"suppress_tokens": suppressed_ids(model.vocab_size, tokenizer)}
     DISK.write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
     for name, values in {
         "config.json": kind | {"vocab_size": model.vocab_size, "dtype": "float32"} | ids | keys,
@@ -115,11 +115,12 @@ def check_in_transformers(folder: Path, original: Original) -> Iterator[Receipt]
     name, model = f"transformers {transformers.__version__}", original.model
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     try:
+        module: Any = transformers
         if class_name == OWN_CLASS:
-            from lumiere.export.modeling_lumiere import LumiereForCausalLM as ModelClass
-        else:
-            ModelClass = getattr(transformers, class_name)
-        theirs, report = ModelClass.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            from lumiere.export import modeling_lumiere as module
+        theirs, report = getattr(module, class_name).from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the library raises
         raise FailedCheckError(
@@ -130,8 +131,8 @@ def check_in_transformers(folder: Path, original: Original) -> Iterator[Receipt]
     yield Receipt(f"{name} finds all tensors, and no others", float(len(problems)), 0.0)
     differing = [text for text in TEXTS if tokenizer(text)["input_ids"] != original.tokenizer.encode(text, start=True)]
     yield Receipt("texts have the same token ids there", float(len(differing)), 0.0)
-    expected_BTVocab = model.logits(original.tokens_BT)
-    error = relative_error(theirs(original.tokens_BT).logits, expected_BTVocab)
+    expected_BTVocab = model.logits(original.sample)
+    error = relative_error(theirs(original.sample).logits, expected_BTVocab)
     yield Receipt(f"the same logits in {name} (float32)", error, FLOAT32_TOLERANCE)
     yield from check_greedy_text(theirs, original)
 
@@ -156,6 +157,6 @@ def check_greedy_text(theirs: Any, original: Original) -> Iterator[Receipt]:
     error = relative_error(torch.cat(done.logits), logits_TVocab)
     yield Receipt(f"the same logits there while generating {len(chosen_T1)} tokens", error, FLOAT32_TOLERANCE)
     scale = logits_TVocab.abs().max().clamp(min=1)
-    logits_TVocab[:, suppressed_ids(model.vocab_size, len(original.tokenizer))] = -torch.inf
+    logits_TVocab[:, suppressed_ids(model.vocab_size, original.tokenizer)] = -torch.inf
     below_T1 = logits_TVocab.amax(1, keepdim=True) - logits_TVocab.gather(1, chosen_T1)
     yield Receipt("the same greedy text there", float(below_T1.max() / scale), FLOAT32_TOLERANCE)

@@ -67,7 +67,13 @@ class LumiereConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.embedding_size, self.context_size = vocab_size, embedding_size, context_size
-        self.num_layers, self.num_heads, self.d_key, self.d_value, self.d_ff = num_layers, num_heads, d_key, d_value, d_ff
+        self.num_layers, self.num_heads, self.d_key, self.d_value, self.d_ff = (
+            num_layers,
+            num_heads,
+            d_key,
+            d_value,
+            d_ff,
+        )
         self.norm, self.norm_epsilon, self.feedforward = norm, norm_epsilon, feedforward
         self.positions, self.rotary_base, self.rotary_fraction = positions, rotary_base, rotary_fraction
         self.attention_windows, self.attention_scale = attention_windows, attention_scale
@@ -120,7 +126,7 @@ def sinusoids(positions_BT: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :size]
 
 
-def rotation(positions_BT: Tensor, config: LumiereConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(positions_BT: Tensor, config: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosines and sines, (B, 1, T, R)."""
     size = round(config.d_key * config.rotary_fraction)
     exponents = torch.arange(0, size, 2, dtype=dtype, device=positions_BT.device) / size
@@ -210,7 +216,7 @@ class LumiereForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = LumiereConfig
     base_model_prefix = ""
     _supports_sdpa = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (a class attribute of transformers)
 
     def __init__(self, config: LumiereConfig) -> None:
         super().__init__(config)
@@ -266,7 +272,7 @@ class LumiereForCausalLM(PreTrainedModel, GenerationMixin):
             cache: The same by the name of newer versions.
         """
         x = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        (num_rows, length), device = x.shape[:2], x.device
+        length, device, config = x.shape[1], x.device, self.config
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
@@ -278,12 +284,12 @@ class LumiereForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask is not None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         if self.position_embedding is not None:
-            if num_past + length > self.config.context_size:
-                raise ValueError(f"this model sees at most {self.config.context_size} tokens, not {num_past + length}")
+            if num_past + length > config.context_size:
+                raise ValueError(f"this model sees at most {config.context_size} tokens, not {num_past + length}")
             x = x + self.position_embedding(position_ids)
-        elif self.config.positions == "sinusoidal":
-            x = x + sinusoids(position_ids, self.config.embedding_size, wide(x.dtype)).to(x.dtype)
-        turn = rotation(position_ids, self.config, wide(x.dtype)) if self.config.positions == "rotary" else None
+        elif config.positions == "sinusoidal":
+            x = x + sinusoids(position_ids, config.embedding_size, wide(x.dtype)).to(x.dtype)
+        turn = rotation(position_ids, config, wide(x.dtype)) if config.positions == "rotary" else None
 
         hidden_states, patterns = [], []
         for block, window in zip(self.blocks, self.windows, strict=True):
@@ -301,7 +307,7 @@ class LumiereForCausalLM(PreTrainedModel, GenerationMixin):
         logits = F.linear(normalized, head.weight)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,6 +1,6 @@
 """What is exported, and what every export is compared on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from lumiere.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
 from lumiere.models.transformer import Transformer
 from lumiere.programs import install_command
@@ -46,16 +46,16 @@ class Original:
     card: str | None = None
 
     @cached_property
-    def tokens_BT(self) -> Tensor:
+    def sample(self) -> Tensor:
         """Random ids, (1, T), always the same; T covers all positions up to `MAX_TOKENS`."""
-        ids = range(len(SPECIAL_TOKENS), len(self.tokenizer))
-        return sample_tokens(self.model.context_size, ids)
+        return sample_tokens(self.model.context_size, self.tokenizer.text_ids)
 
 
-def sample_tokens(context_size: int, ids: range) -> Tensor:
+def sample_tokens(context_size: int, ids: Sequence[int]) -> Tensor:
     """Return random ids, (1, T), always the same; T covers all positions up to `MAX_TOKENS`."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(ids.start, ids.stop, (1, min(context_size, MAX_TOKENS)), generator=generator)
+    places = torch.randint(len(ids), (1, min(context_size, MAX_TOKENS)), generator=generator)
+    return torch.tensor(ids)[places]
 
 
 def need(target: str, *packages: str) -> None:

@@ -57,14 +57,10 @@ def _llama_keys(settings: ModelConfig, **keys: Any) -> Keys:
     }
 
 
-def _rotary_keys(settings: ModelConfig) -> Keys:
-    """Return the keys of rotary positions, `rope_parameters` for transformers 5 and the others for older versions."""
-    base, fraction = settings.rotary_base, settings.rotary_fraction
-    parameters: Keys = {"rope_type": "default", "rope_theta": base}
-    return {
-        "rope_theta": base,
-        "rope_parameters": parameters if fraction == 1 else parameters | {"partial_rotary_factor": fraction},
-    }
+def _rotary_keys(settings: ModelConfig, **parameters: Any) -> Keys:
+    """Return the keys of rotary positions, `rope_parameters` for transformers 5 and the other for older versions."""
+    base = settings.rotary_base
+    return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base, **parameters}}
 
 
 def _llama(settings: ModelConfig, biased: frozenset[str]) -> Written:
@@ -78,7 +74,7 @@ def _mistral(settings: ModelConfig, biased: frozenset[str]) -> Written:
 
 
 def _window_keys(settings: ModelConfig) -> Keys:
-    windows = settings.attention_windows or [None]
+    windows = settings.attention_windows or [None] * settings.num_layers
     return {
         "use_sliding_window": any(windows),
         "sliding_window": next(filter(None, windows), None),
@@ -134,7 +130,7 @@ def _gpt_neox(settings: ModelConfig, biased: frozenset[str]) -> Written:
         "attention_bias": True,
         "rotary_pct": settings.rotary_fraction,
         "rotary_emb_base": settings.rotary_base,
-        **_rotary_keys(settings),
+        **_rotary_keys(settings, partial_rotary_factor=settings.rotary_fraction),
     }
     return keys, ("attention.", "feedforward.")
 
@@ -177,8 +173,9 @@ def effective(settings: ModelConfig) -> Keys:
     values["num_key_value_heads"] = settings.key_value_heads
     values["attention_scale"] = settings.attention_scale or settings.d_key**-0.5
     windows = settings.attention_windows or [None] * settings.num_layers
-    values["attention_windows"] = [None if (window or settings.context_size) >= settings.context_size else window
-                                   for window in windows]
+    values["attention_windows"] = [
+        None if (window or settings.context_size) >= settings.context_size else window for window in windows
+    ]
     values["rotary_fraction"] = settings.rotary_size
     if not settings.rotary_size:
         del values["rotary_base"]
@@ -210,6 +207,8 @@ def find_stock(model: Transformer, excluded: Collection[str] = ()) -> Stock | No
     Args:
         excluded: Values of `model_type` that are not tried.
     """
+    if model.embedding_size % model.num_heads:
+        return None  # configs of transformers refuse it, although heads have a width of their own
     weights = model.state_dict()
     parts = {split_name(module)[1] for module in map(module_of, weights) if is_linear(module)}
     biased = frozenset(

@@ -173,7 +173,7 @@ def write(folder: Path, original: Original) -> None:
     Raises:
         LumiereError: TransformerLens has no such model.
     """
-    model, tokens_BT = original.model, original.tokens_BT
+    model, tokens_BT = original.model, original.sample
     config = bridge_config(model)
     expected = {"tokens": tokens_BT, "logits": model(tokens_BT).logits.contiguous()}
     values = {

@@ -4,7 +4,7 @@ Shapes: B rows, V vocabulary.
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from random import Random
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lumiere.data.text import plain
-from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
+from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError, NonFiniteError
 from lumiere.generation.kv_cache import CachedDecoder, Decoder
 from lumiere.generation.sampling import Repetition, Sampling, draw
@@ -145,7 +145,7 @@ def generate(
     """
     limits = Limits(max_new_tokens, tuple(stop))
     rows = [prompt_tokens(tokenizer, prompt)]
-    decoder = CachedDecoder(model, suppressed_ids(model.vocab_size, len(tokenizer)))
+    decoder = CachedDecoder(model, suppressed_ids(model.vocab_size, tokenizer))
     pieces = generate_pieces(decoder, tokenizer, rows, sampling or Sampling(), [row_random(seed)], limits)
     return (piece.text for piece in pieces if piece.text)
 
@@ -161,9 +161,10 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
     return tokenizer.encode(plain(prompt or ""), start=True)
 
 
-def suppressed_ids(vocab_size: int, num_used: int) -> list[int]:
-    """Return the ids that are never generated: start, padding, and those that the corpus was too small for."""
-    return [SOT, PAD, *range(num_used, vocab_size)]
+def suppressed_ids(vocab_size: int, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that are never generated: special tokens that do not end a document, and unused ids."""
+    unwanted = set(range(vocab_size)).difference(tokenizer.text_ids, tokenizer.end_ids)
+    return sorted(unwanted)
 
 
 def row_random(seed: int | None, prompt: int = 0, sequence: int = 0) -> Random:
@@ -205,7 +206,7 @@ def generate_pieces(
         unfinished = []
         for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
             stream = streams[row]
-            if token.id == EOT:
+            if token.id in tokenizer.end_ids:
                 yield Piece(row, stream.finish(), None, "eos")
                 continue
             text = stream.push(token.id)
@@ -270,12 +271,18 @@ class Beam:
 
 
 def beam_search(
-    decoder: Decoder, prompt: Sequence[int], num_beams: int, max_new_tokens: int, sampling: Sampling | None = None
+    decoder: Decoder,
+    prompt: Sequence[int],
+    num_beams: int,
+    max_new_tokens: int,
+    end_ids: Collection[int],
+    sampling: Sampling | None = None,
 ) -> list[Beam]:
     """Return the `num_beams` best texts after `prompt`, best first.
 
     Args:
         decoder: Gives minus infinity at ids that are never generated.
+        end_ids: Tokens that end a document.
         sampling: Its `repetition_penalty` and `no_repeat_ngram_size`; the penalty acts on log-probabilities.
     """
     if max_new_tokens == 0:
@@ -301,10 +308,10 @@ def beam_search(
         finished += [
             Beam(texts[parent], total / length, is_ended=True)
             for total, parent, token in candidates[:num_beams]
-            if token == EOT
+            if token in end_ids
         ]
         finished = sorted(finished, key=lambda beam: -beam.score)[:num_beams]
-        unfinished = [candidate for candidate in candidates if candidate[2] != EOT][:num_beams]
+        unfinished = [candidate for candidate in candidates if candidate[2] not in end_ids][:num_beams]
         if not unfinished or (len(finished) == num_beams and unfinished[0][0] / length <= finished[-1].score):
             return finished
         sums = [total for total, _, _ in unfinished]

@@ -83,7 +83,7 @@ class TextGenerator:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._suppressed = suppressed_ids(model.vocab_size, len(tokenizer))
+        self._suppressed = suppressed_ids(model.vocab_size, tokenizer)
         self._decoder = CachedDecoder(model, self._suppressed, compiled_step(warn) if compile else None)
 
     @classmethod
@@ -182,7 +182,7 @@ class TextGenerator:
             raise LumiereError(message, "raise num-beams to that number")
         Limits(max_new_tokens)
         row = prompt_tokens(self.tokenizer, prompt)
-        beams = beam_search(self._decoder, row, num_beams, max_new_tokens, sampling)
+        beams = beam_search(self._decoder, row, num_beams, max_new_tokens, self.tokenizer.end_ids, sampling)
         return [
             Generation(
                 prompt,

@@ -18,7 +18,6 @@ from lumiere.components.hooks import hooked, run_with_cache
 from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.components.layers import Block, feedforward_of
 from lumiere.data.batches import Batch, documents_of
-from lumiere.data.tokenizer import PAD
 from lumiere.errors import LumiereError, check_choice
 from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.result import Receipt, Result, relative_error, rounding, selected, whole_rows
@@ -141,7 +140,7 @@ class Trial:
     ) -> None:
         self.model, self.batch, self.kind = model, batch, kind
         self.losses_B = self._losses(model.final_residual(batch.tokens))[0]
-        donors_BT = draw_donors(batch.tokens.cpu() != PAD, generator) if mode == "resample" else None
+        donors_BT = draw_donors(batch.is_real.cpu(), generator) if mode == "resample" else None
         self.streams: dict[int, Tensor] = {}
         self.changes: dict[int, Tensor] = {}
         for layer, (old, self.streams[layer]) in kind.activations(model, batch, layers).items():
@@ -215,10 +214,10 @@ def mean_activations(
     """Return for each layer the mean of what is replaced over all tokens but padding, summed in float64."""
     sums: dict[int, Tensor] = {}
     for batch in batches:
-        real_BT = batch.tokens != PAD
+        real_BT = batch.is_real
         for layer, (replaced, _) in kind.activations(model, batch, layers).items():
             sums[layer] = sums.get(layer, 0.0) + replaced[real_BT].cpu().double().sum(0)
-    num_tokens = sum(int((batch.tokens != PAD).sum()) for batch in batches)
+    num_tokens = sum(int(batch.is_real.sum()) for batch in batches)
     weight = model.unembedding
     # The type first: not every device has float64.
     return {layer: (total / num_tokens).to(weight.dtype).to(weight.device) for layer, total in sums.items()}

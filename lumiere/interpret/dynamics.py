@@ -21,6 +21,7 @@ from lumiere.interpret.head_scores import (
     SCORES,
     Composition,
     HeadScores,
+    TextWindows,
     composition_scores,
     score_heads,
 )
@@ -192,7 +193,7 @@ class Texts:
     """
 
     tokens: torch.Tensor
-    windows: tuple[torch.Tensor, np.ndarray] | None = None
+    windows: TextWindows | None = None
     batches: Sequence[Batch] = ()
     lens_rows: Sequence[Sequence[int]] = ()
     averaged: Sequence[int] | None = None

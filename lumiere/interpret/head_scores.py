@@ -7,13 +7,13 @@ K d_key, V d_value, C cluster (a sequence, or a token of a single one), Vocab vo
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from lumiere.components.kernels import linear_cross_entropy_losses
-from lumiere.data.tokenizer import PAD, SPECIAL_TOKENS
+from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
+from lumiere.data.batches import PADDING
 from lumiere.evaluation.scoring import clustered_means
 from lumiere.interpret.result import (
     FLOAT64_TOLERANCE,
@@ -32,32 +32,44 @@ COPY_LENGTH = 25
 """As in Olsson et al. 2022; shorter where the context or the vocabulary is smaller."""
 
 
-def longest_copy(model: Transformer, num_tokens: int) -> int:
-    """Return how many of `num_tokens` different tokens fit the model twice, after a start token."""
-    return min((model.context_size - 1) // 2, num_tokens)
+class TextWindows(NamedTuple):
+    """Windows of real text."""
+
+    tokens: torch.Tensor
+    """(N, context_size + 1) ids, `IGNORED` at padding."""
+    documents: np.ndarray
+    """(N,), the document that each is cut from."""
+    special_ids: frozenset[int]
+    """Ids that stand for no text, such as the start of a document."""
 
 
-def first_copied(length: int) -> int:
+def longest_copy(model: Transformer, num_tokens: int, num_start: int = 1) -> int:
+    """Return how many of `num_tokens` different tokens fit the model twice, after `num_start` start tokens (0 or 1)."""
+    return min((model.context_size - num_start) // 2, num_tokens)
+
+
+def first_copied(length: int, num_start: int = 1) -> int:
     """Return the first predictable position: the second token of the second copy."""
-    return length + 2
+    return length + num_start + 1
 
 
 def repeated_tokens(
-    num_tokens: int, length: int, num_sequences: int, seed: int, *, start: int, first: int
+    num_tokens: int, length: int, num_sequences: int, seed: int, *, start: int | None, first: int
 ) -> torch.Tensor:
-    """Return the start token and `length` different random tokens, twice, (N, 2 S + 1).
+    """Return the start token and `length` different random tokens, twice, (N, 2 S + 1); (N, 2 S) without a start token.
 
     Drawn without replacement, so that no token repeats by chance.
 
     Args:
         num_tokens: how many tokens to draw from: `first`, `first` + 1, and so on.
         length: S.
-        start: the id of the start token.
+        start: the id of the start token, if there is one.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randperm(num_tokens, generator=generator)[:length] + first for _ in range(num_sequences)]
     once_NS = torch.stack(drawn)
-    return torch.cat([torch.full((num_sequences, 1), start), once_NS, once_NS], dim=1)
+    starts = [] if start is None else [torch.full((num_sequences, 1), start)]
+    return torch.cat([*starts, once_NS, once_NS], dim=1)
 
 
 COMPOSITION_KINDS = ("q", "k", "v")
@@ -175,20 +187,19 @@ TOKENS_AT_ONCE = 4096
 """Tokens of a forward pass, so that long contexts do not take all memory."""
 
 
-def in_context_learning(model: Transformer, windows_NT: torch.Tensor, documents_N: np.ndarray) -> dict[str, Any]:
+def in_context_learning(model: Transformer, text: TextWindows) -> dict[str, Any]:
     """Compute mean loss at late minus mean loss at early positions of full windows, with its standard error.
 
     Olsson et al. 2022 take the tokens 500 and 50 of a context of 512. Here they are bands of positions, relative to the
     context: its last quarter, and 5 % to 15 %. Scores of different context sizes do not compare.
 
-    Args:
-        windows_NT: (N, context_size + 1) ids, `<|pad|>` after the end; only windows without it are used.
-        documents_N: which document each window is cut from.
+    Only windows without padding are used.
 
     Returns:
         The fields `in_context_...` of `HeadScores`; none without a full window, or with a context of one token.
     """
-    is_full_N = windows_NT[:, -1] != PAD
+    windows_NT, documents_N = text.tokens, text.documents
+    is_full_N = windows_NT[:, -1] != IGNORED
     if model.context_size < 2 or not is_full_N.any():
         return {}
     bands = early, late = position_bands(model.context_size)
@@ -322,7 +333,7 @@ class HeadScores(Result):
 def score_heads(
     model: Transformer,
     tokens_NT: torch.Tensor,
-    windows: tuple[torch.Tensor, np.ndarray] | None = None,
+    windows: TextWindows | None = None,
     averaged: Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -340,8 +351,7 @@ def score_heads(
 
     Args:
         tokens_NT: (N, T) ids, at most `context_size` in a row.
-        windows: real text, for the in-context-learning score and the scores at natural repeats: (N, context_size + 1)
-            ids, `<|pad|>` after the end, and (N,) the document that each is cut from; None: leave both out.
+        windows: real text, for the in-context-learning score and the scores at natural repeats; None: leave both out.
         averaged: the tokens that copying is computed over, such as those that occur in training (None: all).
         layers, heads: which layers, and which heads of each (None: all).
         threshold: the score above which a head has a role, if it is clearly above the uniform baseline too.
@@ -371,7 +381,7 @@ def score_heads(
     loss_NT = np.concatenate(losses)
     averaged = selected(averaged, model.vocab_size)
     copying, trace_error = copying_scores(model, averaged)
-    text, text_receipts = ({}, ()) if windows is None else text_repeats(model, *windows, layers, heads)
+    text, text_receipts = ({}, ()) if windows is None else text_repeats(model, windows, layers, heads)
     return HeadScores(
         tokens=tokens_NT.cpu().numpy(),
         layers=layers,
@@ -389,7 +399,7 @@ def score_heads(
         roles=roles_of(scores, uniform, errors, num_destinations, threshold),
         losses=loss_NT.mean(0),
         **repeat_gap(tokens_NT, loss_NT),
-        **({} if windows is None else in_context_learning(model, *windows)),
+        **({} if windows is None else in_context_learning(model, windows)),
         **text,
         receipts=(
             Receipt("rows sum to 1", row_error, rounding(model)),
@@ -493,10 +503,12 @@ def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndar
 
 def repeat_gap(tokens_NT: torch.Tensor, loss_NT: np.ndarray) -> dict[str, np.ndarray]:
     """Return the repeat gap and its standard error; `loss_NT[:, t]` is the loss of token t + 1."""
-    length, odd = divmod(tokens_NT.shape[1] - 1, 2)
-    if odd or length < 2 or not torch.equal(tokens_NT[:, 1 : length + 1], tokens_NT[:, length + 1 :]):
+    length, num_start = divmod(tokens_NT.shape[1], 2)
+    middle = num_start + length
+    if length < 2 or not torch.equal(tokens_NT[:, num_start:middle], tokens_NT[:, middle:]):
         return {"repeat_gap": np.array(np.nan), "repeat_gap_error": np.array(np.nan)}
-    gap_N = loss_NT[:, 1:length].mean(1) - loss_NT[:, first_copied(length) - 1 :].mean(1)
+    second = first_copied(length, num_start) - 1
+    gap_N = loss_NT[:, num_start : middle - 1].mean(1) - loss_NT[:, second:].mean(1)
     return {"repeat_gap": np.array(gap_N.mean()), "repeat_gap_error": np.array(standard_error(gap_N))}
 
 
@@ -511,7 +523,7 @@ RARE = 0.02
 
 
 def text_repeats(
-    model: Transformer, windows_NT: torch.Tensor, documents_N: np.ndarray, layers: Sequence[int], heads: Sequence[int]
+    model: Transformer, text: TextWindows, layers: Sequence[int], heads: Sequence[int]
 ) -> tuple[dict[str, Any], tuple[Receipt, ...]]:
     """Return the scores at natural repeats, the fields `text_...` of `HeadScores`, and a receipt.
 
@@ -520,14 +532,13 @@ def text_repeats(
     mean, over these repeats, of the loss of token t + 1 where the pair first occurred in the window, minus its loss
     here. A model that reads only the current token has a gap of exactly 0, since it predicts the same at both places.
 
-    Args:
-        windows_NT: as for `score_heads`. Of more than `MOST_TEXT_TOKENS` tokens, every second, third, ... window is
-            read, since attention patterns take longer than losses.
-        documents_N: which document each window is cut from.
+    Of more than `MOST_TEXT_TOKENS` tokens, every second, third, ... window is read, since attention patterns take
+    longer than losses.
     """
-    every = -(-windows_NT.numel() // MOST_TEXT_TOKENS)
-    windows_NT, documents_N = windows_NT[::every], documents_N[::every]
-    firsts_NC = first_occurrences(windows_NT, documents_N)
+    every = -(-text.tokens.numel() // MOST_TEXT_TOKENS)
+    text = TextWindows(text.tokens[::every], text.documents[::every], text.special_ids)
+    documents_N, firsts_NC = text.documents, first_occurrences(text)
+    windows_NT = text.tokens.where(text.tokens != IGNORED, PADDING)
     tokens_NT = windows_NT[:, :-1]
     totals, uniform, counts, row_error, gaps = 0.0, np.zeros(len(SCORES)), np.zeros(len(SCORES)), 0.0, []
     for part, patterns, loss_BT in passes(model, tokens_NT, windows_NT[:, 1:], layers, heads):
@@ -557,12 +568,16 @@ def text_repeats(
     return fields, (Receipt("rows sum to 1 on text", row_error, rounding(model)),)
 
 
-def first_occurrences(windows_NT: torch.Tensor, documents_N: np.ndarray) -> torch.Tensor:
+def first_occurrences(text: TextWindows) -> torch.Tensor:
     """Return where the natural repeat at each position first occurred in the window, (N, C); -1 if there is none."""
-    pairs_NC = windows_NT[:, :-1] * (int(windows_NT.max()) + 1) + windows_NT[:, 1:]
-    is_text_NC = (windows_NT[:, :-1] >= len(SPECIAL_TOKENS)) & (windows_NT[:, 1:] >= len(SPECIAL_TOKENS))
+    # Padding gets the next free id, so that equal numbers are equal pairs.
+    size = int(text.tokens.max()) + 2
+    ids_NT = text.tokens.where(text.tokens != IGNORED, size - 1)
+    pairs_NC = ids_NT[:, :-1] * size + ids_NT[:, 1:]
+    is_text_NT = ~torch.isin(ids_NT, torch.tensor([*text.special_ids, size - 1]))
+    is_text_NC = is_text_NT[:, :-1] & is_text_NT[:, 1:]
     same_NCC = (pairs_NC[:, :, None] == pairs_NC[:, None, :]).tril(diagonal=-1)
-    has_earlier_NC = same_NCC.any(-1) & is_text_NC & torch.from_numpy(rare_pairs(pairs_NC.numpy(), documents_N))
+    has_earlier_NC = same_NCC.any(-1) & is_text_NC & torch.from_numpy(rare_pairs(pairs_NC.numpy(), text.documents))
     # `argmax` returns the first of equal values.
     return same_NCC.byte().argmax(-1).where(has_earlier_NC, -1)
 

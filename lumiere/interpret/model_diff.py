@@ -18,7 +18,6 @@ from lumiere.components.kernels import IGNORED, linear_cross_entropy_losses
 from lumiere.components.short_repr import ShortRepr
 from lumiere.data.batches import Batch, documents_of
 from lumiere.data.dataset import Sizes, TokenizedSplit
-from lumiere.data.tokenizer import PAD
 from lumiere.evaluation.scoring import (
     DocumentTotals,
     GroupSums,
@@ -31,7 +30,7 @@ from lumiere.evaluation.scoring import (
     strided_windows,
 )
 from lumiere.interpret.head_scores import head_matrices
-from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, outside_unit, rounding, whole_rows
+from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, outside_unit, real_rows, rounding
 from lumiere.models.transformer import Transformer, TransformerOutput
 
 
@@ -447,7 +446,7 @@ def diff_models(
             outputs = first(batch.tokens), second(batch.tokens)
             parts.extend(compare_predictions(batch, outputs[0].logits, outputs[1].logits, num_sequences))
             num_sequences += len(batch.tokens)
-            is_real_BT = batch.tokens != PAD
+            is_real_BT = batch.is_real
             cka.add(*([stream[is_real_BT] for stream in output.residuals] for output in outputs))
             matcher.add(*outputs, is_real_BT)
     predictions = join_predictions(parts)
@@ -465,7 +464,7 @@ def diff_models(
         outside = outside_unit(heads.pattern_divergences)
         receipts.append(Receipt("divergences lie between 0 and 1", outside, rounding(first)))
     return ModelDiff(
-        tokens=tuple(tuple(row[row != PAD].tolist()) for batch in batches for row in whole_rows(batch)),
+        tokens=tuple(row for batch in batches for row in real_rows(batch)),
         not_compared=() if heads else ("heads: there is only one position, and a single token to look at",),
         losses=np.array([predictions.losses_a.mean(), predictions.losses_b.mean()]),
         loss_unit=SAME_TOKENS,

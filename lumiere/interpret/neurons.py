@@ -14,7 +14,6 @@ import torch
 from lumiere.components.hooks import run_with_cache
 from lumiere.components.layers import feedforward_of
 from lumiere.data.batches import Batch
-from lumiere.data.tokenizer import PAD
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, rounding, table
 from lumiere.models.transformer import Transformer
 
@@ -96,11 +95,12 @@ def neuron_examples(
     downs = [feedforward_of(block).down.weight.detach() for block in model.blocks]
     norms_LF = torch.stack([torch.linalg.vector_norm(down, dim=0).cpu() for down in downs])  # Tensor.norm warns on mps
     tokens_WT = torch.cat([batch.tokens for batch in batches]).cpu()
+    is_real_WT = torch.cat([batch.is_real for batch in batches]).cpu()
     peaks, places = [], []
     with torch.inference_mode():
         for batch in batches:
             posts_LWTF = neuron_activations(model, batch.tokens.to(device), names)
-            masked = posts_LWTF.abs().masked_fill((batch.tokens.cpu() == PAD)[None, :, :, None], -1)
+            masked = posts_LWTF.abs().masked_fill(~batch.is_real.cpu()[None, :, :, None], -1)
             masked[:, :, 0] = -1
             peak_LWF, place_LWF = masked.max(dim=2)
             peaks.append(peak_LWF)
@@ -118,7 +118,7 @@ def neuron_examples(
         around_LNKA = torch.full((*windows_LNK.shape, before + 1 + after), torch.nan, dtype=peak_LWF.dtype)
         places_LNKA = positions_LNK.unsqueeze(-1) + torch.arange(-before, after + 1)
         is_inside = (places_LNKA >= 0) & (places_LNKA < tokens_WT.shape[1]) & (windows_LNK != NO_EXAMPLE).unsqueeze(-1)
-        is_inside &= tokens_WT[windows_LNK.unsqueeze(-1), places_LNKA.clamp(0, tokens_WT.shape[1] - 1)] != PAD
+        is_inside &= is_real_WT[windows_LNK.unsqueeze(-1), places_LNKA.clamp(0, tokens_WT.shape[1] - 1)]
         first = 0
         for batch in batches:  # again, rather than hold all activations of all windows
             posts_LWTF = neuron_activations(model, batch.tokens.to(device), names)
@@ -146,7 +146,7 @@ def neuron_examples(
         before=before,
         after=after,
         promoted=promoted_LNP.numpy(),
-        num_tokens=int((tokens_WT != PAD).sum()),
+        num_tokens=int(is_real_WT.sum()),
         receipts=(Receipt("a second pass finds the same activations", float(missed), rounding(model)),),
     )
 

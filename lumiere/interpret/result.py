@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lumiere.components.kernels import IGNORED
 from lumiere.components.short_repr import ShortRepr
-from lumiere.data.batches import Batch
-from lumiere.data.tokenizer import PAD
+from lumiere.data.batches import PADDING, Batch
 
 FLOAT32_TOLERANCE = 1e-5
 FLOAT64_TOLERANCE = 1e-10
@@ -140,6 +139,13 @@ def selected(indices: Sequence[int] | None, count: int) -> tuple[int, ...]:
 
 
 def whole_rows(batch: Batch) -> np.ndarray:
-    """Return the inputs and the last target, (B, T + 1); `<|pad|>` for a target that is ignored."""
+    """Return the inputs and the last target, (B, T + 1); `PADDING` for a target that is ignored."""
     last_B1 = batch.targets[:, -1:]
-    return torch.cat([batch.tokens, last_B1.where(last_B1 != IGNORED, PAD)], dim=1).cpu().numpy()
+    return torch.cat([batch.tokens, last_B1.where(last_B1 != IGNORED, PADDING)], dim=1).cpu().numpy()
+
+
+def real_rows(batch: Batch) -> list[tuple[int, ...]]:
+    """Return the inputs of each sequence without padding, and its last target unless that is ignored."""
+    last_B1 = batch.targets[:, -1:]
+    tokens, is_real = torch.cat([batch.tokens, last_B1], dim=1), torch.cat([batch.is_real, last_B1 != IGNORED], dim=1)
+    return [tuple(row[real].tolist()) for row, real in zip(tokens, is_real, strict=True)]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lumiere.components.hooks import hook_points, run_with_cache
 from lumiere.data.batches import Batch
-from lumiere.data.tokenizer import PAD
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, relative_error, rounding, table
 from lumiere.models.transformer import Transformer
 
@@ -106,7 +105,7 @@ def measure_activity(model: Transformer, batches: Iterable[Batch]) -> tuple[dict
     names = [name for name in wanted if name in points]
     for batch in batches:
         tokens_BT = batch.tokens.to(model.token_embedding.weight.device)
-        real_BT = tokens_BT != PAD
+        real_BT = batch.is_real.to(tokens_BT.device)
         with torch.inference_mode():
             output, cache = run_with_cache(model, tokens_BT, names)
             expected = model.final_norm(output.hidden_states[:, -1]) @ model.unembedding.T

@@ -13,11 +13,10 @@ import torch
 
 from lumiere.config.schema import RunConfig
 from lumiere.data.batches import Batch
-from lumiere.data.tokenizer import SPECIAL_TOKENS
 from lumiere.evaluation.scoring import half_width
 from lumiere.interpret.ablation import Ablations, ablate
 from lumiere.interpret.attention import AttentionPatterns, attention_patterns
-from lumiere.interpret.head_scores import HeadScores, score_heads
+from lumiere.interpret.head_scores import HeadScores, TextWindows, score_heads
 from lumiere.interpret.logit_attribution import LogitAttribution, logit_attribution
 from lumiere.interpret.logit_lens import NO_TARGET, LogitLens, logit_lens
 from lumiere.interpret.neurons import NO_EXAMPLE, NeuronExamples, TokenMap, neuron_examples, token_map
@@ -112,9 +111,9 @@ def inspect_model(
     texts: Sequence[Text],
     repeated_NT: torch.Tensor,
     batches: Sequence[Batch] = (),
-    windows: tuple[torch.Tensor, np.ndarray] | None = None,
+    windows: TextWindows | None = None,
     token_counts: np.ndarray | None = None,
-    num_used: int | None = None,
+    text_ids: Sequence[int] | None = None,
     averaged: Sequence[int] | None = None,
 ) -> Inspection:
     """Run every analysis that the page shows.
@@ -127,7 +126,7 @@ def inspect_model(
             none.
         windows: of the validation split, with their documents, for the in-context score and natural repeats.
         token_counts: count of each token in the training split, for the map. Default: the first tokens.
-        num_used: number of ids that the tokenizer produces. Default: all.
+        text_ids: ids of tokens that stand for text, for the map. Default: all.
         averaged: tokens over which centered logits and copying are averaged. Default: all.
     """
     num_neurons = min(model.d_ff, MAX_NEURONS // model.num_layers) if model.settings.feedforward != "none" else 0
@@ -137,7 +136,7 @@ def inspect_model(
         heads=score_heads(model, repeated_NT, windows, averaged),
         ablation=ablate(model, batches) if batches else None,
         neurons=neuron_examples(model, batches, num_neurons) if batches and num_neurons else None,
-        embeddings=token_map(model, frequent_tokens(model, token_counts, num_used)),
+        embeddings=token_map(model, frequent_tokens(text_ids or range(model.vocab_size), token_counts)),
     )
 
 
@@ -158,9 +157,9 @@ def inspect_text(model: Transformer, text: Text, averaged: Sequence[int] | None 
     )
 
 
-def frequent_tokens(model: Transformer, counts: np.ndarray | None, num_used: int | None = None) -> list[int]:
+def frequent_tokens(text_ids: Sequence[int], counts: np.ndarray | None) -> list[int]:
     """The ids for the map: the `MAP_TOKENS` most frequent in training, without special tokens."""
-    order = np.arange(len(SPECIAL_TOKENS), min(num_used or model.vocab_size, model.vocab_size))
+    order = np.array(text_ids)
     if counts is not None:
         order = order[np.argsort(-counts[order], kind="stable")]
         order = order[counts[order] > 0]

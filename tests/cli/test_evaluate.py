@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lumiere.data.dataset import TokenizedCorpus, tokenize_corpus
+from lumiere.data.tokenizer import EOT, SOT
 from lumiere.files import locked
 from lumiere.persistence.catalog import disk_bytes
 from lumiere.persistence.checkpoint_manager import CheckpointManager
@@ -166,7 +167,7 @@ def test_other_tokenizers_compare_by_bits_per_byte(run: Run, other_tokenizer_run
     compared = read_json("eval", run.id, other_tokenizer_run.id, "--text", "-", "--stride", "16", text=text)
     for one, each in zip(compared["runs"], (run, other_tokenizer_run), strict=True):
         model, tokenizer = each.load_model("best"), each.load_tokenizer()
-        ids = torch.tensor(tokenizer.encode_documents([text])[0])
+        ids = torch.tensor([SOT, *tokenizer.encode(text), EOT])
         nats = 0.0
         for first in range(0, len(ids) - 1, model.context_size):
             window = ids[first : first + model.context_size + 1]

@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file, save
 from lumiere.errors import FailedCheckError, LumiereError
 from lumiere.export import transformer_lens
 from lumiere.export.exporting import TARGETS, Exported, Target, check_folder, export_model, new_folder
-from lumiere.export.original import Original, need, sample_tokens
+from lumiere.export.original import Original, sample_tokens
 from tests.export.conftest import TOKENIZER, make_original
 
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
@@ -30,7 +30,7 @@ def export(original: Original, target: Target = TARGET) -> Exported:
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_the_folder_is_complete_and_checked(positions: str) -> None:
     original = make_original(positions=positions)
-    model, tokens = original.model, original.tokens_BT
+    model, tokens = original.model, original.sample
     exported = export(original)
     assert sorted(os.listdir("out")) == sorted(exported.files) == FILES
     (receipt,) = exported.receipts

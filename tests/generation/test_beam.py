@@ -35,7 +35,7 @@ def test_it_is_that_of_transformers(num_beams: int, settings: dict[str, Any], en
         )
         rows = [row[len(prompt) :].tolist() for row in expected.sequences]
         texts = [row[: row.index(EOT)] if EOT in row else row for row in rows]
-        found = beam_search(CachedDecoder(model), prompt, num_beams, 8, Sampling(**settings))
+        found = beam_search(CachedDecoder(model), prompt, num_beams, 8, [EOT], Sampling(**settings))
         assert [list(beam.tokens) for beam in found] == texts
         assert [beam.is_ended for beam in found] == [EOT in row for row in rows]
         scores = torch.tensor([beam.score for beam in found])

@@ -33,7 +33,7 @@ GREEDY = Sampling(temperature=0)
 
 def endless(model: Transformer, tokenizer: Tokenizer) -> CachedDecoder:
     """A decoder that never ends a document, so that texts are as long as a test needs them."""
-    return CachedDecoder(model, [EOT, *suppressed_ids(model.vocab_size, len(tokenizer))])
+    return CachedDecoder(model, [EOT, *suppressed_ids(model.vocab_size, tokenizer)])
 
 
 def play(script: Sequence[int], tokenizer: Tokenizer, **limits: Any) -> list[Piece]:
@@ -116,7 +116,7 @@ def test_a_row_that_ends_leaves_the_others_alone(tokenizer: Tokenizer, sampling:
 
 def test_logprobs_are_those_of_the_model(model: Transformer, tokenizer: Tokenizer) -> None:
     """Whatever the controls are: a full forward pass without the ids that are never generated."""
-    suppressed = suppressed_ids(model.vocab_size, len(tokenizer))
+    suppressed = suppressed_ids(model.vocab_size, tokenizer)
     decoder = CachedDecoder(model, suppressed)
     row = prompt_tokens(tokenizer, "The")
     sampling = Sampling(0.5, top_k=7, repetition_penalty=1.5)
@@ -147,8 +147,9 @@ def test_non_finite_logits_are_an_error(value: float, temperature: float, tokeni
         next(pieces)
 
 
-def test_ids_without_text_are_never_generated() -> None:
-    assert suppressed_ids(8, 6) == [SOT, PAD, 6, 7]
+def test_ids_without_text_are_never_generated(tokenizer: Tokenizer) -> None:
+    used = len(tokenizer)
+    assert suppressed_ids(used + 2, tokenizer) == [SOT, PAD, used, used + 1]
 
 
 def test_the_prompt_counts_as_text_for_repetition(tokenizer: Tokenizer) -> None:

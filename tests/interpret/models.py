@@ -10,7 +10,8 @@ import torch
 from lumiere.components.kernels import IGNORED
 from lumiere.config.loader import validate
 from lumiere.data.batches import Batch
-from lumiere.data.tokenizer import PAD
+from lumiere.data.tokenizer import EOT, PAD, SOT
+from lumiere.interpret.head_scores import TextWindows
 from lumiere.models.transformer import Transformer, build_model
 
 TOKENS = [0, 70, 71, 72, 70, 71, 9, 300, 4, 1]
@@ -95,7 +96,21 @@ def batch_of(lengths: Sequence[int], seed: int = 0, width: int = 10) -> Batch:
     for row, length in enumerate(lengths):
         tokens[row, length:] = PAD
         targets[row, length - 1 :] = IGNORED
-    return Batch(tokens[:, :-1].contiguous(), targets, int((targets != IGNORED).sum()))
+    num_targets = int((targets != IGNORED).sum())
+    return Batch(tokens[:, :-1].contiguous(), targets, num_targets, lengths=np.array(lengths))
+
+
+def one_row(batch: Batch, row: int) -> Batch:
+    """One sequence of a padded batch."""
+    assert batch.lengths is not None
+    part = slice(row, row + 1)
+    num_targets = int((batch.targets[row] != IGNORED).sum())
+    return Batch(batch.tokens[part], batch.targets[part], num_targets, lengths=batch.lengths[part])
+
+
+def text_windows(windows_NT: torch.Tensor, documents_N: np.ndarray) -> TextWindows:
+    """Windows of real text whose padding is `PAD`."""
+    return TextWindows(windows_NT.where(windows_NT != PAD, IGNORED), documents_N, frozenset({SOT, EOT, PAD}))
 
 
 BATCHES = [batch_of([11, 10, 7, 11]), batch_of([4, 11, 11], seed=1)]

@@ -19,7 +19,7 @@ from lumiere.interpret import ablation
 from lumiere.interpret.ablation import MODES, UNITS, Unit, ablate, draw_donors
 from lumiere.models.transformer import Transformer
 from tests.interpret.circuits import INDUCTION, PREVIOUS, repeated_tokens
-from tests.interpret.models import BATCHES, batch_of, exact, random_model
+from tests.interpret.models import BATCHES, batch_of, exact, one_row, random_model
 
 MODEL = exact(random_model())
 
@@ -128,11 +128,7 @@ def test_documents_are_the_sampling_unit() -> None:
     """However their windows lie in batches; without documents, sequences are."""
     documents = np.array([5, 5, 2, 9, 2, 2, 9])
     parts = [replace(batch, documents=part) for batch, part in zip(BATCHES, np.split(documents, [4]), strict=True)]
-    rows = [
-        Batch(batch.tokens[row : row + 1], batch.targets[row : row + 1], int(count))
-        for batch in BATCHES
-        for row, count in enumerate((batch.targets != IGNORED).sum(1))
-    ]
+    rows = [one_row(batch, row) for batch in BATCHES for row in range(len(batch.tokens))]
     counts = np.array([row.num_targets for row in rows])
     sums = np.stack([ablate(MODEL, [row], "feedforward", "zero").changes for row in rows], axis=1) * counts
     for batches, clusters in ((parts, documents), (BATCHES, np.arange(7))):

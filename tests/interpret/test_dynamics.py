@@ -18,7 +18,7 @@ from lumiere.models.transformer import Transformer
 from lumiere.persistence.checkpoint_manager import snapshot_steps
 from lumiere.persistence.runs import Run
 from tests.interpret.circuits import INDUCTION, PREVIOUS, induction_circuit
-from tests.interpret.models import SIZES, untrained_model
+from tests.interpret.models import SIZES, text_windows, untrained_model
 
 ALL = tuple(METRICS)
 
@@ -35,7 +35,7 @@ def texts(trained_run: Run, tiny_corpus: TokenizedCorpus) -> Texts:
     full = torch.from_numpy(tokens[lengths == tokens.shape[1]])
     return Texts(
         tokens=repeated_tokens(300, 7, 8, seed=0, start=0, first=3),
-        windows=(full[:8], np.arange(8)),
+        windows=text_windows(full[:8], np.arange(8)),
         batches=[make_batch(windows, part) for part in (np.arange(5), np.arange(5, len(windows)))],
         lens_rows=full[:2, :-1].tolist(),
     )

@@ -27,7 +27,7 @@ from lumiere.interpret.head_scores import (
 )
 from lumiere.models.transformer import Transformer
 from tests.interpret.circuits import CURRENT, DUPLICATE, FIRST, INDUCTION, PREVIOUS, UNIFORM
-from tests.interpret.models import circuits, exact, random_model, untrained_model
+from tests.interpret.models import circuits, exact, random_model, text_windows, untrained_model
 
 LENGTH = 15
 SHORT = torch.tensor([[0, 5, 6]])
@@ -203,7 +203,7 @@ def test_in_context_score_by_hand() -> None:
     windows = torch.randint(3, 300, (7, 21), generator=torch.Generator().manual_seed(0))
     windows[2, 19:] = PAD
     documents = np.array([4, 4, 4, 1, 9, 1, 1])
-    result = score_heads(model, SHORT, windows=(windows, documents))
+    result = score_heads(model, SHORT, windows=text_windows(windows, documents))
     assert result.in_context_bands == ((1, 3), (15, 20))
     assert result.in_context_positions == (2, 17)
     full = [0, 1, 3, 4, 5, 6]
@@ -240,13 +240,13 @@ def test_what_there_is_none_of_is_missing() -> None:
     single = score_heads(model, torch.tensor([[5]]))
     assert np.isnan(single.scores).all()
     assert single.holds
-    texts = score_heads(model, SHORT, (torch.arange(3, 37).view(2, 17), np.arange(2)))
+    texts = score_heads(model, SHORT, text_windows(torch.arange(3, 37).view(2, 17), np.arange(2)))
     assert (texts.text_repeats, texts.text_documents) == (0, 0)
     assert texts.text_scores is not None
     assert np.isnan(texts.text_scores).all()
     assert np.isnan(texts.text_gap or 0)
     one = random_model(context_size=1)
-    found = score_heads(one, torch.tensor([[5]]), (torch.tensor([[0, 5], [5, 6]]), np.arange(2)))
+    found = score_heads(one, torch.tensor([[5]]), text_windows(torch.tensor([[0, 5], [5, 6]]), np.arange(2)))
     assert (np.isnan(found.in_context_score), found.in_context_bands) == (True, None)
 
 
@@ -285,7 +285,7 @@ def test_a_natural_repeat_is_a_rare_pair_that_came_before_in_the_window() -> Non
         ]
     )
     documents = np.array([2, 5, 8, 2])
-    found = first_occurrences(windows, documents)
+    found = first_occurrences(text_windows(windows, documents))
     expected = torch.full((4, 8), -1)
     expected[0, 4], expected[0, 6], expected[1, 6], expected[3, 5] = 1, 1, 5, 4
     assert torch.equal(found, expected)
@@ -295,7 +295,8 @@ def test_a_pair_that_one_in_fifty_documents_has_is_rare() -> None:
     windows = torch.arange(3, 303).view(100, 3)[:, [0, 1, 2, 0, 1]].clone()
     for common in (2, 3):
         windows[:common] = windows[0]
-        assert ((first_occurrences(windows, np.arange(100)) >= 0).sum(1) == 1).sum() == (100 if common == 2 else 97)
+        found = first_occurrences(text_windows(windows, np.arange(100)))
+        assert ((found >= 0).sum(1) == 1).sum() == (100 if common == 2 else 97)
 
 
 def test_scores_and_gap_by_hand() -> None:
@@ -305,7 +306,7 @@ def test_scores_and_gap_by_hand() -> None:
         np.array([0, 0, 1, 1, 1, 2, 3, 3, 4]),
     )
     windows[4, 11:] = PAD
-    result, firsts = scored(model, windows=(windows, documents)), by_hand(windows, documents)
+    result, firsts = scored(model, windows=text_windows(windows, documents)), by_hand(windows, documents)
     assert len(firsts) >= 12
     assert result.text_repeats == len(firsts)
     assert result.text_documents == len({documents[n] for n, _ in firsts})
@@ -334,7 +335,7 @@ def test_a_model_of_the_current_token_alone_has_no_gap() -> None:
     model = exact(random_model(positions="rotary", context_size=12))
     for block in model.blocks:
         block.attention.output.weight.data.zero_()
-    result = scored(model, windows=(names(9, 13, 40), np.arange(9)))
+    result = scored(model, windows=text_windows(names(9, 13, 40), np.arange(9)))
     assert float(result.text_gap or 0) == pytest.approx(0, abs=1e-12)
     assert float(result.text_gap_error or 0) == pytest.approx(0, abs=1e-12)
 
@@ -343,10 +344,10 @@ def test_of_many_windows_some_are_read_a_few_at_once(monkeypatch: pytest.MonkeyP
     model, windows, documents = random_model(context_size=12), names(10, 13, 40), np.arange(10)
     monkeypatch.setattr(head_scores, "MOST_TEXT_TOKENS", 5 * 13)
     tokens = repeated_tokens(200, 5, 7, seed=0, start=0, first=3)
-    whole = score_heads(model, tokens, (windows, documents))
+    whole = score_heads(model, tokens, text_windows(windows, documents))
     assert whole.text_repeats == len(by_hand(windows[::2], documents[::2]))
     monkeypatch.setattr(head_scores, "TOKENS_AT_ONCE", 40)
-    parts = score_heads(model, tokens, (windows, documents))
+    parts = score_heads(model, tokens, text_windows(windows, documents))
     for name, values in whole.arrays().items():
         np.testing.assert_allclose(parts.arrays()[name], values, atol=1e-5, equal_nan=True)
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from lumiere.components.hooks import HookPoint
-from lumiere.data.batches import Batch
 from lumiere.evaluation.ngrams import BigramModel
 from lumiere.interpret.ablation import MODES, UNITS, ablate
 from lumiere.interpret.activations import activations
@@ -29,11 +28,11 @@ from lumiere.interpret.summary import summarize
 from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer
 from lumiere.report.results import as_csv, as_json, as_npz
-from tests.interpret.models import BATCHES, TOKENS, nudged, permuted, rebased
+from tests.interpret.models import BATCHES, TOKENS, nudged, one_row, permuted, rebased, text_windows
 
 BIGRAM = BigramModel.fit(np.array(TOKENS), np.array([0, len(TOKENS)]), vocab_size=320)
 REPEATED = repeated_tokens(300, 7, 3, seed=0, start=0, first=3)
-WINDOWS = torch.cat([REPEATED, REPEATED[:, 1:3]], dim=1), np.array([0, 0, 1])
+WINDOWS = text_windows(torch.cat([REPEATED, REPEATED[:, 1:3]], dim=1), np.array([0, 0, 1]))
 TEXTS = Texts(REPEATED, WINDOWS, BATCHES, [TOKENS])
 
 Analysis = Callable[[Transformer], Result]
@@ -210,11 +209,7 @@ def test_layers_and_heads_are_chosen(analysis: Any, fields: Sequence[str], model
     ],
 )
 def test_batches_make_no_difference(analysis: Any, fields: Sequence[str], exact_model: Transformer) -> None:
-    one_by_one = [
-        Batch(batch.tokens[row : row + 1], targets[None], int((targets >= 0).sum()))
-        for batch in reversed(BATCHES)
-        for row, targets in enumerate(batch.targets)
-    ]
+    one_by_one = [one_row(batch, row) for batch in reversed(BATCHES) for row in range(len(batch.tokens))]
     together, apart = (analysis(exact_model, batches).as_dict() for batches in (BATCHES, one_by_one))
     for field in fields:
         np.testing.assert_allclose(apart[field], together[field], atol=1e-9, err_msg=field)

@@ -19,12 +19,12 @@ from lumiere.components.layers import feedforward_of
 from lumiere.data.batches import Batch
 from lumiere.data.corpus import row_reader
 from lumiere.data.dataset import document_sizes, tokenize_parts
-from lumiere.data.tokenizer import PAD, Tokenizer
+from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
 from lumiere.interpret import model_diff
 from lumiere.interpret.model_diff import LinearCka, cheapest_assignment, diff_models, diff_texts, pattern_divergences
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
-from tests.interpret.models import BATCHES, batch_of, circuits, exact, nudged, permuted, random_model
+from tests.interpret.models import BATCHES, batch_of, circuits, exact, nudged, one_row, permuted, random_model
 
 
 def compare(first: Transformer, second: Transformer, batches: Sequence[Batch] = BATCHES, **options: Any) -> Any:
@@ -193,7 +193,7 @@ def test_other_tokenizers_leave_bits_per_byte(trained_run: Run) -> None:
     found = diff_texts(models[0], models[1], sized)
     for model, tokenizer, bits in zip(models, tokenizers, found.losses, strict=True):
         nats = 0.0
-        for ids in tokenizer.encode_documents(texts):
+        for ids in ([SOT, *ids, EOT] for ids in tokenizer.encode_batch(texts)):
             for first in range(0, len(ids) - 1, model.context_size):
                 window = torch.tensor([ids[first : first + model.context_size + 1]])
                 with torch.no_grad():
@@ -223,8 +223,7 @@ def test_only_the_start_of_many_sequences_has_its_patterns_compared(monkeypatch:
     model, other = random_model(), random_model(seed=2)
     monkeypatch.setattr(model_diff, "PATTERN_SEQUENCES", 5)
     some = compare(model, other)
-    one = Batch(BATCHES[1].tokens[:1], BATCHES[1].targets[:1], 3)
-    expected = compare(model, other, [BATCHES[0], one])
+    expected = compare(model, other, [BATCHES[0], one_row(BATCHES[1], 0)])
     assert some.num_pattern_sequences == 5
     assert some.match_divergences == pytest.approx(expected.match_divergences, abs=1e-6)
 

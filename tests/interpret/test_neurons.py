@@ -64,7 +64,8 @@ def test_what_is_promoted_rises_most(trained: Transformer) -> None:
 def test_a_window_of_one_token_gives_no_example(trained: Transformer) -> None:
     tokens = BATCHES[0].tokens.clone()
     tokens[1:, 1:] = PAD
-    result = neuron_examples(trained, [Batch(tokens, BATCHES[0].targets, 1)], num_neurons=2, num_examples=3)
+    batch = Batch(tokens, BATCHES[0].targets, 1, lengths=np.array([10, 1, 1, 1]))
+    result = neuron_examples(trained, [batch], num_neurons=2, num_examples=3)
     assert result.holds
     assert (result.windows == [0, NO_EXAMPLE, NO_EXAMPLE]).all()
     assert np.isnan(result.activations[..., 1:]).all()

@@ -180,7 +180,7 @@ def test_same_rows_by_comparing_all(rows_at_once: int, monkeypatch: pytest.Monke
 
 def test_means_are_those_of_the_tokens_one_by_one(model: Transformer) -> None:
     windows = torch.tensor([[0, 70, 71, 72, 70], [5, 9, 300, 1, 4], [80, PAD, PAD, PAD, PAD]])
-    activity, _ = measure_activity(model, [Batch(windows, windows, 15)])
+    activity, _ = measure_activity(model, [Batch(windows, windows, 15, lengths=np.array([5, 5, 1]))])
     writes, heads = np.zeros((model.num_layers, 2)), np.zeros((model.num_layers, model.num_heads))
     largest = np.zeros((model.num_layers, model.d_ff))
     texts = [[token for token in window if token != PAD] for window in windows.tolist()]

@@ -31,6 +31,7 @@ from lumiere.report.report_page import (
     rounded,
     thousandths,
 )
+from tests.interpret.models import text_windows
 
 TOKENS = (0, 70, 80, 90, 80, 71)
 ABOUT = {
@@ -165,7 +166,7 @@ def test_the_head_table_has_every_score_and_the_uniform_head(inspection: Inspect
 
 def test_gains_state_their_text_and_their_uncertainty(trained_run: Run) -> None:
     model, windows = trained_run.load_model(), torch.tensor([[0, *range(10, 18), *range(11, 19)], [0, *range(20, 36)]])
-    found = score_heads(model, REPEATED.repeat(3, 1), (windows, np.array([0, 1])))
+    found = score_heads(model, REPEATED.repeat(3, 1), text_windows(windows, np.array([0, 1])))
     gaps = {"repeat_gap": np.array(-0.5), "repeat_gap_error": np.array(0.1)}
     text = {"text_gap": np.array(2.0), "text_gap_error": np.array(0.1), "text_documents": 30, "text_repeats": 6}
     random, names = repeat_gains(replace(found, **gaps, **text))
@@ -189,8 +190,8 @@ def test_tokens_for_the_map(trained_run: Run) -> None:
     model = trained_run.load_model()
     counts = np.zeros(model.vocab_size, dtype=int)
     counts[[0, 7, 50, 9]] = [100, 5, 20, 1]
-    assert frequent_tokens(model, counts) == [50, 7, 9]
-    assert frequent_tokens(model, None, num_used=6) == [3, 4, 5]
+    assert frequent_tokens(range(3, model.vocab_size), counts) == [50, 7, 9]
+    assert frequent_tokens(range(3, 6), None) == [3, 4, 5]
 
 
 def test_rounded() -> None:

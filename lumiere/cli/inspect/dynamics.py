@@ -87,14 +87,13 @@ def choose_texts(target: InspectTarget, names: list[str], *, is_asked: bool) -> 
     """
     import torch
 
-    from lumiere.data.tokenizer import SOT
     from lumiere.interpret.dynamics import METRICS, Texts
 
     if target.given or any(METRICS[name].needs_tokens for name in names):
         tokens, source = target.scored_sequences()
         sources = [source or f"head scores on the {target.chosen[1]}"]
     else:
-        tokens, sources = torch.tensor([[SOT]]), []
+        tokens, sources = torch.tensor([[0]]), []
     with_corpus = [name for name in names if METRICS[name].needs_corpus]
     if not with_corpus:
         return Texts(tokens), names, "".join(sources)

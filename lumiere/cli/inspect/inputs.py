@@ -1,6 +1,6 @@
 """What an analysis looks at: one or two models, and a text, validation windows or random tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lumiere.data.batches import Batch, Windows
     from lumiere.data.dataset import TokenizedCorpus
     from lumiere.data.tokenizer import Tokenizer
+    from lumiere.interpret.head_scores import TextWindows
 
 DEFAULT_TOKENS = 32
 """Tokens of the validation split that are shown without a text option: what fits on a screen."""
@@ -137,14 +138,12 @@ class InspectTarget:
         """
         import torch
 
-        from lumiere.data.tokenizer import SOT, SPECIAL_TOKENS
         from lumiere.interpret.head_scores import COPY_LENGTH, longest_copy, repeated_tokens
 
         model, found = self.opened.model, self.occurring_tokens
-        drawable: Sequence[int] = range(len(SPECIAL_TOKENS), len(self.opened.tokenizer))
-        if found is not None:
-            drawable = [token for token in found if token in drawable]
-        longest = longest_copy(model, len(drawable))
+        text_ids, start = self.opened.tokenizer.text_ids, self.opened.tokenizer.start_id
+        drawable = text_ids if found is None else sorted(set(found).intersection(text_ids))
+        longest = longest_copy(model, len(drawable), self.num_start)
         if longest < 1:
             raise LumiereError(
                 f"context_size {model.context_size} is too small for repeated random tokens",
@@ -153,9 +152,15 @@ class InspectTarget:
         length = min(at_most or COPY_LENGTH, longest) if length is None else length
         if length > longest:
             raise LumiereError(f"{length} random tokens twice do not fit the model", f"the maximum is {longest}")
-        places = repeated_tokens(len(drawable), length, count, self.seed, start=len(drawable), first=0)
-        rows = torch.tensor([*drawable, SOT])[places].tolist()
+        last = None if start is None else len(drawable)
+        places = repeated_tokens(len(drawable), length, count, self.seed, start=last, first=0)
+        rows = torch.tensor(drawable if start is None else [*drawable, start])[places].tolist()
         return list(map(tuple, rows)), "of the vocabulary" if found is None else "of the training split"
+
+    @property
+    def num_start(self) -> int:
+        """The number of start tokens before a text: 0 or 1."""
+        return int(self.opened.tokenizer.start_id is not None)
 
     def scored_sequences(self) -> "tuple[Tensor, str | None]":
         """Return the sequences that heads are scored on, (N, T), and their source; None if it is the one text.
@@ -214,18 +219,21 @@ class InspectTarget:
         tokens, lengths = windows.cut(np.array([number]))
         return tuple(tokens[0, : min(int(lengths[0]), self.opened.config.model.context_size)].tolist())
 
-    def spread_windows(self, max_tokens: int = MAX_SCORED_TOKENS) -> "tuple[Tensor, np.ndarray]":
-        """Return windows spread evenly over the validation split, (N, context_size + 1), and their documents, (N,).
-
-        At most `max_tokens` tokens; `<|pad|>` after the end of a document.
-        """
+    def spread_windows(self, max_tokens: int = MAX_SCORED_TOKENS) -> "TextWindows":
+        """Return windows spread evenly over the validation split, of at most `max_tokens` tokens."""
+        import numpy as np
         import torch
+
+        from lumiere.components.kernels import IGNORED
+        from lumiere.interpret.head_scores import TextWindows
 
         windows = self.validation_windows()
         chosen = spread(len(windows), min(max(1, max_tokens // windows.context_size), len(windows)))
-        return torch.from_numpy(windows.cut(chosen)[0]), windows.documents(chosen)
+        tokens, lengths = windows.cut(chosen)
+        tokens[np.arange(tokens.shape[1]) >= lengths[:, None]] = IGNORED
+        return TextWindows(torch.from_numpy(tokens), windows.documents(chosen), self.opened.tokenizer.special_ids)
 
-    def spread_windows_if_any(self) -> "tuple[Tensor, np.ndarray] | None":
+    def spread_windows_if_any(self) -> "TextWindows | None":
         """Return `spread_windows` for the head scores on text; None, with a note, without the corpus."""
         try:
             return self.spread_windows()
@@ -267,7 +275,7 @@ class InspectTarget:
             )
         sequences, origin = self.repeated_sequences(length, count)
         batches = [
-            batch_of(sequences[first : first + batch_size], first_copied(length))
+            batch_of(sequences[first : first + batch_size], first_copied(length, self.num_start))
             for first in range(0, count, batch_size)
         ]
         return batches, (

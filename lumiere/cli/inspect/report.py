@@ -59,7 +59,7 @@ def report(
         batches,
         target.spread_windows_if_any() if batches else None,
         token_counts,
-        len(opened.tokenizer),
+        opened.tokenizer.text_ids,
         target.occurring_tokens,
     )
     provenance = model_provenance(opened) | {"source": source, "averaged_over": target.averaged_over, "seed": seed}
