@@ -191,17 +191,17 @@ def analyses(run: str, runs_dir: str, console: Console) -> dict[str, float]:
     """Return the seconds of each command after its model is loaded: medians after one warm-up."""
     from lumiere.cli import app
     from lumiere.cli.inspect import app as inspect_app
-    from lumiere.cli.inspect import command as shared
+    from lumiere.persistence import loading
 
     loaded: list[float] = []
-    open_model = shared.open_model
+    open_model = loading.open_model
 
     def opened(*arguments: Any) -> Any:
         model = open_model(*arguments)
         loaded.append(time.perf_counter())
         return model
 
-    shared.open_model = opened
+    loading.open_model = opened
     table = Table("lumiere inspect", "seconds", "exit code", title=f"after loading, {torch.get_num_threads()} threads")
     figures: dict[str, float] = {}
     for command in inspect_app.registered_commands:

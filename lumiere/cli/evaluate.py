@@ -89,7 +89,13 @@ def evaluate(
                 f"{scored.corpus} differs between run {opened.run.id} and run {evaluated[0].run.id}",
                 "score both on the same text with --text FILE or --dataset NAME",
             )
-        evaluated.append(evaluate_one(opened, scored, stride, batch_size, baselines))
+        one = evaluate_one(opened, scored, stride, batch_size, baselines)
+        if evaluated and (one.about["protocol"] == "last") != (evaluated[0].about["protocol"] == "last"):
+            raise LumiereError(
+                f"run {one.run.id} and run {evaluated[0].run.id} were trained with other training.loss_positions",
+                "score all tokens of both with --stride N",
+            )
+        evaluated.append(one)
     for one in evaluated:
         keep(one)
     if output is not None:
@@ -132,7 +138,8 @@ def evaluate_one(
     if stride is not None:
         windows, protocol = strided_windows(split, context_size, stride)
     else:
-        windows, protocol = training_windows(split, context_size, overlap)
+        only_last = config.training.loss_positions == "last"
+        windows, protocol = training_windows(split, context_size, overlap, only_last)
     fitted = None
     if with_baselines and train is not None:
         fitted = fit_baselines(train.ids, train.offsets, opened.model.vocab_size)
@@ -153,7 +160,7 @@ def evaluate_one(
         "sliding_window_size": overlap,
         "protocol": protocol.name,
         "stride": protocol.stride,
-        "tokens_scored": tokens_scored(overlap, protocol.once),
+        "tokens_scored": tokens_scored(overlap, protocol),
     }
     return Evaluated(opened.run, opened.tokenizer.fingerprint, about, found)
 

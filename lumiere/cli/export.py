@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from lumiere.cli.console import escape, print_json, show_note, stdout
-from lumiere.cli.inspect.command import model_provenance, show_receipts
+from lumiere.cli.inspect.command import show_receipts
 from lumiere.cli.options import CheckpointName, Json, RunReference, RunsDir, open_model
 from lumiere.errors import check_choice
 
@@ -30,6 +30,7 @@ def export(
     Example: [bold]lumiere export latest my-model --to hf[/]
     """
     from lumiere import __version__
+    from lumiere.api.analysis import model_provenance
     from lumiere.export.exporting import TARGETS, check_folder, export_model
     from lumiere.export.original import Original, need
 

@@ -110,9 +110,9 @@ class CorpusProgress(Display):
 class SnapshotProgress(Display):
     """Show how many snapshots are done."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self) -> None:
         super().__init__(TextColumn("snapshots"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-        self._task = self.add_task("snapshots", total=total)
+        self._task = self.add_task("snapshots", total=None)
 
-    def __call__(self, done: int) -> None:
-        self.update(self._task, completed=done)
+    def __call__(self, done: int, total: int) -> None:
+        self.update(self._task, completed=done, total=total)

@@ -10,7 +10,14 @@ from typing import Any
 
 from lumiere.cli.console import escape, stdout, table
 from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
-from lumiere.evaluation.scoring import CONFIDENCE, FEW_DOCUMENTS, NUM_RESAMPLES, PairedDifference, paired_difference
+from lumiere.evaluation.scoring import (
+    CONFIDENCE,
+    FEW_DOCUMENTS,
+    NUM_RESAMPLES,
+    PairedDifference,
+    Protocol,
+    paired_difference,
+)
 from lumiere.persistence.runs import Run
 
 SHOWN_POSITIONS = tuple(2**power for power in range(13))
@@ -23,6 +30,8 @@ METRICS = (
     ("accuracy at 5", "accuracy_at_5", ".2%", "top-5"),
 )
 """Name, key, format and meaning."""
+OF_WHOLE_TEXTS = ("bits_per_byte", "word_perplexity")
+"""Metrics that say little where only the last token of each text is scored."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,11 @@ def differences(first: Evaluated, other: Evaluated) -> dict[str, PairedDifferenc
     return {name: paired_difference(first.found.totals, other.found.totals, name) for name in names}
 
 
-def tokens_scored(overlap: int, once: bool) -> str:
+def tokens_scored(overlap: int, protocol: Protocol) -> str:
     """Describe how often tokens are scored. Windows that share a single token predict none twice."""
-    if once or overlap == 1:
+    if protocol.only_last:
+        return "the last token of each text is scored"
+    if protocol.once or overlap == 1:
         return "each token is scored once"
     return "tokens in an overlap are scored twice" if overlap else "the first token of a window is not scored"
 
@@ -101,10 +112,17 @@ def draw(evaluated: list[Evaluated], path: Path) -> None:
     about = evaluated[0].about
     text = f"{about['corpus']} ({about['corpus_sha256'][:8]})"
     if have_one_windowing(evaluated):
-        strided = "strided, " if about["protocol"] != "windows" else ""
-        text += f", {strided}windows of {about['context_size']} tokens, each {about['stride']} after the one before"
+        strided = "strided, " if about["protocol"] not in ("windows", "last") else ""
+        text += f", {strided}windows of {about['context_size']} tokens, {placed(about)}"
     plots = [(f"{one.run.id}, {one.about['checkpoint']}", one.found) for one in evaluated]
     save_picture(path, draw_evaluations(plots, text))
+
+
+def placed(about: dict[str, Any]) -> str:
+    """Describe where the windows of an evaluation are."""
+    if about["protocol"] == "last":
+        return "one at the end of each text"
+    return f"each {about['stride']} after the one before"
 
 
 def have_one_windowing(evaluated: Sequence[Evaluated]) -> bool:
@@ -124,6 +142,8 @@ def show_one(one: Evaluated) -> None:
         stdout().print(f"normalization changes {percent} of the bytes; bytes are counted after it")
     show_windows(about)
     for name, key, form, meaning in METRICS:
+        if about["protocol"] == "last" and key in OF_WHOLE_TEXTS:
+            continue
         print_row(name, f"{values[key]:{form}}", meaning, "" if errors is None else f"± {errors[key]:{form}}")
     print_row("calibration error", f"{found.calibration.ece:.2%}", "ECE, 15 bins")
     if about["protocol"] == "windows":
@@ -160,8 +180,11 @@ def show_windows(about: dict[str, Any]) -> None:
     if about["protocol"] == "windows":
         stdout().print(f"windows of {size} tokens that overlap by {about['sliding_window_size']}, as in training")
         stdout().print(f"{scored}; --stride N scores each once\n")
+    elif about["protocol"] == "last":
+        stdout().print(f"windows of {size} tokens, {placed(about)}, as in training")
+        stdout().print(f"{scored}; --stride N scores all of them\n")
     else:
-        stdout().print(f"strided: windows of {size} tokens, each {stride} after the one before")
+        stdout().print(f"strided: windows of {size} tokens, {placed(about)}")
         stdout().print(f"{scored}, with at least {size + 1 - stride} tokens of context where available\n")
 
 
@@ -230,7 +253,8 @@ def comparison_rows(evaluated: list[Evaluated]) -> list[list[str]]:
         rows.append([name, *(template.format_map(values) for values in all_values)])
 
     add("checkpoint", "{checkpoint} ({step:,})")
-    add("windows", "{context_size}, {stride} apart")
+    places = ("at the end" if values["protocol"] == "last" else f"{values['stride']} apart" for values in all_values)
+    rows.append(["windows", *(f"{v['context_size']}, {place}" for v, place in zip(all_values, places, strict=True))])
     add("tokens scored", "{num_tokens:,}")
     for name, key, form, _ in METRICS:
         add(name, f"{{{key}:{form}}}")

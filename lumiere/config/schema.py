@@ -256,6 +256,8 @@ class TrainingConfig(Section):
     """Windows per step, over all accumulation steps and processes: results do not depend on the machine."""
     random_window_offset: Boolean = False
     """Shift the training windows by a random offset each epoch, so that tokens appear at many positions."""
+    loss_positions: Literal["all", "last"] = "all"
+    """Tokens that are predicted: `all`, or the `last` of each document's text, such as the answer of a sum."""
     gradient_accumulation_steps: PositiveInteger = 1
     """Micro-batches per step. More of them take less memory; the result stays the same."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -338,6 +340,9 @@ class RunConfig(Section):
         if training.batch_size % training.gradient_accumulation_steps:
             problem = f"a divisor of training.batch_size ({training.batch_size})"
             raise inconsistent("training.gradient_accumulation_steps", problem)
+        if training.random_window_offset and training.loss_positions == "last":
+            problem = "false with training.loss_positions last, whose windows end where the text ends"
+            raise inconsistent("training.random_window_offset", problem)
         return self
 
 

@@ -35,6 +35,8 @@ class Windows:
         context_size: Inputs of a window; with the targets it spans one token more.
         sliding_window_size: Tokens shared with the previous window of the document.
         shifts: Whether `batch_at` shifts the windows each epoch.
+        only_last: Each document has one window, which ends with its last token of text, and that token is the only
+            target: `training.loss_positions: last`. Documents without a token before it have no window.
         vocab_size: Ids are checked to be less than this; None if they are known to be.
         path: Path of the split's files without their endings, if it has files.
     """
@@ -46,6 +48,7 @@ class Windows:
     shifts: bool = False
     vocab_size: int | None = None
     path: Path | None = None
+    only_last: bool = False
 
     @property
     def stride(self) -> int:
@@ -58,7 +61,8 @@ class Windows:
         num_documents = len(self.offsets) - 1
         if self.path is None or num_documents <= DOCUMENTS_AT_ONCE:
             return self._count(0, num_documents)
-        path = self.path.with_name(f"{self.path.name}.windows-{self.context_size}-{self.sliding_window_size}")
+        kind = "last" if self.only_last else f"{self.context_size}-{self.sliding_window_size}"
+        path = self.path.with_name(f"{self.path.name}.windows-{kind}")
         if not path.is_file() or path.stat().st_size != num_documents * COUNT_TYPE.itemsize:
             self._write_ends(path, num_documents)
         return np.asarray(np.memmap(path, dtype=COUNT_TYPE, mode="r"))
@@ -85,6 +89,8 @@ class Windows:
         lengths = np.diff(self.offsets[first : last + 1])
         if lengths.min() < 1:
             raise self._damaged("a document without a token")
+        if self.only_last:
+            return np.cumsum(lengths > 2, dtype=COUNT_TYPE)
         beyond_first = lengths - (self.context_size + 1)
         # Without overlap, a single leftover token has no token before it to be predicted from.
         needed = beyond_first - (self.sliding_window_size == 0)
@@ -106,6 +112,9 @@ class Windows:
             ends = self._ends[first : first + DOCUMENTS_AT_ONCE]
             counts = np.diff(ends, prepend=before)
             before = int(ends[-1])
+            if self.only_last:
+                num_targets += int(np.minimum(lengths - 2, self.context_size)[counts > 0].sum())
+                continue
             # All windows of a document but the last are full; shifted ones are padded in short documents only.
             last = np.minimum(lengths - (counts - 1) * self.stride, self.context_size + 1)
             if self.shifts:
@@ -142,9 +151,17 @@ class Windows:
         """Return the number of real tokens of each window, (N,), without reading them. Arguments as in `cut`."""
         return self._place(indices, shift)[1]
 
+    def num_targets(self, lengths: np.ndarray) -> int:
+        """Return the number of targets of windows with these numbers of real tokens, (N,)."""
+        return len(lengths) if self.only_last else int(lengths.sum()) - len(lengths)
+
     def _place(self, indices: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where each window starts in `ids`, and its number of real tokens: (N,) both."""
         document = self.documents(indices)
+        if self.only_last:
+            end = self.offsets[document + 1] - 1  # of the text: only the end token follows
+            start = np.maximum(end - (self.context_size + 1), self.offsets[document])
+            return start, end - start
         first_window = np.where(document > 0, self._ends[document - 1], 0)
         start = self.offsets[document] + (indices - first_window) * self.stride
         if shift:
@@ -201,11 +218,14 @@ def make_batch(windows: Windows, indices: np.ndarray, shift: int = 0) -> Batch:
     """Return the windows at `indices`, moved by `shift` tokens, as inputs and targets."""
     tokens, lengths = windows.cut(indices, shift)
     targets = tokens[:, 1:].copy()
-    targets[np.arange(windows.context_size) >= lengths[:, None] - 1] = IGNORED
+    columns = np.arange(windows.context_size)
+    targets[columns >= lengths[:, None] - 1] = IGNORED
+    if windows.only_last:
+        targets[columns < lengths[:, None] - 2] = IGNORED
     return Batch(
         torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         torch.from_numpy(targets),
-        int(lengths.sum()) - len(lengths),
+        windows.num_targets(lengths),
         windows.documents(indices),
         lengths,
     )
@@ -258,7 +278,7 @@ def batch_at(step: int, windows: Windows, batch_size: int, seed: int, rank: int 
     lengths = windows.lengths(indices, shift)
     mine = np.array_split(indices, num_shares)[rank]
     share = make_batch(windows, mine, shift) if len(mine) else without_targets(make_batch(windows, indices[:1], shift))
-    return Batch(share.tokens, share.targets, int(lengths.sum()) - len(lengths))
+    return Batch(share.tokens, share.targets, windows.num_targets(lengths))
 
 
 def shift_at(epoch: int, stride: int, seed: int) -> int:

@@ -81,8 +81,19 @@ class TokenizedSplit(ShortRepr):
     vocab_size: int
     path: Path | None = None
 
-    def windows(self, context_size: int, sliding_window_size: int, shifts: bool = False) -> Windows:
-        return Windows(self.ids, self.offsets, context_size, sliding_window_size, shifts, self.vocab_size, self.path)
+    def windows(
+        self, context_size: int, sliding_window_size: int, shifts: bool = False, only_last: bool = False
+    ) -> Windows:
+        """Return the windows; the arguments are those of `Windows`.
+
+        Raises:
+            DataError: With `only_last`, no document has a token to predict.
+        """
+        sizes = (context_size, sliding_window_size)
+        windows = Windows(self.ids, self.offsets, *sizes, shifts, self.vocab_size, self.path, only_last)
+        if only_last and not len(windows):
+            raise DataError("no document has two tokens, the last of which could be predicted", "use longer documents")
+        return windows
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,8 @@ class TokenizedCorpus:
         if split not in self.splits:
             raise DataError(f"the corpus has no split '{split}'", f"it has {', '.join(self.splits)}")
         sizes = (config.model.context_size, config.dataset.sliding_window_size)
-        return self.splits[split].windows(*sizes, shifts=config.training.random_window_offset and split == "train")
+        shifts = config.training.random_window_offset and split == "train"
+        return self.splits[split].windows(*sizes, shifts, config.training.loss_positions == "last")
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def evaluate_in_detail(
 
     score(model, windows, protocol.once, baselines, take)
     nats, at_1, at_5, *baseline_nats = documents.sums
-    totals = document_totals(split, sizes, documents.counts, nats, at_1, at_5)
+    totals = document_totals(split, sizes, protocol, documents.counts, nats, at_1, at_5)
     found = metrics(totals.total)
     per_document = metrics(totals)
     [means] = batches.means

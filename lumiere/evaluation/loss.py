@@ -26,7 +26,7 @@ class Evaluation:
         mean_batch_perplexity: Mean of the perplexities of batches; the card reports 85.01. By Jensen's inequality it is
             at least exp(mean_batch_loss).
         bits_per_byte: Loss in bits per UTF-8 byte of the normalized text, comparable between tokenizers with the same
-            normalizer.
+            normalizer. With one target per document: the bits of these targets per byte of the whole text.
         word_perplexity: Perplexity per white-space separated word, line ends counted as words.
         num_tokens: Predicted tokens; those in the overlap of two windows count twice.
         batch_size: Windows per batch, which the two averages over batches depend on.
@@ -78,7 +78,7 @@ def evaluate(
     num_tokens = int(num_targets.sum())
     loss = totals.sum().item() / num_tokens
     # The mean loss, counted once for every token of the text, also for those in two windows.
-    nats = loss * facts.num_targets
+    nats = loss * (num_tokens if windows.only_last else facts.num_targets)
     return Evaluation(
         loss=loss,
         perplexity=exponential(loss),

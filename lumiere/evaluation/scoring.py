@@ -40,20 +40,28 @@ class Protocol:
     Attributes:
         stride: Tokens between the starts of consecutive windows of a document.
         once: Whether a token in two windows is scored only in the first of them.
+        only_last: Whether only the last token of each document's text is scored.
     """
 
     stride: int
     once: bool
+    only_last: bool = False
 
     @property
     def name(self) -> str:
-        return f"stride-{self.stride}" if self.once else "windows"
+        return "last" if self.only_last else f"stride-{self.stride}" if self.once else "windows"
 
 
-def training_windows(split: TokenizedSplit, context_size: int, overlap: int) -> tuple[Windows, Protocol]:
-    """Return the training windows, scoring overlaps twice as `evaluate` and the original model card do."""
-    windows = split.windows(context_size, overlap)
-    return windows, Protocol(windows.stride, once=False)
+def training_windows(
+    split: TokenizedSplit, context_size: int, overlap: int, only_last: bool = False
+) -> tuple[Windows, Protocol]:
+    """Return the training windows, scoring overlaps twice as `evaluate` and the original model card do.
+
+    Args:
+        only_last: As in `Windows`.
+    """
+    windows = split.windows(context_size, overlap, only_last=only_last)
+    return windows, Protocol(windows.stride, only_last, only_last)
 
 
 def strided_windows(split: TokenizedSplit, context_size: int, stride: int) -> tuple[Windows, Protocol]:
@@ -192,7 +200,7 @@ class DocumentTotals(NamedTuple):
         nats: Losses.
         num_scored: Scored tokens; those scored twice count twice.
         at_1, at_5: See `Scores`.
-        num_targets: Tokens to predict, each counted once: all but the first.
+        num_targets: Tokens to predict, each counted once: all but the first, or only the last.
         num_bytes, num_words, num_normalized_bytes: See `Sizes`.
     """
 
@@ -258,16 +266,24 @@ class GroupSums:
 
 
 def document_totals(
-    split: TokenizedSplit, sizes: Sizes, counts: np.ndarray, nats: np.ndarray, at_1: np.ndarray, at_5: np.ndarray
+    split: TokenizedSplit,
+    sizes: Sizes,
+    protocol: Protocol,
+    counts: np.ndarray,
+    nats: np.ndarray,
+    at_1: np.ndarray,
+    at_5: np.ndarray,
 ) -> DocumentTotals:
     """Return the sums of the documents of a split.
 
     Args:
         sizes: Sizes of the documents, from `document_sizes`.
+        protocol: What was scored.
         counts, nats, at_1, at_5: Scored tokens, and the sums of their columns in `Scores`: (D,) each.
     """
     lengths = (sizes.num_bytes, sizes.num_words, sizes.num_normalized_bytes)
-    return DocumentTotals(nats, counts, at_1, at_5, np.diff(split.offsets) - 1, *lengths)
+    num_targets = counts if protocol.only_last else np.diff(split.offsets) - 1
+    return DocumentTotals(nats, counts, at_1, at_5, num_targets, *lengths)
 
 
 def metrics(totals: DocumentTotals) -> Metrics:

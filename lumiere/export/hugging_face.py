@@ -21,7 +21,7 @@ from lumiere.importing.huggingface import open_model
 from lumiere.interpret.result import Receipt, relative_error
 from lumiere.models.transformer import Transformer
 
-PACKAGES = ("transformers>=4.57",)
+PACKAGES = ("transformers>=5.0",)
 MODELING_FILE = "modeling_lumiere.py"
 OWN_CLASS = "LumiereForCausalLM"
 OTHER_TOKENIZERS = ("qwen2",)

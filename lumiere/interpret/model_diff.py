@@ -497,7 +497,7 @@ def diff_texts(first: Transformer, second: Transformer, texts: Sequence[tuple[To
             sums.add(scores.documents, scores.losses, scores.at_1, scores.at_5)
 
         score(model, windows, protocol.once, {}, add)
-        totals.append(document_totals(split, sizes, sums.counts, *sums.sums))
+        totals.append(document_totals(split, sizes, protocol, sums.counts, *sums.sums))
     weights = weight_changes(first, second, left_out=("token_embedding.weight", "output_head.weight"))
     return ModelDiff(
         tokens=(),

@@ -192,7 +192,12 @@ def measure_evaluation(setup: TrainingSetup, model: Transformer) -> float:
     # The first tokens of the split, as a split of their own.
     end = min(EVALUATION_BATCHES * batch_size * windows.stride, int(windows.offsets[-1]))
     offsets = np.append(windows.offsets[: np.searchsorted(windows.offsets, end)], end)
-    beginning = Windows(windows.ids, offsets, windows.context_size, windows.sliding_window_size)
+    if windows.only_last:
+        last = np.array([min(EVALUATION_BATCHES * batch_size, len(windows)) - 1])
+        offsets = windows.offsets[: windows.documents(last)[0] + 2]
+    beginning = Windows(
+        windows.ids, offsets, windows.context_size, windows.sliding_window_size, only_last=windows.only_last
+    )
     evaluation = evaluate(model, beginning, split.facts, batch_size)
     return evaluation.seconds / evaluation.num_windows * len(windows)
 

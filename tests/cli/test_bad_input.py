@@ -50,6 +50,7 @@ SETTINGS = [
     ("dataset={name: parquet, data_files: numbers.parquet}", "'text' holds int64", ""),
     ("dataset={name: ./corpus}", "has several subsets", ""),
     ("dataset={name: corpus, subset: ome}", "'corpus' has no subset 'ome', it has one, two", "dataset.subset=one"),
+    ("training={loss_positions: last, random_window_offset: true}", "training.random_window_offset", ""),
     ("training.loggers=tensorbord", "got 'tensorbord'", "did you mean tensorboard?"),
     ("training.loggers=[wandb, wadb]", "got 'wadb'", "did you mean wandb?"),
     (f"training.device=cuda:{torch.cuda.device_count()}", f"'cuda:{torch.cuda.device_count()}'", "cpu"),

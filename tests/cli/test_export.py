@@ -37,6 +37,18 @@ def test_what_it_prints(run: Run) -> None:
     assert run.name in Path("out/README.md").read_text()
 
 
+def test_a_folder_for_transformers_has_the_model_card(run: Run) -> None:
+    result = export("latest", "out", to="hf")
+    receipts = [line for line in result.stdout.splitlines() if line.startswith("receipt: ")]
+    assert len(receipts) == 6
+    card = Path("out/README.md").read_text()
+    assert "library_name: transformers" in card.split("---")[1]
+    assert f"# Lumiere {run.id}" in card
+    assert "trust_remote_code=True" in card
+    values = json.loads(Path("out/tokenizer.json").read_text())
+    assert values["model"] == json.loads(run.tokenizer_path.read_text())["model"]
+
+
 def test_json(run: Run) -> None:
     result = export(run.id, "out", "--checkpoint", "latest", "--json")
     shown = json.loads(result.stdout)

@@ -14,7 +14,7 @@ from safetensors.torch import load, load_file, save
 from lumiere.errors import FailedCheckError, LumiereError
 from lumiere.export import transformer_lens
 from lumiere.export.exporting import TARGETS, Exported, Target, check_folder, export_model, new_folder
-from lumiere.export.original import Original, sample_tokens
+from lumiere.export.original import Original, need, sample_tokens
 from tests.export.conftest import TOKENIZER, make_original
 
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
@@ -186,3 +186,10 @@ def test_other_paths_are_refused(path: str) -> None:
         raise AssertionError("the block must not be entered")
     assert sorted(os.listdir()) == before
     assert contents("full") == {"mine.txt": b"mine"}
+
+
+def test_packages_that_are_not_there_are_named() -> None:
+    need("hf", "torch", "numpy>=2.0")
+    with pytest.raises(LumiereError, match=r"nowhere>=1\.0, which is not installed") as caught:
+        need("hf", "torch", "nowhere>=1.0")
+    assert "pip install 'nowhere>=1.0'" in (caught.value.hint or "")

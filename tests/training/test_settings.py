@@ -78,6 +78,7 @@ EFFECTS = {
     "dataset.sliding_window_size": Effect(0, "num_windows"),
     "training.batch_size": Effect(6, "summed_loss"),
     "training.random_window_offset": Effect(True, "weights"),
+    "training.loss_positions": Effect("last", "num_windows"),
     "training.gradient_accumulation_steps": Effect(3, "summed_loss"),
     "training.parallel": Effect("fsdp", "parallelize"),
     "training.gather_limit_gb": Effect(0.0, "snapshots", {"training.parallel": "fsdp", "training.snapshots": True}),

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from lumiere.api.inspection import BATCH_SIZE, MANY, SMALL_BATCH_SIZE, Inspect
+from lumiere.api.target import counted_documents
 from lumiere.cli.console import show_note, stdout
 from lumiere.cli.inspect.command import (
-    Analysis,
     Heads,
     Layers,
     NumBatches,
@@ -16,16 +17,12 @@ from lumiere.cli.inspect.command import (
     show_wrapped,
     signed_bar,
 )
-from lumiere.cli.inspect.inputs import InspectTarget, counted_documents, parse_indices
-from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
+    from lumiere.api.analysis import Analysis
     from lumiere.interpret.ablation import Ablations
 
 BAR_WIDTH = 24
-MANY = 64
-"""The number of ablations above which a batch is smaller, so that the command does not take minutes."""
-BATCH_SIZE, SMALL_BATCH_SIZE = 32, 4
 
 UnitName = Annotated[
     str, Option("--unit", metavar="UNIT", help="What to ablate: head, feedforward, layer, neuron or position.")
@@ -42,51 +39,23 @@ BatchSize = Annotated[
 ]
 
 
-@analysis(text=True)
-def ablate(
-    target: InspectTarget,
-    unit: UnitName = "head",
-    mode: ModeName = "mean",
-    layer: Layers = None,
-    head: Heads = None,
-    neuron: Neurons = None,
-    pos: Positions = None,
-    batches: NumBatches = 8,
-    batch_size: BatchSize = None,
-    top_k: TopK = 16,
-) -> "Analysis[Ablations]":
+@analysis(
+    Inspect.ablate,
+    unit=UnitName,
+    mode=ModeName,
+    layer=Layers,
+    head=Heads,
+    neuron=Neurons,
+    pos=Positions,
+    batches=NumBatches,
+    batch_size=BatchSize,
+)
+def ablate(found: "Analysis[Ablations]", top_k: TopK = 16) -> None:
     """What is the loss without a part? Without a text option, over windows of the validation split.
 
     Each part is ablated alone. The change of the loss is in nats per token: positive if the part was of use.
     """
-    from lumiere.interpret.ablation import MODES, find_unit
-    from lumiere.interpret.ablation import ablate as ablate_units
-    from lumiere.report.figures.bars import draw_ablations
-
-    kind = find_unit(unit)
-    check_choice("mode", mode, MODES)
-    lists = {"head": ("head", head), "neuron": ("neuron", neuron), "position": ("pos", pos)}
-    for wanted, (option, value) in lists.items():
-        if value is not None and unit != wanted:
-            raise LumiereError(f"--{option} needs --unit {wanted}, and the unit is {unit}", f"add --unit {wanted}")
-    model = target.opened.model
-    layers = target.layers(layer)
-    _, listed = lists.get(unit, (unit, None))
-
-    def chosen(num_positions: int) -> list[int]:
-        return parse_indices(listed, kind.count(model, num_positions), unit)
-
-    if batch_size is None:
-        is_many = len(layers) * len(chosen(model.context_size)) > MANY
-        batch_size = SMALL_BATCH_SIZE if is_many else BATCH_SIZE
-    sequences, source = target.batches(batches, batch_size)
-    indices = chosen(sequences[0].tokens.shape[1])
-    return Analysis(
-        compute=lambda model: ablate_units(model, sequences, unit, mode, layers, indices, target.seed),
-        show=lambda result: show_ablations(result, top_k),
-        draw=draw_ablations,
-        source=source,
-    )
+    show_ablations(found.result, top_k)
 
 
 def show_ablations(result: "Ablations", top_k: int) -> None:

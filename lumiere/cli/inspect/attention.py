@@ -1,50 +1,40 @@
 """`lumiere inspect attention`."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from lumiere.api.inspection import KINDS, Inspect
 from lumiere.cli.console import color_support, show_note, stdout
-from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis
-from lumiere.cli.inspect.inputs import InspectTarget
-from lumiere.errors import check_choice
+from lumiere.cli.inspect.command import Heads, Layers, analysis
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from lumiere.api.analysis import Analysis
     from lumiere.interpret.attention import AttentionPatterns, CombinedAttention
 
-KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
-"""Those of `lumiere.interpret.attention`, whose import would load torch."""
 MAX_WHOLE_MAPS, MAX_THUMBNAILS = 2, 8
 """Up to this many heads are drawn as whole maps, or as thumbnails; of more there is a table only."""
 
 Kind = Annotated[str, Option("--kind", metavar="KIND", help=f"What the weights are: {', '.join(KINDS)}.")]
 
 
-@analysis(text=True)
-def attention(
-    target: InspectTarget, layer: Layers = None, head: Heads = None, kind: Kind = "pattern"
-) -> "Analysis[Any]":
+@analysis(Inspect.attention, layer=Layers, head=Heads, kind=Kind)
+def attention(found: "Analysis[AttentionPatterns | CombinedAttention]") -> None:
     """What does each head attend to? One line per head; --layer and --head draw a head's whole map.
 
     In a map, rows are destination tokens and columns source tokens. value-weighted and norm-weighted scale each weight
     by the size of what is read, mean and max combine the heads of a layer, rollout follows attention through all
     layers.
     """
-    check_choice("kind", kind, KINDS)
-    layers, heads, tokens, labels = target.layers(layer), target.heads(head), target.tokens, target.labels
-    from lumiere.interpret.attention import WEIGHTED, attention_patterns, combined_attention
-    from lumiere.report.figures.heat_maps import draw_attention
+    from lumiere.interpret.attention import AttentionPatterns
 
-    is_by_head = kind in WEIGHTED
-    compute, show = (attention_patterns, show_heads) if is_by_head else (combined_attention, show_layers)
-    return Analysis(
-        compute=lambda model: compute(model, tokens, layers, heads, kind),
-        show=lambda result: show(result, labels),
-        draw=lambda result: draw_attention(result, target.label),
-    )
+    if isinstance(found.result, AttentionPatterns):
+        show_heads(found.result, found.target.labels)
+    else:
+        show_layers(found.result, found.target.labels)
 
 
 def show_heads(result: "AttentionPatterns", labels: list[str]) -> None:

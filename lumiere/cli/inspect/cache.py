@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from lumiere.api.inspection import Inspect
 from lumiere.cli.console import size, stdout
-from lumiere.cli.inspect.command import Analysis, analysis
-from lumiere.cli.inspect.inputs import InspectTarget
+from lumiere.cli.inspect.command import analysis
 
 if TYPE_CHECKING:
+    from lumiere.api.analysis import Analysis
     from lumiere.interpret.activations import Activations
 
 Names = Annotated[
@@ -17,22 +18,13 @@ Names = Annotated[
 ]
 
 
-@analysis(text=True)
-def cache(target: InspectTarget, names: Names = None) -> "Analysis[Activations]":
+@analysis(Inspect.cache, names=Names)
+def cache(found: "Analysis[Activations]") -> None:
     """Which activations are there? Lists their names and shapes; -o FILE.npz saves them.
 
     The names are those of TransformerLens. A .json or .csv file contains the list without the values.
     """
-    from lumiere.interpret.activations import activations, matching_names
-    from lumiere.report.figures.heat_maps import draw_activations
-
-    patterns = names or ["*"]
-    matching_names(target.opened.model, patterns)
-    return Analysis(
-        compute=lambda model: activations(model, target.tokens, patterns),
-        show=show_activations,
-        draw=lambda result: draw_activations(result, target.label),
-    )
+    show_activations(found.result)
 
 
 def show_activations(result: "Activations") -> None:

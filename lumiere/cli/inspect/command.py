@@ -1,29 +1,24 @@
-"""What all analyses share: options, opening the models, computing, verifying, output and the exit code.
+"""What all analyses share: options, opening the models, output and the exit code.
 
-An analysis is a function of an `InspectTarget` and its own options that returns an `Analysis`: how to compute, show and
-draw a result. `analysis` makes a command of it.
+A command prints what a method of `lumiere.api.inspection.Inspect` finds; `analysis` makes it of both.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Exit, Option
 
 from lumiere.cli.console import CHECK_FAILED, escape, print_json, show_note, stderr, stdout
-from lumiere.cli.inspect.inputs import InspectTarget
-from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, complete_run, open_model
-from lumiere.errors import LumiereError
-from lumiere.persistence.loading import OpenedModel
+from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, complete_run
 
 if TYPE_CHECKING:
-    from lumiere.interpret.result import Receipt, Result
-    from lumiere.models.transformer import Transformer
-    from lumiere.report.figures.figure import Picture
+    from lumiere.api.analysis import Analysis
+    from lumiere.api.runs import OpenedRun
+    from lumiere.api.target import InspectTarget
+    from lumiere.interpret.result import Receipt
 
 PAIR_HELP = "A run, or RUN@CHECKPOINT, such as latest@best or 3ka5@500. Default checkpoint: --checkpoint."
 Seed = Annotated[int, Option(min=0, help="Seed of everything drawn at random.")]
@@ -74,53 +69,45 @@ COMMON_OPTIONS = {
     "runs_dir": (RunsDir, None),
 }
 
-AnyResult = TypeVar("AnyResult", bound="Result")
+# A command shows the result of a method of `Inspect`.
+Show = Callable[..., None]
 
 
-@dataclass(frozen=True)
-class Analysis(Generic[AnyResult]):
-    """How to compute, show and draw a result.
-
-    Attributes:
-        compute: a pure function, so that `--verify` can call it again with the model in float64.
-        show: prints the result; heading and receipts are printed around it.
-        draw: returns the picture for `-o FILE.svg`.
-        source: what the analysis read, in words, unless it is one text.
-        provenance: more entries for the JSON.
-    """
-
-    compute: "Callable[[Transformer], AnyResult]"
-    show: Callable[[AnyResult], None]
-    draw: "Callable[[AnyResult], Picture]"
-    source: str | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+Method = Callable[..., "Analysis[Any]"]
 
 
-def analysis(
-    *, text: bool, whole_run: bool = False, pair: bool = False
-) -> Callable[[Callable[..., Analysis[Any]]], Callable[..., None]]:
-    """Make a command of `describe(target, own options) -> Analysis`, with the shared options.
+def analysis(method: Method, *, whole_run: bool = False, **options: Any) -> Callable[[Show], Show]:
+    """Make a command of `show(found, own options)`, which prints what a method of `Inspect` finds.
+
+    Its options are those of the method, with the method's defaults, those of `show`, and the shared ones. The method
+    says whether it reads a text (`prompt`) and whether it compares two models (`other`).
 
     Args:
-        text: the analysis reads one text: add `--prompt`, `--file`, `--val` and `--random`.
-        whole_run: the analysis reads all snapshots of a run: no `--checkpoint`, the model is the last snapshot.
-        pair: the analysis compares two models, which are arguments in place of `--run`.
+        whole_run: the analysis reads all snapshots of a run: no `--checkpoint`.
+        options: types of the method's options, by name.
     """
-    omitted = {"checkpoint"} if whole_run else {"run"} if pair else set()
+    defaults = inspect.signature(method).parameters
+    is_pair = "other" in defaults
+    omitted = {"checkpoint"} if whole_run else {"run"} if is_pair else set()
     common = {name: option for name, option in COMMON_OPTIONS.items() if name not in omitted}
-    shared = (PAIR_OPTIONS if pair else {}) | (TEXT_OPTIONS if text else {}) | common
+    shared = (PAIR_OPTIONS if is_pair else {}) | (TEXT_OPTIONS if "prompt" in defaults else {}) | common
 
-    def decorate(describe: Callable[..., Analysis[Any]]) -> Callable[..., None]:
-        own = list(inspect.signature(describe).parameters.values())[1:]
-        parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own] + [
+    def decorate(show: Show) -> Show:
+        own = {name: (annotation, defaults[name].default) for name, annotation in options.items()}
+        displayed = list(inspect.signature(show).parameters.values())[1:]
+        only_shown = {option.name: (option.annotation, option.default) for option in displayed}
+        parameters = [
             Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-            for name, (annotation, default) in shared.items()
+            for name, (annotation, default) in (only_shown | own | shared).items()
         ]
 
         def command(**values: Any) -> None:
-            run_analysis(describe, {name: values.pop(name) for name in shared}, values)
+            of_show = {option.name: values[option.name] for option in displayed}
+            of_method = {name: values[name] for name in own}
+            common = {name: values[name] for name in shared}
+            run_analysis(method, of_method, common, lambda found: show(found, **of_show))
 
-        command.__name__, command.__doc__ = describe.__name__, describe.__doc__
+        command.__name__, command.__doc__ = show.__name__, show.__doc__
         # Typer reads the signature and the annotations, which **values does not have.
         command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -129,108 +116,58 @@ def analysis(
     return decorate
 
 
-def run_analysis(describe: Callable[..., Analysis[Any]], common: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def run_analysis(
+    method: Method,
+    own: Mapping[str, Any],
+    common: Mapping[str, Any],
+    show: "Callable[[Analysis[Any]], None]",
+) -> None:
     """Open, compute, verify, write or print; exit with 3 if a check fails."""
-    from lumiere.device import keep_freed_memory
-    from lumiere.interpret.result import agreement
-    from lumiere.report.results import check_export, payload, save_result
+    from lumiere.cli.progress import SnapshotProgress
+    from lumiere.report.results import check_export, payload
 
-    keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a training step does
     output = common["output"]
     if output is not None:
         check_export(output)
-    target = open_target(common)
-    described = describe(target, **own)
-    model = target.opened.model
-    result = described.compute(model)
-    if common["verify"]:
-        exact = described.compute(deepcopy(model).cpu().double())  # on the CPU: not every device has float64
-        result = replace(result, receipts=(*result.receipts, agreement(result, exact)))
-    provenance = provenance_of(describe.__name__, target, described)
+    run, *others = open_runs(common)
+    text = {name: common[name] for name in TEXT_OPTIONS if name in common}
+    drawn = {"seed": common["seed"], "verify": common["verify"]}
+    if "progress" in inspect.signature(method).parameters:
+        with SnapshotProgress() as progress:
+            found = method(run.inspect, *others, **own, **text, **drawn, progress=progress)
+    else:
+        found = method(run.inspect, *others, **own, **text, **drawn)
     if output is not None:
-        save_result(output, result, provenance, lambda: described.draw(result))
+        found.save(output)
         show_note(f"written to {output}")
     if common["as_json"]:
-        print_json(payload(result, provenance))
+        print_json(payload(found.result, found.provenance))
     else:
-        show_heading(target, described.source)
-        described.show(result)
-        show_receipts(result.receipts)
-    if not result.holds:
-        failed = "; ".join(receipt.check for receipt in result.receipts if not receipt.holds)
+        show_heading(found.target, found.source)
+        show(found)
+        show_receipts(found.result.receipts)
+    if not found.result.holds:
+        failed = "; ".join(receipt.check for receipt in found.result.receipts if not receipt.holds)
         stderr().print(f"[bold red]failed:[/] {escape(failed)}")
         raise Exit(CHECK_FAILED)
 
 
-def open_target(common: Mapping[str, Any]) -> InspectTarget:
-    place = common["device"], common["runs_dir"]
-    other = None
-    if "other" in common:
-        opened, other = (
-            open_model(*split_reference(common[side], common["checkpoint"]), *place) for side in ("run", "other")
-        )
-    else:
-        checkpoint = common.get("checkpoint") or last_snapshot(common["run"], common["runs_dir"])
-        opened = open_model(common["run"], checkpoint, *place)
-    text = {name: common[name] for name in TEXT_OPTIONS if name in common}
-    return InspectTarget(opened, text, common["seed"], other)
-
-
-def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
-    """Return the run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` if it names none."""
-    run, at, named = reference.partition("@")
-    if not run or (at and not named):
-        raise LumiereError(f"{reference!r} names no checkpoint of a run", "write RUN or RUN@CHECKPOINT: latest@500")
-    return run, named or checkpoint
-
-
-def last_snapshot(reference: str, runs_dir: str | None) -> str:
-    """Return the name of a run's last snapshot."""
-    from lumiere.persistence.checkpoint_manager import NAMES, checkpoint_names
+def open_runs(common: Mapping[str, Any]) -> "list[OpenedRun]":
+    """Return the run, or both runs of a comparison."""
+    from lumiere.api.runs import OpenedRun, split_reference
+    from lumiere.cli.progress import CorpusProgress
     from lumiere.persistence.runs import RunStore
 
-    run = RunStore(runs_dir).open(reference)
-    snapshots = [name for name in checkpoint_names(run) if name not in NAMES]
-    if not snapshots:
-        raise LumiereError(f"run {run.id} has no snapshots", "train with training.snapshots=true and do not prune them")
-    return snapshots[-1]
+    store, checkpoint = RunStore(common["runs_dir"]), common.get("checkpoint", "best")
+    sides = [(common["run"], checkpoint)]
+    if "other" in common:
+        sides = [split_reference(common[side], checkpoint) for side in ("run", "other")]
+    return [
+        OpenedRun(store.open(run), checkpoint, common["device"], show_note, CorpusProgress) for run, checkpoint in sides
+    ]
 
 
-def provenance_of(name: str, target: InspectTarget, described: Analysis[Any]) -> dict[str, Any]:
-    """Return everything needed to compute a result again: run, checkpoint, hashes, device, seed, text."""
-    from lumiere import __version__
-
-    opened = target.opened
-    weight = opened.model.token_embedding.weight
-    provenance = {
-        "analysis": name,
-        "lumiere_version": __version__,
-        **model_provenance(opened),
-        "device": str(weight.device),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "seed": target.seed,
-        "source": described.source,
-    }
-    if target.other is not None:
-        provenance["other"] = model_provenance(target.other)
-    if target.has_text:
-        tokens, source = target.chosen
-        provenance |= {"source": source, "token_ids": list(tokens), "token_labels": target.labels}
-    return {**provenance, **described.provenance}
-
-
-def model_provenance(opened: OpenedModel) -> dict[str, Any]:
-    return {
-        "run": opened.run.name,
-        "checkpoint": opened.checkpoint,
-        "step": opened.step,
-        "weights_sha256": opened.weights_sha256,
-        "tokenizer_sha256": opened.tokenizer.fingerprint,
-        "corpus_sha256": opened.run.record.corpus_sha256,
-    }
-
-
-def show_heading(target: InspectTarget, source: str | None) -> None:
+def show_heading(target: "InspectTarget", source: str | None) -> None:
     """Print the models and what was read."""
     sides = [("", target.opened)] if target.other is None else [("A  ", target.opened), ("B  ", target.other)]
     for mark, opened in sides:

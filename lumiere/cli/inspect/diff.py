@@ -5,18 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from lumiere.api.inspection import Inspect
+from lumiere.api.target import counted_documents
 from lumiere.cli.console import escape, sparkline, stdout
-from lumiere.cli.inspect.command import Analysis, NumBatches, TopK, analysis, show_wrapped
-from lumiere.cli.inspect.inputs import InspectTarget, counted_documents
-from lumiere.errors import LumiereError
+from lumiere.cli.inspect.command import NumBatches, TopK, analysis, show_wrapped
 from lumiere.persistence.loading import OpenedModel
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from lumiere.data.text import Part
+    from lumiere.api.analysis import Analysis
     from lumiere.interpret.model_diff import HeadMatches, ModelDiff, PredictionDiff, WeightChanges
-    from lumiere.models.transformer import Transformer
 
 MAX_LAYERS = 10
 """Layers up to which the whole CKA matrix is printed; of more, only its diagonal."""
@@ -27,90 +26,16 @@ AcrossLayers = Annotated[bool, Option("--across-layers", help="Match heads acros
 BatchSize = Annotated[int, Option(metavar="N", min=1, help="Sequences in a batch.")]
 
 
-@analysis(text=True, pair=True)
-def diff(
-    target: InspectTarget,
-    across_layers: AcrossLayers = False,
-    batches: NumBatches = 4,
-    batch_size: BatchSize = 32,
-    top_k: TopK = 5,
-) -> "Analysis[ModelDiff]":
+@analysis(Inspect.diff, across_layers=AcrossLayers, batches=NumBatches, batch_size=BatchSize)
+def diff(found: "Analysis[ModelDiff]", top_k: TopK = 5) -> None:
     """What is different between two runs, or two checkpoints of one? Predictions, layers, heads and weights.
 
     Without a text option, over windows of the validation split of A. If the tokenizers differ, only bits per byte and
     weights are compared.
     """
-    from lumiere.data.dataset import document_sizes, tokenize_parts
-    from lumiere.interpret.model_diff import diff_models, diff_texts
-    from lumiere.report.figures.bars import draw_diff
-
-    opened, other = target.opened, target.other
-    assert other is not None  # the decorator has opened both
-    sides = opened, other
-    if len({(side.tokenizer.fingerprint, side.model.vocab_size) for side in sides}) == 1:
-        sequences, source = target.batches(batches, batch_size)
-
-        def compute(model: "Transformer") -> "ModelDiff":
-            return diff_models(model, as_placed(other.model, model), sequences, across_layers=across_layers)
-    else:
-        if across_layers:
-            raise LumiereError("--across-layers needs models with the same tokenizer", "omit --across-layers")
-        documents, source = choose_documents(target, batches * batch_size)
-        splits = [tokenize_parts(documents, side.tokenizer) for side in sides]
-        texts = [
-            (split, document_sizes(documents, split, side.tokenizer)) for split, side in zip(splits, sides, strict=True)
-        ]
-
-        def compute(model: "Transformer") -> "ModelDiff":
-            return diff_texts(model, as_placed(other.model, model), texts)
-
-    return Analysis(compute, lambda result: show_diff(result, opened, other, top_k), draw_diff, source)
-
-
-def as_placed(model: "Transformer", example: "Transformer") -> "Transformer":
-    """Return a model, or a copy of it, on the device and in the type of another one."""
-    from copy import deepcopy
-
-    weight, own = example.token_embedding.weight, model.token_embedding.weight
-    if (weight.device, weight.dtype) == (own.device, own.dtype):
-        return model
-    return deepcopy(model).to(device=weight.device, dtype=weight.dtype)
-
-
-def choose_documents(target: InspectTarget, num_windows: int) -> tuple[list["Part"], str]:
-    """Return whole texts in parts and their source; without a text option, validation documents drawn by the seed.
-
-    Args:
-        num_windows: the drawn documents have about as many tokens as this many windows of A.
-    """
-    import numpy as np
-
-    from lumiere.data.batches import permute
-    from lumiere.data.corpus import numbered_parts
-    from lumiere.data.dataset import source_parts
-    from lumiere.data.text import blocks, parts, plain
-
-    given, opened = target.given, target.opened
-    if given in ("random", "val"):
-        raise LumiereError(f"the tokenizers differ, and --{given} gives tokens of A", "give a text: --prompt or --file")
-    if given is not None:
-        text = str(target.text[given])
-        documents = list(parts([plain(text)] if given == "prompt" else blocks(text)))
-        if not documents:
-            raise LumiereError("the text is empty", "give a text, or omit it to use the validation split")
-        return documents, "prompt" if given == "prompt" else text
-    corpus = target.corpus(", or give a text: --prompt or --file")
-    offsets = corpus.splits["validation"].offsets
-    count = len(offsets) - 1
-    order = permute(np.arange(count), count, key=str(target.seed))
-    reached = np.cumsum(np.diff(offsets)[order])
-    enough = int(np.searchsorted(reached, num_windows * opened.config.model.context_size)) + 1
-    chosen = set(order[:enough].tolist())
-    dataset = opened.config.dataset
-    found, _ = source_parts(dataset, corpus, "validation")
-    return [part for number, part in numbered_parts(found) if number in chosen], (
-        f"{len(chosen):,} of {count:,} documents of the validation split of {dataset.name} (seed {target.seed})"
-    )
+    opened, other = found.target.opened, found.target.other
+    assert other is not None  # a comparison has two
+    show_diff(found.result, opened, other, top_k)
 
 
 def show_diff(result: "ModelDiff", opened: OpenedModel, other: OpenedModel, top_k: int) -> None:

@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from lumiere.api.inspection import Inspect
+from lumiere.api.target import counted_documents
 from lumiere.cli.console import escape, stdout
-from lumiere.cli.inspect.command import Analysis, Heads, Layers, analysis, show_wrapped
-from lumiere.cli.inspect.inputs import InspectTarget, counted_documents
+from lumiere.cli.inspect.command import Heads, Layers, analysis, show_wrapped
 
 if TYPE_CHECKING:
+    from lumiere.api.analysis import Analysis
     from lumiere.interpret.head_scores import HeadScores
 
 MAX_TEXT_HEADS = 4
@@ -17,30 +19,15 @@ MAX_TEXT_HEADS = 4
 Threshold = Annotated[float, Option(metavar="SHARE", min=0, max=1, help="Minimum score of a head with a role.")]
 
 
-@analysis(text=True)
-def heads(
-    target: InspectTarget, layer: Layers = None, head: Heads = None, threshold: Threshold = 0.4
-) -> "Analysis[HeadScores]":
+@analysis(Inspect.heads, layer=Layers, head=Heads, threshold=Threshold)
+def heads(found: "Analysis[HeadScores]") -> None:
     """What is each head for? Previous token, current token, first token, duplicate token, induction, copying.
 
     A score is the share of a head's attention that goes to exactly that source, beside the share of uniform attention.
     Without a text, it is measured on 32 sequences of random tokens that are repeated once; --random sets the number of
     tokens, and --prompt, --file or --val take a text instead.
     """
-    from lumiere.interpret.head_scores import score_heads
-    from lumiere.report.figures.bars import draw_heads
-
-    layers, chosen = target.layers(layer), target.heads(head)
-    tokens_NT, source = target.scored_sequences()
-    windows = target.spread_windows_if_any()
-    averaged, averaged_over = target.occurring_tokens, target.averaged_over
-    return Analysis(
-        compute=lambda model: score_heads(model, tokens_NT, windows, averaged, layers, chosen, threshold),
-        show=lambda result: show_scores(result, averaged_over),
-        draw=draw_heads,
-        source=source,
-        provenance={"averaged_over": averaged_over},
-    )
+    show_scores(found.result, found.provenance["averaged_over"])
 
 
 def show_scores(result: "HeadScores", averaged_over: str) -> None:

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from lumiere.api.inspection import STATISTICS, Inspect
+from lumiere.api.target import parse_token
 from lumiere.cli.console import color_support, show_note, stdout
-from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, show_wrapped
-from lumiere.cli.inspect.inputs import InspectTarget, parse_token
-from lumiere.errors import LumiereError, check_choice
+from lumiere.cli.inspect.command import Positions, TopK, analysis, show_wrapped
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from lumiere.api.analysis import Analysis
     from lumiere.interpret.logit_lens import LogitLens
 
-STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 MIN_CELL, MAX_CELL = 7, 12
 
 Statistic = Annotated[str, Option("--stat", metavar="STAT", help=f"What each cell shows: {', '.join(STATISTICS)}.")]
@@ -25,35 +25,16 @@ Target = Annotated[
 ]
 
 
-@analysis(text=True)
-def lens(
-    target: InspectTarget,
-    stat: Statistic = "top",
-    sublayers: Sublayers = False,
-    token: Target = None,
-    pos: Positions = None,
-    top_k: TopK = 5,
-) -> "Analysis[LogitLens]":
+@analysis(Inspect.lens, stat=Statistic, sublayers=Sublayers, target=Target, pos=Positions, top_k=TopK)
+def lens(found: "Analysis[LogitLens]", stat: Statistic = "top", target: Target = None) -> None:
     """What would the model predict if it stopped early? The logit lens: rows are tokens, columns layers.
 
     The first column often repeats the input token, since the unembedding is tied to the embedding. --top-k is for
     --json and -o.
     """
-    from lumiere.interpret.logit_lens import logit_lens
-    from lumiere.report.figures.heat_maps import draw_lens
-
-    check_choice("statistic", stat, STATISTICS)
-    opened, tokens = target.opened, target.tokens
-    if top_k > opened.model.vocab_size:
-        raise LumiereError(f"--top-k {top_k} is too large", f"the vocabulary has {opened.model.vocab_size} tokens")
-    positions = target.positions(pos)
-    wanted = None if token is None else parse_token(token, opened.tokenizer)
-    words = None if wanted is None else target.label(wanted)
-    return Analysis(
-        compute=lambda model: logit_lens(model, tokens, positions, sublayers, wanted, top_k),
-        show=lambda result: show_lens(result, stat, target.label, words),
-        draw=lambda result: draw_lens(result, stat, target.label, words),
-    )
+    label = found.target.label
+    words = None if target is None else label(parse_token(target, found.target.opened.tokenizer))
+    show_lens(found.result, stat, label, words)
 
 
 def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], target: str | None) -> None:

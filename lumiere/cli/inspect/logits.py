@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from lumiere.api.inspection import Inspect
 from lumiere.cli.console import escape, stdout
-from lumiere.cli.inspect.command import Analysis, Positions, TopK, analysis, show_wrapped, signed_bar
-from lumiere.cli.inspect.inputs import InspectTarget, parse_token
-from lumiere.errors import LumiereError, check_choice
+from lumiere.cli.inspect.command import Positions, TopK, analysis, show_wrapped, signed_bar
 
 if TYPE_CHECKING:
+    from lumiere.api.analysis import Analysis
+    from lumiere.api.target import InspectTarget
     from lumiere.interpret.logit_attribution import LogitAttribution
 
 BAR_WIDTH, NAME_WIDTH = 36, 16
@@ -27,48 +28,20 @@ LogProb = Annotated[
 ]
 
 
-@analysis(text=True)
-def logits(
-    target: InspectTarget,
-    token: Target = None,
-    vs: Versus = None,
-    by: By = "layer",
-    raw: Raw = False,
-    log_prob: LogProb = False,
-    pos: Positions = "-1",
-    top_k: TopK = 16,
-) -> "Analysis[LogitAttribution]":
+@analysis(Inspect.logits, target=Target, vs=Versus, by=By, raw=Raw, log_prob=LogProb, pos=Positions)
+def logits(found: "Analysis[LogitAttribution]", top_k: TopK = 16) -> None:
     """Which part of the model writes a logit? Direct attribution by layer, head, neuron or source token.
 
     By default, the mean logit of the tokens that occur in the training split is subtracted; of all tokens, if the
     corpus is missing. A token is an id, a text that is one token (note the space: ' London'), or a token as it is
     printed (·London).
     """
-    from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
-    from lumiere.report.figures.bars import draw_logits
-
-    check_choice("level", by, LEVELS)
-    references = {"--raw": raw, "--log-prob": log_prob, "--vs": vs is not None}
-    given = [name for name, is_given in references.items() if is_given]
-    if len(given) > 1:
-        raise LumiereError(f"{given[0]} and {given[1]} are two references", "choose one")
-    opened, tokens = target.opened, target.tokens
-    positions = target.positions(pos)
-    wanted, other = (None if name is None else parse_token(name, opened.tokenizer) for name in (token, vs))
-    if wanted is not None and wanted == other:
-        raise LumiereError(f"--target and --vs are the same token, {wanted}", "choose two different tokens")
-    averaged, averaged_over = (None, None) if given else (target.occurring_tokens, target.averaged_over)
-    return Analysis(
-        compute=lambda model: logit_attribution(
-            model, tokens, positions, wanted, other, not raw, by, averaged, log_prob
-        ),
-        show=lambda result: show_attribution(result, target, top_k, averaged_over),
-        draw=lambda result: draw_logits(result, target.label),
-        provenance={"averaged_over": averaged_over},
-    )
+    show_attribution(found.result, found.target, top_k, found.provenance["averaged_over"])
 
 
-def show_attribution(result: "LogitAttribution", target: InspectTarget, top_k: int, averaged_over: str | None) -> None:
+def show_attribution(
+    result: "LogitAttribution", target: "InspectTarget", top_k: int, averaged_over: str | None
+) -> None:
     """Print for each position what is explained, the largest parts with a bar each, the rest, and the sum."""
     from lumiere.report.figures.bars import largest_parts, named_parts
 

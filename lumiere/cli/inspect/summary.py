@@ -5,18 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from lumiere.cli.console import escape, show_note, stdout
-from lumiere.cli.inspect.command import Analysis, analysis, show_wrapped
-from lumiere.cli.inspect.inputs import InspectTarget, count_tokens
-from lumiere.errors import LumiereError
+from lumiere.api.inspection import Inspect
+from lumiere.cli.console import escape, stdout
+from lumiere.cli.inspect.command import analysis, show_wrapped
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from lumiere.data.batches import Batch
+    from lumiere.api.analysis import Analysis
     from lumiere.interpret.summary import Check, ModelSummary
 
-BATCH_SIZE = 32
 PART_NAMES = {
     "token_embedding": ("token embedding", ""),
     "positions": ("positions", ""),
@@ -30,36 +28,10 @@ MAX_PLACES = 6
 NumWindows = Annotated[int, Option(metavar="N", min=0, help="Validation windows to run; 0 for the weights alone.")]
 
 
-@analysis(text=False)
-def summary(target: InspectTarget, windows: NumWindows = 256) -> "Analysis[ModelSummary]":
+@analysis(Inspect.summary, windows=NumWindows)
+def summary(found: "Analysis[ModelSummary]") -> None:
     """What is in this model? Parameters, norms, ranks, gains, what each part writes, dead neurons, and warnings."""
-    from lumiere.interpret.summary import summarize
-    from lumiere.report.figures.bars import draw_summary
-
-    batches, token_counts, source = summary_inputs(target, windows)
-    return Analysis(
-        compute=lambda model: summarize(model, batches, token_counts),
-        show=lambda result: show_summary(result, target.label, target.opened.config.model.positions),
-        draw=draw_summary,
-        source=source,
-    )
-
-
-def summary_inputs(target: InspectTarget, num_windows: int) -> "tuple[list[Batch], np.ndarray | None, str]":
-    """Return validation windows, the count of each token in the training split, and their source.
-
-    Without the corpus there are neither, and a note says so.
-    """
-    try:
-        token_counts = count_tokens(target.corpus().splits["train"].ids, target.opened.model.vocab_size)
-    except LumiereError as error:
-        show_note(f"{error.message}: only the weights are summarized")
-        return [], None, "weights alone"
-    if num_windows == 0:
-        return [], token_counts, "weights, and the training split's tokens"
-    batch_size = min(BATCH_SIZE, num_windows)
-    batches, source = target.drawn_batches(-(-num_windows // batch_size), batch_size)
-    return batches, token_counts, source
+    show_summary(found.result, found.target.label, found.target.opened.config.model.positions)
 
 
 def show_summary(result: "ModelSummary", label: Callable[[int], str], positions: str) -> None:

@@ -2,54 +2,29 @@
 
 from typing import TYPE_CHECKING
 
-from lumiere.cli.console import escape, show_note, stdout
-from lumiere.cli.inspect.command import Analysis, analysis
-from lumiere.cli.inspect.inputs import InspectTarget
-from lumiere.errors import LumiereError
+from lumiere.api.inspection import Inspect
+from lumiere.cli.console import escape, stdout
+from lumiere.cli.inspect.command import analysis
 
 if TYPE_CHECKING:
-    from lumiere.evaluation.ngrams import BigramModel
+    from lumiere.api.analysis import Analysis
+    from lumiere.api.target import InspectTarget
     from lumiere.interpret.token_losses import TokenLosses
 
 STYLES = ((1.0, "green"), (4.0, "default"), (7.0, "yellow"))
 """Styles of losses below a bound; above the last one it is red."""
 
 
-@analysis(text=True)
-def tokens(target: InspectTarget) -> "Analysis[TokenLosses]":
+@analysis(Inspect.tokens)
+def tokens(found: "Analysis[TokenLosses]") -> None:
     """How well is each token predicted? Loss, surprisal, entropy and rank, beside n-gram baselines.
 
     The unigram and the bigram model are fitted to the training split of the run.
     """
-    from lumiere.interpret.token_losses import token_losses
-    from lumiere.report.figures.heat_maps import draw_tokens
-
-    ids = target.tokens
-    if len(ids) < 2:
-        raise LumiereError("the text has one token and nothing to predict", "give a longer text")
-    bigram = fit_bigram(target)
-    unigram = bigram.unigram if bigram else None
-    return Analysis(
-        compute=lambda model: token_losses(model, ids, unigram, bigram),
-        show=lambda result: show_losses(result, target),
-        draw=lambda result: draw_tokens(result, target.label),
-        provenance={"baselines": "the run's training split" if bigram else None},
-    )
+    show_losses(found.result, found.target)
 
 
-def fit_bigram(target: InspectTarget) -> "BigramModel | None":
-    """Fit the bigram model, which contains the unigram model, to the run's corpus; None, with a note, without it."""
-    from lumiere.evaluation.ngrams import BigramModel
-
-    try:
-        split = target.corpus().splits["train"]
-    except LumiereError as error:
-        show_note(f"no baselines: {error.message}")
-        return None
-    return BigramModel.fit(split.ids, split.offsets, target.opened.config.tokenizer.vocab_size)
-
-
-def show_losses(result: "TokenLosses", target: InspectTarget) -> None:
+def show_losses(result: "TokenLosses", target: "InspectTarget") -> None:
     """Print one line per token, colored by its loss, and the means."""
     from lumiere.report.figures.figure import LABEL_WIDTH, fitted, rank_label
 

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import typer
 
 from lumiere import __version__
+from lumiere.api.inspection import KINDS
 from lumiere.cli.inspect import ENTRIES
 from lumiere.cli.inspect import app as inspect_app
 from lumiere.data.dataset import TokenizedCorpus
@@ -136,7 +136,7 @@ def test_a_failed_check_exits_with_3_and_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_without_matplotlib_a_picture_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("lumiere.cli.inspect.command.open_model", None)
+    monkeypatch.setattr("lumiere.persistence.loading.open_model", None)
     assert "pip install matplotlib" in refuse("inspect", "attention", "-o", "out.svg")[1]
 
 
@@ -220,7 +220,7 @@ def test_the_tables_of_light_modules_are_those_of_the_library() -> None:
     from lumiere.interpret.attention import COMBINED, WEIGHTED
     from lumiere.interpret.head_scores import THRESHOLD
 
-    assert (*WEIGHTED, *COMBINED) == import_module("lumiere.cli.inspect.attention").KINDS
+    assert (*WEIGHTED, *COMBINED) == KINDS
     commands: Any = typer.main.get_command(inspect_app)
     assert {option.name: option.default for option in commands.commands["heads"].params}["threshold"] == THRESHOLD
     names = [command.__name__ for command in ENTRIES]

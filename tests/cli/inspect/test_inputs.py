@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.cli.inspect.inputs import count_tokens, parse_indices, parse_token
+from lumiere.api.target import count_tokens, parse_indices, parse_token
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError

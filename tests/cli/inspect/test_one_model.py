@@ -1,6 +1,5 @@
 """Analyses of one model on many texts: `heads`, `ablate` and `summary`."""
 
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -150,9 +149,8 @@ def test_ablated_units() -> None:
 
 def test_many_ablations_have_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--batches", "2", "--random", "3")
-    module = import_module("lumiere.cli.inspect.ablate")  # the package's attribute of that name is the command
     assert len(shown("ablate", *options)["tokens"]) == 64
-    monkeypatch.setattr(module, "MANY", 3)
+    monkeypatch.setattr("lumiere.api.inspection.MANY", 3)
     assert len(shown("ablate", *options)["tokens"]) == 8
     assert len(shown("ablate", *options, "--layer", "1")["tokens"]) == 64
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumiere.cli.inspect.attention import KINDS
+from lumiere.api.inspection import KINDS
 from lumiere.cli.inspect.lens import choose_columns
 from lumiere.components.hooks import hook_points, run_with_cache
 from lumiere.data.dataset import TokenizedCorpus
@@ -64,12 +64,12 @@ def test_every_kind_of_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     printed("attention", "--kind", kind, *PROMPT)
     assert shown("attention", "--kind", kind, "--verify", *PROMPT)["kind"] == kind
     # No option gives a text of one token, but a window may have one.
-    monkeypatch.setattr("lumiere.cli.inspect.inputs.DEFAULT_TOKENS", 1)
+    monkeypatch.setattr("lumiere.api.target.DEFAULT_TOKENS", 1)
     printed("attention", "--kind", kind)
 
 
 def test_one_token_has_no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lumiere.cli.inspect.inputs.DEFAULT_TOKENS", 1)
+    monkeypatch.setattr("lumiere.api.target.DEFAULT_TOKENS", 1)
     assert shown("attention")["mean_distance"] == [[None, None]] * 2
 
 

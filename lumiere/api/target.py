@@ -1,12 +1,11 @@
 """What an analysis looks at: one or two models, and a text, validation windows or random tokens."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumiere.cli.console import show_note
 from lumiere.errors import LumiereError, nearest
 from lumiere.persistence.loading import OpenedModel, open_corpus
 
@@ -29,6 +28,9 @@ MAX_LISTED_TOKENS = 8
 PART = 1_000_000
 """Tokens that are counted at once."""
 
+Indices = int | str | Sequence[int] | None
+"""Layers, heads, neurons or positions: numbers, or a list such as `0,2-3`; None for all. -1 is the last."""
+
 
 @dataclass(frozen=True)
 class InspectTarget:
@@ -36,15 +38,26 @@ class InspectTarget:
 
     Attributes:
         opened: the model with its run and its tokenizer.
-        text: the values of --prompt, --file, --val and --random, by these names; empty if the command has none.
+        text: `prompt` (a text, or token ids), `file`, `val` or `random`, by these names; None for those not given.
         seed: of everything that is drawn at random.
+        verify: whether the result is to be computed again in float64.
         other: the second model of a comparison.
+        notify: receives notes about what is left out.
+        notes: these notes.
     """
 
     opened: OpenedModel
     text: Mapping[str, Any]
-    seed: int
+    seed: int = 0
+    verify: bool = False
     other: OpenedModel | None = None
+    notify: Callable[[str], None] = lambda note: None
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Note what is left out, and why."""
+        self.notes.append(text)
+        self.notify(text)
 
     @cached_property
     def given(self) -> str | None:
@@ -61,9 +74,9 @@ class InspectTarget:
         split = f"the validation split of {self.opened.config.dataset.name}"
         match self.given:
             case "prompt":
-                return self.prompt_tokens(value), "prompt"
+                return self.prompt_tokens(value), "prompt" if isinstance(value, str) else "token ids"
             case "file":
-                return self.file_tokens(value)
+                return self.file_tokens(Path(value))
             case "random":
                 rows, origin = self.repeated_sequences(value, 1)
                 return rows[0], f"{value} random tokens {origin}, twice (seed {self.seed})"
@@ -91,19 +104,36 @@ class InspectTarget:
         """Return a token as it is printed; #id if the tokenizer does not use it, which a model may still predict."""
         return self.opened.tokenizer.label(token) or f"#{token}"
 
-    def layers(self, text: str | None) -> list[int]:
-        return parse_indices(text, self.opened.config.model.num_layers, "layer")
+    def layers(self, given: Indices) -> list[int]:
+        return parse_indices(given, self.opened.config.model.num_layers, "layer")
 
-    def heads(self, text: str | None) -> list[int]:
-        return parse_indices(text, self.opened.config.model.num_heads, "head")
+    def heads(self, given: Indices) -> list[int]:
+        return parse_indices(given, self.opened.config.model.num_heads, "head")
 
-    def positions(self, text: str | None) -> list[int]:
-        return parse_indices(text, len(self.tokens), "position")
+    def positions(self, given: Indices) -> list[int]:
+        return parse_indices(given, len(self.tokens), "position")
 
-    def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
-        """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context."""
+    def own_tokens(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """Return token ids as they are given; refuse those that the model has not, and more than the context holds."""
+        tokens, model = tuple(map(int, ids)), self.opened.config.model
+        rows = self.opened.model.vocab_size
+        if not tokens:
+            raise LumiereError("there are no token ids", "give a text, or the ids of one")
+        if wrong := [token for token in tokens if not 0 <= token < rows]:
+            raise LumiereError(f"there is no token {wrong[0]}", f"the ids are 0 to {rows - 1}")
+        if len(tokens) > model.context_size:
+            raise LumiereError(f"{len(tokens)} token ids are given, the model sees {model.context_size}", "give fewer")
+        return tokens
+
+    def prompt_tokens(self, prompt: str | Iterable[int]) -> tuple[int, ...]:
+        """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context.
+
+        A prompt of ids is taken as it is, without a start token.
+        """
         from lumiere.data.text import plain
 
+        if not isinstance(prompt, str):
+            return self.own_tokens(prompt)
         if not prompt.strip():
             raise LumiereError("the prompt is empty", "give a text, or omit --prompt to use the validation split")
         tokens = tuple(self.opened.tokenizer.encode(plain(prompt), start=True))
@@ -238,7 +268,7 @@ class InspectTarget:
         try:
             return self.spread_windows()
         except LumiereError as error:
-            show_note(f"no in-context-learning score and no scores on text: {error.message}")
+            self.note(f"no in-context-learning score and no scores on text: {error.message}")
             return None
 
     def full_windows(self, count: int) -> "Tensor":
@@ -299,8 +329,9 @@ class InspectTarget:
         )
 
 
-def parse_token(text: str, tokenizer: "Tokenizer") -> int:
-    """Return the id of a token, named by its id in digits, by a text that is one token, or by its printed form."""
+def parse_token(token: int | str, tokenizer: "Tokenizer") -> int:
+    """Return the id of a token, named by its id, by a text that is one token, or by its printed form."""
+    text = str(token)
     if text.isdecimal() and text.isascii():
         token = int(text)
         if token >= len(tokenizer):
@@ -323,16 +354,17 @@ def parse_token(text: str, tokenizer: "Tokenizer") -> int:
     )
 
 
-def parse_indices(text: str | None, count: int, name: str) -> list[int]:
-    """Return the numbers of a list such as `0,2-3`, in its order, each once; all `count` of them for None.
+def parse_indices(given: Indices, count: int, name: str) -> list[int]:
+    """Return the numbers of a list, in its order, each once; all `count` of them for None.
 
     Negative numbers count from the end: -1 is the last.
 
     Args:
         name: what is counted, for the error: layer, head or position.
     """
-    if text is None:
+    if given is None:
         return list(range(count))
+    text = given if isinstance(given, str) else ",".join(map(str, [given] if isinstance(given, int) else given))
     found: list[int] = []
     for part in map(str.strip, text.split(",")):
         head, dash, tail = part[1:].partition("-")

@@ -1,0 +1,1 @@
+"""What Lumiere does, from Python: `import lumiere` offers it (docs/python.md), and the command line prints it."""

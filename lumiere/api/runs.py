@@ -1,0 +1,177 @@
+"""`lumiere.open`: a run, the model of one of its checkpoints, and what can be done with it."""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lumiere.api.inspection import Inspect
+from lumiere.errors import LumiereError
+from lumiere.persistence import loading
+from lumiere.persistence.loading import OpenedModel
+from lumiere.persistence.metrics import read_metrics
+from lumiere.persistence.runs import Run, RunStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lumiere.config.schema import RunConfig
+    from lumiere.data.tokenizer import Tokenizer
+    from lumiere.models.transformer import Transformer
+    from lumiere.persistence.loading import ShowProgress
+    from lumiere.persistence.record import RunRecord
+
+
+class OpenedRun:
+    """A run and the model of one of its checkpoints, which is loaded when it is first used.
+
+    Attributes:
+        run: Its folder and files.
+        device: Where the model is.
+        notify: Receives notes about what is left out.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        checkpoint: str = "best",
+        device: str = "cpu",
+        notify: Callable[[str], None] = lambda note: None,
+        show_progress: "ShowProgress" = nullcontext,
+    ) -> None:
+        self.run = run
+        self.device = device
+        self.notify = notify
+        self._checkpoint = checkpoint
+        self._show_progress = show_progress
+
+    @cached_property
+    def opened(self) -> OpenedModel:
+        """The loaded checkpoint."""
+        from lumiere.device import keep_freed_memory
+
+        keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a training step does
+        place = self.device, str(self.run.path.parent)
+        return loading.open_model(self.run.name, self._checkpoint, *place, self.notify, self._show_progress)
+
+    @property
+    def id(self) -> str:
+        return self.run.id
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    @property
+    def record(self) -> "RunRecord":
+        """The contents of `run.json`: status, device, versions, command and more."""
+        return self.run.record
+
+    @property
+    def checkpoint(self) -> str:
+        """The name of the checkpoint; `latest` if `best` was requested and does not exist yet."""
+        return self.opened.checkpoint
+
+    @property
+    def step(self) -> int:
+        """The number of updates that the checkpoint has seen."""
+        return self.opened.step
+
+    @property
+    def config(self) -> "RunConfig":
+        """The complete config that the run was started with."""
+        return self.opened.config
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        return self.opened.tokenizer
+
+    @property
+    def model(self) -> "Transformer":
+        """The model, in evaluation mode. All analyses use it as it is, so changed weights change their results."""
+        return self.opened.model
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl` so far, as docs/metrics.md describes them."""
+        return read_metrics(self.run.metrics_path)
+
+    def metrics_frame(self) -> "pd.DataFrame":
+        """Return the metrics as a table; NaN where a record lacks a value."""
+        import pandas as pd
+
+        return pd.DataFrame(self.metrics)
+
+    def at(self, checkpoint: str | int) -> "OpenedRun":
+        """Return another checkpoint of the run: best, latest, previous, or a step with a snapshot.
+
+        Raises:
+            LumiereError: There is no such checkpoint.
+        """
+        check_checkpoint(self.run, str(checkpoint))
+        return OpenedRun(self.run, str(checkpoint), self.device, self.notify, self._show_progress)
+
+    def beside(self, other: "OpenedRun | str | Path") -> "OpenedRun":
+        """Return an opened run as it is, or open one of the same runs directory on the same device."""
+        if isinstance(other, OpenedRun):
+            return other
+        return open_run(other, runs_dir=self.run.path.parent, device=self.device)
+
+    @property
+    def inspect(self) -> Inspect:
+        """The analyses of the model."""
+        return Inspect(self)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, checkpoint {self._checkpoint}>"
+
+
+def open_run(
+    run: str | Path = "latest",
+    checkpoint: str | int = "best",
+    *,
+    runs_dir: str | Path | None = None,
+    device: str = "cpu",
+) -> OpenedRun:
+    """Open a checkpoint of a run.
+
+    Args:
+        run: Full name, id, unique start of an id, or `latest`; `RUN@CHECKPOINT`; or the path of a run's folder.
+        checkpoint: best, latest, previous, or a step with a snapshot.
+        runs_dir: Default: `LUMIERE_RUNS_DIR`, or `runs` in the current folder.
+        device: Where to compute: cpu, auto, cuda, cuda:1 or mps.
+
+    Raises:
+        LumiereError: There is no such run, checkpoint or device.
+    """
+    from lumiere.device import resolve_device
+
+    path, (reference, checkpoint) = Path(run), split_reference(Path(run).name, str(checkpoint))
+    if isinstance(run, Path) or os.sep in run:
+        runs_dir = path.parent
+    found = RunStore(runs_dir).open(reference)
+    check_checkpoint(found, checkpoint)
+    resolve_device(device)
+    return OpenedRun(found, checkpoint, device)
+
+
+def check_checkpoint(run: Run, name: str) -> None:
+    """Raise `LumiereError` unless the checkpoint, or `latest` in place of a missing `best`, exists."""
+    from lumiere.persistence.checkpoint_manager import CheckpointManager
+
+    manager = CheckpointManager(run.path.parent)
+    manager.load(run, manager.resolve(run, name), groups=())
+
+
+def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
+    """Return the run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` if it names none."""
+    run, at, named = reference.partition("@")
+    if not run or (at and not named):
+        raise LumiereError(f"{reference!r} names no checkpoint of a run", "write RUN or RUN@CHECKPOINT: latest@500")
+    return run, named or checkpoint

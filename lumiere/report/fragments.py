@@ -1,0 +1,71 @@
+"""Pictures inside another page, such as a notebook: HTML whose styles and ids reach nothing else there."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from itertools import count
+from typing import Any
+
+from lumiere.errors import LumiereError
+from lumiere.interpret.result import Receipt, Result
+from lumiere.report.figures.figure import INK, Picture, render_figure
+from lumiere.report.rendering import plural, render_html
+from lumiere.report.results import facts_line
+
+STYLE = re.compile(r"<style[^>]*>.*?</style>", re.DOTALL)
+"""Matplotlib's style names every element of the page."""
+REFERENCE = re.compile(r'(\bid="|url\(#|href="#)')
+COUNTER = count()
+
+
+def result_fragment(
+    result: Result, provenance: Mapping[str, Any], notes: Sequence[str], draw: Callable[[], Picture]
+) -> str:
+    """Return a result as HTML: its picture, what was read, and its receipts. Without matplotlib, a note says so."""
+    facts = facts_line(provenance)
+    try:
+        return picture_fragment(draw(), facts, notes, result.receipts)
+    except LumiereError as error:
+        missing = f"{error.message}: {error.hint}" if error.hint else error.message
+        return render(str(provenance["analysis"]), facts, [*notes, missing], result.receipts)
+
+
+def picture_fragment(picture: Picture, facts: str, notes: Sequence[str] = (), receipts: Sequence[Receipt] = ()) -> str:
+    """Return a picture as HTML, with its text in the color of the page's text."""
+    return render(picture.title, facts, notes, receipts, inline_svg(picture), picture.caption)
+
+
+def render(
+    title: str,
+    facts: str,
+    notes: Sequence[str],
+    receipts: Sequence[Receipt],
+    svg: str | None = None,
+    caption: str = "",
+) -> str:
+    failed, checks = sum(not receipt.holds for receipt in receipts), plural(len(receipts), "check")
+    verdict = f"{failed} of {checks} FAILED" if failed else f"{checks} passed"
+    return render_html(
+        "fragment.html.j2",
+        title=title,
+        facts=facts,
+        notes=notes,
+        receipts=receipts,
+        verdict=verdict,
+        svg=svg,
+        caption=caption,
+    )
+
+
+def inline_svg(picture: Picture) -> str:
+    """Return a picture as an SVG element of a page that may hold several: no style of its own, and ids used once."""
+    svg = render_figure(picture.figure, "svg", facecolor="none").decode().replace(INK, "currentColor")
+    svg = STYLE.sub("", svg[svg.index("<svg") :])
+    prefix = f"lumiere-{next(COUNTER)}-{sha256(svg.encode()).hexdigest()[:8]}-"
+    look = "max-width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt"
+    return REFERENCE.sub(rf"\g<1>{prefix}", svg).replace("<svg ", f'<svg style="{look}" ', 1)
+
+
+def framed(page: str) -> str:
+    """Return a whole page as a frame, which keeps its styles and scripts to itself."""
+    return render_html("frame.html.j2", page=page)
