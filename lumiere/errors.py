@@ -45,6 +45,10 @@ class CheckpointError(LumiereError):
     """A missing or damaged checkpoint."""
 
 
+class TransferError(LumiereError):
+    """A run at another place that is not what it should be."""
+
+
 class NonFiniteError(LumiereError):
     """NaN or infinity in the loss, gradients or weights of a training run."""
 

@@ -188,6 +188,15 @@ class Disk:
         path.chmod(path.parent.stat().st_mode & 0o666)
         self.sync(path)
 
+    def link(self, old: Path, new: Path) -> None:
+        """Give a file a second name, which outlives the first; copy it where that is not possible."""
+        try:
+            os.link(old, new, follow_symlinks=False)
+        except FileNotFoundError:
+            raise
+        except (OSError, NotImplementedError):
+            shutil.copyfile(old, new, follow_symlinks=False)
+
     def sync(self, path: Path) -> None:
         """Make a file's contents durable, or the names in a folder if the file system supports it."""
         is_folder = path.is_dir()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from lumiere.config.schema import ModelConfig
+from lumiere.config.schema import ModelConfig, RotaryScaling
 
 Array = NDArray[np.floating]
 CARD = ModelConfig()
@@ -19,10 +19,28 @@ def norm(x: Array, gain: Array | float, bias: Array | float = 0.0, kind: str = "
     return x / np.sqrt(np.mean(x**2) + epsilon) * gain + bias
 
 
-def rotate(vector: Array, position: int, size: int, base: float) -> Array:
-    """RoPE as a product of complex numbers: pair i of the first `size` numbers is (vector[i], vector[i + size / 2])."""
-    half = size // 2
-    frequencies = base ** (-2 * np.arange(half) / size)
+def scaled(frequency: float, scaling: RotaryScaling) -> float:
+    """A frequency of RoPE after scaling, by the cases of Llama 3.1."""
+    if scaling.type == "linear":
+        return frequency / scaling.factor
+    assert scaling.original_context_size is not None
+    wavelength, context = 2 * math.pi / frequency, scaling.original_context_size
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    if wavelength < context / high:
+        return frequency
+    if wavelength > context / low:
+        return frequency / scaling.factor
+    smooth = (context / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def rotate(vector: Array, position: int, settings: ModelConfig) -> Array:
+    """RoPE as a product of complex numbers: pair i of the first R numbers is (vector[i], vector[i + R / 2])."""
+    size = round(settings.d_key * settings.rotary_fraction)
+    half, scaling = size // 2, settings.rotary_scaling
+    frequencies = settings.rotary_base ** (-2 * np.arange(half) / size)
+    if scaling is not None:
+        frequencies = np.array([scaled(frequency, scaling) for frequency in frequencies.tolist()])
     turned = (vector[:half] + 1j * vector[half:size]) * np.exp(1j * position * frequencies)
     return np.concatenate([turned.real, turned.imag, vector[size:]])
 
@@ -76,7 +94,7 @@ def attention(x: Array, part: Part, window: int | None, real: list[bool]) -> tup
             vector = part.norm(f"attention.{name}_norm", vector, "rms")
         if settings.positions != "rotary":
             return vector
-        return rotate(vector, position, round(settings.d_key * settings.rotary_fraction), settings.rotary_base)
+        return rotate(vector, position, settings)
 
     pattern = np.zeros((num_heads, length, length), dtype=x.dtype)
     outputs = []

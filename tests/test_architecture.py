@@ -85,6 +85,7 @@ LIGHT = {
     "inspect diff --help|inspect logits --help|inspect summary --help|inspect heads --help": HEAVY,
     "inspect report --help|train tiny --print-config": HEAVY,
     "runs show aaaa|runs compare aaaa bbbb|runs plot aaaa bbbb|runs watch aaaa": HEAVY,
+    "runs push aaaa away|runs pull away|runs pull --help": HEAVY | {"fsspec"},
     "runs ls|runs ls --status finished --sort loss --json|runs tag aaaa baseline|runs note aaaa text": SLOW,
     "runs prune --dry-run|runs rm aaaa --yes": SLOW,
 }

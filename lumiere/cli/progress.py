@@ -1,46 +1,11 @@
 """Progress of training and tokenizing: a bar on a terminal, lines in a file."""
 
-import time
-from collections.abc import Callable
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from lumiere.cli.console import duration, show_note, show_warning, stderr
+from lumiere.cli.display import Display
 from lumiere.data.dataset import Progress as DataProgress
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
-
-SECONDS_BETWEEN_LINES = 15.0
-REFRESHES_PER_SECOND = 2
-"""Rich's default of 10 takes time from training."""
-
-
-class Display(Progress):
-    """A progress bar if stderr is a terminal."""
-
-    def __init__(self, *columns: ProgressColumn) -> None:
-        super().__init__(
-            *columns,
-            console=stderr(),
-            transient=True,
-            disable=not stderr().is_terminal,
-            refresh_per_second=REFRESHES_PER_SECOND,
-        )
-        self._last_line = time.monotonic()
-
-    def _print_line(self, line: Callable[[], str]) -> None:
-        """Print a line in place of the bar, now and then, if stderr is not a terminal."""
-        now = time.monotonic()
-        if not stderr().is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            stderr().print(line())
 
 
 class TrainingProgress(Display):
@@ -74,7 +39,7 @@ class TrainingProgress(Display):
                 figures = f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  {speed}"
                 self.update(self._task, completed=step, figures=figures)
                 left = event.seconds / step * (self._total_steps - step)
-                self._print_line(lambda: f"step {step:,}/{self._total_steps:,}  {figures}  {duration(left)} left")
+                self.print_line(lambda: f"step {step:,}/{self._total_steps:,}  {figures}  {duration(left)} left")
             case EvaluationEvent(evaluation=found):
                 best = "  [green]best[/]" if event.is_best else ""
                 stderr().print(
@@ -103,7 +68,7 @@ class CorpusProgress(Display):
             self._stages[progress.stage] = self.add_task(progress.stage, total=progress.total, figures="")
         documents = f"{progress.done:,} of {progress.total:,} documents" if progress.total else ""
         figures = documents or (f"{progress.num_bytes / 1e6:,.0f} MB" if progress.num_bytes else "")
-        self._print_line(lambda: f"{progress.stage}  {figures}")
+        self.print_line(lambda: f"{progress.stage}  {figures}")
         self.update(self._stages[progress.stage], completed=progress.done, total=progress.total, figures=figures)
 
 

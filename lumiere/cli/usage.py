@@ -47,6 +47,8 @@ COMMANDS_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("info", "describe", "status"), "lumiere runs show RUN"),
         **dict.fromkeys(("diff",), "lumiere runs compare RUN RUN"),
         **dict.fromkeys(("tail", "follow", "logs"), "lumiere runs watch RUN"),
+        **dict.fromkeys(("upload", "sync", "backup", "copy"), "lumiere runs push RUN URL"),
+        **dict.fromkeys(("download", "fetch", "clone", "restore"), "lumiere runs pull URL"),
     },
 }
 """Names of commands elsewhere, by group, with what exists here."""

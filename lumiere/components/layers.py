@@ -7,6 +7,7 @@ Shapes: B batch, T position of the query, S position of the key, C capacity of a
 G head of keys and values, K d_key, V d_value, F d_ff, R rotated numbers of a head, Vocab vocab_size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lumiere.components.hooks import HookPoint
 from lumiere.components.kernels import attention, dropout, gated_silu, masked_scores, rms_norm
-from lumiere.config.schema import ModelConfig
+from lumiere.config.schema import ModelConfig, RotaryScaling
 from lumiere.errors import LumiereError
 
 
@@ -63,7 +64,8 @@ Rotation = tuple[Tensor, Tensor]
 def rotation_at(positions_T: Tensor, settings: ModelConfig, dtype: torch.dtype) -> Rotation:
     """Return the rotations of RoPE (Su et al. 2021, equation 34) at `positions_T`.
 
-    Pair i of the first R numbers of a query or key turns by `position * rotary_base^(-2i / R)`. The pairs are
+    Pair i of the first R numbers of a query or key turns by `position * rotary_base^(-2i / R)`, less if
+    `rotary_scaling` stretches its wavelength. The pairs are
     (i, i + R/2), the "half-split" convention of Llama in `transformers`; the paper pairs neighbors, which is the same
     up to a permutation.
 
@@ -74,9 +76,29 @@ def rotation_at(positions_T: Tensor, settings: ModelConfig, dtype: torch.dtype) 
     """
     size = settings.rotary_size
     exponents = torch.arange(0, size, 2, dtype=dtype, device=positions_T.device) / size
-    angles = positions_T[..., None].to(dtype) / settings.rotary_base**exponents
+    periods = settings.rotary_base**exponents
+    if settings.rotary_scaling is not None:
+        periods = periods * stretch(periods, settings.rotary_scaling)
+    angles = positions_T[..., None].to(dtype) / periods
     angles_T1R = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
     return angles_T1R.cos(), angles_T1R.sin()
+
+
+def stretch(periods: Tensor, scaling: RotaryScaling) -> Tensor | float:
+    """Return what the periods of rotary positions (positions per radian) are multiplied by.
+
+    - `linear` (Chen et al. 2023, "Extending Context Window of Large Language Models via Positional Interpolation"):
+      `factor`.
+    - `llama3` (Llama 3.1, as in `transformers`): 1 where more than `high_frequency_factor` turns fit into
+      `original_context_size`, `factor` where fewer than `low_frequency_factor` do, and between them the inverse of
+      `s + (1 - s) / factor`, with s from 0 to 1 in proportion to the turns.
+    """
+    if scaling.type == "linear" or scaling.original_context_size is None:
+        return scaling.factor
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    turns = scaling.original_context_size / (2 * math.pi * periods)
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / (unscaled + (1 - unscaled) / scaling.factor)
 
 
 def rotate(x_BTHK: Tensor, rotation: Rotation) -> Tensor:

@@ -126,8 +126,8 @@ def read_value(key: str, value: Any) -> Any:
     """Parse a value as the schema does; return it unchanged if the schema rejects it or has no such dotted key."""
     section, _, leaf = key.partition(".")
     try:
-        return getattr(type(RunConfig.model_fields[section].default)(**{leaf: value}), leaf)
-    except (KeyError, AttributeError, ValidationError):
+        return type(RunConfig.model_fields[section].default)(**{leaf: value}).model_dump()[leaf]
+    except (KeyError, ValidationError):
         return value
 
 

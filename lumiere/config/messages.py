@@ -5,7 +5,7 @@ import re
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from lumiere.config.schema import RunConfig
+from lumiere.config.schema import RotaryScaling, RunConfig
 from lumiere.errors import MAX_LENGTH, ConfigError, nearest, printable, quoted, shortened
 
 LIMITS = {
@@ -23,6 +23,8 @@ PROBLEMS = {
     "string_too_short": "must not be empty",
     "string_pattern_mismatch": "must be auto, cpu, cuda, cuda:<number> or mps",
 }
+NESTED = ("model", "rotary_scaling")
+"""The setting that is a mapping with keys of its own."""
 MAX_PATHS = 5
 """Maximum number of further wrong keys that a message lists."""
 
@@ -65,6 +67,7 @@ SYNONYMS: dict[str, tuple[str, str]] = {
         "model.tie_embeddings": {"tie_word_embeddings": "Hugging Face", "tie_weights": "Hugging Face"},
         "model.rotary_base": {"rope_theta": "Hugging Face", "rope_base": "litgpt", "rotary_emb_base": "GPT-NeoX"},
         "model.rotary_fraction": {"partial_rotary_factor": "Hugging Face", "rotary_pct": "GPT-NeoX"},
+        "model.rotary_scaling": {"rope_scaling": "Hugging Face", "rope_parameters": "Hugging Face"},
         "model.attention_windows": {"sliding_window": "Hugging Face", "window_size": "GPT-Neo"},
         "model.parallel_blocks": {"use_parallel_residual": "GPT-NeoX", "parallel_attn_mlp": "TransformerLens"},
         "model.query_key_norm": {"qk_norm": "torchtitan", "use_qk_norm": "TransformerLens", "norm_qk": "litgpt"},
@@ -135,6 +138,8 @@ def describe(detail: ErrorDetails) -> tuple[str, str]:
     match detail["type"]:
         case "extra_forbidden" | "invalid_key":
             return f"unknown key {path}", hint_for_key(path)
+        case "missing":
+            return f"{path} is missing", hint_for_value(path)
         case "inconsistent":
             return f"{path} {detail['msg']}", hint_for_value(path)
         case "model_type" | "model_attributes_type":
@@ -157,11 +162,14 @@ def dotted_path(detail: ErrorDetails) -> str:
     """Return a path such as `model.num_heads`, without the branches that pydantic adds for unions."""
     if path := detail.get("ctx", {}).get("path"):
         return path
-    return ".".join(shortened(printable(str(part)), MAX_LENGTH) for part in detail["loc"][:2])
+    depth = 3 if detail["loc"][:2] == NESTED else 2
+    return ".".join(shortened(printable(str(part)), MAX_LENGTH) for part in detail["loc"][:depth])
 
 
 def hint_for_key(path: str) -> str:
     """Return what to write instead of an unknown key."""
+    if path.startswith(f"{'.'.join(NESTED)}."):
+        return f"it takes {', '.join(RotaryScaling.model_fields)}"
     section, _, leaf = path.rpartition(".")
     leaf = leaf.lower()
     if instead := UNAVAILABLE.get(path.lower()) or UNAVAILABLE.get(leaf):
@@ -182,11 +190,11 @@ def hint_for_key(path: str) -> str:
 
 def hint_for_value(path: str) -> str:
     """Return the description of a setting and its default."""
-    section, _, leaf = path.partition(".")
+    section, leaf = path.split(".")[:2]
     model = RunConfig.model_fields[section].default
     description = type(model).model_fields[leaf].description or ""
     default = getattr(model, leaf)
-    return f"{path}: {description} Default: {'null' if default in (None, []) else default}"
+    return f"{section}.{leaf}: {description} Default: {'null' if default in (None, []) else default}"
 
 
 def setting_paths() -> list[str]:

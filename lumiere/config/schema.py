@@ -117,6 +117,30 @@ class Section(BaseModel):
         return {key: None if key in nullable and value == "none" else value for key, value in values.items()}
 
 
+class RotaryScaling(Section):
+    """How rotary positions turn more slowly, for contexts longer than those that a model was first trained on."""
+
+    type: Literal["linear", "llama3"]
+    """`linear` divides all frequencies by `factor`; `llama3` those of long wavelengths only."""
+    factor: Annotated[Number, Field(ge=1)]
+    """By how much frequencies are divided."""
+    original_context_size: Width | None = None
+    """`llama3`: context of the first training; wavelengths are compared with it."""
+    low_frequency_factor: PositiveNumber = 1.0
+    """`llama3`: wavelengths above `original_context_size` divided by this are scaled whole."""
+    high_frequency_factor: PositiveNumber = 4.0
+    """`llama3`: wavelengths below `original_context_size` divided by this are not scaled."""
+
+    @model_validator(mode="after")
+    def check_bands(self) -> "RotaryScaling":
+        """Check that `llama3` has what it compares wavelengths with."""
+        if self.type == "llama3" and self.original_context_size is None:
+            raise inconsistent("model.rotary_scaling", "given an original_context_size with type llama3")
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise inconsistent("model.rotary_scaling", "given a high_frequency_factor above its low_frequency_factor")
+        return self
+
+
 class ModelConfig(Section):
     """Shape of the transformer."""
 
@@ -148,6 +172,8 @@ class ModelConfig(Section):
     """Base of the wavelengths of rotary positions."""
     rotary_fraction: Annotated[PositiveNumber, Field(le=1)] = 1.0
     """Fraction of each head, from its first number on, that rotary positions rotate."""
+    rotary_scaling: RotaryScaling | None = None
+    """Slower rotary positions for longer contexts: `{type: linear, factor: 4}` or `{type: llama3, ...}`, or null."""
     attention_windows: Annotated[list[PositiveInteger | None], BeforeValidator(read_list)] | None = None
     """Tokens that each layer attends to, its own included, as a list with one number per layer; null: all of them."""
     attention_scale: PositiveNumber | None = None

@@ -180,21 +180,48 @@ def valid_sizes(name: str) -> Iterator[None]:
 
 def _rotation(keys: Keys) -> dict[str, Any]:
     """Read the rotary positions, from `rope_parameters` (transformers 5) or the keys of older versions."""
-    scaling = keys.take("rope_scaling", {})
     parameters = keys.take("rope_parameters", {})
-    for values in (scaling, parameters):
+    given = [values for values in (keys.take("rope_scaling", {}), parameters) if values != {}]
+    for values in given:
         if not isinstance(values, dict):
             raise keys.wrong("rope_parameters", values, "a mapping")
-        kind = values.get("rope_type", values.get("type", "default"))
-        if kind != "default" or values.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-            raise keys.wrong("rope_parameters of type", kind, "unscaled rotary positions (type default)")
+    scalings = [_scaling(keys, values) for values in given] or [None]
+    if scalings[0] != scalings[-1]:
+        raise keys.wrong("rope_scaling", given[0], "what rope_parameters say")
     base = parameters.get("rope_theta", keys.take("rope_theta", keys.take("rotary_emb_base", 10_000.0)))
     older = keys.take("partial_rotary_factor", keys.take("rotary_pct", 1.0))
     return {
         "positions": "rotary",
         "rotary_base": base,
         "rotary_fraction": parameters.get("partial_rotary_factor", older),
+        "rotary_scaling": scalings[0],
     }
+
+
+SCALINGS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context_size",
+        "low_freq_factor": "low_frequency_factor",
+        "high_freq_factor": "high_frequency_factor",
+    },
+}
+"""The supported scalings of rotary positions, and what their keys are called here."""
+
+
+def _scaling(keys: Keys, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the scaling of rotary positions from `rope_scaling` or `rope_parameters`."""
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in SCALINGS:
+        raise keys.wrong("rope_parameters of type", kind, " or ".join(SCALINGS))
+    names = SCALINGS[kind]
+    if unknown := values.keys() - names.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+        raise keys.wrong(f"rope_parameters of type {kind} with", min(unknown, key=str), ", ".join(names) or "none")
+    if missing := names.keys() - values.keys():
+        raise keys.wrong(f"rope_parameters of type {kind} without", min(missing), ", ".join(names))
+    return {"type": kind} | {ours: values[theirs] for theirs, ours in names.items()} if names else None
 
 
 def _windows(keys: Keys, num_layers: int, context_size: int) -> dict[str, Any]:

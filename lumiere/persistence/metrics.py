@@ -95,6 +95,18 @@ def truncate_metrics(path: str | Path, last_step: int, disk: Disk = DISK) -> Non
         file.write(block)
 
 
+def whole_bytes(path: Path) -> int:
+    """Return the length of a metrics file without a last line that is being written.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        begin = file.seek(max(0, size - MAX_LINE_BYTES))
+        return begin + file.read(size - begin).rfind(b"\n") + 1
+
+
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """Return the record in a line; None if the line is damaged or incomplete."""
     try:

@@ -238,7 +238,7 @@ class RunStore:
 
         timestamp = (now or datetime.now()).strftime(TIME_FORMAT)
         try:
-            self._make_folder()
+            self.make_folder()
             while True:
                 run_id = "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
                 run = Run(self.runs_dir / f"run_{run_id}_{timestamp}", self.disk)
@@ -272,7 +272,7 @@ class RunStore:
                     # Of two runs created at the same time, the one written to last is newer.
                     (run.created_at, written_at, run.name, run)
                     for entry in entries
-                    if _is_run_name(entry.name) and (written_at := _written_at(entry)) is not None
+                    if is_run_name(entry.name) and (written_at := _written_at(entry)) is not None
                     for run in [Run(self.runs_dir / entry.name, self.disk)]
                 ]
         except FileNotFoundError:
@@ -322,7 +322,8 @@ class RunStore:
         guess = nearest(name, [*(run.id for run in runs), *(run.name for run in runs), "latest"])
         return f"did you mean {guess}?" if guess else "lumiere runs ls lists them"
 
-    def _make_folder(self) -> None:
+    def make_folder(self) -> None:
+        """Make the runs directory if it does not exist; raise OSError if that fails."""
         self.disk.make_folder(self.runs_dir, exist_ok=True)
         # Only into an empty folder: our .gitignore must not hide a user's other files.
         if any(self.runs_dir.iterdir()):
@@ -345,7 +346,8 @@ def _written_at(entry: os.DirEntry[str]) -> int | None:
         return None
 
 
-def _is_run_name(name: str) -> bool:
+def is_run_name(name: str) -> bool:
+    """Return whether a folder of this name may be a run."""
     match = NAME_PATTERN.fullmatch(name)
     try:
         return match is not None and bool(_parse_timestamp(match[2]))

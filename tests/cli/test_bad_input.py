@@ -50,6 +50,8 @@ SETTINGS = [
     ("dataset={name: parquet, data_files: numbers.parquet}", "'text' holds int64", ""),
     ("dataset={name: ./corpus}", "has several subsets", ""),
     ("dataset={name: corpus, subset: ome}", "'corpus' has no subset 'ome', it has one, two", "dataset.subset=one"),
+    ("model.rotary_scaling={type: yarn, factor: 2}", "model.rotary_scaling.type", ""),
+    ("model.rotary_scaling={type: linear, factr: 2}", "model.rotary_scaling.factr", "factor"),
     ("training={loss_positions: last, random_window_offset: true}", "training.random_window_offset", ""),
     ("training.loggers=tensorbord", "got 'tensorbord'", "did you mean tensorboard?"),
     ("training.loggers=[wandb, wadb]", "got 'wadb'", "did you mean wandb?"),
@@ -93,14 +95,15 @@ def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: py
 REFERENCES = ["nothere1", "../../etc", "/etc/passwd", "", "a b", "\x1b[31mred", "latest"]
 COMMANDS = """
     eval | generate --run | inspect attention --run | train --resume | export --to transformer-lens
-    | runs show | runs card | runs compare | runs plot | runs watch | runs rm --yes | runs prune --yes | runs note --
+    | runs show | runs push | runs card | runs compare | runs plot | runs watch | runs rm --yes | runs prune --yes
+    | runs note --
 """
 
 
 @pytest.mark.parametrize("command", COMMANDS.split("|"))
 def test_no_such_run(command: str) -> None:
     for reference in REFERENCES:
-        after = ["text"] if "note" in command or "export" in command else []
+        after = ["text"] if any(name in command for name in ("note", "export", "push")) else []
         assert "no run" in refuse(*command.split(), reference, *after)[0]
 
 
@@ -186,6 +189,18 @@ REFUSED = """
     runs plot latest -o loss.gif | 'loss.gif'
     runs plot latest -o none/loss.png | 'none'
     runs plot latest -o loss.png --json | --json and --output
+    runs push latest runs | runs is the folder that run
+    runs push latest away --checkpoint bset | has no checkpoint 'bset' | did you mean best?
+    runs push latest away -c 999 | has no checkpoint '999'
+    runs push latest book.txt | 'book.txt | folder
+    runs push latest s3:bucket/runs | 's3:bucket/runs' is no URL | s3://bucket/runs
+    runs push latest xyz://me:hunter22@host/runs | 'xyz://***@host/runs' | check the address
+    runs pull s3://bucket/runs?token=hunter22 | 's3://bucket/runs?***' has a query
+    runs pull none | none has no runs | push one first
+    runs pull none latest | none has no run 'latest'
+    runs pull runs | has no complete run | push it first
+    runs pull book.txt | 'book.txt | folder
+    runs upload latest away | upload | lumiere runs push RUN URL
     runs rm latest | stdin is not a terminal
     runs rm latest nothere1 --yes | no run 'nothere1'
     runs prune | stdin is not a terminal

@@ -256,6 +256,8 @@ COMMANDS = {
     "plot": "plot latest",
     "tag": "tag latest a",
     "note": "note latest text",
+    "push": "push {} away",
+    "pull": "pull away",
     "prune": "prune {} --yes",
     "rm": "rm {} --yes",
 }

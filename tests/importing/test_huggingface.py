@@ -10,8 +10,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from lumiere.components.layers import rotation_at
 from lumiere.errors import LumiereError
+from lumiere.importing.architectures import read_architecture
 from lumiere.importing.huggingface import open_model
+from lumiere.models.transformer import Transformer
 
 LLAMA = {
     "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -28,11 +31,22 @@ NEO = {
 }  # fmt: skip
 WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 ROTATED = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+# Of the wavelengths 6, 35, 199 and 1,117 the first stays, the second is between, and two are four times as long.
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 60,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA | ROTATED),
     "llama, tied, wide heads": ("Llama", LLAMA | {"tie_word_embeddings": True, "head_dim": 10}),
     "llama, biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
     "llama, some biases": ("Llama", LLAMA | {"attention_bias": True}),
+    "llama, scaled": ("Llama", LLAMA | {"head_dim": 8, "rope_parameters": LLAMA3 | {"rope_theta": 1000.0}}),
+    "llama, stretched": ("Llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 3.0}}),
+    "gpt neox, stretched": (
+        "GPTNeoX",
+        NEOX | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+    ),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 4}),
     "mistral, whole": ("Mistral", LLAMA | {"sliding_window": None}),
     "qwen2": ("Qwen2", LLAMA | {"tie_word_embeddings": True}),
@@ -76,6 +90,33 @@ def test_logits_are_those_of_transformers(kind: str, values: dict[str, Any], tmp
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_the_config_of_llama_3_2_1b() -> None:
+    """As Meta publishes it, without the weights."""
+    scaling = {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }  # fmt: skip
+    config = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": scaling, "rope_theta": 500000.0,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
+        "use_cache": True, "vocab_size": 128256,
+    }  # fmt: skip
+    found = read_architecture(config)
+    with torch.device("meta"):
+        model = Transformer(found.vocab_size, **found.settings.model_dump())
+    assert model.num_parameters == 1_235_814_400
+    cos, sin = rotation_at(torch.tensor([1]), found.settings, torch.float64)
+    frequencies = torch.atan2(sin, cos)[0, 0, :32]
+    theirs = transformers.LlamaConfig(**config)
+    expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](theirs)
+    torch.testing.assert_close(frequencies, expected.double(), rtol=1e-5, atol=0)
+    assert (expected < 2e-7).any()
+
+
 def change(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -100,6 +141,11 @@ def test_several_files_and_the_keys_of_older_versions(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),  # against rope_parameters
+        ({"rope_parameters": LLAMA3 | {"beta_fast": 32}}, "beta_fast"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "without factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rotary_scaling.factor"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 8.0}}, "high_frequency_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"logit_scale": 2.0}, "logit_scale"),
         ({"num_attention_heads": None}, "num_attention_heads"),

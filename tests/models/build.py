@@ -8,6 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lumiere.models.transformer import Transformer
 
 ROTARY: dict[str, Any] = {"positions": "rotary"}
+# Of the wavelengths 6, 35, 199 and 1,117 the first stays, the second is between, and two are four times as long.
+LLAMA3 = {"type": "llama3", "factor": 4.0, "original_context_size": 60}
 VARIANTS: dict[str, dict[str, Any]] = {
     "card": {},
     "rotary": ROTARY,
@@ -21,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "grouped queries": ROTARY | {"num_heads": 6, "num_key_value_heads": 2, "query_key_norm": True, "bias": "qkv"},
     "one head of keys, relu": {"num_key_value_heads": 1, "feedforward": "relu", "attention_windows": [None, 3]},
+    "slow rotations": ROTARY | {"d_key": 8, "rotary_base": 1000.0, "rotary_scaling": LLAMA3},
+    "slower rotations": ROTARY | {"rotary_scaling": {"type": "linear", "factor": 3.0}},
     "windows, rotary": ROTARY | {"attention_windows": [2, 4], "parallel_blocks": True},
 }  # fmt: skip
 """Every value of every setting that changes the forward pass."""

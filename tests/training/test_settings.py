@@ -53,6 +53,7 @@ EFFECTS = {
     "model.positions": Effect("rotary", "num_parameters"),
     "model.rotary_base": Effect(100.0, "weights", ROTARY),
     "model.rotary_fraction": Effect(0.5, "weights", ROTARY),
+    "model.rotary_scaling": Effect({"type": "linear", "factor": 4}, "weights", ROTARY),
     "model.attention_windows": Effect([2], "weights"),
     "model.attention_scale": Effect(1.0, "weights"),
     "model.num_key_value_heads": Effect(1, "num_parameters"),
