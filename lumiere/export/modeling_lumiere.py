@@ -7,6 +7,7 @@ Shapes: B batch, T position of the query, S position of the key, E embedding_siz
 K d_key, V d_value, F d_ff, R rotated numbers of a head.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,7 @@ class LumiereConfig(PretrainedConfig):
         positions: str = "learned",
         rotary_base: float = 10_000.0,
         rotary_fraction: float = 1.0,
+        rotary_scaling: dict[str, Any] | None = None,
         attention_windows: list[int | None] | None = None,
         attention_scale: float | None = None,
         num_key_value_heads: int | None = None,
@@ -76,6 +78,7 @@ class LumiereConfig(PretrainedConfig):
         )
         self.norm, self.norm_epsilon, self.feedforward = norm, norm_epsilon, feedforward
         self.positions, self.rotary_base, self.rotary_fraction = positions, rotary_base, rotary_fraction
+        self.rotary_scaling = rotary_scaling
         self.attention_windows, self.attention_scale = attention_windows, attention_scale
         self.num_key_value_heads = num_key_value_heads or num_heads
         self.bias, self.tie_embeddings = bias, tie_embeddings
@@ -130,9 +133,29 @@ def rotation(positions_BT: Tensor, config: Any, dtype: torch.dtype) -> tuple[Ten
     """Return cosines and sines, (B, 1, T, R)."""
     size = round(config.d_key * config.rotary_fraction)
     exponents = torch.arange(0, size, 2, dtype=dtype, device=positions_BT.device) / size
-    angles = positions_BT[:, None, :, None].to(dtype) / config.rotary_base**exponents
+    periods = config.rotary_base**exponents
+    if config.rotary_scaling is not None:
+        periods = periods * stretch(periods, **config.rotary_scaling)
+    angles = positions_BT[:, None, :, None].to(dtype) / periods
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
+
+
+def stretch(
+    periods: Tensor,
+    type: str,  # noqa: A002 (the name of the setting)
+    factor: float,
+    original_context_size: int | None,
+    low_frequency_factor: float,
+    high_frequency_factor: float,
+) -> Tensor | float:
+    """Return by how much rotations are slower: all of them (linear), or those of long wavelengths (llama3)."""
+    if type == "linear" or original_context_size is None:
+        return factor
+    turns = original_context_size / (2 * math.pi * periods)
+    share = (turns - low_frequency_factor) / (high_frequency_factor - low_frequency_factor)
+    share = share.clamp(0, 1)
+    return 1 / ((1 - share) / factor + share)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

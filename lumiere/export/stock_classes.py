@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lumiere.config.schema import ModelConfig
 from lumiere.errors import LumiereError
-from lumiere.importing.architectures import ACTIVATIONS, Architecture, Source, read_architecture
+from lumiere.importing.architectures import ACTIVATIONS, SCALINGS, Architecture, Source, read_architecture
 from lumiere.models.transformer import Transformer
 
 WITHOUT_EFFECT = {"dropout", "zero_output_init"}
@@ -58,9 +58,13 @@ def _llama_keys(settings: ModelConfig, **keys: Any) -> Keys:
 
 
 def _rotary_keys(settings: ModelConfig, **parameters: Any) -> Keys:
-    """Return the keys of rotary positions, `rope_parameters` for transformers 5 and the other for older versions."""
-    base = settings.rotary_base
-    return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base, **parameters}}
+    """Return the keys of rotary positions, `rope_parameters` for transformers 5 and the others for older versions."""
+    base, scaling, keys = settings.rotary_base, settings.rotary_scaling, {"rope_type": "default"}
+    if scaling is not None:
+        names = SCALINGS[scaling.type]
+        keys = {"rope_type": scaling.type} | {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
+    older = {"rope_theta": base} | ({} if scaling is None else {"rope_scaling": keys})
+    return older | {"rope_parameters": keys | {"rope_theta": base} | parameters}
 
 
 def _llama(settings: ModelConfig, biased: frozenset[str]) -> Written:
@@ -178,7 +182,7 @@ def effective(settings: ModelConfig) -> Keys:
     ]
     values["rotary_fraction"] = settings.rotary_size
     if not settings.rotary_size:
-        del values["rotary_base"]
+        del values["rotary_base"], values["rotary_scaling"]
     return values
 
 

@@ -40,6 +40,7 @@ HELD = {
     "feedforward": ("swiglu",),
     "positions": ("learned", "rotary"),
     "rotary_fraction": (1.0,),
+    "rotary_scaling": (None,),
     "attention_windows": (None,),
     "attention_scale": (None,),
     "num_key_value_heads": (None,),

@@ -85,6 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "llama": LLAMA_LIKE,
     "llama, biases": LLAMA_LIKE | {"bias": "qkv"},
+    "llama 3": LLAMA_LIKE | VARIANTS["slow rotations"],
     "mistral": LLAMA_LIKE | {"attention_windows": [3, 3]},
     "qwen3": LLAMA_LIKE | {"query_key_norm": True},
     "gpt neox, wide": GPT2 | VARIANTS["gpt neox"],
