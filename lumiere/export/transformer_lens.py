@@ -59,7 +59,7 @@ def bridge_config(model: Transformer) -> dict[str, Any]:
     """
     settings = model.settings
     for name, values in HELD.items():
-        if (value := getattr(settings, name)) not in values:
+        if (value := settings.model_dump()[name]) not in values:
             raise LumiereError(
                 f"the model has {name} {value!r}, which an export to transformer-lens does not hold",
                 f"it holds model.{name} {' or '.join(map(str, values))}",

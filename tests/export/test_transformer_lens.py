@@ -49,7 +49,7 @@ def test_keys_and_values_need_one_width() -> None:
 def test_what_the_format_cannot_hold_is_refused_by_name(variant: dict[str, Any]) -> None:
     with pytest.raises(LumiereError) as caught:
         bridge_config(make_model(**({"d_key": 8, "d_value": 8} | variant)))
-    assert any(f"has {name} {value!r}" in caught.value.message for name, value in variant.items())
+    assert any(f"has {name} " in caught.value.message for name in variant)
 
 
 def test_rotary_pairs_become_neighbors() -> None:
