@@ -71,6 +71,8 @@ MUTATIONS = [Mutation(*row) for row in (
     # Data
     ("shuffle-of-epoch", "data/batches", 'key=f"{seed} {epoch}"', 'key=f"{seed}"', "data/test_batches"),
     ("other-shuffle", "data/batches", "0xBF58476D1CE4E5B9", "0xBF58476D1CE4E5BB", "data/test_permutation"),
+    ("rotary-pairs", "export/transformer_lens", "neighboring_pairs(value, model.d_key, model.settings.rotary_size)",
+     "value", "export/test_transformer_lens"),
     ("rotary-scaling", "components/layers", "periods = periods * stretch(", "stretch(", "models/test_transformer"),
     ("last-position", "data/batches", "        targets[columns < lengths[:, None] - 2] = IGNORED\n", "        pass\n",
      "training/test_loss_positions"),

@@ -11,6 +11,18 @@ from lumiere.export.original import Original
 from lumiere.models.transformer import Transformer
 from tests.models import build
 
+HELD: dict[str, dict[str, Any]] = {
+    name: variant
+    for name, variant in build.VARIANTS.items()
+    if name in ("card", "rotary", "layer norm, biases", "plain norm, geglu", "attention only", "slower rotations")
+} | {
+    "slow rotations": build.VARIANTS["slow rotations"] | {"d_value": 8},
+    "sequential gpt neox": build.VARIANTS["gpt neox"] | {"parallel_blocks": False, "d_key": 8, "d_value": 8},
+    "grouped queries": build.VARIANTS["grouped queries"] | {"query_key_norm": False},
+    "one head of keys, relu": {"num_key_value_heads": 1, "feedforward": "relu", "attention_scale": 0.3},
+}
+"""Values of every setting that an export to TransformerLens can hold."""
+
 
 def make_model(**changes: Any) -> Transformer:
     """Two layers, three heads of width 6, context 12, vocabulary 31; large random weights and gains."""
