@@ -42,12 +42,12 @@ def torchrun(num_processes: int, *arguments: str) -> subprocess.CompletedProcess
     return result
 
 
-def forked(num_processes: int, config: RunConfig, runs_dir: str) -> Run:
+def forked(num_processes: int, config: RunConfig, runs_dir: str, *options: str) -> Run:
     """The run of a config that is trained by copies of this process: without torchrun, in a fraction of the time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
-    arguments = ["train", written(config), "--runs-dir", runs_dir]
+    arguments = ["train", written(config), "--runs-dir", runs_dir, *options]
     children = []
     for rank in range(num_processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_processes)}

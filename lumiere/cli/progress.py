@@ -2,7 +2,7 @@
 
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from lumiere.cli.console import duration, show_note, show_warning, stderr
+from lumiere.cli.console import duration, escape, show_note, show_warning, stderr
 from lumiere.cli.display import Display
 from lumiere.data.dataset import Progress as DataProgress
 from lumiere.training.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, WarningEvent
@@ -32,6 +32,8 @@ class TrainingProgress(Display):
                     f"({total / event.steps_per_epoch:,.1f} epochs), {event.precision} on {event.device} "
                     f"(peak {event.peak_flops / 1e9:,.0f} GFLOP/s)"
                 )
+                if event.frozen:
+                    stderr().print(f"frozen: {escape(event.frozen)}")
                 if step:
                     stderr().print(f"resuming from step {step:,}")
             case StepEvent(step=step):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lumiere.distributed import ProcessGroup
     from lumiere.persistence.runs import RunStore
     from lumiere.training.estimate import Plan
+    from lumiere.training.parent import Parent
     from lumiere.training.setup import TrainingSetup
     from lumiere.training.trainer import TrainingResult
 
@@ -60,6 +61,16 @@ def train(
             autocompletion=complete_run,
         ),
     ] = None,
+    start_from: Annotated[
+        str | None,
+        Option(
+            "--from",
+            metavar="RUN[@CHECKPOINT]",
+            help="Start a new run from the weights of a run, with its model and tokenizer. CHECKPOINT is best (the "
+            "default), latest, previous, or a step with a snapshot.",
+            autocompletion=complete_run,
+        ),
+    ] = None,
     runs_dir: RunsDir = None,
     print_config: Annotated[bool, Option("--print-config", help="Print the resolved config and exit.")] = False,
     plan: Annotated[
@@ -71,9 +82,10 @@ def train(
 
     Ctrl-C finishes the step and saves a checkpoint; [bold]lumiere train --resume RUN[/] resumes there.
 
-    Examples: [bold]lumiere train tiny[/], [bold]lumiere train configs/small.yaml --set model.num_layers=6[/]
+    Examples: [bold]lumiere train tiny[/], [bold]lumiere train small --set model.num_layers=6[/],
+    [bold]lumiere train mine.yaml --from latest[/]
     """
-    from lumiere.config.loader import dump_config, load_config
+    from lumiere.config.loader import dump_config, given_settings, validate
     from lumiere.distributed import ProcessGroup, TorchrunGroup, joined
     from lumiere.persistence.runs import RunStore
 
@@ -84,38 +96,48 @@ def train(
     flags = {"training.max_steps": max_steps, "training.device": device, "training.seed": seed}
     changes = [*(overrides or ()), *(f"{path}={value}" for path, value in flags.items() if value is not None)]
 
-    def read_config() -> "RunConfig | None":
-        """Return the config of the command line; None if a run is resumed, which has its own."""
+    def read_command() -> "tuple[RunConfig | None, Parent | None]":
+        """Return the config, and the parent of a run to fine-tune; no config if a run is resumed, which has its own."""
         if plan and resume is not None:
             raise LumiereError("--plan and --resume exclude each other", f"lumiere runs show {resume} shows its config")
         refuse_both({"--plan": plan, "--print-config": print_config})
+        refuse_both({"--resume": resume, "--from": start_from})
         if resume is not None:
             if config is not None or print_config:
                 hint = f"use: lumiere train --resume {resume}"
                 raise LumiereError("a resumed run keeps its own config", hint)
-            return None
+            return None, None
         if config is None:
-            raise LumiereError("no config given", "for example lumiere train tiny, or --resume RUN to resume a run")
+            example = "lumiere train tiny, or --resume RUN to resume a run"
+            if start_from is not None:
+                example = f"lumiere train mine.yaml --from {start_from}, with the new data and training settings"
+            raise LumiereError("no config given", f"for example {example}")
         check_readable_by_all(config, launched)
-        return load_config(config, overrides or (), flags)
+        given = given_settings(config, overrides or (), flags)
+        if start_from is None:
+            return validate(given), None
+        from lumiere.training.parent import Parent
+
+        parent = Parent.find(start_from, store)
+        return parent.inherit(given), parent
 
     if plan or print_config:
-        resolved = read_config()
+        resolved, parent = read_command()
         assert resolved is not None
         if plan:
-            print_plan(resolved, store.runs_dir, as_json, launched)
+            print_plan(resolved, parent, store.runs_dir, as_json, launched)
         else:
             sys.stdout.write(printable(dump_config(resolved, allow_unicode=is_unicode()), keep="\n"))
         return
 
-    with joined(f"{resume or config} {changes}") as processes:
-        resolved = read_config()
+    with joined(f"{resume or config} {start_from or ''} {changes}") as processes:
+        resolved, parent = read_command()
         if processes.rank and isinstance(processes, TorchrunGroup):
             from lumiere.training.run import follow
 
-            result, setup = follow(resolved, store, changes, processes), None
+            result, setup = follow(resolved, store, changes, processes, parent), None
         else:
-            result, setup = start_or_resume(resolved, resume, changes, store, as_json, processes)
+            result, setup = start_or_resume(resolved, parent, resume, changes, store, as_json, processes)
     if result is None:
         return
     if setup is not None:
@@ -136,6 +158,7 @@ def check_readable_by_all(config: str, processes: "ProcessGroup") -> None:
 
 def start_or_resume(
     config: "RunConfig | None",
+    parent: "Parent | None",
     reference: str | None,
     changes: list[str],
     store: "RunStore",
@@ -147,6 +170,7 @@ def start_or_resume(
     Args:
         config: Config of a new run; None resumes the run `reference` with `changes`. After a restart by torchrun, the
             run of the start before is resumed instead.
+        parent: Whose weights a new run starts from. None: random weights.
     """
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.setup import set_up, set_up_resume
@@ -157,8 +181,9 @@ def start_or_resume(
 
         run = restarted_run(store, processes)
     if config is not None and run is None:
+        origin = parent.origin(show_note) if parent else None
         with CorpusProgress() as corpus_progress:
-            setup = set_up(config, corpus_progress)
+            setup = set_up(config, corpus_progress, origin)
         from lumiere.training.run import start
 
         with TrainingProgress() as progress:
@@ -214,7 +239,9 @@ def report(result: "TrainingResult", setup: "TrainingSetup", as_json: bool) -> N
         stdout().print(f"  {escape(as_typed(command))}", style="bold")
 
 
-def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool, processes: "ProcessGroup") -> None:
+def print_plan(
+    config: "RunConfig", parent: "Parent | None", runs_dir: Path, as_json: bool, processes: "ProcessGroup"
+) -> None:
     """Estimate what training `config` takes from a dry run, without writing to `runs_dir`."""
     from lumiere.cli.progress import CorpusProgress
     from lumiere.distributed import share_cores
@@ -222,8 +249,9 @@ def print_plan(config: "RunConfig", runs_dir: Path, as_json: bool, processes: "P
 
     if processes.size > 1:
         share_cores(processes)
+    origin = parent.origin(show_note) if parent else None
     with CorpusProgress() as progress:
-        setup = set_up(config, progress)
+        setup = set_up(config, progress, origin)
     from lumiere.training.estimate import MEASURED_SECONDS, make_plan
     from lumiere.training.run import free_room
 
@@ -248,6 +276,8 @@ def plan_rows(config: "RunConfig", plan: "Plan", free: int) -> Iterator[tuple[st
     is_shared, held = plan.num_processes > 1, memory.weights + memory.gradients + memory.optimizer + memory.activations
 
     yield "parameters", f"{parameters.total:,}"
+    if plan.num_trained_parameters < parameters.total:
+        yield "  trained", f"{plan.num_trained_parameters:,}", f"frozen: {', '.join(settings.freeze)}"
     remark = "" if parameters.output_head else "also the output head"
     yield "  token embedding", f"{parameters.token_embedding:,}", remark
     yield "  positions", f"{parameters.positions:,}", config.model.positions

@@ -14,7 +14,7 @@ PROGRAM = "lumiere"
 INTERRUPTED = 130
 NO_PATCHING = "activation patching is not available; lumiere inspect ablate measures the loss without each component"
 NO_FEATURES = "not available; lumiere inspect cache -o FILE.npz saves activations for your own analysis"
-NO_PRETRAINED = "training starts from random weights; --resume RUN continues a run"
+FINE_TUNING = "lumiere train CONFIG --from RUN starts from the weights of a run; --resume RUN continues a run"
 
 COMMANDS_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     PROGRAM: {
@@ -22,7 +22,7 @@ COMMANDS_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("sample", "complete", "chat", "predict", "infer"), "lumiere generate"),
         **dict.fromkeys(("prepare", "tokenizer"), "lumiere tokenize CONFIG"),
         **dict.fromkeys(("resume", "continue"), "lumiere train --resume RUN"),
-        **dict.fromkeys(("finetune", "fine-tune"), NO_PRETRAINED),
+        **dict.fromkeys(("finetune", "fine-tune"), FINE_TUNING),
         **dict.fromkeys(("convert", "save"), "lumiere export RUN DIR"),
         **dict.fromkeys(("list",), "lumiere runs ls"),
     },
@@ -54,7 +54,7 @@ COMMANDS_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
 """Names of commands elsewhere, by group, with what exists here."""
 
 OPTIONS_ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(("--init-from", "--from", "--from-pretrained", "--pretrained", "--finetune"), NO_PRETRAINED),
+    **dict.fromkeys(("--init-from", "--from-pretrained", "--pretrained", "--finetune"), FINE_TUNING),
     **dict.fromkeys(("--model", "--model-path", "--ckpt", "--run-id"), "name the run: RUN, or --run RUN"),
     **dict.fromkeys(("--checkpoint-name",), "--checkpoint NAME"),
     **dict.fromkeys(("--out-dir", "--output-dir"), "--runs-dir DIR"),

@@ -60,10 +60,10 @@ class _RMSNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BTE: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient_BTE: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         normalized_BTE, inverse_scale_BT1, gain_E = ctx.saved_tensors
         product_BTE = gradient_BTE * normalized_BTE
-        gain_gradient_E = product_BTE.flatten(0, -2).sum(0)
+        gain_gradient_E = product_BTE.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         mean_BT1 = (product_BTE @ gain_E).unsqueeze(-1).div_(gain_E.shape[0])
         # In place, and never `addcmul`, which takes as long as four of these passes.
         correction_BTE = torch.mul(normalized_BTE, mean_BT1, out=product_BTE)
@@ -347,11 +347,15 @@ class _LinearCrossEntropy(Function):
             dtype = torch.get_autocast_dtype(device)
             x_NE, weight_VocabE = x_NE.to(dtype), weight_VocabE.to(dtype)
         sum_dtype = torch.promote_types(x_NE.dtype, torch.float32)
+        # Of frozen weights there is no gradient to compute.
+        needs_x, needs_weight, _ = ctx.needs_input_grad
         gradients_ME: list[Tensor] = []
-        gradient_VocabE = torch.zeros(weight_VocabE.shape, dtype=sum_dtype, device=x_NE.device)
+        gradient_VocabE = None
+        if needs_weight:
+            gradient_VocabE = torch.zeros(weight_VocabE.shape, dtype=sum_dtype, device=x_NE.device)
         # Buffers for the products of a chunk, where their type is not that of the sums.
         memory = None
-        if x_NE.dtype != sum_dtype:
+        if gradient_VocabE is not None and x_NE.dtype != sum_dtype:
             memory = torch.empty_like(weight_VocabE), torch.empty_like(gradient_VocabE)
         loss = torch.zeros((), dtype=sum_dtype, device=x_NE.device)
         with torch.autocast(device, enabled=False):
@@ -364,7 +368,10 @@ class _LinearCrossEntropy(Function):
                 targets = (torch.arange(len(gradient), device=x_NE.device).unsqueeze(1), chunk.rows)
                 gradient[targets] = (gradient[targets] - chunk.sums).to(x_NE.dtype)
                 share_M1 = (chunk.is_real / chunk.sums).to(x_NE.dtype)
-                gradients_ME.append((gradient @ weight_VocabE).mul_(share_M1))
+                if needs_x:
+                    gradients_ME.append((gradient @ weight_VocabE).mul_(share_M1))
+                if gradient_VocabE is None:
+                    continue
                 x_ME = chunk.x * (share_M1 / BITS_A_NAT)
                 if memory is None:
                     gradient_VocabE.addmm_(gradient.T, x_ME)
@@ -373,12 +380,14 @@ class _LinearCrossEntropy(Function):
                     product_VocabE, widened_VocabE = memory
                     widened_VocabE.copy_(torch.mm(gradient.T, x_ME, out=product_VocabE))
                     gradient_VocabE += widened_VocabE
-        ctx.save_for_backward(torch.cat(gradients_ME), gradient_VocabE)
+        ctx.save_for_backward(torch.cat(gradients_ME) if needs_x else None, gradient_VocabE)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient_NE, gradient_VocabE = ctx.saved_tensors
-        x_dtype, weight_dtype = ctx.dtypes
-        return (gradient_NE * gradient).to(x_dtype), (gradient_VocabE * gradient).to(weight_dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        of_x, of_weight = (
+            None if kept is None else (kept * gradient).to(dtype)
+            for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return of_x, of_weight, None

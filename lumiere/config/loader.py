@@ -36,8 +36,19 @@ def load_config(
     Raises:
         ConfigError: Names the dotted path and the nearest valid key.
     """
+    return validate(given_settings(reference, overrides, flags))
+
+
+def given_settings(
+    reference: str | Path, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what `load_config` reads, as nested mappings and not validated: the settings that the user gave.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
     given = ((key, value) for key, value in (flags or {}).items() if value is not None)
-    return changed_config(read_config(find_config(reference)), [*map(parse_override, overrides), *given])
+    return replaced(read_config(find_config(reference)), [*map(parse_override, overrides), *given])
 
 
 def changed_config(values: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> RunConfig:
@@ -46,10 +57,15 @@ def changed_config(values: Mapping[str, Any], changes: Iterable[tuple[str, Any]]
     Raises:
         ConfigError: As `validate`.
     """
+    return validate(replaced(values, changes))
+
+
+def replaced(values: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return nested mappings with values replaced by dotted path, from left to right."""
     changed = dict(values)
     for key, value in changes:
         assign(changed, key, value)
-    return validate(changed)
+    return changed
 
 
 def load_config_file(path: Path) -> RunConfig:

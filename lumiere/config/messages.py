@@ -102,7 +102,7 @@ UNAVAILABLE: dict[str, str] = {
     name: instead
     for names, instead in {
         "init_from from_pretrained pretrained model_name_or_path": (
-            "training starts from random weights; lumiere train --resume RUN continues a run"
+            "lumiere train CONFIG --from RUN starts from the weights of a run"
         ),
         "model.name model_name model_type": (
             "the settings in `model` choose the architecture; lumiere train small is a size"

@@ -314,6 +314,8 @@ class TrainingConfig(Section):
     """Weight decay of the matrices that Muon updates. Null: `weight_decay`."""
     ema_decay: Fraction | None = None
     """Decay per step of the EMA of the weights, which is what gets evaluated and saved. Null: no EMA."""
+    freeze: Annotated[list[str], BeforeValidator(read_names)] = []
+    """Parts that are not trained: `embeddings`, `positions`, `blocks.0-3`, `blocks.2.attention`, `final_norm`, ..."""
     gradient_clip_norm: PositiveNumber | None = 1.0
     """Maximum gradient norm; larger gradients are scaled down. Null: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -336,8 +338,8 @@ class TrainingConfig(Section):
     """Steps between saves of `latest`, in addition to those after each evaluation."""
     snapshots: Boolean = True
     """Keep the raw weights (never the EMA) of steps 0, 1, 2, 4, ..., 512 and of evenly spaced later steps."""
-    loggers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(read_names)] = []
-    """Where to log metrics in addition to `metrics.jsonl`: `tensorboard`, `wandb` (Weights & Biases)."""
+    loggers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(read_names)] = []
+    """Where to log metrics in addition to `metrics.jsonl`: `tensorboard`, `wandb` (Weights & Biases), `trackio`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; weights stay in float32. `auto` picks the best for the device."""
     compile: Boolean = False

@@ -141,7 +141,11 @@ class Sizes:
 
 
 def tokenize_corpus(
-    config: RunConfig, emit: Callback | None = None, corpus: Corpus | None = None, verify: bool = False
+    config: RunConfig,
+    emit: Callback | None = None,
+    corpus: Corpus | None = None,
+    verify: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> TokenizedCorpus:
     """Return the encoded corpus of `config`, from the cache if it is there.
 
@@ -149,6 +153,7 @@ def tokenize_corpus(
         emit: Called with the progress.
         corpus: The result of `load_corpus(config.dataset)`, if already loaded.
         verify: Compare the cached ids with their checksums even if the files look unchanged.
+        tokenizer: The tokenizer to encode with, that of another run. None: one that is trained on the corpus.
 
     Raises:
         DataError: The corpus cannot be read or holds no text, or its cached ids have changed.
@@ -158,9 +163,11 @@ def tokenize_corpus(
     corpus = corpus or load_corpus(config.dataset)
     # The default normalizer is left out, so that corpora of versions without this setting are found.
     settings = config.tokenizer.model_dump(exclude={"normalizer"} if config.tokenizer.normalizer == "nfkc" else None)
+    if tokenizer is not None:
+        settings = {"tokenizer_sha256": tokenizer.fingerprint}
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, settings], sort_keys=True)
     folder = cache_dir() / "corpora" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, emit)
+    is_cached = os.path.isdir(folder) or not build_folder(folder, corpus, config, emit, tokenizer)
     if corpus.missing is not None:
         emit(Progress(f"{corpus.missing.message}; using the encoded corpus in the cache", is_note=True))
     return read_folder(folder, from_cache=is_cached, verify=verify)
@@ -169,8 +176,10 @@ def tokenize_corpus(
 # Building
 
 
-def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback) -> bool:
-    """Train the tokenizer and encode every split, resuming after an interruption.
+def build_folder(
+    folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None = None
+) -> bool:
+    """Train the tokenizer, unless there is one, and encode every split, resuming after an interruption.
 
     Returns:
         Whether this process built it, rather than another one in the meantime.
@@ -188,7 +197,7 @@ def build_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback
             remove_stale(folder.parent)
             unfinished.mkdir(exist_ok=True)
             try:
-                fill_folder(unfinished, corpus, config, emit)
+                fill_folder(unfinished, corpus, config, emit, tokenizer)
             finally:
                 with contextlib.suppress(OSError):  # removed if empty: the corpus could not be read
                     unfinished.rmdir()
@@ -221,7 +230,9 @@ def remove_stale(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback) -> None:
+def fill_folder(
+    folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None = None
+) -> None:
     """Write `tokenizer.json`, the ids and offsets of each split, and their facts in `splits.json`."""
     splits = [split for split in corpus.splits if next(corpus.parts(split), None) is not None]
     for split in ("train", "validation"):
@@ -236,7 +247,7 @@ def fill_folder(folder: Path, corpus: Corpus, config: RunConfig, emit: Callback)
     path = folder / "tokenizer.json"
     if not path.exists():
         settings = config.tokenizer
-        tokenizer = Tokenizer.train(
+        tokenizer = tokenizer or Tokenizer.train(
             sample(corpus.parts("train"), settings.sample_bytes),
             settings.vocab_size,
             settings.min_frequency,

@@ -144,8 +144,13 @@ class Transformer(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Number of trainable numbers; a tied output counts once."""
+        """Number of parameters; a tied output counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Number of those that training updates."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     @property
     def unembedding(self) -> Tensor:

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     ShowProgress = Callable[[], AbstractContextManager[Callable[[Progress], None] | None]]
 
-NO_EFFECT_WHEN_TRAINED = {"dropout", "zero_output_init"}
-"""Model settings that do not change what trained weights compute."""
-
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -60,8 +57,9 @@ class OpenedModel:
         """The corpus that the run's config names, as it is now; `open_corpus` compares it with the recorded one."""
         from lumiere.data.dataset import tokenize_corpus
 
+        tokenizer = self.tokenizer if self.run.record.parent else None
         with self.show_progress() as progress:
-            return tokenize_corpus(self.config, progress)
+            return tokenize_corpus(self.config, progress, tokenizer=tokenizer)
 
 
 def open_model(
@@ -153,6 +151,7 @@ def check_compatible(config: RunConfig, checkpoint: Checkpoint, name: str) -> No
     Raises:
         CheckpointError: They do not belong together.
     """
+    from lumiere.config.inheritance import NO_EFFECT_WHEN_TRAINED
     from lumiere.models.transformer import empty_model
 
     expected = {key: (weight.shape, weight.dtype) for key, weight in empty_model(config).state_dict().items()}

@@ -9,6 +9,7 @@ from typing import Any
 from lumiere.persistence.metrics import as_number
 
 Number = int | float
+MAX_ANCESTORS = 20
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class RunRecord:
         epoch, tokens, training_seconds: Progress at the last save; seconds exclude evaluation and saving.
         best_evaluation: The evaluation that made `best`, with its step, for the model card.
         splits: Counts of documents, tokens and bytes by split.
+        num_trained_parameters: Without those that `training.freeze` freezes.
+        parent: Where a fine-tuned run started: `run`, `checkpoint`, `step` and `weights_sha256`, with the `dataset` and
+            the `parent` of that run. The tokenizer is that run's, too.
         job: The torchrun launch that trained the run last; its `token` identifies it.
         resumes: One entry for each resume: when, at which step, what changed.
         values: All keys, as they are in the file.
@@ -35,6 +39,8 @@ class RunRecord:
     corpus_sha256: str | None = None
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     num_parameters: Number | None = None
+    num_trained_parameters: Number | None = None
+    parent: Mapping[str, Any] = field(default_factory=dict)
     step: Number | None = None
     total_steps: Number | None = None
     epoch: Number | None = None
@@ -64,6 +70,15 @@ class RunRecord:
         values = values if isinstance(values, dict) else {}
         known = {each.name: READERS[str(each.type)](values.get(each.name)) for each in fields(cls)[:-1]}
         return cls(**{name: value for name, value in known.items() if value is not None}, values=values)
+
+    @property
+    def ancestors(self) -> list[Mapping[str, Any]]:
+        """The runs that this one comes from: its parent, the parent of that, and so on."""
+        found, parent = [], self.parent
+        while parent and len(found) < MAX_ANCESTORS:
+            found.append(parent)
+            parent = _mapping(parent.get("parent")) or {}
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return all keys as they are in the file, and a status in any case."""

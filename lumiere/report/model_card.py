@@ -162,6 +162,7 @@ def model_card(facts: CardFacts) -> str:
         "context_bytes": context_bytes(facts),
         "part_of_epoch": epoch if is_number(epoch) and 0 <= epoch < 1 else None,
         "settings": config.training.model_dump(),
+        "ancestors": record.ancestors,
         "versions": versions,
         "version": version if isinstance(version, str) and version.replace(".", "").isalnum() else __version__,
     }

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from lumiere.config.schema import RunConfig
 from lumiere.models.transformer import empty_model
+from lumiere.training.freezing import trainable
 from lumiere.training.schedule import most_snapshots
 
 FLOAT32_BYTES = 4
@@ -65,12 +68,6 @@ def count_parameters(config: RunConfig) -> Parameters:
     return Parameters(**counts)
 
 
-def count_block_matrices(config: RunConfig) -> int:
-    """Return the parameters of the matrices in the blocks, without biases: what `optimizer: muon` updates by Muon."""
-    named = empty_model(config).named_parameters()
-    return sum(parameter.numel() for name, parameter in named if name.startswith("blocks.") and parameter.ndim == 2)
-
-
 def flops_per_token(config: RunConfig) -> int:
     """Return the FLOPs of one trained position: the matrix products of its forward and backward pass.
 
@@ -79,31 +76,60 @@ def flops_per_token(config: RunConfig) -> int:
     masked ones included: `2 N + 2 L H T (K + V)`. Backward takes twice that. With K = V = Q this is the
     `6 N + 12 L H Q T` of Chowdhery et al. 2022, "PaLM", appendix B; the `2 N` is Kaplan et al. 2020, "Scaling Laws for
     Neural Language Models", section 2.1. Norms, softmax and the optimizer are not counted.
+
+    Of frozen weights there is no gradient, and blocks before the first that has something to train have no backward
+    pass.
     """
-    model = config.model
-    weights = config.tokenizer.vocab_size * model.embedding_size + count_block_matrices(config)
-    attended = model.num_layers * model.num_heads * model.context_size * (model.d_key + model.d_value)
-    return 3 * 2 * (weights + attended)
+    model, settings = trainable(config), config.model
+    head = config.tokenizer.vocab_size * settings.embedding_size
+    attended = settings.num_heads * settings.context_size * (settings.d_key + settings.d_value)
+    products = head * (1 + model.unembedding.requires_grad)
+    # Whether the gradient of the stream is needed here: something up to here is trained.
+    embeddings = [part for part in (model.token_embedding, model.position_embedding) if part is not None]
+    is_reached = any(is_trained(part) for part in embeddings)
+    for block in model.blocks:
+        is_reached = is_reached or is_trained(block)
+        matrices = [parameter for parameter in block.parameters() if parameter.ndim == 2]
+        weights = sum(matrix.numel() for matrix in matrices)
+        products += weights + attended + sum(matrix.numel() for matrix in matrices if matrix.requires_grad)
+        products += weights + 2 * attended if is_reached else 0
+    is_reached = is_reached or is_trained(model.final_norm)
+    return 2 * (products + head * is_reached)
+
+
+def is_trained(part: nn.Module) -> bool:
+    """Return whether training updates some of a module's parameters."""
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def weight_bytes(config: RunConfig) -> int:
-    """Return the bytes of the weights, float32 in any precision. The gradients take the same."""
+    """Return the bytes of the weights, float32 in any precision."""
     return FLOAT32_BYTES * count_parameters(config).total
 
 
+def gradient_bytes(config: RunConfig) -> int:
+    """Return the bytes of the gradients, which frozen weights do not have."""
+    return FLOAT32_BYTES * trainable(config).num_trained_parameters
+
+
 def optimizer_bytes(config: RunConfig) -> int:
-    """Return the bytes of the optimizer state: two averages per parameter for AdamW, one momentum for Muon.
+    """Return the bytes of the optimizer state: two averages per trained parameter for AdamW, one momentum for Muon.
 
     An EMA of the weights counts too.
     """
-    parameters = count_parameters(config)
-    moved_by_muon = count_block_matrices(config) if config.training.optimizer == "muon" else 0
+    trained = [(name, p) for name, p in trainable(config).named_parameters() if p.requires_grad]
+    total = sum(parameter.numel() for _, parameter in trained)
+    moved_by_muon = sum(p.numel() for name, p in trained if name.startswith("blocks.") and p.ndim == 2)
     averages = 2 if config.training.ema_decay is None else 3
-    return FLOAT32_BYTES * (averages * parameters.total - moved_by_muon)
+    return FLOAT32_BYTES * (averages * total - (moved_by_muon if config.training.optimizer == "muon" else 0))
 
 
-def disk(config: RunConfig, total_steps: int) -> Disk:
-    """Return the disk space of the checkpoints of a run of `total_steps`."""
+def disk(config: RunConfig, total_steps: int, is_fine_tuned: bool = False) -> Disk:
+    """Return the disk space of the checkpoints of a run of `total_steps`.
+
+    Args:
+        is_fine_tuned: Whether it has a parent, and so keeps the snapshot of step 0 in any case.
+    """
     weights = weight_bytes(config)
-    num_snapshots = most_snapshots(total_steps) if config.training.snapshots else 0
+    num_snapshots = most_snapshots(total_steps) if config.training.snapshots else int(is_fine_tuned)
     return Disk(weights + optimizer_bytes(config), weights, num_snapshots)

@@ -35,7 +35,7 @@ class Memory:
     Attributes:
         weights: Float32 in any precision. With `parallel: fsdp`, this and the next two are the share of a process,
             without the weights of a block and of the embedding that are gathered temporarily.
-        gradients: One per weight.
+        gradients: One per trained weight.
         optimizer: Its averages.
         activations: Measured size of what the forward pass of one accumulation step keeps for the backward pass,
             without the temporary memory of single operations.
@@ -76,6 +76,7 @@ class Plan:
     """
 
     parameters: Parameters
+    num_trained_parameters: int
     flops_per_token: int
     memory: Memory
     disk: Disk
@@ -132,7 +133,7 @@ def make_plan(setup: TrainingSetup, warn: Callable[[str], None], processes: Proc
     num_shares = processes.size if settings.parallel == "fsdp" else 1
     memory = Memory(
         weights=costs.weight_bytes(config) // num_shares,
-        gradients=costs.weight_bytes(config) // num_shares,
+        gradients=costs.gradient_bytes(config) // num_shares,
         optimizer=costs.optimizer_bytes(config) // num_shares,
         activations=measure_activations(setup, state.model, objective, processes.size),
         peak=peak_memory(setup.device),
@@ -142,9 +143,10 @@ def make_plan(setup: TrainingSetup, warn: Callable[[str], None], processes: Proc
         warn(message)
     return Plan(
         parameters=costs.count_parameters(config),
+        num_trained_parameters=setup.num_trained_parameters,
         flops_per_token=flops_per_token,
         memory=memory,
-        disk=costs.disk(config, total_steps),
+        disk=costs.disk(config, total_steps, is_fine_tuned=bool(setup.lineage)),
         num_windows=len(windows),
         padding_share=windows.padding_share,
         epoch_steps=epoch_steps,

@@ -14,6 +14,7 @@ class StartEvent:
 
     Attributes:
         peak_flops: Measured FLOP/s of the device in matrix products of that precision.
+        frozen: The parts that are not trained, as text; empty if there are none.
     """
 
     run_name: str
@@ -25,6 +26,7 @@ class StartEvent:
     device: str
     precision: str
     peak_flops: float
+    frozen: str = ""
 
 
 @dataclass(frozen=True)

@@ -101,14 +101,15 @@ class Optimizers:
     """The optimizers of a model, stepped together. Their state is a flat mapping of named tensors.
 
     AdamW (Loshchilov & Hutter 2019) updates everything. With `optimizer: muon`, Muon updates the matrices of the blocks
-    and AdamW the rest. Weight decay applies to matrices and embeddings, not to the gains of norms.
+    and AdamW the rest. Weight decay applies to matrices and embeddings, not to the gains of norms. Parameters without
+    `requires_grad` are frozen: they have no state, and nothing changes them.
 
     Args:
         precision: Type in which Muon orthogonalizes.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, precision: torch.dtype = torch.float32) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._parameters = trained_parameters(model)
         named = self._parameters.items()
         is_muon = {n: config.optimizer == "muon" and n.startswith("blocks.") and p.ndim == 2 for n, p in named}
         others = [parameter for name, parameter in named if not is_muon[name]]
@@ -159,6 +160,8 @@ class Optimizers:
         for key, value in tensors.items():
             name, _, quantity = key.rpartition(".")
             by_name[name][quantity] = value
+        if unknown := by_name.keys() - self._parameters.keys():
+            raise ValueError(f"a state of the optimizer for {min(unknown)}, which is not trained")
         for name, parameter in self._parameters.items():
             found, optimizer = by_name[name], self._optimizer_of[name]
             # The optimizer itself would fail on missing or misshaped state in the middle of its first step.
@@ -172,6 +175,11 @@ class Optimizers:
             }
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that training updates by their names."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 class WeightAverage:
     """Exponential moving average: `average = decay * average + (1 - decay) * weights` after each step.
 
@@ -179,12 +187,12 @@ class WeightAverage:
     untrained weights leave the average quickly (as in `tf.train.ExponentialMovingAverage`).
 
     Args:
-        model: The model whose weights are averaged; the average starts as a copy of them.
+        model: The model whose trained weights are averaged; the average starts as a copy of them.
         decay: Fraction of the average that a step keeps, 0 to 1: about 1 / (1 - decay) steps are averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._parameters = trained_parameters(model)
         self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._decay = decay
 
@@ -214,7 +222,7 @@ class WeightAverage:
             average.copy_(weight)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the average of each parameter by its name in the model."""
+        """Return the average of each trained parameter by its name in the model."""
         return dict(self._averages)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -37,10 +37,11 @@ from lumiere.persistence.manifest import DAMAGE_HINT
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
-from lumiere.persistence.step_folders import clear
+from lumiere.persistence.step_folders import clear, snapshot_name
 from lumiere.training.costs import disk
 from lumiere.training.events import Callback, WarningEvent, to_all
 from lumiere.training.loggers import metrics_log, opened_loggers
+from lumiere.training.parent import Parent, lineage, origin_of
 from lumiere.training.setup import (
     INEXACT,
     Change,
@@ -53,7 +54,7 @@ from lumiere.training.setup import (
     with_overrides,
 )
 from lumiere.training.state import NUMERICS, STOP_REASONS
-from lumiere.training.trainer import Trainer, TrainingResult
+from lumiere.training.trainer import Trainer, TrainingResult, provenance
 
 
 def start(
@@ -78,7 +79,7 @@ def start(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(run.path))
-            write_files(setup, run, command)
+            setup = write_files(setup, run, command, processes)
             record_start(setup, run, processes)
         except BaseException as error:
             with contextlib.suppress(OSError):
@@ -138,12 +139,17 @@ def resume(
 
 
 def follow(
-    config: RunConfig | None, store: RunStore, overrides: Sequence[str], processes: TorchrunGroup
+    config: RunConfig | None,
+    store: RunStore,
+    overrides: Sequence[str],
+    processes: TorchrunGroup,
+    parent: Parent | None = None,
 ) -> TrainingResult | None:
     """Train the run that rank 0 starts or resumes; None if there is nothing to train.
 
     Args:
         config: Of this rank's command line. None: a run is resumed, with its own config and `overrides`.
+        parent: Of this rank's command line, for a new run.
 
     Raises:
         LumiereError: As `set_up` and `Trainer.train`, or this rank reads other files than rank 0.
@@ -156,15 +162,17 @@ def follow(
     except LumiereError as error:
         hint = f"{store.runs_dir} must be one folder that all machines see"
         raise LumiereError(f"rank {processes.rank} does not find the run of rank 0: {error.message}", hint) from error
-    checkpoint = None
+    checkpoint, origin = None, None
     if config is None or choice["resumes_from"] is not None:
-        config = with_overrides(run.load_config(), () if config else overrides)
+        config, origin = with_overrides(run.load_config(), () if config else overrides), origin_of(run)
+    elif parent is not None:
+        origin = parent.origin()
     if choice["resumes_from"]:
         # Rank 0 has verified all of it; this rank verifies what it reads.
         checkpoint = CheckpointManager(run.path.parent).load(
             run, choice["resumes_from"], outlined=config.training.parallel == "fsdp", verify=False
         )
-    setup = set_up_rank(config, choice)
+    setup = set_up_rank(config, choice, origin)
     return connected_trainer(setup, run, to_all(()), checkpoint, processes).train()
 
 
@@ -246,17 +254,28 @@ def check_agreement(facts: Mapping[str, str], processes: ProcessGroup) -> None:
 # What a run records
 
 
-def write_files(setup: TrainingSetup, run: Run, command: Sequence[str]) -> None:
-    """Write the tokenizer, the config and the record of a new run."""
+def write_files(
+    setup: TrainingSetup, run: Run, command: Sequence[str], processes: ProcessGroup = SINGLE_PROCESS
+) -> TrainingSetup:
+    """Write the tokenizer, the config and the record of a new run; of a fine-tuned run, also the weights of step 0.
+
+    Returns:
+        The setup, with the lineage of the weights that were written: the parent may be training.
+    """
     with writing(run.path):
         run.disk.write(run.tokenizer_path, setup.corpus.tokenizer.to_json().encode())
-        # The config last: a run that has one can be resumed, wherever its process was killed.
-        run.disk.write(run.config_path, dump_config(setup.config).encode())
+    if setup.lineage:
+        parent = Parent(RunStore(run.path.parent).open(setup.lineage["run"]), setup.lineage["checkpoint"]).open()
+        setup = replace(setup, lineage=lineage(parent))
+        start = Checkpoint(parent.model.state_dict(), metadata=provenance(setup, run, processes) | {"step": 0})
+        CheckpointManager(run.path.parent).save(run, snapshot_name(0), start)
     run.update(
         name=run.name,
         created_at=now(),
         command=list(command),
         num_parameters=setup.num_parameters,
+        num_trained_parameters=setup.num_trained_parameters,
+        parent=dict(setup.lineage) or None,
         dataset=setup.config.dataset.name,
         corpus_sha256=setup.corpus.fingerprint,
         splits={name: asdict(split.facts) for name, split in setup.corpus.splits.items()},
@@ -264,6 +283,10 @@ def write_files(setup: TrainingSetup, run: Run, command: Sequence[str]) -> None:
         best_loss=None,
         **environment(),
     )
+    with writing(run.path):
+        # The config last: a run that has one can be resumed, wherever its process was killed.
+        run.disk.write(run.config_path, dump_config(setup.config).encode())
+    return setup
 
 
 def record_start(setup: TrainingSetup, run: Run, processes: ProcessGroup) -> None:
@@ -434,7 +457,7 @@ def process_count(size: int, config: RunConfig) -> str:
 
 def check_room(runs_dir: Path, setup: TrainingSetup) -> None:
     """Refuse a run whose checkpoints do not fit on the disk."""
-    needed = disk(setup.config, setup.total_steps).total
+    needed = disk(setup.config, setup.total_steps, is_fine_tuned=bool(setup.lineage)).total
     folder, free = free_room(runs_dir)
     if free < needed:
         raise CheckpointError(

@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from lumiere.config.inheritance import INHERITED, NO_EFFECT_WHEN_TRAINED
 from lumiere.config.loader import changed_config, flat_settings, parse_override, validate
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.corpus import load_corpus, recorded
@@ -17,6 +18,7 @@ from lumiere.persistence.manifest import DAMAGE_HINT
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.training.loggers import check_packages
+from lumiere.training.parent import Origin, origin_of
 from lumiere.training.schedule import learning_rate_factor, num_steps
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class TrainingSetup:
     Attributes:
         precision: Type of the matrix products; the weights are float32.
         peak_flops: Measured FLOP/s of the device in matrix products of that type.
+        num_trained_parameters: Without those that are frozen.
+        lineage: Where a fine-tuned run starts, as in `RunRecord.parent`; empty for a run that starts from scratch.
         changes: What a resume changes of the settings that the run was trained with so far.
     """
 
@@ -68,6 +72,8 @@ class TrainingSetup:
     precision: "torch.dtype"
     peak_flops: float
     num_parameters: int
+    num_trained_parameters: int
+    lineage: Mapping[str, Any] = field(default_factory=dict)
     changes: "Sequence[Change]" = ()
 
     @property
@@ -93,12 +99,18 @@ class TrainingSetup:
         return {
             "corpus": self.corpus.fingerprint,
             "tokenizer": self.corpus.tokenizer.fingerprint,
+            "parent": json.dumps(dict(self.lineage), sort_keys=True),
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         }
 
 
-def set_up(config: RunConfig, progress: Callable[[Progress], None] | None = None) -> TrainingSetup:
+def set_up(
+    config: RunConfig, progress: Callable[[Progress], None] | None = None, origin: Origin | None = None
+) -> TrainingSetup:
     """Tokenize the corpus, resolve device and precision, and measure the device.
+
+    Args:
+        origin: What a fine-tuned run has from its parent. None: the run starts from scratch.
 
     Raises:
         LumiereError: The device or the package of a logger is missing, or the corpus cannot be used.
@@ -108,14 +120,22 @@ def set_up(config: RunConfig, progress: Callable[[Progress], None] | None = None
     config = config.model_copy(update={"dataset": recorded(config.dataset)})
     # Torch takes seconds to import; a missing network is reported before that.
     from lumiere.device import keep_freed_memory, peak_flops, resolve_device, resolve_precision
-    from lumiere.models.transformer import empty_model
+    from lumiere.training.freezing import trainable
 
     keep_freed_memory()
     device = resolve_device(config.training.device)
     precision = resolve_precision(config.training.precision, device)
-    corpus = tokenize_corpus(config, progress, source)
-    num_parameters = empty_model(config).num_parameters
-    return TrainingSetup(config, corpus, device, precision, peak_flops(device, precision), num_parameters)
+    model = trainable(config)
+    return TrainingSetup(
+        config,
+        tokenize_corpus(config, progress, source, tokenizer=origin.tokenizer if origin else None),
+        device,
+        precision,
+        peak_flops(device, precision),
+        model.num_parameters,
+        model.num_trained_parameters,
+        origin.lineage if origin else {},
+    )
 
 
 def set_up_resume(
@@ -136,28 +156,29 @@ def set_up_resume(
     check_changes(changed, run.id)
     record = run.record
     given = {parse_override(override)[0] for override in overrides}
-    setup = set_up(with_recorded_device(config, record, given), progress)
+    setup = set_up(with_recorded_device(config, record, given), progress, origin_of(run))
     # A run that was killed while it was created may lack a tokenizer, and was not trained yet.
     exists = run.tokenizer_path.exists() or CheckpointManager(run.path.parent).names(run)
     if exists and setup.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
         raise LumiereError(
             f"the tokenizer of '{config.dataset.name}' is not the one that run {run.id} was trained with",
-            "restore the corpus and the version of tokenizers that run.json names, or start a new run",
+            "restore the corpus and the version of tokenizers that run.json names, or start a new run from these "
+            f"weights with --from {run.id}",
         )
     # Such a run has no record to compare with either.
     if setup.corpus.fingerprint != (record.corpus_sha256 or setup.corpus.fingerprint):
         raise LumiereError(
             f"the corpus '{config.dataset.name}' is not the one that run {run.id} was trained on",
-            "restore it as it was, or start a new run",
+            f"restore it as it was, or start a new run from these weights with --from {run.id}",
         )
     return replace(setup, config=config, changes=changed)
 
 
-def set_up_rank(config: RunConfig, chosen: Mapping[str, str]) -> TrainingSetup:
+def set_up_rank(config: RunConfig, chosen: Mapping[str, str], origin: Origin | None = None) -> TrainingSetup:
     """Set up a rank other than 0: quietly, without loggers, with the device and precision that rank 0 chose."""
     taken = {"loggers": [], "device": chosen["device"].partition(":")[0], "precision": chosen["precision"]}
     settings = config.training.model_copy(update=taken)
-    return set_up(config.model_copy(update={"training": settings}))
+    return set_up(config.model_copy(update={"training": settings}), origin=origin)
 
 
 def check_shares(settings: TrainingConfig, device: "torch.device", processes: "ProcessGroup") -> None:
@@ -272,10 +293,13 @@ def check_changes(changed: Sequence[Change], run_id: str) -> None:
     for change in changed:
         section, _, name = change.path.partition(".")
         if section != "training" or name not in CHANGEABLE:
+            # A run that starts from these weights has their model and tokenizer too.
+            keeps = section in INHERITED and name not in NO_EFFECT_WHEN_TRAINED
+            start = "with it" if keeps else f"from these weights with --from {run_id}"
             raise ConfigError(
                 f"run {run_id} was trained with {change.path} {text(change.before)}, which a resume cannot change to "
                 f"{text(change.after)}",
-                f"start a new run with it; a resume may change: {', '.join(CHANGEABLE)}",
+                f"start a new run {start}; a resume may change: {', '.join(CHANGEABLE)}",
             )
 
 
@@ -298,8 +322,8 @@ def check_schedule(before: TrainingConfig, after: TrainingConfig, epoch_steps: i
         raise ConfigError(
             f"the {before.schedule} schedule of {old:,} steps cannot become one of {new:,} at step {step:,}: "
             f"the learning rate has decayed already, and the steps so far would have had other rates",
-            "start a new run of that length; to extend a run, train with training.schedule=constant, or with "
-            "training.decay_fraction below 1 and extend it before the decay",
+            "start a new run of that length, or one from these weights with --from RUN; to extend a run, train with "
+            "training.schedule=constant, or with training.decay_fraction below 1 and extend it before the decay",
         )
 
 

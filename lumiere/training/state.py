@@ -13,6 +13,7 @@ from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.errors import CheckpointError
 from lumiere.models.transformer import Transformer, build_model
 from lumiere.persistence.checkpoint import TRAINED, Checkpoint
+from lumiere.training.freezing import freeze
 from lumiere.training.optim import Optimizers, WeightAverage
 from lumiere.training.parallel import load_weights
 
@@ -127,8 +128,9 @@ class TrainingState(Counters):
         counters = {name: getattr(self, name) for name in COUNTERS}
         model, optimizer = self.model.state_dict(), self.optimizers.state_tensors()
         if self.average is not None:
-            optimizer |= {TRAINED + name: weight for name, weight in model.items()}
-            model = self.average.tensors()
+            averages = self.average.tensors()
+            optimizer |= {TRAINED + name: model[name] for name in averages}
+            model = model | averages
         return Checkpoint(model, optimizer, rng, provenance | counters)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -139,20 +141,21 @@ class TrainingState(Counters):
         """
         if not checkpoint.rng:
             raise CheckpointError("this checkpoint holds weights only", "resume from latest, previous or best")
-        trained = {
-            name.removeprefix(TRAINED): weight
-            for name, weight in checkpoint.optimizer.items()
-            if name.startswith(TRAINED)
-        }
-        if bool(trained) != (self.average is not None):
+        trained, optimizer = {}, {}
+        for name, tensor in checkpoint.optimizer.items():
+            if name.startswith(TRAINED):
+                trained[name.removeprefix(TRAINED)] = tensor
+            else:
+                optimizer[name] = tensor
+        if trained.keys() != (self.average.tensors().keys() if self.average else set()):
             raise misfit()
         try:
             load_weights(self.model, checkpoint.model)
-            self.optimizers.load_state_tensors(checkpoint.optimizer)
+            self.optimizers.load_state_tensors(optimizer)
             torch.set_rng_state(checkpoint.rng["cpu"])
             if self.average is not None:
                 self.average.load(checkpoint.model)
-                load_weights(self.model, trained)
+                load_weights(self.model, checkpoint.model | trained)
             metadata = NEWER_COUNTERS | checkpoint.metadata
             counters = TypeAdapter(Counters).validate_python({name: metadata[name] for name in COUNTERS})
             device = next(self.model.parameters()).device
@@ -167,9 +170,14 @@ class TrainingState(Counters):
 
 
 def new_model(config: RunConfig) -> Transformer:
-    """Return the model at step 0, built on the CPU so that its weights depend on the seed alone."""
+    """Return the model at step 0, built on the CPU so that its weights depend on the seed alone.
+
+    What `training.freeze` names is out of training.
+    """
     torch.manual_seed(config.training.seed)
-    return build_model(config)
+    model = build_model(config)
+    freeze(model, config.training.freeze)
+    return model
 
 
 def misfit() -> CheckpointError:

@@ -30,6 +30,7 @@ from lumiere.training.events import (
     StepEvent,
     WarningEvent,
 )
+from lumiere.training.freezing import described
 from lumiere.training.loss import Objective, compiled, summed_loss
 from lumiere.training.nonfinite import NonFiniteGuard, is_finite
 from lumiere.training.parallel import (
@@ -99,16 +100,11 @@ class Trainer:
         self.peak_flops = setup.peak_flops * processes.size
         self.evaluation: Evaluation | None = None
         self.checkpoints = CheckpointManager(run.path.parent)
-        self.provenance = {
-            "run": run.name,
-            "lumiere_version": __version__,
-            "numerics": NUMERICS,
-            "config": config.model_dump(),
-            "corpus_sha256": setup.corpus.fingerprint,
-            "tokenizer_sha256": setup.corpus.tokenizer.fingerprint,
-            "world_size": processes.size,
-        }
+        self.provenance = provenance(setup, run, processes)
         model = new_model(config)
+        if setup.lineage and checkpoint is None:
+            # The parent's weights, which `start` has copied.
+            model.load_state_dict(run.load_model(snapshot_name(0)).state_dict())
         objective: Objective = compiled(self.warn) if self.settings.compile else summed_loss
         self.objective = parallelize(model, objective, self.settings.parallel, self.device, processes)
         self.state = TrainingState.around(model, self.settings, setup.precision)
@@ -257,11 +253,12 @@ class Trainer:
             step=self.state.step,
             total_steps=self.total_steps,
             steps_per_epoch=self.epoch_steps,
-            num_parameters=self.state.model.num_parameters,
+            num_parameters=self.setup.num_parameters,
             num_windows=len(self.windows),
             device=str(self.device),
             precision=self.setup.resolved["precision"],
             peak_flops=self.peak_flops,
+            frozen=described(self.state.model, self.settings.freeze),
         )
         self.emit(event)
         if message := unfinished_warmup(self.settings.warmup_steps, self.total_steps):
@@ -291,6 +288,20 @@ class Trainer:
             "tokens": state.tokens,
             "seconds": state.seconds,
         }
+
+
+def provenance(setup: TrainingSetup, run: Run, processes: ProcessGroup) -> dict[str, Any]:
+    """Return what every checkpoint of a run says of its origin."""
+    return {
+        "run": run.name,
+        "lumiere_version": __version__,
+        "numerics": NUMERICS,
+        "config": setup.config.model_dump(),
+        "corpus_sha256": setup.corpus.fingerprint,
+        "tokenizer_sha256": setup.corpus.tokenizer.fingerprint,
+        "world_size": processes.size,
+        **({"parent": dict(setup.lineage)} if setup.lineage else {}),
+    }
 
 
 def train_step(

@@ -22,6 +22,7 @@ def files() -> None:
         "book.txt": b"A short book.\n",
         "latin.txt": b"one\r\ncaf\xe9",
         "card.md": b"mine",
+        "data.yaml": b"dataset: {num_documents: 10}",
         "blank.txt": b"\n \n",
         "bad.jsonl": b'{"prompt": "a"}\n{"prompt":\n',
         "keys.jsonl": b'{"text": "a"}\n',
@@ -54,6 +55,10 @@ SETTINGS = [
     ("model.rotary_scaling={type: linear, factr: 2}", "model.rotary_scaling.factr", "factor"),
     ("training={loss_positions: last, random_window_offset: true}", "training.random_window_offset", ""),
     ("training.loggers=tensorbord", "got 'tensorbord'", "did you mean tensorboard?"),
+    ("training.freeze=[embedings]", "no part 'embedings'", "did you mean embeddings?"),
+    ("training.freeze=blocks.9", "no 'blocks.9'", "0-1"),
+    ("training.freeze=[blocks, embeddings, positions, final_norm]", "no parameter to train", ""),
+    ("training.freeze={a: b}", "training.freeze must be a list", ""),
     ("training.loggers=[wandb, wadb]", "got 'wadb'", "did you mean wandb?"),
     (f"training.device=cuda:{torch.cuda.device_count()}", f"'cuda:{torch.cuda.device_count()}'", "cpu"),
 ]
@@ -68,6 +73,9 @@ TRAINING = [
     (("tiny", "--plan", "--print-config"), "--plan and --print-config", ""),
     (("--plan",), "no config given", ""),
     (("tiny", "--plan", "--set", "model.n_embd=4"), "unknown key model.n_embd", ""),
+    (("tiny", "--from", "latest"), "no run 'latest'", ""),
+    (("tiny", "--from", "latest", "--resume", "latest"), "--resume and --from", ""),
+    (("--from", "latest"), "no config given", "--from latest"),
 ]
 
 
@@ -80,7 +88,7 @@ def test_train_refuses() -> None:
         assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing_is_installed(package: str) -> None:
         raise PackageNotFoundError(package)
@@ -209,6 +217,18 @@ REFUSED = """
     runs card latest -o card.md | card.md exists
     runs card latest -o runs | 'runs' is a directory
     runs card latest -o no/a.md | 'no' does not exist
+    train tiny --from latest | model.embedding_size is 16, not 96 | --set model.embedding_size=16
+    train tiny --from latest --plan | model.embedding_size is 16, not 96
+    train tiny --from latest --print-config | model.embedding_size is 16, not 96
+    train data.yaml --from latest@bset | no checkpoint 'bset' | did you mean best?
+    train data.yaml --from latest@ | no checkpoint ''
+    train data.yaml --from latest@999 | no checkpoint '999'
+    train data.yaml --from @best | no run ''
+    train data.yaml --from ../latest | no run '../latest'
+    train data.yaml --from latest --set tokenizer.normalizer=none | tokenizer.normalizer is nfkc, not none
+    train data.yaml --from latest --set training.freeze=blocks.2 | no 'blocks.2'
+    train data.yaml --from latest --resume latest | --resume and --from
+    train --resume latest --set training.seed=9 | training.seed 0 | --from
     evaluate latest | evaluate | lumiere eval
     sample | sample | lumiere generate
     tokenise | tokenise | tokenize
@@ -223,7 +243,7 @@ REFUSED = """
     inspect frobnicate | frobnicate | summary, attention
     runs list | list | lumiere runs ls
     runs delete x | delete | lumiere runs rm
-    train tiny --init-from gpt2 | --init-from | --resume RUN
+    train tiny --init-from gpt2 | --init-from | --from RUN
     train tiny --lr 1 | --lr | --set training.learning_rate=VALUE
     train tiny --batch-size 1 | --batch-size | --set training.batch_size=VALUE
     train --config tiny | --config | lumiere train FILE

@@ -14,6 +14,7 @@ from lumiere.models.transformer import Transformer, build_model
 from lumiere.training import costs
 from lumiere.training.costs import Parameters
 from lumiere.training.events import StartEvent
+from lumiere.training.freezing import trainable
 from lumiere.training.optim import Optimizers
 from tests.training.short import PEAK_FLOPS, files_of, names, short, train
 
@@ -123,3 +124,29 @@ def test_mfu_is_a_fraction_of_the_measured_peak() -> None:
     assert [step.mfu for step in trained.steps] == pytest.approx(
         [step.tokens_per_second * flops / PEAK_FLOPS for step in trained.steps]
     )
+
+
+@pytest.mark.parametrize(
+    "freeze", [["embeddings"], ["blocks"], ["embeddings", "positions", "blocks.0-1"], ["blocks.1.feedforward"]]
+)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_frozen_parts_take_no_gradient(freeze: list[str], is_tied: bool) -> None:
+    config = short(UNEVEN | {"model.dropout": 0.0, "model.tie_embeddings": is_tied}, freeze=freeze)
+
+    def backward(model: Transformer, tokens: torch.Tensor) -> None:
+        frozen = trainable(config)
+        for parameter, other in zip(model.parameters(), frozen.parameters(), strict=True):
+            parameter.requires_grad_(other.requires_grad)
+        model.logits(tokens).sum().backward()
+
+    with torch.enable_grad():
+        flops = counted_flops(config, backward)
+    assert costs.flops_per_token(config) * 2 * config.model.context_size == flops
+
+
+def test_frozen_parts_take_no_memory_and_no_room() -> None:
+    config = short(UNEVEN, freeze=["embeddings", "blocks.0"], optimizer="muon", ema_decay=0.5, snapshots=True)
+    run = train(config).run
+    state = sum(path.stat().st_size for path in files_of(run) if path.name != "rng.safetensors")
+    assert costs.disk(config, 6).checkpoint == pytest.approx(state, rel=0.1)
+    assert costs.gradient_bytes(config) == 4 * (run.record.num_trained_parameters or 0)

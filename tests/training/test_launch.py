@@ -67,6 +67,8 @@ def test_the_record() -> None:
         "device": "cpu",
         "precision": "float32",
         "num_parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "num_trained_parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "parent": None,
         "dataset": "stories",
         "corpus_sha256": setup.corpus.fingerprint,
         "total_steps": 6,

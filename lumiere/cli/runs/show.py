@@ -9,6 +9,7 @@ from lumiere.cli.options import Json, RunReference, RunsDir
 from lumiere.cli.runs.ls import facts
 from lumiere.errors import ConfigError, printable, shortened
 from lumiere.persistence.catalog import Entry, read_entry
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import RunStore
 
 MAX_TEXT = 2000  # characters of one value
@@ -54,7 +55,7 @@ def describe(entry: Entry) -> dict[str, Any]:
         "checkpoints": [asdict(checkpoint) for checkpoint in checkpoint_files(run)],
         "evaluations": [asdict(kept) for kept in read_evaluations(run)],
         "disk_bytes": disk_bytes(run.path),
-        "repeat": shlex.join(["lumiere", "train", str(run.config_path)]),
+        "repeat": shlex.join(["lumiere", "train", str(run.config_path), *start(entry.record.parent)]),
         "original_command": shlex.join(entry.record.command) or None,
     }
 
@@ -73,7 +74,8 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
         "tags": " ".join(entry.notes.tags),
         "note": entry.notes.text,
         "age": age(run.created_at),
-        "model": f"{number(record.num_parameters, ',')} parameters",
+        "model": parameters(record),
+        "from": ", from ".join(map(ancestor, record.ancestors)),
         "corpus": f"{text_cell(record.dataset)} ({text_cell(record.corpus_sha256)[:16]})",
         "progress": progress(details),
         "best": best,
@@ -102,6 +104,24 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
             default = escape(setting(details["changed"][key]["default"]))
             line = f"[bold]{line}[/]  [dim]default {default}[/]"
         stdout().print(f"  {line}")
+
+
+def parameters(record: RunRecord) -> str:
+    """Format the number of parameters, and how many of them are trained if some are frozen."""
+    total, trained = record.num_parameters, record.num_trained_parameters
+    is_frozen = trained is not None and trained != total
+    return f"{number(total, ',')} parameters" + (f", {number(trained, ',')} of them trained" if is_frozen else "")
+
+
+def ancestor(parent: Mapping[str, Any]) -> str:
+    """Describe a checkpoint that training started from."""
+    name = f"{text_cell(parent.get('run'))}@{text_cell(parent.get('checkpoint'))}"
+    return f"{name} (step {number(parent.get('step'), ',')}, {text_cell(parent.get('dataset'))})"
+
+
+def start(parent: Mapping[str, Any]) -> list[str]:
+    """Return the option that starts a run from the weights of its parent."""
+    return ["--from", f"{parent.get('run')}@{parent.get('checkpoint')}"] if parent else []
 
 
 def print_section(heading: str, *lines: str) -> None:
