@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def export(
     run: RunReference,
     folder: Annotated[Path, Argument(metavar="DIR", help="A new or empty folder.")],
-    to: Annotated[str, Option(metavar="FORMAT", help="Export to hf (Hugging Face transformers) or transformer-lens.")],
+    to: Annotated[str, Option(metavar="FORMAT", help="hf (Hugging Face), gguf (llama.cpp), onnx or transformer-lens.")],
     checkpoint: CheckpointName = "best",
     as_json: Json = False,
     runs_dir: RunsDir = None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumiere.errors import FailedCheckError, LumiereError
-from lumiere.export import hugging_face, transformer_lens
+from lumiere.export import gguf, hugging_face, onnx, transformer_lens
 from lumiere.export.original import Original
 from lumiere.files import DISK
 from lumiere.interpret.result import Receipt
@@ -31,6 +31,8 @@ class Target:
 
 TARGETS: Mapping[str, Target] = {
     "hf": Target(hugging_face.write, hugging_face.check, hugging_face.PACKAGES),
+    "gguf": Target(gguf.write, gguf.check, gguf.PACKAGES),
+    "onnx": Target(onnx.write, onnx.check, onnx.PACKAGES),
     "transformer-lens": Target(transformer_lens.write, transformer_lens.check),
 }
 
