@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lumiere.components.layers import stretch
+from lumiere.data.foreign_tokenizer import ForeignTokenizer
 from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
 from lumiere.errors import FailedCheckError, LumiereError, shortened
 from lumiere.export.llama_cpp import ask
@@ -68,6 +69,11 @@ def write(folder: Path, original: Original) -> None:
 
     model, tokenizer = original.model, original.tokenizer
     check_settings(model)
+    if isinstance(tokenizer, ForeignTokenizer):
+        raise LumiereError(
+            "a GGUF file can hold Lumiere's own tokenizers, and this run has one from elsewhere",
+            "export with --to hf, and convert the folder with llama.cpp's convert_hf_to_gguf.py",
+        )
     writer = GGUFWriter(folder / FILE, "llama")
     add_settings(writer, model)
     add_tokenizer(writer, tokenizer, model.vocab_size)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from lumiere.data.tokenizer import EOT, PAD, SOT, SPECIAL_TOKENS, Tokenizer
+from lumiere.data.foreign_tokenizer import CONFIG_NAME
+from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import FailedCheckError, shortened
 from lumiere.export.original import FLOAT32_TOLERANCE, TEXTS, Original, render
 from lumiere.export.stock_classes import WITHOUT_EFFECT, Keys, find_stock, stock_weights
@@ -40,14 +41,14 @@ def write(folder: Path, original: Original) -> None:
         kind = {"architectures": [OWN_CLASS], "model_type": "lumiere"}
         keys, weights = own_keys(model), model.state_dict()
         DISK.write(folder / MODELING_FILE, resources.files("lumiere.export").joinpath(MODELING_FILE).read_bytes())
-    ids = {"bos_token_id": SOT, "eos_token_id": EOT, "pad_token_id": PAD}
+    ids = special_ids(tokenizer)
     suppressed = {"suppress_tokens": suppressed_ids(model.vocab_size, tokenizer)}
     DISK.write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
     for name, values in {
         "config.json": kind | {"vocab_size": model.vocab_size, "dtype": "float32"} | ids | keys,
         "generation_config.json": ids | suppressed,
         "tokenizer.json": tokenizer_values(tokenizer),
-        "tokenizer_config.json": tokenizer_config(model.context_size),
+        "tokenizer_config.json": tokenizer_config(tokenizer, model.context_size),
     }.items():
         DISK.write(folder / name, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     DISK.write(folder / "README.md", readme(original, kind["architectures"][0]))
@@ -61,31 +62,42 @@ def own_keys(model: Transformer) -> Keys:
     return {"auto_map": auto_map} | settings | {"num_key_value_heads": model.settings.key_value_heads}
 
 
+def special_ids(tokenizer: Tokenizer) -> Keys:
+    """Return the ids of start, end and padding as a `config.json` has them; without padding, that of the end."""
+    ends = list(tokenizer.end_ids)
+    padding = tokenizer.padding_id if tokenizer.padding_id is not None else next(iter(ends), None)
+    end = ends if len(ends) > 1 else next(iter(ends), None)
+    return {"bos_token_id": tokenizer.start_id, "eos_token_id": end, "pad_token_id": padding}
+
+
 def tokenizer_values(tokenizer: Tokenizer) -> Keys:
-    """Return the tokenizer, which begins each text with the start token there."""
-    start = {"SpecialToken": {"id": SPECIAL_TOKENS[SOT], "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    post_processor = {
-        "type": "TemplateProcessing",
-        "single": [start, first],
-        "pair": [start, first, second],
-        "special_tokens": {
-            SPECIAL_TOKENS[SOT]: {"id": SPECIAL_TOKENS[SOT], "ids": [SOT], "tokens": [SPECIAL_TOKENS[SOT]]}
-        },
-    }
+    """Return the tokenizer, which begins each text there with the start token, if there is one."""
+    start_id, post_processor = tokenizer.start_id, None
+    if start_id is not None:
+        name = tokenizer.name_of(start_id)
+        start = {"SpecialToken": {"id": name, "type_id": 0}}
+        first, second = ({"Sequence": {"id": sequence, "type_id": 0}} for sequence in "AB")
+        post_processor = {
+            "type": "TemplateProcessing",
+            "single": [start, first],
+            "pair": [start, first, second],
+            "special_tokens": {name: {"id": name, "ids": [start_id], "tokens": [name]}},
+        }
     return json.loads(tokenizer.to_json()) | {"post_processor": post_processor}
 
 
-def tokenizer_config(context_size: int) -> Keys:
+def tokenizer_config(tokenizer: Tokenizer, context_size: int) -> Keys:
+    kept = json.loads(tokenizer.files().get(CONFIG_NAME, "{}"))
+    ids = special_ids(tokenizer) | {"eos_token_id": next(iter(tokenizer.end_ids), None)}
+    names = {key.removesuffix("_id"): None if id_ is None else tokenizer.name_of(id_) for key, id_ in ids.items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIAL_TOKENS[SOT],
-        "eos_token": SPECIAL_TOKENS[EOT],
-        "pad_token": SPECIAL_TOKENS[PAD],
+        **names,
         "model_max_length": context_size,
         "model_input_names": ["input_ids", "attention_mask"],
         "split_special_tokens": True,  # text that spells a special token is text
         "clean_up_tokenization_spaces": False,
+        **{key: kept[key] for key in ("add_bos_token", "chat_template") if kept.get(key) is not None},
     }
 
 

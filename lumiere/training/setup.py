@@ -129,9 +129,15 @@ def set_up(
     device = resolve_device(config.training.device)
     precision = resolve_precision(config.training.precision, device)
     model = trainable(config)
+    corpus = tokenize_corpus(config, progress, source, tokenizer=tokenizer)
+    if config.training.loss_positions == "last" and not corpus.tokenizer.end_ids:
+        raise ConfigError(
+            "training.loss_positions=last needs a tokenizer that ends documents, and this one has no end token",
+            "name one as eos_token in the tokenizer_config.json beside it",
+        )
     return TrainingSetup(
         config,
-        tokenize_corpus(config, progress, source, tokenizer=tokenizer),
+        corpus,
         device,
         precision,
         peak_flops(device, precision),

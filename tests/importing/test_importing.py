@@ -198,6 +198,18 @@ def test_a_run_trained_from_it(folder: Path, tmp_path: Path) -> None:
     assert read_json("inspect", "heads", *runs)["num_averaged"] < len(run.load_tokenizer().text_ids)
 
 
+@pytest.mark.usefixtures("runs_dir")
+def test_exported_again_it_is_the_source(folder: Path, tmp_path: Path) -> None:
+    invoke("export", "latest", str(tmp_path / "out"), "--to", "hf")
+    theirs, ours = (safetensors.torch.load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    tokenizers: Any = [transformers.AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "out")]
+    assert tokenizers[0]("Once upon a time").input_ids == tokenizers[1]("Once upon a time").input_ids
+    assert tokenizers[1].chat_template == "{{ messages }}"
+    refuse("export", "latest", str(tmp_path / "gguf"), "--to", "gguf")
+
+
 def test_from_python(folder: Path, tmp_path: Path) -> None:
     run = lumiere.import_model(folder, name="mine", runs_dir=tmp_path, verify=False)
     assert lumiere.open("mine", runs_dir=tmp_path).name == run.name
