@@ -121,7 +121,7 @@ def ancestor(parent: Mapping[str, Any]) -> str:
 
 def start(parent: Mapping[str, Any]) -> list[str]:
     """Return the option that starts a run from the weights of its parent."""
-    return ["--from", f"{parent.get('run')}@{parent.get('checkpoint')}"] if parent else []
+    return ["--from", f"{text_cell(parent.get('run'))}@{text_cell(parent.get('checkpoint'))}"] if parent else []
 
 
 def print_section(heading: str, *lines: str) -> None:
