@@ -108,6 +108,7 @@ def test_the_lineage(trained_once: TrainedOnce) -> None:
     }
     assert child.record.parent == expected
     assert json.loads(child.record_path.read_text())["parent"] == expected
+    assert open_model(child.name, "0", "cpu", None).weights_sha256 == expected["weights_sha256"]
     for name in ("step-00000000", "step-00000001", "latest"):
         assert CheckpointManager().load(child, name, groups=()).metadata["parent"] == expected
     grandchild = fine_tune(child, short(max_steps=1)).run
@@ -210,6 +211,15 @@ def test_a_run_that_cannot_be_made_leaves_nothing(trained_once: TrainedOnce, mon
     with pytest.raises(LumiereError, match="no room"):
         fine_tune(parent, short())
     assert RunStore().all() == [parent]
+
+
+def test_a_parent_that_is_removed_meanwhile(trained_once: TrainedOnce) -> None:
+    parent = trained_once(short())
+    setup = set_up(short(), origin=Parent(parent, "best").origin())
+    shutil.rmtree(parent.path)
+    with pytest.raises(LumiereError, match=f"no run '{parent.name}'"):
+        run_module.start(setup, RunStore())
+    assert RunStore().all() == []
 
 
 # Parents of other kinds
