@@ -21,7 +21,7 @@ from tests.cli.commands import refuse
         ("model.activation=gelu", "model.feedforward", "did you mean"),
         ("model.rope_theta=100", "model.rotary_base", "did you mean"),
         ("tie_word_embeddings=true", "model.tie_embeddings", "did you mean"),
-        ("model.init_from=gpt2", "--resume", "did you mean"),
+        ("model.init_from=gpt2", "--from", "did you mean"),
         ("model.n_layr=2", "num_layers", "dataset"),
         ("model.seed=1", "training.seed", "did you mean"),
         ("training.min_lr=0", "training.schedule", "training.learning_rate"),
