@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 .DEFAULT_GOAL := help
-.PHONY: help train test gate test-all test-slow test-lowest peer browser smollm check schema lock clean
+.PHONY: help train test gate test-all test-slow test-lowest peer trackio browser smollm check schema lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -25,6 +25,11 @@ help:  ## list the targets
 # Heavy; the slow tests that compare with TransformerLens are skipped without it.
 .venv/.installed-transformer-lens: pyproject.toml constraints.txt | .venv/.installed-test
 	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test,transformer-lens]'
+	@touch $@
+
+# The tests that log to Trackio are skipped without it.
+.venv/.installed-trackio: pyproject.toml constraints.txt | .venv/.installed-test
+	$(BIN)/python $(INSTALL) constraints.txt --editable '.[test,trackio]'
 	@touch $@
 
 # The tests that open the report in a browser are skipped without it.
@@ -50,6 +55,8 @@ test-all: check  ## run the same with the slow tests
 	$(BIN)/pytest -q -n 2
 
 peer: .venv/.installed-transformer-lens  ## install TransformerLens, for slow tests and a benchmark
+
+trackio: .venv/.installed-trackio  ## install Trackio, for tests of training.loggers=trackio
 
 browser: .venv/.installed-browser  ## install Playwright, for slow tests that open the report in the system's Chromium
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \

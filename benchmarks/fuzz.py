@@ -424,6 +424,40 @@ def tokenizer_seeds() -> list[bytes]:
     return [json.dumps(json.loads(saved)).encode()]
 
 
+# Runs at another place
+
+
+def read_listing(folder: Path) -> None:
+    """Pull the run that the file describes, which must bring nothing but files of a run."""
+    from lumiere.persistence.listing import POINTERS, is_known
+    from lumiere.persistence.runs import RunStore
+    from lumiere.persistence.transfer import pull
+
+    for name, data in THERE.items():
+        (folder / "away" / RUN_NAME / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "away" / RUN_NAME / name).write_bytes(data)
+    store = RunStore(folder / "pulled")
+    try:
+        pull(store, str(folder / "away"), RUN_NAME)
+        run = store.open(RUN_NAME)
+        for path in filter(Path.is_file, run.path.rglob("*")):
+            name = path.relative_to(run.path).as_posix()
+            assert name in (".lock", POINTERS) or (is_known(name) and path.read_bytes() == THERE[name]), name
+    finally:
+        assert {path.name for path in folder.iterdir()} <= {"away", "pulled"}
+        shutil.rmtree(folder / "pulled", ignore_errors=True)
+
+
+THERE = {"config.yaml": b"model: {}\n", "eval/best.json": b"{}", "checkpoints/step-00000001/model.safetensors": b"12"}
+
+
+def listing_seeds() -> list[bytes]:
+    from lumiere.persistence.listing import Entry, Listing
+
+    files = {name: Entry(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in THERE.items()}
+    return [Listing(RUN_NAME, {"best": "step-00000001", "latest": "step-00000001"}, files).to_bytes()]
+
+
 TARGETS = {
     "config": Target(config_file, read_config, config_seeds, mutate_config),
     "checkpoint": Target(lambda data: "best.safetensors", read_checkpoint, checkpoint_seeds, mutate_checkpoint),
@@ -433,6 +467,7 @@ TARGETS = {
     "metrics": Target(lambda data: "metrics.jsonl", read_metrics, metrics_seeds, mutate_metrics),
     "record": Target(lambda data: f"{RUN_NAME}/run.json", read_record, record_seeds, mutate_json),
     "evaluation": Target(lambda data: f"{RUN_NAME}/eval/best.json", read_evaluation, evaluation_seeds, mutate_json),
+    "listing": Target(lambda data: f"away/{RUN_NAME}/transfer.json", read_listing, listing_seeds, mutate_json),
     "tokenizer": Target(lambda data: "tokenizer.json", read_tokenizer, tokenizer_seeds, mutate_json),
 }
 

@@ -42,6 +42,7 @@ PLACE = "                target = step_folders.place(temporary, stem, disk)\n"
 POINT = "                if names:\n                    step_folders.point(folder, names, target, disk)\n"
 CLEAR = "                step_folders.clear(folder, disk)\n"
 STEPS, STATE, TRAINER = "persistence/test_step_folders", "training/state", "training/trainer"
+TRANSFER = "persistence/test_transfer"
 
 # fmt: off
 MUTATIONS = [Mutation(*row) for row in (
@@ -68,6 +69,16 @@ MUTATIONS = [Mutation(*row) for row in (
      "training/test_extension"),
     ("prune-best", "persistence/catalog", "for name in names if name not in kept)",
      'for name in names if name not in kept or name == "best")', "persistence/test_removal"),
+    # Runs at another place
+    ("pull-hash", "persistence/transfer", "if digest.hexdigest() != entry.sha256:", "if False:", TRANSFER),
+    ("pull-names", "persistence/listing", "not isinstance(entry.name, str) or not is_known(entry.name)",
+     "not isinstance(entry.name, str)", TRANSFER),
+    ("place-links", "persistence/places", "if inside.is_symlink():", "if False:", TRANSFER),
+    ("push-running", "persistence/transfer", '        if run.status == "running":', "        if False:", TRANSFER),
+    ("push-last", "persistence/transfer", '                    place.remove(f"{run}/{LISTING_NAME}")\n', "", TRANSFER),
+    ("push-whole-lines", "persistence/transfer", "whole_bytes(path)", "path.stat().st_size", TRANSFER),
+    ("credentials", "persistence/places", 'text = text.replace(secret, "***")', "pass", "persistence/test_places"),
+
     # Data
     ("shuffle-of-epoch", "data/batches", 'key=f"{seed} {epoch}"', 'key=f"{seed}"', "data/test_batches"),
     ("other-shuffle", "data/batches", "0xBF58476D1CE4E5B9", "0xBF58476D1CE4E5BB", "data/test_permutation"),

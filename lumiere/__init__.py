@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lumiere.api.analysis import Analysis as Analysis
     from lumiere.api.runs import OpenedRun as OpenedRun
     from lumiere.api.runs import open_run as open  # noqa: A004, F401 (`lumiere.open`)
+    from lumiere.api.training import train as train
     from lumiere.errors import LumiereError as LumiereError
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ NAMES = {
     "LumiereError": ("lumiere.errors", "LumiereError"),
     "OpenedRun": ("lumiere.api.runs", "OpenedRun"),
     "open": ("lumiere.api.runs", "open_run"),
+    "train": ("lumiere.api.training", "train"),
 }
 """Module and name of what is imported when it is first used; `lumiere runs ls` would be slow otherwise."""
 

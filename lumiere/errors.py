@@ -1,6 +1,6 @@
 """Errors that a user can fix. Any other exception is a bug and keeps its traceback."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +128,14 @@ def quoted(value: Any) -> str:
             return f"'{shortened(printable(str(value)), MAX_LENGTH)}'"
         case _:
             return f"a {type(value).__name__}"
+
+
+def given(options: Mapping[str, object]) -> list[str]:
+    """Return the names of the options that the user set, also to 0."""
+    return [name for name, value in options.items() if value is not None and value is not False and value != []]
+
+
+def refuse_both(options: Mapping[str, object]) -> None:
+    """Raise `LumiereError` if the user set two of the options."""
+    if len(names := given(options)) > 1:
+        raise LumiereError(f"{names[0]} and {names[1]} exclude each other", "use one of them")

@@ -1,5 +1,6 @@
 """The documentation matches the program: commands, options, Python snippets, links and paths."""
 
+import math
 import re
 import shutil
 import tomllib
@@ -12,7 +13,8 @@ import typer
 
 from lumiere import __version__
 from lumiere.cli import app
-from lumiere.config.loader import load_config
+from lumiere.config.loader import dump_config, load_config
+from lumiere.config.schema import RunConfig
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.training.run import start
 from lumiere.training.setup import set_up
@@ -73,6 +75,28 @@ def test_the_changelog_and_the_citation_have_this_version() -> None:
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
+def snippets_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", TEXTS[Path(page)], re.DOTALL | re.MULTILINE)
+
+
+def test_the_page_about_python_runs_in_order(
+    trained_run: Run, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
+    training = tiny_config.training.model_copy(update={"eval_interval": 50})
+    Path("tiny.yaml").write_text(dump_config(tiny_config.model_copy(update={"training": training})))
+    monkeypatch.setattr("lumiere.config.loader.shipped_configs", lambda: {"tiny": Path("tiny.yaml")})
+    names: dict[str, Any] = {}
+    for snippet in snippets_of("docs/python.md"):
+        exec(snippet, names)
+    assert names["found"].patterns.shape[:2] == (1, 1)
+    assert names["mean_stream"].shape == (16,)
+    assert names["first"].step <= 100 < names["first"].model.num_parameters
+    assert names["second"].config.training.seed == 1
+    assert all(Path(name).stat().st_size > 1000 for name in ("attention.svg", "report.html"))
+    assert names["score"].loss == pytest.approx(math.log(names["score"].perplexity))
+
+
 def test_python_snippets_run_in_order(trained_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The last one is the example of the original model card, on a run of that name."""
     config = load_config("small", ["dataset={name: stories, num_documents: 5}"], {"training.max_steps": 2})
@@ -82,7 +106,7 @@ def test_python_snippets_run_in_order(trained_run: Run, capsys: pytest.CaptureFi
     shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
     names: dict[str, Any] = {}
     for page, num_snippets in (("docs/generation.md", 1), ("README.md", 4)):
-        snippets = re.findall(r"^```python\n(.*?)^```", TEXTS[Path(page)], re.DOTALL | re.MULTILINE)
+        snippets = snippets_of(page)
         assert len(snippets) == num_snippets
         names.clear()
         for snippet in snippets:

@@ -1,7 +1,7 @@
 """`lumiere.open`: a run, the model of one of its checkpoints, and what can be done with it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,15 @@ from lumiere.persistence.runs import Run, RunStore
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lumiere.api.evaluation import Evaluated
+    from lumiere.api.generation import Generated
     from lumiere.config.schema import RunConfig
     from lumiere.data.tokenizer import Tokenizer
     from lumiere.models.transformer import Transformer
     from lumiere.persistence.loading import ShowProgress
     from lumiere.persistence.record import RunRecord
+
+DEFAULT_TEMPERATURE = 0.8
 
 
 class OpenedRun:
@@ -123,10 +127,80 @@ class OpenedRun:
             return other
         return open_run(other, runs_dir=self.run.path.parent, device=self.device)
 
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        max_new_tokens: int = 200,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        temperature: float = DEFAULT_TEMPERATURE,
+        **controls: Any,
+    ) -> "Generated":
+        """Continue a text; without one, start a new document.
+
+        Args:
+            stop: Texts to stop before.
+            seed: Gives the same text again. Default: a new one.
+            temperature: Divides the logits; 0 is greedy.
+            controls: `top_k`, `top_p`, `min_p`, `typical_p`, `repetition_penalty` and `no_repeat_ngram_size`, as in
+                `lumiere.generation.sampling.Sampling`.
+
+        Raises:
+            LumiereError: The prompt is empty, or a value is out of range.
+        """
+        from lumiere.api.generation import write
+        from lumiere.generation.decoding import Limits
+        from lumiere.generation.sampling import Sampling
+
+        sampling = Sampling(temperature, **controls)
+        return write(self.opened, prompt, sampling, Limits(max_new_tokens, tuple(stop), 0), seed)
+
+    def evaluate(
+        self,
+        split: str | None = None,
+        *,
+        text: str | None = None,
+        file: str | Path | None = None,
+        dataset: str | None = None,
+        subset: str | None = None,
+        stride: int | None = None,
+        batch_size: int | None = None,
+        baselines: bool = True,
+    ) -> "Evaluated":
+        """Score the model: loss, perplexity, bits per byte, accuracy, calibration, and n-gram baselines.
+
+        Nothing is saved, unlike `lumiere eval`; `keep()` of the result does.
+
+        Args:
+            split: train, validation or test, of the run's corpus or of `dataset`. Default: validation.
+            text, file: Score this text, or the text of a UTF-8 file.
+            dataset, subset: Score a dataset: stories, a Hub name or a folder.
+            stride: Score each token once, in windows this many tokens apart. Default: the windows of training.
+            batch_size: Windows in a batch of the averages over batches. Default: as in training.
+            baselines: Whether to compare with n-gram models of the training split.
+
+        Raises:
+            LumiereError: Two texts are given, or the text is missing or empty.
+        """
+        from lumiere.api.evaluation import evaluate
+
+        return evaluate(self.opened, split, text, file, dataset, subset, stride, batch_size, baselines)
+
     @property
     def inspect(self) -> Inspect:
         """The analyses of the model."""
         return Inspect(self)
+
+    def _repr_html_(self) -> str:
+        from lumiere.persistence.metrics import read_history
+        from lumiere.report.figures.curves import draw_loss_curves
+        from lumiere.report.fragments import fragment
+
+        record, history = self.record, read_history(self.run.metrics_path)
+        best = f", best validation loss {record.best_loss:.4f}" if record.best_loss is not None else ""
+        facts = f"{self.name} on {record.dataset or '?'}: {self.run.status} at step {record.step or 0:,}{best}"
+        return fragment(self.name, facts, lambda: draw_loss_curves([(self.id, history)]))
 
     def __repr__(self) -> str:
         return f"<{self.name}, checkpoint {self._checkpoint}>"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
+from lumiere.api.runs import DEFAULT_TEMPERATURE
 from lumiere.cli.console import CHECK_FAILED, print_error, print_json, show_note, stdout
-from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, given, open_model, refuse_both
-from lumiere.errors import LumiereError, check_choice, nearest, printable
+from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, open_model
+from lumiere.errors import LumiereError, check_choice, given, nearest, printable, refuse_both
 from lumiere.files import parse_json, read_file
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from lumiere.generation.text import Generation, TextGenerator
 
 MAX_BYTES = 100_000_000
-DEFAULT_TEMPERATURE = 0.8
 JOINERS = "\u200c\u200d"  # zero-width characters that words and emoji need
 SHADES = ((0.5, "green"), (0.2, "cyan"), (0.05, "yellow"), (0.01, "magenta"), (0.0, "bold red"))
 """Lowest probability of each color."""

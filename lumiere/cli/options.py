@@ -9,7 +9,7 @@ import functools
 import glob
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +17,6 @@ from typer import Argument, Option
 
 from lumiere.cli.console import show_note
 from lumiere.config.presets import SUFFIXES, shipped_configs
-from lumiere.errors import LumiereError
 from lumiere.persistence.runs import RunStore
 
 if TYPE_CHECKING:
@@ -40,17 +39,6 @@ def quietly(complete: Complete) -> Complete:
         return [name for name in found if name.startswith(incomplete) and HARMLESS.fullmatch(name)]
 
     return names
-
-
-def given(options: Mapping[str, object]) -> list[str]:
-    """Return the names of the options that the user set, also to 0."""
-    return [name for name, value in options.items() if value is not None and value is not False and value != []]
-
-
-def refuse_both(options: Mapping[str, object]) -> None:
-    """Raise `LumiereError` if the user set two of the options."""
-    if len(names := given(options)) > 1:
-        raise LumiereError(f"{names[0]} and {names[1]} exclude each other", "use one of them")
 
 
 def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> "OpenedModel":

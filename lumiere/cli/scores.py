@@ -1,24 +1,20 @@
-"""Evaluations as tables, as JSON and as pictures."""
+"""Evaluations as tables and as JSON."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from lumiere.api.evaluation import Evaluated, have_one_windowing, placed
 from lumiere.cli.console import escape, stdout, table
-from lumiere.evaluation.detailed import DetailedEvaluation, LossByGroup
+from lumiere.evaluation.detailed import LossByGroup
 from lumiere.evaluation.scoring import (
     CONFIDENCE,
     FEW_DOCUMENTS,
     NUM_RESAMPLES,
     PairedDifference,
-    Protocol,
     paired_difference,
 )
-from lumiere.persistence.runs import Run
 
 SHOWN_POSITIONS = tuple(2**power for power in range(13))
 METRICS = (
@@ -32,45 +28,6 @@ METRICS = (
 """Name, key, format and meaning."""
 OF_WHOLE_TEXTS = ("bits_per_byte", "word_perplexity")
 """Metrics that say little where only the last token of each text is scored."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A run and its evaluation.
-
-    Attributes:
-        tokenizer: Fingerprint of the tokenizer.
-        about: What was scored, and how, as in the JSON.
-    """
-
-    run: Run
-    tokenizer: str
-    about: dict[str, Any]
-    found: DetailedEvaluation
-
-    @cached_property
-    def values(self) -> dict[str, Any]:
-        """The evaluation as JSON values, with the names of lm-eval."""
-        found = self.found
-        return {
-            **self.about,
-            **asdict(found.evaluation),
-            "byte_perplexity": found.byte_perplexity,
-            "normalized_share": found.normalized_share,
-            "accuracy": found.accuracy,
-            "accuracy_at_5": found.accuracy_at_5,
-            "standard_errors": found.standard_errors,
-            "bootstrap": {"over": "documents", "num_resamples": found.num_resamples, "seed": found.seed},
-            "baselines": None if found.baselines is None else [asdict(baseline) for baseline in found.baselines],
-            "calibration": asdict(found.calibration),
-            "by_position": asdict(found.by_position),
-            "by_frequency": None if found.by_frequency is None else asdict(found.by_frequency),
-            "by_document": asdict(found.by_document),
-        }
-
-    @property
-    def windowing(self) -> tuple[Any, ...]:
-        return tuple(self.about[key] for key in ("context_size", "stride", "protocol"))
 
 
 def as_values(evaluated: list[Evaluated]) -> dict[str, Any]:
@@ -93,40 +50,6 @@ def differences(first: Evaluated, other: Evaluated) -> dict[str, PairedDifferenc
     is_alike = (first.tokenizer, first.windowing) == (other.tokenizer, other.windowing)
     names = ("bits_per_byte", "loss") if is_alike else ("bits_per_byte",)
     return {name: paired_difference(first.found.totals, other.found.totals, name) for name in names}
-
-
-def tokens_scored(overlap: int, protocol: Protocol) -> str:
-    """Describe how often tokens are scored. Windows that share a single token predict none twice."""
-    if protocol.only_last:
-        return "the last token of each text is scored"
-    if protocol.once or overlap == 1:
-        return "each token is scored once"
-    return "tokens in an overlap are scored twice" if overlap else "the first token of a window is not scored"
-
-
-def draw(evaluated: list[Evaluated], path: Path) -> None:
-    """Draw losses and calibration, under a line that says what was scored and how."""
-    from lumiere.report.figures.curves import draw_evaluations
-    from lumiere.report.figures.figure import save_picture
-
-    about = evaluated[0].about
-    text = f"{about['corpus']} ({about['corpus_sha256'][:8]})"
-    if have_one_windowing(evaluated):
-        strided = "strided, " if about["protocol"] not in ("windows", "last") else ""
-        text += f", {strided}windows of {about['context_size']} tokens, {placed(about)}"
-    plots = [(f"{one.run.id}, {one.about['checkpoint']}", one.found) for one in evaluated]
-    save_picture(path, draw_evaluations(plots, text))
-
-
-def placed(about: dict[str, Any]) -> str:
-    """Describe where the windows of an evaluation are."""
-    if about["protocol"] == "last":
-        return "one at the end of each text"
-    return f"each {about['stride']} after the one before"
-
-
-def have_one_windowing(evaluated: Sequence[Evaluated]) -> bool:
-    return len({one.windowing for one in evaluated}) == 1
 
 
 def show(evaluated: list[Evaluated]) -> None:

@@ -22,9 +22,9 @@ from lumiere.cli.console import (
     stderr,
     stdout,
 )
-from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir, complete_run, refuse_both
+from lumiere.cli.options import Json, OptionalConfig, Overrides, RunsDir, complete_run
 from lumiere.cli.streams import is_unicode
-from lumiere.errors import LumiereError, printable
+from lumiere.errors import LumiereError, printable, refuse_both
 
 if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig

@@ -4,8 +4,9 @@ Where torch's own operations are slow on a CPU, a function here has a forward an
 have fused kernels, and `torch.compile` fuses better what it sees written plainly, so both take torch's operations
 (`prefers_hand_written`).
 
-Shapes: B batch, T position of the query, S position of the key, E embedding_size, H head, K d_key, V d_value, F d_ff,
-Vocab vocab_size, N rows (heads of sequences in attention, tokens in the loss), M rows of one chunk.
+Shapes: B batch, T position of the query, S position of the key, E embedding_size, H head, G head of
+keys and values, K d_key, V d_value, F d_ff, Vocab vocab_size, N rows (heads of sequences in attention, tokens in the
+loss), M rows of one chunk.
 """
 
 import math
@@ -103,11 +104,19 @@ def attention_mask(
     return mask_BTS.masked_fill_(hidden_BTS, -math.inf)[:, None]
 
 
-def masked_scores(q_BHTK: Tensor, k_BHSK: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
-    """Return `scale q k^T + mask`, (B, H, T, S), in one pass over them. Without a mask: causal."""
+def per_head(x: Tensor, num_heads: int, dim: int = 1) -> Tensor:
+    """Return what each query head sees of keys or values whose heads, H or fewer, are along `dim`."""
+    return x if x.shape[dim] == num_heads else x.repeat_interleave(num_heads // x.shape[dim], dim)
+
+
+def masked_scores(q_BHTK: Tensor, k_BGSK: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
+    """Return `scale q k^T + mask`, (B, H, T, S), in one pass over them. Without a mask: causal.
+
+    The keys may have fewer heads, each of which serves an equal number of query heads.
+    """
     num_heads, num_queries = q_BHTK.shape[1:3]
-    num_keys = k_BHSK.shape[2]
-    q_NTK, k_NSK = q_BHTK.flatten(0, 1), k_BHSK.flatten(0, 1)  # N is B * H
+    num_keys = k_BGSK.shape[2]
+    q_NTK, k_NSK = q_BHTK.flatten(0, 1), per_head(k_BGSK, num_heads).flatten(0, 1)  # N is B * H
     if mask_B1TS is None and num_queries == 1:
         mask_NTS = q_BHTK.new_zeros(1, 1, 1)
     else:
@@ -118,20 +127,27 @@ def masked_scores(q_BHTK: Tensor, k_BHSK: Tensor, scale: float, mask_B1TS: Tenso
     return scores_NTS.view(-1, num_heads, num_queries, num_keys)
 
 
-def attention_pattern(q_BHTK: Tensor, k_BHSK: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
+def attention_pattern(q_BHTK: Tensor, k_BGSK: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
     """Return the attention weights, (B, H, T, S), in float32 or wider: each row sums to 1."""
     dtype = torch.promote_types(q_BHTK.dtype, torch.float32)
-    return masked_scores(q_BHTK, k_BHSK, scale, mask_B1TS).softmax(dim=-1, dtype=dtype)
+    return masked_scores(q_BHTK, k_BGSK, scale, mask_B1TS).softmax(dim=-1, dtype=dtype)
 
 
-def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
+def attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, scale: float, mask_B1TS: Tensor | None = None) -> Tensor:
     """Return the weighted values of each head, (B, H, T, V), by the fastest way for the device, type and length.
 
     Args:
+        k_BGSK, v_BGSV: Of as many heads as the queries, or fewer, each of which serves an equal number of them.
         scale: Factor of the scores.
         mask_B1TS: From `attention_mask`. None: causal for queries and keys of the same positions; one query sees all.
     """
-    if q_BHTK.shape[2] == 1 and (mask_B1TS is not None or k_BHSK.shape[2] > 1):
+    num_heads, num_queries, is_cpu = *q_BHTK.shape[1:3], q_BHTK.device.type == "cpu"
+    if k_BGSK.shape[1] < num_heads and mask_B1TS is None and num_queries > 1 and is_cpu and is_fused(q_BHTK, v_BGSV):
+        # Torch's kernel reads shared keys and values where they are: a sixth less time than for copies of them.
+        attend = F.scaled_dot_product_attention
+        return attend(q_BHTK, k_BGSK, v_BGSV, is_causal=True, scale=scale, enable_gqa=True)
+    k_BHSK, v_BHSV = (per_head(x, num_heads) for x in (k_BGSK, v_BGSV))
+    if num_queries == 1 and (mask_B1TS is not None or k_BHSK.shape[2] > 1):
         # On a CPU, torch's fused attention takes twice the time for a single query.
         return masked_scores(q_BHTK, k_BHSK, scale, mask_B1TS).softmax(dim=-1) @ v_BHSV
     if mask_B1TS is not None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumiere.components.hooks import HookPoint
-from lumiere.components.kernels import attention, dropout, gated_silu, masked_scores, rms_norm
+from lumiere.components.kernels import attention, dropout, gated_silu, masked_scores, per_head, rms_norm
 from lumiere.config.schema import ModelConfig, RotaryScaling
 from lumiere.errors import LumiereError
 
@@ -335,28 +335,25 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK).to(q.dtype), self.key_norm(k_BTGK).to(k.dtype)
         if rotation is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, rotation), rotate(k_BTGK, rotation)
-        q_BHTK, k_BHSK, v_BHSV = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGV.transpose(1, 2)
+        q_BHTK, k_BGSK, v_BGSV = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGV.transpose(1, 2)
         if cache is not None:
-            k_BHSK, v_BHSV = cache.append(k_BHSK, v_BHSV)
-        if self.num_key_value_heads < self.num_heads:
-            k_BHSK, v_BHSV = self.per_head(k_BHSK, dim=1), self.per_head(v_BHSV, dim=1)
+            k_BGSK, v_BGSV = cache.append(k_BGSK, v_BGSV)
         if self.hook_attn_scores.is_set or self.hook_pattern.is_set:
-            scores_BHTS = self.hook_attn_scores(masked_scores(q_BHTK, k_BHSK, self.scale, mask_B1TS))
+            scores_BHTS = self.hook_attn_scores(masked_scores(q_BHTK, k_BGSK, self.scale, mask_B1TS))
             pattern_BHTS = self.hook_pattern(scores_BHTS.softmax(dim=-1))
-            z_BHTV = pattern_BHTS @ v_BHSV
+            z_BHTV = pattern_BHTS @ self.per_head(v_BGSV, dim=1)
         else:
             pattern_BHTS = None
-            z_BHTV = attention(q_BHTK, k_BHSK, v_BHSV, self.scale, mask_B1TS)
+            z_BHTV = attention(q_BHTK, k_BGSK, v_BGSV, self.scale, mask_B1TS)
         if record is not None:
             record.patterns.append(
-                pattern_BHTS if pattern_BHTS is not None else (q_BHTK, k_BHSK, self.scale, mask_B1TS)
+                pattern_BHTS if pattern_BHTS is not None else (q_BHTK, k_BGSK, self.scale, mask_B1TS)
             )
         return F.linear(self.hook_z(z_BHTV.transpose(1, 2)).flatten(-2), self.output.weight, self.output.bias)
 
     def per_head(self, x: Tensor, dim: int) -> Tensor:
         """Return what each query head sees of keys or values, whose heads are along `dim`."""
-        repeats = self.num_heads // self.num_key_value_heads
-        return x if repeats == 1 else x.repeat_interleave(repeats, dim)
+        return per_head(x, self.num_heads, dim)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

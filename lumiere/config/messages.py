@@ -36,42 +36,67 @@ SYNONYMS: dict[str, tuple[str, str]] = {
         },
         "model.context_size": {
             "block_size": "nanoGPT", "max_position_embeddings": "Hugging Face", "max_seq_length": "litgpt",
-            "seq_len": "torchtitan", "n_ctx": "TransformerLens",
+            "seq_len": "torchtitan", "n_ctx": "TransformerLens", "n_positions": "GPT-2", "seq_length": "Megatron",
+            "max_seq_len": "torchtitan", "sequence_len": "nanochat", "max_sequence_length": "OLMo",
         },
         "model.num_layers": {"n_layer": "nanoGPT", "n_layers": "TransformerLens", "num_hidden_layers": "Hugging Face"},
-        "model.num_heads": {"n_head": "nanoGPT", "n_heads": "TransformerLens", "num_attention_heads": "Hugging Face"},
-        "model.d_key": {"head_dim": "Hugging Face", "d_head": "TransformerLens"},
+        "model.num_heads": {
+            "n_head": "nanoGPT", "n_heads": "TransformerLens", "num_attention_heads": "Hugging Face", "nhead": "PyTorch"
+        },
+        "model.d_key": {"head_dim": "Hugging Face", "d_head": "TransformerLens", "kv_channels": "Megatron"},
         "model.d_ff": {
             "n_inner": "GPT-2", "intermediate_size": "Hugging Face", "d_mlp": "TransformerLens",
-            "hidden_dim": "torchtitan",
+            "hidden_dim": "torchtitan", "dim_feedforward": "PyTorch", "ffn_hidden_size": "Megatron", "ffn_dim": "OPT",
         },
         "model.dropout": {
             "attn_pdrop": "GPT-2", "resid_pdrop": "GPT-2", "embd_pdrop": "GPT-2",
-            "attention_dropout": "Hugging Face", "hidden_dropout_prob": "Hugging Face",
+            "attention_dropout": "Hugging Face", "hidden_dropout_prob": "Hugging Face", "hidden_dropout": "Megatron",
         },
         "model.positions": {"position_embedding_type": "Hugging Face", "positional_embedding_type": "TransformerLens"},
         "model.num_key_value_heads": {
             "n_kv_head": "nanochat", "n_kv_heads": "torchtitan", "num_kv_heads": "vLLM", "n_query_groups": "litgpt",
-            "n_key_value_heads": "TransformerLens",
+            "n_key_value_heads": "TransformerLens", "num_query_groups": "Megatron",
         },
         "model.feedforward": {
             "activation": "PyTorch", "activation_function": "GPT-2", "hidden_act": "Hugging Face",
-            "act_fn": "TransformerLens", "mlp_class_name": "litgpt",
+            "act_fn": "TransformerLens", "mlp_class_name": "litgpt", "hidden_activation": "Gemma",
+            "activation_type": "OLMo", "gated_mlp": "TransformerLens", "attn_only": "TransformerLens",
         },
-        "model.norm": {"norm_type": "OLMo", "normalization_type": "TransformerLens", "norm_class_name": "litgpt"},
+        "model.norm": {
+            "norm_type": "OLMo", "normalization_type": "TransformerLens", "norm_class_name": "litgpt",
+            "layer_norm_type": "OLMo", "normalization": "Megatron",
+        },
         "model.norm_epsilon": {
             "rms_norm_eps": "Llama", "layer_norm_eps": "Hugging Face", "layer_norm_epsilon": "GPT-2",
-            "norm_eps": "torchtitan",
+            "norm_eps": "torchtitan", "layernorm_epsilon": "Megatron",
         },
-        "model.bias": {"attention_bias": "Llama", "mlp_bias": "Llama", "qkv_bias": "Hugging Face"},
-        "model.tie_embeddings": {"tie_word_embeddings": "Hugging Face", "tie_weights": "Hugging Face"},
+        "model.bias": {
+            "attention_bias": "Llama", "mlp_bias": "Llama", "qkv_bias": "Hugging Face", "include_bias": "OLMo",
+            "add_bias_linear": "Megatron", "add_qkv_bias": "Megatron",
+        },
+        "model.tie_embeddings": {
+            "tie_word_embeddings": "Hugging Face", "tie_weights": "Hugging Face", "weight_tying": "OLMo"
+        },
         "model.rotary_base": {"rope_theta": "Hugging Face", "rope_base": "litgpt", "rotary_emb_base": "GPT-NeoX"},
-        "model.rotary_fraction": {"partial_rotary_factor": "Hugging Face", "rotary_pct": "GPT-NeoX"},
+        "model.rotary_fraction": {
+            "partial_rotary_factor": "Hugging Face", "rotary_pct": "GPT-NeoX", "rotary_percentage": "litgpt",
+            "rotary_percent": "Megatron",
+        },
         "model.rotary_scaling": {"rope_scaling": "Hugging Face", "rope_parameters": "Hugging Face"},
-        "model.attention_windows": {"sliding_window": "Hugging Face", "window_size": "GPT-Neo"},
-        "model.parallel_blocks": {"use_parallel_residual": "GPT-NeoX", "parallel_attn_mlp": "TransformerLens"},
-        "model.query_key_norm": {"qk_norm": "torchtitan", "use_qk_norm": "TransformerLens", "norm_qk": "litgpt"},
-        "tokenizer.vocab_size": {"d_vocab": "TransformerLens"},
+        "model.attention_windows": {
+            "sliding_window": "Hugging Face", "window_size": "GPT-Neo", "attention_layers": "GPT-Neo",
+            "attn_types": "TransformerLens",
+        },
+        "model.parallel_blocks": {
+            "use_parallel_residual": "GPT-NeoX", "parallel_attn_mlp": "TransformerLens", "parallel_residual": "litgpt"
+        },
+        "model.query_key_norm": {
+            "qk_norm": "torchtitan", "use_qk_norm": "TransformerLens", "norm_qk": "litgpt", "qk_layernorm": "Megatron"
+        },
+        "tokenizer.vocab_size": {"d_vocab": "TransformerLens", "padded_vocab_size": "litgpt"},
+        "training.loss_positions": {"completion_only_loss": "TRL", "train_on_inputs": "Axolotl"},
+        "dataset.text_column": {"dataset_text_field": "TRL"},
+        "dataset.data_files": {"train_file": "Hugging Face", "data_path": "Megatron"},
         "dataset.name": {"dataset_name": "Hugging Face"},
         "dataset.subset": {"dataset_config_name": "Hugging Face"},
         "training.gradient_clip_norm": {"grad_clip": "nanoGPT", "max_grad_norm": "Hugging Face", "max_norm": "litgpt"},
@@ -110,6 +135,14 @@ UNAVAILABLE: dict[str, str] = {
         "tokenizer.name tokenizer.path tokenizer.type tokenizer_name": (
             "the tokenizer is trained on the corpus; tokenizer.vocab_size sets its size"
         ),
+        "attn_scale query_pre_attn_scalar": (
+            "model.attention_scale is the factor of the attention scores; null is 1 / sqrt(d_key)"
+        ),
+        "untie_embeddings_and_output_weights": "model.tie_embeddings=false unties them",
+        "model.sliding_window_size": (
+            "model.attention_windows limits what layers see; dataset.sliding_window_size is the overlap of windows"
+        ),
+        "betas adam_betas": "training.beta1 and training.beta2 are the two",
         "min_lr min_learning_rate lr_decay_iters min_lr_ratio": (
             "training.schedule sets the shape of the decay to zero, training.decay_fraction its length"
         ),

@@ -338,8 +338,8 @@ class TrainingConfig(Section):
     """Steps between saves of `latest`, in addition to those after each evaluation."""
     snapshots: Boolean = True
     """Keep the raw weights (never the EMA) of steps 0, 1, 2, 4, ..., 512 and of evenly spaced later steps."""
-    loggers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(read_names)] = []
-    """Where to log metrics in addition to `metrics.jsonl`: `tensorboard`, `wandb` (Weights & Biases)."""
+    loggers: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(read_names)] = []
+    """Where to log metrics in addition to `metrics.jsonl`: `tensorboard`, `wandb` (Weights & Biases), `trackio`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; weights stay in float32. `auto` picks the best for the device."""
     compile: Boolean = False

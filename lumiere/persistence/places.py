@@ -253,6 +253,8 @@ class Remote:
             raise
         except TimeoutError:
             reason = f"no answer within {ANSWER_SECONDS:.0f} seconds"
+        except NotImplementedError:
+            reason = f"{self._protocol}:// can only be read"
         except Exception as error:  # of any library
             reason = self._reason(error)
         raise LumiereError(f"{self.address} cannot be {action}: {reason}", self._hint)

@@ -197,7 +197,7 @@ def _checked(source: Source, entry: Entry, done: int, total: int, report: Report
         yield chunk
         report(Progress("sending", done + length, total))
     if (length, digest.hexdigest()) != (entry.bytes, entry.sha256):
-        raise LumiereError(f"{entry.name} changed while it was pushed", "repeat the command: it goes on")
+        raise LumiereError(f"{entry.name} changed while it was pushed", "run the command again: it continues")
 
 
 def _read(source: Source) -> Iterator[bytes]:
@@ -205,7 +205,7 @@ def _read(source: Source) -> Iterator[bytes]:
         yield from source.chunks()
     except OSError as error:
         raise LumiereError(
-            f"{str(source.path)!r} cannot be read: {error.strerror or error}", "repeat the command: it goes on"
+            f"{str(source.path)!r} cannot be read: {error.strerror or error}", "run the command again: it continues"
         ) from error
 
 
@@ -265,7 +265,7 @@ def _frozen(run: Run, wanted: Collection[str]) -> Iterator[tuple[dict[str, str],
             if step_folders.read_pointers(run.checkpoints_dir) == pointers:
                 break
         else:
-            raise LumiereError(f"run {run.id} is changing", "repeat the command")
+            raise LumiereError(f"run {run.id} is changing", "run the command again")
         for path, sources in checkpoints.values():
             files |= {f"{CHECKPOINTS}/{path}{rest}": source for rest, source in sources.items()}
         files = {name: source for name, source in files.items() if is_known(name)}
@@ -353,7 +353,7 @@ def pull(
         listing = _read_listing(place, run)
     except FileNotFoundError:
         raise RunNotFoundError(
-            f"{place.address} has no complete run {run}", "push it first; a push that was cut off goes on when repeated"
+            f"{place.address} has no complete run {run}", "push it first; repeating an interrupted push continues it"
         ) from None
     listing = listing.only(checkpoints)
     for other in store.all():

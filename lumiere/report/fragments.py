@@ -21,28 +21,29 @@ COUNTER = count()
 def result_fragment(
     result: Result, provenance: Mapping[str, Any], notes: Sequence[str], draw: Callable[[], Picture]
 ) -> str:
-    """Return a result as HTML: its picture, what was read, and its receipts. Without matplotlib, a note says so."""
-    facts = facts_line(provenance)
-    try:
-        return picture_fragment(draw(), facts, notes, result.receipts)
-    except LumiereError as error:
-        missing = f"{error.message}: {error.hint}" if error.hint else error.message
-        return render(str(provenance["analysis"]), facts, [*notes, missing], result.receipts)
+    """Return a result as HTML: its picture, what was read, and its receipts."""
+    return fragment(provenance["analysis"], facts_line(provenance), draw, notes, result.receipts)
 
 
-def picture_fragment(picture: Picture, facts: str, notes: Sequence[str] = (), receipts: Sequence[Receipt] = ()) -> str:
-    """Return a picture as HTML, with its text in the color of the page's text."""
-    return render(picture.title, facts, notes, receipts, inline_svg(picture), picture.caption)
-
-
-def render(
-    title: str,
+def fragment(
+    name: str,
     facts: str,
-    notes: Sequence[str],
-    receipts: Sequence[Receipt],
-    svg: str | None = None,
-    caption: str = "",
+    draw: Callable[[], Picture],
+    notes: Sequence[str] = (),
+    receipts: Sequence[Receipt] = (),
 ) -> str:
+    """Return a picture as HTML, with its text in the color of the page's text. Without matplotlib, a note says so.
+
+    Args:
+        name: Stands in place of the picture's title if there is no picture.
+        facts: The model and the text shown.
+    """
+    try:
+        picture = draw()
+    except LumiereError as error:
+        title, svg, caption, notes = name, None, "", [*notes, str(error)]
+    else:
+        title, svg, caption = picture.title, inline_svg(picture), picture.caption
     failed, checks = sum(not receipt.holds for receipt in receipts), plural(len(receipts), "check")
     verdict = f"{failed} of {checks} FAILED" if failed else f"{checks} passed"
     return render_html(
@@ -69,3 +70,8 @@ def inline_svg(picture: Picture) -> str:
 def framed(page: str) -> str:
     """Return a whole page as a frame, which keeps its styles and scripts to itself."""
     return render_html("frame.html.j2", page=page)
+
+
+def text_fragment(prompt: str, pieces: Sequence[tuple[str, float | None]]) -> str:
+    """Return a text as HTML, its pieces shaded by their probabilities; the less probable, the stronger."""
+    return render_html("text.html.j2", prompt=prompt, pieces=pieces)

@@ -1,17 +1,20 @@
-"""Loggers of a run: `metrics.jsonl`, TensorBoard, Weights & Biases. A failing one is dropped with a warning."""
+"""Loggers of a run: `metrics.jsonl`, TensorBoard, W&B, Trackio. A failing one is dropped with a warning."""
 
+import io
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from lumiere.config.loader import dump_config, flat_settings
 from lumiere.config.schema import RunConfig
 from lumiere.errors import LumiereError
+from lumiere.files import is_writable
 from lumiere.persistence.metrics import MetricsWriter
 from lumiere.persistence.runs import Run
 from lumiere.programs import install_command
@@ -26,6 +29,9 @@ CONNECT_SECONDS = 20
 """How long to wait for W&B's server at the start."""
 FINISH_SECONDS = 60
 """How long to wait at the end for what is not yet uploaded; it stays in the folder, to be synced by hand."""
+TRACKIO_REMOTES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+"""Variables by which Trackio would send the metrics elsewhere."""
+MAX_STEPS = 10**15
 
 
 def metrics_log(writer: MetricsWriter) -> Callback:
@@ -177,9 +183,81 @@ def is_reachable(url: str) -> bool:
     return True
 
 
+class TrackioLog:
+    """Writes to Trackio's local database, whose run of the same name a resume continues.
+
+    Trackio prints to stdout, asks the Hub for the user's name if it finds a token, and sends metrics to a Space or a
+    server that environment variables name: none of that happens here.
+    """
+
+    def __init__(self, config: RunConfig, run: Run, step: int, emit: Callback) -> None:
+        # By name, so that type checking does not depend on an extra package.
+        trackio: Any = import_module("trackio")
+        folder = str(trackio.utils.TRACKIO_DIR)
+        if not is_writable(folder):  # of which its thread would only warn
+            raise OSError(f"{folder} cannot be written to; TRACKIO_DIR names another folder")
+        if remote := [name for name in TRACKIO_REMOTES if name in os.environ]:
+            emit(WarningEvent(step, f"trackio keeps this run here and ignores {remote[0]}; trackio sync uploads it"))
+        project = os.environ.get("TRACKIO_PROJECT") or PROJECT
+        self._trackio = trackio
+        with redirect_stdout(io.StringIO()), _hub_offline(), _without_variables(TRACKIO_REMOTES):
+            self._log = trackio.init(
+                project=project,
+                name=run.name,
+                config=config.model_dump(),
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        # The steps after the checkpoint, which a resume repeats, would be shown twice.
+        self._last_steps = {
+            metric: self._last_step(project, run.name, metric, step) for metric in ("train/learning_rate", "val/loss")
+        }
+
+    def _last_step(self, project: str, name: str, metric: str, step: int) -> int:
+        storage: Any = import_module("trackio.sqlite_storage").SQLiteStorage
+        later = storage.get_metric_values(
+            project, name, metric, around_step=step + MAX_STEPS, window=MAX_STEPS, run_id=self._log.id
+        )
+        return max((value["step"] for value in later), default=-1)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if all(step > last for metric, last in self._last_steps.items() if metric in metrics):
+            self._log.log(metrics, step=step)
+
+    def close(self, failed: bool) -> None:
+        with redirect_stdout(io.StringIO()):
+            self._trackio.finish()
+
+
+@contextmanager
+def _hub_offline() -> Iterator[None]:
+    """Context in which `huggingface_hub` opens no connection."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _without_variables(names: Iterable[str]) -> Iterator[None]:
+    """Context in which environment variables are not set."""
+    values = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(values)
+
+
 LOGGERS: dict[str, Callable[[RunConfig, Run, int, Callback], Logger]] = {
     "tensorboard": TensorBoardLog,
     "wandb": WandbLog,
+    "trackio": TrackioLog,
 }
 """By name, which is also that of the required package and of the extra that installs it."""
 

@@ -88,7 +88,7 @@ def test_train_refuses() -> None:
         assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_train_refuses_a_logger_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing_is_installed(package: str) -> None:
         raise PackageNotFoundError(package)

@@ -42,7 +42,7 @@ def test_ctrl_c_leaves_no_run_and_the_repeated_command_goes_on(run: Run, command
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
-    assert (process.returncode, stderr) == (130, "repeat the command: it goes on\n")
+    assert (process.returncode, stderr) == (130, "interrupted; run the command again to continue\n")
     assert RunStore("other").all() == []
     if command == "push":
         refuse("runs", "pull", "away", "--runs-dir", "other")

@@ -7,7 +7,7 @@ import typer
 
 from lumiere.cli import app
 from lumiere.cli.usage import COMMANDS_ELSEWHERE, OPTIONS_ELSEWHERE
-from lumiere.config.messages import SYNONYMS, UNAVAILABLE, setting_paths
+from lumiere.config.messages import SYNONYMS, UNAVAILABLE, hint_for_key, setting_paths
 from lumiere.errors import edits, nearest
 from tests.cli.commands import refuse
 
@@ -24,6 +24,12 @@ from tests.cli.commands import refuse
         ("model.init_from=gpt2", "--from", "did you mean"),
         ("model.n_layr=2", "num_layers", "dataset"),
         ("model.seed=1", "training.seed", "did you mean"),
+        ("model.num_query_groups=2", "model.num_key_value_heads", "did you mean"),
+        ("model.rope_scaling=linear", "model.rotary_scaling", "did you mean"),
+        ("model.sliding_window_size=8", "model.attention_windows", "another section"),
+        ("model.attn_scale=8", "model.attention_scale", "did you mean"),
+        ("training.completion_only_loss=true", "training.loss_positions", "did you mean"),
+        ("training.betas=[0.9, 0.95]", "training.beta2", "did you mean"),
         ("training.min_lr=0", "training.schedule", "training.learning_rate"),
         ("model.num_layer=2", "model.num_layers", "num_heads"),
     ],
@@ -40,6 +46,9 @@ def test_what_synonyms_name_exists_and_what_is_unavailable_does_not() -> None:
     leaves = {path.rpartition(".")[2] for path in setting_paths()}
     assert not leaves & (SYNONYMS.keys() | UNAVAILABLE.keys())
     assert not set(setting_paths()) & UNAVAILABLE.keys()
+    for name, (trainer, ours) in SYNONYMS.items():
+        section = ours.partition(".")[0]
+        assert hint_for_key(f"{section}.{name}") == f"{trainer}'s {name} is {ours} here"
 
 
 def test_hints_name_commands_and_options_that_exist() -> None:

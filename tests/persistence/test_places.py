@@ -1,7 +1,10 @@
 """Places by URL: a real S3-compatible server, credentials that never show, servers that are not there."""
 
+import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from lumiere.persistence import places
 from lumiere.persistence.places import Folder, masked, open_place
 from lumiere.persistence.runs import RunStore
 from lumiere.persistence.transfer import pull, push
+from tests.persistence.hub_server import hub_server
 from tests.persistence.test_transfer import contents, interrupt, make
 
 SECRETS = ("hunter22", "AKIAEXAMPLE", "secret/key", "secret", "key+x", "key%2Bx")
@@ -110,6 +114,36 @@ def test_a_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(places, "ANSWER_SECONDS", 0.05)
     with pytest.raises(LumiereError, match="no answer"):
         pull(RunStore(tmp_path / "other"), "s3://bucket")
+
+
+# The Hugging Face Hub
+
+
+@pytest.mark.slow
+def test_a_run_travels_through_the_hub(tmp_path: Path) -> None:
+    """In processes of their own, because `huggingface_hub` reads its address once."""
+    run, files = make(RunStore(tmp_path / "runs")), {"README.md": b"kept"}
+    with hub_server(files) as address:
+        variables = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret", "NO_PROXY": "*"}
+
+        def lumiere(*arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "lumiere", "runs", *arguments]
+            return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+
+        for is_first in (True, False):
+            pushed = lumiere("push", run.id, "hf://user/repo/some/runs", "--checkpoint", "0", "--json")
+            assert (pushed.returncode, pushed.stderr) == (0, "")
+            assert (json.loads(pushed.stdout)["moved_files"] > 0) == is_first
+        pulled = lumiere("pull", "hf://user/repo/some/runs", "--runs-dir", "other")
+        assert (pulled.returncode, pulled.stderr) == (0, "")
+        there = contents(RunStore("other").open(run.id).path)
+        assert there.items() <= contents(run.path).items()
+        assert {name for name in there if "checkpoints/snapshots/step-00000000/" in name}
+        names = {f"some/runs/{run.name}/{name}" for name in (*there, "transfer.json")}
+        assert files.keys() == names | {"README.md"}
+        refused = lumiere("pull", "hf://user/none", "--runs-dir", "other")
+        assert refused.returncode == 2
+        assert [line.split(":")[0] for line in refused.stderr.splitlines()] == ["error", "hint"]
 
 
 # S3

@@ -243,6 +243,19 @@ def test_an_interrupted_push_of_more_leaves_the_old_one_valid(store: RunStore, o
     assert contents(away / run.name).keys() - {LISTING_NAME} == contents(run.path).keys()
 
 
+def test_a_run_that_is_being_replaced_cannot_be_pulled(store: RunStore, other: RunStore, away: Path) -> None:
+    run = make(store)
+    push(run, str(away))
+    run.metrics_path.write_bytes(METRICS * 2)
+    with pytest.raises(KeyboardInterrupt):
+        push(run, str(away), report=interrupt("sending", 1))
+    with pytest.raises(RunNotFoundError):
+        pull(other, str(away), run.id)
+    assert push(run, str(away)).moved_files == 1
+    pull(other, str(away))
+    assert contents(other.open(run.id).path) == contents(run.path)
+
+
 @pytest.mark.parametrize("number", [1, 4, 12, 22])
 def test_an_interrupted_pull_shows_no_run_and_goes_on(
     store: RunStore, other: RunStore, away: Path, number: int

@@ -107,7 +107,7 @@ EFFECTS = {
     "training.log_interval": Effect(3, "reported"),
     "training.checkpoint_interval": Effect(2, "saved"),
     "training.snapshots": Effect(True, "snapshots"),
-    "training.loggers": Effect(["tensorboard", "wandb"], "logged"),
+    "training.loggers": Effect(["tensorboard", "wandb", "trackio"], "logged"),
     "training.precision": Effect("bfloat16", "summed_loss"),
     "training.compile": Effect(True, "compile"),
     "training.device": Effect("cuda", "resolve_device"),

@@ -1,7 +1,9 @@
-"""TensorBoard's files, read by its own reader, and W&B's offline folder, read record by record."""
+"""TensorBoard's files, read by its own reader; W&B's offline folder, record by record; Trackio's database, by SQL."""
 
+import json
 import os
 import socket
+import sqlite3
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,3 +222,98 @@ def test_a_server_is_reachable_if_it_listens_or_behind_a_proxy(monkeypatch: pyte
     assert not is_reachable(address)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     assert is_reachable(address)
+
+
+# Trackio
+
+TRACKIO: dict[str, Any] = {"loggers": ["trackio"], "eval_interval": 3}
+SPEEDS = ("train/tokens_per_second", "train/mfu")
+"""What a repeated step does not repeat."""
+
+
+@pytest.fixture(scope="module")
+def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where Trackio, which reads the variable when it is imported, keeps the databases of this module."""
+    folder = tmp_path_factory.mktemp("trackio")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder))
+        pytest.importorskip("trackio", reason="the package trackio is not installed (make trackio)")
+        yield folder
+
+
+@pytest.fixture
+def database(trackio_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The database of a project of this test, on a machine with a token, where nothing may use the network."""
+    from huggingface_hub import constants
+
+    connections: list[Any] = []
+
+    def connect(*address: Any) -> None:
+        connections.append(address)
+        raise OSError("there is no network")
+
+    for name in filter(lambda name: name.startswith("TRACKIO_"), os.environ):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TRACKIO_PROJECT", tmp_path.name)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    yield trackio_folder / f"{tmp_path.name}.db"
+    assert connections == []
+
+
+def trackio_curves(database: Path, run: Run) -> Curves:
+    found: Curves = {}
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select step, metrics from metrics where run_name = ? order by id", [run.name])
+        for step, metrics in rows:
+            for tag, value in json.loads(metrics).items():
+                found.setdefault(tag, []).append((step, value))
+    connection.close()
+    return found
+
+
+@pytest.mark.slow
+def test_trackio_has_the_curves_and_the_config_and_connects_to_nothing(
+    database: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    trained = train(short(**TRACKIO))
+    run = trained.run
+    assert trained.warnings == []
+    assert trackio_curves(database, run) == expected(run)
+    with sqlite3.connect(database) as connection:
+        ((config,),) = connection.execute("select config from configs where run_name = ?", [run.name])
+    connection.close()
+    assert json.loads(config)["model"]["context_size"] == 16
+    assert json.loads(config)["_Username"] is None
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "someone/space")
+    second = train(short(**TRACKIO))
+    (warning,) = second.warnings
+    assert "TRACKIO_SPACE_ID" in warning
+    assert trackio_curves(database, second.run) == expected(second.run)
+    assert os.environ["TRACKIO_SPACE_ID"] == "someone/space"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [5, 2])
+def test_trackio_shows_no_step_twice_after_a_resume(database: Path, killed: int) -> None:
+    """With the newest checkpoint at step 3, and before the first one."""
+    run = killed_at(killed, **TRACKIO | {"checkpoint_interval": 3, "eval_interval": None})
+    assert [step for step, _ in trackio_curves(database, run)["train/loss"]] == [*range(1, killed)]
+    assert resume(run).warnings == []
+    assert [step for step, _ in trackio_curves(database, run)["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert {tag: points for tag, points in trackio_curves(database, run).items() if tag not in SPEEDS} == {
+        tag: points for tag, points in expected(run).items() if tag not in SPEEDS
+    }
+
+
+@pytest.mark.slow
+def test_training_goes_on_without_a_folder_for_trackio(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", Path("/proc/none"))
+    trained = train(short(**TRACKIO))
+    (warning,) = trained.warnings
+    assert "/proc/none" in warning
+    assert trained.run.record.status == "finished"

@@ -11,9 +11,9 @@ import typer
 from typer import Option
 
 from lumiere.cli.console import duration, is_colored, print_json, show_note
-from lumiere.cli.options import Json, RunReferences, RunsDir, refuse_both
+from lumiere.cli.options import Json, RunReferences, RunsDir
 from lumiere.cli.streams import is_unicode
-from lumiere.errors import LumiereError, check_choice, printable
+from lumiere.errors import LumiereError, check_choice, printable, refuse_both
 from lumiere.persistence.catalog import read_entry
 from lumiere.persistence.metrics import History, Point, read_history
 from lumiere.persistence.runs import RunStore

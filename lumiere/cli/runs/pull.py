@@ -24,15 +24,14 @@ def pull_run(
 ) -> None:
     """Copy a run from where it was pushed to into the runs directory.
 
-    The run appears when all its files have arrived and have the right hashes. A pull that was cut off goes on when it
-    is repeated.
+    The run appears once all its files have arrived and match their hashes. Repeating an interrupted pull continues it.
 
     Example: [bold]lumiere runs pull s3://bucket/runs hiq6ihsb[/]
     """
     from lumiere.persistence.transfer import pull
 
     store = RunStore(runs_dir)
-    with show_progress("repeat the command: it goes on") as report:
+    with show_progress("interrupted; run the command again to continue") as report:
         done = pull(store, url, run, checkpoints or (), report)
     if as_json:
         print_json(asdict(done))

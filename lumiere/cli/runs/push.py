@@ -21,14 +21,14 @@ def push_run(
 ) -> None:
     """Copy a run to a folder, S3, the Hugging Face Hub, or any other place that fsspec reaches.
 
-    Files that are there already are skipped, so a push that was cut off goes on when it is repeated. A run that is
-    being trained is pushed at its last checkpoint.
+    Files that are already there are skipped, so repeating an interrupted push continues it. A run that is being
+    trained is pushed at its last checkpoint.
 
     Example: [bold]lumiere runs push latest s3://bucket/runs --checkpoint best[/]
     """
     from lumiere.persistence.transfer import push
 
-    with show_progress("repeat the command: it goes on") as report:
+    with show_progress("interrupted; run the command again to continue") as report:
         done = push(RunStore(runs_dir).open(run), url, checkpoints or (), report)
     if as_json:
         print_json(asdict(done))

@@ -1,0 +1,58 @@
+"""A generated text, with the probability of each of its tokens."""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lumiere.persistence.loading import OpenedModel
+
+if TYPE_CHECKING:
+    from lumiere.generation.decoding import Limits, Piece
+    from lumiere.generation.sampling import Sampling
+    from lumiere.generation.text import Generation
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated text. `print` shows it with its prompt, a notebook shades each token by its probability.
+
+    Attributes of the generation, such as `text` (without the prompt), `tokens` and `seed`, are attributes of this too.
+
+    Attributes:
+        pieces: What each step added.
+    """
+
+    generation: "Generation"
+    pieces: "tuple[Piece, ...]" = field(repr=False)
+
+    def __str__(self) -> str:
+        return (self.generation.prompt or "") + self.generation.text
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # such as what notebooks and `copy` look for
+            raise AttributeError(name)
+        return getattr(self.generation, name)
+
+    def _repr_html_(self) -> str:
+        from lumiere.report.fragments import text_fragment
+
+        shown = [
+            (piece.text, None if piece.token is None or piece.token.logprob is None else math.exp(piece.token.logprob))
+            for piece in self.pieces
+        ]
+        return text_fragment(self.generation.prompt or "", shown)
+
+
+def write(
+    opened: OpenedModel, prompt: str | None, sampling: "Sampling", limits: "Limits", seed: int | None
+) -> Generated:
+    """Continue a text with the model as it is now."""
+    import secrets
+
+    from lumiere.data.text import plain
+    from lumiere.generation.text import TextGenerator, generation_of
+
+    prompt = None if prompt is None else plain(prompt)
+    drawn = secrets.randbits(32) if seed is None else seed
+    pieces = tuple(TextGenerator(opened.model, opened.tokenizer).stream(prompt, sampling, limits, drawn))
+    return Generated(generation_of(prompt, pieces, None if sampling.is_greedy else drawn), pieces)

@@ -1,0 +1,64 @@
+"""`lumiere.train`: train a model from Python."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lumiere.api.runs import OpenedRun
+from lumiere.persistence.runs import RunStore
+
+if TYPE_CHECKING:
+    from lumiere.config.schema import RunConfig
+    from lumiere.data.dataset import Progress
+    from lumiere.training.events import Event
+
+
+def train(
+    config: "str | Path | Mapping[str, Any] | RunConfig",
+    settings: Mapping[str, Any] | None = None,
+    *,
+    runs_dir: str | Path | None = None,
+    callbacks: "Sequence[Callable[[Event], None]]" = (),
+    corpus_progress: "Callable[[Progress], None] | None" = None,
+    **training: Any,
+) -> OpenedRun:
+    """Train a model, record the run, and open it.
+
+    Ctrl-C, or a notebook's stop button, finishes the step, saves a checkpoint and raises `KeyboardInterrupt`;
+    `lumiere train --resume RUN` resumes there.
+
+    Args:
+        config: A YAML or TOML file, a preset such as `tiny`, a mapping of sections, or the config of a run.
+        settings: Other settings by dotted path, such as `{"model.num_layers": 6}`.
+        runs_dir: Default: `LUMIERE_RUNS_DIR`, or `runs` in the current folder.
+        callbacks: Called with each event of `lumiere.training.events`; nothing is printed.
+        corpus_progress: Called while the corpus is tokenized.
+        training: Settings of the section `training`, such as `max_steps=100`; they win over `settings`.
+
+    Raises:
+        LumiereError: A setting is unknown or invalid, the corpus or the device is missing, or the disk is full.
+    """
+    from lumiere.training.run import start
+    from lumiere.training.setup import set_up
+
+    changes = {**(settings or {}), **{f"training.{name}": value for name, value in training.items()}}
+    setup = set_up(resolved(config, changes), corpus_progress)
+    named = [str(config)] if isinstance(config, str | Path) else []
+    command = ["lumiere.train", *named, *(f"{path}={value}" for path, value in changes.items())]
+    result = start(setup, RunStore(runs_dir), command, callbacks)
+    if result.signal_number is not None:
+        how = result.run.command("train", "--resume", result.run.id)
+        raise KeyboardInterrupt(f"interrupted at step {result.state.step:,} and saved; resume with {how}")
+    return OpenedRun(result.run, device=str(setup.device))
+
+
+def resolved(config: "str | Path | Mapping[str, Any] | RunConfig", changes: Mapping[str, Any]) -> "RunConfig":
+    """Return the complete config with changes by dotted path."""
+    from lumiere.config.loader import changed_config, find_config, read_config
+    from lumiere.config.schema import RunConfig
+
+    if isinstance(config, RunConfig):
+        values: Mapping[str, Any] = config.model_dump()
+    else:
+        values = config if isinstance(config, Mapping) else read_config(find_config(config))
+    return changed_config(values, changes.items())
