@@ -264,15 +264,8 @@ def write_files(
 ) -> None:
     """Write the tokenizer, the config and the record of a new run; if it has a parent, also the weights of step 0."""
     with writing(run.path):
-<<<<<<< HEAD
-        run.disk.write(run.tokenizer_path, setup.corpus.tokenizer.to_json().encode())
-    if parent is not None:
-=======
         run.save_tokenizer(setup.corpus.tokenizer)
-    if setup.lineage:
-        parent = Parent(RunStore(run.path.parent).open(setup.lineage["run"]), setup.lineage["checkpoint"]).open()
-        setup = replace(setup, lineage=lineage(parent))
->>>>>>> origin/main
+    if parent is not None:
         start = Checkpoint(parent.model.state_dict(), metadata=provenance(setup, run, processes) | {"step": 0})
         CheckpointManager(run.path.parent).save(run, snapshot_name(0), start)
     run.update(
