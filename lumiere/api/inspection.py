@@ -379,7 +379,11 @@ class Inspect:
             def load(step: int) -> "Transformer":
                 return snapshots.load_snapshot(target, step, model)
 
-            return follow(steps, load, names, texts, curve, lambda done: progress and progress(done, len(steps)))
+            def emit(done: int) -> None:
+                if progress is not None:
+                    progress(done, len(steps))
+
+            return follow(steps, load, names, texts, curve, emit, from_scratch=not run.record.parent)
 
         spanned = f"{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}"
         return analyze("dynamics", target, compute, draw_dynamics, f"{spanned}; {source}" if source else spanned)

@@ -455,6 +455,7 @@ def follow(
     texts: Texts,
     curve: Sequence[tuple[int, float]] = (),
     emit: Callable[[int], None] = lambda number: None,
+    from_scratch: bool = True,
 ) -> Dynamics:
     """Compute each metric at each snapshot. Each snapshot is loaded once, and each analysis computed once.
 
@@ -468,13 +469,14 @@ def follow(
         texts: the inputs of all snapshots.
         curve: (P,) steps and losses of the training run.
         emit: called with the number of snapshots done.
+        from_scratch: whether the model of step 0 is untrained, which its metrics must show.
     """
     chosen = [METRICS[name] for name in metrics]
     found, worst = [], {}
     for number, step in enumerate(steps):
         snapshot = SnapshotMetrics(load(step), texts)
         found.append({metric.name: metric.measure(snapshot) for metric in chosen})
-        for receipt in [*snapshot.receipts, *(untrained(snapshot, found[-1]) if step == 0 else ())]:
+        for receipt in [*snapshot.receipts, *(untrained(snapshot, found[-1]) if step == 0 and from_scratch else ())]:
             worst[receipt.check] = worse(receipt, worst.get(receipt.check))
         emit(number + 1)
     last = SnapshotMetrics(load(steps[-1]), texts)

@@ -178,6 +178,26 @@ def test_a_smaller_context(folder: Path, tmp_path: Path) -> None:
         import_model(str(folder), RunStore(tmp_path), context_size=601, verified=False)
 
 
+def test_a_run_trained_from_it(folder: Path, tmp_path: Path) -> None:
+    """It has the tokenizer and the weights, which are not those of an untrained model, a corpus and snapshots."""
+    runs = ("--runs-dir", str(tmp_path / "runs"))
+    invoke("import", str(folder), "--name", "toy", "--context-size", "40", "--no-verify", *runs)
+    (tmp_path / "more.yaml").write_text(
+        "dataset: {num_documents: 10, validation_fraction: 0.2}\n"
+        "training: {max_steps: 4, warmup_steps: 1, batch_size: 4, learning_rate: 1.0e-3}\n"
+    )
+    invoke("train", str(tmp_path / "more.yaml"), "--from", "toy", *runs)
+    run, parent = RunStore(tmp_path / "runs").open("latest"), RunStore(tmp_path / "runs").open("toy")
+    assert run.load_tokenizer().fingerprint == parent.load_tokenizer().fingerprint
+    first, before = run.load_model("0").state_dict(), parent.load_model().state_dict()
+    assert all(torch.equal(first[name], weight) for name, weight in before.items())
+    assert read_json("eval", "latest", *runs)["loss"] > 0
+    followed = read_json("inspect", "dynamics", "--metric", "validation-loss", "--metric", "induction", *runs)
+    assert followed["steps"][0] == 0
+    assert all(receipt["holds"] for receipt in followed["receipts"])
+    assert read_json("inspect", "heads", *runs)["num_averaged"] < len(run.load_tokenizer().text_ids)
+
+
 def test_from_python(folder: Path, tmp_path: Path) -> None:
     run = lumiere.import_model(folder, name="mine", runs_dir=tmp_path, verify=False)
     assert lumiere.open("mine", runs_dir=tmp_path).name == run.name
