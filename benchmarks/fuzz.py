@@ -53,6 +53,8 @@ RECORD = {
     "device": "cpu",
     "precision": "float32",
     "num_parameters": 424_416,
+    "num_trained_parameters": 61_440,
+    "parent": {"run": RUN_NAME, "checkpoint": "best", "step": 9, "dataset": "stories", "parent": {"run": "a"}},
     "dataset": "stories",
     "corpus_sha256": "2777181a",
     "step": 9,

@@ -120,6 +120,17 @@ MUTATIONS = [Mutation(*row) for row in (
      "models/test_transformer"),
     ("swiglu", "components/layers", "torch.cat([self.gate.weight, self.up.weight])",
      "torch.cat([self.up.weight, self.gate.weight])", "components/test_layers"),
+    # Fine-tuning
+    ("weights-of-parent", TRAINER, "if setup.lineage and checkpoint is None:", "if False:",
+     "training/test_fine_tuning"),
+    ("tokenizer-of-parent", "training/setup", "tokenizer=origin.tokenizer if origin else None", "tokenizer=None",
+     "training/test_fine_tuning"),
+    ("model-of-parent", "config/inheritance", "if is_fixed and read(", "if False and read(", "config/test_inheritance"),
+    ("frozen", "training/freezing", "parameters[parameter].requires_grad_(False)", "pass", "training/test_freezing"),
+    ("frozen-range", "training/freezing", "range(first, last + 1)", "range(first, max(last, first + 1))",
+     "training/test_freezing"),
+    ("frozen-state", "training/optim", "if unknown := by_name.keys() - self._parameters.keys():",
+     "if unknown := by_name.keys() - by_name.keys():", "training/test_freezing"),
     # Training and evaluation
     ("adamw-decay", "training/optim", '"weight_decay": 0.0}', '"weight_decay": config.weight_decay}',
      "training/test_optim"),

@@ -202,7 +202,8 @@ def start_or_resume(
     # A run that was killed after its last step is not marked as finished yet: resuming completes it.
     if reason is not None and not changes and run.status == "finished":
         dismiss(processes)
-        show_note(f"{run.name} is finished ({STOP_REASONS.get(reason, 'as recorded')}): nothing to resume")
+        ended = f"{run.name} is finished ({STOP_REASONS.get(reason, 'as recorded')}): nothing to resume"
+        show_note(f"{ended}; --from {run.id} starts a new run from its weights")
         if as_json:
             print_json({"run": run.name} | run.record.to_json())
         return None, None

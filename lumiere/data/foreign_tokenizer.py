@@ -80,7 +80,6 @@ class ForeignTokenizer(Tokenizer):
         )
         if unknown := {token for token in (special.start, *special.ends) if token} - self._vocab.keys():
             raise ValueError(f"it has no token {shortened(printable(min(unknown)))}")
-        self.padding_id = None
         self.start_id = None if special.start is None else self._vocab[special.start]
         self.end_ids = tuple(dict.fromkeys(self._vocab[token] for token in special.ends))
 

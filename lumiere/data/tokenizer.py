@@ -44,14 +44,12 @@ class Tokenizer:
     Attributes:
         start_id: The token before each document, if there is one.
         end_ids: Tokens that end a document; the first is the one that training adds.
-        padding_id: The token of padding, if there is one.
         special_tokens: Tokens that stand for no text, by id.
         splits_text: Whether the ids of the pieces of `lumiere.data.text.pieces`, joined, are those of the whole text.
     """
 
     start_id: int | None = SOT
     end_ids: tuple[int, ...] = (EOT,)
-    padding_id: int | None = PAD
     special_tokens: Mapping[int, str] = dict(enumerate(SPECIAL_TOKENS))
     splits_text = True
 
@@ -215,10 +213,6 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The ids of tokens that stand for no text."""
         return frozenset(self.special_tokens)
-
-    def name_of(self, token: int) -> str | None:
-        """Return a token as the vocabulary spells it; None for unused ids."""
-        return self.special_tokens.get(token) or self._backend.id_to_token(token)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of one token; none for special tokens and unused ids."""

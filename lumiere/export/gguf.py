@@ -5,7 +5,7 @@ reordered. A GGUF file holds no Unicode normalization: its user has to normalize
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from lumiere.components.layers import stretch
-from lumiere.data.foreign_tokenizer import ForeignTokenizer
-from lumiere.data.tokenizer import EOT, PAD, SOT, Tokenizer
+from lumiere.data.foreign_tokenizer import CONFIG_NAME, ForeignTokenizer
+from lumiere.data.tokenizer import PAD, Tokenizer
 from lumiere.errors import FailedCheckError, LumiereError, shortened
 from lumiere.export.llama_cpp import ask
-from lumiere.export.original import TEXTS, Original, render
+from lumiere.export.original import Original, render, texts
 from lumiere.files import DISK
 from lumiere.importing.gguf import NAMES
+from lumiere.importing.gguf_tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER_DEFINED
 from lumiere.interpret.result import Receipt
 from lumiere.models.transformer import Transformer
 
@@ -28,8 +29,8 @@ FILE = "model.gguf"
 TOLERANCE = 1e-4
 """Of log-probabilities in float32."""
 NUM_PROMPTS = 4
-NORMAL, CONTROL, UNUSED = 1, 3, 5
-"""Types of tokens."""
+UNUSED = 5
+"""Type of a token."""
 
 
 def check_settings(model: Transformer) -> None:
@@ -69,17 +70,12 @@ def write(folder: Path, original: Original) -> None:
 
     model, tokenizer = original.model, original.tokenizer
     check_settings(model)
-    if isinstance(tokenizer, ForeignTokenizer):
-        raise LumiereError(
-            "a GGUF file can hold Lumiere's own tokenizers, and this run has one from elsewhere",
-            "export with --to hf, and convert the folder with llama.cpp's convert_hf_to_gguf.py",
-        )
     writer = GGUFWriter(folder / FILE, "llama")
     add_settings(writer, model)
     add_tokenizer(writer, tokenizer, model.vocab_size)
     writer.add_name(str(original.origin.get("run", "lumiere")))
-    normalizer = tokenizer.normalizer
-    if normalizer != "none":
+    normalizer = normalizer_of(tokenizer)
+    if normalizer is not None:
         writer.add_string("lumiere.normalizer", normalizer)
         writer.add_description(normalization_note(normalizer))
     for name, weight in tensors(model).items():
@@ -89,7 +85,13 @@ def write(folder: Path, original: Original) -> None:
     writer.write_tensors_to_file()
     writer.close()
     DISK.sync(folder / FILE)
-    readme = render("gguf/README.md", origin=original.origin, normalizer=normalizer, context_size=model.context_size)
+    readme = render(
+        "gguf/README.md",
+        origin=original.origin,
+        normalizer=normalizer,
+        context_size=model.context_size,
+        has_start=tokenizer.start_id is not None,
+    )
     DISK.write(folder / "README.md", readme)
 
 
@@ -113,20 +115,73 @@ def add_settings(writer: Any, model: Transformer) -> None:
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Add a tokenizer of Lumiere; rows of the embedding without an id become unused tokens."""
-    saved = json.loads(tokenizer.to_json())["model"]
-    tokens = sorted(saved["vocab"], key=saved["vocab"].__getitem__)
-    types = [CONTROL if id_ in tokenizer.special_ids else NORMAL for id_ in range(len(tokens))]
-    unused = range(len(tokens), vocab_size)
+    """Add the tokenizer; rows of the embedding without a token become unused tokens.
+
+    Raises:
+        LumiereError: llama.cpp has no such tokenizer.
+    """
+    contents = json.loads(tokenizer.to_json())
+    pre = pre_tokenizer_name(contents)
+    added = {token["id"]: token for token in contents["added_tokens"]}
+    names = {id_: token for token, id_ in contents["model"]["vocab"].items()}
+    names |= {id_: token["content"] for id_, token in added.items()}
+    kinds = dict.fromkeys(names, NORMAL)
+    kinds |= {id_: CONTROL if token["special"] else USER_DEFINED for id_, token in added.items()}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*tokens, *(f"<|unused {id_}|>" for id_ in unused)])
-    writer.add_token_types([*types, *(UNUSED for _ in unused)])
-    writer.add_token_merges([" ".join(pair) for pair in saved["merges"]])
-    writer.add_bos_token_id(SOT)
-    writer.add_eos_token_id(EOT)
-    writer.add_pad_token_id(PAD)
-    writer.add_add_bos_token(True)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([names.get(id_, f"<|unused {id_}|>") for id_ in range(vocab_size)])
+    writer.add_token_types([kinds.get(id_, UNUSED) for id_ in range(vocab_size)])
+    writer.add_token_merges([" ".join(pair) for pair in contents["model"]["merges"]])
+    writer.add_add_bos_token(tokenizer.start_id is not None)
+    for add, ids in (
+        (writer.add_bos_token_id, [tokenizer.start_id]),
+        (writer.add_eos_token_id, tokenizer.end_ids[:1]),
+        (writer.add_eot_token_id, tokenizer.end_ids[1:2]),
+        (writer.add_pad_token_id, () if isinstance(tokenizer, ForeignTokenizer) else [PAD]),
+    ):
+        for id_ in ids:
+            if id_ is not None:
+                add(id_)
+    template = json.loads(tokenizer.files().get(CONFIG_NAME, "{}")).get("chat_template")
+    if template is not None:
+        writer.add_chat_template(template)
+
+
+def pre_tokenizer_name(contents: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name of the pre-tokenizer in a `tokenizer.json`.
+
+    Raises:
+        LumiereError: It is none that Lumiere knows, or the tokenizer is not a byte-level BPE.
+    """
+
+    def steps(saved: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+        listed = [] if saved is None else saved.get("pretokenizers", [saved])
+        return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in listed]
+
+    found = steps(contents["pre_tokenizer"])
+    for name, make in PRE_TOKENIZERS.items():
+        if steps({"pretokenizers": [json.loads(step.__getstate__()) for step in make()]}) == found:
+            return name
+    raise LumiereError(
+        f"the tokenizer is of a kind that Lumiere cannot write to GGUF: {contents['model'].get('type')}",
+        f"it writes BPE with the pre-tokenizers {', '.join(PRE_TOKENIZERS)}; or export with --to hf",
+    )
+
+
+def normalizer_of(tokenizer: Tokenizer) -> str | None:
+    """Return the Unicode normalization of a tokenizer, such as NFKC.
+
+    Raises:
+        LumiereError: It changes text in another way.
+    """
+    saved = json.loads(tokenizer.to_json())["normalizer"]
+    if saved is None:
+        return None
+    if saved["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
+        raise LumiereError(
+            f"the tokenizer changes text by {saved['type']}, which GGUF cannot hold", "export with --to hf"
+        )
+    return saved["type"]
 
 
 def tensors(model: Transformer) -> dict[str, Tensor]:
@@ -156,7 +211,7 @@ def neighboring_pairs(rows: Tensor, num_heads: int) -> Tensor:
 
 def normalization_note(normalizer: str) -> str:
     return (
-        f"GGUF holds no Unicode normalization: bring text into the form {normalizer.upper()} first, "
+        f"GGUF holds no Unicode normalization: bring text into the form {normalizer} first, "
         "or it gets other token ids than in training"
     )
 
@@ -167,14 +222,16 @@ def check(folder: Path, original: Original) -> Iterator[Receipt | str]:
     model, tokenizer = original.model, original.tokenizer
     ids = original.sample[0].tolist()
     lengths = sorted({max(1, (len(ids) - 1) * part // NUM_PROMPTS) for part in range(1, NUM_PROMPTS + 1)})
-    texts = [tokenizer.normalize(text) for text in TEXTS]
-    found = ask(folder / FILE, texts, [ids[:length] for length in lengths])
+    normalized = [tokenizer.normalize(text) for text in texts(original)]
+    found = ask(folder / FILE, normalized, [ids[:length] for length in lengths])
     if isinstance(found, str):
         raise FailedCheckError(
             f"llama.cpp cannot run the model: {shortened(found)}; nothing was written",
             "Lumiere is tested with xllamacpp 2026.10.11549",
         )
-    num_differing = sum(tokenizer.encode(text, start=True) != ids for text, ids in zip(texts, found.ids, strict=True))
+    num_differing = sum(
+        tokenizer.encode(text, start=True) != ids for text, ids in zip(normalized, found.ids, strict=True)
+    )
     yield Receipt("texts have the same token ids in llama.cpp", float(num_differing), 0.0)
     logprobs = [model.logits(original.sample[:, :length])[0, -1].double().log_softmax(-1) for length in lengths]
     value_error = order_error = 0.0
@@ -184,5 +241,5 @@ def check(folder: Path, original: Original) -> Iterator[Receipt | str]:
         order_error = max(order_error, float((ours.topk(len(best)).values - chosen).abs().max()))
     yield Receipt(f"the same ten best log-probabilities there, at {len(lengths)} positions", value_error, TOLERANCE)
     yield Receipt("in the same order", order_error, TOLERANCE)
-    if tokenizer.normalizer != "none":
-        yield normalization_note(tokenizer.normalizer)
+    if (normalizer := normalizer_of(tokenizer)) is not None:
+        yield normalization_note(normalizer)

@@ -9,12 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 
-from lumiere.data.foreign_tokenizer import CONFIG_NAME
-from lumiere.data.tokenizer import Tokenizer
+from lumiere.data.foreign_tokenizer import CONFIG_NAME, ForeignTokenizer
+from lumiere.data.tokenizer import EOT, PAD, SOT, SPECIAL_TOKENS, Tokenizer
 from lumiere.errors import FailedCheckError, shortened
-from lumiere.export.original import FLOAT32_TOLERANCE, TEXTS, Original, render
+from lumiere.export.original import FLOAT32_TOLERANCE, Original, render, texts
 from lumiere.export.stock_classes import WITHOUT_EFFECT, Keys, find_stock, stock_weights
 from lumiere.files import DISK
 from lumiere.generation.decoding import suppressed_ids
@@ -26,7 +27,7 @@ PACKAGES = ("transformers>=5.0",)
 MODELING_FILE = "modeling_lumiere.py"
 OWN_CLASS = "LumiereForCausalLM"
 OTHER_TOKENIZERS = ("qwen2",)
-"""Types for which `AutoTokenizer` of transformers 5 takes a tokenizer of its own, whatever the folder says."""
+"""Types for which `AutoTokenizer` of transformers 5 takes a tokenizer of its own, unlike Lumiere's."""
 PROMPT = "Once upon a time"
 NUM_GREEDY_TOKENS = 32
 
@@ -34,7 +35,7 @@ NUM_GREEDY_TOKENS = 32
 def write(folder: Path, original: Original) -> None:
     """Write weights, config, tokenizer, generation config and README."""
     model, tokenizer = original.model, original.tokenizer
-    if stock := find_stock(model, OTHER_TOKENIZERS):
+    if stock := find_stock(model, () if isinstance(tokenizer, ForeignTokenizer) else OTHER_TOKENIZERS):
         kind = {"architectures": [stock.class_name], "model_type": stock.model_type}
         keys, weights = stock.keys, stock_weights(model, stock)
     else:
@@ -48,7 +49,7 @@ def write(folder: Path, original: Original) -> None:
         "config.json": kind | {"vocab_size": model.vocab_size, "dtype": "float32"} | ids | keys,
         "generation_config.json": ids | suppressed,
         "tokenizer.json": tokenizer_values(tokenizer),
-        "tokenizer_config.json": tokenizer_config(tokenizer, model.context_size),
+        CONFIG_NAME: tokenizer_config(tokenizer, model.context_size),
     }.items():
         DISK.write(folder / name, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     DISK.write(folder / "README.md", readme(original, kind["architectures"][0]))
@@ -63,42 +64,42 @@ def own_keys(model: Transformer) -> Keys:
 
 
 def special_ids(tokenizer: Tokenizer) -> Keys:
-    """Return the ids of start, end and padding as a `config.json` has them; without padding, that of the end."""
+    """Return the keys of `config.json` and `generation_config.json` that name special tokens."""
     ends = list(tokenizer.end_ids)
-    padding = tokenizer.padding_id if tokenizer.padding_id is not None else next(iter(ends), None)
-    end = ends if len(ends) > 1 else next(iter(ends), None)
-    return {"bos_token_id": tokenizer.start_id, "eos_token_id": end, "pad_token_id": padding}
+    ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    return ids if isinstance(tokenizer, ForeignTokenizer) else ids | {"pad_token_id": PAD}
 
 
 def tokenizer_values(tokenizer: Tokenizer) -> Keys:
-    """Return the tokenizer, which begins each text there with the start token, if there is one."""
-    start_id, post_processor = tokenizer.start_id, None
-    if start_id is not None:
-        name = tokenizer.name_of(start_id)
-        start = {"SpecialToken": {"id": name, "type_id": 0}}
-        first, second = ({"Sequence": {"id": sequence, "type_id": 0}} for sequence in "AB")
-        post_processor = {
-            "type": "TemplateProcessing",
-            "single": [start, first],
-            "pair": [start, first, second],
-            "special_tokens": {name: {"id": name, "ids": [start_id], "tokens": [name]}},
-        }
-    return json.loads(tokenizer.to_json()) | {"post_processor": post_processor}
+    """Return the contents of a `tokenizer.json` that begins each text with the start token, if there is one."""
+    values, start = json.loads(tokenizer.to_json()), tokenizer.start_id
+    if tokenizers.Tokenizer.from_str(json.dumps(values)).encode("a").ids == tokenizer.encode("a", start=True):
+        return values
+    if start is None:
+        return values | {"post_processor": None}
+    name, texts = tokenizer.special_tokens[start], [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    begin = {"SpecialToken": {"id": name, "type_id": 0}}
+    post_processor = {
+        "type": "TemplateProcessing",
+        "single": [begin, texts[0]],
+        "pair": [begin, *texts],
+        "special_tokens": {name: {"id": name, "ids": [start], "tokens": [name]}},
+    }
+    return values | {"post_processor": post_processor}
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_size: int) -> Keys:
-    kept = json.loads(tokenizer.files().get(CONFIG_NAME, "{}"))
-    ids = special_ids(tokenizer) | {"eos_token_id": next(iter(tokenizer.end_ids), None)}
-    names = {key.removesuffix("_id"): None if id_ is None else tokenizer.name_of(id_) for key, id_ in ids.items()}
-    return {
+    common = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **names,
         "model_max_length": context_size,
         "model_input_names": ["input_ids", "attention_mask"],
-        "split_special_tokens": True,  # text that spells a special token is text
         "clean_up_tokenization_spaces": False,
-        **{key: kept[key] for key in ("add_bos_token", "chat_template") if kept.get(key) is not None},
     }
+    if isinstance(tokenizer, ForeignTokenizer):  # its chat template, if it has one, spells special tokens
+        kept = json.loads(tokenizer.files()[CONFIG_NAME])
+        return {name: value for name, value in (kept | common).items() if value is not None}
+    names = {f"{kind}_token": SPECIAL_TOKENS[token] for kind, token in (("bos", SOT), ("eos", EOT), ("pad", PAD))}
+    return common | names | {"split_special_tokens": True}  # text that spells a special token is text
 
 
 def readme(original: Original, class_name: str) -> bytes:
@@ -106,7 +107,9 @@ def readme(original: Original, class_name: str) -> bytes:
     if card is not None:
         card = card.replace("library_name: lumiere\n", "library_name: transformers\n", 1)
     own = class_name == OWN_CLASS
-    return render("hugging_face/README.md", card=card, origin=original.origin, class_name=class_name, is_own=own)
+    has_start = original.tokenizer.start_id is not None
+    values = {"card": card, "origin": original.origin, "class_name": class_name, "is_own": own, "has_start": has_start}
+    return render("hugging_face/README.md", **values)
 
 
 def check(folder: Path, original: Original) -> Iterator[Receipt]:
@@ -141,7 +144,9 @@ def check_in_transformers(folder: Path, original: Original) -> Iterator[Receipt]
         ) from error
     problems = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
     yield Receipt(f"{name} finds all tensors, and no others", float(len(problems)), 0.0)
-    differing = [text for text in TEXTS if tokenizer(text)["input_ids"] != original.tokenizer.encode(text, start=True)]
+    differing = [
+        text for text in texts(original) if tokenizer(text)["input_ids"] != original.tokenizer.encode(text, start=True)
+    ]
     yield Receipt("texts have the same token ids there", float(len(differing)), 0.0)
     expected_BTVocab = model.logits(original.sample)
     error = relative_error(theirs(original.sample).logits, expected_BTVocab)

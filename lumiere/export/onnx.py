@@ -64,7 +64,8 @@ def write(folder: Path, original: Original) -> None:
     DISK.sync(folder / FILE)
     tokenizer = json.dumps(tokenizer_values(original.tokenizer), indent=2, ensure_ascii=False)
     DISK.write(folder / "tokenizer.json", tokenizer.encode())
-    readme = render("onnx/README.md", origin=original.origin, context_size=model.context_size)
+    has_start = original.tokenizer.start_id is not None
+    readme = render("onnx/README.md", origin=original.origin, context_size=model.context_size, has_start=has_start)
     DISK.write(folder / "README.md", readme)
 
 

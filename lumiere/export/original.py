@@ -10,6 +10,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
+from lumiere.data.foreign_tokenizer import ForeignTokenizer
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
 from lumiere.models.transformer import Transformer
@@ -24,10 +25,10 @@ TEXTS = (
     "  two  spaces, a tab\t and\n\nlines \n",
     "def f(x):\n    return x[0] != 12345 or 3.14",
     "naïve café, Zoë e\u0301, ﬁne x² ½, 日本語, Ελλάδα, 👩‍🚀 🙂",
-    "<|sot|> <|eot|> <|endoftext|> <s> </s> [INST]",
     "",
 )
-"""Texts whose ids are compared."""
+SPELLED = "<|sot|> <|eot|> <|endoftext|> <s> </s> [INST]"
+"""A text that spells special tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ class Original:
     def sample(self) -> Tensor:
         """Random ids, (1, T), always the same; T covers all positions up to `MAX_TOKENS`."""
         return sample_tokens(self.model.context_size, self.tokenizer.text_ids)
+
+
+def texts(original: Original) -> tuple[str, ...]:
+    """Return texts whose ids are compared.
+
+    Those that spell special tokens are left out with a tokenizer from elsewhere, whose chat template spells them.
+    """
+    return TEXTS if isinstance(original.tokenizer, ForeignTokenizer) else (*TEXTS, SPELLED)
 
 
 def sample_tokens(context_size: int, ids: Sequence[int]) -> Tensor:

@@ -32,7 +32,7 @@ from lumiere.files import locked, writing
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.liveness import beating, this_process
-from lumiere.persistence.loading import check_compatible
+from lumiere.persistence.loading import OpenedModel, check_compatible
 from lumiere.persistence.manifest import DAMAGE_HINT
 from lumiere.persistence.metrics import MetricsWriter, truncate_metrics
 from lumiere.persistence.record import RunRecord
@@ -75,11 +75,16 @@ def start(
     """
     check_shares(setup.config.training, setup.device, processes)
     check_room(store.runs_dir, setup)
+    # Loaded again, and before there is a run: the parent may have been trained on, or removed.
+    parent = Parent(store.open(setup.lineage["run"]), setup.lineage["checkpoint"]).open() if setup.lineage else None
+    if parent is not None:
+        setup = replace(setup, lineage=lineage(parent))
     run = store.create()
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(run.path))
-            setup = write_files(setup, run, command, processes)
+            write_files(setup, run, command, processes, parent)
+            del parent  # its weights take memory
             record_start(setup, run, processes)
         except BaseException as error:
             with contextlib.suppress(OSError):
@@ -255,18 +260,12 @@ def check_agreement(facts: Mapping[str, str], processes: ProcessGroup) -> None:
 
 
 def write_files(
-    setup: TrainingSetup, run: Run, command: Sequence[str], processes: ProcessGroup = SINGLE_PROCESS
-) -> TrainingSetup:
-    """Write the tokenizer, the config and the record of a new run; of a fine-tuned run, also the weights of step 0.
-
-    Returns:
-        The setup, with the lineage of the weights that were written: the parent may be training.
-    """
+    setup: TrainingSetup, run: Run, command: Sequence[str], processes: ProcessGroup, parent: OpenedModel | None
+) -> None:
+    """Write the tokenizer, the config and the record of a new run; if it has a parent, also the weights of step 0."""
     with writing(run.path):
         run.save_tokenizer(setup.corpus.tokenizer)
-    if setup.lineage:
-        parent = Parent(RunStore(run.path.parent).open(setup.lineage["run"]), setup.lineage["checkpoint"]).open()
-        setup = replace(setup, lineage=lineage(parent))
+    if parent is not None:
         start = Checkpoint(parent.model.state_dict(), metadata=provenance(setup, run, processes) | {"step": 0})
         CheckpointManager(run.path.parent).save(run, snapshot_name(0), start)
     run.update(
@@ -286,7 +285,6 @@ def write_files(
     with writing(run.path):
         # The config last: a run that has one can be resumed, wherever its process was killed.
         run.disk.write(run.config_path, dump_config(setup.config).encode())
-    return setup
 
 
 def record_start(setup: TrainingSetup, run: Run, processes: ProcessGroup) -> None:

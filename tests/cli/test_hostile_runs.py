@@ -140,8 +140,10 @@ HOSTILE: list[Any] = [STEERING, STEERING * 1000, 7, -1e308, 2**62, True, [STEERI
 @pytest.mark.parametrize("value", HOSTILE)
 def test_a_record_steers_no_terminal_and_breaks_no_table(run: Run, value: Any) -> None:
     keys = ("status", "error", "command", "dataset", "step", "best_loss", "best_step", "epoch", "tokens", "device")
-    others = ("precision", "num_parameters", "corpus_sha256", "path", "id", "run", STEERING)
-    run.record_path.write_text(json.dumps(dict.fromkeys((*keys, *others), value)))
+    others = ("precision", "num_parameters", "num_trained_parameters", "corpus_sha256", "path", "id", "run", STEERING)
+    parent = dict.fromkeys(("run", "checkpoint", "step", "dataset", "parent"), value)
+    record = {"parent": {"run": "a", "parent": parent}} | dict.fromkeys((*keys, *others), value)
+    run.record_path.write_text(json.dumps(record))
     for command in (["runs", "ls"], ["runs", "show", "latest"]):
         printed, as_json = stdout_of(*command), stdout_of(*command, "--json")
         assert (printed + as_json).replace("\n", "").isprintable()

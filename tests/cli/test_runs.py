@@ -126,6 +126,17 @@ def test_show_says_how_it_went_and_how_to_repeat_it(run: Run) -> None:
     assert re.search(r"training.beta1 +0.9\n", shown)
 
 
+def test_show_says_where_a_run_started(run: Run) -> None:
+    first = {"run": "run_aaaaaaaa_20250101_000000", "checkpoint": "best", "step": 9, "dataset": "chains"}
+    second = first | {"run": "run_bbbbbbbb_20250101_000000", "checkpoint": "512", "step": 1512, "parent": first}
+    run.update(parent=second, num_trained_parameters=12)
+    shown = run_command("show", run.id)
+    assert f"from       {second['run']}@512 (step 1,512, chains), from {first['run']}@best (step 9, chains)\n" in shown
+    assert f"  lumiere train {run.config_path} --from {second['run']}@512\n" in shown
+    assert "parameters, 12 of them trained\n" in shown
+    assert read_json("show", run.id)["parent"] == second
+
+
 def test_show_as_json_has_it_all(run: Run) -> None:
     shown = read_json("show", "latest")
     names = [checkpoint["name"] for checkpoint in shown["checkpoints"]]

@@ -207,7 +207,6 @@ def test_exported_again_it_is_the_source(folder: Path, tmp_path: Path) -> None:
     tokenizers: Any = [transformers.AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "out")]
     assert tokenizers[0]("Once upon a time").input_ids == tokenizers[1]("Once upon a time").input_ids
     assert tokenizers[1].chat_template == "{{ messages }}"
-    refuse("export", "latest", str(tmp_path / "gguf"), "--to", "gguf")
 
 
 def test_from_python(folder: Path, tmp_path: Path) -> None:

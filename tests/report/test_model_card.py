@@ -148,6 +148,22 @@ def test_a_statement_depends_on_the_config(title: str, words: str, changes: Any)
     assert words in section(card(**changes), title)
 
 
+def test_the_lineage_of_a_fine_tuned_run() -> None:
+    assert "trained from scratch" in card()
+    first = {"run": "run_aaaaaaaa_20250101_000000", "checkpoint": "best", "step": 9, "dataset": "chains"}
+    second = first | {"run": "run_bbbbbbbb_20250101_000000", "step": 1234, "weights_sha256": "c0de", "parent": first}
+    text = card({"record": RunRecord.from_json(RECORD | {"parent": second})})
+    lines = [line for line in section(text, "Overview").splitlines() if line.startswith("- ")]
+    assert "from scratch" not in text.replace("It was not trained from scratch", "")
+    assert [re.findall(r"`(.*?)`", line) for line in lines] == [
+        ["best", second["run"], "chains", "c0de"],
+        ["best", first["run"], "chains"],
+    ]
+    assert "step 1,234" in lines[0]
+    assert "trained on the training split" not in section(text, "Tokenization")
+    assert headings(text) == HEADINGS
+
+
 def test_limitations_state_the_record() -> None:
     limits = section(card(), "Limitations")
     # 64 tokens of 10,940,000 bytes in 3,080,000 tokens are 227.3 bytes.
@@ -172,6 +188,7 @@ def test_text_from_files_breaks_nothing() -> None:
     dataset = dict.fromkeys(names, NASTY) | {"data_files": [NASTY], "document_start": "|`\n---\n|"}
     versions = {"lumiere": NASTY, "torch": NASTY}
     record = RECORD | dict.fromkeys(("device", "precision", "corpus_sha256"), NASTY) | {"versions": versions}
+    record |= {"parent": dict.fromkeys(("run", "checkpoint", "step", "dataset", "weights_sha256"), NASTY)}
     text = card({"record": RunRecord.from_json(record), "status": NASTY, "on_hub": False}, dataset=dataset)
     assert headings(text) == HEADINGS
     assert all(line.isprintable() for line in text.splitlines())

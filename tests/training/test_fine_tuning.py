@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lumiere.config.loader import load_config
 from lumiere.config.schema import RunConfig
+from lumiere.data.dataset import TokenizedCorpus, tokenize_corpus
 from lumiere.errors import CheckpointError, ConfigError, LumiereError
 from lumiere.evaluation.loss import evaluate
 from lumiere.persistence.checkpoint_manager import CheckpointManager
@@ -53,6 +55,12 @@ def weights(run: Run, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder_of(run, name) / "model.safetensors")
 
 
+def loss(run: Run, checkpoint: str, corpus: TokenizedCorpus, config: RunConfig) -> float:
+    """The validation loss of a checkpoint on any corpus."""
+    windows, facts = corpus.windows("validation", config), corpus.splits["validation"].facts
+    return evaluate(run.load_model(checkpoint), windows, facts, config.training.batch_size).loss
+
+
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.5}])
 def test_without_learning_it_is_the_parent(trained_once: TrainedOnce, changes: dict[str, Any]) -> None:
     """Of an average of weights, what was evaluated and saved is where it starts."""
@@ -84,9 +92,7 @@ def test_the_tokenizer_is_the_parents_on_any_text(trained_once: TrainedOnce) -> 
     opened = open_model(child.name, "best", "cpu", None)
     corpus = open_corpus(opened, "")
     assert corpus.fingerprint == child.record.corpus_sha256
-    windows = corpus.windows("validation", opened.config)
-    found = evaluate(opened.model, windows, corpus.splits["validation"].facts, opened.config.training.batch_size)
-    assert found.loss == child.record.best_loss
+    assert loss(child, "best", corpus, opened.config) == child.record.best_loss
 
 
 def test_the_lineage(trained_once: TrainedOnce) -> None:
@@ -102,6 +108,7 @@ def test_the_lineage(trained_once: TrainedOnce) -> None:
     }
     assert child.record.parent == expected
     assert json.loads(child.record_path.read_text())["parent"] == expected
+    assert open_model(child.name, "0", "cpu", None).weights_sha256 == expected["weights_sha256"]
     for name in ("step-00000000", "step-00000001", "latest"):
         assert CheckpointManager().load(child, name, groups=()).metadata["parent"] == expected
     grandchild = fine_tune(child, short(max_steps=1)).run
@@ -116,6 +123,30 @@ def test_without_best_it_starts_from_latest(trained_once: TrainedOnce) -> None:
     assert (child.record.parent["checkpoint"], child.record.parent["step"]) == ("latest", 3)
     with pytest.raises(CheckpointError, match="no checkpoint '2'"):
         fine_tune(parent, short(), checkpoint="2")
+
+
+@pytest.mark.slow
+def test_the_loss_on_another_text_falls_and_that_on_the_first_rises() -> None:
+    """With half of the model frozen, both change less."""
+    quick = ["training.device=cpu", "training.precision=float32", "training.snapshots=false", "training.seed=0"]
+    parent = train(load_config("tiny", [*quick, "dataset.num_documents=2000", "training.max_steps=300"])).run
+    training = {"batch_size": 16, "max_steps": 150, "warmup_steps": 10, "learning_rate": 2e-3, "optimizer": "muon"}
+    training |= {"device": "cpu", "precision": "float32", "snapshots": False}
+    first, moved = tokenize_corpus(parent.load_config()), []
+    for freeze in ([], ["embeddings", "positions", "blocks.0"]):
+        found = Parent(parent, "best")
+        config = found.inherit({"dataset": {"name": "chains"}, "training": training | {"freeze": freeze}})
+        setup = set_up(config, origin=found.origin())
+        child = run_module.start(setup, RunStore()).run
+        losses = [
+            [loss(child, name, corpus, config) for name in ("step-00000000", "best")]
+            for corpus in (setup.corpus, first)
+        ]
+        moved += [after - before for before, after in losses]
+        assert losses[1][0] == pytest.approx(parent.record.best_loss, abs=1e-6)
+    new, old, new_frozen, old_frozen = moved
+    assert new < new_frozen < -1
+    assert old > old_frozen > 0.1
 
 
 # Resuming
@@ -180,6 +211,15 @@ def test_a_run_that_cannot_be_made_leaves_nothing(trained_once: TrainedOnce, mon
     with pytest.raises(LumiereError, match="no room"):
         fine_tune(parent, short())
     assert RunStore().all() == [parent]
+
+
+def test_a_parent_that_is_removed_meanwhile(trained_once: TrainedOnce) -> None:
+    parent = trained_once(short())
+    setup = set_up(short(), origin=Parent(parent, "best").origin())
+    shutil.rmtree(parent.path)
+    with pytest.raises(LumiereError, match=f"no run '{parent.name}'"):
+        run_module.start(setup, RunStore())
+    assert RunStore().all() == []
 
 
 # Parents of other kinds

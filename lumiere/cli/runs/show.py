@@ -131,13 +131,17 @@ def repeated(entry: Entry) -> list[str]:
 
 def ancestor(parent: Mapping[str, Any]) -> str:
     """Describe a checkpoint that training started from."""
-    name = f"{text_cell(parent.get('run'))}@{text_cell(parent.get('checkpoint'))}"
-    return f"{name} (step {number(parent.get('step'), ',')}, {text_cell(parent.get('dataset'))})"
+    corpus = f", {text_cell(parent['dataset'])}" if parent.get("dataset") else ""
+    return f"{checkpoint_of(parent)} (step {number(parent.get('step'), ',')}{corpus})"
 
 
 def start(parent: Mapping[str, Any]) -> list[str]:
     """Return the option that starts a run from the weights of its parent."""
-    return ["--from", f"{parent.get('run')}@{parent.get('checkpoint')}"] if parent else []
+    return ["--from", checkpoint_of(parent)] if parent else []
+
+
+def checkpoint_of(parent: Mapping[str, Any]) -> str:
+    return f"{text_cell(parent.get('run'))}@{text_cell(parent.get('checkpoint'))}"
 
 
 def print_section(heading: str, *lines: str) -> None:
