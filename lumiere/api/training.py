@@ -17,6 +17,7 @@ def train(
     config: "str | Path | Mapping[str, Any] | RunConfig",
     settings: Mapping[str, Any] | None = None,
     *,
+    start_from: str | None = None,
     runs_dir: str | Path | None = None,
     callbacks: "Sequence[Callable[[Event], None]]" = (),
     corpus_progress: "Callable[[Progress], None] | None" = None,
@@ -30,6 +31,7 @@ def train(
     Args:
         config: A YAML or TOML file, a preset such as `tiny`, a mapping of sections, or the config of a run.
         settings: Other settings by dotted path, such as `{"model.num_layers": 6}`.
+        start_from: `RUN` or `RUN@CHECKPOINT` in the same runs directory, to fine-tune its weights.
         runs_dir: Default: `LUMIERE_RUNS_DIR`, or `runs` in the current folder.
         callbacks: Called with each event of `lumiere.training.events`; nothing is printed.
         corpus_progress: Called while the corpus is tokenized.
@@ -38,27 +40,35 @@ def train(
     Raises:
         LumiereError: A setting is unknown or invalid, the corpus or the device is missing, or the disk is full.
     """
+    from lumiere.config.loader import validate
+    from lumiere.training.parent import Parent
     from lumiere.training.run import start
     from lumiere.training.setup import set_up
 
     changes = {**(settings or {}), **{f"training.{name}": value for name, value in training.items()}}
-    setup = set_up(resolved(config, changes), corpus_progress)
+    given, store = given_values(config, changes), RunStore(runs_dir)
+    parent = None if start_from is None else Parent.find(start_from, store)
+    if parent is None:
+        setup = set_up(validate(given), corpus_progress)
+    else:
+        setup = set_up(parent.inherit(given), corpus_progress, parent.origin())
     named = [str(config)] if isinstance(config, str | Path) else []
     command = ["lumiere.train", *named, *(f"{path}={value}" for path, value in changes.items())]
-    result = start(setup, RunStore(runs_dir), command, callbacks)
+    command += [] if start_from is None else [f"start_from={start_from}"]
+    result = start(setup, store, command, callbacks)
     if result.signal_number is not None:
         how = result.run.command("train", "--resume", result.run.id)
         raise KeyboardInterrupt(f"interrupted at step {result.state.step:,} and saved; resume with {how}")
     return OpenedRun(result.run, device=str(setup.device))
 
 
-def resolved(config: "str | Path | Mapping[str, Any] | RunConfig", changes: Mapping[str, Any]) -> "RunConfig":
-    """Return the complete config with changes by dotted path."""
-    from lumiere.config.loader import changed_config, find_config, read_config
+def given_values(config: "str | Path | Mapping[str, Any] | RunConfig", changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the caller gave, as nested mappings, with changes by dotted path."""
+    from lumiere.config.loader import find_config, read_config, replaced
     from lumiere.config.schema import RunConfig
 
     if isinstance(config, RunConfig):
         values: Mapping[str, Any] = config.model_dump()
     else:
         values = config if isinstance(config, Mapping) else read_config(find_config(config))
-    return changed_config(values, changes.items())
+    return replaced(values, changes.items())

@@ -123,6 +123,15 @@ def test_training_from_python(tiny_config: RunConfig, capsys: pytest.CaptureFixt
     assert all(torch.equal(*pair) for pair in zip(again.model.parameters(), run.model.parameters(), strict=True))
 
 
+def test_fine_tuning_from_python(tiny_config: RunConfig, trained_run: Run) -> None:
+    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
+    given = {"dataset": tiny_config.dataset.model_dump() | {"num_documents": 12}, "training": {"max_steps": 2}}
+    run = lumiere.train(given, {"training.device": "cpu"}, start_from=f"{trained_run.id}@4")
+    assert (run.record.parent["run"], run.record.parent["step"]) == (trained_run.name, 4)
+    started, parent = run.at(0).model.state_dict(), lumiere.open(trained_run.path, 4).model.state_dict()
+    assert all(torch.equal(started[name], weight) for name, weight in parent.items())
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"model.num_layer": 3}, {}), ({}, {"max_stps": 3}), ({"training.max_steps": "many"}, {}), ({"model": 3}, {})],
