@@ -38,8 +38,10 @@ from typer.testing import CliRunner
 
 from lumiere.components.hooks import HookPoint, hook_points, run_with_cache
 from lumiere.config.loader import load_config
+from lumiere.data.tokenizer import Tokenizer
 from lumiere.device import keep_freed_memory
 from lumiere.export.exporting import TARGETS, export_model
+from lumiere.export.original import Original
 from lumiere.models.transformer import Transformer, build_model
 
 WINDOWS = (1, 32)
@@ -103,8 +105,9 @@ def transformer_lens_twin(model: Transformer) -> Any:
     """Return the same model in TransformerLens, or None if that is not installed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "exported"
-        exported = export_model(TARGETS["transformer-lens"], path, model, b"{}", range(3, model.vocab_size), {})
-        if exported.skipped:
+        tokenizer = Tokenizer.train(["any text"], 259, 2)
+        exported = export_model(TARGETS["transformer-lens"], path, Original(model, tokenizer, {}))
+        if exported.notes:
             return None
         return runpy.run_path(str(path / "load.py"))["load_model"]()
 

@@ -82,6 +82,12 @@ MUTATIONS = [Mutation(*row) for row in (
     # Data
     ("shuffle-of-epoch", "data/batches", 'key=f"{seed} {epoch}"', 'key=f"{seed}"', "data/test_batches"),
     ("other-shuffle", "data/batches", "0xBF58476D1CE4E5B9", "0xBF58476D1CE4E5BB", "data/test_permutation"),
+    ("gguf-pairs", "export/gguf", "(num_heads, 2, -1)).transpose(1, 2)", "(num_heads, 2, -1))", "export/test_gguf"),
+    ("stock-settings", "export/stock_classes", "effective(theirs.settings) == effective(model.settings)", "True",
+     "export/test_stock_classes"),
+    ("stock-biases", "export/stock_classes", " and biased <= with_bias", "", "export/test_stock_classes"),
+    ("modeling-windows", "export/modeling_lumiere", "(distances_TS < window)", "(distances_TS <= window)",
+     "export/test_hugging_face"),
     ("rotary-pairs", "export/transformer_lens", "neighboring_pairs(value, model.d_key, model.settings.rotary_size)",
      "value", "export/test_transformer_lens"),
     ("rotary-scaling", "components/layers", "periods = periods * stretch(", "stretch(", "models/test_transformer"),

@@ -2,36 +2,38 @@
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from lumiere.errors import FailedCheckError, LumiereError
-from lumiere.export.transformer_lens import check_by_equations, check_by_loading, folder_files, sample_tokens
+from lumiere.export import gguf, hugging_face, onnx, transformer_lens
+from lumiere.export.original import Original
 from lumiere.files import DISK
 from lumiere.interpret.result import Receipt
-from lumiere.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Target:
-    """A library to export to.
+    """A format to export to.
 
     Attributes:
-        files: `(model, tokenizer_json, tokens (1, T), origin)` -> contents of the folder's files by name.
-        checks: `(folder, model)` -> a receipt; None if the check needs a library that is not installed.
+        write: Write the files into a folder.
+        check: Run the written files in the other library. Yields receipts, and notes for the user.
+        packages: Those that `check` cannot do without.
     """
 
-    files: Callable[[Transformer, bytes, Tensor, Mapping[str, Any]], dict[str, bytes]]
-    checks: tuple[Callable[[Path, Transformer], Receipt | None], ...]
+    write: Callable[[Path, Original], None]
+    check: Callable[[Path, Original], Iterable[Receipt | str]]
+    packages: tuple[str, ...] = ()
 
 
 TARGETS: Mapping[str, Target] = {
-    "transformer-lens": Target(folder_files, (check_by_equations, lambda folder, model: check_by_loading(folder)))
+    "hf": Target(hugging_face.write, hugging_face.check, hugging_face.PACKAGES),
+    "gguf": Target(gguf.write, gguf.check, gguf.PACKAGES),
+    "onnx": Target(onnx.write, onnx.check, onnx.PACKAGES),
+    "transformer-lens": Target(transformer_lens.write, transformer_lens.check),
 }
 
 
@@ -40,52 +42,42 @@ class Exported:
     """An exported model.
 
     Attributes:
-        files: names of the files.
-        tokens: (T,) ids on which the logits were compared.
-        receipts: errors of the logits.
-        skipped: number of checks that need a library that is not installed.
+        files: Names of the files.
+        receipts: Errors of what was compared.
+        notes: What the user has to know.
     """
 
     files: tuple[str, ...]
-    tokens: tuple[int, ...]
     receipts: tuple[Receipt, ...]
-    skipped: int
+    notes: tuple[str, ...]
 
 
-def export_model(
-    target: Target,
-    folder: Path,
-    model: Transformer,
-    tokenizer_json: bytes,
-    ids: Sequence[int],
-    origin: Mapping[str, Any],
-) -> Exported:
-    """Write `model` to a new folder.
+def export_model(target: Target, folder: Path, original: Original) -> Exported:
+    """Write a model to a new folder.
 
     Args:
-        folder: does not exist, or is empty.
-        model: in evaluation mode, on the CPU.
-        ids: token ids in use, without special tokens.
-        origin: provenance of the model, for people.
+        folder: Does not exist, or is empty.
 
     Raises:
-        LumiereError: the folder cannot be used, or the library has no such model. Nothing is written.
-        FailedCheckError: the logits differ. Nothing is written.
+        LumiereError: The folder cannot be used, or the format cannot hold the model. Nothing is written.
+        FailedCheckError: The written model computes something else. Nothing is left.
     """
-    tokens_BT = sample_tokens(model.context_size, ids)
-    files = target.files(model, tokenizer_json, tokens_BT, origin)
+    receipts: list[Receipt] = []
+    notes: list[str] = []
     with new_folder(folder) as staging:
-        for name, data in files.items():
-            DISK.write(staging / name, data)
-        found = [check(staging, model) for check in target.checks]
-        receipts = tuple(receipt for receipt in found if receipt is not None)
-        for receipt in receipts:
+        target.write(staging, original)
+        files = tuple(sorted(path.name for path in staging.iterdir()))
+        for receipt in target.check(staging, original):
+            if isinstance(receipt, str):
+                notes.append(receipt)
+                continue
+            receipts.append(receipt)
             if not receipt.holds:
                 raise FailedCheckError(
                     f"{receipt.check}: error {receipt.error:.0e} (tolerance {receipt.tolerance:.0e}), nothing written",
                     "this is a bug of Lumiere, or of the library: please report it",
                 )
-    return Exported(tuple(files), tuple(tokens_BT[0].tolist()), receipts, found.count(None))
+    return Exported(files, tuple(receipts), tuple(notes))
 
 
 def check_folder(path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from lumiere.components.layers import sinusoids_at
 from lumiere.errors import FailedCheckError, LumiereError, shortened
+from lumiere.export.original import FLOAT32_TOLERANCE, Original, render
+from lumiere.files import DISK
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, relative_error
 from lumiere.models.transformer import Transformer
 from lumiere.programs import install_command
@@ -229,58 +230,41 @@ def rotated(x_BHTK: Tensor, config: dict[str, Any]) -> Tensor:
     return torch.cat([turned, rest], dim=-1)
 
 
-FLOAT32_TOLERANCE = 1e-4
-"""Of logits that two libraries compute in float32, relative to the largest."""
 FIRST_VERSION = 4
 """Of TransformerLens: older ones have no `boot_native`."""
-MAX_TOKENS = 256
-"""Longest sequence of expected logits, which are `vocab_size` numbers per token."""
-
-
-def sample_tokens(context_size: int, ids: Sequence[int]) -> Tensor:
-    """Return random ids, (1, T), always the same; T covers all positions up to `MAX_TOKENS`."""
-    generator = torch.Generator().manual_seed(0)
-    places = torch.randint(len(ids), (1, min(context_size, MAX_TOKENS)), generator=generator)
-    return torch.tensor(ids)[places]
 
 
 @torch.inference_mode()
-def folder_files(
-    model: Transformer, tokenizer_json: bytes, tokens_BT: Tensor, origin: Mapping[str, Any]
-) -> dict[str, bytes]:
-    """Return the contents of the folder, by file name.
-
-    Args:
-        model: in evaluation mode, on the CPU.
-        tokens_BT: one sequence, whose expected logits are written.
-        origin: provenance, written to the README.
+def write(folder: Path, original: Original) -> None:
+    """Write weights, config, tokenizer, expected logits, and a program that boots the model.
 
     Raises:
         LumiereError: TransformerLens has no such model.
     """
+    model, tokens_BT = original.model, original.sample
     config = bridge_config(model)
     expected = {"tokens": tokens_BT, "logits": model(tokens_BT).logits.contiguous()}
-    templates = Environment(
-        loader=PackageLoader("lumiere.export", "templates/transformer_lens"),
-        autoescape=False,  # Python and Markdown
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
     values = {
         "tolerance": f"{FLOAT32_TOLERANCE:.0e}",
-        "origin": origin,
+        "origin": original.origin,
         "length": tokens_BT.shape[1],
         "vocab_size": model.vocab_size,
         "tokens": " ".join(map(str, tokens_BT[0].tolist())),
     }
-    return {
+    for name, data in {
         "model.safetensors": safetensors.torch.save(bridge_weights(model), {"format": "pt"}),
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "tokenizer.json": tokenizer_json,
+        "tokenizer.json": original.tokenizer.to_json().encode(),
         "expected.safetensors": safetensors.torch.save(expected),
-        **{name: templates.get_template(f"{name}.j2").render(values).encode() for name in ("load.py", "README.md")},
-    }
+        **{name: render(f"transformer_lens/{name}", **values) for name in ("load.py", "README.md")},
+    }.items():
+        DISK.write(folder / name, data)
+
+
+def check(folder: Path, original: Original) -> Iterator[Receipt | str]:
+    """Compare logits, by the library's equations and, if it is installed, by the library itself."""
+    yield check_by_equations(folder, original.model)
+    yield check_by_loading(folder) or "transformer-lens is not installed; skipped the check by the library itself"
 
 
 @torch.inference_mode()

@@ -4,11 +4,12 @@ A key that changes what a model computes is read, or must have the value without
 reference for meaning and defaults is the code of `transformers` 5.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -48,6 +49,8 @@ NEUTRAL: dict[str, Any] = {
 
 Arrange = Callable[[Tensor, ModelConfig], Tensor]
 """Turns a source's tensor into one of ours."""
+Restore = Callable[[Sequence[Tensor], ModelConfig], Tensor]
+"""The inverse: turns our tensors that come from one of a source, in the order of our names, into that one."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Source:
     """Where one of our tensors comes from."""
 
     name: str
-    """In the source, with `{layer}`."""
+    """In the source, with `{layer}`; the same for our tensors that are joined there."""
     arrange: Arrange = lambda tensor, settings: tensor
+    restore: Restore = lambda parts, settings: parts[0]
 
 
 @dataclass(frozen=True)
@@ -286,23 +290,30 @@ def _llama(keys: Keys) -> Architecture:
     return Architecture(keys.count("vocab_size"), settings, {ours: Source(name) for ours, name in LLAMA_NAMES.items()})
 
 
-def _transposed(tensor: Tensor, settings: ModelConfig) -> Tensor:
+def _transposed(name: str) -> Source:
     """GPT-2 stores the matrices of `x @ W`."""
-    return tensor.t()
+    return Source(name, lambda tensor, settings: tensor.t(), lambda parts, settings: parts[0].t())
 
 
-def _third(number: int) -> Arrange:
-    """Return the queries, keys or values of GPT-2's joined projection, (E, 3 E) or (3 E,)."""
-    return lambda tensor, settings: tensor.chunk(3, dim=-1)[number].t()
+def _third(name: str, number: int) -> Source:
+    """The queries, keys or values of GPT-2's joined projection, (E, 3 E) or (3 E,)."""
+    return Source(
+        name,
+        lambda tensor, settings: tensor.chunk(3, dim=-1)[number].t(),
+        lambda parts, settings: torch.cat([part.t() for part in parts], dim=-1),
+    )
 
 
-def _interleaved(number: int) -> Arrange:
-    """Return the queries, keys or values of GPT-NeoX's joined projection, whose rows are (H, 3, K)."""
+def _interleaved(name: str, number: int) -> Source:
+    """The queries, keys or values of GPT-NeoX's joined projection, whose rows are (H, 3, K)."""
 
     def arrange(tensor: Tensor, settings: ModelConfig) -> Tensor:
         return tensor.unflatten(0, (settings.num_heads, 3, settings.d_key))[:, number].flatten(0, 1)
 
-    return arrange
+    def restore(parts: Sequence[Tensor], settings: ModelConfig) -> Tensor:
+        return torch.stack([part.unflatten(0, (settings.num_heads, -1)) for part in parts], dim=1).flatten(0, 2)
+
+    return Source(name, arrange, restore)
 
 
 def _gpt2(keys: Keys) -> Architecture:
@@ -324,16 +335,16 @@ def _gpt2(keys: Keys) -> Architecture:
             "tie_embeddings": keys.expect("tie_word_embeddings", {True: True, False: False}, True),
         }
     )
-    attention = {part: Source("h.{layer}.attn.c_attn", _third(i)) for i, part in enumerate(("query", "key", "value"))}
+    attention = {part: _third("h.{layer}.attn.c_attn", i) for i, part in enumerate(QKV)}
     sources = {
         "token_embedding": Source("wte"),
         "position_embedding": Source("wpe"),
         "attention_norm": Source("h.{layer}.ln_1"),
         **{f"attention.{part}": source for part, source in attention.items()},
-        "attention.output": Source("h.{layer}.attn.c_proj", _transposed),
+        "attention.output": _transposed("h.{layer}.attn.c_proj"),
         "feedforward_norm": Source("h.{layer}.ln_2"),
-        "feedforward.up": Source("h.{layer}.mlp.c_fc", _transposed),
-        "feedforward.down": Source("h.{layer}.mlp.c_proj", _transposed),
+        "feedforward.up": _transposed("h.{layer}.mlp.c_fc"),
+        "feedforward.down": _transposed("h.{layer}.mlp.c_proj"),
         "final_norm": Source("ln_f"),
         "output_head": Source("lm_head"),
     }
@@ -365,7 +376,7 @@ def _gpt_neox(keys: Keys) -> Architecture:
         }
     )
     keys.expect("attention_bias", {True: True, False: False}, True)  # missing biases are zero
-    joined = {part: Source("layers.{layer}.attention.query_key_value", _interleaved(i)) for i, part in enumerate(QKV)}
+    joined = {part: _interleaved("layers.{layer}.attention.query_key_value", i) for i, part in enumerate(QKV)}
     sources = {
         "token_embedding": Source("embed_in"),
         "attention_norm": Source("layers.{layer}.input_layernorm"),
@@ -424,6 +435,15 @@ def _gpt_neo(keys: Keys) -> Architecture:
     return Architecture(keys.count("vocab_size"), settings, sources)
 
 
+def _lumiere(keys: Keys) -> Architecture:
+    """An export of Lumiere with its own modeling file, of which only the settings are read."""
+    values = {name: keys.take(name, field.default) for name, field in ModelConfig.model_fields.items()}
+    keys.take("tie_word_embeddings", None)  # the same as `tie_embeddings`; written by `save_pretrained`
+    sources = {name: Source(name) for name in ("token_embedding", "position_embedding", "final_norm", "output_head")}
+    sources |= {name: Source(f"blocks.{{layer}}.{name}") for name in LLAMA_NAMES if name not in sources}
+    return Architecture(keys.count("vocab_size"), ModelConfig.model_validate(values), sources)
+
+
 QKV = ("query", "key", "value")
 READERS: dict[str, Callable[[Keys], Architecture]] = {
     "llama": _llama,
@@ -434,5 +454,6 @@ READERS: dict[str, Callable[[Keys], Architecture]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "gpt_neo": _gpt_neo,
+    "lumiere": _lumiere,
 }
 """The supported values of `model_type`."""

@@ -37,6 +37,18 @@ def test_what_it_prints(run: Run) -> None:
     assert run.name in Path("out/README.md").read_text()
 
 
+def test_a_folder_for_transformers_has_the_model_card(run: Run) -> None:
+    result = export("latest", "out", to="hf")
+    receipts = [line for line in result.stdout.splitlines() if line.startswith("receipt: ")]
+    assert len(receipts) == 6
+    card = Path("out/README.md").read_text()
+    assert "library_name: transformers" in card.split("---")[1]
+    assert f"# Lumiere {run.id}" in card
+    assert "trust_remote_code=True" in card
+    values = json.loads(Path("out/tokenizer.json").read_text())
+    assert values["model"] == json.loads(run.tokenizer_path.read_text())["model"]
+
+
 def test_json(run: Run) -> None:
     result = export(run.id, "out", "--checkpoint", "latest", "--json")
     shown = json.loads(result.stdout)
@@ -54,7 +66,7 @@ def test_json(run: Run) -> None:
 
 def test_other_logits_exit_with_3_and_write_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     target = exporting.TARGETS["transformer-lens"]
-    wrong = exporting.Target(target.files, (lambda folder, model: Receipt("the same logits", 0.5, 1e-4),))
+    wrong = exporting.Target(target.write, lambda folder, original: [Receipt("the same logits", 0.5, 1e-4)])
     monkeypatch.setattr(exporting, "TARGETS", {"transformer-lens": wrong})
     result = export("latest", "out", code=3)
     assert result.stdout == ""

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from lumiere.data.tokenizer import Tokenizer
 from lumiere.export import transformer_lens
+from lumiere.export.original import Original
 from lumiere.models.transformer import Transformer
 from tests.models import build
 
@@ -27,6 +29,15 @@ def make_model(**changes: Any) -> Transformer:
     sizes = {"vocab_size": 31, "embedding_size": 8, "context_size": 12, "d_key": 6, "d_value": 6, "d_ff": 10}
     torch.manual_seed(1)
     return build.make_model(0.5, **{**sizes, "padding_id": 2, **changes})
+
+
+TOKENIZER = Tokenizer.train(["Once upon a time there was a small house upon a hill."] * 2, 270, 2)
+
+
+def make_original(**changes: Any) -> Original:
+    """Return a model of `make_model` with a tokenizer that has fewer ids than the model has rows."""
+    model = make_model(**{"vocab_size": 280, **changes})
+    return Original(model, TOKENIZER, {"run": "run_x", "step": 7})
 
 
 @pytest.fixture

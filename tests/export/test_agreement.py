@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from lumiere.cli import app
 from lumiere.components.hooks import run_with_cache
 from lumiere.export.exporting import TARGETS, export_model
+from lumiere.export.original import Original
 from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
-from tests.export.conftest import HELD, make_model
+from tests.export.conftest import HELD, make_original
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,10 +46,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=TOLERANCES)
 def pair(request: pytest.FixtureRequest, kind: str, trained_run: Run, without_transformer_lens: None) -> Pair:
     """A model, and TransformerLens's model from its exported folder."""
-    model = trained_run.load_model("best") if kind == "trained" else make_model(**HELD[kind])
-    export_model(TARGETS["transformer-lens"], Path("out"), model, b"{}", range(3, model.vocab_size), {})
+    if kind == "trained":
+        original = Original(trained_run.load_model("best"), trained_run.load_tokenizer(), {})
+    else:
+        original = make_original(**HELD[kind])
+    export_model(TARGETS["transformer-lens"], Path("out"), original)
     bridge = runpy.run_path("out/load.py")["load_model"](request.param)
-    return model.to(request.param), bridge
+    return original.model.to(request.param), bridge
 
 
 def tokens_for(model: Transformer) -> Tensor:

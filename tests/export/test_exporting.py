@@ -14,9 +14,8 @@ from safetensors.torch import load, load_file, save
 from lumiere.errors import FailedCheckError, LumiereError
 from lumiere.export import transformer_lens
 from lumiere.export.exporting import TARGETS, Exported, Target, check_folder, export_model, new_folder
-from lumiere.export.transformer_lens import sample_tokens
-from lumiere.models.transformer import Transformer
-from tests.export.conftest import make_model
+from lumiere.export.original import Original, need, sample_tokens
+from tests.export.conftest import TOKENIZER, make_original
 
 FILES = ["README.md", "config.json", "expected.safetensors", "load.py", "model.safetensors", "tokenizer.json"]
 TARGET = TARGETS["transformer-lens"]
@@ -24,30 +23,31 @@ TARGET = TARGETS["transformer-lens"]
 pytestmark = pytest.mark.usefixtures("without_transformer_lens")
 
 
-def export(model: Transformer, target: Target = TARGET) -> Exported:
-    return export_model(target, Path("out"), model, b'{"made": "up"}', range(3, 31), {"run": "run_x", "step": 7})
+def export(original: Original, target: Target = TARGET) -> Exported:
+    return export_model(target, Path("out"), original)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_the_folder_is_complete_and_checked(positions: str) -> None:
-    model = make_model(positions=positions)
-    exported = export(model)
+    original = make_original(positions=positions)
+    model, tokens = original.model, original.sample
+    exported = export(original)
     assert sorted(os.listdir("out")) == sorted(exported.files) == FILES
     (receipt,) = exported.receipts
     assert receipt.holds
     assert 0 < receipt.error < 1e-12
-    assert exported.skipped == 1
+    assert len(exported.notes) == 1
     expected = load_file("out/expected.safetensors")
-    assert expected["tokens"].tolist() == [list(exported.tokens)]
-    assert len(exported.tokens) == 12
+    assert torch.equal(expected["tokens"], tokens)
+    assert tokens.shape == (1, 12)
     with torch.no_grad():
         torch.testing.assert_close(expected["logits"], model.logits(expected["tokens"]))
     assert torch.equal(load_file("out/model.safetensors")["unembed.weight"], model.token_embedding.weight)
     assert json.loads(Path("out/config.json").read_text())["d_head"] == 6
-    assert Path("out/tokenizer.json").read_bytes() == b'{"made": "up"}'
+    assert Path("out/tokenizer.json").read_text() == TOKENIZER.to_json()
     readme = Path("out/README.md").read_text()
     assert "run: `run_x`" in readme
-    assert " ".join(map(str, exported.tokens)) in readme
+    assert " ".join(map(str, tokens[0].tolist())) in readme
     compile(Path("out/load.py").read_text(), "load.py", "exec")
 
 
@@ -64,26 +64,29 @@ def test_the_folder_is_complete_and_checked(positions: str) -> None:
 def test_a_folder_that_computes_other_logits_is_not_written(file: str, name: str) -> None:
     """The last value of a weight is wrong by 1e-5; another epsilon; other heads of the same total width."""
 
-    def corrupt(*arguments: Any) -> dict[str, bytes]:
-        files = TARGET.files(*arguments)
+    def corrupt(folder: Path, original: Original) -> None:
+        TARGET.write(folder, original)
+        data = (folder / file).read_bytes()
         if file == "config.json":
             wrong = {"eps": {"eps": 1e-5}, "n_heads": {"n_heads": 2, "d_head": 9}}[name]
-            return files | {file: json.dumps(json.loads(files[file]) | wrong).encode()}
-        weights = load(files[file])
-        weights[name].flatten()[-1] += 1e-5
-        return files | {file: save(weights)}
+            data = json.dumps(json.loads(data) | wrong).encode()
+        else:
+            weights = load(data)
+            weights[name].flatten()[-1] += 1e-5
+            data = save(weights)
+        (folder / file).write_bytes(data)
 
     with pytest.raises(FailedCheckError, match=r"error .* nothing written"):
-        export(make_model(), target=replace(TARGET, files=corrupt))
+        export(make_original(), target=replace(TARGET, write=corrupt))
     assert os.listdir() == []
 
 
 def test_nan_logits_are_not_written() -> None:
-    model = make_model()
+    original = make_original()
     with torch.no_grad():
-        model.get_parameter("final_norm.weight")[0] = torch.nan
+        original.model.get_parameter("final_norm.weight")[0] = torch.nan
     with pytest.raises(FailedCheckError, match="error nan"):
-        export(model)
+        export(original)
     assert os.listdir() == []
 
 
@@ -116,13 +119,13 @@ def test_an_installed_library_decides(
     monkeypatch.setattr(transformer_lens.subprocess, "run", run)
     if isinstance(expected, str):
         with pytest.raises(FailedCheckError, match=expected) as caught:
-            export(make_model())
+            export(make_original())
         assert str(caught.value).isprintable()
         assert os.listdir() == []
     else:
-        exported = export(make_model())
+        exported = export(make_original())
         assert [receipt.error for receipt in exported.receipts[1:]] == ([] if expected is None else [expected])
-        assert exported.skipped == (expected is None)
+        assert len(exported.notes) == (expected is None)
     assert seen == ([] if expected is None else [FILES]), "the library sees the final folder"
 
 
@@ -183,3 +186,10 @@ def test_other_paths_are_refused(path: str) -> None:
         raise AssertionError("the block must not be entered")
     assert sorted(os.listdir()) == before
     assert contents("full") == {"mine.txt": b"mine"}
+
+
+def test_packages_that_are_not_there_are_named() -> None:
+    need("hf", "torch", "numpy>=2.0")
+    with pytest.raises(LumiereError, match=r"nowhere>=1\.0, which is not installed") as caught:
+        need("hf", "torch", "nowhere>=1.0")
+    assert "pip install 'nowhere>=1.0'" in (caught.value.hint or "")
