@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lumiere.api.analysis import Analysis as Analysis
+    from lumiere.api.importing import import_model as import_model
     from lumiere.api.runs import OpenedRun as OpenedRun
     from lumiere.api.runs import open_run as open  # noqa: A004, F401 (`lumiere.open`)
     from lumiere.api.training import train as train
@@ -23,6 +24,7 @@ NAMES = {
     "Analysis": ("lumiere.api.analysis", "Analysis"),
     "LumiereError": ("lumiere.errors", "LumiereError"),
     "OpenedRun": ("lumiere.api.runs", "OpenedRun"),
+    "import_model": ("lumiere.api.importing", "import_model"),
     "open": ("lumiere.api.runs", "open_run"),
     "train": ("lumiere.api.training", "train"),
 }

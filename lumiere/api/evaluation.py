@@ -243,7 +243,7 @@ def evaluate_one(
     from lumiere.evaluation.scoring import strided_windows, training_windows
 
     split, train, config = scored.split, scored.train, opened.config
-    context_size, facts = config.model.context_size, split.facts
+    context_size, facts = opened.context_size, split.facts
     overlap = config.dataset.sliding_window_size if stride is None else context_size + 1 - stride
     if stride is not None:
         windows, protocol = strided_windows(split, context_size, stride)

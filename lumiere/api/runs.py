@@ -34,6 +34,7 @@ class OpenedRun:
     Attributes:
         run: Its folder and files.
         device: Where the model is.
+        max_tokens: The longest text to give the model. Default: its context, 512 for an imported run.
         notify: Receives notes about what is left out.
     """
 
@@ -42,11 +43,13 @@ class OpenedRun:
         run: Run,
         checkpoint: str = "best",
         device: str = "cpu",
+        max_tokens: int | None = None,
         notify: Callable[[str], None] = lambda note: None,
         show_progress: "ShowProgress" = nullcontext,
     ) -> None:
         self.run = run
         self.device = device
+        self.max_tokens = max_tokens
         self.notify = notify
         self._checkpoint = checkpoint
         self._show_progress = show_progress
@@ -58,7 +61,8 @@ class OpenedRun:
 
         keep_freed_memory()  # a pass that keeps its activations frees them at its end, as a training step does
         place = self.device, str(self.run.path.parent)
-        return loading.open_model(self.run.name, self._checkpoint, *place, self.notify, self._show_progress)
+        show = self.notify, self._show_progress
+        return loading.open_model(self.run.name, self._checkpoint, *place, *show, self.max_tokens)
 
     @property
     def id(self) -> str:
@@ -119,7 +123,7 @@ class OpenedRun:
             LumiereError: There is no such checkpoint.
         """
         check_checkpoint(self.run, str(checkpoint))
-        return OpenedRun(self.run, str(checkpoint), self.device, self.notify, self._show_progress)
+        return OpenedRun(self.run, str(checkpoint), self.device, self.max_tokens, self.notify, self._show_progress)
 
     def beside(self, other: "OpenedRun | str | Path") -> "OpenedRun":
         """Return an opened run as it is, or open one of the same runs directory on the same device."""
@@ -212,6 +216,7 @@ def open_run(
     *,
     runs_dir: str | Path | None = None,
     device: str = "cpu",
+    max_tokens: int | None = None,
 ) -> OpenedRun:
     """Open a checkpoint of a run.
 
@@ -220,6 +225,7 @@ def open_run(
         checkpoint: best, latest, previous, or a step with a snapshot.
         runs_dir: Default: `LUMIERE_RUNS_DIR`, or `runs` in the current folder.
         device: Where to compute: cpu, auto, cuda, cuda:1 or mps.
+        max_tokens: The longest text to give the model. Default: its context, 512 for an imported run.
 
     Raises:
         LumiereError: There is no such run, checkpoint or device.
@@ -232,7 +238,7 @@ def open_run(
     found = RunStore(runs_dir).open(reference)
     check_checkpoint(found, checkpoint)
     resolve_device(device)
-    return OpenedRun(found, checkpoint, device)
+    return OpenedRun(found, checkpoint, device, max_tokens)
 
 
 def check_checkpoint(run: Run, name: str) -> None:

@@ -21,6 +21,11 @@ def last_snapshot(run: "Run") -> str:
     """Return the name of a run's last snapshot."""
     from lumiere.persistence.checkpoint_manager import NAMES, checkpoint_names
 
+    if run.record.status == "imported":
+        raise LumiereError(
+            f"run {run.id} was imported: it has no snapshots of its training",
+            f"lumiere train CONFIG --from {run.id} makes a run that has some",
+        )
     snapshots = [name for name in checkpoint_names(run) if name not in NAMES]
     if not snapshots:
         raise LumiereError(f"run {run.id} has no snapshots", "train with training.snapshots=true and do not prune them")

@@ -115,15 +115,22 @@ class InspectTarget:
 
     def own_tokens(self, ids: Iterable[int]) -> tuple[int, ...]:
         """Return token ids as they are given; refuse those that the model has not, and more than the context holds."""
-        tokens, model = tuple(map(int, ids)), self.opened.config.model
+        tokens = tuple(map(int, ids))
         rows = self.opened.model.vocab_size
         if not tokens:
             raise LumiereError("there are no token ids", "give a text, or the ids of one")
         if wrong := [token for token in tokens if not 0 <= token < rows]:
             raise LumiereError(f"there is no token {wrong[0]}", f"the ids are 0 to {rows - 1}")
-        if len(tokens) > model.context_size:
-            raise LumiereError(f"{len(tokens)} token ids are given, the model sees {model.context_size}", "give fewer")
+        self.check_length(tokens, "token ids")
         return tokens
+
+    def check_length(self, tokens: Sequence[int], what: str) -> None:
+        """Check that the model sees a text whole, and that its activations fit into the memory."""
+        model, size = self.opened.config.model, self.opened.context_size
+        if len(tokens) > size:
+            wider = f" or --context-size {len(tokens)}" if len(tokens) <= model.context_size else ""
+            hint = f"shorten it{wider}; lumiere tokenize CONFIG --text shows how a text is split"
+            raise LumiereError(f"the {what} has {len(tokens)} tokens, the model sees {size}", hint)
 
     def prompt_tokens(self, prompt: str | Iterable[int]) -> tuple[int, ...]:
         """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context.
@@ -137,12 +144,7 @@ class InspectTarget:
         if not prompt.strip():
             raise LumiereError("the prompt is empty", "give a text, or omit --prompt to use the validation split")
         tokens = tuple(self.opened.tokenizer.encode(plain(prompt), start=True))
-        context_size = self.opened.config.model.context_size
-        if len(tokens) > context_size:
-            raise LumiereError(
-                f"the prompt has {len(tokens)} tokens with its start token, the model sees {context_size}",
-                "shorten it; lumiere tokenize CONFIG --text shows how a text is split",
-            )
+        self.check_length(tokens, "prompt")
         return tokens
 
     def file_tokens(self, file: Path) -> tuple[tuple[int, ...], str]:
@@ -153,7 +155,7 @@ class InspectTarget:
         if not text.strip():
             raise LumiereError(f"{str(file)!r} contains no text", "give a file that contains text")
         tokens = tuple(self.opened.tokenizer.encode(text, start=True))
-        shown = tokens[: self.opened.config.model.context_size]
+        shown = tokens[: self.opened.context_size]
         cut = "" if len(shown) == len(tokens) else f", its first {len(shown)} of {len(tokens)} tokens"
         return shown, f"{file}{cut}"
 
@@ -172,7 +174,7 @@ class InspectTarget:
 
         model, found = self.opened.model, self.occurring_tokens
         text_ids, start = self.opened.tokenizer.text_ids, self.opened.tokenizer.start_id
-        drawable = text_ids if found is None else sorted(set(found).intersection(text_ids))
+        drawable = sorted(set(found).intersection(text_ids))
         longest = longest_copy(model, len(drawable), self.num_start)
         if longest < 1:
             raise LumiereError(
@@ -185,7 +187,7 @@ class InspectTarget:
         last = None if start is None else len(drawable)
         places = repeated_tokens(len(drawable), length, count, self.seed, start=last, first=0)
         rows = torch.tensor(drawable if start is None else [*drawable, start])[places].tolist()
-        return list(map(tuple, rows)), "of the vocabulary" if found is None else "of the training split"
+        return list(map(tuple, rows)), "of the training split" if self.has_training_split else "of the vocabulary"
 
     @property
     def num_start(self) -> int:
@@ -208,23 +210,32 @@ class InspectTarget:
         return torch.tensor(rows), f"{number} {origin}, twice (seed {self.seed})"
 
     @cached_property
-    def occurring_tokens(self) -> list[int] | None:
-        """The ids that occur in the training split; None without the corpus.
+    def has_training_split(self) -> bool:
+        """Whether the text that the model was trained on is at hand."""
+        try:
+            self.corpus()
+        except LumiereError:
+            return False
+        return True
+
+    @cached_property
+    def occurring_tokens(self) -> list[int]:
+        """The ids that occur in the training split; without it, all that the tokenizer produces.
 
         All that a model has learned about the others, such as most single bytes, is that they never occur.
         """
-        try:
-            ids = self.corpus().splits["train"].ids
-        except LumiereError:
-            return None
+        if not self.has_training_split:
+            return self.opened.tokenizer.text_ids
+        ids = self.corpus().splits["train"].ids
         return count_tokens(ids[:MAX_COUNTED_TOKENS], self.opened.model.vocab_size).nonzero()[0].tolist()
 
     @property
     def averaged_over(self) -> str:
-        """Which tokens centered logits and copying average over: those that occur, or all."""
-        if self.occurring_tokens is None:
-            return f"all {self.opened.model.vocab_size:,} tokens, since the training split is not there"
-        return f"the {len(self.occurring_tokens):,} tokens that occur in the training split"
+        """Which tokens centered logits and copying average over."""
+        count = f"{len(self.occurring_tokens):,} tokens"
+        if self.has_training_split:
+            return f"the {count} that occur in the training split"
+        return f"all {count} of the tokenizer, since the training split is not there"
 
     def corpus(self, instead: str = "") -> "TokenizedCorpus":
         """Return the corpus that the run was trained on.

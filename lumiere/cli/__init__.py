@@ -12,6 +12,7 @@ from lumiere.cli.console import print_error
 from lumiere.cli.evaluate import evaluate
 from lumiere.cli.export import export
 from lumiere.cli.generate import generate
+from lumiere.cli.import_model import import_model
 from lumiere.cli.inspect import app as inspect_app
 from lumiere.cli.runs import app as runs_app
 from lumiere.cli.streams import OutputError, open_streams
@@ -34,6 +35,7 @@ app.command()(tokenize)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command("import")(import_model)
 app.command()(export)
 app.add_typer(inspect_app, name="inspect")
 app.add_typer(runs_app, name="runs")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from lumiere.cli.console import print_json, show_note
-from lumiere.cli.options import CheckpointName, Device, Json, RunReferences, RunsDir, open_model
+from lumiere.cli.options import CheckpointName, Device, Json, MaxTokens, RunReferences, RunsDir, open_model
 from lumiere.errors import LumiereError, printable
 from lumiere.persistence.runs import RunStore
 
@@ -36,6 +36,7 @@ def evaluate(
             "\\[default: the windows of training, which score overlaps twice]",
         ),
     ] = None,
+    max_tokens: MaxTokens = None,
     batch_size: Annotated[
         int | None,
         Option(
@@ -78,7 +79,7 @@ def evaluate(
     keep_freed_memory()
     evaluated: list[Evaluated] = []
     for run in RunStore(runs_dir).open_all(runs):
-        opened = open_model(run.name, checkpoint, device, runs_dir)
+        opened = open_model(run.name, checkpoint, device, runs_dir, max_tokens)
         scored = read(opened)
         for note in scored.notes:
             show_note(note)

@@ -41,12 +41,14 @@ def quietly(complete: Complete) -> Complete:
     return names
 
 
-def open_model(reference: str, checkpoint: str, device: str, runs_dir: str | None) -> "OpenedModel":
+def open_model(
+    reference: str, checkpoint: str, device: str, runs_dir: str | None, max_tokens: int | None = None
+) -> "OpenedModel":
     """Open a checkpoint of a run, with notes and progress on stderr; see `lumiere.persistence.loading.open_model`."""
     from lumiere.cli.progress import CorpusProgress
     from lumiere.persistence import loading
 
-    return loading.open_model(reference, checkpoint, device, runs_dir, show_note, CorpusProgress)
+    return loading.open_model(reference, checkpoint, device, runs_dir, show_note, CorpusProgress, max_tokens)
 
 
 @quietly
@@ -79,8 +81,8 @@ def complete_config(ctx: typer.Context, incomplete: str) -> list[str]:
 CONFIG = Argument(
     help="A YAML or TOML file, or a preset: tiny, induction, small, small-fast.", autocompletion=complete_config
 )
-RUN_HELP = "Run name, id, unique start of an id, or latest."
-RUNS_HELP = "Run names, ids, unique starts of ids, or latest."
+RUN_HELP = "Run name, id, unique start of an id, tag, or latest."
+RUNS_HELP = "Run names, ids, unique starts of ids, tags, or latest."
 CHECKPOINT_HELP = "Use this checkpoint: best, latest, previous, or a step with a snapshot."
 SET_HELP = "Override a setting, for example model.num_layers=6. Repeatable."
 RUNS_DIR_HELP = "Use the runs in DIR. \\[default: $LUMIERE_RUNS_DIR or runs]"
@@ -95,6 +97,15 @@ RunReferences = Annotated[list[str], Argument(metavar="RUN...", help=RUNS_HELP, 
 RunOption = Annotated[str, Option("--run", "-r", metavar="RUN", help=RUN_HELP, autocompletion=complete_run)]
 CheckpointName = Annotated[
     str, Option("--checkpoint", "-c", metavar="NAME", help=CHECKPOINT_HELP, autocompletion=complete_checkpoint)
+]
+MaxTokens = Annotated[
+    int | None,
+    Option(
+        "--context-size",
+        metavar="N",
+        min=1,
+        help="Give the model texts of at most N tokens. \\[default: its context; 512 if imported]",
+    ),
 ]
 Device = Annotated[str, Option("--device", metavar="DEVICE", help="Compute on auto, cpu, cuda, cuda:1 or mps.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]

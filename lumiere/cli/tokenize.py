@@ -32,10 +32,13 @@ def tokenize(
     from lumiere.cli.progress import CorpusProgress
     from lumiere.config.loader import load_config
     from lumiere.data.dataset import tokenize_corpus
+    from lumiere.data.foreign_tokenizer import existing_tokenizer, fitted
 
     resolved = load_config(config, overrides or ())
+    tokenizer = existing_tokenizer(resolved.tokenizer)
+    resolved = resolved.model_copy(update={"tokenizer": fitted(resolved.tokenizer, tokenizer)})
     with CorpusProgress() as progress:
-        corpus = tokenize_corpus(resolved, progress, verify=verify)
+        corpus = tokenize_corpus(resolved, progress, verify=verify, tokenizer=tokenizer)
     if text is not None:
         show_text(text, corpus.tokenizer, as_json)
         return

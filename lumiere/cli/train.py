@@ -193,6 +193,11 @@ def start_or_resume(
     from lumiere.training.run import dismiss, resume, stop_reason
 
     run, changes = run or store.open(reference or ""), [] if config else changes
+    if run.status == "imported":
+        raise LumiereError(
+            f"run {run.id} was imported: there is no training to resume",
+            f"train a new run from its weights: lumiere train CONFIG --from {run.id}",
+        )
     reason = stop_reason(run)
     # A run that was killed after its last step is not marked as finished yet: resuming completes it.
     if reason is not None and not changes and run.status == "finished":

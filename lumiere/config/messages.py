@@ -132,8 +132,8 @@ UNAVAILABLE: dict[str, str] = {
         "model.name model_name model_type": (
             "the settings in `model` choose the architecture; lumiere train small is a size"
         ),
-        "tokenizer.name tokenizer.path tokenizer.type tokenizer_name": (
-            "the tokenizer is trained on the corpus; tokenizer.vocab_size sets its size"
+        "tokenizer.name tokenizer.type tokenizer_name": (
+            "tokenizer.path takes an existing tokenizer; otherwise one of tokenizer.vocab_size tokens is trained"
         ),
         "attn_scale query_pre_attn_scalar": (
             "model.attention_scale is the factor of the attention scores; null is 1 / sqrt(d_key)"

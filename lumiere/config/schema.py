@@ -13,7 +13,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -223,17 +223,29 @@ class ModelConfig(Section):
         return self
 
 
-class TokenizerConfig(Section):
-    """Byte-level BPE tokenizer, trained on the training split."""
+MIN_VOCAB_SIZE = 259
+"""3 special tokens and 256 bytes."""
 
-    vocab_size: Annotated[Integer, Field(ge=259, le=2**31)] = 4096
-    """Rows of the embedding: 3 special tokens, 256 bytes, and the merges."""
+
+class TokenizerConfig(Section):
+    """Byte-level BPE tokenizer, trained on the training split, or an existing one."""
+
+    path: str | None = None
+    """Existing tokenizer to use instead: a `tokenizer.json`, or a folder that has one. Null: train one."""
+    vocab_size: Annotated[PositiveInteger, Field(le=2**31)] = 4096
+    """Rows of the embedding: 3 special tokens, 256 bytes, and the merges. With `path`, by default its tokens."""
     min_frequency: PositiveInteger = 2
     """Minimum number of occurrences of a pair to be merged."""
     sample_bytes: PositiveInteger = 100_000_000
     """Bytes of text from which merges are learned: the first documents of the training split."""
     normalizer: Literal["nfkc", "nfc", "none"] = "nfkc"
     """Unicode normalization of all text. `nfkc` turns `x²` into `x2`; use `nfc` or `none` for code."""
+
+    @model_validator(mode="after")
+    def check_size(self) -> Self:
+        if self.path is None and self.vocab_size < MIN_VOCAB_SIZE:
+            raise inconsistent("tokenizer.vocab_size", f"at least {MIN_VOCAB_SIZE}, got {self.vocab_size}")
+        return self
 
 
 class DatasetConfig(Section):

@@ -32,9 +32,10 @@ from lumiere.data.encoding import (
     id_type,
     measure,
 )
+from lumiere.data.foreign_tokenizer import load_tokenizer
 from lumiere.data.sources import SPLITS
 from lumiere.data.text import Part, parts
-from lumiere.data.tokenizer import Tokenizer
+from lumiere.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from lumiere.errors import DataError, LumiereError, shortened
 from lumiere.files import DISK, read_file
 
@@ -162,7 +163,8 @@ def tokenize_corpus(
     emit(Progress("reading the corpus"))
     corpus = corpus or load_corpus(config.dataset)
     # The default normalizer is left out, so that corpora of versions without this setting are found.
-    settings = config.tokenizer.model_dump(exclude={"normalizer"} if config.tokenizer.normalizer == "nfkc" else None)
+    left_out = {"path", "normalizer"} if config.tokenizer.normalizer == "nfkc" else {"path"}
+    settings = config.tokenizer.model_dump(exclude=left_out)
     if tokenizer is not None:
         settings = {"tokenizer_sha256": tokenizer.fingerprint}
     identity = json.dumps([CACHE_FORMAT, corpus.fingerprint, settings], sort_keys=True)
@@ -233,7 +235,7 @@ def remove_stale(folder: Path) -> None:
 def fill_folder(
     folder: Path, corpus: Corpus, config: RunConfig, emit: Callback, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write `tokenizer.json`, the ids and offsets of each split, and their facts in `splits.json`."""
+    """Write the files of the tokenizer, the ids and offsets of each split, and their facts in `splits.json`."""
     splits = [split for split in corpus.splits if next(corpus.parts(split), None) is not None]
     for split in ("train", "validation"):
         if split not in splits:
@@ -244,7 +246,7 @@ def fill_folder(
             )
     if corpus.unused:
         emit(Progress(f"unused splits of {config.dataset.name}: {', '.join(corpus.unused)}", is_note=True))
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER_NAME
     if not path.exists():
         settings = config.tokenizer
         tokenizer = tokenizer or Tokenizer.train(
@@ -254,9 +256,10 @@ def fill_folder(
             settings.normalizer,
             emit=lambda num_bytes: emit(Progress("training the tokenizer", num_bytes=num_bytes)),
         )
-        DISK.write(path, tokenizer.to_json().encode())
+        for name, text in reversed(tokenizer.files().items()):  # `tokenizer.json` last: the others belong to it
+            DISK.write(folder / name, text.encode())
     # Loaded even if it was just trained, so that a resumed pass gives the same ids.
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     facts = {}
     for split in splits:
 
@@ -295,7 +298,7 @@ def read_folder(folder: Path, from_cache: bool, verify: bool = False) -> Tokeniz
         DataError: Files are missing or damaged.
     """
     try:
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
         facts = read_facts(folder / "splits.json")
         # By our names of the splits: those in the file could lead out of the folder.
         splits = {split: read_split(folder, split, tokenizer, facts[split]) for split in SPLITS if split in facts}

@@ -6,7 +6,7 @@ file of any size can be memory-mapped as well as many small ones, and is easier 
 
 import hashlib
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -168,7 +168,7 @@ def encoded_batches(
         LumiereError: A text contains half of a surrogate pair.
     """
     sizes = np.array(tokenizer.token_sizes)
-    state, batches = before, measured_batches(parts, before)
+    state, batches = before, measured_batches(parts if tokenizer.splits_text else whole_documents(parts), before)
     # A thread reads the next batch while the tokenizer, which releases the GIL, encodes this one.
     with ThreadPoolExecutor(max_workers=1) as pool:
         upcoming = pool.submit(next, batches, None)
@@ -182,6 +182,16 @@ def encoded_batches(
             facts = replace(measured.facts, num_tokens=num_tokens, num_normalized_bytes=num_normalized)
             state = replace(measured, facts=facts)
             yield ids, ends, state
+
+
+def whole_documents(parts: Iterable[Part]) -> Iterator[Part]:
+    """Join the parts of each document."""
+    held: list[str] = []
+    for text, is_last in parts:
+        held.append(text)
+        if is_last:
+            yield Part("".join(held), is_last=True)
+            held = []
 
 
 def encode_parts(parts: Sequence[Part], is_within: bool, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

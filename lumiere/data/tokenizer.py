@@ -21,6 +21,7 @@ from lumiere.files import parse_json, read_file
 SOT, EOT, PAD = 0, 1, 2
 """Ids of the tokens for the start and end of a document, and for padding."""
 SPECIAL_TOKENS = ("<|sot|>", "<|eot|>", "<|pad|>")
+TOKENIZER_NAME = "tokenizer.json"
 
 MAX_BYTES = 200_000_000  # millions of tokens
 
@@ -43,12 +44,14 @@ class Tokenizer:
     Attributes:
         start_id: The token before each document, if there is one.
         end_ids: Tokens that end a document; the first is the one that training adds.
-        special_ids: Tokens that stand for no text.
+        special_tokens: Tokens that stand for no text, by id.
+        splits_text: Whether the ids of the pieces of `lumiere.data.text.pieces`, joined, are those of the whole text.
     """
 
     start_id: int | None = SOT
     end_ids: tuple[int, ...] = (EOT,)
-    special_ids: frozenset[int] = frozenset({SOT, EOT, PAD})
+    special_tokens: Mapping[int, str] = dict(enumerate(SPECIAL_TOKENS))
+    splits_text = True
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         # Not saved in the file, so set wherever a tokenizer comes from.
@@ -131,6 +134,10 @@ class Tokenizer:
         """Return the tokenizer in the format of `tokenizers` and `transformers`."""
         return self._backend.to_str(pretty=True)
 
+    def files(self) -> dict[str, str]:
+        """Return the contents of the files that a run keeps of the tokenizer, by name."""
+        return {TOKENIZER_NAME: self.to_json()}
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines how text is tokenized."""
@@ -187,7 +194,8 @@ class Tokenizer:
             LumiereError: `text` contains half of a surrogate pair.
         """
         before = [self.start_id] if start and self.start_id is not None else []
-        return [*before, *chain.from_iterable(self.encode_batch(list(pieces([text]))))]
+        texts = list(pieces([text])) if self.splits_text else [text]
+        return [*before, *chain.from_iterable(self.encode_batch(texts))]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed in parallel."""
@@ -201,20 +209,25 @@ class Tokenizer:
         """Return the text of `tokens` without special tokens; invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of tokens that stand for no text."""
+        return frozenset(self.special_tokens)
+
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of one token; none for special tokens and unused ids."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
 
     def label(self, token: int) -> str:
         """Return a token in printable form: spaces as ·, line ends as ↵, lone bytes as \\xe2."""
-        if 0 <= token < len(SPECIAL_TOKENS):
-            return SPECIAL_TOKENS[token]
+        if token in self.special_tokens:
+            return printable(self.special_tokens[token])
         return printable(self.token_bytes(token).decode("utf-8", errors="backslashreplace").translate(VISIBLE))
 
     @cached_property
     def text_ids(self) -> list[int]:
         """The ids of tokens that stand for text, in order."""
-        return [token for token, spelled in enumerate(self._bytes) if spelled and token not in self.special_ids]
+        return [token for token, spelled in enumerate(self._bytes) if spelled and token not in self.special_tokens]
 
     @cached_property
     def token_sizes(self) -> list[int]:

@@ -142,7 +142,7 @@ def score(
             rows, columns = np.nonzero(is_scored)
             residual_SE = model.final_residual(batch.tokens.to(device))[torch.from_numpy(is_scored).to(device)]
             tokens_S = batch.targets[rows, columns]
-            found = score_logits(residual_SE, model.unembedding, tokens_S.to(device))
+            found = score_logits(residual_SE, model.unembedding, tokens_S.to(device), model.num_tokens)
             windows_NT, _ = windows.cut(indices)
             own = {
                 **{name: values.cpu().double().numpy() for name, values in found._asdict().items()},
@@ -155,8 +155,14 @@ def score(
             take(Scores(**own, baselines=theirs))
 
 
-def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -> ModelScores:
-    """Score tokens by the logits `residual @ weight.T`, computed in chunks."""
+def score_logits(
+    residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor, num_tokens: int | None = None
+) -> ModelScores:
+    """Score tokens by the logits `residual @ weight.T`, computed in chunks.
+
+    Args:
+        num_tokens: Rows of the weight that are tokens, which compete for the top. Default: all.
+    """
     size = max(1, LOGITS_AT_ONCE // len(weight_VocabE))
     wide = torch.float64 if residual_SE.device.type == "cpu" else torch.float32  # not every device has float64
     parts = []
@@ -167,8 +173,8 @@ def score_logits(residual_SE: Tensor, weight_VocabE: Tensor, tokens_S: Tensor) -
         own_M1 = logits.gather(1, tokens_M.unsqueeze(1))
         # Count in float32, which is exact up to 2**24 and several times faster than summing booleans.
         marks = torch.empty_like(logits)
-        num_above = torch.gt(logits, own_M1, out=marks).sum(1)
-        num_equal = torch.eq(logits, own_M1, out=marks).sum(1)
+        num_above = torch.gt(logits, own_M1, out=marks)[:, :num_tokens].sum(1)
+        num_equal = torch.eq(logits, own_M1, out=marks)[:, :num_tokens].sum(1)
         sums_M = logits.exp_().sum(1, dtype=wide)
         at_1_M, at_5_M = (share_of_top(num_above.to(wide), num_equal, k) for k in (1, 5))
         parts.append(ModelScores(sums_M.log() - own_M1.squeeze(1), at_1_M, at_5_M, 1 / sums_M))

@@ -8,7 +8,9 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +71,7 @@ def write(folder: Path, original: Original) -> None:
 @torch.inference_mode()
 def check(folder: Path, original: Original) -> Iterator[Receipt | str]:
     """Compare logits at other shapes than the traced one: the longest, several rows, and a single token."""
-    import onnxruntime
+    onnxruntime: Any = import_module("onnxruntime")
 
     try:
         session = onnxruntime.InferenceSession(folder / FILE, providers=["CPUExecutionProvider"])

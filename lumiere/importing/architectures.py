@@ -19,6 +19,18 @@ from lumiere.errors import LumiereError, printable, shortened
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 """Plain feed-forward parts by their activation functions."""
 
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo": "OlmoForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt_neo": "GPTNeoForCausalLM",
+}
+"""The class in `transformers` of each type."""
+
 WITHOUT_EFFECT = frozenset(
     {
         *("_attn_implementation", "_name_or_path", "architectures", "attn_implementation", "auto_map", "model_type"),

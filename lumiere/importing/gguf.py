@@ -5,7 +5,8 @@ Lumiere pairs (i, i + d_key/2), so that their rows are reordered.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,39 @@ NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class OpenedFile:
+    """A model in a GGUF file.
+
+    Attributes:
+        fields: All keys of the header.
+        quantization: The types of its tensors, as llama.cpp calls them.
+    """
+
+    model: Transformer
+    fields: Mapping[str, Any]
+    quantization: str
+
+
 def open_model(path: str | Path) -> Transformer:
-    """Return the model in a GGUF file of the architecture `llama`, in float32, on the CPU, in evaluation mode.
+    """Return the model in a GGUF file, in float32, on the CPU, in evaluation mode; see `open_gguf`."""
+    return open_gguf(Path(path)).model
+
+
+def open_gguf(path: Path) -> OpenedFile:
+    """Open a GGUF file of the architecture `llama`.
 
     Raises:
         LumiereError: The package `gguf` is missing; the file is missing or damaged, or holds a model that Lumiere
             cannot compute.
     """
-    path = Path(path)
     reader = _read(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     with valid_sizes(repr(str(path))):
         architecture = read_architecture(fields, {tensor.name for tensor in reader.tensors})
     check_memory(path, [4 * int(tensor.n_elements) for tensor in reader.tensors])
-    return assembled(architecture, dict(_tensors(path, reader)))
+    quantization = ", ".join(sorted({tensor.tensor_type.name for tensor in reader.tensors}))
+    return OpenedFile(assembled(architecture, dict(_tensors(path, reader))), fields, quantization)
 
 
 def read_architecture(fields: dict[str, Any], tensors: set[str]) -> Architecture:

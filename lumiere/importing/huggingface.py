@@ -4,7 +4,8 @@ Reads nothing but JSON and safetensors: no pickle, no code of the model, no link
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,28 @@ BASES = ("model.", "transformer.", "gpt_neox.")
 MAX_NAMES = 3
 
 
+@dataclass(frozen=True)
+class OpenedFolder:
+    """A model in a folder.
+
+    Attributes:
+        dtype: Type of its weights in the files, as torch calls it.
+        files: The files that hold its weights.
+    """
+
+    model: Transformer
+    model_type: str
+    dtype: str
+    files: tuple[Path, ...]
+
+
 def open_model(folder: str | Path) -> Transformer:
-    """Return the model in a folder, in float32, on the CPU, in evaluation mode.
+    """Return the model in a folder, in float32, on the CPU, in evaluation mode; see `open_folder`."""
+    return open_folder(Path(folder)).model
+
+
+def open_folder(folder: Path) -> OpenedFolder:
+    """Open a model, in float32, on the CPU, in evaluation mode.
 
     Args:
         folder: With `config.json` of a type in `architectures.READERS`, and `model.safetensors` or the files that
@@ -35,16 +56,18 @@ def open_model(folder: str | Path) -> Transformer:
     Raises:
         LumiereError: A file is missing or damaged, or the model is one that Lumiere cannot compute.
     """
-    folder = Path(folder)
-    architecture = read_architecture(_read_object(folder / "config.json", MAX_CONFIG_BYTES))
-    return assembled(architecture, read_tensors(folder))
+    values = _read_object(folder / "config.json", MAX_CONFIG_BYTES)
+    architecture, files = read_architecture(values), weight_files(folder)
+    tensors, dtype = read_tensors(files)
+    return OpenedFolder(assembled(architecture, tensors), str(values["model_type"]), dtype, tuple(files))
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder by name, without the prefix of the model inside, in float32.
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder.
 
     Raises:
-        LumiereError: A file is missing, damaged, a pickle, or larger than the memory.
+        LumiereError: There are none, the index names others than plain files of the folder, or one is a link elsewhere
+            than into the Hub's own `blobs`.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -62,7 +85,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if pickles:
             hint = f"{pickles[0]} is a pickle, which may run code: save it with save_pretrained of transformers 5"
         raise LumiereError(f"{str(folder)!r} has no safetensors files", hint)
+    for path in paths:
+        if path.is_symlink() and path.resolve().parent != folder.resolve().parent.parent / "blobs":
+            raise LumiereError(f"{str(path)!r} is a link out of its folder", "replace it by the file")
+    return paths
+
+
+def read_tensors(paths: Sequence[Path]) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of files by name, without the prefix of the model inside, in float32, and their common type.
+
+    Raises:
+        LumiereError: A file is damaged, holds quantized weights, or is larger than the memory.
+    """
     tensors: dict[str, Tensor] = {}
+    dtypes: set[str] = set()
     for path in paths:
         with open_safetensors(path) as file:
             names = list(file.keys())
@@ -76,9 +112,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                         f"{str(path)!r} holds {shortened(printable(name))} as {tensor.dtype}",
                         "quantized weights cannot be read: save the model in float32, float16 or bfloat16",
                     )
+                dtypes.add(str(tensor.dtype).removeprefix("torch."))
                 base = next((base for base in BASES if name.startswith(base)), "")
                 tensors[name.removeprefix(base)] = tensor.float()
-    return tensors
+    return tensors, ", ".join(sorted(dtypes))
 
 
 def assembled(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Transformer:

@@ -474,30 +474,30 @@ def copying_scores(model: Transformer, averaged: Sequence[int]) -> tuple[np.ndar
     The circuit W_E W_V W_O W_U, with the norms' gains in W_V and W_U, is how much more probable each token becomes by
     being attended to (Elhage et al. 2021, "Copying / primitive in-context learning"). It is (Vocab, Vocab), restricted
     to the tokens in `averaged`, and of rank at most V. AB and BA have the same nonzero eigenvalues, so those of the
-    (V, V) matrix (W_O W_U)(W_E W_V) are computed. The check is the trace, summed over these tokens: its error relative
-    to sum |lambda|, the largest of all heads.
+    (V, V) matrix W_O (W_U W_E) W_V are computed; all heads share the (E, E) product in the middle. The check is the
+    trace of W_U W_E W_V W_O: its error relative to sum |lambda|, the largest of all heads.
     """
     embedding = float64(model.token_embedding.weight)[list(averaged)]
     unembedding = float64(model.final_norm.folded(model.unembedding.detach().cpu().double()[list(averaged)])[0])
+    between, read_by, written_by = unembedding.T @ embedding, embedding.T @ embedding, unembedding.T @ unembedding
     scores, errors = np.full((model.num_layers, model.num_heads), np.nan), [0.0]
     for layer, block in enumerate(model.blocks):
         value_HVE = block.attention_norm.folded(block.attention.value.weight.detach().cpu().double())[0].unflatten(
             0, (-1, model.d_value)
         )
-        value = float64(block.attention.per_head(value_HVE, dim=0).flatten(0, 1))
-        output = float64(block.attention.output.weight)
-        read = (embedding @ value.T).reshape(len(embedding), model.num_heads, -1)
-        written = (unembedding @ output).reshape(len(embedding), model.num_heads, -1)
-        traces = np.einsum("whv,whv->h", read, written)
-        circuits = np.einsum("whu,whv->huv", written, read, optimize=True)
+        values = float64(block.attention.per_head(value_HVE, dim=0))
+        outputs = float64(block.attention.output.weight).T.reshape(values.shape)
+        circuits = outputs @ between @ values.transpose(0, 2, 1)
         if not np.isfinite(circuits).all():
             return scores, float("nan")
         for head, eigenvalues in enumerate(np.linalg.eigvals(circuits)):
+            value, output = values[head], outputs[head]
             total = np.abs(eigenvalues).sum()
-            size = np.linalg.norm(read[:, head]) * np.linalg.norm(written[:, head])
+            # Norms of W_E W_V and W_O W_U.
+            size = np.sqrt(np.vdot(value, value @ read_by) * np.vdot(output, output @ written_by))
             if total > 1e-7 * size:  # below, rounding alone makes such eigenvalues
                 scores[layer, head] = eigenvalues.real.sum() / total
-                errors.append(abs(eigenvalues.sum() - traces[head]) / total)
+                errors.append(abs(eigenvalues.sum() - np.vdot(between, output.T @ value)) / total)
     return scores, float(max(errors))
 
 

@@ -134,8 +134,8 @@ def logit_lens(
                 "top_tokens": top.indices,
                 "top_probabilities": top.values.exp(),
                 "target_probabilities": target_P1[:, 0].exp().where(has_target, math.nan),
-                "target_ranks": (stage_PV > target_P1).sum(-1).where(has_target, NO_TARGET),
-                "target_ties": (stage_PV == target_P1).sum(-1).where(has_target, 0),
+                "target_ranks": (stage_PV > target_P1)[:, : model.num_tokens].sum(-1).where(has_target, NO_TARGET),
+                "target_ties": (stage_PV == target_P1)[:, : model.num_tokens].sum(-1).where(has_target, 0),
                 "entropies": entropy_P,
                 "divergences": cross_entropy_P - final_entropy_P,
             }

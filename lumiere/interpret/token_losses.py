@@ -102,6 +102,8 @@ def token_losses(
         residual = model.final_residual(tokens_1T)[0, :-1]
         evaluated = linear_cross_entropy_losses(residual, model.unembedding, targets_T)
     tolerance, most = rounding(model), math.log(model.vocab_size)
+    # A log-probability is rounded in proportion to the logits.
+    largest = max(1.0, float(logits_TVocab.abs().max()))
     sums = probabilities.cpu().sum(-1, dtype=torch.float64)
     values = losses.cpu().numpy()
     row_1T = tokens_1T.cpu().numpy()
@@ -110,14 +112,14 @@ def token_losses(
         losses=values,
         surprisals=values / math.log(2),
         entropies=entropies.cpu().numpy(),
-        ranks=(logits_TVocab > target_logits).sum(-1).cpu().numpy(),
-        ties=(logits_TVocab == target_logits).sum(-1).cpu().numpy(),
+        ranks=(logits_TVocab > target_logits)[:, : model.num_tokens].sum(-1).cpu().numpy(),
+        ties=(logits_TVocab == target_logits)[:, : model.num_tokens].sum(-1).cpu().numpy(),
         predictions=logits_TVocab.argmax(-1).cpu().numpy(),
         probabilities=probabilities.amax(-1).cpu().numpy(),
         unigram_losses=None if unigram is None else unigram.losses(row_1T)[0],
         bigram_losses=None if bigram is None else bigram.losses(row_1T)[0],
         receipts=(
-            Receipt("probabilities sum to 1", float((sums - 1).abs().max()), tolerance),
+            Receipt("probabilities sum to 1", float((sums - 1).abs().max()) / largest, tolerance),
             Receipt("the losses are those of an evaluation", relative_error(losses, evaluated), tolerance),
             Receipt("no entropy above ln of the vocabulary", max(0.0, float(entropies.max()) - most), tolerance * most),
         ),

@@ -106,6 +106,9 @@ class Transformer(nn.Module):
             raise ValueError(f"{path}: {problem['msg']}") from None
         self.settings = chosen
         self.vocab_size, self.embedding_size, self.context_size = vocab_size, embedding_size, context_size
+        self.num_tokens = (
+            vocab_size  # fewer where rows of an imported embedding stand for no token: no rank counts them
+        )
         self.num_layers, self.num_heads = num_layers, num_heads
         self.d_key, self.d_value, self.d_ff = d_key, d_value, d_ff
         self.padding_id, self.activation_checkpointing = padding_id, activation_checkpointing
@@ -328,7 +331,7 @@ def build_model(config: RunConfig) -> Transformer:
     """Return the untrained model that a config describes, with weights drawn from torch's current seed."""
     return Transformer(
         vocab_size=config.tokenizer.vocab_size,
-        padding_id=PADDING_ID,
+        padding_id=PADDING_ID if config.tokenizer.path is None else None,
         activation_checkpointing=config.training.activation_checkpointing,
         **config.model.model_dump(),
     )

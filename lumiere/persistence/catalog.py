@@ -18,7 +18,7 @@ from lumiere.persistence.notes import Notes, check_tag, read_notes
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import NAME_PATTERN, Run, RunStore
 
-STATUSES = ("running", "finished", "interrupted", "failed", "crashed", "unknown")
+STATUSES = ("running", "finished", "interrupted", "failed", "crashed", "imported", "unknown")
 
 
 @dataclass(frozen=True)

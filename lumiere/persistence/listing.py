@@ -21,7 +21,7 @@ from lumiere.persistence.step_folders import FOLDER_PATTERN, NAMES, POINTERS_NAM
 LISTING_NAME = "transfer.json"
 FORMAT_NUMBER = "1"
 MAX_LISTING_BYTES = 20_000_000  # a file takes 200 bytes
-ROOT_NAMES = ("config.yaml", "tokenizer.json", "run.json", "metrics.jsonl", notes.NOTES_NAME)
+ROOT_NAMES = ("config.yaml", "tokenizer.json", "tokenizer_config.json", "run.json", "metrics.jsonl", notes.NOTES_NAME)
 CHECKPOINTS = "checkpoints"
 POINTERS = f"{CHECKPOINTS}/{POINTERS_NAME}"
 """Derived from the listing's checkpoints, therefore not among its files."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     ShowProgress = Callable[[], AbstractContextManager[Callable[[Progress], None] | None]]
 
+IMPORTED_CONTEXT = 512
+"""Tokens that `eval` and `inspect` give an imported model unless told otherwise: many have room for thousands."""
+
 
 @dataclass(frozen=True)
 class OpenedModel:
@@ -34,6 +37,7 @@ class OpenedModel:
     Attributes:
         checkpoint: The checkpoint's name; `latest` if `best` was requested and does not exist.
         step: The number of updates it has seen.
+        max_tokens: The longest text to give the model, if it is less than its context.
         show_progress: Opens a display for reading the corpus.
     """
 
@@ -43,7 +47,14 @@ class OpenedModel:
     config: RunConfig
     tokenizer: Tokenizer
     model: Transformer
+    max_tokens: int | None = None
     show_progress: ShowProgress = field(default=nullcontext, repr=False)
+
+    @property
+    def context_size(self) -> int:
+        """The longest text to give the model, in tokens."""
+        limit = self.max_tokens or (IMPORTED_CONTEXT if self.run.record.status == "imported" else None)
+        return min(limit or self.config.model.context_size, self.config.model.context_size)
 
     @property
     def weights_sha256(self) -> str:
@@ -54,12 +65,20 @@ class OpenedModel:
 
     @cached_property
     def corpus(self) -> TokenizedCorpus:
-        """The corpus that the run's config names, as it is now; `open_corpus` compares it with the recorded one."""
+        """The corpus that the run's config names, as it is now; `open_corpus` compares it with the recorded one.
+
+        Raises:
+            LumiereError: It cannot be read, or the run was imported.
+        """
+        if self.run.record.status == "imported":
+            raise LumiereError(
+                f"run {self.run.id} was imported without the text it was trained on",
+                "give a text, or a dataset; lumiere train CONFIG --from RUN makes a run that has one",
+            )
         from lumiere.data.dataset import tokenize_corpus
 
-        tokenizer = self.tokenizer if self.run.record.parent else None
         with self.show_progress() as progress:
-            return tokenize_corpus(self.config, progress, tokenizer=tokenizer)
+            return tokenize_corpus(self.config, progress, tokenizer=self.run.given_tokenizer(self.config))
 
 
 def open_model(
@@ -69,12 +88,14 @@ def open_model(
     runs_dir: str | None,
     notify: Callable[[str], None] = lambda note: None,
     show_progress: ShowProgress = nullcontext,
+    max_tokens: int | None = None,
 ) -> OpenedModel:
     """Open a checkpoint of a run, with its model in evaluation mode on `device`.
 
     Args:
         notify: Receives a note if another checkpoint than the requested one is used.
         show_progress: Opens a display for reading the corpus.
+        max_tokens: The longest text to give the model. Default: its context, 512 for an imported run.
 
     Raises:
         LumiereError: The run, checkpoint or device does not exist, the checkpoint is damaged, or the tokenizer is not
@@ -90,7 +111,9 @@ def open_model(
         notify(f"run {run.id} has no checkpoint {checkpoint} yet, {name} is taken")
     tokenizer = run.load_tokenizer(config)
     check_tokenizer(run, tokenizer, loaded, name)
-    return OpenedModel(run, name, loaded.step, config, tokenizer, model.to(target), show_progress)
+    if run.record.status == "imported":
+        model.num_tokens = len(tokenizer)
+    return OpenedModel(run, name, loaded.step, config, tokenizer, model.to(target), max_tokens, show_progress)
 
 
 def open_corpus(opened: OpenedModel, hint: str) -> TokenizedCorpus:

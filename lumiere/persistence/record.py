@@ -17,8 +17,9 @@ class RunRecord:
     """The contents of `run.json`. What is missing, or has another type, keeps its default.
 
     Attributes:
-        status: As last written: `running`, `finished`, `interrupted`, `failed`; `unknown` by default. `Run.status`
-            also knows `crashed`.
+        status: As last written: `running`, `finished`, `interrupted`, `failed`, `imported`; `unknown` by default.
+            `Run.status` also knows `crashed`.
+        source: Where an imported model is from: its path or Hub name and commit, format, and hashes of its files.
         epoch, tokens, training_seconds: Progress at the last save; seconds exclude evaluation and saving.
         best_evaluation: The evaluation that made `best`, with its step, for the model card.
         splits: Counts of documents, tokens and bytes by split.
@@ -35,6 +36,7 @@ class RunRecord:
     stop_reason: str | None = None
     created_at: str | None = None
     command: tuple[str, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
     dataset: str | None = None
     corpus_sha256: str | None = None
     splits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

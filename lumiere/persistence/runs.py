@@ -44,6 +44,7 @@ Each folder `run_<id>_<date>_<time>` is one training run:
 |---|---|
 | `config.yaml` | the complete config; `lumiere train` repeats the run from it |
 | `tokenizer.json` | the tokenizer, in the format of Hugging Face `tokenizers` |
+| `tokenizer_config.json` | of a tokenizer from elsewhere: its start and end tokens, and its chat template |
 | `metrics.jsonl` | losses and speed, one JSON object per line |
 | `run.json` | status, device, versions, command |
 | `notes.json` | your tags and note |
@@ -173,15 +174,24 @@ class Run:
         Raises:
             DataError: It cannot be read, or has more tokens than the model has rows.
         """
-        from lumiere.data.tokenizer import Tokenizer
+        from lumiere.data.foreign_tokenizer import load_tokenizer
 
-        tokenizer, rows = Tokenizer.load(self.tokenizer_path), (config or self.load_config()).tokenizer.vocab_size
+        tokenizer, rows = load_tokenizer(self.tokenizer_path), (config or self.load_config()).tokenizer.vocab_size
         if len(tokenizer) > rows:
             raise DataError(
                 f"{str(self.tokenizer_path)!r} has {len(tokenizer):,} tokens, the model in config.yaml {rows:,}",
                 "restore the tokenizer that the run was trained with",
             )
         return tokenizer
+
+    def given_tokenizer(self, config: RunConfig) -> Tokenizer | None:
+        """Return the tokenizer if the run was given it; None if it was trained on the run's corpus."""
+        return self.load_tokenizer(config) if config.tokenizer.path or self.record.parent else None
+
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write the tokenizer's files."""
+        for name, text in tokenizer.files().items():
+            self.disk.write(self.path / name, text.encode())
 
     def load_model(self, checkpoint: str = "best") -> Transformer:
         """Return the model with the weights of `checkpoint`, on the CPU, in evaluation mode.
@@ -285,7 +295,7 @@ class RunStore:
         return [run for *_, run in sorted(found, key=lambda item: item[:3], reverse=True)]
 
     def open(self, reference: str) -> Run:
-        """Return the run with this full name, id or unique prefix of an id, or the `latest`.
+        """Return the run with this full name, id, unique prefix of an id or tag of a single run, or the `latest`.
 
         The reference is compared with existing names; it never becomes part of a path.
 
@@ -296,6 +306,10 @@ class RunStore:
         if reference == "latest" and runs:
             return runs[0]
         matching = [run for run in runs if reference and (run.id.startswith(reference) or run.name == reference)]
+        if not matching:
+            from lumiere.persistence.notes import read_notes
+
+            matching = [run for run in runs if reference in read_notes(run).tags]
         if len(matching) == 1:
             return matching[0]
         if matching:

@@ -248,6 +248,7 @@ def _frozen(run: Run, wanted: Collection[str]) -> Iterator[tuple[dict[str, str],
         staging = None
         if run.status == "running":
             staging = stack.enter_context(_workspace(run.path.with_name(f".pushing.{run.name}"), "pushed", run.disk))
+            stack.callback(run.disk.remove, staging)
         for _ in range(MAX_TRIES):
             try:
                 pointers = step_folders.read_pointers(run.checkpoints_dir)
@@ -272,8 +273,6 @@ def _frozen(run: Run, wanted: Collection[str]) -> Iterator[tuple[dict[str, str],
         if link := next((name for name, source in files.items() if source.path.is_symlink()), None):
             raise LumiereError(f"{link} of run {run.id} is a link", "put the file itself there")
         yield {name: path for name, (path, _) in checkpoints.items()}, files
-        if staging is not None:
-            run.disk.remove(staging)
 
 
 def _checkpoint_files(run: Run, wanted: Collection[str]) -> dict[str, tuple[str, dict[str, Source]]]:

@@ -25,10 +25,10 @@ DEFAULT_CHECKPOINT = "best"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a fine-tuned run has from its parent besides weights.
+    """What a fine-tuned run has from its parent besides weights, and a resumed run from its folder.
 
     Attributes:
-        lineage: As `RunRecord.parent`.
+        lineage: As `RunRecord.parent`; empty for an existing tokenizer without a parent.
     """
 
     tokenizer: "Tokenizer"
@@ -84,7 +84,7 @@ def lineage(opened: OpenedModel) -> dict[str, Any]:
 
 
 def origin_of(run: Run) -> Origin | None:
-    """Return what a run that exists has from its parent; None if it has none.
+    """Return what a run that exists has from its parent, or its existing tokenizer; None if it has neither.
 
     Raises:
         LumiereError: Its tokenizer is missing, damaged, or not the one that it was trained with.
@@ -93,7 +93,7 @@ def origin_of(run: Run) -> Origin | None:
     # A run that lost its record still knows.
     saved = checkpoint.metadata.get("parent") if checkpoint else None
     found = run.record.parent or (saved if isinstance(saved, dict) else {})
-    if not found:
+    if not found and not (run.load_config().tokenizer.path and run.tokenizer_path.exists()):
         return None
     tokenizer = run.load_tokenizer()
     if checkpoint is not None:

@@ -263,7 +263,7 @@ def write_files(
         The setup, with the lineage of the weights that were written: the parent may be training.
     """
     with writing(run.path):
-        run.disk.write(run.tokenizer_path, setup.corpus.tokenizer.to_json().encode())
+        run.save_tokenizer(setup.corpus.tokenizer)
     if setup.lineage:
         parent = Parent(RunStore(run.path.parent).open(setup.lineage["run"]), setup.lineage["checkpoint"]).open()
         setup = replace(setup, lineage=lineage(parent))

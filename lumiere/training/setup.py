@@ -12,6 +12,7 @@ from lumiere.config.loader import changed_config, flat_settings, parse_override,
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.corpus import load_corpus, recorded
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
+from lumiere.data.foreign_tokenizer import existing_tokenizer, fitted
 from lumiere.errors import CheckpointError, ConfigError, LumiereError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.manifest import DAMAGE_HINT
@@ -117,7 +118,9 @@ def set_up(
     """
     check_packages(config.training.loggers)
     source = load_corpus(config.dataset)
-    config = config.model_copy(update={"dataset": recorded(config.dataset)})
+    tokenizer = origin.tokenizer if origin else existing_tokenizer(config.tokenizer)
+    settings = fitted(config.tokenizer, tokenizer)
+    config = config.model_copy(update={"dataset": recorded(config.dataset), "tokenizer": settings})
     # Torch takes seconds to import; a missing network is reported before that.
     from lumiere.device import keep_freed_memory, peak_flops, resolve_device, resolve_precision
     from lumiere.training.freezing import trainable
@@ -128,7 +131,7 @@ def set_up(
     model = trainable(config)
     return TrainingSetup(
         config,
-        tokenize_corpus(config, progress, source, tokenizer=origin.tokenizer if origin else None),
+        tokenize_corpus(config, progress, source, tokenizer=tokenizer),
         device,
         precision,
         peak_flops(device, precision),

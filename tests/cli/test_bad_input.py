@@ -178,7 +178,6 @@ REFUSED = """
     export latest none/out --to transformer-lens | the folder 'none' does not exist
     export latest . --to transformer-lens | '.' is the current folder
     export latest out --to transformer-lens --checkpoint bset | 'bset'
-    export latest out --to gguf | has positions 'learned' | --to hf
     export latest out --to transformers-lens | 'transformers-lens'
     inspect attention --layer 2 | there is no layer 2
     inspect attention --layer -3 | there is no layer -3

@@ -15,7 +15,7 @@ from tests.cli.commands import refuse
 @pytest.mark.parametrize(
     ("key", "instead", "not_named"),
     [
-        ("tokenizer.name=gpt2", "tokenizer.vocab_size", "dataset"),
+        ("tokenizer.name=gpt2", "tokenizer.path", "dataset"),
         ("model.name=gpt2", "architecture", "dataset"),
         ("model.n_kv_head=2", "model.num_key_value_heads", "did you mean"),
         ("model.activation=gelu", "model.feedforward", "did you mean"),

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lumiere.errors import LumiereError, RunNotFoundError
+from lumiere.persistence.notes import add_tags
 from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run, RunStore
 from tests.persistence.disks import FailingDisk
@@ -326,3 +327,14 @@ def test_a_record_keeps_what_has_the_right_type_and_every_key() -> None:
     assert (record.step, record.best_loss, record.device) == (3, None, None)
     assert record.splits == {"train": {"num_tokens": 5}}
     assert record.to_json() == {"status": "unknown"} | values
+
+
+def test_a_tag_of_a_single_run_names_it(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    first, second = store.create(), store.create()
+    add_tags(first, ["mine", "both"])
+    add_tags(second, ["both", first.id])
+    assert store.open("mine") == first
+    assert store.open(first.id) == first, "an id comes before a tag"
+    with pytest.raises(RunNotFoundError):
+        store.open("both")

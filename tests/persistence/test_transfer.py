@@ -183,6 +183,14 @@ def test_a_running_run_is_pushed_as_it_was_at_one_moment(store: RunStore, other:
     assert leftovers(store) == [run.name]
 
 
+@pytest.mark.parametrize("stage", ["reading", "sending"])
+def test_an_interrupted_push_of_a_running_run_leaves_nothing_here(store: RunStore, away: Path, stage: str) -> None:
+    run = make(store, "running")
+    with locked(run.path), pytest.raises(KeyboardInterrupt):
+        push(run, str(away), report=interrupt(stage, 3))
+    assert leftovers(store) == [run.name]
+
+
 def test_two_pushes_of_a_running_run(store: RunStore, away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lumiere.files.PATIENCE", 0.01)
     run = make(store, "running")

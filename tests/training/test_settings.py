@@ -20,6 +20,7 @@ from lumiere.errors import DataError, NonFiniteError
 from lumiere.models import transformer
 from lumiere.training import loggers, trainer
 from lumiere.training.events import CheckpointEvent, Event, StartEvent, WarningEvent
+from tests.data.foreign import byte_level
 from tests.training.short import CPU, hashes, of_kind, short, train
 
 BASE = {"training.max_steps": 4, "training.warmup_steps": 2, "training.checkpoint_interval": None}
@@ -62,6 +63,7 @@ EFFECTS = {
     "model.parallel_blocks": Effect(True, "weights"),
     "model.query_key_norm": Effect(True, "num_parameters"),
     "model.zero_output_init": Effect(True, "weights"),
+    "tokenizer.path": Effect("existing.json", "corpus", {"tokenizer.vocab_size": 400}),
     "tokenizer.vocab_size": Effect(300, "num_parameters"),
     "tokenizer.min_frequency": Effect(40, "corpus"),
     "tokenizer.sample_bytes": Effect(1, "corpus", {"tokenizer.vocab_size": 400, "dataset.num_documents": 10}),
@@ -151,6 +153,8 @@ def observe_afresh(monkeypatch: pytest.MonkeyPatch) -> Observe:
     def observe(config: RunConfig) -> dict[str, Any]:
         if config.dataset.name not in ("stories", "chains") and not Path("a.json").exists():
             write_files()
+        if config.tokenizer.path is not None:
+            byte_level().save(config.tokenizer.path)
         seen: dict[str, list[Any]] = {}
         events: list[Event] = []
         with monkeypatch.context() as patch:

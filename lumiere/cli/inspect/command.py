@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Exit, Option
 
 from lumiere.cli.console import CHECK_FAILED, escape, print_json, show_note, stderr, stdout
-from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, complete_run
+from lumiere.cli.options import CheckpointName, Device, Json, MaxTokens, RunOption, RunsDir, complete_run
 
 if TYPE_CHECKING:
     from lumiere.api.analysis import Analysis
@@ -58,6 +58,7 @@ TEXT_OPTIONS = {
     "val": text_option(int, "val", "N", "Window of the validation split, from 0.", min=0),
     "random": text_option(int, "random", "S", "S random tokens, repeated once.", min=1),
 }
+MAX_TOKENS = {"max_tokens": (MaxTokens, None)}
 COMMON_OPTIONS = {
     "seed": (Seed, 0),
     "run": (RunOption, "latest"),
@@ -90,7 +91,7 @@ def analysis(method: Method, *, whole_run: bool = False, **options: Any) -> Call
     is_pair = "other" in defaults
     omitted = {"checkpoint"} if whole_run else {"run"} if is_pair else set()
     common = {name: option for name, option in COMMON_OPTIONS.items() if name not in omitted}
-    shared = (PAIR_OPTIONS if is_pair else {}) | (TEXT_OPTIONS if "prompt" in defaults else {}) | common
+    shared = (PAIR_OPTIONS if is_pair else {}) | (TEXT_OPTIONS | MAX_TOKENS if "prompt" in defaults else {}) | common
 
     def decorate(show: Show) -> Show:
         own = {name: (annotation, defaults[name].default) for name, annotation in options.items()}
@@ -163,7 +164,8 @@ def open_runs(common: Mapping[str, Any]) -> "list[OpenedRun]":
     if "other" in common:
         sides = [split_reference(common[side], checkpoint) for side in ("run", "other")]
     return [
-        OpenedRun(store.open(run), checkpoint, common["device"], show_note, CorpusProgress) for run, checkpoint in sides
+        OpenedRun(store.open(run), checkpoint, common["device"], common.get("max_tokens"), show_note, CorpusProgress)
+        for run, checkpoint in sides
     ]
 
 

@@ -7,7 +7,7 @@ from typer import Exit, Option
 
 from lumiere.cli.console import CHECK_FAILED, stderr, stdout
 from lumiere.cli.inspect.command import Seed, open_runs
-from lumiere.cli.options import CheckpointName, Device, RunOption, RunsDir
+from lumiere.cli.options import CheckpointName, Device, MaxTokens, RunOption, RunsDir
 
 Prompts = Annotated[list[str] | None, Option("--prompt", "-p", metavar="TEXT", help="Text to explore. Repeatable.")]
 Page = Annotated[Path, Option("--output", "-o", metavar="FILE", help="Page to write or replace: .html.")]
@@ -20,6 +20,7 @@ def report(
     run: RunOption = "latest",
     checkpoint: CheckpointName = "best",
     device: Device = "cpu",
+    max_tokens: MaxTokens = None,
     runs_dir: RunsDir = None,
 ) -> None:
     """Everything about the model on one self-contained HTML page, which works offline.
@@ -30,7 +31,7 @@ def report(
     from lumiere.api.report import check_page
 
     check_page(output)
-    run_of = {"run": run, "checkpoint": checkpoint, "device": device, "runs_dir": runs_dir}
+    run_of = {"run": run, "checkpoint": checkpoint, "device": device, "runs_dir": runs_dir, "max_tokens": max_tokens}
     [opened] = open_runs(run_of)
     found = opened.inspect.report(*(prompt or ()), seed=seed)
     found.save(output)

@@ -8,7 +8,7 @@ from typer import Option
 
 from lumiere.cli.console import show_note
 from lumiere.cli.options import Device, RunReference, RunsDir, open_model
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, printable
 from lumiere.persistence.loading import open_corpus
 from lumiere.persistence.runs import Run, RunStore
 from lumiere.report.figures.figure import check_output, write_output
@@ -31,6 +31,11 @@ def show_card(
     Example: [bold]lumiere runs card latest -o README.md[/]
     """
     opened = RunStore(runs_dir).open(run)
+    if opened.record.status == "imported":
+        raise LumiereError(
+            f"run {opened.id} was imported; a model card describes how a model was trained",
+            f"its own card, if it has one, is at its source: {printable(str(opened.record.source.get('path')))}",
+        )
     path = None if output is None else Path(output)
     if path is not None:
         check_output(path)

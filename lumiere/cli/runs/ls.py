@@ -38,7 +38,7 @@ def list_all(
         Option(
             "--status",
             metavar="STATUS",
-            help="List runs that are running, finished, interrupted, failed, crashed or unknown. Repeatable.",
+            help="List runs that are running, finished, interrupted, failed, crashed, imported or unknown. Repeatable.",
         ),
     ] = None,
     tags: Annotated[

@@ -55,7 +55,7 @@ def describe(entry: Entry) -> dict[str, Any]:
         "checkpoints": [asdict(checkpoint) for checkpoint in checkpoint_files(run)],
         "evaluations": [asdict(kept) for kept in read_evaluations(run)],
         "disk_bytes": disk_bytes(run.path),
-        "repeat": shlex.join(["lumiere", "train", str(run.config_path), *start(entry.record.parent)]),
+        "repeat": shlex.join(["lumiere", *repeated(entry)]),
         "original_command": shlex.join(entry.record.command) or None,
     }
 
@@ -70,18 +70,20 @@ def show(entry: Entry, details: dict[str, Any]) -> None:
     training = details["last_training"]
     tokens_per_second, mfu = number(training.get("tokens_per_second"), ",.0f"), number(training.get("mfu"), ".0%")
     best = f"validation loss {number(record.best_loss, '.4f')} at step {number(record.best_step, ',')}"
+    is_imported = entry.status == "imported"
     for name, value in {
         "tags": " ".join(entry.notes.tags),
         "note": entry.notes.text,
         "age": age(run.created_at),
         "model": parameters(record),
         "from": ", from ".join(map(ancestor, record.ancestors)),
-        "corpus": f"{text_cell(record.dataset)} ({text_cell(record.corpus_sha256)[:16]})",
-        "progress": progress(details),
-        "best": best,
+        "source": source(record.source) if is_imported else "",
+        "corpus": "" if is_imported else f"{text_cell(record.dataset)} ({text_cell(record.corpus_sha256)[:16]})",
+        "progress": "" if is_imported else progress(details),
+        "best": "" if is_imported else best,
         "last": last(details),
         "speed": f"{tokens_per_second} tokens/s, {mfu} MFU" if training else "",
-        "computed": f"in {record.precision or '?'} on {record.device or '?'}",
+        "computed": "" if is_imported else f"in {record.precision or '?'} on {record.device or '?'}",
         "machine": machine(record.machine),
         "versions": ", ".join(f"{package} {version}" for package, version in record.versions.items()),
         "commit": record.commit,
@@ -111,6 +113,20 @@ def parameters(record: RunRecord) -> str:
     total, trained = record.num_parameters, record.num_trained_parameters
     is_frozen = trained is not None and trained != total
     return f"{number(total, ',')} parameters" + (f", {number(trained, ',')} of them trained" if is_frozen else "")
+
+
+def source(recorded: Mapping[str, Any]) -> str:
+    """Say where an imported model is from, and whether its computation was compared."""
+    place = " at ".join(text_cell(recorded[key]) for key in ("path", "commit") if key in recorded)
+    checked = "compared with" if recorded.get("verified") else "not compared with"
+    return f"{place} ({text_cell(recorded.get('model_type'))}, {checked} transformers)"
+
+
+def repeated(entry: Entry) -> list[str]:
+    """Return the command, without the name of the program, that makes such a run again."""
+    if entry.status == "imported":
+        return ["import", str(entry.record.source.get("path"))]
+    return ["train", str(entry.run.config_path), *start(entry.record.parent)]
 
 
 def ancestor(parent: Mapping[str, Any]) -> str:

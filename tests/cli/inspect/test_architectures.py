@@ -73,7 +73,6 @@ def test_the_report_the_card_and_the_other_commands(run: Run) -> None:
     assert read_json("eval", run.id)["loss"] > 0
     assert invoke("generate", "--run", run.id, "--max-new-tokens", "20", "--seed", "1").stdout
     assert invoke("runs", "show", run.id).stdout
-    refuse("export", run.id, "folder", "--to", "transformer-lens", after_notes=True)
 
 
 TINY_DEFAULTS = validate({}).model.model_dump()
