@@ -10,7 +10,7 @@ one process, one per kind. Above 1, Lumiere is faster; the ratio is the median o
 measured in CPU time, which other processes disturb less; more threads in elapsed time.
 
     python benchmarks/blocks.py
-    python benchmarks/blocks.py --threads 2 --kinds llama gpt2 --rounds 21
+    python benchmarks/blocks.py --threads 2 --kinds llama gpt2
 """
 
 import argparse
@@ -242,15 +242,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=3, help="steps of each contender per round")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--steps", type=int, default=1, help="steps of each contender per round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(json.loads(options.one), options.rounds, options.steps)))
         return
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    spins = {"GOMP_SPINCOUNT": "10000"}  # as the `lumiere` command
+    environment = spins | os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     table = Table(title=f"steps of {BATCH * CONTEXT:,} tokens; threads: {options.threads}")
     for heading in ("blocks of", "type", "", "Lumiere, ms", "plain, ms", "ratio", "quartiles"):
         table.add_column(heading, justify="right" if heading.endswith(("ms", "ratio", "quartiles")) else "left")
