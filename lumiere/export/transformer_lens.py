@@ -248,6 +248,7 @@ def write(folder: Path, original: Original) -> None:
         "tolerance": f"{FLOAT32_TOLERANCE:.0e}",
         "origin": original.origin,
         "length": tokens_BT.shape[1],
+        "start": [] if original.tokenizer.start_id is None else [original.tokenizer.start_id],
         "vocab_size": model.vocab_size,
         "tokens": " ".join(map(str, tokens_BT[0].tolist())),
     }
