@@ -51,6 +51,6 @@ def import_model(
     if record.source["verified"]:
         stdout().print(f"log-probabilities as in transformers, error {record.source['error']:.0e}", highlight=False)
     else:
-        show_note("not compared with transformers" + ("" if verify is False else ", which is not installed"))
+        show_note("not compared with transformers")
     steps = [run.command(*words, "--run", run.id) for words in (("generate",), ("inspect", "heads"))]
     stdout().print("Next steps: " + "\n            ".join(steps), markup=False, highlight=False)

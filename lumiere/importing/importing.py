@@ -39,7 +39,8 @@ def import_model(
         source: A folder in the form of Hugging Face, a name on its Hub, or a GGUF file.
         revision: Branch, tag or commit on the Hub.
         context_size: Maximum number of positions; at most the source's, which is the default.
-        verified: Whether to compare the log-probabilities with those of `transformers`. Default: if it is installed.
+        verified: Whether to compare the log-probabilities with those of `transformers`, if it has such a class.
+            Default: if it is installed.
         command: What the user typed, for the record.
 
     Raises:
@@ -55,7 +56,7 @@ def import_model(
         )
     if verified is None:
         verified = importlib.util.find_spec("transformers") is not None
-    error = verify(model, found.reference, tokenizer.text_ids) if verified else None
+    error = verify(model, found.reference, tokenizer.text_ids) if verified and found.reference else None
     if context_size is not None:
         model = with_context(model, context_size)
     return save(found, model, source, error, store, command)

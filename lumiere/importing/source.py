@@ -31,14 +31,14 @@ class Imported:
     Attributes:
         files: Its files, to be recorded with their hashes.
         origin: What the run's record says of the source.
-        reference: Loads the same model by its class in `transformers`.
+        reference: Loads the same model by its class in `transformers`; None if it has no such class.
     """
 
     model: Transformer
     tokenizer: ForeignTokenizer
     files: tuple[Path, ...]
     origin: Mapping[str, Any]
-    reference: Load
+    reference: Load | None
 
 
 def open_source(source: str, revision: str | None = None) -> Imported:
@@ -79,7 +79,8 @@ def open_folder(folder: Path) -> Imported:
     def reference(dtype: torch.dtype) -> nn.Module:
         return transformers_model(opened.model_type, str(folder), dtype)
 
-    return Imported(opened.model, tokenizer, files, origin, reference)
+    has_class = opened.model_type in CLASSES  # Lumiere's own modeling file has none
+    return Imported(opened.model, tokenizer, files, origin, reference if has_class else None)
 
 
 def open_gguf(path: Path) -> Imported:

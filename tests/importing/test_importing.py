@@ -209,6 +209,21 @@ def test_exported_again_it_is_the_source(folder: Path, tmp_path: Path) -> None:
     assert tokenizers[1].chat_template == "{{ messages }}"
 
 
+def test_an_export_of_the_model_card_can_be_imported(trained_run: Run, tmp_path: Path) -> None:
+    """Its architecture has no class in `transformers`."""
+    runs = trained_run.path.parent
+    invoke("export", trained_run.id, str(tmp_path / "out"), "--to", "hf", "--runs-dir", str(runs))
+    run = import_model(str(tmp_path / "out"), RunStore(tmp_path / "runs"))
+    assert not run.record.source["verified"]
+    ours, theirs = run.load_model().state_dict(), trained_run.load_model().state_dict()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    texts = "Once upon a time", "</s> <|sot|> é"
+    tokenizers = run.load_tokenizer(), trained_run.load_tokenizer()
+    assert [tokenizers[0].encode(text, start=True) for text in texts] == [
+        tokenizers[1].encode(text, start=True) for text in texts
+    ]
+
+
 def test_from_python(folder: Path, tmp_path: Path) -> None:
     run = lumiere.import_model(folder, name="mine", runs_dir=tmp_path, verify=False)
     assert lumiere.open("mine", runs_dir=tmp_path).name == run.name
@@ -231,6 +246,7 @@ def test_learned_positions_are_cut(tmp_path: Path) -> None:
 def test_another_computation_is_refused(folder: Path) -> None:
     found = sources.open_source(str(folder))
     found.model.blocks[1].attention.value.weight.data[0] += 0.01
+    assert found.reference is not None
     with pytest.raises(LumiereError):
         verify(found.model, found.reference, found.tokenizer.text_ids)
 

@@ -61,14 +61,14 @@ ANALYSES: Mapping[str, Analysis] = {
 per_analysis = pytest.mark.parametrize("name", ANALYSES)
 
 
-RESULTS: dict[tuple[str, int], Result] = {}
+RESULTS: dict[tuple[str, Transformer], Result] = {}
 
 
 def computed(name: str, model: Transformer) -> Result:
-    """Compute an analysis once for each model."""
-    if (name, id(model)) not in RESULTS:
-        RESULTS[name, id(model)] = ANALYSES[name](model)
-    return RESULTS[name, id(model)]
+    """Compute an analysis once for each model, which is kept: by its id, another could be taken for it later."""
+    if (name, model) not in RESULTS:
+        RESULTS[name, model] = ANALYSES[name](model)
+    return RESULTS[name, model]
 
 
 @per_analysis
