@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumiere.errors import LumiereError, nearest
 from lumiere.persistence.loading import OpenedModel, open_corpus
+from lumiere.persistence.tensor_files import available_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lumiere.data.dataset import TokenizedCorpus
     from lumiere.data.tokenizer import Tokenizer
     from lumiere.interpret.head_scores import TextWindows
+    from lumiere.models.transformer import Transformer
 
 DEFAULT_TOKENS = 32
 """Tokens of the validation split that are shown without a text option: what fits on a screen."""
@@ -131,6 +133,12 @@ class InspectTarget:
             wider = f" or --context-size {len(tokens)}" if len(tokens) <= model.context_size else ""
             hint = f"shorten it{wider}; lumiere tokenize CONFIG --text shows how a text is split"
             raise LumiereError(f"the {what} has {len(tokens)} tokens, the model sees {size}", hint)
+        needed, available = activation_bytes(self.opened.model, len(tokens)), available_memory()
+        if available is not None and needed > available:
+            raise LumiereError(
+                f"{len(tokens)} tokens take about {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are free",
+                "give a shorter text, or free memory",
+            )
 
     def prompt_tokens(self, prompt: str | Iterable[int]) -> tuple[int, ...]:
         """Return the start token and the prompt's ids; refuse an empty prompt, and one longer than the context.
@@ -338,6 +346,16 @@ class InspectTarget:
             f"{count:,} of {len(windows):,} windows of the validation split of {name} "
             f"(seed {self.seed}), in {counted_batches(len(batches))}"
         )
+
+
+def activation_bytes(model: "Transformer", num_tokens: int) -> int:
+    """Estimate the memory of an analysis of one text: all activations, patterns with their scores, and four times its
+    logits."""
+    settings, vocab_size = model.settings, model.vocab_size
+    streams = num_tokens * (8 * settings.embedding_size + 3 * settings.d_ff)
+    patterns = 2 * settings.num_heads * num_tokens**2
+    size = model.token_embedding.weight.element_size()
+    return size * (settings.num_layers * (streams + patterns) + 4 * num_tokens * vocab_size)
 
 
 def parse_token(token: int | str, tokenizer: "Tokenizer") -> int:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumiere.api.target import count_tokens, parse_indices, parse_token
+from lumiere.api import target as target_module
+from lumiere.api.target import activation_bytes, count_tokens, parse_indices, parse_token
+from lumiere.components.hooks import run_with_cache
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.data.tokenizer import Tokenizer
 from lumiere.errors import LumiereError
@@ -132,3 +135,13 @@ def test_lists_and_ranges() -> None:
 def test_other_texts_are_not_a_list(text: str, message: str) -> None:
     with pytest.raises(LumiereError, match=message):
         parse_indices(text, 5, "layer")
+
+
+def test_memory_is_estimated_before_it_is_taken(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least all activations and the logits, at most a few times as much."""
+    model, tokens = trained_run.load_model(), torch.arange(3, 19)[None]
+    output, cache = run_with_cache(model, tokens)
+    kept = sum(activation.numel() * 4 for activation in [*cache.values(), output.logits])
+    assert kept < activation_bytes(model, 16) < 4 * kept
+    monkeypatch.setattr(target_module, "available_memory", lambda: kept)
+    refuse("inspect", "attention", "--prompt", "Once upon a time, Mia had a dog")
