@@ -42,13 +42,14 @@ PLACE = "                target = step_folders.place(temporary, stem, disk)\n"
 POINT = "                if names:\n                    step_folders.point(folder, names, target, disk)\n"
 CLEAR = "                step_folders.clear(folder, disk)\n"
 STEPS, STATE, TRAINER = "persistence/test_step_folders", "training/state", "training/trainer"
+FOREIGN = "data/test_foreign_tokenizer"
 TRANSFER = "persistence/test_transfer"
 
 # fmt: off
 MUTATIONS = [Mutation(*row) for row in (
     # Saving and resuming
     ("random-state", STATE, 'torch.set_rng_state(checkpoint.rng["cpu"])', "pass", "training/test_state"),
-    ("optimizer-state", STATE, "self.optimizers.load_state_tensors(checkpoint.optimizer)", "pass",
+    ("optimizer-state", STATE, "self.optimizers.load_state_tensors(optimizer)", "pass",
      "training/test_state"),
     ("fsync-file", "files", "            self.fsync(file.fileno())\n", "", STEPS),
     ("fsync-tensors", "files", "        self.sync(path)\n", "", STEPS),
@@ -111,8 +112,8 @@ MUTATIONS = [Mutation(*row) for row in (
      "interpret/test_architectures"),
     ("window", "components/kernels", "positions_BT[..., None] - window)", "positions_BT[..., None] - window - 1)",
      "models/test_transformer"),
-    ("grouped-heads", "components/layers", "x.repeat_interleave(repeats, dim)",
-     "x.repeat_interleave(repeats, dim).flip(dim)", "models/test_transformer"),
+    ("grouped-heads", "components/kernels", "x.repeat_interleave(num_heads // x.shape[dim], dim)",
+     "x.repeat_interleave(num_heads // x.shape[dim], dim).flip(dim)", "models/test_transformer"),
     ("next-key-masked", "components/kernels", "columns_S > positions_BT[..., None]",
      "columns_S > positions_BT[..., None] + 1", "components/test_kernels"),
     ("next-key-causal", "components/kernels", ".triu(diagonal=1)", ".triu(diagonal=2)", "components/test_kernels"),
@@ -123,8 +124,19 @@ MUTATIONS = [Mutation(*row) for row in (
     # Fine-tuning
     ("weights-of-parent", TRAINER, "if setup.lineage and checkpoint is None:", "if False:",
      "training/test_fine_tuning"),
-    ("tokenizer-of-parent", "training/setup", "tokenizer=origin.tokenizer if origin else None", "tokenizer=None",
+    ("tokenizer-of-parent", "training/setup",
+     "origin.tokenizer if origin else existing_tokenizer(config.tokenizer)", "existing_tokenizer(config.tokenizer)",
      "training/test_fine_tuning"),
+    # Models from elsewhere
+    ("foreign-truncation", "data/foreign_tokenizer", "        backend.no_truncation()\n", "", FOREIGN),
+    ("foreign-special", "data/foreign_tokenizer", "if token in special else [piece, score]",
+     "if token in () else [piece, score]", FOREIGN),
+    ("foreign-padding", "models/transformer", "PADDING_ID if config.tokenizer.path is None else None", "PADDING_ID",
+     "importing/test_importing"),
+    ("verified-import", "importing/verification", "if exact <= FLOAT64_TOLERANCE:", "if exact <= 1.0:",
+     "importing/test_importing"),
+    ("rows-without-token", "persistence/loading", "        model.num_tokens = len(tokenizer)\n", "        pass\n",
+     "importing/test_importing"),
     ("model-of-parent", "config/inheritance", "if is_fixed and read(", "if False and read(", "config/test_inheritance"),
     ("frozen", "training/freezing", "parameters[parameter].requires_grad_(False)", "pass", "training/test_freezing"),
     ("frozen-range", "training/freezing", "range(first, last + 1)", "range(first, max(last, first + 1))",
