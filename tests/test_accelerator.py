@@ -99,6 +99,7 @@ def test_a_report_is_written(trained_run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -120,6 +120,7 @@ def test_light_commands_load_nothing_heavy(commands: str, unwanted: set[str]) ->
     check_light(commands.split("|"), unwanted)
 
 
+@pytest.mark.slow
 def test_generating_loads_no_compiler(trained_run: Run) -> None:
     """The first token of a cold shell would wait a second for it."""
     command = f"generate -n 3 --runs-dir {trained_run.path.parent}"

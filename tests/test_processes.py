@@ -104,6 +104,7 @@ def test_without_a_network_training_the_card_says_so_in_two_lines() -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(trained_run: Run) -> None:
     command = " ".join(
         [*LUMIERE, "generate", "--runs-dir", str(trained_run.path.parent), "-n", "200", "|", "head", "-c", "1"]

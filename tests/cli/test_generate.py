@@ -144,6 +144,7 @@ def test_a_session_keeps_its_texts_and_settings() -> None:
     assert "the prompt is empty" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "forkpty"), reason="a terminal of its own needs a POSIX system")
 def test_ctrl_c_in_a_terminal(trained_run: Run) -> None:
     """An endless text is interrupted, at the prompt an interrupt is a note, and the session answers."""

@@ -29,6 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_run_works_from_another_folder_whatever_becomes_of_the_file(home: Path, tmp_path: Path) -> None:
     """While the tokenized corpus is in the cache; without it, the file must be the one that the run was trained on."""
     invoke("train", "own.yaml")

@@ -149,6 +149,7 @@ def test_a_tokenizer_that_never_ends_is_refused(
         opened(tmp_path)
 
 
+@pytest.mark.slow
 def test_memory_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_probe, "MAX_MEMORY", 10**8)
     contents = json.loads(byte_level().to_str())

@@ -227,6 +227,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(damaged=st.dictionaries(st.sampled_from([*RECORD, "best_evaluation"]), json_values), split=json_values)
 def test_a_damaged_record_crashes_nothing(damaged: dict[str, Any], split: Any) -> None:
