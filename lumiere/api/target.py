@@ -349,8 +349,10 @@ class InspectTarget:
 
 
 def activation_bytes(model: "Transformer", num_tokens: int) -> int:
-    """Estimate the memory of an analysis of one text: all activations, patterns with their scores, and four times its
-    logits."""
+    """Estimate the memory that an analysis of one text takes.
+
+    Counts all activations, attention scores and patterns, and the logits four times.
+    """
     settings, vocab_size = model.settings, model.vocab_size
     streams = num_tokens * (8 * settings.embedding_size + 3 * settings.d_ff)
     patterns = 2 * settings.num_heads * num_tokens**2

@@ -88,7 +88,7 @@ class ForeignTokenizer(Tokenizer):
         """Load a `tokenizer.json`, with the `tokenizer_config.json` beside it if there is one.
 
         Raises:
-            DataError: A file cannot be read, or the tokenizer is none that Lumiere can use.
+            DataError: A file cannot be read, or Lumiere cannot use the tokenizer.
         """
         return cls.parse(read_text(path, MAX_BYTES), read_config(path.with_name(CONFIG_NAME)), str(path))
 

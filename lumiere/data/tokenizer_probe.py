@@ -3,7 +3,7 @@
     python -m lumiere.data.tokenizer_probe BYTES < tokenizer.json
 
 The texts it tries cannot cover every pattern; they include long runs of each character that a pattern names, on which
-patterns such as `(a+)+$` backtrack for ever.
+patterns such as `(a+)+$` backtrack forever.
 """
 
 import contextlib

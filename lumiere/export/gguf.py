@@ -151,7 +151,7 @@ def pre_tokenizer_name(contents: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of the pre-tokenizer in a `tokenizer.json`.
 
     Raises:
-        LumiereError: It is none that Lumiere knows, or the tokenizer is not a byte-level BPE.
+        LumiereError: Its pre-tokenizer is unknown, or the tokenizer is not a byte-level BPE.
     """
 
     def steps(saved: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -66,8 +66,8 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder.
 
     Raises:
-        LumiereError: There are none, the index names others than plain files of the folder, or one is a link elsewhere
-            than into the Hub's own `blobs`.
+        LumiereError: There are none, the index names a file outside the folder, or a file is a link that does not lead
+            into the Hub's own `blobs`.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():

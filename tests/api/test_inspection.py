@@ -165,6 +165,6 @@ def test_the_report_is_a_page_in_a_frame(run: lumiere.OpenedRun) -> None:
     found.save("page.html")
     assert Path("page.html").read_text() == found.page
     frame = ElementTree.fromstring(found._repr_html_())
-    assert frame.get("srcdoc") is not None
+    assert (frame.get("srcdoc") or "").split() == found.page.split()
     assert frame.get("sandbox") == "allow-scripts"
     assert not found.failed

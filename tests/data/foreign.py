@@ -55,7 +55,7 @@ def unigram() -> tokenizers.Tokenizer:
 
 
 def never_ending() -> tokenizers.Tokenizer:
-    """A pattern that backtracks for ever on runs of `a`."""
+    """A pattern that backtracks forever on runs of `a`."""
     return byte_level(pre_tokenizers.Split(Regex("(a+)+$"), "isolated"))
 
 
