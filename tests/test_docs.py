@@ -97,6 +97,15 @@ def test_the_page_about_python_runs_in_order(
     assert names["score"].loss == pytest.approx(math.log(names["score"].perplexity))
 
 
+def test_the_page_about_causes_runs_in_order(trained_run: Run) -> None:
+    shutil.copytree(trained_run.path, Path("runs") / trained_run.name)
+    names: dict[str, Any] = {}
+    for snippet in snippets_of("docs/causes.md"):
+        exec(snippet, names)
+    assert not torch.equal(names["without"], names["run"].model(names["tokens"]).logits)
+    assert names["gradients"]["blocks.0.hook_resid_post"].any()
+
+
 def test_python_snippets_run_in_order(trained_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The last one is the example of the original model card, on a run of that name."""
     config = load_config("small", ["dataset={name: stories, num_documents: 5}"], {"training.max_steps": 2})

@@ -7,11 +7,13 @@ nor numpy.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from lumiere.api import comparison, snapshots
 from lumiere.api.analysis import Analysis, analyze
-from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_indices, parse_token
+from lumiere.api.causes import BATCH_SIZE, Causes
+from lumiere.api.options import Options, Prompt
+from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_token
 from lumiere.errors import LumiereError, check_choice
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from lumiere.api.runs import OpenedRun
     from lumiere.data.batches import Batch
     from lumiere.evaluation.ngrams import BigramModel
-    from lumiere.interpret.ablation import Ablations
     from lumiere.interpret.activations import Activations
     from lumiere.interpret.attention import AttentionPatterns, CombinedAttention
     from lumiere.interpret.dynamics import Dynamics
@@ -36,57 +37,15 @@ if TYPE_CHECKING:
 KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 """Those of `lumiere.interpret.attention`, whose import would load torch."""
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
-MANY = 64
-"""The number of ablations above which a batch is smaller, so that they do not take minutes."""
-BATCH_SIZE, SMALL_BATCH_SIZE = 32, 4
-
-Prompt = str | Sequence[int] | None
-"""A text, or token ids, which get no start token; None reads the validation split, or what the analysis says."""
 
 
-class Options(TypedDict, total=False):
-    """What every analysis of a text takes; `file`, `val` and `random` are texts in place of a prompt.
-
-    Attributes:
-        file: A UTF-8 text file: as much of its start as fits.
-        val: The number of a window of the validation split.
-        random: This many random tokens, repeated once.
-        seed: Of everything drawn at random. Default: 0.
-        verify: Whether to compute the result again in float64 and compare.
-    """
-
-    file: str | Path | None
-    val: int | None
-    random: int | None
-    seed: int
-    verify: bool
-
-
-class Inspect:
+class Inspect(Causes):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.
 
     All raise `LumiereError` for an unknown choice, a text that is empty or too long, or a part that the model lacks.
     """
-
-    def __init__(self, run: "OpenedRun") -> None:
-        self._run = run
-
-    def _target(
-        self,
-        prompt: Prompt = None,
-        *,
-        file: str | Path | None = None,
-        val: int | None = None,
-        random: int | None = None,
-        seed: int = 0,
-        verify: bool = False,
-        run: "OpenedRun | None" = None,
-        other: "OpenedRun | None" = None,
-    ) -> InspectTarget:
-        run, text = run or self._run, {"prompt": prompt, "file": file, "val": val, "random": random}
-        return InspectTarget(run.opened, text, seed, verify, other and other.opened, run.notify)
 
     def summary(self, *, windows: int = 256, seed: int = 0, verify: bool = False) -> "Analysis[ModelSummary]":
         """Parameters, norms, ranks and gains of the weights, what each part writes, and checks for what looks broken.
@@ -247,58 +206,6 @@ class Inspect:
             averaged_over=averaged_over,
         )
 
-    def ablate(
-        self,
-        prompt: Prompt = None,
-        *,
-        unit: str = "head",
-        mode: str = "mean",
-        layer: Indices = None,
-        head: Indices = None,
-        neuron: Indices = None,
-        pos: Indices = None,
-        batches: int = 8,
-        batch_size: int | None = None,
-        **options: Unpack[Options],
-    ) -> "Analysis[Ablations]":
-        """How the loss changes without a part. Each part is ablated alone.
-
-        Without a text, over windows of the validation split.
-
-        Args:
-            unit: What to ablate: head, feedforward, layer, neuron or position.
-            mode: Replacement: mean, zero or resample.
-            batches, batch_size: Validation windows to read.
-        """
-        from lumiere.interpret.ablation import MODES, ablate, find_unit
-        from lumiere.report.figures.bars import draw_ablations
-
-        kind = find_unit(unit)
-        check_choice("mode", mode, MODES)
-        lists = {"head": ("head", head), "neuron": ("neuron", neuron), "position": ("pos", pos)}
-        for wanted, (option, value) in lists.items():
-            if value is not None and unit != wanted:
-                raise LumiereError(f"--{option} needs --unit {wanted}, and the unit is {unit}", f"add --unit {wanted}")
-        target = self._target(prompt, **options)
-        model, layers = target.opened.model, target.layers(layer)
-        _, listed = lists.get(unit, (unit, None))
-
-        def chosen(num_positions: int) -> list[int]:
-            return parse_indices(listed, kind.count(model, num_positions), unit)
-
-        if batch_size is None:
-            is_many = len(layers) * len(chosen(model.context_size)) > MANY
-            batch_size = SMALL_BATCH_SIZE if is_many else BATCH_SIZE
-        sequences, source = target.batches(batches, batch_size)
-        indices = chosen(sequences[0].tokens.shape[1])
-        return analyze(
-            "ablate",
-            target,
-            lambda model: ablate(model, sequences, unit, mode, layers, indices, target.seed),
-            draw_ablations,
-            source,
-        )
-
     def tokens(self, prompt: Prompt = None, **options: Unpack[Options]) -> "Analysis[TokenLosses]":
         """How well each token is predicted: loss, surprisal, entropy and rank, beside n-gram baselines."""
         from lumiere.interpret.token_losses import token_losses
@@ -326,7 +233,8 @@ class Inspect:
         Args:
             names: Of activations, such as `blocks.*.attn.hook_pattern`; those of TransformerLens. Default: all.
         """
-        from lumiere.interpret.activations import activations, matching_names
+        from lumiere.components.hooks import matching_names
+        from lumiere.interpret.activations import activations
         from lumiere.report.figures.heat_maps import draw_activations
 
         target = self._target(prompt, **options)

@@ -4,15 +4,16 @@ A `HookPoint` marks a place in the model's forward pass. Its public name is that
 and scripts carry over; the module's own path follows Lumiere's names.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lumiere.errors import LumiereError
+from lumiere.errors import LumiereError, nearest
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes an activation; returns its replacement, or None to leave it as it is."""
@@ -60,45 +61,85 @@ def has_hooks(model: nn.Module) -> bool:
     return any(isinstance(module, HookPoint) and module.is_set for module in model.modules())
 
 
+def matching_names(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Return the names of hook points that match any of the patterns, in the model's order.
+
+    Args:
+        patterns: Names, in which `*` stands for any characters, `?` for one and `[01]` for one of these.
+
+    Raises:
+        LumiereError: No name matches one of them.
+    """
+    return _matching_names(list(hook_points(model)), patterns)
+
+
+def _matching_names(names: list[str], patterns: Iterable[str]) -> list[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
+            is_part = any(pattern in name for name in names)
+            guess = f"*{pattern}*" if is_part else nearest(pattern.replace("*", "0"), names)
+            raise LumiereError(
+                f"no hook point is called {pattern!r}",
+                f"did you mean {guess}?" if guess else "lumiere inspect cache lists all names; * stands for any part",
+            )
+        found |= matches
+    return [name for name in names if name in found]
+
+
 @contextmanager
 def hooked(
-    model: nn.Module, hooks: Mapping[str, Hook], points: Mapping[str, HookPoint] | None = None
+    model: nn.Module,
+    hooks: Mapping[str, Hook | Sequence[Hook]],
+    points: Mapping[str, HookPoint] | None = None,
 ) -> Iterator[None]:
     """Set hooks inside a `with` block.
 
-        with hooked(model, {"blocks.1.attn.hook_z": torch.zeros_like}):
+        with hooked(model, {"blocks.*.attn.hook_z": torch.zeros_like}):
             output = model(tokens)
 
+    Several functions at a point, from one block or from nested ones, run in the order in which they were set; each
+    takes what the one before returned.
+
     Args:
-        hooks: Functions `activation -> replacement` by public name; None leaves the activation as it is.
+        hooks: Functions `activation -> replacement` by public name, or by a pattern of `matching_names`; None leaves
+            the activation as it is.
         points: `hook_points(model)`, if known.
 
     Raises:
-        LumiereError: A name is unknown; a point already has a hook; or a hook was never called inside the block,
-            which would pass off a plain result as an intervention.
+        LumiereError: No name matches; or a hook was never called inside the block, which would pass off a plain result
+            as an intervention.
         ValueError: A replacement's shape differs from the activation's.
     """
     points = hook_points(model) if points is None else points
-    for name in hooks:
-        if name not in points:
-            matches = get_close_matches(name, points, n=3)
-            hint = f"did you mean {' or '.join(matches)}?" if matches else "hook_points(model) lists all names"
-            raise LumiereError(f"no hook point '{name}'", hint)
-        if points[name].hook is not None:
-            hint = "a point takes one function: combine the two into one"
-            raise LumiereError(f"hook point '{name}' already has a hook", hint)
-    fired: set[str] = set()
+    names, fired = list(points), set[str]()
+    added = [
+        (name, partial(_call_checked, name, function, fired))
+        for pattern, functions in hooks.items()
+        for name in ([pattern] if pattern in points else _matching_names(names, [pattern]))
+        for function in ([functions] if callable(functions) else functions)
+    ]
+    before = {name: points[name].hook for name, _ in added}
     try:
-        for name, hook in hooks.items():
-            points[name].hook = partial(_call_checked, name, hook, fired)
+        for name, function in added:
+            earlier = points[name].hook
+            points[name].hook = function if earlier is None else partial(_call_in_turn, earlier, function)
         yield
     finally:
-        for name in hooks:
-            points[name].hook = None
+        for name, hook in before.items():
+            points[name].hook = hook
     # Reached only if the block raised nothing, so this does not mask an error from inside.
-    if silent := [name for name in hooks if name not in fired]:
-        names = ", ".join(map(repr, silent))
-        raise LumiereError(f"no activation reached {names}", "run the model inside the with block")
+    if silent := [name for name in before if name not in fired]:
+        raise LumiereError(
+            f"no activation reached {', '.join(map(repr, silent))}", "run the model inside the with block"
+        )
+
+
+def _call_in_turn(first: Hook, second: Hook, activation: Tensor) -> Tensor | None:
+    replacement = first(activation)
+    again = second(activation if replacement is None else replacement)
+    return replacement if again is None else again
 
 
 def _call_checked(name: str, hook: Hook, fired: set[str], activation: Tensor) -> Tensor | None:
@@ -119,7 +160,7 @@ def run_with_cache(
     """Run `model(tokens_BT)` and keep activations.
 
     Args:
-        names: Public names of the hook points to keep. Default: all.
+        names: Public names of the hook points to keep, or patterns. Default: all.
 
     Returns:
         The model's output, and the activations by public name in the order in which they were computed. Gradients flow
@@ -130,8 +171,40 @@ def run_with_cache(
     """
     cache: dict[str, Tensor] = {}
     points = hook_points(model)  # found once: finding them takes as long as all hooks
+    kept = list(points) if names is None else _matching_names(list(points), names)
     # The lambda keeps the activation and returns None.
-    hooks = {name: lambda x, name=name: cache.update({name: x}) for name in (points if names is None else names)}
+    hooks = {name: lambda x, name=name: cache.update({name: x}) for name in kept}
     with hooked(model, hooks, points):
         output = model(tokens_BT)
     return output, cache
+
+
+def run_with_gradients(
+    model: nn.Module, tokens_BT: Tensor, metric: Callable[[Any], Tensor], names: Iterable[str]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Run `model(tokens_BT)`; return a metric, the activations, and the metric's gradient for each of them.
+
+    Args:
+        metric: Maps the model's output to a scalar.
+        names: Public names of the hook points, or patterns.
+
+    Returns:
+        The metric, the activations and the gradients, both by public name and of the same shapes. The gradient is zero
+        where the metric does not depend on the activation. Weights get no gradients.
+
+    Raises:
+        LumiereError: As `hooked`.
+    """
+    cache: dict[str, Tensor] = {}
+
+    def keep(name: str, activation: Tensor) -> Tensor:
+        # A leaf if nothing before it has a gradient, as in a frozen model.
+        cache[name] = activation if activation.requires_grad else activation.detach().requires_grad_()
+        return cache[name]
+
+    with torch.enable_grad():
+        with hooked(model, {name: partial(keep, name) for name in matching_names(model, names)}):
+            value = metric(model(tokens_BT))
+        gradients = torch.autograd.grad(value, list(cache.values()), materialize_grads=True)
+    activations = {name: activation.detach() for name, activation in cache.items()}
+    return value.detach(), activations, dict(zip(cache, gradients, strict=True))

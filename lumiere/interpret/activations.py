@@ -5,14 +5,12 @@ Shapes: T position (destination), S position (source), E embedding_size, H head,
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
 
-from lumiere.components.hooks import hook_points, run_with_cache
-from lumiere.errors import LumiereError, nearest
+from lumiere.components.hooks import hook_points, matching_names, run_with_cache
 from lumiere.interpret.result import Receipt, Result, one_sequence, relative_error, rounding
 from lumiere.models.transformer import Transformer
 
@@ -99,21 +97,3 @@ def activations(model: Transformer, tokens: Sequence[int], patterns: Sequence[st
             ),
         ),
     )
-
-
-def matching_names(model: Transformer, patterns: Sequence[str]) -> list[str]:
-    """Return the names of activations that match any of the patterns.
-
-    Raises:
-        LumiereError: none matches one of them.
-    """
-    names = list(hook_points(model))
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            is_part = any(pattern in name for name in names)
-            guess = f"*{pattern}*" if is_part else nearest(pattern.replace("*", "0"), names)
-            raise LumiereError(
-                f"no activation is called {pattern!r}",
-                f"did you mean {guess}?" if guess else "lumiere inspect cache lists all names; * stands for any part",
-            )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -7,9 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lumiere.components.hooks import HookPoint, hook_points, hooked, run_with_cache
+from lumiere.components.hooks import (
+    Hook,
+    HookPoint,
+    hook_points,
+    hooked,
+    matching_names,
+    run_with_cache,
+    run_with_gradients,
+)
 from lumiere.errors import LumiereError
-from lumiere.models.transformer import Transformer
+from lumiere.models.transformer import Transformer, TransformerOutput
 from tests.models.build import ROTARY, VARIANTS
 from tests.models.build import make_model as build
 
@@ -153,14 +161,57 @@ def test_refused_hooks(hooks: dict[str, Any], named: str) -> None:
         assert "blocks.0.attn.hook_pattern" in str(caught.value.hint)
 
 
-def test_a_point_takes_one_hook() -> None:
+def test_functions_at_one_point_run_in_order_and_nested_blocks_add_theirs() -> None:
     model = make_model()
+    _, plain = run_with_cache(model, TOKENS_BT, ["hook_embed"])
     seen: list[Tensor] = []
-    with hooked(model, {"hook_embed": seen.append}):
-        with pytest.raises(LumiereError, match="'hook_embed'"), hooked(model, {"hook_embed": torch.zeros_like}):
-            pass
+
+    def add(amount: float) -> Hook:
+        return lambda activation: activation + amount
+
+    with hooked(model, {"hook_embed": [add(1), seen.append, torch.neg]}):
+        with hooked(model, {"hook_embed": [add(3), seen.append]}):
+            model(TOKENS_BT)
         model(TOKENS_BT)
-    assert len(seen) == 1
+    before = plain["hook_embed"]
+    for found, expected in zip(seen, [before + 1, 3 - (before + 1), before + 1], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_pattern_names_every_point_that_it_matches() -> None:
+    model = make_model()
+    patterns = ["blocks.*.attn.hook_[qk]", "hook_embed"]
+    names = ["hook_embed", *(f"blocks.{layer}.attn.hook_{leaf}" for layer in (0, 1) for leaf in "qk")]
+    assert matching_names(model, patterns) == names
+    assert list(run_with_cache(model, TOKENS_BT, patterns)[1]) == names
+    with hooked(model, {"blocks.*.hook_*_out": torch.zeros_like}):
+        output = model(TOKENS_BT)
+    torch.testing.assert_close(output.hidden_states[:, 0], output.hidden_states[:, 2])
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("variant", [{}, ROTARY], ids=["learned", "rotary"])
+def test_gradients_are_those_of_finite_differences(variant: dict[str, Any], is_frozen: bool) -> None:
+    model = make_model(**variant).double().requires_grad_(not is_frozen)
+
+    def metric(output: TransformerOutput) -> Tensor:
+        return output.logits[0, -1, 3] - output.logits[0, -1, 7]
+
+    names = ["hook_embed", "blocks.0.attn.hook_z", "blocks.1.attn.hook_pattern", "blocks.1.mlp.hook_post"]
+    value, activations, gradients = run_with_gradients(model, TOKENS_BT, metric, names)
+    torch.testing.assert_close(value, metric(model(TOKENS_BT)).detach())
+    assert list(gradients) == list(activations) == names
+    assert all(parameter.grad is None for parameter in model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        direction = 1e-5 * torch.randn(activations[name].shape, generator=generator, dtype=torch.float64)
+        moved = []
+        for sign in (1, -1):
+            with hooked(model, {name: lambda x, change=sign * direction: x + change}):
+                moved.append(metric(model(TOKENS_BT)).item())
+        assert (gradients[name] * direction).sum().item() == pytest.approx((moved[0] - moved[1]) / 2, rel=1e-5)
+    later = run_with_gradients(model, TOKENS_BT, lambda output: output.logits[0, 1, 3], ["blocks.1.hook_resid_pre"])[2]
+    assert not later["blocks.1.hook_resid_pre"][:, 2:].any()
 
 
 def test_a_replacement_of_another_shape_is_an_error() -> None:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lumiere.components.hooks import HookPoint, hook_points, run_with_cache
+from lumiere.components.hooks import HookPoint, hook_points, matching_names, run_with_cache
 from lumiere.errors import LumiereError
-from lumiere.interpret.activations import activations, matching_names
+from lumiere.interpret.activations import activations
 from lumiere.models.transformer import Transformer
 from tests.interpret.models import TOKENS, random_model
 

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from lumiere.api.inspection import BATCH_SIZE, MANY, SMALL_BATCH_SIZE, Inspect
+from lumiere.api.causes import BATCH_SIZE, MANY, SMALL_BATCH_SIZE
+from lumiere.api.inspection import Inspect
 from lumiere.api.target import counted_documents
 from lumiere.cli.console import show_note, stdout
 from lumiere.cli.inspect.command import (

@@ -150,7 +150,7 @@ def test_ablated_units() -> None:
 def test_many_ablations_have_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--batches", "2", "--random", "3")
     assert len(shown("ablate", *options)["tokens"]) == 64
-    monkeypatch.setattr("lumiere.api.inspection.MANY", 3)
+    monkeypatch.setattr("lumiere.api.causes.MANY", 3)
     assert len(shown("ablate", *options)["tokens"]) == 8
     assert len(shown("ablate", *options, "--layer", "1")["tokens"]) == 64
 
