@@ -145,8 +145,7 @@ def read_pair(line: bytes, found: InspectTarget, default: Mapping[str, int | Non
 def prompt_of(values: Mapping[str, Any], key: str, found: InspectTarget) -> tuple[int, ...]:
     """Return the ids of a prompt of a line."""
     value = values.get(key)
-    is_ids = isinstance(value, list) and all(type(token) is int for token in value)
-    if not isinstance(value, str) and not is_ids:
-        problem = f"{key} is missing" if value is None else f"{key} is {quoted(value)}"
-        raise LumiereError(problem, "write a text, or a list of token ids")
-    return found.prompt_tokens(value)
+    if isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value)):
+        return found.prompt_tokens(value)
+    problem = f"{key} is missing" if value is None else f"{key} is {quoted(value)}"
+    raise LumiereError(problem, "write a text, or a list of token ids")

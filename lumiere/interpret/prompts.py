@@ -4,7 +4,7 @@ Shapes: B pair, T position, X anything.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 import numpy as np
@@ -58,14 +58,17 @@ class PromptPairs(ShortRepr):
 
     def to(self, device: torch.device) -> "PromptPairs":
         """Return the same pairs on a device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "groups"}
-        return replace(self, **{name: value if value is None else value.to(device) for name, value in tensors.items()})
+        return self._mapped(lambda value: value.to(device), self.groups)
 
     def select(self, rows: Sequence[int]) -> "PromptPairs":
         """Return some of the pairs."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        chosen = list(rows)
-        return PromptPairs(**{name: value if value is None else value[chosen] for name, value in values.items()})
+        return self._mapped(lambda value: value[list(rows)], self.groups[list(rows)])
+
+    def _mapped(self, function: Callable[[Tensor], Tensor], groups: np.ndarray) -> "PromptPairs":
+        targets, versus = (None if ids is None else function(ids) for ids in (self.targets, self.versus))
+        return PromptPairs(
+            function(self.clean), function(self.corrupt), function(self.positions), targets, versus, groups
+        )
 
     def with_predictions(self, model: Transformer) -> "PromptPairs":
         """Return the same pairs with a target each: without `targets`, what the model predicts.
