@@ -85,7 +85,7 @@ def train(
     Examples: [bold]lumiere train tiny[/], [bold]lumiere train small --set model.num_layers=6[/],
     [bold]lumiere train mine.yaml --from latest[/]
     """
-    from lumiere.config.loader import dump_config, given_settings, validate
+    from lumiere.config.loader import dump_config, given_settings, parse_override, validate
     from lumiere.distributed import ProcessGroup, TorchrunGroup, joined
     from lumiere.persistence.runs import RunStore
 
@@ -135,7 +135,7 @@ def train(
         if processes.rank and isinstance(processes, TorchrunGroup):
             from lumiere.training.run import follow
 
-            result, setup = follow(resolved, store, changes, processes, parent), None
+            result, setup = follow(resolved, store, dict(map(parse_override, changes)), processes, parent), None
         else:
             result, setup = start_or_resume(resolved, parent, resume, changes, store, as_json, processes)
     if result is None:
@@ -173,6 +173,7 @@ def start_or_resume(
         parent: Whose weights a new run starts from. None: random weights.
     """
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
+    from lumiere.config.loader import parse_override
     from lumiere.training.setup import set_up, set_up_resume
 
     run = None
@@ -192,15 +193,10 @@ def start_or_resume(
 
     from lumiere.training.run import dismiss, resume, stop_reason
 
-    run, changes = run or store.open(reference or ""), [] if config else changes
-    if run.status == "imported":
-        raise LumiereError(
-            f"run {run.id} was imported: there is no training to resume",
-            f"train a new run from its weights: lumiere train CONFIG --from {run.id}",
-        )
+    run, settings = run or store.open(reference or ""), {} if config else dict(map(parse_override, changes))
     reason = stop_reason(run)
     # A run that was killed after its last step is not marked as finished yet: resuming completes it.
-    if reason is not None and not changes and run.status == "finished":
+    if reason is not None and not settings and run.status == "finished":
         dismiss(processes)
         ended = f"{run.name} is finished ({STOP_REASONS.get(reason, 'as recorded')}): nothing to resume"
         show_note(f"{ended}; --from {run.id} starts a new run from its weights")
@@ -208,7 +204,7 @@ def start_or_resume(
             print_json({"run": run.name} | run.record.to_json())
         return None, None
     with CorpusProgress() as corpus_progress:
-        setup = set_up_resume(run, corpus_progress, changes)
+        setup = set_up_resume(run, corpus_progress, settings)
     for change in setup.changes:
         show_note(f"changed since the run started: {change}")
     with TrainingProgress() as progress:

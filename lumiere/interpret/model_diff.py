@@ -204,7 +204,7 @@ def weight_changes(first: Transformer, second: Transformer, left_out: Sequence[s
     for column, name in enumerate(shared):  # one at a time: in float64, all of them take more memory than both models
         old, difference = float64(a[name]), float64(b[name])
         difference = difference - old
-        norm = np.linalg.norm(difference)
+        norm = float(np.linalg.norm(difference))
         # A matrix has a spectral norm; the largest singular value of a vector is its length.
         found[:, column] = norm, relative(norm, old), np.linalg.norm(difference, 2)
     return WeightChanges(
