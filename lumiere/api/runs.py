@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumiere.api.inspection import Inspect
-from lumiere.errors import LumiereError
 from lumiere.persistence import loading
 from lumiere.persistence.loading import OpenedModel
 from lumiere.persistence.metrics import read_metrics
-from lumiere.persistence.runs import Run, RunStore
+from lumiere.persistence.runs import Run, RunStore, split_reference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -273,11 +272,3 @@ def check_checkpoint(run: Run, name: str) -> None:
 
     manager = CheckpointManager(run.path.parent)
     manager.load(run, manager.resolve(run, name), groups=())
-
-
-def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
-    """Return the run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` if it names none."""
-    run, at, named = reference.partition("@")
-    if not run or (at and not named):
-        raise LumiereError(f"{reference!r} names no checkpoint of a run", "write RUN or RUN@CHECKPOINT: latest@500")
-    return run, named or checkpoint
