@@ -153,7 +153,8 @@ def follow(
     """Train the run that rank 0 starts or resumes; None if there is nothing to train.
 
     Args:
-        config: Of this rank's command line. None: a run is resumed, with its own config and `settings` by dotted path.
+        config: Of this rank's command line. None: a run is resumed, with its own config.
+        settings: What a resume changes, by dotted path; empty for a new run.
         parent: Of this rank's command line, for a new run.
 
     Raises:
@@ -169,7 +170,7 @@ def follow(
         raise LumiereError(f"rank {processes.rank} does not find the run of rank 0: {error.message}", hint) from error
     checkpoint, origin = None, None
     if config is None or choice["resumes_from"] is not None:
-        config, origin = with_settings(run.load_config(), {} if config else settings), origin_of(run)
+        config, origin = with_settings(run.load_config(), settings), origin_of(run)
     elif parent is not None:
         origin = parent.origin()
     if choice["resumes_from"]:
