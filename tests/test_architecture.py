@@ -22,7 +22,7 @@ LAYERS = [
     {"models", "data"},
     {"persistence"},
     {"evaluation", "generation"},
-    {"training", "interpret"},
+    {"training", "interpret", "lab"},
     {"importing"},
     {"report", "export"},
     {"api"},
