@@ -13,6 +13,7 @@ from lumiere.api import comparison, snapshots
 from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.attributions import Attributions
 from lumiere.api.causes import BATCH_SIZE, Causes
+from lumiere.api.lenses import Lenses
 from lumiere.api.options import Options, Prompt
 from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_token
 from lumiere.errors import LumiereError, check_choice
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from lumiere.interpret.dynamics import Dynamics
     from lumiere.interpret.head_scores import HeadScores
     from lumiere.interpret.logit_attribution import LogitAttribution
-    from lumiere.interpret.logit_lens import LogitLens
     from lumiere.interpret.model_diff import ModelDiff
     from lumiere.interpret.summary import ModelSummary
     from lumiere.interpret.token_losses import TokenLosses
@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 
 KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 """Those of `lumiere.interpret.attention`, whose import would load torch."""
-STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 
 
-class Inspect(Attributions, Causes):
+class Inspect(Lenses, Attributions, Causes):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.
@@ -120,44 +119,6 @@ class Inspect(Attributions, Causes):
             draw_heads,
             source,
             averaged_over=target.averaged_over,
-        )
-
-    def lens(
-        self,
-        prompt: Prompt = None,
-        *,
-        stat: str = "top",
-        sublayers: bool = False,
-        target: int | str | None = None,
-        pos: Indices = None,
-        top_k: int = 5,
-        **options: Unpack[Options],
-    ) -> "Analysis[LogitLens]":
-        """What the model would predict if it stopped early: the logit lens.
-
-        Args:
-            stat: What the picture shows, one of `STATISTICS`.
-            sublayers: Whether to add the stage after each block's attention.
-            target: Token to look for. Default: the next token of the text.
-            pos: Positions of the text.
-            top_k: Number of predictions to keep for each stage and position.
-        """
-        from lumiere.interpret.logit_lens import logit_lens
-        from lumiere.report.figures.heat_maps import draw_lens
-
-        check_choice("statistic", stat, STATISTICS)
-        found = self._target(prompt, **options)
-        opened, tokens = found.opened, found.tokens
-        if top_k > opened.model.vocab_size:
-            raise LumiereError(f"--top-k {top_k} is too large", f"the vocabulary has {opened.model.vocab_size} tokens")
-        positions = found.positions(pos)
-        wanted = None if target is None else parse_token(target, opened.tokenizer)
-        words = None if wanted is None else found.label(wanted)
-        return analyze(
-            "lens",
-            found,
-            lambda model: logit_lens(model, tokens, positions, sublayers, wanted, top_k),
-            lambda result: draw_lens(result, stat, found.label, words),
         )
 
     def logits(

@@ -290,18 +290,22 @@ class InspectTarget:
             self.note(f"no in-context-learning score and no scores on text: {error.message}")
             return None
 
-    def full_windows(self, count: int) -> "Tensor":
-        """Return at most `count` windows without padding, (N, context_size + 1), spread over the validation split."""
+    def full_windows(self, count: int, split: str = "validation", instead: str = "") -> "Tensor":
+        """Return at most `count` windows without padding, (N, context_size + 1), spread over a split.
+
+        Args:
+            instead: as for `corpus`.
+        """
         import numpy as np
         import torch
 
-        windows = self.validation_windows()
+        windows = self.corpus(instead).windows(split, self.opened.config)
         # Most documents end in a window that is not full, and a split may be too large to read all of it.
         tokens, lengths = windows.cut(np.unique(spread(len(windows), min(4 * count, len(windows)))))
         full = tokens[lengths == tokens.shape[1]]
         if not len(full):
             raise LumiereError(
-                "no document of the validation split seems to fill a window", "train with a smaller model.context_size"
+                f"no document of the {split} split seems to fill a window", "train with a smaller model.context_size"
             )
         return torch.from_numpy(full[spread(len(full), min(count, len(full)))])
 

@@ -74,12 +74,15 @@ class CorpusProgress(Display):
         self.update(self._stages[progress.stage], completed=progress.done, total=progress.total, figures=figures)
 
 
-class SnapshotProgress(Display):
-    """Show how many snapshots are done."""
+class CountProgress(Display):
+    """Show how much of a long analysis is done, from the first call on."""
 
-    def __init__(self) -> None:
-        super().__init__(TextColumn("snapshots"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-        self._task = self.add_task("snapshots", total=None)
+    def __init__(self, unit: str) -> None:
+        super().__init__(TextColumn(unit), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        self._unit, self._task = unit, None
 
     def __call__(self, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self.add_task(self._unit, total=total)
         self.update(self._task, completed=done, total=total)
+        self.print_line(lambda: f"{self._unit} {done:,}/{total:,}")

@@ -14,6 +14,7 @@ import torch
 
 from lumiere.components.hooks import run_with_cache
 from lumiere.evaluation.scoring import share_of_top, shared_place
+from lumiere.interpret.lenses import Lens, stage_names
 from lumiere.interpret.result import Receipt, Result, one_sequence, rounding, selected, table
 from lumiere.models.transformer import Transformer
 
@@ -88,6 +89,7 @@ def logit_lens(
     sublayers: bool = False,
     target: int | None = None,
     top_k: int = 1,
+    lens: Lens | None = None,
 ) -> LogitLens:
     """Predict the next token from the residual stream before, between and after the blocks: `softmax(norm(r) W_U)`.
 
@@ -106,6 +108,7 @@ def logit_lens(
         sublayers: look between the attention and the feed-forward part of each block too, where the latter follows.
         target: the token whose probability and rank are asked for (None: at each position the next of the text).
         top_k: how many of the most probable tokens to keep.
+        lens: a fitted lens, which translates each stage first; it has no `sublayers`.
     """
     columns = list(selected(positions, len(tokens)))
     stages = stage_names(model, sublayers)
@@ -122,8 +125,9 @@ def logit_lens(
         difference = 0.0
         # One stage at a time, by the operations of the model on the same shape, so that the last stage is equal bit for
         # bit, and there are never more than a few matrices of T x Vocab.
-        for stage in stages:
-            logits_BTV = model.unembed(model.final_norm(cache[stage]))
+        for number, stage in enumerate(stages):
+            resid_BTE = cache[stage] if lens is None else lens.translate(number, cache[stage])
+            logits_BTV = model.unembed(model.final_norm(resid_BTE))
             difference = float((logits_BTV - output.logits).abs().max())
             stage_PV = log_probabilities(logits_BTV, columns)
             top = stage_PV.topk(top_k, dim=-1)
@@ -159,16 +163,6 @@ def logit_lens(
             *(Receipt(check, float(np.maximum(x.max(), 0.0)), rounding(model)) for check, x in excess.items()),
         ),
     )
-
-
-def stage_names(model: Transformer, sublayers: bool) -> list[str]:
-    """Return the hook points of the residual stream, in the order of the computation."""
-    has_mid = sublayers and model.blocks[0].hook_resid_mid is not None
-    parts = ("mid", "post") if has_mid else ("post",)
-    return [
-        "blocks.0.hook_resid_pre",
-        *(f"blocks.{layer}.hook_resid_{part}" for layer in range(model.num_layers) for part in parts),
-    ]
 
 
 def log_probabilities(logits_BTV: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lumiere.errors import CheckpointError, LumiereError, TransferError, nearest, shortened
 from lumiere.files import parse_json
-from lumiere.persistence import format_1, notes
+from lumiere.persistence import format_1, lenses, notes
 from lumiere.persistence.manifest import FILE_PATTERN, MANIFEST_NAME
 from lumiere.persistence.step_folders import FOLDER_PATTERN, NAMES, POINTERS_NAME, SNAPSHOTS, snapshot_name
 
@@ -32,6 +32,7 @@ CHECKPOINT_PATH = re.compile(
     rf"(?:{SNAPSHOTS}/)?{STEP}(?:-[0-9]{{1,9}})?|{CHECKPOINT_NAME.pattern}(?:{re.escape(format_1.SUFFIX)})?"
 )
 EVALUATION = re.compile(rf"{notes.FOLDER}/(?!\.){notes.NAME_PATTERN.pattern}{re.escape(notes.SUFFIX)}")
+LENS = re.compile(rf"{lenses.FOLDER}/{lenses.FILE_PATTERN.pattern}")
 HASH = re.compile("[0-9a-f]{64}")
 
 
@@ -117,7 +118,7 @@ def checkpoint_path(name: str) -> str | None:
 
 def is_known(name: str) -> bool:
     """Return whether a run may have a file of this name."""
-    if name in ROOT_NAMES or EVALUATION.fullmatch(name):
+    if name in ROOT_NAMES or EVALUATION.fullmatch(name) or LENS.fullmatch(name):
         return True
     path = checkpoint_path(name)
     if path is None or not CHECKPOINT_PATH.fullmatch(path):

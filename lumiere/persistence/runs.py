@@ -49,6 +49,7 @@ Each folder `run_<id>_<date>_<time>` is one training run:
 | `run.json` | status, device, versions, command |
 | `notes.json` | your tags and note |
 | `eval/` | results of `lumiere eval` |
+| `lenses/` | lenses of `lumiere inspect lens --train` |
 | `checkpoints/` | a folder of safetensors files per step; `pointers.json` says which are `best`, `latest`, `previous` |
 
 `lumiere runs ls` lists the runs. Deleting a folder deletes the run. Git ignores this folder.

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from lumiere.errors import LumiereError, RunBusyError, RunNotFoundError, TransferError
 from lumiere.files import LOCK_NAME, Disk, locked, open_file, read_file, writing
-from lumiere.persistence import notes, step_folders
+from lumiere.persistence import lenses, notes, step_folders
 from lumiere.persistence.listing import (
     CHECKPOINTS,
     LISTING_NAME,
@@ -307,7 +307,8 @@ def _other_files(run: Run) -> dict[str, Source]:
     """Return the files of a run that belong to no checkpoint."""
     found = {}
     evaluations = [f"{notes.FOLDER}/{name}" for name in _names(run.path / notes.FOLDER) if name.endswith(notes.SUFFIX)]
-    for name in (*ROOT_NAMES, *evaluations):
+    kept_lenses = [f"{lenses.FOLDER}/{name}" for name in lenses.lens_names(run)]
+    for name in (*ROOT_NAMES, *evaluations, *kept_lenses):
         path = run.path / name
         if not path.exists():
             continue

@@ -19,6 +19,7 @@ from lumiere.interpret.activations import activations
 from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, combined_attention
 from lumiere.interpret.dynamics import METRICS, Texts, follow
 from lumiere.interpret.head_scores import composition_scores, repeated_tokens, score_heads
+from lumiere.interpret.lenses import compare_lenses, plain_lens
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.model_diff import ModelDiff, diff_models
@@ -56,6 +57,7 @@ ANALYSES: Mapping[str, Analysis] = {
     **{f"ablate {mode}": lambda model, mode=mode: ablate(model, BATCHES, "head", mode) for mode in MODES},
     "neurons": lambda model: neuron_examples(model, BATCHES, 5),
     "token map": lambda model: token_map(model, range(3, 60)),
+    "lenses": lambda model: compare_lenses(model, torch.tensor([TOKENS] * 2), {"J": plain_lens(model, "jacobian")}),
     "saliency": lambda model: saliency(model, TOKENS, BASELINES, 7, 71, 9),
     "summary": lambda model: summarize(model, BATCHES, np.ones(320)),
     "diff": lambda model: diff_models(model, nudged(model), BATCHES),

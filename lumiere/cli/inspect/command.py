@@ -152,7 +152,7 @@ def run_analysis(
     show: "Callable[[Analysis[Any]], None]",
 ) -> None:
     """Open, compute, verify, write or print; exit with 3 if a check fails."""
-    from lumiere.cli.progress import SnapshotProgress
+    from lumiere.cli.progress import CountProgress
     from lumiere.report.results import check_export, payload
 
     output = common["output"]
@@ -162,7 +162,7 @@ def run_analysis(
     text = {name: common[name] for name in TEXT_OPTIONS if name in common}
     drawn = {"seed": common["seed"], "verify": common["verify"]}
     if "progress" in inspect.signature(method).parameters:
-        with SnapshotProgress() as progress:
+        with CountProgress("snapshots" if method.__name__ == "dynamics" else "steps") as progress:
             found = method(run.inspect, *others, **own, **text, **drawn, progress=progress)
     else:
         found = method(run.inspect, *others, **own, **text, **drawn)

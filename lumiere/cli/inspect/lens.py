@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from lumiere.api.inspection import STATISTICS, Inspect
+from lumiere.api.inspection import Inspect
+from lumiere.api.lenses import LENSES, STATISTICS, TRAINED
 from lumiere.api.target import parse_token
 from lumiere.cli.console import color_support, show_note, stdout
 from lumiere.cli.inspect.command import Positions, TopK, analysis, show_wrapped
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from lumiere.api.analysis import Analysis
+    from lumiere.interpret.lenses import LensComparison
     from lumiere.interpret.logit_lens import LogitLens
 
 MIN_CELL, MAX_CELL = 7, 12
@@ -25,16 +27,70 @@ Target = Annotated[
 ]
 
 
-@analysis(Inspect.lens, stat=Statistic, sublayers=Sublayers, target=Target, pos=Positions, top_k=TopK)
-def lens(found: "Analysis[LogitLens]", stat: Statistic = "top", target: Target = None) -> None:
+Kind = Annotated[str, Option("--lens", metavar="NAME", help=f"The lens: {', '.join(LENSES)}.")]
+Train = Annotated[
+    str | None,
+    Option(
+        "--train",
+        metavar="NAME",
+        help=f"Train this lens ({' or '.join(TRAINED)}) on the training split or --file, and keep it with the run.",
+    ),
+]
+Compare = Annotated[bool, Option("--compare", help="Compare the lenses kept with the run on held-out text.")]
+Steps = Annotated[int, Option(metavar="N", min=1, help="Steps of training a tuned lens, at most.")]
+Texts = Annotated[
+    int | None, Option(metavar="N", min=1, help="Texts to fit to. \\[default: 4096, or 100 for jacobian]")
+]
+
+
+@analysis(
+    Inspect.lens,
+    stat=Statistic,
+    sublayers=Sublayers,
+    target=Target,
+    pos=Positions,
+    top_k=TopK,
+    lens=Kind,
+    train=Train,
+    compare=Compare,
+    steps=Steps,
+    texts=Texts,
+)
+def lens(found: "Analysis[LogitLens | LensComparison]", stat: Statistic = "top", target: Target = None) -> None:
     """What would the model predict if it stopped early? The logit lens: rows are tokens, columns layers.
 
     The first column often repeats the input token, since the unembedding is tied to the embedding. --top-k is for
-    --json and -o.
+    --json and -o. --train fits a lens to this checkpoint, which --lens then reads with.
     """
+    from lumiere.interpret.lenses import LensComparison
+
+    if isinstance(found.result, LensComparison):
+        show_comparison(found.result)
+        return
     label = found.target.label
     words = None if target is None else label(parse_token(target, found.target.opened.tokenizer))
     show_lens(found.result, stat, label, words)
+
+
+def show_comparison(result: "LensComparison") -> None:
+    """Print a table for each statistic: a line a stage, a column a lens."""
+    from rich.text import Text
+
+    from lumiere.report.figures.heat_maps import stage_name
+
+    width = max(map(len, (*result.lenses, "tuned"))) + 2
+    parts = (
+        ("KL(final || lens) in nats", result.divergences, ".3f"),
+        ("share of tokens with the model's top token on top", result.agreements, ".1%"),
+        ("mean number of tokens above the model's top token", result.ranks, ",.1f"),
+    )
+    for title, values, form in parts:
+        stdout().print(title)
+        stdout().print(Text(" " * 8 + "".join(f"{name:>{width}}" for name in result.lenses), style="dim"))
+        for stage, name in enumerate(result.stages):
+            numbers = "".join(f"{value:>{width}{form}}" for value in values[:, stage])
+            stdout().print(f"{stage_name(name):>8}{numbers}")
+        stdout().print()
 
 
 def show_lens(result: "LogitLens", stat: str, label: Callable[[int], str], target: str | None) -> None:

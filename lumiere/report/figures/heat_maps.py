@@ -201,12 +201,20 @@ def draw_attention(result: AttentionPatterns | CombinedAttention, label: Label) 
     return Picture(figure, title, caption)
 
 
-def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None) -> Picture:
+LENSES = {
+    "logit": ("Logit lens (nostalgebraist 2020)", ""),
+    "tuned": ("Tuned lens (Belrose et al. 2023)", ", after an affine map that was trained for it"),
+    "jacobian": ("Jacobian lens (Gurnee et al. 2026)", ", after the mean Jacobian from there to the last stage"),
+}
+
+
+def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None, lens: str = "logit") -> Picture:
     """Draw what each stage predicts after each token, and how far it is from the model's output.
 
     Args:
         stat: top, probability, rank, entropy or kl.
         target: printable form of the token asked for. Default: the next token of the text.
+        lens: logit, tuned or jacobian.
     """
     asked = f"of {target}" if target is not None else "of the next token"
     values, name, low, high = {
@@ -230,11 +238,12 @@ def draw_lens(result: LogitLens, stat: str, label: Label, target: str | None) ->
         style_text(axes.yaxis.label)
     add_scale(figure, image, axes, name)
     words = "; the text is that token" if stat == "top" else ""
+    title, translated = LENSES[lens]
     caption = (
-        "Logit lens (nostalgebraist 2020): each column applies the final norm and the unembedding to the residual "
-        f"stream at that stage. Color: {name}{words}. The last column is the model's output."
+        f"{title}: each column applies the final norm and the unembedding to the residual stream at that stage"
+        f"{translated}. Color: {name}{words}. The last column is the model's output."
     )
-    return Picture(figure, "Logit lens", caption)
+    return Picture(figure, title.partition(" (")[0], caption)
 
 
 def stage_name(stage: str) -> str:

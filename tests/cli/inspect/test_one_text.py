@@ -1,6 +1,7 @@
 """Analyses of one text: `attention`, `lens`, `logits`, `tokens` and `cache`."""
 
 import json
+import shutil
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -17,7 +18,7 @@ from lumiere.data.dataset import TokenizedCorpus
 from lumiere.evaluation.ngrams import BigramModel
 from lumiere.persistence.runs import Run
 from lumiere.report.figures.heat_maps import stage_name
-from tests.cli.commands import invoke
+from tests.cli.commands import invoke, refuse
 from tests.cli.inspect.commands import printed, shown, words
 
 PROMPT = ("--prompt", "One day a")
@@ -268,3 +269,22 @@ def test_cache_saves_the_values_by_name(trained_run: Run) -> None:
         _, cache = run_with_cache(trained_run.load_model("best"), torch.tensor([about["token_ids"]]))
     assert list(values) == [name for name in cache if name.startswith("blocks.0.")] == about["names"]
     assert all(np.array_equal(value, cache[name][0].numpy()) for name, value in values.items())
+
+
+def test_a_lens_is_trained_kept_and_read(trained_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained_run.path, tmp_path / "runs" / trained_run.name)
+    monkeypatch.setenv("LUMIERE_RUNS_DIR", str(tmp_path / "runs"))
+    tuned = shown("lens", "--train", "tuned", "--steps", "10", "--texts", "50")
+    assert tuned["lenses"] == ["logit", "bias only", "tuned"]
+    assert np.mean(tuned["divergences"][2]) < np.mean(tuned["divergences"][0])
+    both = shown("lens", "--train", "jacobian", "--texts", "2")
+    assert both["lenses"] == ["logit", "tuned", "jacobian"]
+    assert both["divergences"][1] == tuned["divergences"][2]
+    assert "KL(final || lens)" in words("lens", "--compare", "-o", "lenses.svg")
+    plain, read = shown("lens", "--prompt", "One day"), shown("lens", "--prompt", "One day", "--lens", "tuned")
+    assert read["entropies"][-1] == plain["entropies"][-1]
+    assert read["entropies"][0] != plain["entropies"][0]
+    assert "step" in refuse("inspect", "lens", "--lens", "tuned", "--checkpoint", "previous")[0]
+    invoke("inspect", "lens", "--prompt", "One day", "--lens", "jacobian", "-o", "lens.svg")
+    Path("text.txt").write_text("One day a fox met a bear. " * 60)
+    assert "text.txt" in shown("lens", "--train", "tuned", "--steps", "1", "--file", "text.txt")["source"]
