@@ -30,6 +30,7 @@ QUICK = {
     "lens": ("--prompt=One day a",),
     "logits": ("--prompt=One day a", "--by=head"),
     "ablate": ("--batches=2", "--batch-size=3"),
+    "steer": ("--token=e", "--batches=1", "--batch-size=2", "--prompt=One day a"),
     "tokens": ("--val=1",),
     "cache": ("--prompt=Once upon",),
     "dynamics": ("--metric=induction", "--metric=validation-loss", "--metric=norm", "--every=3"),
