@@ -75,8 +75,8 @@ test-slow: .venv/.installed-test
 	.venv-lowest/bin/python $(INSTALL) constraints-lowest.txt --editable '.[test]'
 	@touch $@
 
-test-lowest: .venv-lowest/.installed-test  ## run the fast tests with every dependency at its lower bound
-	.venv-lowest/bin/pytest -q -n 2 -m "not slow"
+test-lowest: .venv-lowest/.installed-test  ## run the fast tests with every dependency at its lower bound, and more examples
+	HYPOTHESIS_PROFILE=thorough .venv-lowest/bin/pytest -q -n 2 -m "not slow"
 
 # Both files omit torch and the packages of its CUDA builds, because its build depends on the machine.
 LOCK := uv pip compile --quiet --no-header --no-annotate pyproject.toml

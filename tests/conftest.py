@@ -17,8 +17,9 @@ from lumiere.training.run import start
 from lumiere.training.setup import set_up
 
 # A busy machine must not fail a property test.
-settings.register_profile("lumiere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("lumiere")
+settings.register_profile("quick", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=100)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 TINY = {
     "model": {

@@ -17,8 +17,7 @@ from lumiere.errors import LumiereError
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(TARGETS)
-quick = settings(
-    max_examples=40,
+derandomized = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -38,14 +37,14 @@ def test_valid_files_are_accepted(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.binary(max_size=300))
-@quick
+@derandomized
 def test_any_bytes(name: str, tmp_path: Path, data: bytes) -> None:
     run_input(TARGETS[name], tmp_path, data)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(draw=st.randoms(use_true_random=False), count=st.integers(1, 3))
-@quick
+@derandomized
 def test_any_change_of_a_value(name: str, tmp_path: Path, draw: random.Random, count: int) -> None:
     data = draw.choice([seed for seed in seeds(name) if fuzz.can_mutate(TARGETS[name], seed)])
     with contextlib.suppress(Exception):  # nothing may be left of the structure
@@ -56,7 +55,7 @@ def test_any_change_of_a_value(name: str, tmp_path: Path, draw: random.Random, c
 
 @pytest.mark.parametrize("name", NAMES)
 @given(place=st.floats(0, 1), bits=st.integers(1, 255), insert=st.binary(max_size=3), cut=st.integers(0, 3))
-@quick
+@derandomized
 def test_any_change_of_some_bytes(name: str, tmp_path: Path, place: float, bits: int, insert: bytes, cut: int) -> None:
     for seed in seeds(name):
         data = bytearray(seed or b"{}")

@@ -139,6 +139,7 @@ class OpenedRun:
         stop: Sequence[str] = (),
         seed: int | None = None,
         temperature: float = DEFAULT_TEMPERATURE,
+        names: str | Sequence[str] | None = None,
         **controls: Any,
     ) -> "Generated":
         """Continue a text; without one, start a new document.
@@ -147,6 +148,7 @@ class OpenedRun:
             stop: Texts to stop before.
             seed: Gives the same text again. Default: a new one.
             temperature: Divides the logits; 0 is greedy.
+            names: Activations to keep, such as `blocks.*.hook_resid_post`, as `activations` of the result.
             controls: `top_k`, `top_p`, `min_p`, `typical_p`, `repetition_penalty` and `no_repeat_ngram_size`, as in
                 `lumiere.generation.sampling.Sampling`.
 
@@ -158,7 +160,7 @@ class OpenedRun:
         from lumiere.generation.sampling import Sampling
 
         sampling = Sampling(temperature, **controls)
-        return write(self.opened, prompt, sampling, Limits(max_new_tokens, tuple(stop), 0), seed)
+        return write(self.opened, prompt, sampling, Limits(max_new_tokens, tuple(stop), 0), seed, names)
 
     def evaluate(
         self,

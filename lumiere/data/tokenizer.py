@@ -249,7 +249,7 @@ def not_a_character() -> LumiereError:
 
 
 def run_in_thread(work: Callable[[], None], wait: Callable[[], None]) -> None:
-    """Call `work` in a thread, and `wait` several times per second until it is done.
+    """Call `work` in a thread, and `wait` several times per second and once after it.
 
     An interrupt raises here at once, although the library never checks for one; the thread ends with the process.
     """
@@ -263,8 +263,10 @@ def run_in_thread(work: Callable[[], None], wait: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while thread.is_alive():
+    is_done = False
+    while not is_done:
         thread.join(SECONDS_BETWEEN_CALLS)
+        is_done = not thread.is_alive()
         wait()
     if errors:
         raise errors[0]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,16 @@ def test_a_generated_text_is_that_of_the_generator(trained_run: Run, run: lumier
     assert run.generate(temperature=0, max_new_tokens=2).seed is None
     again = run.generate("Once", max_new_tokens=6)
     assert run.generate("Once", max_new_tokens=6, seed=again.seed).text == again.text
+
+
+def test_activations_of_a_generated_text_are_those_of_a_forward_pass(run: lumiere.OpenedRun) -> None:
+    found = run.generate("Once", max_new_tokens=8, seed=3, names=["*.hook_resid_post", "*.hook_pattern"])
+    assert found.text == run.generate("Once", max_new_tokens=8, seed=3).text
+    expected = run.inspect.cache(found.read, names=["*.hook_resid_post", "*.hook_pattern"]).values
+    assert found.activations.keys() == expected.keys()
+    for name, activation in found.activations.items():
+        np.testing.assert_allclose(activation, expected[name], atol=1e-4)
+    assert run.generate("Once", max_new_tokens=1).activations == {}
 
 
 def test_an_evaluation_is_the_one_that_training_recorded(trained_run: Run, run: lumiere.OpenedRun) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lumiere.data.batches import feistel, permute
@@ -34,7 +34,6 @@ def test_every_size_is_permuted() -> None:
         assert np.array_equal(np.sort(images), np.arange(size))
 
 
-@settings(max_examples=30)
 @given(st.integers(1, 2**62), st.text(max_size=5), st.data())
 def test_the_image_of_an_index_does_not_depend_on_the_others(size: int, key: str, data: st.DataObject) -> None:
     indices = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=8, unique=True)))

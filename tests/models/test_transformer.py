@@ -239,7 +239,13 @@ def test_other_arguments_that_do_not_fit() -> None:
             make_model(**wrong)
 
 
-@VARIANT
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, id=name, marks=[pytest.mark.slow] * (name != "gpt neox"))
+        for name, variant in VARIANTS.items()
+    ],
+)
 def test_the_forward_pass_compiles_whole_and_takes_int32(variant: Variant) -> None:
     torch._dynamo.reset()  # or each variant would count as a recompilation of the same code
     model, tokens_BT = make_model(**variant), random_tokens(2, 9)

@@ -199,7 +199,7 @@ def test_a_reference_never_reaches_outside_the_runs_directory(store: RunStore, t
 
 
 @given(reference=st.text())
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_gives_a_run_or_one_printable_line(store: RunStore, reference: str) -> None:
     if not store.all():
         make(store, CARD_NAME)

@@ -58,7 +58,15 @@ def states_of_a_save(run: Run, names: str | list[str], step: int, shards: bool, 
     return states
 
 
-@pytest.mark.parametrize(("shards", "damaged"), [(False, None), (True, None), (False, "latest"), (False, "previous")])
+@pytest.mark.parametrize(
+    ("shards", "damaged"),
+    [
+        pytest.param(False, None, marks=pytest.mark.slow),
+        (True, None),
+        pytest.param(False, "latest", marks=pytest.mark.slow),
+        pytest.param(False, "previous", marks=pytest.mark.slow),
+    ],
+)
 def test_a_kill_at_any_instant_of_a_save_loses_no_checkpoint(
     run: Run, tmp_path: Path, shards: bool, damaged: str | None
 ) -> None:
@@ -92,6 +100,7 @@ def test_a_kill_at_any_instant_of_a_save_loses_no_checkpoint(
     assert (seen[0], seen[-1]) == (newest, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True], ids=["files", "shards"])
 def test_a_save_that_fails_anywhere_leaves_the_checkpoints_and_the_next_one_works(run: Run, shards: bool) -> None:
     save(run, ["best", "latest"], 1)
@@ -261,6 +270,7 @@ def loaded_steps(run: Run) -> dict[str, int]:
     return {name: manager.load(run, name).step for name in manager.names(run)}
 
 
+@pytest.mark.slow
 def test_saves_take_over_a_run_of_format_1_without_a_loss(old_run: Run, tmp_path: Path) -> None:
     before = loaded_steps(old_run)
     states = states_of_a_save(old_run, "latest", 99, False, tmp_path / "states")

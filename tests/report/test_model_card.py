@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -205,7 +205,6 @@ def test_text_from_files_breaks_nothing() -> None:
     assert "x|y `z` ``q``\\n---\\n# Heading\\n&lt;script&gt;$(id)" in html
 
 
-@settings(max_examples=40)
 @given(name=st.text())
 def test_no_name_ends_the_header(name: str) -> None:
     dataset = FACTS.config.dataset.model_copy(update={"name": name, "subset": name + " ---\n---\n" * 20})
@@ -228,7 +227,6 @@ json_values = st.recursive(
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
 @given(damaged=st.dictionaries(st.sampled_from([*RECORD, "best_evaluation"]), json_values), split=json_values)
 def test_a_damaged_record_crashes_nothing(damaged: dict[str, Any], split: Any) -> None:
     counts = {"train": split, "validation": COUNTS | {"num_tokens": split}}

@@ -58,6 +58,34 @@ TEXT_OPTIONS = {
     "val": text_option(int, "val", "N", "Window of the validation split, from 0.", min=0),
     "random": text_option(int, "random", "S", "S random tokens, repeated once.", min=1),
 }
+CONTRAST_OPTIONS = {
+    "corrupt": Annotated[
+        str | None, Option(metavar="TEXT", help="The prompt without the behavior: as many tokens as --prompt.")
+    ],
+    "target": Annotated[
+        str | None,
+        Option(metavar="TOKEN", help="Token to predict. \\[default: the most probable after the clean prompt]"),
+    ],
+    "vs": Annotated[
+        str | None,
+        Option(metavar="TOKEN", help="Token to compare it with. \\[default: the most probable after the corrupt one]"),
+    ],
+    "pairs": Annotated[
+        Path | None,
+        Option(metavar="FILE", help='Prompts, one JSON object a line: {"clean", "corrupt", "target", "vs", "group"}.'),
+    ],
+}
+"""Types of the options of `lumiere.api.pairs.read_pairs`."""
+MetricName = Annotated[
+    str | None,
+    Option(
+        "--metric",
+        "-m",
+        metavar="NAME",
+        help="logit-difference, log-probability, loss, probability or kl. "
+        "\\[default: logit-difference; without --vs, log-probability]",
+    ),
+]
 MAX_TOKENS = {"max_tokens": (MaxTokens, None)}
 COMMON_OPTIONS = {
     "seed": (Seed, 0),
