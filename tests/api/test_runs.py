@@ -162,8 +162,27 @@ def test_an_interrupt_saves_and_is_raised(tiny_config: RunConfig) -> None:
 
     with pytest.raises(KeyboardInterrupt, match="lumiere train --resume"):
         lumiere.train(tiny_config, callbacks=[interrupt])
-    assert lumiere.open("latest").step == 2
-    assert lumiere.open("latest").record.status == "interrupted"
+    interrupted = lumiere.open("latest")
+    assert (interrupted.step, interrupted.record.status) == (2, "interrupted")
+    steps: list[int] = []
+    resumed = interrupted.resume(callbacks=[lambda event: steps.append(event.step)])
+    assert (resumed.record.status, min(steps)) == ("finished", 2)
+    whole = lumiere.train(tiny_config)
+    assert resumed.at("latest").step == whole.at("latest").step
+    first, second = (run.at("latest").model.parameters() for run in (resumed, whole))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_a_finished_run_is_resumed_only_to_extend_it(tiny_config: RunConfig) -> None:
+    run = lumiere.train(tiny_config, {"training.schedule": "constant"}, max_steps=2)
+    assert (run.resume().step, len(run.record.resumes)) == (2, 0)
+    longer = run.resume(max_steps=3)
+    assert (longer.at("latest").step, longer.config.training.max_steps) == (3, 3)
+    with pytest.raises(lumiere.LumiereError, match="seed"):
+        run.resume(seed=5)
+    run.run.update(status="imported")
+    with pytest.raises(lumiere.LumiereError):
+        run.resume()
 
 
 def test_importing_lumiere_loads_nothing() -> None:
