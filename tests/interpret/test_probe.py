@@ -34,10 +34,8 @@ def texts(seed: int = 0) -> list[list[int]]:
     return [[0, *random.integers(3, 23, size=random.integers(7, 12)).tolist()] for _ in range(NUM_TEXTS)]
 
 
-def labelled(labels: list[list[int]], **changes: Any) -> Labelled:
-    rows = texts()
-    given: dict[str, Any] = {"documents": list(range(NUM_TEXTS)), "types": rows, "classes": ("no", "yes")}
-    return Labelled(**({"sequences": rows, "labels": labels} | given | changes))
+def labelled(labels: list[list[int]], classes: tuple[str, ...] = ("no", "yes")) -> Labelled:
+    return Labelled(texts(), labels, texts(), range(NUM_TEXTS), classes)
 
 
 @pytest.fixture(scope="module")
