@@ -33,10 +33,10 @@ def test_the_direction_of_a_probe_steers(run: Run) -> None:
 
 
 def test_properties_of_tokens(run: Run) -> None:
-    assert len(probe("--property=previous-token", "--classes=2", "--windows=12")["classes"]) == 2
+    assert len(probe("--property=previous-token", "--classes=2", "--windows=30")["classes"]) == 2
     found = probe("--property=next-token", "--regex=^ ")
     assert found["subject"] == "next token matches ^ "
-    assert probe("--property=position", "--windows=12")["classes"][0] == "0-1"
+    assert probe("--property=position", "--windows=30")["classes"][0] == "0-1"
 
 
 def test_labels_of_a_file(run: Run, tmp_path: Path) -> None:
