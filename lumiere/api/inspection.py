@@ -13,6 +13,8 @@ from lumiere.api import comparison, snapshots
 from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.attributions import Attributions
 from lumiere.api.causes import BATCH_SIZE, Causes
+from lumiere.api.directions import Directions
+from lumiere.api.interchanges import Interchanges
 from lumiere.api.lenses import Lenses
 from lumiere.api.options import Options, Prompt
 from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_token
@@ -39,7 +41,7 @@ KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 """Those of `lumiere.interpret.attention`, whose import would load torch."""
 
 
-class Inspect(Lenses, Attributions, Causes):
+class Inspect(Interchanges, Lenses, Attributions, Causes, Directions):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.

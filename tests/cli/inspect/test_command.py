@@ -23,7 +23,8 @@ from lumiere.persistence.tensor_files import hash_tensors
 from tests.cli.commands import invoke, refuse, stdout_of
 from tests.cli.inspect.commands import printed, shown
 
-# Options for a quick run. `report` is a page of all of them and has its own tests.
+README = Path(__file__).parents[3] / "README.md"
+# Options for a quick run. `report` is a page of all of them and has its own tests, as has `interchange`.
 QUICK = {
     "attention": ("--prompt=One day a fox",),
     "heads": (),
@@ -31,6 +32,8 @@ QUICK = {
     "logits": ("--prompt=One day a", "--by=head"),
     "ablate": ("--batches=2", "--batch-size=3"),
     "saliency": ("--prompt=One day a fox", "--steps=20"),
+    "probe": (f"--file={README}", "--regex=e", "--windows=40", "--layer=0"),
+    "steer": ("--token=e", "--batches=1", "--batch-size=2", "--prompt=One day a"),
     "tokens": ("--val=1",),
     "cache": ("--prompt=Once upon",),
     "dynamics": ("--metric=induction", "--metric=validation-loss", "--metric=norm", "--every=3"),
@@ -240,7 +243,7 @@ def test_the_tables_of_light_modules_are_those_of_the_library() -> None:
     commands: Any = typer.main.get_command(inspect_app)
     assert {option.name: option.default for option in commands.commands["heads"].params}["threshold"] == THRESHOLD
     names = [command.__name__ for command in ENTRIES]
-    assert sorted(commands.commands) == sorted(names) == sorted([*QUICK, "report"])
+    assert sorted(commands.commands) == sorted(names) == sorted([*QUICK, "report", "interchange"])
 
 
 def test_without_a_command_all_are_listed_with_their_questions() -> None:

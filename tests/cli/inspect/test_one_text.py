@@ -288,3 +288,26 @@ def test_a_lens_is_trained_kept_and_read(trained_run: Run, tmp_path: Path, monke
     invoke("inspect", "lens", "--prompt", "One day", "--lens", "jacobian", "-o", "lens.svg")
     Path("text.txt").write_text("One day a fox met a bear. " * 60)
     assert "text.txt" in shown("lens", "--train", "tuned", "--steps", "1", "--file", "text.txt")["source"]
+
+
+def test_interchange_reads_pairs_and_refuses_what_is_none() -> None:
+    pairs = [{"base": f"One {a}", "source": f"One {b}", "label": b} for a in "abc" for b in "abc"]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options = ("interchange", "--pairs", "pairs.jsonl", "--steps", "2", "--seeds", "2")
+    found = shown(*options, "--verify", "-o", "out.svg")
+    assert np.shape(found["accuracies"]) == (7, 2)
+    assert (found["num_fitted"], found["num_tested"], len(found["answers"])) == (4, 5, 3)
+    assert "difference of means" in words(*options)
+    for line, named in {
+        "{": "JSON",
+        "[]": "no pair",
+        '{"base": "a", "source": "b", "labl": "c"}': "did you mean label",
+        '{"base": "a", "source": "b"}': "label",
+        '{"base": "a", "source": "b", "label": "zqx"}': "3 tokens",
+        '{"base": "a", "source": "b b b", "label": "a"}': "one length",
+    }.items():
+        Path("bad.jsonl").write_text(line + "\n")
+        assert named in " ".join(refuse("inspect", "interchange", "--pairs", "bad.jsonl"))
+    Path("few.jsonl").write_text(json.dumps(pairs[0]) + "\n")
+    assert "1 pairs" in refuse("inspect", "interchange", "--pairs", "few.jsonl")[0]
+    assert "--rank 99" in refuse("inspect", *options, "--rank", "99")[0]
