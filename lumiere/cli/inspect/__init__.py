@@ -15,6 +15,7 @@ from lumiere.cli.inspect.report import report
 from lumiere.cli.inspect.saliency import saliency
 from lumiere.cli.inspect.summary import summary
 from lumiere.cli.inspect.tokens import tokens
+from lumiere.cli.inspect.weights import weights
 from lumiere.cli.usage import Commands
 
 # What a result shows and what it does not; seconds on the card's model after loading, on two cores (docs/inspect.md).
@@ -22,6 +23,7 @@ ENTRIES = {
     summary: ("what the weights are and what looks broken, not how they are used", "1.3 s"),
     attention: ("where information is read from, not what it does there", "0.1 s"),
     heads: ("a pattern on one kind of text: evidence for a role, no proof", "0.4 s"),
+    weights: ("what a head can read and write, not what it does on a text", "0.2 s"),
     lens: ("what the output vocabulary can read early, not all the model knows", "0.1 s"),
     logits: ("exact direct effects on a logit, not effects through later parts", "0.1 s"),
     ablate: ("a causal effect, unless other parts compensate for the missing one", "7 s"),
