@@ -31,6 +31,7 @@ QUICK = {
     "logits": ("--prompt=One day a", "--by=head"),
     "ablate": ("--batches=2", "--batch-size=3"),
     "saliency": ("--prompt=One day a fox", "--steps=20"),
+    "steer": ("--token=e", "--batches=1", "--batch-size=2", "--prompt=One day a"),
     "tokens": ("--val=1",),
     "cache": ("--prompt=Once upon",),
     "dynamics": ("--metric=induction", "--metric=validation-loss", "--metric=norm", "--every=3"),
