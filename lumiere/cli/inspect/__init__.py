@@ -6,6 +6,7 @@ from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.ablate import ablate
 from lumiere.cli.inspect.attention import attention
 from lumiere.cli.inspect.cache import cache
+from lumiere.cli.inspect.claims import claims
 from lumiere.cli.inspect.diff import diff
 from lumiere.cli.inspect.dynamics import dynamics
 from lumiere.cli.inspect.heads import heads
@@ -34,6 +35,7 @@ ENTRIES = {
     cache: ("nothing by itself: activations for your own analysis", "0.1 s"),
     dynamics: ("when something appeared and what appeared with it, not why", "seconds"),
     diff: ("how two models differ on this text and in their weights", "2 s"),
+    claims: ("whether statements hold for this model, with intervals", "seconds"),
     report: ("all of these on one page, each with its limits", "10 s"),
 }
 

@@ -23,7 +23,7 @@ from lumiere.persistence.tensor_files import hash_tensors
 from tests.cli.commands import invoke, refuse, stdout_of
 from tests.cli.inspect.commands import printed, shown
 
-# Options for a quick run. `report` is a page of all of them and has its own tests.
+# Options for a quick run. `report` is a page of all of them, `claims` reads a file; both have their own tests.
 QUICK = {
     "attention": ("--prompt=One day a fox",),
     "heads": (),
@@ -236,7 +236,7 @@ def test_the_tables_of_light_modules_are_those_of_the_library() -> None:
     commands: Any = typer.main.get_command(inspect_app)
     assert {option.name: option.default for option in commands.commands["heads"].params}["threshold"] == THRESHOLD
     names = [command.__name__ for command in ENTRIES]
-    assert sorted(commands.commands) == sorted(names) == sorted([*QUICK, "report"])
+    assert sorted(commands.commands) == sorted(names) == sorted([*QUICK, "report", "claims"])
 
 
 def test_without_a_command_all_are_listed_with_their_questions() -> None:
