@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MAX_HEADS = 8
 """Heads that are printed where none are chosen; -o FILE has all."""
-SHOWN_VALUES = 6
+WIDTH = 80
 NAMES = {"q": "Q", "k": "K", "v": "V"}
 
 Directions = Annotated[int, Option(metavar="N", min=1, help="Singular directions with tokens.")]
@@ -65,10 +65,10 @@ def show_circuits(found: "Analysis[HeadWeights]") -> None:
         name = f"L{result.layers[row]}H{result.heads[h]}"
         for c, circuit in enumerate(result.circuits):
             norm, rank = result.norms[row, h, c], result.effective_ranks[row, h, c]
-            stdout().print(
-                f"[bold]{name} {circuit.upper()}[/]  norm {norm:.2f}, effective rank {rank:.1f}; "
-                f"singular values {values_line(result, row, h, c)}"
-            )
+            heading = f"{name} {circuit.upper()}"
+            facts = f"  norm {norm:.2f}, effective rank {rank:.1f}; singular values"
+            values = values_line(result, row, h, c, WIDTH - len(heading + facts))
+            stdout().print(f"[bold]{heading}[/]{facts}{values}")
             for d in range(result.tokens.shape[3]):
                 if result.tokens[row, h, c, d, 0, 0] == NO_TOKEN:
                     continue
@@ -93,21 +93,24 @@ def show_circuits(found: "Analysis[HeadWeights]") -> None:
     )
 
 
-def values_line(result: "HeadWeights", layer: int, head: int, circuit: int) -> str:
-    """Return the first singular values, with ≈ between those of a group."""
+def values_line(result: "HeadWeights", layer: int, head: int, circuit: int, room: int) -> str:
+    """Return the first singular values, as many as fit, with ≈ between those of a group."""
     values, groups = (part[layer, head, circuit] for part in (result.singular_values, result.groups))
-    shown = [number for number in range(len(values)) if values[number] == values[number]][:SHOWN_VALUES]
-    return "".join(
-        ("" if not number else "≈" if groups[number] == groups[number - 1] else " ") + f"{values[number]:.2f}"
-        for number in shown
-    )
+    line = ""
+    for number in range(len(values)):
+        joint = "≈" if number and groups[number] == groups[number - 1] else " "
+        text = f"{joint}{values[number]:.2f}"
+        if values[number] != values[number] or len(line + text) > room:
+            break
+        line += text
+    return line
 
 
 def fitting(start: str, tokens: list[str], reserved: int) -> str:
     """Return as many tokens as fit a line of 80 columns after its start."""
     line = start
     for token in tokens:
-        if len(line) + len(token) + 1 > 80 - reserved:
+        if len(line) + len(token) + 1 > WIDTH - reserved:
             break
         line += f" {token}"
     return escape(line)
