@@ -181,6 +181,22 @@ def mutate_config(data: bytes, draw: random.Random) -> bytes:
     )
 
 
+# Claims
+
+
+def read_claims(folder: Path) -> None:
+    from lumiere.api.claim_files import read_claims
+
+    file = read_claims(folder / "claims.yaml")
+    for claim in file.claims:
+        check_printable(str(claim))
+
+
+def claim_seeds() -> list[bytes]:
+    story = Path(__file__).parents[1] / "configs" / "claims" / "story.yaml"
+    return [story.read_bytes()]
+
+
 # Checkpoints
 
 
@@ -510,6 +526,7 @@ def listing_seeds() -> list[bytes]:
 
 TARGETS = {
     "config": Target(config_file, read_config, config_seeds, mutate_config),
+    "claims": Target(lambda data: "claims.yaml", read_claims, claim_seeds, mutate_config),
     "checkpoint": Target(lambda data: "best.safetensors", read_checkpoint, checkpoint_seeds, mutate_checkpoint),
     "shards": Target(
         lambda data: "best/checkpoint.json", read_shards, lambda: [shards()["checkpoint.json"]], mutate_manifest

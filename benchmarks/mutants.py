@@ -182,6 +182,10 @@ MUTATIONS = [Mutation(*row) for row in (
     ("mean-ablation", "interpret/ablation", "means.get(layer, 0.0)", "0.0", "interpret/test_ablation"),
     ("induction", "interpret/head_scores", "[torch.zeros_like(same_NTS[..., :1]), same_NTS[..., :-1]]",
      "[same_NTS[..., 1:], torch.zeros_like(same_NTS[..., :1])]", "interpret/test_head_scores"),
+    ("claims-interval", "interpret/claims", "if low >= self.low and high <= self.high:",
+     "if high >= self.low and low <= self.high:", "interpret/test_claims"),
+    ("singular-groups", "interpret/head_weights", "<= CLOSE * values[..., 1:]", "<= values[..., 1:]",
+     "interpret/test_head_weights"),
     ("head-sums", "interpret/logit_attribution", '(activations[f"{name}attn.hook_z"][positions] * direction_PHV)',
      '(activations[f"{name}attn.hook_v"][positions] * direction_PHV)', "interpret/test_logit_attribution"),
     # The command line

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from lumiere.config.loader import read_config
 from lumiere.config.schema import read_integer, read_number
-from lumiere.errors import LumiereError, quoted
+from lumiere.errors import LumiereError, printable, quoted
 
 HEAD = re.compile(r"L(\d+)H(\d+)")
 Head = Annotated[str, Field(pattern=rf"^{HEAD.pattern}$")]
@@ -189,7 +189,7 @@ def problem(path: str | Path, values: dict[str, Any], error: ValidationError) ->
         place = [f"claim {name or int(place[1]) + 1}", *rest]
     where = f" at {quoted('.'.join(place))}" if place else ""
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{quoted(path)} is no file of claims: {message[:1].lower()}{message[1:]}{where}"
+    return printable(f"{quoted(path)} is no file of claims: {message[:1].lower()}{message[1:]}{where}")
 
 
 def place_of(head: str) -> tuple[int, int]:
