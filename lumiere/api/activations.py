@@ -30,8 +30,8 @@ class SplitActivations(RunAnalyses):
         dtype: str = "float32",
         kind: str = "safetensors",
         shard_mb: int = SHARD_MB,
-        planned: "Callable[[Plan], None]" = lambda plan: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        announce: "Callable[[Plan, int], None]" = lambda planned, done: None,
     ) -> "ActivationDataset":
         """Write the activations of a whole split to a folder, shard by shard; the same call resumes it.
 
@@ -41,8 +41,8 @@ class SplitActivations(RunAnalyses):
             dtype: `float32` or `float16`.
             kind: `safetensors`, which `lumiere.open_activations` reads, or `parquet`, for `datasets`.
             shard_mb: Size of a shard, which is held in memory.
-            planned: Called with what will be written, before anything is.
             progress: Called with the number of shards done, and of all.
+            announce: Called with the plan and the number of shards that are there, before anything is written.
 
         Raises:
             LumiereError: There is no such split or activation, the folder holds other data, or the disk has no room.
@@ -57,8 +57,7 @@ class SplitActivations(RunAnalyses):
         about = {"lumiere_version": __version__, **model_provenance(opened)}
         about["device"] = str(opened.model.token_embedding.weight.device)
         what = plan(Path(folder), opened.model, windows, split, patterns, about, dtype, kind, shard_mb * 2**20)
-        planned(what)
-        return write(opened.model, what, progress)
+        return write(opened.model, what, progress, announce)
 
 
 def open_activations(folder: str | Path, verify: bool = False) -> "ActivationDataset":

@@ -37,6 +37,7 @@ PARTIAL = "activations.partial.json"
 """`activations.json` before it is complete."""
 SHARD_NAME = re.compile(r"[a-z]+-[0-9]{5,}-of-[0-9]{5,}\.(safetensors|parquet)")
 """`datasets` finds files of this form in a folder `data`, and takes the first word for the split."""
+WRITE_AGAIN = "delete the folder, and write it again"
 OPEN_SHARDS = 128
 """Shards that are mapped into memory at once."""
 MAPPED_BYTES = 2**26
@@ -90,6 +91,8 @@ class ActivationDataset:
             LumiereError: The folder has no such data, is unfinished, or a file is missing, damaged or another one.
         """
         found = read_manifest(Path(folder))
+        if sum(shard.num_rows for shard in found.shards) != found.num_rows:
+            raise LumiereError(f"{str(found.folder / MANIFEST)!r} is damaged: its rows do not add up", WRITE_AGAIN)
         for shard in found.shards:
             check_shard(found.folder, shard, verify)
         return found
@@ -137,11 +140,13 @@ class ActivationDataset:
         places = np.searchsorted(ends, indices, side="right")
         shapes = {**dict.fromkeys(COLUMNS, ()), **{name: self.shapes[name] for name in chosen}}
         types = {name: np.int32 if name in COLUMNS else np.dtype(self.dtype) for name in shapes}
-        found = {name: np.empty((len(indices), *shape), types[name]) for name, shape in shapes.items()}
+        found: dict[str, np.ndarray] = {}
         for number in np.unique(places):
             is_here = places == number
             local = indices[is_here] - (ends[number] - self.shards[number].num_rows)
             arrays = self._map(int(number), local, chosen)
+            if not found:  # now the file is known to have such rows
+                found = {name: np.empty((len(indices), *shape), types[name]) for name, shape in shapes.items()}
             for name, array in found.items():
                 array[is_here] = arrays[name][local]
         return {name: torch.from_numpy(array) for name, array in found.items()}
@@ -237,7 +242,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> ActivationDataset:
         raise LumiereError(f"{str(folder)!r} {problem}", hint) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = shortened(printable(str(error)))
-        raise LumiereError(f"{str(path)!r} is damaged: {reason}", "delete the folder, and write it again") from None
+        raise LumiereError(f"{str(path)!r} is damaged: {reason}", WRITE_AGAIN) from None
 
 
 def _count(value: Any) -> int:

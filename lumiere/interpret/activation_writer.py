@@ -173,12 +173,16 @@ def row_bounds(windows: Windows, indices: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def write(
-    model: Transformer, planned: Plan, progress: Callable[[int, int], None] = lambda done, total: None
+    model: Transformer,
+    planned: Plan,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    announce: Callable[[Plan, int], None] = lambda planned, done: None,
 ) -> ActivationDataset:
     """Write a dataset, or go on with one.
 
     Args:
         progress: Called with the number of shards done, and of all.
+        announce: Called with the plan and the number of shards that are there, once nothing speaks against writing.
 
     Raises:
         LumiereError: The folder holds other files, or data of other settings; a shard that is there is damaged; an
@@ -192,6 +196,7 @@ def write(
         if missing:
             room = planned.row_bytes * sum(planned.rows_per_shard[number] for number in missing)
             DISK.check_room(existing_parent(folder), HEADROOM * room)
+        announce(planned, len(done))
         remove_temporary(folder)
         if is_complete and missing:  # a damaged shard was deleted
             DISK.rename(folder / MANIFEST, folder / PARTIAL)

@@ -181,7 +181,7 @@ def test_float16_holds_the_nearest_numbers_or_is_refused(tmp_path: Path) -> None
         assert torch.equal(values, expected)
     model = random_model()
     with torch.no_grad():
-        model.blocks[1].feedforward.down.weight.mul_(1e7)
+        model.get_parameter("blocks.1.feedforward.down.weight").mul_(1e7)
     with pytest.raises(LumiereError, match=r"blocks\.1\.hook_resid_post has values up to"):
         write(model, make_plan(tmp_path / "large", dtype="float16"))
     assert not (tmp_path / "large").exists()
@@ -240,6 +240,9 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(values | change))
         with pytest.raises(LumiereError, match="damaged"):
             ActivationDataset.open(tmp_path)
+    path.write_text(json.dumps(values | {"num_rows": values["num_rows"] + 1}))
+    with pytest.raises(LumiereError, match="add up"):
+        ActivationDataset.open(tmp_path)
     path.write_text(json.dumps(values | {"format_number": 2}))
     with pytest.raises(LumiereError, match="newer"):
         ActivationDataset.open(tmp_path)

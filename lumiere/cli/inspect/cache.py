@@ -107,15 +107,15 @@ def write_split(common: dict[str, Any], options: dict[str, Any]) -> None:
         raise LumiereError(f"{given[0]} does not go with --split", "leave one of them out")
     [run] = open_runs(common)
 
-    def announce(plan: "Plan") -> None:
-        files = counted(len(plan.rows_per_shard))
-        show_note(
-            f"the {options['split']} split gives {plan.dataset.num_rows:,} rows, {size(plan.num_bytes)} in {files}"
-        )
+    def announce(planned: "Plan", done: int) -> None:
+        files = counted(len(planned.rows_per_shard))
+        there = f", {done:,} of them there already" if done else ""
+        rows = f"{planned.dataset.num_rows:,} rows, {size(planned.num_bytes)}"
+        show_note(f"the {planned.split} split: {rows} in {files}{there}")
 
     with ShardProgress() as progress:
         dataset = run.inspect.save_activations(
-            output, names=common["names"], planned=announce, progress=progress, **options
+            output, names=common["names"], announce=announce, progress=progress, **options
         )
     if common["as_json"]:
         print_json({"folder": str(output), **dataset.summary()})
