@@ -24,6 +24,8 @@ from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.model_diff import ModelDiff, diff_models
 from lumiere.interpret.neurons import neuron_examples, token_map
 from lumiere.interpret.result import Result, agreement
+from lumiere.interpret.saliency import COMPLETE, saliency
+from lumiere.interpret.steering import steer
 from lumiere.interpret.summary import summarize
 from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer
@@ -34,6 +36,7 @@ BIGRAM = BigramModel.fit(np.array(TOKENS), np.array([0, len(TOKENS)]), vocab_siz
 REPEATED = repeated_tokens(300, 7, 3, seed=0, start=0, first=3)
 WINDOWS = text_windows(torch.cat([REPEATED, REPEATED[:, 1:3]], dim=1), np.array([0, 0, 1]))
 TEXTS = Texts(REPEATED, WINDOWS, BATCHES, [TOKENS])
+BASELINES = {"mean": np.bincount(range(3, 90), minlength=320), "start": np.eye(320)[0]}
 
 Analysis = Callable[[Transformer], Result]
 ANALYSES: Mapping[str, Analysis] = {
@@ -54,6 +57,8 @@ ANALYSES: Mapping[str, Analysis] = {
     **{f"ablate {mode}": lambda model, mode=mode: ablate(model, BATCHES, "head", mode) for mode in MODES},
     "neurons": lambda model: neuron_examples(model, BATCHES, 5),
     "token map": lambda model: token_map(model, range(3, 60)),
+    "saliency": lambda model: saliency(model, TOKENS, BASELINES, 7, 71, 9),
+    "steer": lambda model: steer(model, torch.linspace(-1, 2, model.embedding_size), 0, [TOKENS], 71, 9, BATCHES),
     "summary": lambda model: summarize(model, BATCHES, np.ones(320)),
     "diff": lambda model: diff_models(model, nudged(model), BATCHES),
     "dynamics": lambda model: follow([1, 2, 4, 8], lambda step: model, list(METRICS), TEXTS),
@@ -78,7 +83,7 @@ def test_checks_hold_and_float32_agrees_with_float64(name: str, model: Transform
     batches = copy.deepcopy(BATCHES)
     found, expected = computed(name, model), computed(name, exact_model)
     assert [receipt for receipt in (*found.receipts, *expected.receipts) if not receipt.holds] == []
-    assert {receipt.tolerance for receipt in expected.receipts} <= {0, 1e-10, 1e-8, 1e-10 * math.log(320)}
+    assert {receipt.tolerance for receipt in expected.receipts} <= {0, 1e-10, 1e-8, 1e-10 * math.log(320), COMPLETE}
     assert agreement(found, expected).holds
     assert all(torch.equal(weight, before[tensor]) for tensor, weight in model.state_dict().items())
     assert not any(module.is_set for module in model.modules() if isinstance(module, HookPoint))
@@ -119,6 +124,7 @@ def test_files_hold_the_result(name: str, trained: Transformer) -> None:
         "logits by head",
         "tokens",
         "heads",
+        "saliency",
         "summary",
     ],
 )

@@ -23,6 +23,7 @@ from lumiere.persistence.tensor_files import hash_tensors
 from tests.cli.commands import invoke, refuse, stdout_of
 from tests.cli.inspect.commands import printed, shown
 
+README = Path(__file__).parents[3] / "README.md"
 # Options for a quick run. `report` is a page of all of them and has its own tests.
 QUICK = {
     "attention": ("--prompt=One day a fox",),
@@ -30,6 +31,9 @@ QUICK = {
     "lens": ("--prompt=One day a",),
     "logits": ("--prompt=One day a", "--by=head"),
     "ablate": ("--batches=2", "--batch-size=3"),
+    "saliency": ("--prompt=One day a fox", "--steps=20"),
+    "probe": (f"--file={README}", "--regex=e", "--windows=40", "--layer=0"),
+    "steer": ("--token=e", "--batches=1", "--batch-size=2", "--prompt=One day a"),
     "tokens": ("--val=1",),
     "cache": ("--prompt=Once upon",),
     "dynamics": ("--metric=induction", "--metric=validation-loss", "--metric=norm", "--every=3"),
@@ -71,6 +75,7 @@ TABLES: list[tuple[str, str, str | Callable[[Numbers, Row], float]]] = [
     ("heads", "value", head_value),
     ("lens", "entropy", "entropies"),
     ("ablate --mode=resample", "change", "changes"),
+    ("saliency", "occlusion", "occlusion"),
     ("tokens", "surprisal", "surprisals"),
     ("cache", "num_bytes", "num_bytes"),
     ("dynamics", "value", series_value),
@@ -207,6 +212,13 @@ def test_json_contains_the_provenance(trained_run: Run, tiny_corpus: TokenizedCo
         ("logits --vs e --raw", "--raw and --vs"),
         ("logits --vs e --log-prob", "--log-prob and --vs"),
         ("logits --raw --log-prob", "--raw and --log-prob"),
+        ("saliency --target zqx", "'zqx' is 3 tokens: z q x"),
+        ("saliency --target e --vs e", "--target and --vs"),
+        ("saliency --vs e --log-prob", "--log-prob and --vs"),
+        ("saliency --baseline means", "'means' .*did you mean mean?"),
+        ("saliency --quadrature gaus", "'gaus' .*did you mean gauss?"),
+        ("saliency --steps 4097", "--steps 4097 .*4096"),
+        ("saliency --pos 99", "no position 99"),
         ("summary --checkpoint bset", "did you mean best?"),
         ("tokens --prompt " + "Once_" * 20, "16"),
         ("report -o page.pdf", "'page.pdf' .*ends in .html"),
