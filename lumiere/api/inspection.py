@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from lumiere.api import comparison, snapshots
+from lumiere.api.activations import SplitActivations
 from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.attributions import Attributions
 from lumiere.api.causes import BATCH_SIZE, Causes
@@ -42,7 +43,7 @@ KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 
 
-class Inspect(Attributions, Causes, Directions):
+class Inspect(Attributions, Causes, Directions, SplitActivations):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.
