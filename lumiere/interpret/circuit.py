@@ -49,7 +49,7 @@ class Circuit(Result):
         ablation: What cut edges carry, one of `ABLATIONS`.
         method: What `effects` are, one of `METHODS`: the metric lost when the edge is cut, or an estimate of it.
         threshold: Share from which an edge belongs to the circuit, without its sign.
-        num_prompts: B.
+        num_prompts, num_groups: B, and groups of prompts that the bootstrap resamples.
         clean, corrupt, empty: Mean metric of the clean prompts, the corrupt ones, and with all edges cut.
         writers, readers: All names, in the order of the computation.
         sources, targets: (N,) the writer and the reader of each edge.
@@ -87,6 +87,7 @@ class Circuit(Result):
     method: str
     threshold: float
     num_prompts: int
+    num_groups: int
     clean: float
     corrupt: float
     empty: float
@@ -228,6 +229,7 @@ def find_circuit(
             method=method,
             threshold=threshold,
             num_prompts=len(pairs),
+            num_groups=len(np.unique(pairs.groups)),
             clean=float(clean_B.mean()),
             corrupt=float(clean_B.mean() - gap_B.mean()),
             empty=float(runs.cut(torch.ones(1, runs.num_edges)).mean()),
@@ -281,7 +283,7 @@ def check_size(num_edges: int, max_edges: int, seconds: float) -> None:
         minutes = num_edges * seconds / 2 / 60  # half of the layers are not computed again
         raise LumiereError(
             f"the model has {num_edges:,} edges, more than {max_edges:,}: about {minutes:.0f} minutes",
-            f"add --method eap, which estimates all of them at once, or --max-edges {num_edges}",
+            f"add --by eap, which estimates all of them at once, or --max-edges {num_edges}",
         )
 
 

@@ -6,6 +6,7 @@ from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.ablate import ablate
 from lumiere.cli.inspect.attention import attention
 from lumiere.cli.inspect.cache import cache
+from lumiere.cli.inspect.circuit import circuit
 from lumiere.cli.inspect.diff import diff
 from lumiere.cli.inspect.dynamics import dynamics
 from lumiere.cli.inspect.heads import heads
@@ -25,6 +26,7 @@ ENTRIES = {
     lens: ("what the output vocabulary can read early, not all the model knows", "0.1 s"),
     logits: ("exact direct effects on a logit, not effects through later parts", "0.1 s"),
     ablate: ("a causal effect, unless other parts compensate for the missing one", "7 s"),
+    circuit: ("which edges matter when cut alone, not what backs them up", "1 s"),
     saliency: ("what moves a score away from a baseline, which is a choice", "0.3 s"),
     tokens: ("how good the predictions are here, beside n-gram baselines", "0.3 s"),
     cache: ("nothing by itself: activations for your own analysis", "0.1 s"),
