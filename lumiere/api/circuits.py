@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.options import Options, Prompt, RunAnalyses
 from lumiere.api.pairs import TokenName, read_pairs
+from lumiere.errors import check_choice
 
 if TYPE_CHECKING:
     from lumiere.interpret.circuit import Circuit
@@ -49,9 +50,12 @@ class Circuits(RunAnalyses):
             max_edges: That are cut one by one; above it, `exact` is refused.
             read: Position whose prediction is measured.
         """
-        from lumiere.interpret.circuit import find_circuit
+        from lumiere.interpret.circuit import METHODS, find_circuit
+        from lumiere.interpret.edge_ablation import ABLATIONS
         from lumiere.report.figures.circuit import draw_circuit
 
+        check_choice("ablation", ablation, ABLATIONS)
+        check_choice("method", by, METHODS)
         found = self._target(prompt, **options)
         contrast, source = read_pairs(found, corrupt, target, vs, pairs, read)
         if metric != "kl":

@@ -19,6 +19,7 @@ ANALYSES = {
     "heads": (),
     "summary": (),
     "ablate": (),
+    "circuit": ("--prompt=One day a", "--corrupt=One day b", "--metric=kl"),
     "saliency": (),
     "tokens": (),
     "cache": (),
