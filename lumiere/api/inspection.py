@@ -14,6 +14,7 @@ from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.attributions import Attributions
 from lumiere.api.causes import BATCH_SIZE, Causes
 from lumiere.api.circuits import Circuits
+from lumiere.api.directions import Directions
 from lumiere.api.options import Options, Prompt
 from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_token
 from lumiere.errors import LumiereError, check_choice
@@ -41,7 +42,12 @@ KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 
 
-class Inspect(Attributions, Causes, Circuits):
+class Inspect(
+    Attributions,
+    Causes,
+    Circuits,
+    Directions,
+):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.

@@ -28,6 +28,7 @@ ANALYSES: dict[str, Callable[[lumiere.OpenedRun], Analysis[Any]]] = {
     "lens": lambda run: run.inspect.lens(PROMPT),
     "logits": lambda run: run.inspect.logits(PROMPT),
     "ablate": lambda run: run.inspect.ablate(batches=1, batch_size=2),
+    "steer": lambda run: run.inspect.steer(PROMPT, token="e", batches=1, batch_size=2),
     "tokens": lambda run: run.inspect.tokens(PROMPT),
     "cache": lambda run: run.inspect.cache(PROMPT),
     "dynamics": lambda run: run.inspect.dynamics(metric="norm"),
