@@ -6,7 +6,8 @@ Importing this module loads neither torch nor numpy.
 from typing import TYPE_CHECKING, Unpack
 
 from lumiere.api.analysis import Analysis, analyze
-from lumiere.api.options import Options, Prompt, RunAnalyses
+from lumiere.api.circuits import Circuits
+from lumiere.api.options import Options, Prompt
 from lumiere.api.target import Indices, parse_indices
 from lumiere.errors import LumiereError, check_choice
 
@@ -18,7 +19,7 @@ MANY = 64
 BATCH_SIZE, SMALL_BATCH_SIZE = 32, 4
 
 
-class Causes(RunAnalyses):
+class Causes(Circuits):
     """Interventions on a run's model."""
 
     def ablate(

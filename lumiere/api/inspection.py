@@ -13,7 +13,6 @@ from lumiere.api import comparison, snapshots
 from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.attributions import Attributions
 from lumiere.api.causes import BATCH_SIZE, Causes
-from lumiere.api.circuits import Circuits
 from lumiere.api.directions import Directions
 from lumiere.api.options import Options, Prompt
 from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_token
@@ -42,12 +41,7 @@ KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 
 
-class Inspect(
-    Attributions,
-    Causes,
-    Circuits,
-    Directions,
-):
+class Inspect(Attributions, Causes, Directions):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.
