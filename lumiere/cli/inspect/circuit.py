@@ -96,11 +96,12 @@ def show_faithfulness(result: "Circuit") -> None:
         f"the circuit of {size:,} edges": result.faithful,
         "all edges but these": result.complement,
         f"{len(result.random)} random circuits of that size": float(result.random.mean()),
-        f"incompleteness, {result.num_subsets:,} subsets": result.incomplete,
     }
+    if result.num_subsets:
+        lines[f"incompleteness, {result.num_subsets:,} subsets"] = result.incomplete
     for label, value in lines.items():
         stdout().print(f"{label:34}{percent(value):>7}%")
-    if size:
+    if result.num_subsets:
         needed = int((result.needed[np.isfinite(result.needed)] >= result.threshold).sum())
         stdout().print(f"{'edges that it needs':34}{f'{needed} of {size}':>8}")
     for name, values in (
