@@ -28,7 +28,7 @@ ENTRIES = {
     logits: ("exact direct effects on a logit, not effects through later parts", "0.1 s"),
     ablate: ("a causal effect, unless other parts compensate for the missing one", "7 s"),
     saliency: ("what moves a score away from a baseline, which is a choice", "0.3 s"),
-    circuit: ("which edges matter when cut alone, not what backs them up", "1 s"),
+    circuit: ("which edges matter when cut alone, not what backs them up", "30 s"),
     steer: ("that a direction moves a prediction more than chance, not that it means it", "2 s"),
     tokens: ("how good the predictions are here, beside n-gram baselines", "0.3 s"),
     cache: ("nothing by itself: activations for your own analysis", "0.1 s"),
