@@ -19,6 +19,7 @@ from lumiere.interpret.activations import activations
 from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, combined_attention
 from lumiere.interpret.dynamics import METRICS, Texts, follow
 from lumiere.interpret.head_scores import composition_scores, repeated_tokens, score_heads
+from lumiere.interpret.head_weights import head_weights
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.model_diff import ModelDiff, diff_models
@@ -53,6 +54,7 @@ ANALYSES: Mapping[str, Analysis] = {
     "tokens": lambda model: token_losses(model, TOKENS, BIGRAM.unigram, BIGRAM),
     "heads": lambda model: score_heads(model, REPEATED, WINDOWS),
     "composition": composition_scores,
+    "weights": lambda model: head_weights(model, directions=2),
     **{f"ablate {unit}": lambda model, unit=unit: ablate(model, BATCHES, unit) for unit in UNITS},
     **{f"ablate {mode}": lambda model, mode=mode: ablate(model, BATCHES, "head", mode) for mode in MODES},
     "neurons": lambda model: neuron_examples(model, BATCHES, 5),
