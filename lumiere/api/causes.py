@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.circuits import Circuits
-from lumiere.api.options import Options, Prompt
+from lumiere.api.options import Options, Prompt, RunAnalyses
 from lumiere.api.target import Indices, parse_indices
 from lumiere.errors import LumiereError, check_choice
 
@@ -19,7 +19,7 @@ MANY = 64
 BATCH_SIZE, SMALL_BATCH_SIZE = 32, 4
 
 
-class Causes(Circuits):
+class Causes(Circuits, RunAnalyses):
     """Interventions on a run's model."""
 
     def ablate(
