@@ -31,7 +31,14 @@ from typing import Any
 TIMEOUT_SECONDS = 10
 MEMORY_MB = 2048
 MAX_BYTES = 32_768
-INSTRUMENTED = ["lumiere.config", "lumiere.files", "lumiere.persistence", "lumiere.data.tokenizer", "lumiere.cli.runs"]
+INSTRUMENTED = [
+    "lumiere.config",
+    "lumiere.files",
+    "lumiere.persistence",
+    "lumiere.data.tokenizer",
+    "lumiere.cli.runs",
+    "lumiere.importing",
+]
 RUN_NAME = "run_aaaaaaaa_20250819_001808"
 SETTINGS = {
     "model": {
@@ -424,6 +431,49 @@ def tokenizer_seeds() -> list[bytes]:
     return [json.dumps(json.loads(saved)).encode()]
 
 
+# Settings of state dicts from elsewhere
+
+NANO = {"n_layer": 1, "n_head": 2, "n_embd": 4, "block_size": 3, "vocab_size": 5, "bias": False, "dropout": 0.1}
+LENS = {"n_layers": 1, "n_heads": 2, "d_model": 4, "d_head": 2, "n_ctx": 3, "d_vocab": 5, "d_mlp": 3, "act_fn": "gelu"}
+HOOKED = LENS | {"normalization_type": "RMSPre", "attn_scale": 1.5, "use_local_attn": True, "window_size": 2}
+SHAPES = {
+    "transformer.wte.weight": (5, 4),
+    "transformer.wpe.weight": (3, 4),
+    "transformer.h.0.attn.c_attn.weight": (12, 4),
+    "transformer.h.0.attn.c_proj.weight": (4, 4),
+    "transformer.h.0.mlp.c_fc.weight": (16, 4),
+    "transformer.h.0.mlp.c_proj.weight": (4, 16),
+    **{f"transformer.{name}.weight": (4,) for name in ("h.0.ln_1", "h.0.ln_2", "ln_f")},
+}
+HOOKED_SHAPES = {
+    "embed.W_E": (5, 4),
+    "pos_embed.W_pos": (3, 4),
+    "unembed.W_U": (4, 5),
+    "unembed.b_U": (5,),
+    **{f"blocks.0.attn.{part}": (2, 4, 2) for part in ("W_Q", "W_K", "W_V")},
+    "blocks.0.attn.W_O": (2, 2, 4),
+    "blocks.0.mlp.W_in": (4, 3),
+    "blocks.0.mlp.W_out": (3, 4),
+}
+
+
+def read_state_dict(folder: Path) -> None:
+    import safetensors.torch
+    import torch
+
+    from lumiere.importing.huggingface import open_model
+
+    shapes = HOOKED_SHAPES if b"d_model" in (folder / "config.json").read_bytes() else SHAPES
+    safetensors.torch.save_file(
+        {name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "model.safetensors"
+    )
+    assert open_model(folder).num_parameters > 0
+
+
+def state_dict_seeds() -> list[bytes]:
+    return [json.dumps(values).encode() for values in (NANO, HOOKED | {"attn_types": ["local"]})]
+
+
 # Runs at another place
 
 
@@ -468,6 +518,7 @@ TARGETS = {
     "record": Target(lambda data: f"{RUN_NAME}/run.json", read_record, record_seeds, mutate_json),
     "evaluation": Target(lambda data: f"{RUN_NAME}/eval/best.json", read_evaluation, evaluation_seeds, mutate_json),
     "listing": Target(lambda data: f"away/{RUN_NAME}/transfer.json", read_listing, listing_seeds, mutate_json),
+    "state-dict": Target(lambda data: "config.json", read_state_dict, state_dict_seeds, mutate_json),
     "tokenizer": Target(lambda data: "tokenizer.json", read_tokenizer, tokenizer_seeds, mutate_json),
 }
 

@@ -137,6 +137,8 @@ MUTATIONS = [Mutation(*row) for row in (
      "importing/test_importing"),
     ("rows-without-token", "persistence/loading", "        model.num_tokens = len(tokenizer)\n", "        pass\n",
      "importing/test_importing"),
+    ("bias-of-logits", "importing/state_dicts", "if tensors.pop(name).any():", "if tensors.pop(name) is None:",
+     "importing/test_state_dicts"),
     ("model-of-parent", "config/inheritance", "if is_fixed and read(", "if False and read(", "config/test_inheritance"),
     ("frozen", "training/freezing", "parameters[parameter].requires_grad_(False)", "pass", "training/test_freezing"),
     ("frozen-range", "training/freezing", "range(first, last + 1)", "range(first, max(last, first + 1))",

@@ -21,7 +21,7 @@ def import_model(
     """Make a run of a model from elsewhere, and open it; docs/importing.md says what can be imported.
 
     Args:
-        source: A folder in the form of Hugging Face, a name on its Hub, or a GGUF file.
+        source: A folder in the form of Hugging Face, a name on its Hub, a GGUF file, or a state dict.
         name: Tag of the run, which then names it.
         revision: Branch, tag or commit on the Hub.
         context_size: Maximum number of positions; at most the source's, which is the default.

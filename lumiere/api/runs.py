@@ -1,18 +1,17 @@
 """`lumiere.open`: a run, the model of one of its checkpoints, and what can be done with it."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumiere.api.inspection import Inspect
-from lumiere.errors import LumiereError
 from lumiere.persistence import loading
 from lumiere.persistence.loading import OpenedModel
 from lumiere.persistence.metrics import read_metrics
-from lumiere.persistence.runs import Run, RunStore
+from lumiere.persistence.runs import Run, RunStore, split_reference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,10 +19,12 @@ if TYPE_CHECKING:
     from lumiere.api.evaluation import Evaluated
     from lumiere.api.generation import Generated
     from lumiere.config.schema import RunConfig
+    from lumiere.data.dataset import Progress
     from lumiere.data.tokenizer import Tokenizer
     from lumiere.models.transformer import Transformer
     from lumiere.persistence.loading import ShowProgress
     from lumiere.persistence.record import RunRecord
+    from lumiere.training.events import Event
 
 DEFAULT_TEMPERATURE = 0.8
 
@@ -139,6 +140,7 @@ class OpenedRun:
         stop: Sequence[str] = (),
         seed: int | None = None,
         temperature: float = DEFAULT_TEMPERATURE,
+        names: str | Sequence[str] | None = None,
         **controls: Any,
     ) -> "Generated":
         """Continue a text; without one, start a new document.
@@ -147,6 +149,7 @@ class OpenedRun:
             stop: Texts to stop before.
             seed: Gives the same text again. Default: a new one.
             temperature: Divides the logits; 0 is greedy.
+            names: Activations to keep, such as `blocks.*.hook_resid_post`, as `activations` of the result.
             controls: `top_k`, `top_p`, `min_p`, `typical_p`, `repetition_penalty` and `no_repeat_ngram_size`, as in
                 `lumiere.generation.sampling.Sampling`.
 
@@ -158,7 +161,7 @@ class OpenedRun:
         from lumiere.generation.sampling import Sampling
 
         sampling = Sampling(temperature, **controls)
-        return write(self.opened, prompt, sampling, Limits(max_new_tokens, tuple(stop), 0), seed)
+        return write(self.opened, prompt, sampling, Limits(max_new_tokens, tuple(stop), 0), seed, names)
 
     def evaluate(
         self,
@@ -190,6 +193,30 @@ class OpenedRun:
         from lumiere.api.evaluation import evaluate
 
         return evaluate(self.opened, split, text, file, dataset, subset, stride, batch_size, baselines)
+
+    def resume(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        callbacks: "Sequence[Callable[[Event], None]]" = (),
+        corpus_progress: "Callable[[Progress], None] | None" = None,
+        **training: Any,
+    ) -> "OpenedRun":
+        """Continue to train the run from its latest checkpoint, as `lumiere train --resume` does, and open it again.
+
+        On a CPU, the result is bit-identical to a run that was never interrupted. A finished run is returned as it is,
+        unless a setting extends it, such as `max_steps=2000`.
+
+        Args:
+            settings: What to change, by dotted path, of the settings that a resume may change.
+            callbacks, corpus_progress, training: As for `lumiere.train`.
+
+        Raises:
+            LumiereError: The run was imported or is in use, a setting may not be changed, or the corpus has changed.
+        """
+        from lumiere.api.training import resume
+
+        return resume(self, settings, callbacks=callbacks, corpus_progress=corpus_progress, **training)
 
     @property
     def inspect(self) -> Inspect:
@@ -247,11 +274,3 @@ def check_checkpoint(run: Run, name: str) -> None:
 
     manager = CheckpointManager(run.path.parent)
     manager.load(run, manager.resolve(run, name), groups=())
-
-
-def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
-    """Return the run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` if it names none."""
-    run, at, named = reference.partition("@")
-    if not run or (at and not named):
-        raise LumiereError(f"{reference!r} names no checkpoint of a run", "write RUN or RUN@CHECKPOINT: latest@500")
-    return run, named or checkpoint

@@ -1,4 +1,8 @@
-"""`lumiere.train`: train a model from Python."""
+"""`lumiere.train` and `run.resume`: train a model from Python.
+
+Neither changes how threads wait, as the command does (`lumiere.cli.sleep_while_waiting`): OpenMP reads that once, when
+torch is imported, and a script may have imported it before; the process and its variables are the caller's.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +15,8 @@ if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig
     from lumiere.data.dataset import Progress
     from lumiere.training.events import Event
+    from lumiere.training.setup import TrainingSetup
+    from lumiere.training.trainer import TrainingResult
 
 
 def train(
@@ -26,7 +32,7 @@ def train(
     """Train a model, record the run, and open it.
 
     Ctrl-C, or a notebook's stop button, finishes the step, saves a checkpoint and raises `KeyboardInterrupt`;
-    `lumiere train --resume RUN` resumes there.
+    `run.resume()` and `lumiere train --resume RUN` resume there.
 
     Args:
         config: A YAML or TOML file, a preset such as `tiny`, a mapping of sections, or the config of a run.
@@ -55,7 +61,34 @@ def train(
     named = [str(config)] if isinstance(config, str | Path) else []
     command = ["lumiere.train", *named, *(f"{path}={value}" for path, value in changes.items())]
     command += [] if start_from is None else [f"start_from={start_from}"]
-    result = start(setup, store, command, callbacks)
+    return opened(start(setup, store, command, callbacks), setup)
+
+
+def resume(
+    run: OpenedRun,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    callbacks: "Sequence[Callable[[Event], None]]" = (),
+    corpus_progress: "Callable[[Progress], None] | None" = None,
+    **training: Any,
+) -> OpenedRun:
+    """Continue a run; see `OpenedRun.resume`."""
+    from lumiere.training.run import resume, stop_reason
+    from lumiere.training.setup import set_up_resume
+
+    changes = {**(settings or {}), **{f"training.{name}": value for name, value in training.items()}}
+    if not changes and run.run.status == "finished" and stop_reason(run.run) is not None:
+        return run.at("latest")
+    setup = set_up_resume(run.run, corpus_progress, changes)
+    return opened(resume(setup, run.run, callbacks), setup)
+
+
+def opened(result: "TrainingResult", setup: "TrainingSetup") -> OpenedRun:
+    """Open a run after training.
+
+    Raises:
+        KeyboardInterrupt: A signal ended it.
+    """
     if result.signal_number is not None:
         how = result.run.command("train", "--resume", result.run.id)
         raise KeyboardInterrupt(f"interrupted at step {result.state.step:,} and saved; resume with {how}")

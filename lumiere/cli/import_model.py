@@ -12,7 +12,7 @@ from lumiere.cli.options import Json, RunsDir
 def import_model(
     source: Annotated[
         str,
-        Argument(metavar="SOURCE", help="A folder of Hugging Face, a name on its Hub, or a GGUF file."),
+        Argument(metavar="SOURCE", help="A folder of Hugging Face, a name on its Hub, a GGUF file, or a state dict."),
     ],
     name: Annotated[str | None, Option(metavar="TAG", help="Tag the run with this name.")] = None,
     context_size: Annotated[
@@ -29,7 +29,8 @@ def import_model(
     """Make a run of a model from elsewhere, to generate, inspect, evaluate, fine-tune or export it.
 
     Reads Llama, Mistral, Qwen2, Qwen3, OLMo, GPT-2, GPT-NeoX (Pythia) and GPT-Neo models as safetensors, and Llama
-    models as GGUF. No code of the model is run.
+    models as GGUF; also state dicts of nanoGPT and TransformerLens with a config.json beside them. No code of the
+    model is run.
 
     Example: [bold]lumiere import HuggingFaceTB/SmolLM2-135M[/]
     """

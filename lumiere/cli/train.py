@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option
 
@@ -29,7 +29,7 @@ from lumiere.errors import LumiereError, printable, refuse_both
 if TYPE_CHECKING:
     from lumiere.config.schema import RunConfig
     from lumiere.distributed import ProcessGroup
-    from lumiere.persistence.runs import RunStore
+    from lumiere.persistence.runs import Run, RunStore
     from lumiere.training.estimate import Plan
     from lumiere.training.parent import Parent
     from lumiere.training.setup import TrainingSetup
@@ -85,7 +85,7 @@ def train(
     Examples: [bold]lumiere train tiny[/], [bold]lumiere train small --set model.num_layers=6[/],
     [bold]lumiere train mine.yaml --from latest[/]
     """
-    from lumiere.config.loader import dump_config, given_settings, validate
+    from lumiere.config.loader import dump_config, given_settings, parse_override, validate
     from lumiere.distributed import ProcessGroup, TorchrunGroup, joined
     from lumiere.persistence.runs import RunStore
 
@@ -131,13 +131,23 @@ def train(
         return
 
     with joined(f"{resume or config} {start_from or ''} {changes}") as processes:
-        resolved, parent = read_command()
+        restarted = None
+        if processes.job is not None:  # otherwise torch loads later, after the corpus has been found
+            from lumiere.training.run import restarted_run
+
+            restarted = restarted_run(store, processes)
+        # A run that exists has its config, and needs nothing of its parent any more.
+        resolved, parent = read_command() if restarted is None else (None, None)
+        settings = {} if resume is None else dict(map(parse_override, changes))
         if processes.rank and isinstance(processes, TorchrunGroup):
             from lumiere.training.run import follow
 
-            result, setup = follow(resolved, store, changes, processes, parent), None
+            result, setup = follow(resolved, store, settings, processes, parent), None
+        elif resolved is not None:
+            result, setup = start_new(resolved, parent, store, processes)
         else:
-            result, setup = start_or_resume(resolved, parent, resume, changes, store, as_json, processes)
+            run = restarted or store.open(resume or "")
+            result, setup = resume_run(run, settings, as_json, processes)
     if result is None:
         return
     if setup is not None:
@@ -156,51 +166,38 @@ def check_readable_by_all(config: str, processes: "ProcessGroup") -> None:
         )
 
 
-def start_or_resume(
-    config: "RunConfig | None",
-    parent: "Parent | None",
-    reference: str | None,
-    changes: list[str],
-    store: "RunStore",
-    as_json: bool,
-    processes: "ProcessGroup",
-) -> "tuple[TrainingResult, TrainingSetup] | tuple[None, None]":
-    """Train in a single process or as rank 0; None if the run to resume is finished.
+def start_new(
+    config: "RunConfig", parent: "Parent | None", store: "RunStore", processes: "ProcessGroup"
+) -> "tuple[TrainingResult, TrainingSetup]":
+    """Train a new run in a single process or as rank 0.
 
     Args:
-        config: Config of a new run; None resumes the run `reference` with `changes`. After a restart by torchrun, the
-            run of the start before is resumed instead.
-        parent: Whose weights a new run starts from. None: random weights.
+        parent: Whose weights it starts from. None: random weights.
     """
     from lumiere.cli.progress import CorpusProgress, TrainingProgress
-    from lumiere.training.setup import set_up, set_up_resume
+    from lumiere.training.setup import set_up
 
-    run = None
-    if processes.job is not None:  # otherwise torch loads later, after the corpus has been found
-        from lumiere.training.run import restarted_run
+    origin = parent.origin(show_note) if parent else None
+    with CorpusProgress() as corpus_progress:
+        setup = set_up(config, corpus_progress, origin)
+    from lumiere.training.run import start
 
-        run = restarted_run(store, processes)
-    if config is not None and run is None:
-        origin = parent.origin(show_note) if parent else None
-        with CorpusProgress() as corpus_progress:
-            setup = set_up(config, corpus_progress, origin)
-        from lumiere.training.run import start
+    with TrainingProgress() as progress:
+        command = ["lumiere", *sys.argv[1:]]
+        return start(setup, store, command=command, callbacks=[progress], processes=processes), setup
 
-        with TrainingProgress() as progress:
-            command = ["lumiere", *sys.argv[1:]]
-            return start(setup, store, command=command, callbacks=[progress], processes=processes), setup
 
+def resume_run(
+    run: "Run", settings: Mapping[str, Any], as_json: bool, processes: "ProcessGroup"
+) -> "tuple[TrainingResult, TrainingSetup] | tuple[None, None]":
+    """Resume a run with other settings in a single process or as rank 0; None if it is finished."""
+    from lumiere.cli.progress import CorpusProgress, TrainingProgress
     from lumiere.training.run import dismiss, resume, stop_reason
+    from lumiere.training.setup import set_up_resume
 
-    run, changes = run or store.open(reference or ""), [] if config else changes
-    if run.status == "imported":
-        raise LumiereError(
-            f"run {run.id} was imported: there is no training to resume",
-            f"train a new run from its weights: lumiere train CONFIG --from {run.id}",
-        )
     reason = stop_reason(run)
     # A run that was killed after its last step is not marked as finished yet: resuming completes it.
-    if reason is not None and not changes and run.status == "finished":
+    if reason is not None and not settings and run.status == "finished":
         dismiss(processes)
         ended = f"{run.name} is finished ({STOP_REASONS.get(reason, 'as recorded')}): nothing to resume"
         show_note(f"{ended}; --from {run.id} starts a new run from its weights")
@@ -208,7 +205,7 @@ def start_or_resume(
             print_json({"run": run.name} | run.record.to_json())
         return None, None
     with CorpusProgress() as corpus_progress:
-        setup = set_up_resume(run, corpus_progress, changes)
+        setup = set_up_resume(run, corpus_progress, settings)
     for change in setup.changes:
         show_note(f"changed since the run started: {change}")
     with TrainingProgress() as progress:

@@ -6,9 +6,11 @@ and scripts carry over; the module's own path follows Lumiere's names.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,62 @@ Hook = Callable[[Tensor], Tensor | None]
 PUBLIC_NAMES = {"attention": "attn", "feedforward": "mlp", "final_norm": "ln_final"}
 
 
+class Place(NamedTuple):
+    """Where the activations that a hook sees stand, for `with_place`."""
+
+    positions: Tensor
+    """(B, T) in the model's window, from 0; -1 where a shorter row of a batch has ended."""
+    starts: Tensor
+    """(B, 1) tokens of the text before the window: 0 until a text is longer than the window."""
+
+    @property
+    def in_text(self) -> Tensor:
+        """(B, T) positions in the whole text; -1 where a shorter row has ended."""
+        return torch.where(self.positions < 0, self.positions, self.positions + self.starts)
+
+
+_place: ContextVar[Place | None] = ContextVar("place", default=None)
+
+
+@contextmanager
+def at_place(place: Place) -> Iterator[None]:
+    """State where the activations stand that the model computes inside a `with` block, as decoders do."""
+    token = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+@dataclass(frozen=True)
+class with_place:  # noqa: N801 (used like a decorator)
+    """A hook that is also told where the activations stand: `function(activation, place)`.
+
+    In generation with a cache, a hook sees the new positions alone. An edit that depends on `place` is the same there
+    as in a full forward pass, where the positions are 0 to T - 1.
+    """
+
+    function: Callable[[Tensor, Place], Tensor | None]
+
+    def __call__(self, activation: Tensor, axis: int = 1) -> Tensor | None:
+        """Call the function.
+
+        Args:
+            axis: That of the positions.
+        """
+        place = _place.get()
+        if place is None:
+            num_rows, num_positions = len(activation), activation.shape[axis]
+            positions_T = torch.arange(num_positions, device=activation.device)
+            place = Place(positions_T.expand(num_rows, -1), positions_T.new_zeros(num_rows, 1))
+        return self.function(activation, place)
+
+
 class HookPoint(nn.Module):
     """The identity, with a slot, set by `hooked`, for a function that reads or replaces the activation."""
+
+    changes: ClassVar[int] = 0
+    """How often `hooked` has set or removed functions, at any point: whether to look at all of them again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,6 +115,15 @@ def hook_points(model: nn.Module) -> dict[str, HookPoint]:
 def has_hooks(model: nn.Module) -> bool:
     """Return whether a function is set on any hook point of the model."""
     return any(isinstance(module, HookPoint) and module.is_set for module in model.modules())
+
+
+def functions_set(points: Iterable[HookPoint]) -> tuple[object, ...]:
+    """Return the functions on hook points with their places: equal as long as the same ones are set."""
+    return tuple(
+        (number, point.hook, *point._forward_hooks.values(), *point._forward_pre_hooks.values())
+        for number, point in enumerate(points)
+        if point.is_set
+    )
 
 
 def matching_names(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -100,7 +165,8 @@ def hooked(
             output = model(tokens)
 
     Several functions at a point, from one block or from nested ones, run in the order in which they were set; each
-    takes what the one before returned.
+    takes what the one before returned. They act in generation too, where they see the new positions alone: `with_place`
+    tells a function which ones.
 
     Args:
         hooks: Functions `activation -> replacement` by public name, or by a pattern of `matching_names`; None leaves
@@ -121,6 +187,7 @@ def hooked(
         for function in ([functions] if callable(functions) else functions)
     ]
     before = {name: points[name].hook for name, _ in added}
+    HookPoint.changes += 1
     try:
         for name, function in added:
             earlier = points[name].hook
@@ -129,6 +196,7 @@ def hooked(
     finally:
         for name, hook in before.items():
             points[name].hook = hook
+        HookPoint.changes += 1
     # Reached only if the block raised nothing, so this does not mask an error from inside.
     if silent := [name for name in before if name not in fired]:
         raise LumiereError(
@@ -144,7 +212,9 @@ def _call_in_turn(first: Hook, second: Hook, activation: Tensor) -> Tensor | Non
 
 def _call_checked(name: str, hook: Hook, fired: set[str], activation: Tensor) -> Tensor | None:
     fired.add(name)
-    replacement = hook(activation)
+    # Of scores and patterns, (B, H, T, S), the queries' positions.
+    is_square = name.endswith(("hook_attn_scores", "hook_pattern"))
+    replacement = hook(activation, 2) if isinstance(hook, with_place) and is_square else hook(activation)
     # A smaller tensor would broadcast further down and change more than was meant.
     if replacement is not None and replacement.shape != activation.shape:
         raise ValueError(

@@ -109,9 +109,11 @@ def add_settings(writer: Any, model: Transformer) -> None:
     writer.add_rope_freq_base(settings.rotary_base)
     writer.add_rope_dimension_count(settings.rotary_size)
     writer.add_vocab_size(model.vocab_size)
-    if settings.rotary_scaling is not None and settings.rotary_scaling.type == "linear":
+    if (scaling := settings.rotary_scaling) is not None and scaling.type == "linear":
         writer.add_string("llama.rope.scaling.type", "linear")
-        writer.add_float32("llama.rope.scaling.factor", settings.rotary_scaling.factor)
+        writer.add_float32("llama.rope.scaling.factor", scaling.factor)
+    elif scaling is not None:  # llama.cpp computes with the factors in `tensors`; Lumiere's import reads this too
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context_size)
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:

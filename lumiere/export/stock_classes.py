@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lumiere.config.schema import ModelConfig
 from lumiere.errors import LumiereError
-from lumiere.importing.architectures import ACTIVATIONS, SCALINGS, Architecture, Source, read_architecture
+from lumiere.importing.architectures import ACTIVATIONS, Architecture, Source, read_architecture, rope_parameters
 from lumiere.models.transformer import Transformer
 
 WITHOUT_EFFECT = {"dropout", "zero_output_init"}
@@ -59,12 +59,12 @@ def _llama_keys(settings: ModelConfig, **keys: Any) -> Keys:
 
 def _rotary_keys(settings: ModelConfig, **parameters: Any) -> Keys:
     """Return the keys of rotary positions, `rope_parameters` for transformers 5 and the others for older versions."""
-    base, scaling, keys = settings.rotary_base, settings.rotary_scaling, {"rope_type": "default"}
-    if scaling is not None:
-        names = SCALINGS[scaling.type]
-        keys = {"rope_type": scaling.type} | {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
-    older = {"rope_theta": base} | ({} if scaling is None else {"rope_scaling": keys})
-    return older | {"rope_parameters": keys | {"rope_theta": base} | parameters}
+    keys = rope_parameters(settings)
+    scaling = {name: value for name, value in keys.items() if name != "rope_theta"}
+    older = {"rope_theta": settings.rotary_base} | (
+        {} if settings.rotary_scaling is None else {"rope_scaling": scaling}
+    )
+    return older | {"rope_parameters": keys | parameters}
 
 
 def _llama(settings: ModelConfig, biased: frozenset[str]) -> Written:

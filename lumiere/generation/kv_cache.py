@@ -8,7 +8,7 @@ Shapes: B rows, T position, E embedding_size, H head, C context_size, K d_key, V
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lumiere.components.hooks import HookPoint, Place, at_place, functions_set, hook_points
 from lumiere.components.layers import Attention, KVCache
 from lumiere.generation.one_stream import OneStream, has_fast_step
 from lumiere.models.transformer import Transformer
@@ -47,8 +48,13 @@ def slide(windows: Sequence[list[int]], context_size: int) -> list[int]:
     """Cut the windows that are full to their last `context_size // 2` tokens; return their rows."""
     full = [row for row, window in enumerate(windows) if len(window) == context_size]
     for row in full:
-        del windows[row][: context_size - context_size // 2]
+        del windows[row][: num_dropped(context_size)]
     return full
+
+
+def num_dropped(context_size: int) -> int:
+    """Return the number of tokens that a full window loses."""
+    return context_size - context_size // 2
 
 
 def suppression(vocab_size: int, suppressed: Collection[int], like: Tensor) -> Tensor:
@@ -70,24 +76,33 @@ class FullForward:
         self._model = model
         self._bias = suppression(model.vocab_size, suppressed, model.token_embedding.weight.detach())
         self._windows: list[list[int]] = []
+        self._starts: list[int] = []
 
     def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
         self._windows = [list(row[-self._model.context_size :]) for row in rows]
+        self._starts = [len(row) - len(window) for row, window in zip(rows, self._windows, strict=True)]
         return self._logits()
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        slide(self._windows, self._model.context_size)
+        for row in slide(self._windows, self._model.context_size):
+            self._starts[row] += num_dropped(self._model.context_size)
         for window, token in zip(self._windows, tokens, strict=True):
             window.append(token)
         return self._logits()
 
     def keep(self, rows: Sequence[int]) -> None:
         self._windows = [list(self._windows[row]) for row in rows]
+        self._starts = [self._starts[row] for row in rows]
 
     @torch.no_grad()
     def _logits(self) -> Tensor:
-        windows = (torch.tensor([window], device=self._bias.device) for window in self._windows)
-        return torch.stack([self._model.logits(window_1T)[0, -1] for window_1T in windows]) + self._bias
+        logits = []
+        for window, start in zip(self._windows, self._starts, strict=True):
+            window_1T = torch.tensor([window], device=self._bias.device)
+            positions_1T = torch.arange(len(window), device=self._bias.device)[None]
+            with at_place(Place(positions_1T, positions_1T.new_tensor([[start]]))):
+                logits.append(self._model.logits(window_1T)[0, -1])
+        return torch.stack(logits) + self._bias
 
 
 class CachedDecoder:
@@ -95,8 +110,11 @@ class CachedDecoder:
 
     One stream on a CPU takes the steps of `OneStream`, if it has them for the model.
 
+    Hooks on the model act here as in a full forward pass, by the ordinary step: the cache is filled again when they
+    change and when a window slides, always for all rows.
+
     Args:
-        model: In evaluation mode; its weights are copied.
+        model: In evaluation mode; its weights are copied, its hook points are shared.
         suppressed: Ids that are never generated.
         compiled_step: A compiled `step_rows`, which then makes all steps, at a fixed number of rows.
     """
@@ -112,23 +130,41 @@ class CachedDecoder:
         self._cache = KVCache([], [], 0, 0)
         self._num_cached = 0
         self._windows: list[list[int]] = []
+        self._starts: list[int] = []
+        self._points = list(hook_points(model).values())
+        self._hooks: tuple[object, ...] = ()
+        self._num_changes = -1
 
     @cached_property
     def _fused(self) -> OneStream:
         return OneStream(self._model, self._bias)
 
+    def _see_hooks(self) -> bool:
+        """Note the functions on the model's hook points; return whether they are others than before."""
+        before, self._hooks, self._num_changes = self._hooks, functions_set(self._points), HookPoint.changes
+        return self._hooks != before
+
     @torch.inference_mode()
     def start(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        self._see_hooks()
         self._windows = [list(row[-self._model.context_size :]) for row in rows]
+        self._starts = [len(row) - len(window) for row, window in zip(rows, self._windows, strict=True)]
         self._allocate(len(rows))
         return self._logits(self._encode(range(len(rows))))
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         context_size, device = self._model.context_size, self._weight.device
-        full = slide(self._windows, context_size)
-        if full and context_size > 1:
-            self._encode(full, fill_only=True)
+        filled: Sequence[int] = slide(self._windows, context_size)
+        for row in filled:
+            self._starts[row] += num_dropped(context_size)
+        if HookPoint.changes != self._num_changes and self._see_hooks():
+            self._allocate(len(self._windows))
+            filled = range(len(self._windows))
+        elif filled and self._hooks:
+            filled = range(len(self._windows))
+        if filled and context_size > 1:
+            self._encode(filled, fill_only=not self._hooks)
         lengths = [len(window) for window in self._windows]
         for window, token in zip(self._windows, tokens, strict=True):
             window.append(token)
@@ -137,20 +173,36 @@ class CachedDecoder:
                 return self._one_stream.step(tokens[0], lengths[0])
             unused = [0] * (self._num_cached - len(tokens))
             tokens_B = torch.tensor([*tokens, *unused], device=device)
-            is_compiled = self._compiled_step is not None
+            compiled = None if self._hooks else self._compiled_step
+            is_compiled = compiled is not None
             has_one_length = not is_compiled and len(set(lengths)) == 1
             self._cache.lengths = lengths[0] if has_one_length else torch.tensor([*lengths, *unused], device=device)
             self._cache.num_keys = context_size if is_compiled else max(lengths) + 1
-            step = self._compiled_step or step_rows
-            return self._logits(step(self._model, self._cache, tokens_B)[: len(tokens)])
+            step = compiled or step_rows
+            with self._at_place(lengths):
+                final_BE = step(self._model, self._cache, tokens_B)
+            return self._logits(final_BE[: len(tokens)])
+
+    def _at_place(self, firsts: Sequence[int], num_positions: int = 1) -> AbstractContextManager[None]:
+        """State where each row of a pass stands, from its position in `firsts` on, for hooks, if there are any."""
+        if not self._hooks:
+            return nullcontext()
+        numbers = firsts, self._starts, map(len, self._windows)
+        first_B1, start_B1, length_B1 = (
+            torch.tensor(list(row), device=self._weight.device)[:, None] for row in numbers
+        )
+        positions_BT = first_B1 + torch.arange(num_positions, device=self._weight.device)
+        return at_place(Place(positions_BT.where(positions_BT < length_B1, -1), start_B1))
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         self._windows = [list(self._windows[row]) for row in rows]
+        self._starts = [self._starts[row] for row in rows]
         if self._one_stream is not None and len(rows) == 1:
             return
         # A compiled step is made for one number of rows; unused rows are computed and dropped.
-        unused = self._num_cached - len(rows) if self._compiled_step is not None else 0
+        has_unused = self._compiled_step is not None and not self._hooks
+        unused = self._num_cached - len(rows) if has_unused else 0
         index = torch.tensor([*rows, *[0] * unused], device=self._weight.device)
         keys = self._cache.keys if self._one_stream is None else self._one_stream.ordinary_keys()
         kept = [tensor[index] for tensor in (*keys, *self._cache.values)]
@@ -161,7 +213,8 @@ class CachedDecoder:
             self._one_stream.reorder(self._model.context_size)
 
     def _allocate(self, num_rows: int) -> None:
-        if num_rows == 1 and self._compiled_step is None and has_fast_step(self._model):
+        is_plain = self._compiled_step is None and not self._hooks
+        if num_rows == 1 and is_plain and has_fast_step(self._model):
             self._one_stream, self._cache = self._fused, self._fused.cache
         elif self._one_stream is not None or num_rows != self._num_cached:
             self._one_stream = None
@@ -183,7 +236,7 @@ class CachedDecoder:
         is_whole = len(rows) == self._num_cached
         whole = KVCache(self._cache.keys, self._cache.values, 0, num_positions)
         part = whole if is_whole else self._new_cache(len(rows), num_positions)
-        with few_threads(self._num_weights * tokens_BT.numel()):
+        with few_threads(self._num_weights * tokens_BT.numel()), self._at_place([0] * len(rows), num_positions):
             final_BTE = self._model.final_residual(tokens_BT, cache=part, fill_only=fill_only)
         if not is_whole:
             index = torch.tensor(list(rows), device=device)
@@ -202,9 +255,9 @@ class CachedDecoder:
 def copy_to_generate(model: Transformer) -> Transformer:
     """Return a copy of the model whose layers keep their joined weights, all stored in the layout of `x @ W`.
 
-    For few tokens, joining the weights would take longer than the products.
+    For few tokens, joining the weights would take longer than the products. The copy has the model's own hook points.
     """
-    model = deepcopy(model)
+    model = deepcopy(model, {id(point): point for point in hook_points(model).values()})
     for block in model.blocks:
         for part in (block.attention, block.feedforward):
             if part is not None:

@@ -4,7 +4,7 @@ A key that changes what a model computes is read, or must have the value without
 reference for meaning and defaults is the code of `transformers` 5.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +73,14 @@ class Source:
     """In the source, with `{layer}`; the same for our tensors that are joined there."""
     arrange: Arrange = lambda tensor, settings: tensor
     restore: Restore = lambda parts, settings: parts[0]
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """What weight and bias are called in the place of `{kind}` in the name; by default they follow it, after a dot."""
+
+    def tensor(self, layer: str, kind: str) -> str:
+        """Return the name of the weight or the bias in the source."""
+        if self.kinds:
+            return self.name.format(layer=layer, kind=self.kinds[kind])
+        return f"{self.name.format(layer=layer)}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,9 @@ class Architecture:
     vocab_size: int
     settings: ModelConfig
     sources: Mapping[str, Source]
-    unused: tuple[str, ...] = field(default=("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias"))
+    unused: tuple[str, ...] = field(
+        default=("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
+    )
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
@@ -136,17 +146,21 @@ class Keys:
         shown = shortened(printable(str(value)))
         return LumiereError(f"config.json has {name} {shown}", f"Lumiere computes {expected} there")
 
-    def finish(self) -> None:
+    def finish(self, neutral: Mapping[str, Any] = NEUTRAL, without_effect: Collection[str] = WITHOUT_EFFECT) -> None:
         """Check that what is left changes nothing.
+
+        Args:
+            neutral: Keys that must have the given value.
+            without_effect: Keys that may have any value.
 
         Raises:
             LumiereError: A key is unknown, or has an effect that Lumiere lacks.
         """
         for name, value in self._left.items():
-            if name in NEUTRAL:
-                if value != NEUTRAL[name] and value is not None:
-                    raise self.wrong(name, value, f"only {NEUTRAL[name]}")
-            elif name not in WITHOUT_EFFECT:
+            if name in neutral:
+                if value != neutral[name] and value is not None:
+                    raise self.wrong(name, value, f"only {neutral[name]}")
+            elif name not in without_effect:
                 raise LumiereError(
                     f"config.json has the unknown key {shortened(printable(name))}",
                     "Lumiere reads every key that changes what a model computes, and does not know this one",
@@ -162,7 +176,8 @@ def read_architecture(values: Mapping[str, Any]) -> Architecture:
     keys = Keys(values)
     if keys.model_type not in READERS:
         raise LumiereError(
-            f"config.json has model_type {shortened(printable(keys.model_type))}", f"Lumiere reads {', '.join(READERS)}"
+            f"config.json has model_type {shortened(printable(keys.model_type))}",
+            f"Lumiere reads {', '.join(READERS)}; and state dicts of nanoGPT (with block_size) and TransformerLens",
         )
     with valid_sizes("config.json"):
         found = READERS[keys.model_type](keys)
@@ -221,6 +236,17 @@ SCALINGS: dict[str, dict[str, str]] = {
     },
 }
 """The supported scalings of rotary positions, and what their keys are called here."""
+
+
+def rope_parameters(settings: ModelConfig) -> dict[str, Any]:
+    """Return `rope_parameters` of transformers 5 for rotary positions."""
+    scaling = settings.rotary_scaling
+    names = {} if scaling is None else SCALINGS[scaling.type]
+    return {
+        "rope_type": "default" if scaling is None else scaling.type,
+        **{theirs: getattr(scaling, ours) for theirs, ours in names.items()},
+        "rope_theta": settings.rotary_base,
+    }
 
 
 def _scaling(keys: Keys, values: Mapping[str, Any]) -> dict[str, Any] | None:

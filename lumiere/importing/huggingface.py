@@ -1,4 +1,4 @@
-"""Open a model in the form of Hugging Face: a folder with `config.json` and safetensors files.
+"""Open a model in the form of Hugging Face, or a state dict: a folder with `config.json` and safetensors files.
 
 Reads nothing but JSON and safetensors: no pickle, no code of the model, no link out of the folder.
 """
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumiere.config.schema import ModelConfig
 from lumiere.errors import LumiereError, printable, shortened
 from lumiere.files import parse_json, read_file
-from lumiere.importing.architectures import Architecture, read_architecture
+from lumiere.importing import state_dicts
+from lumiere.importing.architectures import Architecture, Source, read_architecture
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.tensor_files import check_memory, open_safetensors
 
@@ -46,20 +48,25 @@ def open_model(folder: str | Path) -> Transformer:
     return open_folder(Path(folder)).model
 
 
-def open_folder(folder: Path) -> OpenedFolder:
+def open_folder(folder: Path, file: Path | None = None) -> OpenedFolder:
     """Open a model, in float32, on the CPU, in evaluation mode.
 
     Args:
-        folder: With `config.json` of a type in `architectures.READERS`, and `model.safetensors` or the files that
-            `model.safetensors.index.json` names.
+        folder: With `config.json` of a type in `architectures.READERS` or of a state dict, and `model.safetensors` or
+            the files that `model.safetensors.index.json` names.
+        file: Weights to read instead.
 
     Raises:
         LumiereError: A file is missing or damaged, or the model is one that Lumiere cannot compute.
     """
-    values = _read_object(folder / "config.json", MAX_CONFIG_BYTES)
-    architecture, files = read_architecture(values), weight_files(folder)
+    values = _read_settings(folder, file)
+    kind = state_dicts.kind_of(values)
+    architecture = read_architecture(values) if kind is None else None
+    files = weight_files(folder) if file is None else [file]
     tensors, dtype = read_tensors(files)
-    return OpenedFolder(assembled(architecture, tensors), str(values["model_type"]), dtype, tuple(files))
+    if architecture is None:
+        architecture = state_dicts.read_architecture(str(kind), values, tensors)
+    return OpenedFolder(assembled(architecture, tensors), kind or str(values["model_type"]), dtype, tuple(files))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -106,15 +113,21 @@ def read_tensors(paths: Sequence[Path]) -> tuple[dict[str, Tensor], str]:
             for name in names:
                 tensor = file.get_tensor(name)
                 if not tensor.is_floating_point():
-                    if name.endswith(("attn.bias", "attention.bias", "masked_bias")):
-                        continue  # a causal mask that old files hold
+                    if name.endswith((".attn.bias", ".attention.bias", ".masked_bias", ".attn.mask")):
+                        continue  # a causal mask that some files hold
                     raise LumiereError(
                         f"{str(path)!r} holds {shortened(printable(name))} as {tensor.dtype}",
                         "quantized weights cannot be read: save the model in float32, float16 or bfloat16",
                     )
                 dtypes.add(str(tensor.dtype).removeprefix("torch."))
-                base = next((base for base in BASES if name.startswith(base)), "")
-                tensors[name.removeprefix(base)] = tensor.float()
+                short = name.removeprefix("_orig_mod.")  # of a model that torch.compile has wrapped
+                short = short.removeprefix(next((base for base in BASES if short.startswith(base)), ""))
+                if short in tensors:
+                    raise LumiereError(
+                        f"the files hold {shortened(printable(short))} twice, with different prefixes",
+                        "keep one of them",
+                    )
+                tensors[short] = tensor.float()
     return tensors, ", ".join(sorted(dtypes))
 
 
@@ -135,15 +148,15 @@ def assembled(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Tran
         if module.startswith("blocks."):
             _, layer, module = module.split(".", 2)
         source = architecture.sources[module]
-        theirs = f"{source.name.format(layer=layer)}.{kind}"
+        theirs = source.tensor(layer, kind)
         used.add(theirs)
         if theirs not in tensors:
             if kind == "bias":
                 found[name] = torch.zeros(expected.shape)
                 continue
             raise LumiereError(f"the files lack the tensor {theirs}", "config.json describes a model that has it")
-        tensor = source.arrange(tensors[theirs], architecture.settings)
-        if tensor.shape != expected.shape:
+        tensor = arranged(source, tensors[theirs], architecture.settings)
+        if tensor is None or tensor.shape != expected.shape:
             shapes = tuple(tensors[theirs].shape), tuple(expected.shape)
             raise LumiereError(
                 f"the tensor {theirs} has the shape {shapes[0]}, which is not that of config.json",
@@ -152,7 +165,7 @@ def assembled(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Tran
         found[name] = tensor.contiguous()
     unused = {name for name in tensors if name.endswith(architecture.unused)}
     if architecture.settings.tie_embeddings:
-        unused.add(f"{architecture.sources['output_head'].name}.weight")
+        unused.add(architecture.sources["output_head"].tensor("", "weight"))
     if left := sorted(tensors.keys() - used - unused):
         names = ", ".join(shortened(printable(name)) for name in left[:MAX_NAMES])
         rest = f" and {len(left) - MAX_NAMES} more" if len(left) > MAX_NAMES else ""
@@ -164,11 +177,28 @@ def assembled(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Tran
     return model.eval()
 
 
-def _read_object(path: Path, limit: int) -> dict:
+def arranged(source: Source, tensor: Tensor, settings: ModelConfig) -> Tensor | None:
+    """Return one of our tensors of one of the source's; None if that one has too few or other axes."""
+    try:
+        return source.arrange(tensor, settings)
+    except (IndexError, RuntimeError):
+        return None
+
+
+def _read_settings(folder: Path, file: Path | None) -> dict:
+    """Read `config.json`; where it is missing beside a state dict, say how to write it."""
+    file = file or folder / "model.safetensors"
+    hint = "give the folder of a model in the form of Hugging Face"
+    if not (folder / "config.json").exists() and file.exists():
+        with open_safetensors(file) as opened:
+            hint = state_dicts.hint_for(opened.keys()) or hint
+    return _read_object(folder / "config.json", MAX_CONFIG_BYTES, hint)
+
+
+def _read_object(path: Path, limit: int, hint: str = "restore the file") -> dict:
     try:
         values = parse_json(read_file(path, limit))
     except FileNotFoundError:
-        hint = "give the folder of a model in the form of Hugging Face"
         raise LumiereError(f"{str(path)!r} does not exist", hint) from None
     except (OSError, ValueError) as error:
         raise LumiereError(f"{str(path)!r} cannot be read: {error}", "restore the file") from None

@@ -36,7 +36,8 @@ def import_model(
     """Make a run, with status `imported`, of a model from elsewhere.
 
     Args:
-        source: A folder in the form of Hugging Face, a name on its Hub, or a GGUF file.
+        source: A folder in the form of Hugging Face, a name on its Hub, a GGUF file, or the safetensors file of a state
+            dict with its `config.json` and `tokenizer.json` beside it.
         revision: Branch, tag or commit on the Hub.
         context_size: Maximum number of positions; at most the source's, which is the default.
         verified: Whether to compare the log-probabilities with those of `transformers`, if it has such a class.

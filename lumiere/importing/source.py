@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder in the form of Hugging Face, a name on its Hub, or a GGUF file."""
+"""Where a model comes from: a folder or file of Hugging Face, a name on its Hub, a GGUF file, or a state dict."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,13 +13,15 @@ from lumiere.data.foreign_tokenizer import CONFIG_NAME, ForeignTokenizer, read_c
 from lumiere.data.tokenizer import MAX_BYTES, TOKENIZER_NAME
 from lumiere.errors import LumiereError
 from lumiere.importing import gguf, huggingface
-from lumiere.importing.architectures import CLASSES, LLAMA_NAMES
+from lumiere.importing.architectures import CLASSES, LLAMA_NAMES, READERS, rope_parameters
 from lumiere.importing.gguf_tokenizer import read_tokenizer
 from lumiere.models.transformer import Transformer
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("config.json", "generation_config.json", TOKENIZER_NAME, CONFIG_NAME, "*.safetensors", "*.index.json")
 """What is downloaded: never code, never a pickle."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 Load = Callable[[torch.dtype], nn.Module]
 
@@ -45,7 +47,7 @@ def open_source(source: str, revision: str | None = None) -> Imported:
     """Open a model and its tokenizer.
 
     Args:
-        source: A folder, a GGUF file, or a Hub name such as `HuggingFaceTB/SmolLM2-135M`.
+        source: A folder, a GGUF or safetensors file, or a Hub name such as `HuggingFaceTB/SmolLM2-135M`.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -54,6 +56,12 @@ def open_source(source: str, revision: str | None = None) -> Imported:
     path = Path(source)
     if path.is_dir():
         return open_folder(path)
+    if path.suffix in PICKLES and path.exists():
+        raise LumiereError(
+            f"{source!r} is a pickle, which may run code", "where you trust it, save its tensors as safetensors first"
+        )
+    if path.suffix == ".safetensors" and path.exists():
+        return open_folder(path.parent, path)
     if path.exists():
         return open_gguf(path)
     if not HUB_NAME.fullmatch(source):
@@ -65,16 +73,17 @@ def open_source(source: str, revision: str | None = None) -> Imported:
     return replace(found, origin={**found.origin, "hub": source, "commit": folder.name})
 
 
-def open_folder(folder: Path) -> Imported:
-    """Open a folder with `config.json`, safetensors files and `tokenizer.json`."""
-    opened = huggingface.open_folder(folder)
+def open_folder(folder: Path, file: Path | None = None) -> Imported:
+    """Open a folder with `config.json`, safetensors files (or `file` in their place) and `tokenizer.json`."""
+    opened = huggingface.open_folder(folder, file)
     config = read_config(folder / CONFIG_NAME)
     generation = read_config(folder / "generation_config.json")
     text = read_text(folder / TOKENIZER_NAME, MAX_BYTES)
     tokenizer = ForeignTokenizer.parse(text, config, str(folder / TOKENIZER_NAME), generation.get("eos_token_id"))
     names = ("config.json", TOKENIZER_NAME, CONFIG_NAME, "generation_config.json", "model.safetensors.index.json")
     files = (*(folder / name for name in names if (folder / name).exists()), *opened.files)
-    origin = {"format": "huggingface", "model_type": opened.model_type, "dtype": opened.dtype}
+    kind = "huggingface" if opened.model_type in READERS else "state dict"
+    origin = {"format": kind, "model_type": opened.model_type, "dtype": opened.dtype}
 
     def reference(dtype: torch.dtype) -> nn.Module:
         return transformers_model(opened.model_type, str(folder), dtype)
@@ -114,7 +123,7 @@ def llama_of(model: Transformer, dtype: torch.dtype) -> nn.Module:
         head_dim=settings.d_key,
         max_position_embeddings=settings.context_size,
         rms_norm_eps=settings.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": settings.rotary_base},
+        rope_parameters=rope_parameters(settings),
         tie_word_embeddings=settings.tie_embeddings,
         attention_bias=settings.bias != "none",
         mlp_bias=settings.bias == "all",

@@ -145,30 +145,34 @@ def composition_scores(model: Transformer) -> Composition:
 
 
 def head_matrices(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K), norms folded in, in float64.
+    """Return W_V (L, H, E, V), W_O (L, H, V, E), W_Q and W_K (L, H, E, K) of all layers, as `layer_matrices`."""
+    layers = [layer_matrices(model, layer) for layer in range(model.num_layers)]
+    reads, writes, queries, keys = (np.stack(parts) for parts in zip(*layers, strict=True))
+    return reads, writes, queries, keys
+
+
+def layer_matrices(model: Transformer, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return W_V (H, E, V), W_O (H, V, E), W_Q and W_K (H, E, K) of a layer, norms folded in, in float64.
 
     Heads that share keys and values have the same W_K and W_V. A norm of queries and keys divides each by a scale of
     its own, a number that no matrix holds; its gains are folded in.
     """
-    found: dict[str, list[np.ndarray]] = {"value": [], "output": [], "query": [], "key": []}
-    for block in model.blocks:
-        attention = block.attention
-        gains = {"query": attention.query_norm, "key": attention.key_norm}
-        for part, matrices in found.items():
-            weight = getattr(attention, part).weight.detach().cpu().double()
-            if part == "output":
-                matrices.append(float64(weight.T).reshape(model.num_heads, -1, model.embedding_size))
-                continue
-            norm = gains.get(part)
-            is_shared = part in ("key", "value")
-            num_heads = attention.num_key_value_heads if is_shared else model.num_heads
-            heads_HKE = block.attention_norm.folded(weight)[0].unflatten(0, (num_heads, -1))
-            heads_HKE = attention.per_head(heads_HKE, dim=0) if is_shared else heads_HKE
-            if norm is not None and norm.weight is not None:
-                heads_HKE = heads_HKE * norm.weight.to(heads_HKE)[:, None]
-            matrices.append(float64(heads_HKE.transpose(1, 2)))
-    reads, writes, queries, keys = map(np.stack, found.values())
-    return reads, writes, queries, keys
+    block = model.blocks[layer]
+    attention = block.attention
+    gains = {"query": attention.query_norm, "key": attention.key_norm}
+
+    def read(part: str) -> np.ndarray:
+        norm, is_shared = gains.get(part), part in ("key", "value")
+        num_heads = attention.num_key_value_heads if is_shared else model.num_heads
+        weight = getattr(attention, part).weight.detach().cpu().double()
+        heads_HKE = block.attention_norm.folded(weight)[0].unflatten(0, (num_heads, -1))
+        heads_HKE = attention.per_head(heads_HKE, dim=0) if is_shared else heads_HKE
+        if norm is not None and norm.weight is not None:
+            heads_HKE = heads_HKE * norm.weight.to(heads_HKE)[:, None]
+        return float64(heads_HKE.transpose(1, 2))
+
+    writes = float64(attention.output.weight.T).reshape(model.num_heads, -1, model.embedding_size)
+    return read("value"), writes, read("query"), read("key")
 
 
 def gram(matrices: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ tokens, M matched heads or tensors.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -29,7 +30,7 @@ from lumiere.evaluation.scoring import (
     score,
     strided_windows,
 )
-from lumiere.interpret.head_scores import head_matrices
+from lumiere.interpret.head_scores import layer_matrices
 from lumiere.interpret.result import FLOAT64_TOLERANCE, Receipt, Result, float64, outside_unit, real_rows, rounding
 from lumiere.models.transformer import Transformer, TransformerOutput
 
@@ -90,40 +91,58 @@ class LinearCka:
     al. 2021) is better; it needs the dot products of all pairs of tokens.
 
     Sums are in float64. Columns are measured from the means of the first part, so that a large mean costs no digits.
+    Tokens are kept as they are until they take more memory than half of the products of all pairs, E x F each, which
+    then take their place.
     """
 
     def __init__(self) -> None:
         self.num_tokens = self.num_first = 0
         self.shifts: list[Tensor] = []
         self.sums: list[Tensor] = []
+        self.kept: list[list[Tensor]] = []
         self.products: dict[tuple[int, int], Tensor] = {}
 
     def add(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         """Add the same N tokens of both models: A times (N, E), B times (N, F)."""
-        xs = [x.cpu().double() for x in (*first, *second)]
+        xs = [x.cpu() for x in (*first, *second)]
         if not self.num_tokens:
-            self.num_first, self.shifts = len(first), [x.mean(0) for x in xs]
-        xs = [x - shift for x, shift in zip(xs, self.shifts, strict=True)]
-        self.sums = [total + x.sum(0) for total, x in zip(self.sums or [0.0] * len(xs), xs, strict=True)]
-        # Always the same product of a pair: equal representations then give equal sums to the last bit.
-        pairs = [(i, i) for i in range(len(xs))]
-        pairs += [(a, b) for a in range(self.num_first) for b in range(self.num_first, len(xs))]
-        for i, j in pairs:
-            self.products[i, j] = self.products.get((i, j), 0.0) + xs[i].T @ xs[j]
+            self.num_first, self.shifts = len(first), [x.double().mean(0) for x in xs]
+        sums = [(x.double() - shift).sum(0) for x, shift in zip(xs, self.shifts, strict=True)]
+        self.sums = [total + part for total, part in zip(self.sums, sums, strict=True)] if self.sums else sums
         self.num_tokens += len(xs[0])
+        self.kept.append(xs)
+        kept_bytes = sum(x.nbytes for xs in self.kept for x in xs)
+        if self.products or kept_bytes > sum(8 * len(self.sums[i]) * len(self.sums[j]) for i, j in self._pairs()) / 2:
+            self.products = {pair: self._product(*pair) for pair in self._pairs()}
+            self.kept = []
 
     def similarities(self) -> np.ndarray:
         """Return (A, B); NaN for a representation that is the same for all tokens."""
+        aligned = {(i, j): self._alignment(i, j) for i, j in self._pairs()}
         found = np.empty((self.num_first, len(self.sums) - self.num_first))
         for a, b in np.ndindex(*found.shape):
             other = self.num_first + b
-            own = self._alignment(a, a) * self._alignment(other, other)
-            found[a, b] = self._alignment(a, other) / np.sqrt(own) if own > 0 else np.nan
+            own = aligned[a, a] * aligned[other, other]
+            found[a, b] = aligned[a, other] / np.sqrt(own) if own > 0 else np.nan
         return found
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Return each representation with itself, and each of A with each of B."""
+        both = range(len(self.sums))
+        return [(i, i) for i in both] + list(product(both[: self.num_first], both[self.num_first :]))
+
+    def _product(self, i: int, j: int) -> Tensor:
+        """Return X^T Y before centering: the same way for all pairs, so that equal ones are so to the last bit."""
+        total = self.products.get((i, j))
+        for xs in self.kept:
+            x, y = (xs[k].double() - self.shifts[k] for k in (i, j))
+            total = x.T @ y if total is None else total + x.T @ y
+        assert total is not None
+        return total
 
     def _alignment(self, i: int, j: int) -> float:
         """Return the squared Frobenius norm of the centered product."""
-        centered = self.products[i, j] - torch.outer(self.sums[i], self.sums[j]) / self.num_tokens
+        centered = self._product(i, j) - torch.outer(self.sums[i], self.sums[j]) / self.num_tokens
         return float(centered.square().sum())
 
 
@@ -179,16 +198,20 @@ def weight_changes(first: Transformer, second: Transformer, left_out: Sequence[s
     Args:
         left_out: tensors not to compare, which are named among the other ones.
     """
-    a, b = ({name: float64(weight) for name, weight in model.state_dict().items()} for model in (first, second))
+    a, b = first.state_dict(), second.state_dict()
     shared = [name for name in a if name in b and a[name].shape == b[name].shape and name not in left_out]
-    differences = [b[name] - a[name] for name in shared]
-    norms = np.array([np.linalg.norm(difference) for difference in differences])
+    found = np.empty((3, len(shared)))
+    for column, name in enumerate(shared):  # one at a time: in float64, all of them take more memory than both models
+        old, difference = float64(a[name]), float64(b[name])
+        difference = difference - old
+        norm = float(np.linalg.norm(difference))
+        # A matrix has a spectral norm; the largest singular value of a vector is its length.
+        found[:, column] = norm, relative(norm, old), np.linalg.norm(difference, 2)
     return WeightChanges(
         tensors=tuple(shared),
-        change_norms=norms,
-        relative_changes=np.array([relative(norm, a[name]) for norm, name in zip(norms, shared, strict=True)]),
-        # A matrix has a spectral norm; the largest singular value of a vector is its length.
-        spectral_changes=np.array([np.linalg.norm(difference, 2) for difference in differences]),
+        change_norms=found[0],
+        relative_changes=found[1],
+        spectral_changes=found[2],
         other_tensors=tuple(name for name in dict.fromkeys([*a, *b]) if name not in shared),
     )
 
@@ -211,11 +234,14 @@ def circuit_changes(first: Transformer, second: Transformer, matches: np.ndarray
     """
     found = np.full((2, len(matches)), np.nan)
     if first.embedding_size == second.embedding_size:
-        sides = [[part.reshape(-1, *part.shape[2:]) for part in head_matrices(model)] for model in (first, second)]
-        for column, heads in enumerate(matches):
+        # A layer at a time: in float64, all of them take more memory than both models.
+        sides = [lru_cache(maxsize=1)(partial(layer_matrices, model)) for model in (first, second)]
+        for column, heads in enumerate(matches.tolist()):
+            places = (divmod(head, model.num_heads) for head, model in zip(heads, (first, second), strict=True))
             (ov_a, qk_a), (ov_b, qk_b) = (
                 (reads[head] @ writes[head], queries[head] @ keys[head].T)
-                for (reads, writes, queries, keys), head in zip(sides, heads, strict=True)
+                for (layer, head), side in zip(places, sides, strict=True)
+                for reads, writes, queries, keys in [side(layer)]
             )
             for row, (old, new) in enumerate(((ov_a, ov_b), (qk_a, qk_b))):
                 found[row, column] = relative(float(np.linalg.norm(new - old)), old)

@@ -352,6 +352,14 @@ class RunStore:
             raise
 
 
+def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
+    """Return the run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` if it names none."""
+    run, at, named = reference.partition("@")
+    if not run or (at and not named):
+        raise LumiereError(f"{reference!r} names no checkpoint of a run", "write RUN or RUN@CHECKPOINT: latest@500")
+    return run, named or checkpoint
+
+
 def _written_at(entry: os.DirEntry[str]) -> int | None:
     """Return when a folder was last written to, in nanoseconds; None for anything else, or a link to itself."""
     try:

@@ -15,7 +15,7 @@ from lumiere.errors import CheckpointError
 from lumiere.persistence.checkpoint import Checkpoint
 from lumiere.persistence.checkpoint_manager import CheckpointManager
 from lumiere.persistence.loading import OpenedModel, check_tokenizer, open_model
-from lumiere.persistence.runs import Run, RunStore
+from lumiere.persistence.runs import Run, RunStore, split_reference
 
 if TYPE_CHECKING:
     from lumiere.data.tokenizer import Tokenizer
@@ -51,10 +51,10 @@ class Parent:
         """Return the parent that `RUN` or `RUN@CHECKPOINT` names.
 
         Raises:
-            RunNotFoundError: There is no such run.
+            LumiereError: There is no such run, or a part of the reference is empty.
         """
-        name, at, checkpoint = reference.partition("@")
-        return cls(store.open(name), checkpoint if at else DEFAULT_CHECKPOINT)
+        name, checkpoint = split_reference(reference, DEFAULT_CHECKPOINT)
+        return cls(store.open(name), checkpoint)
 
     def inherit(self, given: Mapping[str, Any]) -> RunConfig:
         """Return the config of a run that starts here, from what the user set; see `lumiere.config.inheritance`."""

@@ -51,7 +51,7 @@ from lumiere.training.setup import (
     check_shares,
     set_up_rank,
     trained_config,
-    with_overrides,
+    with_settings,
 )
 from lumiere.training.state import NUMERICS, STOP_REASONS
 from lumiere.training.trainer import Trainer, TrainingResult, provenance
@@ -146,14 +146,15 @@ def resume(
 def follow(
     config: RunConfig | None,
     store: RunStore,
-    overrides: Sequence[str],
+    settings: Mapping[str, Any],
     processes: TorchrunGroup,
     parent: Parent | None = None,
 ) -> TrainingResult | None:
     """Train the run that rank 0 starts or resumes; None if there is nothing to train.
 
     Args:
-        config: Of this rank's command line. None: a run is resumed, with its own config and `overrides`.
+        config: Of this rank's command line. None: a run is resumed, with its own config.
+        settings: What a resume changes, by dotted path; empty for a new run.
         parent: Of this rank's command line, for a new run.
 
     Raises:
@@ -169,7 +170,7 @@ def follow(
         raise LumiereError(f"rank {processes.rank} does not find the run of rank 0: {error.message}", hint) from error
     checkpoint, origin = None, None
     if config is None or choice["resumes_from"] is not None:
-        config, origin = with_overrides(run.load_config(), () if config else overrides), origin_of(run)
+        config, origin = with_settings(run.load_config(), settings), origin_of(run)
     elif parent is not None:
         origin = parent.origin()
     if choice["resumes_from"]:

@@ -5,10 +5,11 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lumiere.config.inheritance import INHERITED, NO_EFFECT_WHEN_TRAINED
-from lumiere.config.loader import changed_config, flat_settings, parse_override, validate
+from lumiere.config.loader import changed_config, flat_settings, validate
 from lumiere.config.schema import RunConfig, TrainingConfig
 from lumiere.data.corpus import load_corpus, recorded
 from lumiere.data.dataset import Progress, TokenizedCorpus, tokenize_corpus
@@ -148,24 +149,28 @@ def set_up(
 
 
 def set_up_resume(
-    run: Run, progress: Callable[[Progress], None] | None = None, overrides: Sequence[str] = ()
+    run: Run, progress: Callable[[Progress], None] | None = None, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> TrainingSetup:
     """Set up a run that exists with its own config, on the device and in the precision recorded for it.
 
     Args:
-        overrides: `section.key=value` texts for settings that a resume may change. A device or precision among them
-            replaces the recorded one. A recorded device that is missing becomes `auto`.
+        settings: Settings by dotted path, of those that a resume may change. A device or precision among them replaces
+            the recorded one. A recorded device that is missing becomes `auto`.
 
     Raises:
-        ConfigError: An override is not allowed, or config.yaml is not what the run was trained with.
-        LumiereError: The device is missing, or the corpus or the tokenizer differs.
+        ConfigError: A setting may not be changed, or config.yaml is not what the run was trained with.
+        LumiereError: The run was imported, the device is missing, or the corpus or the tokenizer differs.
     """
-    config = with_overrides(run.load_config(), overrides)
+    if run.status == "imported":
+        raise LumiereError(
+            f"run {run.id} was imported: there is no training to resume",
+            f"train a new run from its weights: lumiere train CONFIG --from {run.id}",
+        )
+    config = with_settings(run.load_config(), settings)
     changed = changed_settings(run, config)
     check_changes(changed, run.id)
     record = run.record
-    given = {parse_override(override)[0] for override in overrides}
-    setup = set_up(with_recorded_device(config, record, given), progress, origin_of(run))
+    setup = set_up(with_recorded_device(config, record, settings), progress, origin_of(run))
     # A run that was killed while it was created may lack a tokenizer, and was not trained yet.
     exists = run.tokenizer_path.exists() or CheckpointManager(run.path.parent).names(run)
     if exists and setup.corpus.tokenizer.fingerprint != run.load_tokenizer().fingerprint:
@@ -229,13 +234,13 @@ class Change:
         return f"{self.path}: {text(self.before)} -> {text(self.after)}"
 
 
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Apply `section.key=value` texts to the config, from left to right.
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """Replace settings of the config by dotted path, from left to right.
 
     Raises:
         ConfigError: As `load_config`.
     """
-    return changed_config(config.model_dump(), map(parse_override, overrides)) if overrides else config
+    return changed_config(config.model_dump(), settings.items()) if settings else config
 
 
 def with_recorded_device(config: RunConfig, record: RunRecord, given: Collection[str]) -> RunConfig:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +82,16 @@ def test_a_generated_text_is_that_of_the_generator(trained_run: Run, run: lumier
     assert run.generate("Once", max_new_tokens=6, seed=again.seed).text == again.text
 
 
+def test_activations_of_a_generated_text_are_those_of_a_forward_pass(run: lumiere.OpenedRun) -> None:
+    found = run.generate("Once", max_new_tokens=8, seed=3, names=["*.hook_resid_post", "*.hook_pattern"])
+    assert found.text == run.generate("Once", max_new_tokens=8, seed=3).text
+    expected = run.inspect.cache(found.read, names=["*.hook_resid_post", "*.hook_pattern"]).values
+    assert found.activations.keys() == expected.keys()
+    for name, activation in found.activations.items():
+        np.testing.assert_allclose(activation, expected[name], atol=1e-4)
+    assert run.generate("Once", max_new_tokens=1).activations == {}
+
+
 def test_an_evaluation_is_the_one_that_training_recorded(trained_run: Run, run: lumiere.OpenedRun) -> None:
     found = run.evaluate(baselines=False)
     assert found.loss == pytest.approx(trained_run.record.best_loss, rel=1e-5)
@@ -151,8 +162,27 @@ def test_an_interrupt_saves_and_is_raised(tiny_config: RunConfig) -> None:
 
     with pytest.raises(KeyboardInterrupt, match="lumiere train --resume"):
         lumiere.train(tiny_config, callbacks=[interrupt])
-    assert lumiere.open("latest").step == 2
-    assert lumiere.open("latest").record.status == "interrupted"
+    interrupted = lumiere.open("latest")
+    assert (interrupted.step, interrupted.record.status) == (2, "interrupted")
+    steps: list[int] = []
+    resumed = interrupted.resume(callbacks=[lambda event: steps.append(event.step)])
+    assert (resumed.record.status, min(steps)) == ("finished", 2)
+    whole = lumiere.train(tiny_config)
+    assert resumed.at("latest").step == whole.at("latest").step
+    first, second = (run.at("latest").model.parameters() for run in (resumed, whole))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_a_finished_run_is_resumed_only_to_extend_it(tiny_config: RunConfig) -> None:
+    run = lumiere.train(tiny_config, {"training.schedule": "constant"}, max_steps=2)
+    assert (run.resume().step, len(run.record.resumes)) == (2, 0)
+    longer = run.resume(max_steps=3)
+    assert (longer.at("latest").step, longer.config.training.max_steps) == (3, 3)
+    with pytest.raises(lumiere.LumiereError, match="seed"):
+        run.resume(seed=5)
+    run.run.update(status="imported")
+    with pytest.raises(lumiere.LumiereError):
+        run.resume()
 
 
 def test_importing_lumiere_loads_nothing() -> None:

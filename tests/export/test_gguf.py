@@ -28,11 +28,13 @@ SCALED = {name: VARIANTS[name] | {"d_key": 8, "d_value": 8} for name in ("slow r
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="pip install xllamacpp")
 
 
-@pytest.mark.parametrize("variant", HELD.values(), ids=HELD)
+@pytest.mark.parametrize("variant", (HELD | SCALED).values(), ids=HELD | SCALED)
 def test_the_importer_reads_the_same_model(variant: dict[str, Any], tmp_path: Path) -> None:
     original = make_original(**variant)
     write(tmp_path, original)
-    found, ours = open_model(tmp_path / FILE).state_dict(), original.model.state_dict()
+    model = open_model(tmp_path / FILE)
+    assert model.settings.rotary_scaling == original.model.settings.rotary_scaling
+    found, ours = model.state_dict(), original.model.state_dict()
     assert all(torch.equal(found.pop(name), weight) for name, weight in ours.items())
     assert not any(bias.any() for bias in found.values())
 

@@ -256,6 +256,16 @@ def test_cka_is_the_papers_and_does_not_see_rotations_scales_and_shifts(seed: in
     assert cka(x, x) == 1
 
 
+def test_cka_of_fewer_tokens_than_columns_is_the_papers() -> None:
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(9, 40)), draw.normal(size=(9, 30))
+    sums = LinearCka()
+    for first, second in zip(np.array_split(x, 3), np.array_split(y, 3), strict=True):
+        sums.add([torch.from_numpy(first)] * 2, [torch.from_numpy(second)])
+    assert not sums.products
+    assert sums.similarities() == pytest.approx(by_grams(x, y))
+
+
 def test_cka_of_what_never_changes_is_not_known() -> None:
     assert np.isnan(cka(np.ones((9, 3)), np.random.default_rng(0).normal(size=(9, 3))))
 

@@ -119,7 +119,7 @@ def test_every_checkpoint_of_every_kind_loads(kind: str) -> None:
 
 def test_a_run_of_every_kind_is_resumed(kind: str) -> None:
     run = RunStore().open("latest")
-    result = resume(set_up_resume(run, overrides=["training.max_steps=8"]), run)
+    result = resume(set_up_resume(run, settings={"training.max_steps": 8}), run)
     assert result.state.step == KINDS[kind]["resumed"]["step"]
     losses = [line["val_loss"] for line in read_metrics(run.metrics_path) if "val_loss" in line]
     assert losses[-1] == pytest.approx(KINDS[kind]["resumed"]["val_loss"], abs=1e-4)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.numpy import load_file
 
-from lumiere.config.loader import changed_config
+from lumiere.config.loader import changed_config, parse_override
 from lumiere.config.schema import RunConfig
 from lumiere.data.batches import Batch, Windows
 from lumiere.data.dataset import tokenize_corpus
@@ -102,7 +102,7 @@ def resume(
     run: Run, *callbacks: Callback, overrides: Sequence[str] = (), processes: ProcessGroup = SINGLE_PROCESS
 ) -> Trained:
     events: list[Event] = []
-    setup = set_up_resume(run, overrides=overrides)
+    setup = set_up_resume(run, settings=dict(map(parse_override, overrides)))
     return Trained(run_module.resume(setup, run, [events.append, *callbacks], processes), events)
 
 

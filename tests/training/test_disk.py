@@ -162,7 +162,7 @@ def test_a_run_whose_config_cannot_be_changed_stays_whole(configure, launch) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "run_training", SUPERVISE)
         run = launch(configure({"training.max_steps": 2, "training.schedule": "constant"})).run
-    longer = set_up_resume(run, overrides=["training.max_steps=3"])
+    longer = set_up_resume(run, settings={"training.max_steps": 3})
     before = run.config_path.read_bytes()
     for number in attempts(lambda disk: resume(longer, Run(run.path, disk))):
         # Metrics, record and config are written in this order, and the record again, each in five operations.

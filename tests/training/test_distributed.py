@@ -145,9 +145,11 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="fi
 
 
 @contextmanager
-def two_midway(config: RunConfig, max_restarts: int = 0) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+def two_midway(
+    config: RunConfig, *options: str, max_restarts: int = 0
+) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
     """Two processes that train in `stopped/`, after their first evaluation, and their remaining messages."""
-    with midway(command(2, written(config), "--runs-dir", "stopped", max_restarts=max_restarts)) as started:
+    with midway(command(2, written(config), "--runs-dir", "stopped", *options, max_restarts=max_restarts)) as started:
         yield started
 
 
@@ -238,6 +240,19 @@ def test_a_job_that_torchrun_restarts_resumes_its_own_run() -> None:
     assert run.status == "finished"
     assert len(run.record.resumes) == 1
     assert hashes(run) == hashes(whole)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_a_restarted_job_needs_nothing_of_the_parent() -> None:
+    parent = train(short(max_steps=2), runs_dir="stopped").run
+    with two_midway(short(LONG), "--from", parent.id, max_restarts=1) as (process, stderr):
+        shutil.rmtree(parent.path)
+        os.kill(worker(process.pid, 1), signal.SIGKILL)
+        said = stderr.read()
+        assert process.wait(timeout=200) == 0, said
+    [run] = RunStore("stopped").all()
+    assert (run.status, run.record.parent["run"], len(run.record.resumes)) == ("finished", parent.name, 1)
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("path", CHANGES)
 def test_what_a_step_computes_cannot_change(interrupted: Run, path: str) -> None:
     with pytest.raises(ConfigError, match=path):
-        set_up_resume(interrupted, overrides=[f"{path}={CHANGES[path]}"])
+        set_up_resume(interrupted, settings={path: CHANGES[path]})
     # The same in an editor.
     changed = changed_config(interrupted.load_config().model_dump(), [(path, CHANGES[path])])
     interrupted.config_path.write_text(dump_config(changed))

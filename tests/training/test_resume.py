@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lumiere.config.loader import parse_override
 from lumiere.config.schema import RunConfig
 from lumiere.errors import LumiereError
 from lumiere.persistence.checkpoint_manager import CheckpointManager
@@ -237,7 +238,7 @@ def test_device_and_precision_are_those_it_was_trained_with(
     new = set_up(AUTO)
     assert (new.device.type, new.precision) == ("cuda", torch.bfloat16)
     cpu_run.update(**recorded)
-    resumed = set_up_resume(cpu_run, overrides=overrides)
+    resumed = set_up_resume(cpu_run, settings=dict(map(parse_override, overrides)))
     assert (resumed.device.type, resumed.precision) == (device, precision)
     assert overrides or resumed.config == AUTO, "checkpoints keep the config that was given"
 
@@ -257,7 +258,7 @@ def test_a_missing_device_is_replaced_with_a_warning(cpu_run: Run) -> None:
     # The next resume is on the device that this one took.
     assert set_up_resume(cpu_run).device.type == "cpu"
     with pytest.raises(LumiereError, match="'cuda'"):
-        set_up_resume(cpu_run, overrides=["training.device=cuda"])
+        set_up_resume(cpu_run, settings={"training.device": "cuda"})
 
 
 # Another corpus, another tokenizer

@@ -198,10 +198,10 @@ def test_a_rank_without_the_run_names_the_folder_and_one_with_nothing_to_train_e
     store.set("choice 0", json.dumps(choice))
     runs = RunStore(tmp_path / "elsewhere")
     with pytest.raises(LumiereError, match="run_aaaaaaaa") as raised:
-        follow(short(), runs, [], processes)
+        follow(short(), runs, {}, processes)
     assert str(runs.runs_dir) in (raised.value.hint or "")
     dismiss(processes)
-    assert follow(None, runs, [], processes) is None
+    assert follow(None, runs, {}, processes) is None
 
 
 def test_several_processes_need_a_config_in_a_file(tmp_path: Path) -> None:

@@ -183,9 +183,9 @@ def run_analysis(
 
 def open_runs(common: Mapping[str, Any]) -> "list[OpenedRun]":
     """Return the run, or both runs of a comparison."""
-    from lumiere.api.runs import OpenedRun, split_reference
+    from lumiere.api.runs import OpenedRun
     from lumiere.cli.progress import CorpusProgress
-    from lumiere.persistence.runs import RunStore
+    from lumiere.persistence.runs import RunStore, split_reference
 
     store, checkpoint = RunStore(common["runs_dir"]), common.get("checkpoint", "best")
     sides = [(common["run"], checkpoint)]
