@@ -76,6 +76,8 @@ DRAWS, NOISE = 10, 3.0
 TOKENS_AT_ONCE = 4096
 """Of one forward pass."""
 MAX_RECEIPT_CELLS = 8
+PRECISION = 1e4
+"""How many times as large as the rounding of a logit the difference between both runs must be."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Patcher:
         noise: Tensor | None = None,
     ) -> None:
         self.model, self.pairs, self.site, self.noise = model, pairs, site, noise
+        self.own_pairs = pairs.to(torch.device("cpu"))
         self.points = hook_points(model)
         # No later position has an effect where the predictions are read.
         self.end = int(pairs.positions.max()) + 1
@@ -204,9 +207,12 @@ class Patcher:
         """Return the metric with each cell patched alone, (B,) each, in float64."""
         found: dict[Cell, np.ndarray] = {}
         for chunk in self.chunks(cells):
-            values_NB = float64(metric(self.patched(chunk), self.pairs))
-            found |= dict(zip(chunk, values_NB, strict=True))
+            found |= dict(zip(chunk, self.measured(self.patched(chunk), metric), strict=True))
         return found
+
+    def measured(self, logits_BV: Tensor, metric: Metric) -> np.ndarray:
+        """Return the metric of each pair, (..., B), computed in float64: a divergence of 1e-7 is not rounding."""
+        return metric(logits_BV.cpu().double(), self.own_pairs).numpy()
 
     def by_hook(self, cell: Cell, source: Mapping[int, Tensor] | None = None) -> Tensor:
         """Return the logits at the read positions with one cell patched by a hook in a whole forward pass.
@@ -238,7 +244,7 @@ class Patcher:
             _, activations, gradients = run_with_gradients(
                 self.model,
                 self.base_tokens,
-                lambda output: metric(self.pairs.read(output.logits), self.pairs).sum(),
+                lambda output: metric(self.pairs.read(output.logits).cpu().double(), self.own_pairs).sum(),
                 names,
             )
         found = {}
@@ -391,9 +397,13 @@ def patch(
         run_of_clean, run_of_corrupt = patcher.source, patcher.base
         if kind == "noising":
             run_of_clean, run_of_corrupt = run_of_corrupt, run_of_clean
-        measure = find_metric(name, run_of_clean.logits)
-        clean_B, corrupt_B = (float64(measure(run.logits, rows)) for run in (run_of_clean, run_of_corrupt))
+        measure = find_metric(name, run_of_clean.logits.cpu().double())
+        clean_B, corrupt_B = (patcher.measured(run.logits, measure) for run in (run_of_clean, run_of_corrupt))
         base_B, source_B = (clean_B, corrupt_B) if kind == "noising" else (corrupt_B, clean_B)
+        largest = max(1.0, float(run_of_clean.logits.abs().max()))
+        least = PRECISION * torch.finfo(run_of_clean.logits.dtype).eps * largest
+        # Refuse a difference of about 0 before the work.
+        ratio_interval(np.zeros(len(rows)), source_B - base_B, groups, seed, least=least)
         grid = [(at, unit, position) for at in layers for unit in units or [None] for position in positions or [None]]
         # Before the first difference both runs are equal, and after the last read position nothing is seen.
         active = [cell for cell in grid if cell[2] is None or patcher.first <= cell[2] < patcher.end]
@@ -459,26 +469,20 @@ def check(
     """Check the base run patched with itself, the whole stream patched, and cells spread over all by hooks."""
 
     def error(logits_BV: Tensor, expected_B: np.ndarray) -> float:
-        return relative_error(
-            torch.from_numpy(float64(measure(logits_BV, patcher.pairs))), torch.from_numpy(expected_B)
-        )
+        return relative_error(*map(torch.from_numpy, (patcher.measured(logits_BV, measure), expected_B)))
 
-    strongest = max(cells, key=lambda cell: abs(float((found[cell] - base_B).sum())))
-    step = max(1, len(cells) // (MAX_RECEIPT_CELLS - 1))
-    sample = [strongest, *cells[::step]][:MAX_RECEIPT_CELLS]
     whole = (0, None, None)
     stream = Patcher(
         patcher.model, patcher.pairs, SITES["resid_pre"], patcher.base_tokens, patcher.source_tokens, [0], patcher.noise
     )
-    errors = {
-        "an activation patched with itself changes nothing": error(
-            patcher.by_hook(strongest, patcher.base.at_site), base_B
-        ),
-        "the whole first stream patched is the other run": error(stream.patched([whole])[0], source_B),
-        f"{len(sample)} cells, by hooks in whole forward passes": max(
-            error(patcher.by_hook(cell), found[cell]) for cell in sample
-        ),
-    }
+    errors = {"the whole first stream patched is the other run": error(stream.patched([whole])[0], source_B)}
+    if cells:
+        strongest = max(cells, key=lambda cell: abs(float((found[cell] - base_B).sum())))
+        own = patcher.by_hook(strongest, patcher.base.at_site)
+        errors["an activation patched with itself changes nothing"] = error(own, base_B)
+        sample = [strongest, *cells[:: max(1, len(cells) // (MAX_RECEIPT_CELLS - 1))]][:MAX_RECEIPT_CELLS]
+        differences = [error(patcher.by_hook(cell), found[cell]) for cell in sample]
+        errors[f"{len(sample)} cells, by hooks in whole forward passes"] = max(differences)
     return tuple(Receipt(name, value, rounding(patcher.model)) for name, value in errors.items())
 
 

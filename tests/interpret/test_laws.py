@@ -23,6 +23,8 @@ from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.model_diff import ModelDiff, diff_models
 from lumiere.interpret.neurons import neuron_examples, token_map
+from lumiere.interpret.patching import KINDS, patch
+from lumiere.interpret.prompts import pair_up
 from lumiere.interpret.result import Result, agreement
 from lumiere.interpret.summary import summarize
 from lumiere.interpret.token_losses import token_losses
@@ -34,6 +36,8 @@ BIGRAM = BigramModel.fit(np.array(TOKENS), np.array([0, len(TOKENS)]), vocab_siz
 REPEATED = repeated_tokens(300, 7, 3, seed=0, start=0, first=3)
 WINDOWS = text_windows(torch.cat([REPEATED, REPEATED[:, 1:3]], dim=1), np.array([0, 0, 1]))
 TEXTS = Texts(REPEATED, WINDOWS, BATCHES, [TOKENS])
+
+PAIRS = pair_up([TOKENS], [[0, 70, 73, 72, 70, 71, 9, 300, 4, 8]], [71], [9])
 
 Analysis = Callable[[Transformer], Result]
 ANALYSES: Mapping[str, Analysis] = {
@@ -52,6 +56,8 @@ ANALYSES: Mapping[str, Analysis] = {
     "composition": composition_scores,
     **{f"ablate {unit}": lambda model, unit=unit: ablate(model, BATCHES, unit) for unit in UNITS},
     **{f"ablate {mode}": lambda model, mode=mode: ablate(model, BATCHES, "head", mode) for mode in MODES},
+    **{f"patch {kind}": lambda model, kind=kind: patch(model, PAIRS, "z", "unit", kind) for kind in KINDS[:2]},
+    "patch estimates": lambda model: patch(model, PAIRS, "attn_out", attribution=True),
     "neurons": lambda model: neuron_examples(model, BATCHES, 5),
     "token map": lambda model: token_map(model, range(3, 60)),
     "summary": lambda model: summarize(model, BATCHES, np.ones(320)),
@@ -135,6 +141,7 @@ AXES: Mapping[str, Mapping[str, int]] = {
     "attention norm-weighted": {"patterns": 1, "norms": 1},
     "logits by head": {"heads": 2, "sources": 2},
     "heads": {"scores": 1, "errors": 1, "copying": 1, "text_scores": 1},
+    "patch denoising": {"effects": 1},
     "ablate head": {"changes": 1, "standard_errors": 1},
     "summary": {"head_writes": 1},
 }
