@@ -72,7 +72,7 @@ def check_page(path: Path) -> None:
 def make_report(target: InspectTarget, prompts: Sequence[str | Sequence[int]]) -> Report:
     """Compute all analyses on these prompts, or on texts of the validation split, and render the page."""
     from lumiere.persistence.metrics import read_history
-    from lumiere.report.report_page import Text, build_page, inspect_model
+    from lumiere.report.report_page import Text, build_page, inspect_model, origins
 
     opened = target.opened
     texts = [Text(target.prompt_tokens(prompt), "prompt") for prompt in prompts] or chosen_texts(target)
@@ -92,7 +92,9 @@ def make_report(target: InspectTarget, prompts: Sequence[str | Sequence[int]]) -
     about = {"source": source, "averaged_over": target.averaged_over, "seed": target.seed}
     history = read_history(opened.run.metrics_path, max_points=200)
     provenance = model_provenance(opened) | about
-    page = build_page(inspection, opened.config, history, opened.tokenizer.label, provenance)
+    page = build_page(
+        inspection, opened.config, history, opened.tokenizer.label, provenance, origins(opened.run.record)
+    )
     return Report(page, inspection, tuple(target.notes))
 
 

@@ -32,7 +32,7 @@ class KnownCircuit:
 
     Attributes:
         name: Of the task.
-        model: In evaluation mode.
+        model: In evaluation mode, float64.
         edges: The circuit, where parts are ablated by what they write on the corrupt prompt: (writer, reader).
         written: These, and the edges that carry only positions, whose ablation changes nothing.
         clean, corrupt: (B, T) token ids.

@@ -23,8 +23,8 @@ from lumiere.models.transformer import Transformer
 
 Edge = tuple[str, str]
 """Writer and reader, such as `("L0H1", "L1H0.k")`, in the names of `lumiere.interpret.edges`."""
-CONSTANT = 100.0
-"""The constant coordinate: a part that writes a vector of length 1 changes a norm by 5e-5."""
+CONSTANT = 300.0
+"""The constant coordinate: a part that writes a vector of length 1 changes a norm by 6e-6."""
 IDLE_WIDTH, IDLE_NEURONS = 3, 4
 """Of the block that nothing reads, and in each feed-forward part beside those of the program."""
 
@@ -34,7 +34,7 @@ class Compiled:
     """A model and its circuit.
 
     Attributes:
-        model: In evaluation mode.
+        model: In evaluation mode and float64, so that what does not matter is 0 to many digits.
         written: Every edge along which the construction passes something, in the order of the layers; the constant,
             which every part reads from the embedding, is not counted.
         edges: Those of `written` that carry what depends on the tokens. These are the circuit where parts are ablated
@@ -120,7 +120,8 @@ class Compiler:
             dropout=0.0,
             feedforward="relu" if has_feedforward else "none",
             tie_embeddings=False,
-        ).eval()
+        )
+        model = model.double().eval()
         weights = dict(model.named_parameters())
         with torch.no_grad():
             for name, parameter in weights.items():

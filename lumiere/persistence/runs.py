@@ -356,7 +356,7 @@ def split_reference(reference: str, checkpoint: str) -> tuple[str, str]:
     """Return the run and the checkpoint of `RUN@CHECKPOINT`; `checkpoint` if it names none."""
     run, at, named = reference.partition("@")
     if not run or (at and not named):
-        raise LumiereError(f"{reference!r} names no checkpoint of a run", "write RUN or RUN@CHECKPOINT: latest@500")
+        raise LumiereError(f"{reference!r} is neither RUN nor RUN@CHECKPOINT", "for example latest, or latest@500")
     return run, named or checkpoint
 
 

@@ -209,9 +209,14 @@ def corpus_name(settings: DatasetConfig) -> str:
     """The name of the corpus; of a path only the last part, because the location is private."""
     if settings.data_files is not None:
         return ", ".join(file_names(settings.data_files))
-    is_path = settings.name.startswith((".", "/", "~")) or os.path.exists(settings.name) or "\\" in settings.name
-    last = settings.name.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return last if is_path and last.strip(".~") else settings.name
+    return base_name(settings.name)
+
+
+def base_name(name: str) -> str:
+    """The last part of a path; any other name as it is."""
+    is_path = name.startswith((".", "/", "~")) or os.path.exists(name) or "\\" in name
+    last = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return last if is_path and last.strip(".~") else name
 
 
 def file_names(data_files: str | list[str] | Mapping[str, str | list[str]] | None) -> list[str]:

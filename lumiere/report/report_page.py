@@ -25,9 +25,10 @@ from lumiere.interpret.summary import ModelSummary, summarize
 from lumiere.interpret.token_losses import TokenLosses, token_losses
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.metrics import History
+from lumiere.persistence.record import RunRecord
 from lumiere.report.figures.bars import part_name
 from lumiere.report.figures.heat_maps import Label
-from lumiere.report.model_card import corpus_name
+from lumiere.report.model_card import base_name, corpus_name
 from lumiere.report.rendering import Scale, plural, render_html, signed, svg_path
 from lumiere.training.costs import count_parameters
 
@@ -167,7 +168,12 @@ def frequent_tokens(text_ids: Sequence[int], counts: np.ndarray | None) -> list[
 
 
 def build_page(
-    inspection: Inspection, config: RunConfig, history: History, label: Label, provenance: Mapping[str, Any]
+    inspection: Inspection,
+    config: RunConfig,
+    history: History,
+    label: Label,
+    provenance: Mapping[str, Any],
+    origins: Sequence[str] = (),
 ) -> str:
     """Render the page.
 
@@ -178,11 +184,13 @@ def build_page(
         history: losses of the run; may be empty.
         label: returns a token as printable text.
         provenance: `run`, `checkpoint`, `step`, `source`, `averaged_over`, `seed`, `weights_sha256`.
+        origins: As `origins` returns.
     """
     corpus = corpus_name(config.dataset)
     return render_html(
         "report.html.j2",
         about=provenance,
+        origins=origins,
         config=config,
         corpus=corpus,
         source=str(provenance["source"]).replace(config.dataset.name, corpus),
@@ -195,6 +203,23 @@ def build_page(
         data=page_data(inspection, label),
         scripts=SCRIPTS,
     )
+
+
+def origins(record: RunRecord) -> list[str]:
+    """Say in sentences where weights come from that were not trained from scratch in this run."""
+    found = []
+    if record.status == "imported":
+        place = base_name(str(record.source.get("path", "unknown")))
+        compared = "was" if record.source.get("verified") else "was not"
+        found = [f"The weights were imported from {place}; the computation {compared} compared with transformers."]
+    for number, parent in enumerate(record.ancestors):
+        corpus = parent.get("dataset")
+        found.append(
+            f"{'That run' if number else 'Training'} started from checkpoint {parent.get('checkpoint', 'unknown')} "
+            f"(step {parent.get('step', 'unknown')}) of run {parent.get('run', 'unknown')}"
+            + (f", trained on {base_name(corpus)}." if isinstance(corpus, str) else ".")
+        )
+    return found
 
 
 def loss_chart(history: History) -> dict[str, Any] | None:

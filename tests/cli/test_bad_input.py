@@ -221,9 +221,9 @@ REFUSED = """
     train tiny --from latest --plan | model.embedding_size is 16, not 96
     train tiny --from latest --print-config | model.embedding_size is 16, not 96
     train data.yaml --from latest@bset | no checkpoint 'bset' | did you mean best?
-    train data.yaml --from latest@ | no checkpoint ''
+    train data.yaml --from latest@ | neither RUN nor
     train data.yaml --from latest@999 | no checkpoint '999'
-    train data.yaml --from @best | no run ''
+    train data.yaml --from @best | neither RUN nor
     train data.yaml --from ../latest | no run '../latest'
     train data.yaml --from latest --set tokenizer.normalizer=none | tokenizer.normalizer is nfkc, not none
     train data.yaml --from latest --set training.freeze=blocks.2 | no 'blocks.2'

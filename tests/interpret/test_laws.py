@@ -26,6 +26,7 @@ from lumiere.interpret.neurons import neuron_examples, token_map
 from lumiere.interpret.patching import KINDS, patch
 from lumiere.interpret.prompts import pair_up
 from lumiere.interpret.result import Result, agreement
+from lumiere.interpret.saliency import COMPLETE, saliency
 from lumiere.interpret.summary import summarize
 from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer
@@ -36,6 +37,7 @@ BIGRAM = BigramModel.fit(np.array(TOKENS), np.array([0, len(TOKENS)]), vocab_siz
 REPEATED = repeated_tokens(300, 7, 3, seed=0, start=0, first=3)
 WINDOWS = text_windows(torch.cat([REPEATED, REPEATED[:, 1:3]], dim=1), np.array([0, 0, 1]))
 TEXTS = Texts(REPEATED, WINDOWS, BATCHES, [TOKENS])
+BASELINES = {"mean": np.bincount(range(3, 90), minlength=320), "start": np.eye(320)[0]}
 
 PAIRS = pair_up([TOKENS], [[0, 70, 73, 72, 70, 71, 9, 300, 4, 8]], [71], [9])
 
@@ -60,6 +62,7 @@ ANALYSES: Mapping[str, Analysis] = {
     "patch estimates": lambda model: patch(model, PAIRS, "attn_out", attribution=True),
     "neurons": lambda model: neuron_examples(model, BATCHES, 5),
     "token map": lambda model: token_map(model, range(3, 60)),
+    "saliency": lambda model: saliency(model, TOKENS, BASELINES, 7, 71, 9),
     "summary": lambda model: summarize(model, BATCHES, np.ones(320)),
     "diff": lambda model: diff_models(model, nudged(model), BATCHES),
     "dynamics": lambda model: follow([1, 2, 4, 8], lambda step: model, list(METRICS), TEXTS),
@@ -84,7 +87,7 @@ def test_checks_hold_and_float32_agrees_with_float64(name: str, model: Transform
     batches = copy.deepcopy(BATCHES)
     found, expected = computed(name, model), computed(name, exact_model)
     assert [receipt for receipt in (*found.receipts, *expected.receipts) if not receipt.holds] == []
-    assert {receipt.tolerance for receipt in expected.receipts} <= {0, 1e-10, 1e-8, 1e-10 * math.log(320)}
+    assert {receipt.tolerance for receipt in expected.receipts} <= {0, 1e-10, 1e-8, 1e-10 * math.log(320), COMPLETE}
     assert agreement(found, expected).holds
     assert all(torch.equal(weight, before[tensor]) for tensor, weight in model.state_dict().items())
     assert not any(module.is_set for module in model.modules() if isinstance(module, HookPoint))
@@ -125,6 +128,7 @@ def test_files_hold_the_result(name: str, trained: Transformer) -> None:
         "logits by head",
         "tokens",
         "heads",
+        "saliency",
         "summary",
     ],
 )

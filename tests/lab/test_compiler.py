@@ -72,5 +72,5 @@ def test_the_constant_hardly_lets_a_norm_change() -> None:
     with torch.no_grad():
         output = compiled.model(TOKENS)
         scales = compiled.model.final_norm.scale(output.residuals[-1])
-    assert scales == pytest.approx(torch.full_like(scales, 100 / math.sqrt(compiled.model.embedding_size)), rel=1e-3)
+    assert scales == pytest.approx(torch.full_like(scales, 300 / math.sqrt(compiled.model.embedding_size)), rel=1e-3)
     assert output.logits.sum(-1) == pytest.approx(torch.full((2, 5), 7.0 * SIZE + 1), abs=0.02)

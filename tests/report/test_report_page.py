@@ -16,6 +16,7 @@ from lumiere.data.batches import batch_at
 from lumiere.data.dataset import TokenizedCorpus
 from lumiere.interpret.head_scores import score_heads
 from lumiere.persistence.metrics import History, Point, read_history
+from lumiere.persistence.record import RunRecord
 from lumiere.persistence.runs import Run
 from lumiere.report.rendering import asset
 from lumiere.report.report_page import (
@@ -26,6 +27,7 @@ from lumiere.report.report_page import (
     frequent_tokens,
     inspect_model,
     loss_chart,
+    origins,
     page_data,
     repeat_gains,
     rounded,
@@ -68,6 +70,21 @@ def rows(page: str, section: str) -> list[list[str]]:
 
 def page_of(inspection: Inspection, run: Run, history: History | None = None) -> str:
     return build_page(inspection, run.load_config(), history or History((), ()), hostile, ABOUT)
+
+
+def test_the_page_says_where_the_weights_come_from(inspection: Inspection, trained_run: Run) -> None:
+    grandparent = {"run": "run_<a>", "checkpoint": "best", "step": 7, "dataset": "/home/me/tales.txt"}
+    parent = {"run": "run_b", "checkpoint": "latest", "step": 9, "parent": grandparent}
+    found = origins(RunRecord.from_json({"parent": parent}))
+    page = build_page(inspection, trained_run.load_config(), History((), ()), hostile, ABOUT, found)
+    for expected in ("run_&lt;a&gt;", "run_b", "step 7", "step 9", "tales.txt"):
+        assert expected in page
+    assert "/home/me" not in page
+    imported = RunRecord.from_json(
+        {"status": "imported", "source": {"path": "/home/me/SmolLM2.gguf", "verified": True}}
+    )
+    assert "SmolLM2.gguf" in origins(imported)[0]
+    assert origins(RunRecord.from_json({})) == []
 
 
 def test_patterns_and_probabilities_are_thousandths_of_those_of_the_analyses(inspection: Inspection) -> None:

@@ -19,6 +19,7 @@ ANALYSES = {
     "heads": (),
     "summary": (),
     "ablate": (),
+    "saliency": (),
     "tokens": (),
     "cache": (),
     "dynamics": (),
