@@ -469,7 +469,7 @@ def check(
     """Check the base run patched with itself, the whole stream patched, and cells spread over all by hooks."""
 
     def error(logits_BV: Tensor, expected_B: np.ndarray) -> float:
-        return relative_error(*map(torch.from_numpy, (patcher.measured(logits_BV, measure), expected_B)))
+        return relative_error(torch.from_numpy(patcher.measured(logits_BV, measure)), torch.from_numpy(expected_B))
 
     whole = (0, None, None)
     stream = Patcher(
