@@ -59,10 +59,12 @@ def write(
     limits: "Limits",
     seed: int | None,
     names: str | Sequence[str] | None = None,
+    steer: str | None = None,
 ) -> Generated:
     """Continue a text with the model as it is now."""
     import secrets
 
+    from lumiere.api.steering import open_steering
     from lumiere.components.hooks import hooked
     from lumiere.data.text import plain
     from lumiere.generation.decoding import prompt_tokens
@@ -74,8 +76,12 @@ def write(
     model, recorder = opened.model, None
     if names is not None:
         recorder = Recorder(model, [names] if isinstance(names, str) else names)
+    steering = None if steer is None else open_steering(steer, opened)
     with nullcontext() if recorder is None else hooked(model, recorder.hooks):
-        pieces = tuple(TextGenerator(model, opened.tokenizer).stream(prompt, sampling, limits, drawn))
+        generator = TextGenerator(model, opened.tokenizer, steering=steering)
+        pieces = tuple(generator.stream(prompt, sampling, limits, drawn))
+    if steering is not None and not steering.holds:
+        raise RuntimeError(f"steering acted at {steering.num_edits} of {steering.num_expected} positions x layers")
     generation = generation_of(prompt, pieces, None if sampling.is_greedy else drawn)
     if recorder is None:
         return Generated(generation, pieces)

@@ -13,6 +13,7 @@ from lumiere.api import comparison, snapshots
 from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.attributions import Attributions
 from lumiere.api.causes import BATCH_SIZE, Causes
+from lumiere.api.directions import Directions
 from lumiere.api.options import Options, Prompt
 from lumiere.api.patching import Patches
 from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_token
@@ -41,7 +42,7 @@ KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 
 
-class Inspect(Causes, Patches, Attributions):
+class Inspect(Causes, Patches, Attributions, Directions):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.

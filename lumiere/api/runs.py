@@ -141,6 +141,7 @@ class OpenedRun:
         seed: int | None = None,
         temperature: float = DEFAULT_TEMPERATURE,
         names: str | Sequence[str] | None = None,
+        steer: str | None = None,
         **controls: Any,
     ) -> "Generated":
         """Continue a text; without one, start a new document.
@@ -150,6 +151,7 @@ class OpenedRun:
             seed: Gives the same text again. Default: a new one.
             temperature: Divides the logits; 0 is greedy.
             names: Activations to keep, such as `blocks.*.hook_resid_post`, as `activations` of the result.
+            steer: Adds a direction to the residual stream: `FILE.safetensors[@layer][*scale]`, as in docs/causes.md.
             controls: `top_k`, `top_p`, `min_p`, `typical_p`, `repetition_penalty` and `no_repeat_ngram_size`, as in
                 `lumiere.generation.sampling.Sampling`.
 
@@ -161,7 +163,7 @@ class OpenedRun:
         from lumiere.generation.sampling import Sampling
 
         sampling = Sampling(temperature, **controls)
-        return write(self.opened, prompt, sampling, Limits(max_new_tokens, tuple(stop), 0), seed, names)
+        return write(self.opened, prompt, sampling, Limits(max_new_tokens, tuple(stop), 0), seed, names, steer)
 
     def evaluate(
         self,

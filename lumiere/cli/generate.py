@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option
 
 from lumiere.api.runs import DEFAULT_TEMPERATURE
+from lumiere.api.steering import CHECKED_TOKENS, open_steering
 from lumiere.cli.console import CHECK_FAILED, print_error, print_json, show_note, stdout
 from lumiere.cli.options import CheckpointName, Device, Json, RunOption, RunsDir, open_model
 from lumiere.errors import LumiereError, check_choice, given, nearest, printable, refuse_both
@@ -94,6 +95,14 @@ def generate(
     check: Annotated[
         bool, Option("--check", help="Compare the KV cache with full forward passes; exit 3 if they differ.")
     ] = False,
+    steer: Annotated[
+        str | None,
+        Option(
+            metavar="FILE[@L][*S]",
+            help="Add a direction of `inspect steer` or `probe` after block L, of S times the mean norm there; exit 3 "
+            "if it does not act everywhere. \\[default: the file's layer, 0.1]",
+        ),
+    ] = None,
     compile_step: Annotated[bool, Option("--compile", help="Use torch.compile, which needs a C++ compiler.")] = False,
     device: Device = "auto",
     runs_dir: RunsDir = None,
@@ -131,9 +140,11 @@ def generate(
     settings = Settings(sampling, Limits(max_new_tokens, tuple(stop or ()), 0 if color else logprobs), seed)
     texts = read_prompts(prompts) if prompts is not None else [read_prompt(prompt)]
     opened = open_model(run, checkpoint, device, runs_dir)
-    generator = TextGenerator(opened.model, opened.tokenizer, compile_step, show_note)
+    steering = None if steer is None else open_steering(steer, opened)
+    generator = TextGenerator(opened.model, opened.tokenizer, compile_step, show_note, steering)
     if interactive:
         Session(generator, settings, color).run()
+        check_steering(generator, None, steer)
         return
     output = Output(generator, settings, color, with_tokens=logprobs is not None)
     if num_beams is None and not (as_json or prompts or num_return_sequences > 1):
@@ -155,6 +166,29 @@ def generate(
         )
         if not worst.holds:
             raise Exit(CHECK_FAILED)
+    check_steering(generator, shown[0], steer)
+
+
+def check_steering(generator: "TextGenerator", generation: "Generation | None", steer: str | None) -> None:
+    """Say where steering acted, and exit with 3 if that is not everywhere or not as in full forward passes."""
+    steering = generator.steering
+    if steering is None:
+        if steer is not None:
+            show_note("scale 0: the text is that of the model as it is")
+        return
+    acted, expected = steering.num_edits, steering.num_expected
+    text = f"steering acted at {acted:,} of {expected:,} positions x layers"
+    holds = steering.holds
+    if generation is not None:
+        check = generator.check(generation, CHECKED_TOKENS)
+        holds = holds and check.holds
+        text += (
+            f"; {check.num_steps} cached steps against full forward passes, largest logit error "
+            f"{check.difference:.0e} (tolerance {check.tolerance:.0e})"
+        )
+    show_note(text if holds else f"FAILED: {text}")
+    if not holds:
+        raise Exit(CHECK_FAILED)
 
 
 def refuse_useless(method: str, options: Mapping[str, object]) -> None:

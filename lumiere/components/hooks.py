@@ -7,7 +7,7 @@ and scripts carry over; the module's own path follows Lumiere's names.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -180,8 +180,8 @@ def hooked(
     """
     points = hook_points(model) if points is None else points
     names, fired = list(points), set[str]()
-    added = [
-        (name, partial(_call_checked, name, function, fired))
+    added: list[tuple[str, Hook]] = [
+        (name, _Checked(name, function, fired))
         for pattern, functions in hooks.items()
         for name in ([pattern] if pattern in points else _matching_names(names, [pattern]))
         for function in ([functions] if callable(functions) else functions)
@@ -191,7 +191,7 @@ def hooked(
     try:
         for name, function in added:
             earlier = points[name].hook
-            points[name].hook = function if earlier is None else partial(_call_in_turn, earlier, function)
+            points[name].hook = function if earlier is None else _InTurn(earlier, function)
         yield
     finally:
         for name, hook in before.items():
@@ -204,24 +204,40 @@ def hooked(
         )
 
 
-def _call_in_turn(first: Hook, second: Hook, activation: Tensor) -> Tensor | None:
-    replacement = first(activation)
-    again = second(activation if replacement is None else replacement)
-    return replacement if again is None else again
+@dataclass(frozen=True)
+class _InTurn:
+    """Two hooks at a point, equal to another pair of the same ones."""
+
+    first: Hook
+    second: Hook
+
+    def __call__(self, activation: Tensor) -> Tensor | None:
+        replacement = self.first(activation)
+        again = self.second(activation if replacement is None else replacement)
+        return replacement if again is None else again
 
 
-def _call_checked(name: str, hook: Hook, fired: set[str], activation: Tensor) -> Tensor | None:
-    fired.add(name)
-    # Of scores and patterns, (B, H, T, S), the queries' positions.
-    is_square = name.endswith(("hook_attn_scores", "hook_pattern"))
-    replacement = hook(activation, 2) if isinstance(hook, with_place) and is_square else hook(activation)
-    # A smaller tensor would broadcast further down and change more than was meant.
-    if replacement is not None and replacement.shape != activation.shape:
-        raise ValueError(
-            f"the hook on '{name}' returned shape {tuple(replacement.shape)} "
-            f"for an activation of shape {tuple(activation.shape)}"
-        )
-    return replacement
+@dataclass(frozen=True)
+class _Checked:
+    """A hook, noted when it is called, whose replacement must have the activation's shape."""
+
+    name: str
+    hook: Hook
+    fired: set[str] = field(compare=False)
+
+    def __call__(self, activation: Tensor) -> Tensor | None:
+        self.fired.add(self.name)
+        # Of scores and patterns, (B, H, T, S), the queries' positions.
+        is_square = self.name.endswith(("hook_attn_scores", "hook_pattern"))
+        hook = self.hook
+        replacement = hook(activation, 2) if isinstance(hook, with_place) and is_square else hook(activation)
+        # A smaller tensor would broadcast further down and change more than was meant.
+        if replacement is not None and replacement.shape != activation.shape:
+            raise ValueError(
+                f"the hook on '{self.name}' returned shape {tuple(replacement.shape)} "
+                f"for an activation of shape {tuple(activation.shape)}"
+            )
+        return replacement
 
 
 def run_with_cache(

@@ -26,8 +26,9 @@ from lumiere.generation.decoding import (
     row_random,
     suppressed_ids,
 )
-from lumiere.generation.kv_cache import CacheCheck, CachedDecoder, FullForward, check_cache, compiled_step
+from lumiere.generation.kv_cache import CacheCheck, CachedDecoder, Decoder, FullForward, check_cache, compiled_step
 from lumiere.generation.sampling import Sampling
+from lumiere.generation.steering import SteeredDecoder, Steering
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import RunStore
 
@@ -72,6 +73,7 @@ class TextGenerator:
         tokenizer: The one that the model was trained with.
         compile: Use `torch.compile`, which takes some seconds before the first token.
         warn: Called with the reason if that fails; generation then continues uncompiled.
+        steering: Acts on all texts.
     """
 
     def __init__(
@@ -80,11 +82,15 @@ class TextGenerator:
         tokenizer: Tokenizer,
         compile: bool = False,  # noqa: A002 (the name of the setting)
         warn: Callable[[str], None] | None = None,
+        steering: Steering | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.steering = steering
         self._suppressed = suppressed_ids(model.vocab_size, tokenizer)
-        self._decoder = CachedDecoder(model, self._suppressed, compiled_step(warn) if compile else None)
+        self._decoder: Decoder = CachedDecoder(model, self._suppressed, compiled_step(warn) if compile else None)
+        if steering is not None:
+            self._decoder = SteeredDecoder(self._decoder, model, steering)
 
     @classmethod
     def open(
@@ -195,10 +201,12 @@ class TextGenerator:
             for beam in beams[:num_return_sequences]
         ]
 
-    def check(self, generation: Generation) -> CacheCheck:
-        """Compare the cache with full forward passes along a text."""
-        slow = FullForward(self.model, self._suppressed)
-        tokens = [token.id for token in generation.tokens]
+    def check(self, generation: Generation, num_tokens: int | None = None) -> CacheCheck:
+        """Compare the cache with full forward passes along a text, or along its first `num_tokens` new tokens."""
+        slow: Decoder = FullForward(self.model, self._suppressed)
+        if self.steering is not None:
+            slow = SteeredDecoder(slow, self.model, Steering(self.steering.added, self.steering.first))
+        tokens = [token.id for token in generation.tokens[:num_tokens]]
         return check_cache(self._decoder, slow, prompt_tokens(self.tokenizer, generation.prompt), tokens)
 
 

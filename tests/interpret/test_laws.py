@@ -27,6 +27,7 @@ from lumiere.interpret.patching import KINDS, patch
 from lumiere.interpret.prompts import pair_up
 from lumiere.interpret.result import Result, agreement
 from lumiere.interpret.saliency import COMPLETE, saliency
+from lumiere.interpret.steering import steer
 from lumiere.interpret.summary import summarize
 from lumiere.interpret.token_losses import token_losses
 from lumiere.models.transformer import Transformer
@@ -63,6 +64,7 @@ ANALYSES: Mapping[str, Analysis] = {
     "neurons": lambda model: neuron_examples(model, BATCHES, 5),
     "token map": lambda model: token_map(model, range(3, 60)),
     "saliency": lambda model: saliency(model, TOKENS, BASELINES, 7, 71, 9),
+    "steer": lambda model: steer(model, torch.linspace(-1, 2, model.embedding_size), 0, [TOKENS], 71, 9, BATCHES),
     "summary": lambda model: summarize(model, BATCHES, np.ones(320)),
     "diff": lambda model: diff_models(model, nudged(model), BATCHES),
     "dynamics": lambda model: follow([1, 2, 4, 8], lambda step: model, list(METRICS), TEXTS),

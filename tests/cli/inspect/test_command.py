@@ -32,6 +32,7 @@ QUICK = {
     "ablate": ("--batches=2", "--batch-size=3"),
     "patch": ("--prompt=One day a fox", "--corrupt=One day a dog", "--target=b", "--vs=c"),
     "saliency": ("--prompt=One day a fox", "--steps=20"),
+    "steer": ("--token=e", "--batches=1", "--batch-size=2", "--prompt=One day a"),
     "tokens": ("--val=1",),
     "cache": ("--prompt=Once upon",),
     "dynamics": ("--metric=induction", "--metric=validation-loss", "--metric=norm", "--every=3"),
