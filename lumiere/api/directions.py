@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from lumiere.api.analysis import Analysis, analyze
+from lumiere.api.labels import label_texts
 from lumiere.api.options import Options, Prompt, RunAnalyses
-from lumiere.api.target import InspectTarget, batch_of, parse_indices, parse_token
+from lumiere.api.target import Indices, InspectTarget, batch_of, parse_indices, parse_token
 from lumiere.errors import DataError, LumiereError, given
 from lumiere.files import read_file
 from lumiere.persistence.directions import Direction, Origin, check_fits, check_name, load_direction
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lumiere.data.batches import Batch
+    from lumiere.interpret.probe import Probe
     from lumiere.interpret.steering import Steering
     from lumiere.models.transformer import Transformer
 
@@ -26,6 +30,59 @@ PROMPT_TOKENS = 16
 
 class Directions(RunAnalyses):
     """Directions of a run's residual stream."""
+
+    def probe(
+        self,
+        *,
+        regex: str | None = None,
+        property: str = "token",  # noqa: A002 (the name of the option)
+        labels: str | Path | None = None,
+        classes: int = 4,
+        file: str | Path | None = None,
+        split: str = "validation",
+        windows: int = 300,
+        layer: Indices = None,
+        balanced: bool = False,
+        save: str | Path | None = None,
+        seed: int = 0,
+        verify: bool = False,
+    ) -> "Analysis[Probe]":
+        """Whether a property of a token can be read off the residual stream by a linear probe, and from which stage on.
+
+        Args:
+            regex: Classes: whether the token's text matches this regular expression. Default: which of the most
+                frequent tokens it is.
+            property: Of which token: token (itself), next-token or previous-token; or position, in equal ranges.
+            labels: A file with one object a line: {"text": ..., "labels": [...]}, a label or null for each token.
+            classes: Without `regex`: how many of the most frequent tokens to tell apart.
+            file: A text file, in which blank lines separate documents. Default: windows of `split`.
+            split: validation or train.
+            windows: Windows to read at most.
+            layer: Blocks after which the stream is read.
+            balanced: Give all classes the same weight.
+            save: Write the direction of a probe for two classes to this .safetensors file, for `steer`.
+        """
+        from lumiere.interpret.probe import probe
+        from lumiere.report.figures.probe import draw_probe
+
+        found = self._target(seed=seed, verify=verify)
+        layers = found.layers(layer)
+        data, subject, source = label_texts(found, property, regex, labels, file, split, windows, classes)
+        if save is not None:
+            check_name(Path(save))
+            if len(data.classes) != 2:
+                raise LumiereError(
+                    f"a direction tells two classes apart, and there are {len(data.classes)}",
+                    "give --regex, or --classes 2",
+                )
+        analysis = analyze(
+            "probe", found, lambda model: probe(model, data, subject, layers, balanced, seed), draw_probe, source
+        )
+        if save is not None:
+            result = analysis.result
+            place = max(result.chosen - 1, 0)
+            save_direction(f"probe: {subject}", layers[place], result.vector, result.stream_norms, found, Path(save))
+        return analysis
 
     def steer(
         self,
@@ -121,24 +178,21 @@ class Directions(RunAnalyses):
         source = f"{source}; loss on {of_windows}" if of_windows else source
         analysis = analyze("steer", found, compute, draw_steering, source, method=method)
         if save is not None:
-            save_direction(analysis.result, found, Path(save))
+            result = analysis.result
+            save_direction(result.method, result.layer, result.vector, result.stream_norms, found, Path(save))
         return analysis
 
 
-def save_direction(result: "Steering", found: InspectTarget, path: Path) -> None:
-    """Write the direction of a result to a file."""
+def save_direction(
+    method: str, layer: int, vector: "np.ndarray", norms: "np.ndarray", found: InspectTarget, path: Path
+) -> None:
+    """Write a direction of the target's model to a file."""
     import torch
 
     opened = found.opened
-    origin = Origin(
-        result.method,
-        result.layer,
-        opened.run.name,
-        opened.checkpoint,
-        opened.weights_sha256,
-        opened.tokenizer.fingerprint,
-    )
-    Direction(torch.as_tensor(result.vector), torch.as_tensor(result.stream_norms), origin).save(path)
+    hashes = opened.weights_sha256, opened.tokenizer.fingerprint
+    origin = Origin(method, layer, opened.run.name, opened.checkpoint, *hashes)
+    Direction(torch.from_numpy(vector), torch.from_numpy(norms), origin).save(path)
 
 
 def required(token: int | str | None) -> int | str:

@@ -12,6 +12,7 @@ from lumiere.cli.inspect.heads import heads
 from lumiere.cli.inspect.lens import lens
 from lumiere.cli.inspect.logits import logits
 from lumiere.cli.inspect.patch import patch
+from lumiere.cli.inspect.probe import probe
 from lumiere.cli.inspect.report import report
 from lumiere.cli.inspect.saliency import saliency
 from lumiere.cli.inspect.steer import steer
@@ -29,6 +30,7 @@ ENTRIES = {
     ablate: ("a causal effect, unless other parts compensate for the missing one", "7 s"),
     patch: ("where the difference between two prompts is carried, not all of it", "0.3 s"),
     saliency: ("what moves a score away from a baseline, which is a choice", "0.3 s"),
+    probe: ("what a linear map can read, which the model need not use", "5 s"),
     steer: ("that a direction moves a prediction more than chance, not that it means it", "2 s"),
     tokens: ("how good the predictions are here, beside n-gram baselines", "0.3 s"),
     cache: ("nothing by itself: activations for your own analysis", "0.1 s"),

@@ -23,6 +23,7 @@ from lumiere.persistence.tensor_files import hash_tensors
 from tests.cli.commands import invoke, refuse, stdout_of
 from tests.cli.inspect.commands import printed, shown
 
+README = Path(__file__).parents[3] / "README.md"
 # Options for a quick run. `report` is a page of all of them and has its own tests.
 QUICK = {
     "attention": ("--prompt=One day a fox",),
@@ -32,6 +33,7 @@ QUICK = {
     "ablate": ("--batches=2", "--batch-size=3"),
     "patch": ("--prompt=One day a fox", "--corrupt=One day a dog", "--target=b", "--vs=c"),
     "saliency": ("--prompt=One day a fox", "--steps=20"),
+    "probe": (f"--file={README}", "--regex=e", "--windows=40", "--layer=0"),
     "steer": ("--token=e", "--batches=1", "--batch-size=2", "--prompt=One day a"),
     "tokens": ("--val=1",),
     "cache": ("--prompt=Once upon",),
