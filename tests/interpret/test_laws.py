@@ -19,6 +19,7 @@ from lumiere.interpret.activations import activations
 from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, combined_attention
 from lumiere.interpret.dynamics import METRICS, Texts, follow
 from lumiere.interpret.head_scores import composition_scores, repeated_tokens, score_heads
+from lumiere.interpret.joint_ablation import ablate_together, parse_parts
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.model_diff import ModelDiff, diff_models
@@ -61,6 +62,7 @@ ANALYSES: Mapping[str, Analysis] = {
     **{f"ablate {mode}": lambda model, mode=mode: ablate(model, BATCHES, "head", mode) for mode in MODES},
     **{f"patch {kind}": lambda model, kind=kind: patch(model, PAIRS, "z", "unit", kind) for kind in KINDS[:2]},
     "patch estimates": lambda model: patch(model, PAIRS, "attn_out", attribution=True),
+    "ablate together": lambda model: ablate_together(model, BATCHES, parse_parts("pairs", model)),
     "neurons": lambda model: neuron_examples(model, BATCHES, 5),
     "token map": lambda model: token_map(model, range(3, 60)),
     "saliency": lambda model: saliency(model, TOKENS, BASELINES, 7, 71, 9),
