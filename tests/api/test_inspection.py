@@ -23,6 +23,7 @@ from lumiere.persistence.runs import Run
 PROMPT = "One day a fox"
 README = Path(__file__).parents[2] / "README.md"
 ANALYSES: dict[str, Callable[[lumiere.OpenedRun], Analysis[Any]]] = {
+    "weights": lambda run: run.inspect.weights(layer=1),
     "summary": lambda run: run.inspect.summary(windows=2),
     "attention": lambda run: run.inspect.attention(PROMPT),
     "heads": lambda run: run.inspect.heads(),

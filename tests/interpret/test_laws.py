@@ -19,6 +19,7 @@ from lumiere.interpret.activations import activations
 from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, combined_attention
 from lumiere.interpret.dynamics import METRICS, Texts, follow
 from lumiere.interpret.head_scores import composition_scores, repeated_tokens, score_heads
+from lumiere.interpret.head_weights import head_weights
 from lumiere.interpret.joint_ablation import ablate_together, parse_parts
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
@@ -58,6 +59,7 @@ ANALYSES: Mapping[str, Analysis] = {
     "tokens": lambda model: token_losses(model, TOKENS, BIGRAM.unigram, BIGRAM),
     "heads": lambda model: score_heads(model, REPEATED, WINDOWS),
     "composition": composition_scores,
+    "weights": lambda model: head_weights(model, directions=2),
     **{f"ablate {unit}": lambda model, unit=unit: ablate(model, BATCHES, unit) for unit in UNITS},
     **{f"ablate {mode}": lambda model, mode=mode: ablate(model, BATCHES, "head", mode) for mode in MODES},
     **{f"patch {kind}": lambda model, kind=kind: patch(model, PAIRS, "z", "unit", kind) for kind in KINDS[:2]},
