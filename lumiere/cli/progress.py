@@ -77,9 +77,17 @@ class CorpusProgress(Display):
 class SnapshotProgress(Display):
     """Show how many snapshots are done."""
 
+    UNIT = "snapshots"
+
     def __init__(self) -> None:
-        super().__init__(TextColumn("snapshots"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-        self._task = self.add_task("snapshots", total=None)
+        super().__init__(TextColumn(self.UNIT), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        self._task = self.add_task(self.UNIT, total=None)
 
     def __call__(self, done: int, total: int) -> None:
         self.update(self._task, completed=done, total=total)
+
+
+class ShardProgress(SnapshotProgress):
+    """Show how many files are written."""
+
+    UNIT = "files"
