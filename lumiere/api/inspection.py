@@ -16,6 +16,7 @@ from lumiere.api.attributions import Attributions
 from lumiere.api.causes import BATCH_SIZE, Causes
 from lumiere.api.directions import Directions
 from lumiere.api.options import Options, Prompt
+from lumiere.api.patching import Patches
 from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_token
 from lumiere.errors import LumiereError, check_choice
 
@@ -43,7 +44,7 @@ KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 STATISTICS = ("top", "probability", "rank", "entropy", "kl")
 
 
-class Inspect(Attributions, Causes, Directions, SplitActivations):
+class Inspect(Causes, Patches, Attributions, Directions, SplitActivations):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.

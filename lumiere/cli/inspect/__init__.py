@@ -6,12 +6,14 @@ from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.ablate import ablate
 from lumiere.cli.inspect.attention import attention
 from lumiere.cli.inspect.cache import cache
+from lumiere.cli.inspect.circuit import circuit
 from lumiere.cli.inspect.claims import claims
 from lumiere.cli.inspect.diff import diff
 from lumiere.cli.inspect.dynamics import dynamics
 from lumiere.cli.inspect.heads import heads
 from lumiere.cli.inspect.lens import lens
 from lumiere.cli.inspect.logits import logits
+from lumiere.cli.inspect.patch import patch
 from lumiere.cli.inspect.probe import probe
 from lumiere.cli.inspect.report import report
 from lumiere.cli.inspect.saliency import saliency
@@ -30,7 +32,9 @@ ENTRIES = {
     lens: ("what the output vocabulary can read early, not all the model knows", "0.1 s"),
     logits: ("exact direct effects on a logit, not effects through later parts", "0.1 s"),
     ablate: ("a causal effect, unless other parts compensate for the missing one", "7 s"),
+    patch: ("where the difference between two prompts is carried, not all of it", "0.3 s"),
     saliency: ("what moves a score away from a baseline, which is a choice", "0.3 s"),
+    circuit: ("which edges matter when cut alone, not what backs them up", "30 s"),
     steer: ("that a direction moves a prediction beyond chance, not its meaning", "2 s"),
     probe: ("what a linear map can read, which the model need not use", "5 s"),
     tokens: ("how good the predictions are here, beside n-gram baselines", "0.3 s"),
