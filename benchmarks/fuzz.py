@@ -38,6 +38,7 @@ INSTRUMENTED = [
     "lumiere.data.tokenizer",
     "lumiere.cli.runs",
     "lumiere.importing",
+    "lumiere.interpret.activation_dataset",
 ]
 RUN_NAME = "run_aaaaaaaa_20250819_001808"
 SETTINGS = {
@@ -179,6 +180,22 @@ def mutate_config(data: bytes, draw: random.Random) -> bytes:
     return yaml.safe_dump(changed(yaml.safe_load(data), draw), allow_unicode=draw.random() < 0.5).encode(
         "utf-8", errors="surrogatepass"
     )
+
+
+# Claims
+
+
+def read_claims(folder: Path) -> None:
+    from lumiere.api.claim_files import read_claims
+
+    file = read_claims(folder / "claims.yaml")
+    for claim in file.claims:
+        check_printable(str(claim))
+
+
+def claim_seeds() -> list[bytes]:
+    story = Path(__file__).parents[1] / "configs" / "claims" / "story.yaml"
+    return [story.read_bytes()]
 
 
 # Checkpoints
@@ -474,6 +491,41 @@ def state_dict_seeds() -> list[bytes]:
     return [json.dumps(values).encode() for values in (NANO, HOOKED | {"attn_types": ["local"]})]
 
 
+# Activations of a split
+
+
+@functools.cache
+def activations() -> dict[str, bytes]:
+    """Return the files of a dataset of activations with two shards, by name."""
+    import numpy as np
+    import torch
+
+    from lumiere.data.batches import Windows
+    from lumiere.interpret import activation_writer
+    from lumiere.models.transformer import Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(8, 4, 3, num_layers=1, num_heads=1, d_key=2, d_value=2, d_ff=2).eval()
+    windows = Windows(np.arange(3, 8), np.array([0, 5]), 3, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        place, names = Path(folder) / "a", ["hook_embed"]
+        planned = activation_writer.plan(place, model, windows, "validation", names, {"run": "a"}, shard_bytes=1)
+        activation_writer.write(model, planned)
+        return {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def read_activations(folder: Path) -> None:
+    from lumiere.interpret.activation_dataset import ActivationDataset
+
+    for name, data in activations().items():
+        if name != "activations.json":
+            (folder / "data").mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+    ActivationDataset.open(folder, verify=True)
+    for batch in ActivationDataset.open(folder).batches(batch_size=3, seed=1):
+        assert all(len(tensor) <= 3 for tensor in batch.values())
+
+
 # Runs at another place
 
 
@@ -508,8 +560,49 @@ def listing_seeds() -> list[bytes]:
     return [Listing(RUN_NAME, {"best": "step-00000001", "latest": "step-00000001"}, files).to_bytes()]
 
 
+# Directions
+
+
+def read_direction(folder: Path) -> None:
+    """Read the file, and what it adds after its own block."""
+    from lumiere.persistence.directions import load_direction
+
+    direction = load_direction(folder / "direction.safetensors")
+    assert direction.step(direction.origin.layer, 0.1).shape == direction.vector.shape
+    check_printable(direction.origin.method + direction.origin.run + direction.origin.checkpoint)
+
+
+def direction_seeds() -> list[bytes]:
+    import tempfile
+
+    import torch
+
+    from lumiere.persistence.directions import Direction, Origin
+
+    origin = Origin("difference of means", 1, "run_a", "best", "a", "b")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "direction.safetensors"
+        Direction(torch.arange(1.0, 4.0), torch.ones(2), origin).save(path)
+        return [path.read_bytes()]
+
+
+def mutate_direction(data: bytes, draw: random.Random) -> bytes:
+    """Change the header, or what it says about the origin."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, tensors = json.loads(data[8:start]), data[start:]
+    if draw.random() < 0.5:
+        texts = header["__metadata__"]
+        texts["origin"] = json.dumps(changed(json.loads(texts["origin"]), draw))
+    else:
+        header = changed(header, draw)
+    text = json.dumps(header).encode("utf-8", errors="surrogatepass")
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
 TARGETS = {
+    "direction": Target(lambda data: "direction.safetensors", read_direction, direction_seeds, mutate_direction),
     "config": Target(config_file, read_config, config_seeds, mutate_config),
+    "claims": Target(lambda data: "claims.yaml", read_claims, claim_seeds, mutate_config),
     "checkpoint": Target(lambda data: "best.safetensors", read_checkpoint, checkpoint_seeds, mutate_checkpoint),
     "shards": Target(
         lambda data: "best/checkpoint.json", read_shards, lambda: [shards()["checkpoint.json"]], mutate_manifest
@@ -518,6 +611,9 @@ TARGETS = {
     "record": Target(lambda data: f"{RUN_NAME}/run.json", read_record, record_seeds, mutate_json),
     "evaluation": Target(lambda data: f"{RUN_NAME}/eval/best.json", read_evaluation, evaluation_seeds, mutate_json),
     "listing": Target(lambda data: f"away/{RUN_NAME}/transfer.json", read_listing, listing_seeds, mutate_json),
+    "activations": Target(
+        lambda data: "activations.json", read_activations, lambda: [activations()["activations.json"]], mutate_json
+    ),
     "state-dict": Target(lambda data: "config.json", read_state_dict, state_dict_seeds, mutate_json),
     "tokenizer": Target(lambda data: "tokenizer.json", read_tokenizer, tokenizer_seeds, mutate_json),
 }

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lumiere.api.activations import open_activations as open_activations
     from lumiere.api.analysis import Analysis as Analysis
     from lumiere.api.importing import import_model as import_model
     from lumiere.api.runs import OpenedRun as OpenedRun
@@ -26,6 +27,7 @@ NAMES = {
     "OpenedRun": ("lumiere.api.runs", "OpenedRun"),
     "import_model": ("lumiere.api.importing", "import_model"),
     "open": ("lumiere.api.runs", "open_run"),
+    "open_activations": ("lumiere.api.activations", "open_activations"),
     "train": ("lumiere.api.training", "train"),
 }
 """Module and name of what is imported when it is first used; `lumiere runs ls` would be slow otherwise."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from lumiere.api import comparison, snapshots
+from lumiere.api.activations import SplitActivations
 from lumiere.api.analysis import Analysis, analyze
 from lumiere.api.attributions import Attributions
 from lumiere.api.causes import BATCH_SIZE, Causes
@@ -17,6 +18,7 @@ from lumiere.api.directions import Directions
 from lumiere.api.interchanges import Interchanges
 from lumiere.api.lenses import Lenses
 from lumiere.api.options import Options, Prompt
+from lumiere.api.patching import Patches
 from lumiere.api.target import Indices, InspectTarget, count_tokens, parse_token
 from lumiere.errors import LumiereError, check_choice
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lumiere.interpret.attention import AttentionPatterns, CombinedAttention
     from lumiere.interpret.dynamics import Dynamics
     from lumiere.interpret.head_scores import HeadScores
+    from lumiere.interpret.head_weights import HeadWeights
     from lumiere.interpret.logit_attribution import LogitAttribution
     from lumiere.interpret.model_diff import ModelDiff
     from lumiere.interpret.summary import ModelSummary
@@ -41,7 +44,7 @@ KINDS = ("pattern", "value-weighted", "norm-weighted", "mean", "max", "rollout")
 """Those of `lumiere.interpret.attention`, whose import would load torch."""
 
 
-class Inspect(Interchanges, Lenses, Attributions, Causes, Directions):
+class Inspect(Interchanges, Lenses, Causes, Patches, Attributions, Directions, SplitActivations):
     """The analyses of a run's model.
 
     Layers, heads, neurons and positions are numbers from 0, or lists such as `[0, 2]` or `"0,2-3"`; the default is all.
@@ -120,6 +123,37 @@ class Inspect(Interchanges, Lenses, Attributions, Causes, Directions):
             lambda model: score_heads(model, tokens_NT, windows, averaged, layers, chosen, threshold),
             draw_heads,
             source,
+            averaged_over=target.averaged_over,
+        )
+
+    def weights(
+        self,
+        *,
+        layer: Indices = None,
+        head: Indices = None,
+        directions: int = 2,
+        top_k: int = 5,
+        seed: int = 0,
+        verify: bool = False,
+    ) -> "Analysis[HeadWeights]":
+        """What each head connects, by its weights alone: OV and QK circuits, and composition with other heads.
+
+        Args:
+            layer, head: The circuits to decompose; compositions are of all heads.
+            directions: Singular directions with tokens.
+            top_k: Tokens of each.
+        """
+        from lumiere.interpret.head_weights import head_weights
+        from lumiere.report.figures.head_weights import draw_head_weights
+
+        target = self._target(seed=seed, verify=verify)
+        layers, heads, listed = target.layers(layer), target.heads(head), target.occurring_tokens
+        return analyze(
+            "weights",
+            target,
+            lambda model: head_weights(model, layers, heads, directions, top_k, listed, seed),
+            draw_head_weights,
+            "the weights",
             averaged_over=target.averaged_over,
         )
 

@@ -12,7 +12,6 @@ from lumiere.errors import FailedCheckError, LumiereError, nearest
 
 PROGRAM = "lumiere"
 INTERRUPTED = 130
-NO_PATCHING = "activation patching is not available; lumiere inspect ablate measures the loss without each component"
 NO_FEATURES = "not available; lumiere inspect cache -o FILE.npz saves activations for your own analysis"
 FINE_TUNING = "lumiere train CONFIG --from RUN starts from the weights of a run; --resume RUN continues a run"
 
@@ -27,7 +26,8 @@ COMMANDS_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("list",), "lumiere runs ls"),
     },
     f"{PROGRAM} inspect": {
-        **dict.fromkeys(("patch", "patching", "activation-patching", "path-patching", "causal-tracing"), NO_PATCHING),
+        **dict.fromkeys(("patching", "activation-patching", "attribution-patching"), "lumiere inspect patch"),
+        **dict.fromkeys(("causal-tracing", "tracing"), "lumiere inspect patch --kind tracing"),
         **dict.fromkeys(("sae", "features", "probe", "probes", "steer"), NO_FEATURES),
         **dict.fromkeys(("attn", "patterns", "rollout"), "lumiere inspect attention"),
         **dict.fromkeys(("logit-lens", "tuned-lens"), "lumiere inspect lens is the logit lens"),

@@ -139,7 +139,7 @@ class Trial:
         generator: torch.Generator,
     ) -> None:
         self.model, self.batch, self.kind = model, batch, kind
-        self.losses_B = self._losses(model.final_residual(batch.tokens))[0]
+        self.losses_B = self.sequence_losses(model.final_residual(batch.tokens))[0]
         donors_BT = draw_donors(batch.is_real.cpu(), generator) if mode == "resample" else None
         self.streams: dict[int, Tensor] = {}
         self.changes: dict[int, Tensor] = {}
@@ -150,7 +150,7 @@ class Trial:
                 new = means.get(layer, 0.0)
             self.changes[layer] = new - old
 
-    def _losses(self, residual_RTE: Tensor) -> Tensor:
+    def sequence_losses(self, residual_RTE: Tensor) -> Tensor:
         """Sum the losses of each sequence, (N, B), for each copy of the batch along R, in float64 on the CPU."""
         targets_BT = self.batch.targets
         num_copies = len(residual_RTE) // len(targets_BT)
@@ -174,7 +174,9 @@ class Trial:
             chosen = indices[first : first + at_once]
             written_NBTE = self.kind.written(self.model.blocks[layer], self.changes[layer], chosen)
             copies_RTE = (self.streams[layer] + written_NBTE).flatten(0, 1)
-            losses.append(self._losses(stream_after(self.model, layer, self.kind.stage_in(self.model), copies_RTE)))
+            losses.append(
+                self.sequence_losses(stream_after(self.model, layer, self.kind.stage_in(self.model), copies_RTE))
+            )
         return torch.cat(losses)
 
     def by_hook(self, layer: int, index: int) -> Tensor:
@@ -197,7 +199,7 @@ class Trial:
         clean, ablated_U = self._loss(self.losses_B), self._loss(ablated_UB)
         stage = self.kind.stage_in(self.model)
         streams = [stream_after(self.model, layer, stage, x) for layer, x in self.streams.items()]
-        again = [self._loss(self._losses(stream)[0]) for stream in streams]
+        again = [self._loss(self.sequence_losses(stream)[0]) for stream in streams]
         strongest = int((ablated_U - clean).abs().argmax())
         row, column = divmod(strongest, len(indices))
         by_hook = self.by_hook(list(self.streams)[row], indices[column])

@@ -45,13 +45,19 @@ def sum_interval(values: np.ndarray, groups_B: np.ndarray, seed: int = 0, level:
 
 
 def ratio_interval(
-    numerators: np.ndarray, denominators: np.ndarray, groups_B: np.ndarray, seed: int = 0, level: float = LEVEL
+    numerators: np.ndarray,
+    denominators: np.ndarray,
+    groups_B: np.ndarray,
+    seed: int = 0,
+    level: float = LEVEL,
+    least: float = 0.0,
 ) -> Interval:
     """Return `sum(numerators) / sum(denominators)` over prompts, with an interval; both are resampled together.
 
     Args:
         numerators: (..., B).
         denominators: (B,) or as `numerators`.
+        least: What rounding may make of a mean denominator of 0.
 
     Raises:
         LumiereError: The interval of the denominator contains 0; with too few groups for one, the sum is 0 or not
@@ -59,7 +65,8 @@ def ratio_interval(
     """
     below = sum_interval(denominators, groups_B, seed, level)
     low, high = (below.value, below.value) if np.isnan(below.low).all() else (below.low, below.high)
-    if not bool(((low > 0) | (high < 0)).all() & np.isfinite(below.value).all()):
+    bound = least * len(groups_B)
+    if not bool(((low > bound) | (high < -bound)).all() & np.isfinite(below.value).all()):
         mean = float(np.ravel(below.value)[0]) / len(groups_B)
         raise LumiereError(
             f"the clean and the corrupt prompts differ by {mean:.3g} on average: too little to divide by",

@@ -97,6 +97,10 @@ class Composition(Result):
             yield from ({**place, **row} for row in table({"kind": self.kinds}, score=scores, chance=self.chance))
 
 
+NUMBERS_AT_ONCE = 2**24
+"""Of the matrices of pairs of heads: 128 MB in float64."""
+
+
 def composition_scores(model: Transformer) -> Composition:
     """Compute `|W_OV W| / (|W_OV| |W|)`, Frobenius norms, for each head and each head of a later layer.
 
@@ -118,9 +122,14 @@ def composition_scores(model: Transformer) -> Composition:
     for kind in COMPOSITION_KINDS:
         tall, wide = later[kind]
         later_norms = np.sqrt(np.einsum("lhkj,lhkj->lh", gram(tall.swapaxes(-1, -2)), gram(wide)))
-        joined = writes[first] @ tall[second]
-        factors = own_reads[first], joined, gram(wide)[second], joined
-        squares = np.einsum("pvw,pvk,pkj,pwj->p", *factors, optimize=True)
+        later_writes = gram(wide)
+        squares = np.empty(len(pairs))
+        at_once = max(1, NUMBERS_AT_ONCE // writes[0, 0].size)
+        for part in (slice(start, start + at_once) for start in range(0, len(pairs), at_once)):
+            one, other = tuple(pairs[part, :2].T), tuple(pairs[part, 2:].T)
+            joined = writes[one] @ tall[other]
+            factors = own_reads[one], joined, later_writes[other], joined
+            squares[part] = np.einsum("pvw,pvk,pkj,pwj->p", *factors, optimize=True)
         sizes = ov_norms[first] * later_norms[second]
         with np.errstate(invalid="ignore", divide="ignore"):
             scores = np.where(sizes > 0, np.sqrt(np.maximum(squares, 0)) / sizes, np.nan)

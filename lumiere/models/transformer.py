@@ -240,13 +240,21 @@ class Transformer(nn.Module):
             resid_BTE = resid_BTE + position_TE
         return self._run_blocks(self.dropout(resid_BTE), 0, positions, masks, layer_caches, record, fill_only)
 
-    def continue_from(self, resid_BTE: Tensor, layer: int) -> Tensor:
+    def continue_from(self, resid_BTE: Tensor, layer: int, cache: KVCache | None = None) -> Tensor:
         """Return `final_residual`, given the stream that block `layer` reads, (B, T, E), with padding on the right.
 
         At `num_layers` only the norm is left.
+
+        Args:
+            cache: Keys and values of the same number of positions before in all rows, of the layers from `layer` on;
+                those of the layers before are not looked at.
         """
         positions = torch.arange(resid_BTE.shape[1], device=resid_BTE.device)
-        return self._run_blocks(resid_BTE, layer, positions, self._masks(positions, len(positions)))
+        if cache is None:
+            return self._run_blocks(resid_BTE, layer, positions, self._masks(positions, len(positions)))
+        positions = positions + cache.lengths
+        masks = self._masks(positions, cache.num_keys, cache.num_keys == len(positions))
+        return self._run_blocks(resid_BTE, layer, positions, masks, cache.layers(positions))
 
     def _table_dtype(self) -> torch.dtype:
         """Return the type of tables of angles, which grow with the position: float32 or wider."""

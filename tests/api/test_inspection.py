@@ -23,12 +23,14 @@ from lumiere.persistence.runs import Run
 PROMPT = "One day a fox"
 README = Path(__file__).parents[2] / "README.md"
 ANALYSES: dict[str, Callable[[lumiere.OpenedRun], Analysis[Any]]] = {
+    "weights": lambda run: run.inspect.weights(layer=1),
     "summary": lambda run: run.inspect.summary(windows=2),
     "attention": lambda run: run.inspect.attention(PROMPT),
     "heads": lambda run: run.inspect.heads(),
     "lens": lambda run: run.inspect.lens(PROMPT),
     "logits": lambda run: run.inspect.logits(PROMPT),
     "ablate": lambda run: run.inspect.ablate(batches=1, batch_size=2),
+    "patch": lambda run: run.inspect.patch([0, 70, 71, 72], [0, 73, 71, 75], target=5, vs=6),
     "probe": lambda run: run.inspect.probe(regex="e", file=README, windows=40, layer=0),
     "steer": lambda run: run.inspect.steer(PROMPT, token="e", batches=1, batch_size=2),
     "tokens": lambda run: run.inspect.tokens(PROMPT),

@@ -235,7 +235,7 @@ REFUSED = """
     ls | ls | lumiere runs ls
     attention | attention | lumiere inspect attention
     frobnicate | frobnicate | inspect, runs
-    inspect patch | patch | lumiere inspect ablate
+    inspect patching | patching | lumiere inspect patch
     inspect attn | attn | lumiere inspect attention
     inspect atention | atention | attention
     inspect logit-lens | logit-lens | lumiere inspect lens

@@ -19,6 +19,8 @@ from lumiere.components.hooks import run_with_cache
 from lumiere.export.exporting import TARGETS, export_model
 from lumiere.export.original import Original
 from lumiere.interpret.logit_attribution import logit_attribution
+from lumiere.interpret.patching import patch
+from lumiere.interpret.prompts import pair_up
 from lumiere.models.transformer import Transformer
 from lumiere.persistence.runs import Run
 from tests.export.conftest import HELD, make_original
@@ -124,6 +126,40 @@ def test_direct_logit_attribution(pair: Pair) -> None:
     assert not missing, f"{missing} in {list(theirs)}"
     for label, value in ours.items():
         assert theirs[label] == pytest.approx(value, abs=TOLERANCES[model.token_embedding.weight.dtype]), label
+
+
+@torch.no_grad()
+def test_activation_patching(pair: Pair) -> None:
+    """The streams, both outputs and the heads' q, k, v and z at every position, and patterns."""
+    from transformer_lens import patching  # pyright: ignore[reportMissingImports]
+
+    model, bridge = pair
+    if next(model.parameters()).dtype == torch.float32:
+        pytest.skip("the agreement is about float64")
+    clean, corrupt = (tokens[None] for tokens in tokens_for(model))
+    pairs = pair_up(clean.tolist(), corrupt.tolist(), [3], [4])
+    _, cache = bridge.run_with_cache(clean)
+    sweeps = {
+        ("resid_pre", "position"): patching.get_act_patch_resid_pre,
+        ("resid_mid", "position"): patching.get_act_patch_resid_mid,
+        ("attn_out", "position"): patching.get_act_patch_attn_out,
+        ("mlp_out", "position"): patching.get_act_patch_mlp_out,
+        ("q", "both"): patching.get_act_patch_attn_head_q_by_pos,
+        ("k", "both"): patching.get_act_patch_attn_head_k_by_pos,
+        ("v", "both"): patching.get_act_patch_attn_head_v_by_pos,
+        ("z", "both"): patching.get_act_patch_attn_head_out_by_pos,
+        ("z", "unit"): patching.get_act_patch_attn_head_out_all_pos,
+        ("pattern", "unit"): patching.get_act_patch_attn_head_pattern_all_pos,
+    }
+    has_groups = model.settings.key_value_heads != model.num_heads
+    for (site, by), sweep in sweeps.items():
+        if (site in ("resid_mid", "mlp_out") and model.settings.feedforward == "none") or (site in "kv" and has_groups):
+            continue
+        ours = torch.from_numpy(patch(model, pairs, site, by).patched[..., 0])
+        theirs = sweep(bridge, corrupt, cache, lambda logits: logits[0, -1, 3] - logits[0, -1, 4])
+        if by == "both":
+            theirs = theirs.transpose(1, 2)  # (L, T, H) there
+        assert_same(theirs.double(), ours.view(theirs.shape), f"{site} by {by}")
 
 
 def test_the_command_lets_the_library_check(trained_run: Run) -> None:

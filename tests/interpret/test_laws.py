@@ -19,11 +19,15 @@ from lumiere.interpret.activations import activations
 from lumiere.interpret.attention import COMBINED, WEIGHTED, attention_patterns, combined_attention
 from lumiere.interpret.dynamics import METRICS, Texts, follow
 from lumiere.interpret.head_scores import composition_scores, repeated_tokens, score_heads
+from lumiere.interpret.head_weights import head_weights
+from lumiere.interpret.joint_ablation import ablate_together, parse_parts
 from lumiere.interpret.lenses import compare_lenses, plain_lens
 from lumiere.interpret.logit_attribution import LEVELS, logit_attribution
 from lumiere.interpret.logit_lens import logit_lens
 from lumiere.interpret.model_diff import ModelDiff, diff_models
 from lumiere.interpret.neurons import neuron_examples, token_map
+from lumiere.interpret.patching import KINDS, patch
+from lumiere.interpret.prompts import pair_up
 from lumiere.interpret.result import Result, agreement
 from lumiere.interpret.saliency import COMPLETE, saliency
 from lumiere.interpret.steering import steer
@@ -38,6 +42,8 @@ REPEATED = repeated_tokens(300, 7, 3, seed=0, start=0, first=3)
 WINDOWS = text_windows(torch.cat([REPEATED, REPEATED[:, 1:3]], dim=1), np.array([0, 0, 1]))
 TEXTS = Texts(REPEATED, WINDOWS, BATCHES, [TOKENS])
 BASELINES = {"mean": np.bincount(range(3, 90), minlength=320), "start": np.eye(320)[0]}
+
+PAIRS = pair_up([TOKENS], [[0, 70, 73, 72, 70, 71, 9, 300, 4, 8]], [71], [9])
 
 Analysis = Callable[[Transformer], Result]
 ANALYSES: Mapping[str, Analysis] = {
@@ -54,8 +60,12 @@ ANALYSES: Mapping[str, Analysis] = {
     "tokens": lambda model: token_losses(model, TOKENS, BIGRAM.unigram, BIGRAM),
     "heads": lambda model: score_heads(model, REPEATED, WINDOWS),
     "composition": composition_scores,
+    "weights": lambda model: head_weights(model, directions=2),
     **{f"ablate {unit}": lambda model, unit=unit: ablate(model, BATCHES, unit) for unit in UNITS},
     **{f"ablate {mode}": lambda model, mode=mode: ablate(model, BATCHES, "head", mode) for mode in MODES},
+    **{f"patch {kind}": lambda model, kind=kind: patch(model, PAIRS, "z", "unit", kind) for kind in KINDS[:2]},
+    "patch estimates": lambda model: patch(model, PAIRS, "attn_out", attribution=True),
+    "ablate together": lambda model: ablate_together(model, BATCHES, parse_parts("pairs", model)),
     "neurons": lambda model: neuron_examples(model, BATCHES, 5),
     "token map": lambda model: token_map(model, range(3, 60)),
     "lenses": lambda model: compare_lenses(model, torch.tensor([TOKENS] * 2), {"J": plain_lens(model, "jacobian")}),
@@ -143,6 +153,7 @@ AXES: Mapping[str, Mapping[str, int]] = {
     "attention norm-weighted": {"patterns": 1, "norms": 1},
     "logits by head": {"heads": 2, "sources": 2},
     "heads": {"scores": 1, "errors": 1, "copying": 1, "text_scores": 1},
+    "patch denoising": {"effects": 1},
     "ablate head": {"changes": 1, "standard_errors": 1},
     "summary": {"head_writes": 1},
 }

@@ -22,6 +22,7 @@ from lumiere.cli.inspect.command import (
 if TYPE_CHECKING:
     from lumiere.api.analysis import Analysis
     from lumiere.interpret.ablation import Ablations
+    from lumiere.interpret.joint_ablation import JointAblations
 
 BAR_WIDTH = 24
 
@@ -40,6 +41,16 @@ BatchSize = Annotated[
 ]
 
 
+Together = Annotated[
+    str | None,
+    Option(
+        metavar="SETS",
+        help="Ablate several parts at once: L0H1+L1H2,L0F+L1N7 (heads, feed-forward parts, neurons), or pairs: all "
+        "pairs of heads.",
+    ),
+]
+
+
 @analysis(
     Inspect.ablate,
     unit=UnitName,
@@ -48,15 +59,41 @@ BatchSize = Annotated[
     head=Heads,
     neuron=Neurons,
     pos=Positions,
+    together=Together,
     batches=NumBatches,
     batch_size=BatchSize,
 )
-def ablate(found: "Analysis[Ablations]", top_k: TopK = 16) -> None:
+def ablate(found: "Analysis[Ablations | JointAblations]", top_k: TopK = 16) -> None:
     """What is the loss without a part? Without a text option, over windows of the validation split.
 
-    Each part is ablated alone. The change of the loss is in nats per token: positive if the part was of use.
+    Each part is ablated alone, or with --together several at once. The
+    change of the loss is in nats per token: positive if the part was of use.
     """
-    show_ablations(found.result, top_k)
+    from lumiere.interpret.joint_ablation import JointAblations
+
+    if isinstance(found.result, JointAblations):
+        show_joint_ablations(found.result, top_k)
+    else:
+        show_ablations(found.result, top_k)
+
+
+def show_joint_ablations(result: "JointAblations", top_k: int) -> None:
+    """Print the sets with the largest interactions, beside the changes of their parts."""
+    has_errors = result.num_documents > 1
+    singles = dict(zip(result.parts, result.changes, strict=True))
+    width = max(len(name) for name in (*result.sets, "parts"))
+    stdout().print(f"loss {result.loss:.4f} nats; change without parts ({result.mode}):\n")
+    errors = "   ± s.e." if has_errors else ""
+    stdout().print(f"[bold]{'parts':{width}}  together  {'sum':>8}  interaction{errors}[/]")
+    for number in result.order[:top_k]:
+        name, joint, interaction = result.sets[number], result.joint[number], result.interactions[number]
+        total = sum(singles[part] for part in name.split("+"))
+        spread = f"  {result.interaction_errors[number]:.4f}" if has_errors else ""
+        stdout().print(f"{name:{width}}  {joint:+8.4f}  {total:+8.4f}     {interaction:+8.4f}{spread}")
+    stdout().print()
+    if len(result.sets) > top_k:
+        show_note(f"{len(result.sets) - top_k:,} more: --top-k shows more, -o FILE saves all")
+    show_wrapped("[dim]interaction above 0: they stand in for each other; below 0: they need each other[/]")
 
 
 def show_ablations(result: "Ablations", top_k: int) -> None:

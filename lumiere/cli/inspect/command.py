@@ -58,7 +58,7 @@ TEXT_OPTIONS = {
     "val": text_option(int, "val", "N", "Window of the validation split, from 0.", min=0),
     "random": text_option(int, "random", "S", "S random tokens, repeated once.", min=1),
 }
-CONTRAST_OPTIONS = {
+CONTRAST_OPTIONS: dict[str, Any] = {
     "corrupt": Annotated[
         str | None, Option(metavar="TEXT", help="The prompt without the behavior: as many tokens as --prompt.")
     ],

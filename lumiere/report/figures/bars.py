@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from lumiere.interpret.ablation import Ablations
     from lumiere.interpret.head_scores import HeadScores
+    from lumiere.interpret.joint_ablation import JointAblations
     from lumiere.interpret.logit_attribution import LogitAttribution
     from lumiere.interpret.model_diff import HeadMatches, ModelDiff, PredictionDiff, WeightChanges
     from lumiere.interpret.summary import ModelSummary
@@ -157,6 +158,28 @@ def draw_ablations(result: Ablations) -> Picture:
         f"Blue: the loss rises, the {result.unit} helped; red: it falls.{bars}"
     )
     return Picture(figure, f"Loss without each {result.unit}", caption)
+
+
+def draw_joint_ablations(result: JointAblations) -> Picture:
+    """Draw for each set of parts the joint change of the loss and the sum of the single ones."""
+    chosen = result.order[:MAX_BARS]
+    figure = new_figure(9.0, max(len(chosen) * ROW, 1.8) + 2.0)
+    both = figure.subplots(1, 2)
+    names = [result.sets[number] for number in chosen]
+    values = {"without all of a set": (result.joint, result.joint_errors)}
+    values["interaction: minus the sum of the single changes"] = result.interactions, result.interaction_errors
+    for axes, (title, (changes, errors)) in zip(both, values.items(), strict=True):
+        draw_bars(axes, names, changes[chosen], "nats", signed_colors(changes[chosen]))
+        if np.isfinite(errors[chosen]).all():
+            places = range(len(chosen))
+            axes.errorbar(changes[chosen], places, xerr=errors[chosen], fmt="none", ecolor=INK, elinewidth=1)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        label_axes(axes, title)
+    caption = (
+        f"Change of the loss of {result.loss:.3f} nats/token when parts are {ABLATION_MODES[result.mode]} together. "
+        "An interaction above 0: the parts stand in for each other; below 0: they need each other."
+    )
+    return Picture(figure, "Loss without several parts", caption)
 
 
 def draw_logits(result: LogitAttribution, label: Label) -> Picture:

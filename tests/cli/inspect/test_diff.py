@@ -114,7 +114,7 @@ def test_other_tokenizers_are_compared_by_bytes(
     ("command", "message"),
     [
         ("RUN@ RUN", "@'"),
-        ("@best RUN", "write RUN or RUN@CHECKPOINT"),
+        ("@best RUN", "RUN@CHECKPOINT"),
         ("RUN@bets RUN", "did you mean best?"),
         ("RUN RUN --prompt a --val 1", "--prompt and --val"),
         ("RUN OTHER --val 1", "--val"),
