@@ -560,7 +560,47 @@ def listing_seeds() -> list[bytes]:
     return [Listing(RUN_NAME, {"best": "step-00000001", "latest": "step-00000001"}, files).to_bytes()]
 
 
+# Directions
+
+
+def read_direction(folder: Path) -> None:
+    """Read the file, and what it adds after its own block."""
+    from lumiere.persistence.directions import load_direction
+
+    direction = load_direction(folder / "direction.safetensors")
+    assert direction.step(direction.origin.layer, 0.1).shape == direction.vector.shape
+    check_printable(direction.origin.method + direction.origin.run + direction.origin.checkpoint)
+
+
+def direction_seeds() -> list[bytes]:
+    import tempfile
+
+    import torch
+
+    from lumiere.persistence.directions import Direction, Origin
+
+    origin = Origin("difference of means", 1, "run_a", "best", "a", "b")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "direction.safetensors"
+        Direction(torch.arange(1.0, 4.0), torch.ones(2), origin).save(path)
+        return [path.read_bytes()]
+
+
+def mutate_direction(data: bytes, draw: random.Random) -> bytes:
+    """Change the header, or what it says about the origin."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, tensors = json.loads(data[8:start]), data[start:]
+    if draw.random() < 0.5:
+        texts = header["__metadata__"]
+        texts["origin"] = json.dumps(changed(json.loads(texts["origin"]), draw))
+    else:
+        header = changed(header, draw)
+    text = json.dumps(header).encode("utf-8", errors="surrogatepass")
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
 TARGETS = {
+    "direction": Target(lambda data: "direction.safetensors", read_direction, direction_seeds, mutate_direction),
     "config": Target(config_file, read_config, config_seeds, mutate_config),
     "claims": Target(lambda data: "claims.yaml", read_claims, claim_seeds, mutate_config),
     "checkpoint": Target(lambda data: "best.safetensors", read_checkpoint, checkpoint_seeds, mutate_checkpoint),

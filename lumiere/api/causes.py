@@ -6,6 +6,7 @@ Importing this module loads neither torch nor numpy.
 from typing import TYPE_CHECKING, Unpack
 
 from lumiere.api.analysis import Analysis, analyze
+from lumiere.api.circuits import Circuits
 from lumiere.api.options import Options, Prompt, RunAnalyses
 from lumiere.api.target import Indices, InspectTarget, parse_indices
 from lumiere.errors import LumiereError, check_choice
@@ -19,7 +20,7 @@ MANY = 64
 BATCH_SIZE, SMALL_BATCH_SIZE = 32, 4
 
 
-class Causes(RunAnalyses):
+class Causes(Circuits, RunAnalyses):
     """Interventions on a run's model."""
 
     def ablate(

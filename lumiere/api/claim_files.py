@@ -121,7 +121,35 @@ class Composes(Claim):
         return f"{self.earlier} to {self.later} by {self.by}, x chance {self.expect}"
 
 
-AnyClaim = Annotated[HeadScore | Ablate | Metric | Composes, Field(discriminator="kind")]
+class Direction(Strict):
+    """A direction that `inspect steer` or `inspect probe` has saved, or that of a token's logit."""
+
+    file: str | None = None
+    token: str | None = None
+    layer: Integer | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Direction":
+        if (self.file is None) == (self.token is None):
+            raise ValueError("give either file or token")
+        return self
+
+
+class Steer(Claim):
+    """By how much a direction of the residual stream moves a prediction at a dose, as `inspect steer`."""
+
+    kind: Literal["steer"]
+    direction: Direction
+    target: str
+    vs: str | None = None
+    dose: Number
+
+    def __str__(self) -> str:
+        measured = self.target if self.vs is None else f"{self.target} - {self.vs}"
+        return printable(f"{quoted(measured)} at dose {self.dose:g} changes {self.expect}")
+
+
+AnyClaim = Annotated[HeadScore | Ablate | Metric | Composes | Steer, Field(discriminator="kind")]
 
 
 class Level(Strict):

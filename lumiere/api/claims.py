@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.api.claim_files import Ablate, ClaimFile, Composes, Data, HeadScore, Metric
+    from lumiere.api.claim_files import Ablate, ClaimFile, Composes, Data, HeadScore, Metric, Steer
     from lumiere.api.runs import OpenedRun
     from lumiere.interpret.claims import CheckedClaims, Estimate
 
@@ -100,6 +100,23 @@ class Measured:
         found = self._once("weights", lambda: self.run.inspect.weights(layer=0, head=0, directions=1))
         [row] = (found.pairs == place).all(1).nonzero()[0]
         return found.scores[row, found.kinds.index(claim.by)] / found.chance, 0.0, 0, found.receipts
+
+    def _steer(self, claim: "Steer", data: "Data") -> tuple[Any, ...]:
+        import numpy as np
+
+        way = claim.direction
+        text: dict[str, Any] = {"prompt": data.prompt} if data.source == "prompt" else {}
+        own: dict[str, Any] = {"direction": way.file, "token": way.token, "layer": way.layer, "target": claim.target}
+        found = self.run.inspect.steer(**own, vs=claim.vs, **text, seed=data.seed)
+        places = np.isclose(found.doses, claim.dose).nonzero()[0]
+        if not len(places):
+            raise LumiereError(
+                f"claim {claim.id}: no dose {claim.dose:g} is tried",
+                f"choose {', '.join(f'{x:g}' for x in found.doses)}",
+            )
+        effects = found.effects[:, places[0]]
+        error = effects.std(ddof=1) / len(effects) ** 0.5 if len(effects) > 1 else 0.0
+        return effects.mean(), error, len(effects), found.receipts
 
 
 def check_claims(file: "ClaimFile", runs: "Sequence[OpenedRun]", *, untrained: bool = False) -> "CheckedClaims":

@@ -36,6 +36,7 @@ THRESHOLD = 0.01
 """Share of the difference between clean and corrupt prompts from which an edge belongs to the circuit."""
 MAX_EDGES = 20_000
 CHECKED_EDGES, RANDOM_CIRCUITS = 20, 20
+EDGES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Circuit(Result):
         ablation: What cut edges carry, one of `ABLATIONS`.
         method: What `effects` are, one of `METHODS`: the metric lost when the edge is cut, or an estimate of it.
         threshold: Share from which an edge belongs to the circuit, without its sign.
-        num_prompts: B.
+        num_prompts, num_groups: B, and groups of prompts that the bootstrap resamples.
         clean, corrupt, empty: Mean metric of the clean prompts, the corrupt ones, and with all edges cut.
         writers, readers: All names, in the order of the computation.
         sources, targets: (N,) the writer and the reader of each edge.
@@ -70,7 +71,7 @@ class Circuit(Result):
         faithful: Faithfulness of the circuit.
         complement: That of all other edges together.
         random: (20,) that of random circuits of the same size.
-        incomplete: Of `incompleteness`; 0 is complete.
+        incomplete: Of `incompleteness`; 0 is complete; NaN, as `needed`, above `max_edges`.
         num_subsets: Of the circuit, from which it was computed.
         needed: (N,) of `needed`: the largest change of the faithfulness when an edge of the circuit is cut.
         curve_sizes, curve: (C,) numbers of edges, those with the largest effects, and their faithfulness.
@@ -87,6 +88,7 @@ class Circuit(Result):
     method: str
     threshold: float
     num_prompts: int
+    num_groups: int
     clean: float
     corrupt: float
     empty: float
@@ -179,7 +181,7 @@ def find_circuit(
         ablation: One of `ABLATIONS`.
         method: One of `METHODS`.
         threshold: Share of the difference between clean and corrupt prompts.
-        max_edges: That are cut one by one.
+        max_edges: That are cut one by one, and up to which completeness and minimality are computed.
         seed: Of the bootstrap, and of the subsets that completeness and minimality look at.
 
     Raises:
@@ -204,7 +206,13 @@ def find_circuit(
         effects_NB = (
             clean_B - cut_NB if cut_NB is not None else {"eap": attribution_NB, "eap-ig": integrated_NB}[method]
         )
-        shares, low, high = ratio_interval(effects_NB, gap_B, pairs.groups, seed)
+        shares, low, high = np.concatenate(
+            [  # in parts, as each edge has a thousand resamples
+                ratio_interval(effects_NB[first : first + EDGES_AT_ONCE], gap_B, pairs.groups, seed)
+                for first in range(0, len(effects_NB), EDGES_AT_ONCE)
+            ],
+            axis=1,
+        )
         in_circuit = np.abs(shares) >= threshold
         attribution, integrated = (scores_NB.sum(1) / gap_B.sum() for scores_NB in (attribution_NB, integrated_NB))
         kept = np.ones((2, len(shares)), dtype=bool)
@@ -219,7 +227,10 @@ def find_circuit(
         faithful, complement, *others = faithfulness(
             runs, torch.cat([torch.stack([circuit_N, 1 - circuit_N]), random_RN])
         )
-        incomplete, num_subsets = incompleteness(runs, circuit_N, seed)
+        incomplete, num_subsets, changes_N = float("nan"), 0, np.full(len(shares), np.nan)
+        if runs.num_edges <= max_edges:
+            incomplete, num_subsets = incompleteness(runs, circuit_N, seed)
+            changes_N = needed(runs, circuit_N, seed)
         curve_sizes, heights = curve(runs, np.abs(shares))
         _, signed = curve(runs, shares)
         return Circuit(
@@ -228,6 +239,7 @@ def find_circuit(
             method=method,
             threshold=threshold,
             num_prompts=len(pairs),
+            num_groups=len(np.unique(pairs.groups)),
             clean=float(clean_B.mean()),
             corrupt=float(clean_B.mean() - gap_B.mean()),
             empty=float(runs.cut(torch.ones(1, runs.num_edges)).mean()),
@@ -259,7 +271,7 @@ def find_circuit(
             random=np.array(others),
             incomplete=incomplete,
             num_subsets=num_subsets,
-            needed=needed(runs, circuit_N, seed),
+            needed=changes_N,
             curve_sizes=curve_sizes,
             curve=heights,
             cpr=area(curve_sizes, signed, len(shares)),
@@ -281,7 +293,7 @@ def check_size(num_edges: int, max_edges: int, seconds: float) -> None:
         minutes = num_edges * seconds / 2 / 60  # half of the layers are not computed again
         raise LumiereError(
             f"the model has {num_edges:,} edges, more than {max_edges:,}: about {minutes:.0f} minutes",
-            f"add --method eap, which estimates all of them at once, or --max-edges {num_edges}",
+            f"add --by eap, which estimates all of them at once, or --max-edges {num_edges}",
         )
 
 

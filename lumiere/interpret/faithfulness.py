@@ -73,21 +73,23 @@ def needed(runs: EdgeRuns, is_kept_N: Tensor, seed: int = 0) -> np.ndarray:
     """Return for each edge of a circuit the largest change of F when it is cut, after others or alone, (N,); else NaN.
 
     Minimal is a circuit in which no edge has a small one (Wang et al. 2022, section 4.2). The edge is cut after no
-    other edge of the circuit, and after `TRIES - 1` random subsets of them.
+    other edge of the circuit, and after `TRIES - 1` random subsets of them; fewer for circuits so large that these are
+    more than `MOST_SUBSETS`.
     """
     generator = np.random.default_rng(seed)
     members = np.flatnonzero(is_kept_N.numpy())
     changes = np.full(len(is_kept_N), np.nan)
     if not len(members):
         return changes
+    tries = min(TRIES, max(1, MOST_SUBSETS // len(members)))
     before: list[list[int]] = []
     for edge in members:
         others = members[members != edge]
-        shares = generator.random(TRIES - 1)
+        shares = generator.random(tries - 1)
         before += [[], *(others[generator.random(len(others)) < share].tolist() for share in shares)]
-    after = [[*cut, members[row // TRIES]] for row, cut in enumerate(before)]
+    after = [[*cut, members[row // tries]] for row, cut in enumerate(before)]
     before_R, after_R = (faithfulness(runs, without(is_kept_N, cuts)) for cuts in (before, after))
-    changes[members] = np.abs(before_R - after_R).reshape(len(members), TRIES).max(1)
+    changes[members] = np.abs(before_R - after_R).reshape(len(members), tries).max(1)
     return changes
 
 

@@ -1,4 +1,4 @@
-"""Logistic regression in float64, to the optimum: L-BFGS, then damped Newton steps.
+"""Logistic regression in float64, to the optimum: damped Newton steps, for many weights after L-BFGS.
 
 Shapes: n examples, F features, C classes, K rows of weights: 1 for two classes, else C.
 """
@@ -14,6 +14,8 @@ DECREMENT = 1e-12
 """Newton decrement at which a fit ends."""
 GRADIENT = 1e-6
 MAX_NEWTON_STEPS = 50
+MANY_WEIGHTS = 1000
+"""Above it, Newton steps are dear, and L-BFGS comes first."""
 LEAST_SCALE = 1e-8
 
 
@@ -124,13 +126,14 @@ def fit(x_nF: Tensor, y_n: Tensor, num_classes: int, penalty: float, is_balanced
         weight_n = (len(y_n) / (num_classes * counts_C))[y_n]
     objective = Objective((x_nF - mean_F) / scale_F, y_n, num_classes, penalty, weight_n)
     theta_KD = torch.zeros(objective.num_rows, x_nF.shape[1] + 1, dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([theta_KD], max_iter=100, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    if theta_KD.numel() > MANY_WEIGHTS:
+        optimizer = torch.optim.LBFGS([theta_KD], max_iter=100, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        value, theta_KD.grad = objective.value_and_gradient(theta_KD)
-        return value
+        def closure() -> Tensor:
+            value, theta_KD.grad = objective.value_and_gradient(theta_KD)
+            return value
 
-    optimizer.step(closure)
+        optimizer.step(closure)
     decrement = torch.inf
     for _ in range(MAX_NEWTON_STEPS):
         value, gradient_KD = objective.value_and_gradient(theta_KD)

@@ -24,6 +24,8 @@ DOSES = (-0.4, -0.2, -0.1, -0.05, -0.025, 0.0, 0.025, 0.05, 0.1, 0.2, 0.4)
 LINEAR = 0.1
 """The largest dose of the regression for the slope at 0."""
 TOKENS_AT_ONCE = 4096
+LOSS_PLACEBOS = 5
+"""Random directions whose loss is measured: it takes most of the time."""
 
 
 def stream_after(model: Transformer, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class Steering(Result):
         placebo_slopes: (R,).
         ranks: by kind, the place of the slope among those of the placebos by absolute value, from 1.
         losses: (D,) the loss on other text, in nats per token; NaN without any.
-        placebo_losses: (D,) the mean over the random directions.
+        placebo_losses: (D,) the mean over `LOSS_PLACEBOS` of the random directions.
     """
 
     method: str
@@ -259,8 +261,7 @@ def steer(
                 values_M[part] = metric_of(model.unembed(final_MTE[:, -1]), target, versus).cpu()
             metrics.append(values_M.view(shape).numpy())
             clean.append(float(metric_of(model.logits(one_sequence(model, prompt))[:, -1], target, versus)))
-        # Of the placebos, only the random ones.
-        losses_RD = mean_losses(dosed, batches, added_ME.view(*shape, -1)[: 1 + num_placebos])
+        losses_RD = mean_losses(dosed, batches, added_ME.view(*shape, -1)[: 1 + min(num_placebos, LOSS_PLACEBOS)])
         by_hook = hooked_metric(model, prompts[0], layer, added_ME[len(doses) - 1], first, target, versus)
     values_PRD, clean_P = np.stack(metrics), np.array(clean)
     effects_PRD = values_PRD - clean_P[:, None, None]

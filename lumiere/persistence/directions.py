@@ -113,10 +113,11 @@ def load_direction(path: Path) -> Direction:
 
 
 def _checked(origin: Any) -> dict[str, Any]:
-    """Return the entries of an origin, each of its type."""
+    """Return the entries of an origin, each of its type and without characters that control a terminal."""
     if not isinstance(origin, dict) or type(origin.get("layer")) is not int:
         raise ValueError("no origin")
-    if not all(isinstance(value, str) for name, value in origin.items() if name != "layer"):
+    texts = [value for name, value in origin.items() if name != "layer"]
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
         raise ValueError("not a text")
     return origin
 

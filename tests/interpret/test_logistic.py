@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from lumiere.interpret import logistic
 from lumiere.interpret.logistic import Fit, fit, receipts
 
 
@@ -38,6 +39,13 @@ def test_weights_are_those_of_scikit_learn(num_classes: int, penalty: float, is_
     probabilities = found.scores(x_nF).softmax(1).numpy()
     np.testing.assert_allclose(probabilities, peer.predict_proba(standardized(x_nF)), atol=1e-6)
     assert all(receipt.holds for receipt in receipts([found]))
+
+
+def test_many_weights_begin_with_lbfgs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_nF, y_n = examples(4)
+    found = fit(x_nF, y_n, 4, 1e-3)
+    monkeypatch.setattr(logistic, "MANY_WEIGHTS", 0)
+    torch.testing.assert_close(fit(x_nF, y_n, 4, 1e-3).weights, found.weights, atol=1e-8, rtol=0)
 
 
 def test_other_labels_negate_the_weights_and_copies_change_nothing() -> None:

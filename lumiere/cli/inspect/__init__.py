@@ -6,6 +6,7 @@ from lumiere.cli.console import escape, stdout
 from lumiere.cli.inspect.ablate import ablate
 from lumiere.cli.inspect.attention import attention
 from lumiere.cli.inspect.cache import cache
+from lumiere.cli.inspect.circuit import circuit
 from lumiere.cli.inspect.claims import claims
 from lumiere.cli.inspect.diff import diff
 from lumiere.cli.inspect.dynamics import dynamics
@@ -33,6 +34,7 @@ ENTRIES = {
     ablate: ("a causal effect, unless other parts compensate for the missing one", "7 s"),
     patch: ("where the difference between two prompts is carried, not all of it", "0.3 s"),
     saliency: ("what moves a score away from a baseline, which is a choice", "0.3 s"),
+    circuit: ("which edges matter when cut alone, not what backs them up", "30 s"),
     steer: ("that a direction moves a prediction beyond chance, not its meaning", "2 s"),
     probe: ("what a linear map can read, which the model need not use", "5 s"),
     tokens: ("how good the predictions are here, beside n-gram baselines", "0.3 s"),

@@ -6,6 +6,7 @@ Functions `draw_...` raise a `LumiereError` if matplotlib is not installed.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,8 @@ CHARACTERS_PER_INCH = 12
 """In facts and captions."""
 INK = "#010203"
 """Placeholder for the text color of the page; no other element has this color."""
+HOVER = "hover "
+"""The id of an element begins with this if the rest of it is to be shown under the mouse, in an SVG."""
 LABEL_WIDTH = 12
 """Maximum number of characters of a token beside a heat map."""
 
@@ -186,7 +189,12 @@ def render_figure(figure: Figure, form: str, facecolor: str) -> bytes:
         # The reader's fonts draw the text of an SVG; the font that measures it here may lack a character.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(buffer, format=form, metadata={"Date": None} if form == "svg" else None, facecolor=facecolor)
-    return buffer.getvalue()
+    return add_titles(buffer.getvalue()) if form == "svg" else buffer.getvalue()
+
+
+def add_titles(svg: bytes) -> bytes:
+    """Give each element whose id begins with `HOVER` the rest of the id as its title, which browsers show."""
+    return re.sub(rb'<g id="' + HOVER.encode() + rb'([^"]*)">', rb"<g><title>\1</title>", svg)
 
 
 def escape_missing_glyphs(figure: Figure) -> None:

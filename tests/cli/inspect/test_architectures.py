@@ -20,6 +20,7 @@ ANALYSES = {
     "summary": (),
     "ablate": (),
     "saliency": (),
+    "circuit": ("--prompt=One day a", "--corrupt=One day b", "--metric=kl"),
     "tokens": (),
     "cache": (),
     "dynamics": (),

@@ -63,6 +63,20 @@ def test_an_undecided_claim_ends_with_three_if_strict(run: Run) -> None:
     invoke("inspect", "claims", file, "--strict", code=3)
 
 
+def test_a_steering_claim_names_a_dose_that_is_tried(run: Run) -> None:
+    steer = {"id": "moves", "kind": "steer", "direction": {"token": "70"}, "target": "70", "expect": ALWAYS}
+    assert "no dose 0.3" in refuse("inspect", "claims", written(steer | {"dose": 0.3}))[0]
+    both = steer | {"dose": 0.2, "direction": {"token": "70", "file": "d.safetensors"}}
+    assert "either file or token" in refuse("inspect", "claims", written(both))[0]
+    opened = lumiere.open("latest")
+    effects = opened.inspect.steer(token="70", target="70").effects
+    if len(effects) >= 8:
+        data = json.loads(invoke("inspect", "claims", written(steer | {"dose": 0.2}), "--json").stdout)
+        assert data["claims"][0]["runs"][0]["estimate"] == pytest.approx(effects[:, -2].mean())
+    else:
+        assert "too few" in refuse("inspect", "claims", written(steer | {"dose": 0.2}))[0]
+
+
 @pytest.mark.parametrize(
     ("claim", "named"),
     [
