@@ -30,7 +30,7 @@ ANALYSES: dict[str, Callable[[lumiere.OpenedRun], Analysis[Any]]] = {
     "lens": lambda run: run.inspect.lens(PROMPT),
     "logits": lambda run: run.inspect.logits(PROMPT),
     "ablate": lambda run: run.inspect.ablate(batches=1, batch_size=2),
-    "patch": lambda run: run.inspect.patch([0, 70, 71, 72], [0, 73, 71, 75], target=5, vs=6),
+    "patch": lambda run: run.inspect.patch("One day a fox", "One day a dog", target="b", vs="c"),
     "probe": lambda run: run.inspect.probe(regex="e", file=README, windows=40, layer=0),
     "steer": lambda run: run.inspect.steer(PROMPT, token="e", batches=1, batch_size=2),
     "tokens": lambda run: run.inspect.tokens(PROMPT),
