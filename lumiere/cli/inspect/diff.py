@@ -28,7 +28,7 @@ BatchSize = Annotated[int, Option(metavar="N", min=1, help="Sequences in a batch
 
 @analysis(Inspect.diff, across_layers=AcrossLayers, batches=NumBatches, batch_size=BatchSize)
 def diff(found: "Analysis[ModelDiff]", top_k: TopK = 5) -> None:
-    """What is different between two runs, or two checkpoints of one? Predictions, layers, heads and weights.
+    """What differs between two runs, or two checkpoints of one? Predictions, layers, heads and weights.
 
     Without a text option, over windows of the validation split of A. If the tokenizers differ, only bits per byte and
     weights are compared.
