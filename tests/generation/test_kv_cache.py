@@ -11,7 +11,7 @@ from lumiere.components.layers import KVCache
 from lumiere.generation.kv_cache import CachedDecoder, FullForward, compiled_step, few_threads, slide, step_rows
 from lumiere.models.transformer import Transformer
 from tests.generation.conftest import CONTEXT_SIZE, VOCAB_SIZE, random_model
-from tests.models.build import ROTARY, VARIANTS
+from tests.models.build import FEW_VARIANTS, ROTARY, VARIANTS
 
 ROWS = [[0, 3, 4], [5] * 9, list(range(3, 30)), [7]]
 VARIANT = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -53,7 +53,10 @@ FAST = [{"positions": positions, "d_value": 8} for positions in ("learned", "rot
     ("variant", "dtype", "tolerance"),
     [
         *[(variant, torch.float32, 1e-4) for variant in FAST],
-        *[(variant, torch.float64, 1e-10) for variant in VARIANTS.values()],
+        *[
+            pytest.param(variant, torch.float64, 1e-10, marks=[pytest.mark.slow] * (name not in FEW_VARIANTS))
+            for name, variant in VARIANTS.items()
+        ],
     ],
 )
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[2:3], ROWS], ids=["short", "long", "many"])

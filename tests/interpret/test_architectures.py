@@ -16,7 +16,7 @@ from lumiere.interpret.logit_attribution import logit_attribution
 from lumiere.models.transformer import Transformer
 from tests.interpret.models import BATCHES, TOKENS, random_model
 from tests.interpret.test_laws import ANALYSES
-from tests.models.build import VARIANTS
+from tests.models.build import EACH_VARIANT, VARIANTS
 
 OF_FEEDFORWARD = ("neurons", "ablate neuron", "ablate feedforward")
 
@@ -31,9 +31,9 @@ def build(variant: dict[str, Any]) -> Transformer:
     return model
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS.values())[2:], ids=list(VARIANTS)[2:])
+@pytest.fixture(scope="module", params=EACH_VARIANT[2:])
 def model(request: pytest.FixtureRequest) -> Transformer:
-    return build(request.param)
+    return build(VARIANTS[request.param])
 
 
 @pytest.mark.parametrize("name", ANALYSES)

@@ -12,7 +12,7 @@ from lumiere.interpret.edge_attribution import edge_attribution, integrated_attr
 from lumiere.interpret.metrics import logit_difference
 from lumiere.interpret.prompts import PromptPairs
 from lumiere.models.transformer import Transformer
-from tests.models.build import VARIANTS, make_model
+from tests.models.build import EACH_VARIANT, VARIANTS, make_model
 
 CLEAN = torch.tensor([[1, 4, 7, 5, 6], [3, 5, 8, 0, 1], [9, 9, 3, 4, 5]])
 CORRUPT = torch.tensor([[1, 6, 7, 5, 4], [3, 5, 0, 8, 1], [4, 9, 3, 9, 7]])
@@ -28,7 +28,7 @@ def runs_of(model: Transformer, ablation: str = "corrupt") -> EdgeRuns:
         return EdgeRuns(model, pairs_of(), logit_difference, ablation)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=EACH_VARIANT)
 def runs(request: pytest.FixtureRequest) -> EdgeRuns:
     return runs_of(make_model(**VARIANTS[request.param]).double())
 

@@ -16,7 +16,7 @@ from lumiere.interpret.patching import BY, KINDS, SITES, Patching, correlations,
 from lumiere.interpret.prompts import PromptPairs, pair_up
 from lumiere.models.transformer import Transformer
 from tests.interpret.circuits import INDUCTION, PREVIOUS
-from tests.models.build import VARIANTS, make_model
+from tests.models.build import EACH_VARIANT, VARIANTS, make_model
 
 CLEAN = [[0, 5, 6, 7, 8, 9, 3, 4], [0, 2, 6, 7, 1, 9, 3, 4]]
 CORRUPT = [[0, 5, 10, 7, 8, 9, 3, 4], [0, 2, 6, 7, 11, 12, 3, 4]]
@@ -29,7 +29,7 @@ def build(variant: str) -> Transformer:
     return make_model(**VARIANTS[variant]).double()
 
 
-@pytest.fixture(params=list(VARIANTS))
+@pytest.fixture(params=EACH_VARIANT)
 def model(request: pytest.FixtureRequest) -> Transformer:
     return build(request.param)
 

@@ -25,7 +25,7 @@ from lumiere.interpret.saliency import (
 from lumiere.models.transformer import Transformer
 from tests.interpret.models import TOKENS
 from tests.interpret.test_architectures import build
-from tests.models.build import VARIANTS
+from tests.models.build import EACH_VARIANT, VARIANTS
 
 POSITION, TARGET, VERSUS = 7, 71, 9
 MEAN, START, ZERO = np.bincount(range(3, 90), minlength=320).astype(float), np.eye(320)[0], np.zeros(320)
@@ -33,9 +33,9 @@ BASELINES: Mapping[str, np.ndarray] = {"mean": MEAN, "start": START}
 DOUBLE: Mapping[str, Any] = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0)}
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS.values()), ids=list(VARIANTS))
+@pytest.fixture(scope="module", params=EACH_VARIANT)
 def variant(request: pytest.FixtureRequest) -> Transformer:
-    return build(request.param)
+    return build(VARIANTS[request.param])
 
 
 @pytest.fixture(scope="module")

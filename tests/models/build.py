@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,6 +29,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "windows, rotary": ROTARY | {"attention_windows": [2, 4], "parallel_blocks": True},
 }  # fmt: skip
 """Every value of every setting that changes the forward pass."""
+FEW_VARIANTS = ("card", "layer norm, biases", "attention only", "gpt neox", "grouped queries")
+EACH_VARIANT = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW_VARIANTS)) for name in VARIANTS]
+"""Names for a test that takes long: most variants run with the slow tests."""
 NAMES = {
     "token_embedding": "model.embed_tokens",
     "final_norm": "model.norm",

@@ -36,7 +36,7 @@ from tests.torchrun import (
 from tests.training.short import bits, damage, files_of, hashes, names, resume, short, train
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_train_what_one_does(parallel: str) -> None:
     """Over the end of an epoch, whose last batch is smaller."""
     config = short(NO_DROPOUT, parallel=parallel)

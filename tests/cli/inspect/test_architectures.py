@@ -27,7 +27,9 @@ ANALYSES = {
 }
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "attention only")) for name in NAMES]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Run:
     model: dict[str, Any] = TINY["model"] | {"num_layers": 2, "d_key": 8} | VARIANTS[request.param]
     training = TINY["training"] | {"max_steps": 3}
