@@ -93,6 +93,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(long_config: str, seco
     assert set(steps) == set(range(1, 401))
 
 
+@pytest.mark.slow
 def test_without_a_network_training_the_card_says_so_in_two_lines() -> None:
     result = run_lumiere("train", "small", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
     assert result.returncode == 2

@@ -75,6 +75,7 @@ METADATA = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "value", "commands", "message"), METADATA)
 def test_checkpoint_metadata_of_another_type(run: Run, key: str, value: Any, commands: Any, message: str) -> None:
     recorded(run, **{"stop_reason": None, key: value})
@@ -137,6 +138,7 @@ def test_a_lock_that_is_a_link_is_not_written_through(run: Run) -> None:
 HOSTILE: list[Any] = [STEERING, STEERING * 1000, 7, -1e308, 2**62, True, [STEERING], {STEERING: [1]}, [], {}, None, "é"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", HOSTILE)
 def test_a_record_steers_no_terminal_and_breaks_no_table(run: Run, value: Any) -> None:
     keys = ("status", "error", "command", "dataset", "step", "best_loss", "best_step", "epoch", "tokens", "device")

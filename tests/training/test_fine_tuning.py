@@ -237,7 +237,8 @@ def test_parents_of_every_format_and_in_shards(fixture: str) -> None:
     assert all(torch.equal(expected[name], weight) for name, weight in weights(child, "latest").items())
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_fine_tune_what_one_does(trained_once: TrainedOnce, parallel: str) -> None:
     parent = trained_once(short())
     changes: dict[str, Any] = {"parallel": parallel, "freeze": ["embeddings", "blocks.0.attention"], "ema_decay": 0.9}
