@@ -136,18 +136,19 @@ def cell(effect: float) -> str:
     return f"[{style}]{number:>{CELL}}[/]"
 
 
-def show_line(label: str, effects: "np.ndarray | list[float]") -> None:
-    stdout().print(f"{escape(label[:LABEL].ljust(LABEL))}{''.join(cell(float(effect)) for effect in effects)}")
+def show_line(label: str, effects: "np.ndarray | list[float]", width: int = LABEL) -> None:
+    stdout().print(f"{escape(label[:width].ljust(width))}{''.join(cell(float(effect)) for effect in effects)}")
 
 
 def show_positions(result: "Patching", target: "InspectTarget", top_k: int) -> None:
     """Print a map of positions and layers; of more layers than fit, the largest cells."""
-    room = (stdout().width - LABEL - CELL) // CELL
+    width = LABEL + CELL
+    room = (stdout().width - width) // CELL
     if len(result.layers) > room:
         show_largest(result, target, top_k)
         return
     effects_LP = result.effects[:, 0]
-    stdout().print(f"[dim]{'':{LABEL + CELL}}{''.join(f'L{layer}'.rjust(CELL) for layer in result.layers)}[/]")
+    stdout().print(f"[dim]{'':{width}}{''.join(f'L{layer}'.rjust(CELL) for layer in result.layers)}[/]")
     hidden = 0
     for column, position in enumerate(result.positions):
         if (abs(effects_LP[:, column]) < LEAST).all():
@@ -155,7 +156,7 @@ def show_positions(result: "Patching", target: "InspectTarget", top_k: int) -> N
             continue
         tokens = set(result.tokens[:, position].tolist())
         label = target.label(min(tokens)) if len(tokens) == 1 else "(several)"
-        show_line(f"{position:>3} {label}".ljust(LABEL + CELL)[: LABEL + CELL], effects_LP[:, column])
+        show_line(f"{position:>3} {label}", effects_LP[:, column], width)
     if hidden:
         show_note(f"{hidden} of {len(result.positions)} positions carry less than {LEAST:.1%} in every layer")
 

@@ -311,3 +311,14 @@ def test_interchange_reads_pairs_and_refuses_what_is_none() -> None:
     Path("few.jsonl").write_text(json.dumps(pairs[0]) + "\n")
     assert "1 pairs" in refuse("inspect", "interchange", "--pairs", "few.jsonl")[0]
     assert "--rank 99" in refuse("inspect", *options, "--rank", "99")[0]
+
+
+@pytest.mark.parametrize("by", ["position", "unit"])
+def test_the_columns_of_a_map_of_patches_stand_under_their_names(by: str) -> None:
+    pair = ("--prompt=One day a fox", "--corrupt=One day a dog", "--target=b", "--vs=c")
+    site = "resid_pre" if by == "position" else "z"
+    lines = invoke("inspect", "patch", *pair, "--site", site, "--by", by).stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.split()[:2] in (["L0", "L1"], ["H0", "H1"]))
+    rows = list(takewhile(str.strip, lines[first + 1 :]))
+    assert rows
+    assert {len(row) for row in rows} == {len(lines[first])}
