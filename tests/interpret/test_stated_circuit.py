@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from lumiere.errors import LumiereError
+from lumiere.interpret.bootstrap import resampled_counts
 from lumiere.interpret.circuit import find_circuit
+from lumiere.interpret.edge_ablation import EdgeRuns
+from lumiere.interpret.metrics import logit_difference
 from lumiere.interpret.prompts import PromptPairs
 from lumiere.interpret.stated_circuit import StatedCircuit, state_circuit
 from lumiere.lab.circuits import KnownCircuit, known_circuit
@@ -41,13 +44,21 @@ def test_without_an_edge_of_it_a_circuit_lacks_what_that_edge_does(known: KnownC
     assert found.numbers["outside_max_effect"][0] == pytest.approx(missing)
 
 
-def test_resamples_are_ratios_of_sums_over_the_drawn_pairs(known: KnownCircuit) -> None:
-    """Each lies between the numbers of single pairs, which have no resamples."""
+def test_resamples_are_ratios_of_sums_over_the_drawn_pairs() -> None:
+    """From the numbers of single pairs, which have no resamples; their differences are of several sizes."""
+    known = known_circuit("proportion", pairs=8)
     pairs = pairs_of(known)
-    each = [stated(known, 1, pairs.select([row])).numbers["faithfulness"] for row in range(8)]
-    assert {len(value) for value in each} == {1}
-    draws = stated(known, 1).numbers["faithfulness"]
-    assert min(each) - 1e-9 <= draws.min() < draws.max() <= max(each) + 1e-9
+    each = [stated(known, 1, pairs.select([row])).numbers for row in range(8)]
+    assert {len(values) for numbers in each for values in numbers.values()} == {1}
+    runs = EdgeRuns(known.model, pairs, logit_difference)
+    gap_B = (runs.clean_B - runs.corrupt_B).detach().numpy()
+    assert gap_B.std() > 0.1 * gap_B.mean()
+    counts_RB = resampled_counts(pairs.groups)
+    assert counts_RB is not None
+    found = stated(known, 1).numbers
+    for name in ("faithfulness", "random_same_size"):
+        shares_B = np.concatenate([numbers[name] for numbers in each])
+        assert found[name][1:] == pytest.approx(counts_RB @ (shares_B * gap_B) / (counts_RB @ gap_B))
 
 
 def test_without_a_difference_between_the_prompts_nothing_is_known(known: KnownCircuit) -> None:
