@@ -48,14 +48,14 @@ def test_resamples_are_ratios_of_sums_over_the_drawn_pairs() -> None:
     """From the numbers of single pairs, which have no resamples; their differences are of several sizes."""
     known = known_circuit("proportion", pairs=8)
     pairs = pairs_of(known)
-    each = [stated(known, 1, pairs.select([row])).numbers for row in range(8)]
+    each = [stated(known, 0, pairs.select([row])).numbers for row in range(8)]
     assert {len(values) for numbers in each for values in numbers.values()} == {1}
     runs = EdgeRuns(known.model, pairs, logit_difference)
     gap_B = (runs.clean_B - runs.corrupt_B).detach().numpy()
     assert gap_B.std() > 0.1 * gap_B.mean()
     counts_RB = resampled_counts(pairs.groups)
     assert counts_RB is not None
-    found = stated(known, 1).numbers
+    found = stated(known).numbers
     for name in ("faithfulness", "random_same_size"):
         shares_B = np.concatenate([numbers[name] for numbers in each])
         assert found[name][1:] == pytest.approx(counts_RB @ (shares_B * gap_B) / (counts_RB @ gap_B))
