@@ -202,6 +202,8 @@ MUTATIONS = [Mutation(*row) for row in (
      "[same_NTS[..., 1:], torch.zeros_like(same_NTS[..., :1])]", "interpret/test_head_scores"),
     ("claims-interval", "interpret/claims", "if low >= self.low and high <= self.high:",
      "if high >= self.low and low <= self.high:", "interpret/test_claims"),
+    ("outside-edges", "interpret/stated_circuit", "circuit_N.numpy() == 0", "circuit_N.numpy() == 1",
+     "interpret/test_stated_circuit"),
     ("singular-groups", "interpret/head_weights", "<= CLOSE * values[..., 1:]", "<= values[..., 1:]",
      "interpret/test_head_weights"),
     ("head-sums", "interpret/logit_attribution", '(activations[f"{name}attn.hook_z"][positions] * direction_PHV)',

@@ -2,10 +2,21 @@
 
 import math
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from lumiere.config.loader import read_config
 from lumiere.config.schema import read_integer, read_number
@@ -13,12 +24,21 @@ from lumiere.errors import LumiereError, printable, quoted
 
 HEAD = re.compile(r"L(\d+)H(\d+)")
 Head = Annotated[str, Field(pattern=rf"^{HEAD.pattern}$")]
+Part = Annotated[str, Field(pattern=r"^L\d+([HN]\d+|F)$")]
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
 
 
 Number = Annotated[float, BeforeValidator(read_number)]
 Integer = Annotated[int, BeforeValidator(read_integer)]
 """Text that spells a number counts as one: the reader of files leaves it to the schema, so that `yes` is no boolean."""
+
+
+def beside(file: str, info: ValidationInfo) -> str:
+    """Return a path that is relative to the file of claims."""
+    return str(Path((info.context or {}).get("folder", ".")) / file)
+
+
+FileName = Annotated[str, AfterValidator(beside)]
 
 
 class Strict(BaseModel):
@@ -72,11 +92,16 @@ class Data(Strict):
 
 class Claim(Strict):
     id: Id
-    expect: Expectation
     data: Data | None = None
 
 
-class HeadScore(Claim):
+class Single(Claim):
+    """A claim about one number."""
+
+    expect: Expectation
+
+
+class HeadScore(Single):
     """A head's mean attention to the tokens that a role names, as `inspect heads`."""
 
     kind: Literal["head_score"]
@@ -87,7 +112,7 @@ class HeadScore(Claim):
         return f"{self.head} {self.score} score {self.expect}"
 
 
-class Ablate(Claim):
+class Ablate(Single):
     """By how much the loss rises without a head, in nats per token, as `inspect ablate`."""
 
     kind: Literal["ablate"]
@@ -99,7 +124,19 @@ class Ablate(Claim):
         return f"loss without {self.units[0]} ({self.mode}) changes {self.expect}"
 
 
-class Metric(Claim):
+class Interaction(Single):
+    """By how much the loss rises more without all parts than without each, as `inspect ablate --together`."""
+
+    kind: Literal["interaction"]
+    units: list[Part] = Field(min_length=2, max_length=64)
+    mode: Literal["mean", "zero", "resample"] = "mean"
+    metric: Literal["loss"] = "loss"
+
+    def __str__(self) -> str:
+        return f"loss without {'+'.join(self.units)} ({self.mode}), joint change minus sum, {self.expect}"
+
+
+class Metric(Single):
     """A number of the whole model, as `inspect heads` prints it below the table, in nats per token."""
 
     kind: Literal["metric"]
@@ -109,7 +146,7 @@ class Metric(Claim):
         return f"{self.metric} {self.expect}"
 
 
-class Composes(Claim):
+class Composes(Single):
     """How strongly a head's queries, keys or values read what an earlier one writes, in multiples of chance."""
 
     kind: Literal["composition"]
@@ -124,7 +161,7 @@ class Composes(Claim):
 class Direction(Strict):
     """A direction that `inspect steer` or `inspect probe` has saved, or that of a token's logit."""
 
-    file: str | None = None
+    file: FileName | None = None
     token: str | None = None
     layer: Integer | None = None
 
@@ -135,7 +172,7 @@ class Direction(Strict):
         return self
 
 
-class Steer(Claim):
+class Steer(Single):
     """By how much a direction of the residual stream moves a prediction at a dose, as `inspect steer`."""
 
     kind: Literal["steer"]
@@ -149,7 +186,98 @@ class Steer(Claim):
         return printable(f"{quoted(measured)} at dose {self.dose:g} changes {self.expect}")
 
 
-AnyClaim = Annotated[HeadScore | Ablate | Metric | Composes | Steer, Field(discriminator="kind")]
+class Label(Strict):
+    """What tokens are told apart by: whether a token matches, or which of the most frequent ones it is."""
+
+    regex: str | None = None
+    property: Literal["token", "next-token", "previous-token", "position"] = "token"
+    classes: Integer = Field(default=4, ge=2, le=2**10)
+
+
+class Probe(Single):
+    """How well a linear probe reads a property off the residual stream at a stage, as `inspect probe`."""
+
+    kind: Literal["probe"]
+    label: Label
+    stage: Annotated[str, Field(pattern=r"^(embedding|L\d{1,4})$")]
+    stat: Literal["accuracy", "selectivity"]
+    control_seeds: Integer = Field(default=5, ge=1, le=100)
+    windows: Integer = Field(default=300, ge=1, le=2**16)
+
+    def __str__(self) -> str:
+        what = self.label.property
+        if self.label.regex is not None:
+            what += f" matches {self.label.regex}"
+        return printable(f"{self.stat} of a probe at {self.stage}, {what}: {self.expect}")
+
+
+class Pair(Strict):
+    """A clean and a corrupt prompt, with the token that the first should predict and one to compare it with."""
+
+    clean: str
+    corrupt: str
+    target: str | None = None
+    vs: str | None = None
+
+
+class CircuitNumbers(Strict):
+    """What is claimed of the numbers of a circuit."""
+
+    faithfulness: Expectation | None = None
+    outside_max_effect: Expectation | None = None
+    random_same_size: Expectation | None = None
+
+    @model_validator(mode="after")
+    def _any(self) -> "CircuitNumbers":
+        if not any(expected is not None for _, expected in self):
+            raise ValueError("give faithfulness, outside_max_effect or random_same_size")
+        return self
+
+
+class Circuit(Claim):
+    """What edges do alone, what those outside do, and what random ones do, as `inspect circuit`.
+
+    Attributes:
+        prompts: A file of pairs, relative to the file of claims; or `pair`.
+        ablation: What a cut edge carries.
+    """
+
+    kind: Literal["circuit"]
+    prompts: FileName | None = None
+    pair: Pair | None = None
+    ablation: Literal["corrupt", "mean-per-position", "mean", "zero"] = "corrupt"
+    edges: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(min_length=1)
+    expect: CircuitNumbers
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Circuit":
+        if (self.prompts is None) == (self.pair is None):
+            raise ValueError("give either prompts or pair")
+        return self
+
+    def __str__(self) -> str:
+        return f"circuit of {len(self.edges)} edge{'s' * (len(self.edges) > 1)} ({self.ablation})"
+
+
+AnyClaim = Annotated[
+    HeadScore | Ablate | Interaction | Metric | Composes | Steer | Probe | Circuit, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim about one number; `stat` names it where a claim is about several."""
+
+    claim: AnyClaim
+    expect: Expectation
+    stat: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.claim.id}.{self.stat}" if self.stat else self.claim.id
+
+    def __str__(self) -> str:
+        return f"{self.claim}: {self.stat} {self.expect}" if self.stat else str(self.claim)
 
 
 class Level(Strict):
@@ -181,6 +309,14 @@ class ClaimFile(Strict):
     primary: list[Id] | None = None
     claims: list[AnyClaim] = Field(min_length=1, max_length=1000)
 
+    @property
+    def statements(self) -> Iterator[Statement]:
+        for claim in self.claims:
+            if isinstance(claim, Circuit):
+                yield from (Statement(claim, expect, stat) for stat, expect in claim.expect if expect is not None)
+            else:
+                yield Statement(claim, claim.expect)
+
     @model_validator(mode="after")
     def _ids(self) -> "ClaimFile":
         ids = [claim.id for claim in self.claims]
@@ -192,14 +328,14 @@ class ClaimFile(Strict):
 
 
 def read_claims(path: str | Path) -> ClaimFile:
-    """Read a file of claims.
+    """Read a file of claims; the files that it names are relative to it.
 
     Raises:
         LumiereError: It cannot be read, or does not have the format; names the first problem.
     """
     values = read_config(Path(path))
     try:
-        return ClaimFile.model_validate(values)
+        return ClaimFile.model_validate(values, context={"folder": Path(path).parent})
     except ValidationError as error:
         raise LumiereError(problem(path, values, error), "docs/causes.md describes the format") from None
 

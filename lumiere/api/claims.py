@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Any
 from lumiere.errors import LumiereError
 
 if TYPE_CHECKING:
-    from lumiere.api.claim_files import Ablate, ClaimFile, Composes, Data, HeadScore, Metric, Steer
+    from lumiere.api.claim_files import (
+        Ablate,
+        Circuit,
+        ClaimFile,
+        Composes,
+        Data,
+        HeadScore,
+        Interaction,
+        Metric,
+        Probe,
+        Statement,
+        Steer,
+    )
     from lumiere.api.runs import OpenedRun
     from lumiere.interpret.claims import CheckedClaims, Estimate
 
@@ -20,21 +32,23 @@ class Measured:
     def __init__(self, run: "OpenedRun") -> None:
         self.run, self.found = run, {}
 
-    def estimate(self, claim: Any, data: "Data") -> "Estimate":
-        """Return the number that a claim is about.
+    def estimate(self, statement: "Statement", data: "Data") -> "Estimate":
+        """Return the number that a statement is about.
 
         Raises:
             LumiereError: The model has no such head, the data is missing, or there are too few independent units.
         """
         from lumiere.interpret.claims import Estimate
 
-        value, error, units, receipts = getattr(self, f"_{claim.kind}")(claim, data)
+        claim = statement.claim
+        found = getattr(self, f"_{claim.kind}")(claim, data)
+        value, error, units, receipts, *draws = found[statement.stat] if statement.stat else found
         if units and (units < FEWEST_UNITS or error != error):
             raise LumiereError(
                 f"claim {claim.id} rests on {units} independent texts of run {self.run.id}, too few for an interval",
                 f"give it data with {FEWEST_UNITS} or more: validation windows, or repeated tokens",
             )
-        return Estimate(float(value), float(error), int(units), tuple(receipts))
+        return Estimate(float(value), float(error), int(units), tuple(receipts), *draws)
 
     def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
         if key not in self.found:
@@ -77,18 +91,20 @@ class Measured:
 
     def _ablate(self, claim: "Ablate", data: "Data") -> tuple[Any, ...]:
         layer, head = self._head(claim.units[0])
+        found = self._ablated(claim.mode, data, layer=layer, head=head)
+        return found.changes[0], found.standard_errors[0], found.num_documents, found.receipts
+
+    def _interaction(self, claim: "Interaction", data: "Data") -> tuple[Any, ...]:
+        found = self._ablated(claim.mode, data, together="+".join(claim.units))
+        return found.interactions[0], found.interaction_errors[0], found.num_documents, found.receipts
+
+    def _ablated(self, mode: str, data: "Data", **parts: Any) -> Any:
         texts: dict[str, dict[str, Any]] = {
             "prompt": {"prompt": data.prompt},
             "repeated": {"random": data.length or 25},
         }
-        text = texts.get(data.source, {})
-
-        def compute() -> Any:
-            own = {"layer": layer, "head": head, "mode": claim.mode, "batches": data.batches}
-            return self.run.inspect.ablate(**own, **text, seed=data.seed)
-
-        found = self._once(("ablate", layer, head, claim.mode, data), compute)
-        return found.changes[0], found.standard_errors[0], found.num_documents, found.receipts
+        own = {"mode": mode, "batches": data.batches, "seed": data.seed, **texts.get(data.source, {}), **parts}
+        return self._once(("ablate", mode, data, *parts.values()), lambda: self.run.inspect.ablate(**own))
 
     def _composition(self, claim: "Composes", data: "Data") -> tuple[Any, ...]:
         place = (*self._head(claim.earlier), *self._head(claim.later))
@@ -118,6 +134,49 @@ class Measured:
         error = effects.std(ddof=1) / len(effects) ** 0.5 if len(effects) > 1 else 0.0
         return effects.mean(), error, len(effects), found.receipts
 
+    def _circuit(self, claim: "Circuit", data: "Data") -> dict[str, tuple[Any, ...]]:
+        import numpy as np
+
+        from lumiere.api.pairs import read_pairs
+        from lumiere.api.target import InspectTarget
+        from lumiere.interpret.stated_circuit import state_circuit
+
+        pair, opened = claim.pair, self.run.opened
+        stats = [stat for stat, expected in claim.expect if expected is not None]
+
+        def compute() -> Any:
+            text = {"prompt": pair and pair.clean}
+            found = InspectTarget(opened, text, data.seed, False, None, self.run.notify)
+            one = (pair.corrupt, pair.target, pair.vs) if pair else (None, None, None)
+            pairs, _ = read_pairs(found, *one, claim.prompts)
+            return state_circuit(opened.model, pairs, claim.edges, stats, claim.ablation, data.seed)
+
+        found = self._once(("circuit", claim.id), compute)
+        estimates: dict[str, tuple[Any, ...]] = {}
+        for stat, (value, *draws) in found.numbers.items():  # without resamples, it is exact for these pairs
+            interval = (np.std(draws, ddof=1), found.num_groups) if draws else (0.0, 0)
+            estimates[stat] = (value, *interval, found.receipts, np.array(draws) if draws else None)
+        return estimates
+
+    def _probe(self, claim: "Probe", data: "Data") -> tuple[Any, ...]:
+        import numpy as np
+
+        from lumiere.evaluation.scoring import clustered_means
+
+        if data.source != "validation":
+            raise LumiereError(
+                f"claim {claim.id}: a probe reads windows of the validation split", "write data: {source: validation}"
+            )
+        layer = 0 if claim.stage == "embedding" else int(claim.stage[1:])
+        own = {**claim.label.model_dump(), "windows": claim.windows, "control_seeds": claim.control_seeds}
+        found = self._once(
+            ("probe", layer, data, *own.values()), lambda: self.run.inspect.probe(layer=layer, **own, seed=data.seed)
+        )
+        number, stage = ("accuracy", "selectivity").index(claim.stat), found.stages.index(claim.stage)
+        counts_D = found.test_counts[number]
+        [value], [error] = clustered_means(found.test_sums[number, [stage]], counts_D, np.arange(len(counts_D)))
+        return value, error, len(counts_D), found.receipts
+
 
 def check_claims(file: "ClaimFile", runs: "Sequence[OpenedRun]", *, untrained: bool = False) -> "CheckedClaims":
     """Check every claim against every run.
@@ -141,8 +200,8 @@ def check_claims(file: "ClaimFile", runs: "Sequence[OpenedRun]", *, untrained: b
     worst = max((receipt.error / receipt.tolerance for receipt in receipts if receipt.tolerance), default=0.0)
     exact = [receipt for receipt in receipts if not receipt.tolerance and not receipt.holds]
     return CheckedClaims(
-        claims=tuple(claim.id for claim in file.claims),
-        statements=tuple(map(str, file.claims)),
+        claims=tuple(statement.id for statement in file.statements),
+        statements=tuple(map(str, file.statements)),
         runs=tuple(f"{run.name}@{run.checkpoint}" for run in runs),
         required=need,
         decisions=tuple(by_claim),
@@ -159,10 +218,10 @@ def decided(file: "ClaimFile", run: "OpenedRun") -> list[Any]:
     """Decide the claims about one model: the primary ones together, the others alone."""
     from lumiere.interpret.claims import Bound, decide
 
-    measured, defaults = Measured(run), file.defaults
-    estimates = [measured.estimate(claim, claim.data or defaults.data) for claim in file.claims]
-    bounds = [Bound(*claim.expect.limits) for claim in file.claims]
-    is_primary = [file.primary is None or claim.id in file.primary for claim in file.claims]
+    measured, defaults, stated = Measured(run), file.defaults, list(file.statements)
+    estimates = [measured.estimate(each, each.claim.data or defaults.data) for each in stated]
+    bounds = [Bound(*each.expect.limits) for each in stated]
+    is_primary = [file.primary is None or each.claim.id in file.primary for each in stated]
     found: list[Any] = [None] * len(estimates)
     for group, holm in ((True, defaults.correction == "holm"), (False, False)):
         places = [number for number, primary in enumerate(is_primary) if primary == group]

@@ -44,6 +44,7 @@ class Directions(RunAnalyses):
         layer: Indices = None,
         balanced: bool = False,
         save: str | Path | None = None,
+        control_seeds: int = 5,
         seed: int = 0,
         verify: bool = False,
     ) -> "Analysis[Probe]":
@@ -61,6 +62,7 @@ class Directions(RunAnalyses):
             layer: Blocks after which the stream is read.
             balanced: Give all classes the same weight.
             save: Write the direction of a probe for two classes to this .safetensors file, for `steer`.
+            control_seeds: How many control tasks.
         """
         from lumiere.interpret.probe import probe
         from lumiere.report.figures.probe import draw_probe
@@ -76,7 +78,11 @@ class Directions(RunAnalyses):
                     "give --regex, or --classes 2",
                 )
         analysis = analyze(
-            "probe", found, lambda model: probe(model, data, subject, layers, balanced, seed), draw_probe, source
+            "probe",
+            found,
+            lambda model: probe(model, data, subject, layers, balanced, seed, control_seeds),
+            draw_probe,
+            source,
         )
         if save is not None:
             result = analysis.result

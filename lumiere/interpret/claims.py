@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
+from lumiere.interpret.bootstrap import limits
 from lumiere.interpret.result import Receipt, Result
 
 PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
@@ -32,17 +35,22 @@ class Estimate:
     Attributes:
         value: the estimate.
         error: its standard error; 0 for what is computed from the weights, without drawing anything.
-        units: how many independent units it averages; 0 for what draws nothing.
+        units: how many independent units it averages; 0 for what is exact, without an interval.
         receipts: of the analysis behind it.
+        draws: the number in each resample of the units, where the interval is that of the bootstrap.
     """
 
     value: float
     error: float
     units: int
     receipts: tuple[Receipt, ...] = ()
+    draws: np.ndarray | None = None
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Return the interval `value ± t error` with the quantile of Student's t for one unit less."""
+        """Return `value ± t error` with the quantile of Student's t for one unit less, or percentiles of `draws`."""
+        if self.draws is not None:
+            low, high = limits(self.draws, level)
+            return float(low), float(high)
         if self.units == 0:
             return self.value, self.value
         reach = student_quantile((1 + level) / 2, self.units - 1) * self.error

@@ -9,6 +9,7 @@ there is no edge from the heads of the block to it.
 Shapes: B prompt, T position, E embedding_size, H head, V d_value, W writer, N edge.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lumiere.components.hooks import run_with_cache
+from lumiere.errors import LumiereError, nearest, quoted
 from lumiere.models.transformer import Transformer
 
 
@@ -56,6 +58,24 @@ class EdgeGraph:
     def names(self) -> tuple[tuple[str, str], ...]:
         """(N,) writer and reader of each edge."""
         return tuple((self.writers[writer], self.readers[place].name) for place, writer in self.edges)
+
+    def chosen(self, names: Sequence[str]) -> Tensor:
+        """Return 1 for edges of such names as `embed->L0H1.v`, else 0, (N,).
+
+        Raises:
+            LumiereError: There is no such edge.
+        """
+        places = {f"{source}->{target}": number for number, (source, target) in enumerate(self.names)}
+        for name in names:
+            if name not in places:
+                guess = nearest(name, places)
+                raise LumiereError(
+                    f"the model has no edge {quoted(name)}",
+                    f"did you mean {guess}?" if guess else "lumiere inspect circuit --csv lists all edges",
+                )
+        is_chosen_N = torch.zeros(len(places))
+        is_chosen_N[[places[name] for name in names]] = 1
+        return is_chosen_N
 
     def mask(self, is_cut_N: Tensor) -> Tensor:
         """Return values of edges, (..., N), as a table of readers and writers, (..., readers, W), elsewhere 0."""

@@ -145,6 +145,8 @@ class Probe(Result):
             first class's weights if there are more.
         vector_norm: its length.
         stream_norms: (L,) mean norm of the stream after each block.
+        test_counts: (2, U) tokens of each test document, all and those of types that occur in training.
+        test_sums: (2, S, U) the sums over them whose means are the accuracy and the selectivity.
         gradients, decrements: (S,) of the fits.
     """
 
@@ -152,7 +154,7 @@ class Probe(Result):
         {
             "penalties", "accuracy", "balanced_accuracy", "auc", "accuracy_low", "accuracy_high", "balanced_low",
             "balanced_high", "auc_low", "auc_high", "gain", "gain_low", "gain_high", "control", "selectivity", "sparse",
-            "random_sparse", "vector", "gradients", "decrements",
+            "random_sparse", "vector", "test_sums", "gradients", "decrements",
         }
     )  # fmt: skip
     subject: str
@@ -185,6 +187,8 @@ class Probe(Result):
     vector: np.ndarray
     vector_norm: float
     stream_norms: np.ndarray
+    test_counts: np.ndarray
+    test_sums: np.ndarray
     gradients: np.ndarray
     decrements: np.ndarray
 
@@ -233,6 +237,10 @@ class Scorer:
         """Return the accuracy, then that of each resample, (M,)."""
         return self.weights_Mn @ is_right_n / self.weights_Mn.sum(1)
 
+    def by_document(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums over the tokens of each document, (..., U), of (..., n)."""
+        return values.astype(float) @ (self.number_n[:, None] == np.arange(self.number_n.max() + 1)).astype(float)
+
     def scores(self, scores_nC: np.ndarray) -> dict[str, tuple[float, float, float]]:
         is_right_n = scores_nC.argmax(1) == self.y_n
         recalls = []
@@ -258,6 +266,7 @@ def probe(
     layers: Sequence[int] | None = None,
     is_balanced: bool = False,
     seed: int = 0,
+    control_seeds: int = CONTROL_SEEDS,
 ) -> Probe:
     """Fit a linear classifier to each stage of the residual stream, and test it on documents that it has not seen.
 
@@ -274,6 +283,7 @@ def probe(
         layers: blocks after which the stream is read; the embedding is always read. Default: all.
         is_balanced: give all classes the same weight.
         seed: of the split, the control tasks, the random coordinates and the bootstrap.
+        control_seeds: how many control tasks.
 
     Raises:
         LumiereError: too few documents, or a class that is missing in one of the parts.
@@ -293,10 +303,10 @@ def probe(
     y_n = torch.from_numpy(found.y)
     scorer = Scorer(found.y[test], found.document[test], num_classes, seed)
     is_known = np.isin(found.kind[test], found.kind[train])
-    controls = [control_labels(found, train, num_classes, seed + number) for number in range(CONTROL_SEEDS)]
+    controls = [control_labels(found, train, num_classes, seed + number) for number in range(control_seeds)]
     fits: list[Fit] = []
     others: list[Fit] = []
-    penalties, losses, tests, right, control = [], [], [], [], []
+    penalties, losses, tests, right, control, selective = [], [], [], [], [], []
     for x_nE in found.x:
         tried = [logistic.fit(x_nE[train], y_n[train], num_classes, penalty, is_balanced) for penalty in PENALTIES]
         tuned = [float(torch.nn.functional.cross_entropy(fit.scores(x_nE[tune]), y_n[tune])) for fit in tried]
@@ -310,10 +320,12 @@ def probe(
         right.append(scores_nC.argmax(1) == found.y[test])
         of_controls = [logistic.fit(x_nE[train], y[train], num_classes, PENALTIES[best], is_balanced) for y in controls]
         others += of_controls
-        control.append([
-            float((fit.scores(x_nE[test]).argmax(1).numpy() == y[test].numpy())[is_known].mean())
+        of_control_Rn = np.stack([
+            fit.scores(x_nE[test]).argmax(1).numpy() == y[test].numpy()
             for fit, y in zip(of_controls, controls, strict=True)
         ])  # fmt: skip
+        control.append(of_control_Rn[:, is_known].mean(1))
+        selective.append((right[-1] - of_control_Rn.mean(0)) * is_known)
     chosen = int(np.argmin(losses[1:])) + 1 if len(losses) > 1 else 0
     options = (y_n, train, test, num_classes, penalties[chosen], is_balanced)
     sizes, sparse, random_sparse, sparse_fits = sparse_probes(found.x[chosen], *options, seed)
@@ -353,6 +365,8 @@ def probe(
         vector=vector_E.numpy(),
         vector_norm=float(vector_E.norm()),
         stream_norms=norms_L.numpy(),
+        test_counts=scorer.by_document(np.stack([np.ones_like(is_known), is_known])),
+        test_sums=scorer.by_document(np.array([right, selective])),
         gradients=np.array([fit.gradient for fit in fits]),
         decrements=np.array([fit.decrement for fit in fits]),
         receipts=(

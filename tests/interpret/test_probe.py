@@ -60,6 +60,10 @@ def test_a_planted_direction_is_found_at_its_stage(model: Transformer) -> None:
     assert result.auc[2] > 0.995
     assert result.accuracy[0] < 0.9
     assert result.gain_low[2] > 0 == result.gain[0]
+    assert result.test_sums.sum(2) / result.test_counts.sum(1)[:, None] == pytest.approx(
+        np.stack([result.accuracy, result.selectivity])
+    )
+    assert result.test_counts.shape == (2, result.num_documents[TEST])
     assert result.accuracy_low[2] <= result.accuracy[2] <= result.accuracy_high[2]
     cosine = result.vector @ planted_E.numpy() / np.linalg.norm(result.vector) / float(planted_E.norm())
     assert cosine > 0.95

@@ -86,6 +86,8 @@ def show_claims(result: "CheckedClaims") -> None:
                 value = f"{estimate:+.4f}" if estimate == estimate else "not known"
                 if decision.estimate.units:
                     value += f"  {decision.level:.2%} interval {decision.low:+.4f} to {decision.high:+.4f}"
+                elif estimate == estimate:
+                    value += "  exact, no interval"
                 many = f"  {run.split('_')[1][:8] if '_' in run else run}" if len(result.runs) > 1 else ""
                 stdout().print(f"          [dim]{mark}{value}{escape(many)}[/]")
         if result.says_nothing(number):
