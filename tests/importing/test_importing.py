@@ -178,6 +178,7 @@ def test_a_smaller_context(folder: Path, tmp_path: Path) -> None:
         import_model(str(folder), RunStore(tmp_path), context_size=601, verified=False)
 
 
+@pytest.mark.slow
 def test_a_run_trained_from_it(folder: Path, tmp_path: Path) -> None:
     """It has the tokenizer and the weights, which are not those of an untrained model, a corpus and snapshots."""
     runs = ("--runs-dir", str(tmp_path / "runs"))

@@ -13,7 +13,7 @@ def trained(trained_run: Run) -> Transformer:
     return trained_run.load_model("best").eval()
 
 
-@pytest.fixture(scope="session", params=["learned", "rotary", "trained"])
+@pytest.fixture(scope="session", params=["learned", pytest.param("rotary", marks=pytest.mark.slow), "trained"])
 def model(request: pytest.FixtureRequest, trained: Transformer) -> Transformer:
     """A random model with learned or rotary positions, or a trained one, in float32."""
     return trained if request.param == "trained" else random_model(positions=request.param)

@@ -28,7 +28,8 @@ ANALYSES = {
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "attention only")) for name in NAMES]
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name != "grouped queries")) for name in NAMES],
 )
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus_cache: Path) -> Run:
     model: dict[str, Any] = TINY["model"] | {"num_layers": 2, "d_key": 8} | VARIANTS[request.param]
