@@ -353,7 +353,7 @@ def problem(path: str | Path, values: dict[str, Any], error: ValidationError) ->
         place = [f"claim {name or int(place[1]) + 1}", *rest]
     where = f" at {quoted('.'.join(place))}" if place else ""
     message = detail["msg"].removeprefix("Value error, ")
-    return printable(f"{quoted(path)} is no file of claims: {message[:1].lower()}{message[1:]}{where}")
+    return printable(f"{quoted(path)} is not a claims file: {message[:1].lower()}{message[1:]}{where}")
 
 
 def place_of(head: str) -> tuple[int, int]:
